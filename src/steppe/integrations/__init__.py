@@ -1,0 +1,1 @@
+"""One thin file a framework, each importing its own: lightning, transformers, accelerate."""
