@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steppe import papers
 from steppe.rules import Point
+from steppe.shards import foreach
 from steppe.tensors import add_scaled_, dot, norm, reciprocal, where_finite
 
 
@@ -64,8 +65,8 @@ class SurrogateGap:
             return at.gradients
         g, g_s = at.gradients, list(perturbed)
         down = _orthogonal(g, g_s)
-        torch._foreach_mul_(down, -self.alpha)
-        torch._foreach_add_(down, g_s)
+        foreach(torch._foreach_mul_, down, scalar=-self.alpha)
+        foreach(torch._foreach_add_, down, g_s)
         return down
 
 
@@ -104,9 +105,9 @@ class Weighted:
         if not perturbed:
             return at.gradients
         g, g_s = list(at.gradients), list(perturbed)
-        sharpness = list(torch._foreach_sub(g_s, g))
-        torch._foreach_mul_(sharpness, self.gamma / (1 - self.gamma))
-        torch._foreach_add_(sharpness, g)
+        sharpness = foreach(torch._foreach_sub, g_s, g)
+        foreach(torch._foreach_mul_, sharpness, scalar=self.gamma / (1 - self.gamma))
+        foreach(torch._foreach_add_, sharpness, g)
         return sharpness
 
 
@@ -139,7 +140,7 @@ class PenalizedNorm:
     def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:
             return at.gradients
-        return list(torch._foreach_lerp(list(at.gradients), list(perturbed), self.alpha))
+        return foreach(torch._foreach_lerp, at.gradients, perturbed, weight=self.alpha)
 
 
 @dataclass(frozen=True)

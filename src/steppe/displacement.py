@@ -6,7 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from steppe.tensors import add_scaled_, as_real, reuse
+from steppe.shards import local
+from steppe.tensors import add_scaled_, as_real, copy_, reuse
 
 
 class Displacement:
@@ -43,18 +44,16 @@ class Displacement:
         """
         pairs = dict(zip(weights, direction, strict=True))
         new = [w for w in pairs if w not in self._away]
-        copies = [reuse(self._copies.get(w), like=w) for w in new]
+        copies = [reuse(self._copies.get(w), like=local(w)) for w in new]
         self._copies.update(zip(new, copies, strict=True))
-        if new:
-            torch._foreach_copy_(copies, new)
+        copy_(copies, [local(w) for w in new])
         self._away.update(zip(new, copies, strict=True))  # from here on, whatever happens, restore() undoes it
         add_scaled_([as_real(w) for w in pairs], alpha, list(pairs.values()))
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring every weight back to w; without a move before, do nothing."""
-        if self._away:
-            torch._foreach_copy_(list(self._away), list(self._away.values()))
+        copy_([local(w) for w in self._away], list(self._away.values()))
         self._away.clear()
 
     @contextmanager

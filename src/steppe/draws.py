@@ -10,6 +10,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from steppe.shards import is_sharded, part_of
+
 
 def normal(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
     """Return standard normal numbers, one tensor for each of ``like``, of its shape, dtype and device.
@@ -19,9 +21,7 @@ def normal(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tenso
     (True, False)
     """
     return [
-        torch.empty_like(t, requires_grad=False).normal_(
-            generator=generator(t.device, key(who, seed, step, position)),
-        )
+        part_of(_empty(t).normal_(generator=generator(t.device, key(who, seed, step, position))), t)
         for position, t in enumerate(like)
     ]
 
@@ -32,14 +32,24 @@ def uniform(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tens
     In half precision there would be only a few hundred different ones.
     """
     return [
-        torch.rand(
-            t.shape,
-            dtype=torch.float32,
-            device=t.device,
-            generator=generator(t.device, key(who, seed, step, position)),
+        part_of(
+            torch.rand(
+                t.shape,
+                dtype=torch.float32,
+                device=t.device,
+                generator=generator(t.device, key(who, seed, step, position)),
+            ),
+            t,
         )
         for position, t in enumerate(like)
     ]
+
+
+def _empty(like: Tensor) -> Tensor:
+    """All of a tensor, though it may be sharded: what a rank draws must not depend on how many there are."""
+    if is_sharded(like):
+        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
+    return torch.empty_like(like, requires_grad=False)
 
 
 def key(who: str, seed: int, step: int, position: int) -> int:

@@ -8,7 +8,8 @@ from torch.optim import Optimizer
 
 from steppe.checkpoints import parameters
 from steppe.notices import warn
-from steppe.tensors import as_real, norm
+from steppe.shards import foreach
+from steppe.tensors import as_real, copy_, norm
 
 # Marks, on a gradient, the version at which our last step left it.
 _LEFT_AT = "_steppe_left_at"
@@ -57,8 +58,7 @@ class Gradients:
         """
         targets = self.of(members)
         changed = [(t, v) for t, v in zip(targets, values, strict=True) if not _same(t, v)]
-        if changed:
-            torch._foreach_copy_([t for t, _ in changed], [v for _, v in changed])
+        copy_([t for t, _ in changed], [v for _, v in changed])
         if self._so_far_finite is not None and targets:
             smallest = min(targets, key=Tensor.numel)
             smallest.masked_fill_(self._so_far_finite.logical_not().to(smallest.device), float("nan"))
@@ -80,8 +80,7 @@ class Gradients:
     def add(self, values: dict[Tensor, Tensor]) -> None:
         """Add values to the gradients; where there is none, they become it."""
         both = [(p.grad, v) for p, v in values.items() if p.grad is not None]
-        if both:
-            torch._foreach_add_([g for g, _ in both], [v for _, v in both])
+        foreach(torch._foreach_add_, [g for g, _ in both], [v for _, v in both])
         self.put({p: v for p, v in values.items() if p.grad is None})
 
     def put(self, values: dict[Tensor, Tensor]) -> None:

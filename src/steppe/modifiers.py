@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _NormBase
 
 from steppe import draws, papers
 from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
+from steppe.shards import foreach, part_of, whole
 from steppe.tensors import where_finite
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
@@ -142,7 +143,7 @@ class Sparse(Modifier):
         """Return the rule's climb, masked."""
         memory = at.memory_of(self)
         if _is_due(at, self.every) or any("mask" not in own for own in memory):
-            scores = torch._foreach_abs(list(at.gradients))
+            scores = foreach(torch._foreach_abs, at.gradients)
             _remember(at, memory, _largest(scores, _kept(scores, self.sparsity)))
         return _masked(self.rule(at), _masks(memory))
 
@@ -357,13 +358,16 @@ def _kept(tensors: Sequence[Tensor], sparsity: float) -> int:
 
 
 def _largest(scores: Sequence[Tensor], number: int) -> list[Tensor]:
-    """Masks of the largest scores of all tensors together: exactly so many, whatever is equal."""
+    """Masks of the largest scores of all tensors together: exactly so many, whatever is equal.
+
+    Sharded scores are gathered for it: every rank holds them all for a moment.
+    """
     home = scores[0].device
-    line = torch.cat([s.reshape(-1).to(home) for s in scores])
+    line = torch.cat([whole(s).reshape(-1).to(home) for s in scores])
     top = line.topk(number, sorted=False).indices
     mask = torch.zeros_like(line, dtype=torch.bool).scatter_(0, top, True)
     parts = torch.split(mask, [s.numel() for s in scores])
-    return [part.reshape(s.shape).to(s.device) for part, s in zip(parts, scores, strict=True)]
+    return [part_of(part.reshape(s.shape).to(s.device), s) for part, s in zip(parts, scores, strict=True)]
 
 
 def _is_due(at: Point, every: int) -> bool:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steppe.tensors import reuse
+from steppe.shards import local
+from steppe.tensors import copy_, reuse
 
 
 class Buffers:
@@ -31,9 +32,8 @@ class Buffers:
         """Remember the buffers as they are now; the storage of an earlier take is reused."""
         self._places = [(m._buffers, dict(m._buffers)) for m in self._model.modules() if m._buffers]
         now = {t for _, entries in self._places for t in entries.values() if t is not None}
-        self._values = {b: reuse(self._values.get(b), like=b) for b in now if b in self._values or _writable(b)}
-        if self._values:
-            torch._foreach_copy_(list(self._values.values()), list(self._values))
+        self._values = {b: reuse(self._values.get(b), like=local(b)) for b in now if b in self._values or _writable(b)}
+        copy_(list(self._values.values()), [local(b) for b in self._values])
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -42,8 +42,8 @@ class Buffers:
             if place.keys() != entries.keys() or any(place[k] is not t for k, t in entries.items()):
                 place.clear()
                 place.update(entries)
-        if self._places and self._values:
-            torch._foreach_copy_(list(self._values), list(self._values.values()))
+        if self._places:
+            copy_([local(b) for b in self._values], list(self._values.values()))
 
     def forget(self) -> None:
         """Make :meth:`put_back` do nothing until the next :meth:`take`."""

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steppe import draws, papers
 from steppe.rules import Ascent, Point
+from steppe.shards import foreach, part_of, whole
 from steppe.tensors import as_real, dot, norm, reciprocal, where_finite
 
 
@@ -61,10 +62,10 @@ class Adaptive:
             )
 
     def __call__(self, at: Point) -> Ascent:
-        T = list(torch._foreach_abs(at.weights))
-        torch._foreach_add_(T, self.eta)
-        Tg = torch._foreach_mul(T, list(at.gradients))
-        torch._foreach_mul_(T, Tg)  # T^2 g, in the place of T
+        T = foreach(torch._foreach_abs, at.weights)
+        foreach(torch._foreach_add_, T, scalar=self.eta)
+        Tg = foreach(torch._foreach_mul, T, at.gradients)
+        foreach(torch._foreach_mul_, T, Tg)  # T^2 g, in the place of T
         return Ascent(T, reciprocal(norm(Tg)))
 
 
@@ -87,7 +88,7 @@ class LInf:
     paper: ClassVar[papers.Paper] = papers.SAM
 
     def __call__(self, at: Point) -> Ascent:
-        return Ascent(torch._foreach_sign(list(at.gradients)))
+        return Ascent(foreach(torch._foreach_sign, at.gradients))
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,7 @@ class ZScore:
             )
 
     def __call__(self, at: Point) -> Ascent:
-        filtered = [self._filter(g) if g.dim() > 1 and g.numel() else g for g in at.gradients]
+        filtered = [part_of(self._filter(whole(g)), g) if g.dim() > 1 and g.numel() else g for g in at.gradients]
         return Ascent(filtered, reciprocal(norm(filtered)))
 
     def _filter(self, g: Tensor) -> Tensor:
@@ -170,10 +171,10 @@ class Fisher:
 
     def __call__(self, at: Point) -> Ascent:
         g = [_wide(part) for part in at.gradients]  # in float16 the squares of gradients from 256 on are infinite
-        F = torch._foreach_mul(g, g)
-        torch._foreach_mul_(F, self.eta)
-        torch._foreach_add_(F, 1.0)
-        d = torch._foreach_div(g, F)
+        F = foreach(torch._foreach_mul, g, g)
+        foreach(torch._foreach_mul_, F, scalar=self.eta)
+        foreach(torch._foreach_add_, F, scalar=1.0)
+        d = foreach(torch._foreach_div, g, F)
         direction = [part.to(like.dtype) for part, like in zip(d, at.gradients, strict=True)]
         return Ascent(direction, reciprocal(dot(g, d).sqrt()))
 
@@ -254,8 +255,9 @@ class Friendly:
             if "m" not in own:
                 own["m"] = torch.zeros_like(g)
         m = [own["m"] for own in memory]
-        torch._foreach_lerp_(m, where_finite(at.gradient_norm, at.gradients, m), 1 - self.lmbda)
-        d = torch._foreach_sub(list(at.gradients), m, alpha=self.sigma)
+        trusted = where_finite(at.gradient_norm, at.gradients, m)
+        foreach(torch._foreach_lerp_, m, trusted, weight=1 - self.lmbda)
+        d = foreach(torch._foreach_sub, at.gradients, m, alpha=self.sigma)
         return Ascent(d, reciprocal(norm(d)))
 
 
@@ -293,7 +295,7 @@ class VarianceSuppressed:
         memory = at.memory_of(self)
         g = where_finite(at.gradient_norm, at.gradients, [own.get("d", 0.0) for own in memory])
         d = [own.setdefault("d", first) for own, first in zip(memory, g, strict=True)]
-        torch._foreach_lerp_(d, g, self.theta)
+        foreach(torch._foreach_lerp_, d, g, weight=self.theta)
         return Ascent(d, reciprocal(norm(d)))
 
 

@@ -5,6 +5,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from steppe.shards import by_spread, is_sharded, local, over_ranks, part_of, settled
+
 # On a CPU one float32 sum over 50 M squares is off by 3 %; over so few it is right to 2e-7, whatever the entries.
 _PIECE = 256
 # Outside this range of norms the squares of float32 gradients begin to overflow or to vanish.
@@ -20,7 +22,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     entries included. On an accelerator nothing is read back to the host.
 
     Args:
-        tensors: real tensors of any shapes, floating dtypes and devices.
+        tensors: real tensors of any shapes, floating dtypes and devices; of sharded ones (``DTensor``), each counts as
+            a whole, and every rank must ask.
 
     Returns:
         A 0-dim tensor, on an accelerator if any of the tensors is; float64 (float32 where the device has none).
@@ -29,6 +32,16 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(5., dtype=torch.float64)
     """
+    if not any(is_sharded(t) for t in tensors):
+        return _norm_here(tensors)
+    tensors = [settled(t) for t in tensors]
+    kinds = by_spread(tensors)
+    parts = [over_ranks(_norm_here([local(tensors[i]) for i in at]).square(), kind) for kind, at in kinds.items()]
+    return torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt()
+
+
+def _norm_here(tensors: Sequence[Tensor]) -> Tensor:
+    """The norm of what lies on this rank."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
     home = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
@@ -52,7 +65,7 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     accelerator nothing is read back to the host.
 
     Args:
-        xs: real tensors of any shapes, floating dtypes and devices.
+        xs: real tensors of any shapes, floating dtypes and devices; sharded ones count as a whole.
         ys: as many, of the same shapes, on the same devices.
 
     Returns:
@@ -61,6 +74,17 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     >>> dot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([4.0, 5.0]), torch.tensor(-1.0)])
     tensor(11., dtype=torch.float64)
     """
+    if not any(is_sharded(x) for x in xs):
+        return _dot_here(xs, ys)
+    xs, total = [settled(x) for x in xs], torch.zeros((), dtype=torch.float64)
+    for kind, at in by_spread(xs).items():
+        part = _dot_here([local(xs[i]) for i in at], [local(ys[i], like=xs[i]) for i in at])
+        total = total.to(part.device) + over_ranks(part, kind)
+    return total
+
+
+def _dot_here(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """The inner product of what lies on this rank."""
     home = next((x.device for x in xs if x.device.type != "cpu"), torch.device("cpu"))
     total = torch.zeros((), dtype=accumulator(home), device=home)
     pieces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
@@ -119,7 +143,8 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
     [tensor([2., 3.])]
     """
     kinds: dict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-    for t, d in zip(targets, directions, strict=True):
+    for target, direction in zip(targets, directions, strict=True):
+        t, d = local(target), _here(direction, target)
         ts, ds = kinds.setdefault((t.device, t.dtype, _is_fusible(t) and _is_fusible(d)), ([], []))
         ts.append(t)
         ds.append(d)
@@ -132,6 +157,20 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
             # In half precision alpha itself would be rounded, and beyond 65504 be infinite: multiply in float32.
             for t, d in zip(ts, ds, strict=True):
                 t.add_(d.float() * alpha.to(device, torch.float32))
+
+
+def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy in place, each value into its target, in few kernels."""
+    if targets:
+        here = [_here(value, target) for value, target in zip(values, targets, strict=True)]
+        torch._foreach_copy_([local(target) for target in targets], here)
+
+
+def _here(value: Tensor, target: Tensor) -> Tensor:
+    """What this rank holds of a value, laid out as the target."""
+    if is_sharded(target) and not is_sharded(value):
+        value = part_of(value, target)
+    return local(value, like=target)
 
 
 def _is_fusible(tensor: Tensor) -> bool:

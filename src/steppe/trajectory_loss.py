@@ -15,7 +15,8 @@ from torch.optim import Optimizer
 
 from steppe import papers
 from steppe.notices import warn
-from steppe.tensors import as_real
+from steppe.shards import foreach
+from steppe.tensors import as_real, copy_
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What is counted on the host would be lost, or compiled anew at every epoch.
@@ -368,13 +369,14 @@ class MESA(nn.Module):
         moving = [t.is_floating_point() or t.is_complex() for t in averages]
         pairs = list(zip(averages, weights, moving, strict=True))
         if any(moving):
-            torch._foreach_lerp_(
+            foreach(
+                torch._foreach_lerp_,
                 [as_real(v) for v, _, moves in pairs if moves],
                 [as_real(w.detach()) for _, w, moves in pairs if moves],
-                1 - self.beta,
+                weight=1 - self.beta,
             )
         if not all(moving):
-            torch._foreach_copy_([v for v, _, moves in pairs if not moves], [w for _, w, moves in pairs if not moves])
+            copy_([v for v, _, moves in pairs if not moves], [w for _, w, moves in pairs if not moves])
         self.updates += 1
 
     def _follow(self, optimizer: Optimizer) -> None:

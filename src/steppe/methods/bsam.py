@@ -14,6 +14,7 @@ from steppe.draws import normal
 from steppe.methods.method import Elsewhere, Method
 from steppe.rules import Ascent, Point
 from steppe.sam import Closure, Params, Stage, Walk
+from steppe.shards import foreach
 from steppe.tensors import as_real
 
 
@@ -23,7 +24,7 @@ class Natural:
 
     def __call__(self, at: Point) -> Ascent:
         """Return the climb from w."""
-        return Ascent(list(torch._foreach_div(list(at.gradients), [state["scale"] for state in at.base_state])))
+        return Ascent(foreach(torch._foreach_div, at.gradients, [state["scale"] for state in at.base_state]))
 
 
 @dataclass(frozen=True)
@@ -81,16 +82,16 @@ class Posterior(Optimizer):
             weights = [as_real(p) for p in members]
             (beta1, beta2), delta = group["betas"], group["weight_decay"]
             # g_m <- beta1 g_m + (1 - beta1) (g_e + delta w)
-            to = list(torch._foreach_add(g_e, weights, alpha=delta))
-            torch._foreach_lerp_(momentum, _unless(bad, to, momentum), 1 - beta1)
+            to = foreach(torch._foreach_add, g_e, weights, alpha=delta)
+            foreach(torch._foreach_lerp_, momentum, _unless(bad, to, momentum), weight=1 - beta1)
             # s <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)
-            to = list(torch._foreach_mul(torch._foreach_sqrt(scale), sizes))
-            torch._foreach_add_(to, delta + group["damping"])
-            torch._foreach_lerp_(scale, _unless(bad, to, scale), 1 - beta2)
+            to = foreach(torch._foreach_mul, foreach(torch._foreach_sqrt, scale), sizes)
+            foreach(torch._foreach_add_, to, scalar=delta + group["damping"])
+            foreach(torch._foreach_lerp_, scale, _unless(bad, to, scale), weight=1 - beta2)
             # w <- w - alpha g_m / s
-            step = list(torch._foreach_div(momentum, scale))
-            torch._foreach_mul_(step, group["lr"])
-            torch._foreach_sub_(weights, _unless(bad, step, [t.new_zeros(()) for t in step]))
+            step = foreach(torch._foreach_div, momentum, scale)
+            foreach(torch._foreach_mul_, step, scalar=group["lr"])
+            foreach(torch._foreach_sub_, weights, _unless(bad, step, [t.new_zeros(()) for t in step]))
         return None
 
 
@@ -232,9 +233,9 @@ class BSAM(Method):
         for group in self.param_groups:
             around = [p for p in group["params"] if p in noise]
             if around:
-                widths = torch._foreach_sqrt([self.state[p]["scale"] * group["n_data"] for p in around])
+                widths = foreach(torch._foreach_sqrt, [self.state[p]["scale"] * group["n_data"] for p in around])
                 one = torch.ones((), device=around[0].device)
-                self._engine.displace(around, one, torch._foreach_div([noise[p] for p in around], widths))
+                self._engine.displace(around, one, foreach(torch._foreach_div, [noise[p] for p in around], widths))
 
 
 def _unless(bad: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:

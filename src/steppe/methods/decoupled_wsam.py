@@ -12,6 +12,7 @@ from steppe.combinations import Weighted
 from steppe.methods.method import Method
 from steppe.rules import Point
 from steppe.sam import Walk
+from steppe.shards import foreach
 from steppe.tensors import add_scaled_, as_real, norm, reciprocal
 
 
@@ -28,7 +29,7 @@ class Apart(Weighted):
         if not perturbed:
             return at.gradients
         g, g_s = list(at.gradients), list(perturbed)
-        self.sharpness.update(zip(at.parameters, torch._foreach_sub(g_s, g), strict=True))
+        self.sharpness.update(zip(at.parameters, foreach(torch._foreach_sub, g_s, g), strict=True))
         smallest = min(range(len(g)), key=lambda i: g[i].numel())
         bad = norm(g_s).isfinite().logical_not()
         g[smallest] = g[smallest].masked_fill(bad.to(g[smallest].device), float("nan"))

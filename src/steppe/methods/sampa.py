@@ -13,6 +13,7 @@ from steppe.methods.method import Elsewhere, Method
 from steppe.perturbations import L2
 from steppe.rules import Perturbation, Point, climbs, needs_gradient
 from steppe.sam import Stage, Walk
+from steppe.shards import foreach
 from steppe.tensors import accumulator, as_real, norm
 
 _Batch = TypeVar("_Batch")
@@ -239,7 +240,7 @@ class SAMPa(Method):
 
     def _mix(self, g_x: list[Tensor], g_y: list[Tensor], members: list[Tensor]) -> None:
         """Make .grad what goes down."""
-        self._engine.gradients.set(members, torch._foreach_lerp(g_x, g_y, self.lmbda) if members else [])
+        self._engine.gradients.set(members, foreach(torch._foreach_lerp, g_x, g_y, weight=self.lmbda))
 
     @torch.no_grad()
     def _move_to_y(self) -> None:

@@ -1,0 +1,111 @@
+"""Tensors of which each rank holds a part (``DTensor``: FSDP2, tensor parallelism): the part here, and the whole.
+
+Everything else in the package sees them as ordinary tensors. A plain tensor is its own part and its own whole, so
+nothing here costs anything, or imports anything, where nobody shards.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor
+
+Spread: TypeAlias = tuple[Any, tuple[int, ...]]
+"""A mesh of ranks, and those of its dimensions along which a tensor is cut."""
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether it is a ``DTensor``, replicated ones included."""
+    if type(tensor) is Tensor or type(tensor) is torch.nn.Parameter:
+        return False
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
+
+
+def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
+    """Return the part that this rank holds, in the same storage; of a part laid out otherwise than ``like``'s, a copy.
+
+    >>> x = torch.ones(2)
+    >>> local(x) is x
+    True
+    """
+    if not is_sharded(tensor):
+        return tensor
+    if like is not None and is_sharded(like) and tensor.placements != like.placements:  # type: ignore[attr-defined]
+        tensor = tensor.redistribute(like.device_mesh, like.placements)  # type: ignore[attr-defined]
+    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return part
+
+
+def settled(tensor: Tensor) -> Tensor:
+    """Return it without pending sums: a gradient may still be the ranks' summands."""
+    if not is_sharded(tensor) or not any(p.is_partial() for p in tensor.placements):  # type: ignore[attr-defined]
+        return tensor
+    from torch.distributed.tensor import Replicate
+
+    to = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
+    settled: Tensor = tensor.redistribute(tensor.device_mesh, to)  # type: ignore[attr-defined]
+    return settled
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Return all of it, on every rank; every rank must ask."""
+    full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
+    return full
+
+
+def part_of(full: Tensor, like: Tensor) -> Tensor:
+    """Cut a tensor that every rank has, so that each keeps what it holds of ``like``; nothing is sent."""
+    if not is_sharded(like):
+        return full
+    from torch.distributed.tensor import distribute_tensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return distribute_tensor(full, mesh, placements, src_data_rank=None)
+
+
+def foreach(operation: Callable[..., Any], *lists: Sequence[Tensor], **options: Any) -> list[Tensor]:
+    """Apply one of ``torch._foreach_*`` to lists in which plain and sharded tensors may stand side by side.
+
+    Tensors of the lists come first, scalars by keyword.
+
+    >>> foreach(torch._foreach_add, [torch.ones(1)], [torch.ones(1)], alpha=2.0)
+    [tensor([3.])]
+    """
+    sharded = [any(is_sharded(t) for t in row) for row in zip(*lists, strict=True)]
+    if not any(sharded) or all(sharded):
+        return list(operation(*map(list, lists), **options)) if sharded else []
+    results: list[Tensor] = list(lists[0])
+    for kind in (False, True):
+        here = [i for i, is_one in enumerate(sharded) if is_one is kind]
+        found = operation(*([tensors[i] for i in here] for tensors in lists), **options)
+        for i, result in zip(here, found, strict=True):
+            results[i] = result
+    return results
+
+
+def by_spread(tensors: Sequence[Tensor]) -> dict[Spread | None, list[int]]:
+    """Return the positions of the tensors that are cut alike; under None, of those that every rank has whole."""
+    kinds: dict[Spread | None, list[int]] = {}
+    for position, tensor in enumerate(tensors):
+        kinds.setdefault(_spread(tensor), []).append(position)
+    return kinds
+
+
+def over_ranks(summand: Tensor, spread: Spread | None) -> Tensor:
+    """Return the sum over all ranks along which the tensors are cut."""
+    if spread is None:
+        return summand
+    from torch.distributed.tensor import DTensor, Partial, Replicate
+
+    mesh, cut = spread
+    placements = [Partial() if dim in cut else Replicate() for dim in range(mesh.ndim)]
+    return DTensor.from_local(summand, mesh, placements, run_check=False).full_tensor()
+
+
+def _spread(tensor: Tensor) -> Spread | None:
+    if not is_sharded(tensor):
+        return None
+    cut = tuple(dim for dim, p in enumerate(tensor.placements) if p.is_shard())  # type: ignore[attr-defined]
+    return (tensor.device_mesh, cut) if cut else None  # type: ignore[attr-defined]
