@@ -1,0 +1,6 @@
+"""The tests of several processes share the problems and checks of the tests above them."""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parent.parent))

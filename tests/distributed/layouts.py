@@ -1,0 +1,119 @@
+"""One small problem, and the ways to lay its network out over processes; each must train as one process does."""
+
+import warnings
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.nn.parallel import DistributedDataParallel
+
+import steppe
+from steppe.shards import whole
+from test_variants import OWN, VARIANTS
+
+Make = Callable[[nn.Module], steppe.SAM]
+SEEN = 8  # samples a step, of all processes together
+
+
+def network(seed: int = 0) -> nn.Sequential:
+    """7 is odd, so that its shards are of unequal size."""
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+
+
+def samples(step: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return torch.randn(SEEN, 5, generator=generator, dtype=torch.float64), torch.randint(3, (SEEN,), generator=generator)
+
+
+def mine(*tensors: Tensor) -> list[Tensor]:
+    """This process's part of the samples; all of them where there is one process."""
+    if not dist.is_initialized():
+        return list(tensors)
+    return [t.chunk(dist.get_world_size())[dist.get_rank()] for t in tensors]
+
+
+def plain(model: nn.Module) -> nn.Module:
+    return model
+
+
+def ddp(model: nn.Module, **options) -> nn.Module:
+    return DistributedDataParallel(model, **options)
+
+
+def fsdp(model: nn.Module) -> nn.Module:
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    for layer in (model[0], model[3]):
+        fully_shard(layer, mesh=mesh)
+    return fully_shard(model, mesh=mesh)
+
+
+class Partly(nn.Module):
+    """Sharded and plain parameters in one network; the plain ones' gradients are averaged by hand."""
+
+    def __init__(self, model: nn.Sequential) -> None:
+        super().__init__()
+        self.layers = model
+        fully_shard(model[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+        for p in model[1:].parameters():
+            p.register_post_accumulate_grad_hook(_averaged)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layers(x)
+
+
+def _averaged(p: Tensor) -> None:
+    dist.all_reduce(p.grad)
+    p.grad /= dist.get_world_size()
+
+
+def tensor_parallel(model: nn.Module) -> nn.Module:
+    """All processes see all samples, and each has half of two layers' weights."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    return parallelize_module(model, mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
+
+
+LAYOUTS = {"ddp": ddp, "fsdp2": fsdp, "partly": Partly, "tensor parallel": tensor_parallel}
+
+
+def named(name: str, *, rho: float = 0.1, **more) -> Make:
+    """The named method, around SGD with momentum."""
+    given = (VARIANTS | OWN)[name][0]
+
+    def make(model: nn.Module) -> steppe.SAM:
+        base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+        return getattr(steppe.variants, name)(base, **{"rho": rho, **given, **more}, model=model)
+
+    return make
+
+
+def train(layout: Callable[[nn.Module], nn.Module], make: Make, steps: int, *, whole_batch: bool = False) -> list[Tensor]:
+    """The weights after so many steps, all of them on every process."""
+    model = layout(network())
+    optimizer = make(model)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message=".*_shard_tensor.*|.*redistribut.*")
+        run(model, optimizer, range(steps), whole_batch=whole_batch)
+    return weights(model)
+
+
+def run(model: nn.Module, optimizer: steppe.SAM, steps: range, *, whole_batch: bool = False) -> None:
+    for step in steps:
+        x, y = samples(step) if whole_batch else mine(*samples(step))
+
+        def closure(x=x, y=y):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(model(x), y)
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+
+def weights(model: nn.Module) -> list[Tensor]:
+    return [whole(p.detach()).clone() for p in model.parameters()]

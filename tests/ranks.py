@@ -1,0 +1,78 @@
+"""Processes that train one model together (gloo, on this machine), kept for many tests: starting one takes seconds."""
+
+import atexit
+import contextlib
+import datetime
+import functools
+import multiprocessing
+import tempfile
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+_SILENT = datetime.timedelta(seconds=60)
+
+
+class RankFailed(AssertionError):
+    """What was raised in one of the processes, with its traceback."""
+
+
+class Ranks:
+    """``size`` processes with one process group."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        spawn = multiprocessing.get_context("spawn")
+        store = tempfile.mktemp(prefix="steppe-ranks-")
+        self._pipes, self._processes = [], []
+        for rank in range(size):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
+        """``function(*args)`` in every process; what each gives back, by rank."""
+        for pipe in self._pipes:
+            pipe.send((function, args))
+        answers = [pipe.recv() for pipe in self._pipes]
+        failures = [f"rank {rank}:\n{trace}" for rank, (trace, _) in enumerate(answers) if trace]
+        if failures:
+            self.close()
+            together.cache_clear()
+            raise RankFailed("\n".join(failures))
+        return [result for _, result in answers]
+
+    def close(self) -> None:
+        for pipe in self._pipes:
+            with contextlib.suppress(OSError):
+                pipe.send(None)
+        for process in self._processes:
+            process.join(5)
+            process.kill()
+
+
+@functools.cache
+def together(size: int = 2) -> Ranks:
+    ranks = Ranks(size)
+    atexit.register(ranks.close)
+    return ranks
+
+
+def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("error", UserWarning)
+    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=size, timeout=_SILENT)
+    while (task := pipe.recv()) is not None:
+        function, args = task
+        try:
+            pipe.send((None, function(*args)))
+        except BaseException:
+            pipe.send((traceback.format_exc(), None))
+    dist.destroy_process_group()
