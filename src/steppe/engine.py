@@ -11,29 +11,32 @@ from steppe.checkpoints import RHO, parameters, take_over
 from steppe.displacement import Displacement
 from steppe.gradients import Gradients
 from steppe.passes import Protection
+from steppe.ranks import OneForAll, Ranks
 from steppe.rules import Ascent, Combination, Memory, Perturbation, Point, climbs, needs_gradient
 
 
 class Engine:
     """What happens to weights, gradients and surroundings within one step; when, is for the caller to know."""
 
-    def __init__(self, base: Optimizer, model: nn.Module | None, *, replay_rng: bool) -> None:
+    def __init__(self, base: Optimizer, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         self._base = base
         self._displacement = Displacement()
         self._climbers: list[Tensor] | None = None
         self._climbed: Ascent | None = None
         self._clean: list[Tensor] = []
         self.gradients = Gradients(base)
-        self.protect(model, replay_rng=replay_rng)
+        self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
         self.memory: Memory = {}
         """What the rules keep from step to step."""
         self.steps = 0
         """How many steps were taken."""
         self.take_over()
 
-    def protect(self, model: nn.Module | None, *, replay_rng: bool) -> None:
+    def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         """Look after what a second pass must leave alone; again when the base has got more parameters."""
-        self.protection = Protection(model, parameters(self._base), replay_rng=replay_rng)
+        owned = list(parameters(self._base))
+        self.ranks = Ranks(model, owned, per_rank=per_rank)
+        self.protection = Protection(model, owned, replay_rng=replay_rng)
 
     def take_over(self) -> None:
         """Take memory and step counter from a checkpoint that was loaded into the base."""
@@ -53,6 +56,14 @@ class Engine:
             anchor=next(parameters(self._base), None),
         )
 
+    @torch.no_grad()
+    def point_to_climb(self) -> Point:
+        """Where we stand after the first pass, for a rule that is to say where to climb."""
+        members = self.ranks.holders(self.gradients.holders(), list(parameters(self._base)))
+        self.gradients.fill(members)
+        at = self.point(members)
+        return replace(at, memory=OneForAll()) if self.ranks.per_rank else at
+
     def point_ahead(self) -> Point:
         """Where we stand before any pass: with every trainable parameter, and no gradients."""
         members = dict.fromkeys(p for p in parameters(self._base) if p.requires_grad)
@@ -67,7 +78,8 @@ class Engine:
         """Where we stand after the pass at w + e, when a further climb is to come: with those who climbed before."""
         climbers, climbed = self._climbers or [], self._climbed
         self.gradients.fill(climbers)
-        return replace(self.point(climbers), climbed=climbed)
+        memory = OneForAll() if self.ranks.per_rank else self.memory
+        return replace(self.point(climbers), climbed=climbed, memory=memory)
 
     @torch.no_grad()
     def climb(self, at: Point, perturbation: Perturbation, *, keep_clean: bool, ahead: bool = False) -> None:
@@ -81,16 +93,17 @@ class Engine:
             self._clean = [g.clone() for g in at.gradients] if keep_clean else []
         try:
             if not ahead:
-                finite = self.gradients.note(at.gradient_norm, further=further)
+                finite = self.gradients.note(self.ranks.all(at.gradient_norm.isfinite()), further=further)
                 self.protection.second_pass()
                 if finite.is_cpu and not finite:
                     return  # this step will be skipped: no rule is to remember such a gradient
             if at.parameters:
                 self.move(at, perturbation)
+                self.ranks.mean_(self._clean if not further else [])
         except BaseException:
             self.come_back()
             raise
-        torch.clear_autocast_cache()  # else an open autocast region would run the second pass on its casts of w
+        self.moved()
 
     def move(self, at: Point, perturbation: Perturbation) -> None:
         """Move the weights to w + e(at)."""
@@ -114,7 +127,12 @@ class Engine:
         """Bring the weights back to w, and end the second pass; without a climb before, do nothing."""
         self._displacement.restore()
         self.protection.end()
-        torch.clear_autocast_cache()
+        self.moved()
+
+    def moved(self) -> None:
+        """Drop copies of the weights that others have made, or the next pass would run on them."""
+        torch.clear_autocast_cache()  # the casts of an open autocast region
+        self.ranks.moved()
 
     def give_up(self) -> None:
         """Come back, and forget the step."""

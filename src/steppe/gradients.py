@@ -64,9 +64,8 @@ class Gradients:
             smallest.masked_fill_(self._so_far_finite.logical_not().to(smallest.device), float("nan"))
         self._so_far_finite = None
 
-    def note(self, norm_at_climb: Tensor, *, further: bool) -> Tensor:
+    def note(self, finite: Tensor, *, further: bool) -> Tensor:
         """Remember whether the gradient that a climb starts with, and those of this step before it, were finite."""
-        finite = torch.isfinite(norm_at_climb)
         if further and self._so_far_finite is not None:
             finite = finite & self._so_far_finite
         self._so_far_finite = finite
@@ -160,4 +159,5 @@ class Gradients:
 
 def _same(a: Tensor, b: Tensor) -> bool:
     """Whether they are views of the same memory in the same way."""
-    return a is b or (a._base is not None and a._base is b._base and a.shape == b.shape)
+    one_base = a._base is not None and a._base is b._base
+    return a is b or (one_base and a.shape == b.shape and a.storage_offset() == b.storage_offset())

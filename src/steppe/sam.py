@@ -3,6 +3,7 @@
 import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from types import TracebackType
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar, overload
 from weakref import WeakSet
@@ -61,12 +62,18 @@ class SAM(Optimizer):
         combination: which gradient goes down.
         cadence: at which steps to climb.
         replay_rng: let the second pass draw the same random numbers (dropout masks, ...) as the first.
+        per_rank: with a ``DistributedDataParallel`` model, let every rank climb along the gradient of its own samples
+            (m-sharpness, m = the samples of a rank: the SAM paper's setting), and average the gradients that they find
+            there. It saves the first pass's communication. Without it, all ranks climb together, as one process would
+            on all samples.
 
     The class form ``SAM(params, BaseClass, rho=..., **kwargs)`` builds the base from its class.
 
     Raises:
-        ValueError: a rho that is negative or not finite, no parameters, a model that does not hold them.
-        TypeError: a base that is not an optimizer, or that needs its own closure (LBFGS).
+        ValueError: a rho that is negative or not finite, no parameters, a model that does not hold them; ``per_rank``
+            with a model or rules that cannot do it.
+        TypeError: a base that is not an optimizer, or that needs its own closure (LBFGS); an engine under which SAM
+            would be silently wrong (FSDP1, DeepSpeed).
 
     A step whose gradient is not finite in either pass is skipped, and counted in :attr:`skipped_steps`. On an
     accelerator that is decided without synchronisation: exactly by a base that takes ``found_inf`` (``fused=True``);
@@ -92,6 +99,7 @@ class SAM(Optimizer):
     combination: Combination
     cadence: Cadence
     replay_rng: bool
+    per_rank: bool
     _said_plain = False
     _walking: "Walk | None"
 
@@ -106,6 +114,7 @@ class SAM(Optimizer):
         combination: Combination = _G_S,
         cadence: Cadence = _EVERY_STEP,
         replay_rng: bool = True,
+        per_rank: bool = False,
     ) -> None: ...
 
     @overload
@@ -120,6 +129,7 @@ class SAM(Optimizer):
         combination: Combination = _G_S,
         cadence: Cadence = _EVERY_STEP,
         replay_rng: bool = True,
+        per_rank: bool = False,
         **kwargs: Any,
     ) -> None: ...
 
@@ -131,6 +141,7 @@ class SAM(Optimizer):
         combination: Combination = _G_S,
         cadence: Cadence = _EVERY_STEP,
         replay_rng: bool = True,
+        per_rank: bool = False,
         **kwargs: Any,
     ) -> None:
         base, rho = base_and_rho(*args, **kwargs)
@@ -143,14 +154,17 @@ class SAM(Optimizer):
             for group in base.param_groups:
                 group.pop(RHO, None)  # an earlier wrapper's radius: this one's argument is meant
         _wrapped.add(base)
+        if per_rank and (needs_gradient(cadence) or not needs_gradient(perturbation)):
+            raise ValueError(_apart(perturbation, cadence))
         slots = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
-        self.__setstate__({"base": base, "rho": rho, "model": model, "replay_rng": replay_rng, **slots})
+        options = {"replay_rng": replay_rng, "per_rank": per_rank}
+        self.__setstate__({"base": base, "rho": rho, "model": model, **options, **slots})
         for group in base.param_groups:
             group.setdefault(RHO, rho)
         check_groups(base.param_groups, base.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("base", "rho", "model", "replay_rng", "perturbation", "combination", "cadence")
+        kept = ("base", "rho", "model", "replay_rng", "per_rank", "perturbation", "combination", "cadence")
         engine = self._engine
         return {**{name: self.__dict__[name] for name in kept}, "memory": engine.memory, "steps": engine.steps}
 
@@ -158,7 +172,7 @@ class SAM(Optimizer):
         self.base = state["base"]  # first: what torch sets up looks at our defaults, which are the base's
         super().__setstate__({name: value for name, value in state.items() if name not in ("memory", "steps")})
         self._stage, self._walking = Stage.AT_W, None
-        self._engine = Engine(self.base, self.model, replay_rng=self.replay_rng)
+        self._engine = Engine(self.base, self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
         self._engine.memory = state.get("memory", self._engine.memory)
         self._engine.steps = state.get("steps", self._engine.steps)
 
@@ -196,7 +210,7 @@ class SAM(Optimizer):
         group = {RHO: self.rho, **param_group}
         check_groups([group], self.defaults)
         self.base.add_param_group(group)
-        self._engine.protect(self.model, replay_rng=self.replay_rng)
+        self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
 
     @property
     def walk(self) -> "Walk | None":
@@ -292,12 +306,17 @@ class SAM(Optimizer):
                 f"first_step() with {self.perturbation}: it climbs without the gradient at w, so its only pass comes "
                 "after the climb, and the backward before first_step() would be lost. Use passes() or step(closure)"
             )
+        if self.per_rank:
+            raise RuntimeError(
+                "first_step() with per_rank=True: the backward before it has averaged the ranks' gradients already. "
+                "Use passes() or step(closure), which keep them apart"
+            )
         if climbs(self.perturbation) > 1:
             raise RuntimeError(
                 f"first_step() with {self.perturbation}: it climbs {climbs(self.perturbation)} times a step, and the "
                 "classic API has a place for one climb. Use passes() or step(closure)"
             )
-        at = self._engine.point()
+        at = self._engine.point_to_climb()
         if self.cadence(at):
             self._climb(at)
         self._stage = Stage.CLIMBED
@@ -349,7 +368,7 @@ class SAM(Optimizer):
         """A pass at w, and one at the end of each climb."""
         planned = None if needs_gradient(self.cadence) else self.cadence(self._engine.point_before())
         yield from self._walk(Walk(self, goes_down=None if planned is None else not planned))
-        at: Point | None = self._engine.point()
+        at: Point | None = self._engine.point_to_climb()
         if planned is None and at is not None:
             planned = self.cadence(at)
         for left in reversed(range(climbs(self.perturbation) if planned else 0)):
@@ -462,6 +481,14 @@ class SAM(Optimizer):
         return f"{type(self).__name__}({rules}, base={self.base!r})"
 
 
+def _apart(perturbation: Perturbation, cadence: Cadence) -> str:
+    if needs_gradient(perturbation):
+        why = f"{cadence} decides by the gradient at w, which differs between the ranks: some would climb, others wait"
+    else:
+        why = f"{perturbation} does not look at the gradient, so every rank climbs alike (Random: give each a seed)"
+    return f"per_rank=True: {why}. Leave per_rank out, or take other rules"
+
+
 class Walk:
     """The context of one pass: the climb on entry (if it is not the first), and the way back, also on an exception."""
 
@@ -479,6 +506,7 @@ class Walk:
         """Whether its gradient is the step's last one; None where the cadence decides by that gradient."""
         self.done = False
         """Whether it was run."""
+        self._apart: AbstractContextManager[Any] = nullcontext()
 
     def __enter__(self) -> Self:
         if self.done:
@@ -492,6 +520,8 @@ class Walk:
             sam._engine.protection.first_pass()
         try:
             Optimizer.zero_grad(sam)
+            self._apart = sam._engine.ranks.pass_to(goes_down=self.goes_down)
+            self._apart.__enter__()
         except BaseException:  # a Ctrl-C here would find no __exit__ yet
             sam._engine.come_back()
             raise
@@ -500,6 +530,7 @@ class Walk:
 
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
         self.done = True
+        self._apart.__exit__(None, None, None)
         sam = self._optimizer
         sam._walking = None
         sam._engine.come_back()

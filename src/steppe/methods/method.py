@@ -3,8 +3,6 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, Self
 
-import torch
-
 from steppe.notices import called_by_scaler
 from steppe.sam import SAM, Walk
 
@@ -14,6 +12,14 @@ class Method(SAM):
 
     _own: ClassVar[tuple[str, ...]] = ()
     """The hyperparameters that a copy keeps, beyond those of SAM."""
+
+    def __init__(self, *args: Any, per_rank: bool = False, **kwargs: Any) -> None:
+        if per_rank:
+            raise ValueError(
+                f"per_rank=True with {type(self).__name__}, whose passes are its own: leave it out, and all ranks climb "
+                "together, as one process would"
+            )
+        super().__init__(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._own}}
@@ -38,7 +44,7 @@ class Elsewhere(Walk):
         try:
             if not self.done:
                 self._move()
-                torch.clear_autocast_cache()  # else an open autocast region would run the pass on its casts of w
+                self._optimizer._engine.moved()
             return super().__enter__()
         except BaseException:
             self._optimizer._engine.come_back()
