@@ -44,9 +44,19 @@ class Ranks:
             )
 
     def pass_to(self, *, goes_down: bool | None) -> AbstractContextManager[Any]:
-        """The context of one pass: a gradient that only says where to climb stays the rank's own."""
+        """The context of one pass: a gradient that only says where to climb stays the rank's own.
+
+        Raises:
+            RuntimeError: a static graph that has seen no backward yet.
+        """
         if not self.per_rank or goes_down or self._replica is None:
             return nullcontext()
+        if self._replica.static_graph and not getattr(self._replica, "_static_graph_delay_allreduce_enqueued", True):
+            raise RuntimeError(
+                "per_rank=True with static_graph=True: torch learns the graph from a backward that averages the "
+                "gradients, and the first pass is one that does not. Before the first step, run one forward and "
+                "backward of the model outside of passes(), and clear the gradients"
+            )
         return self._replica.no_sync()
 
     def moved(self) -> None:

@@ -16,8 +16,8 @@ class Method(SAM):
     def __init__(self, *args: Any, per_rank: bool = False, **kwargs: Any) -> None:
         if per_rank:
             raise ValueError(
-                f"per_rank=True with {type(self).__name__}, whose passes are its own: leave it out, and all ranks climb "
-                "together, as one process would"
+                f"per_rank=True with {type(self).__name__}, whose passes are its own: leave it out, and all ranks "
+                "climb together, as one process would"
             )
         super().__init__(*args, **kwargs)
 

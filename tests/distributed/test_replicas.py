@@ -1,0 +1,347 @@
+"""C21, C22: replicas that climb together train as one process does; those that climb apart, as m-sharpness says."""
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import nn
+from torch.distributed.nn.functional import all_reduce
+
+import steppe
+from layouts import SEEN, ddp, mine, named, network, plain, run, samples, train, weights
+from ranks import together
+from support import DRIVES, bits
+
+OPTIONS = {
+    "static graph": {"static_graph": True},
+    "unused parameters": {"find_unused_parameters": True},
+    "bucket views": {"gradient_as_bucket_view": True},
+    "static graph, bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
+}
+SOME = ["sam", "gsam", "looksam", "friendly_sam", "msam", "lookbehind_sam", "sampa"]
+
+
+def close(found, expected):
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
+
+
+# All ranks climb together.
+
+
+def with_options(name, options):
+    return train(lambda model: ddp(model, **options), named(name), 4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("name", SOME)
+def test_one_perturbation_for_all_equals_one_process(name, options):
+    expected = train(plain, named(name), 4)
+    for found in together()(with_options, name, OPTIONS[options]):
+        close(found, expected)
+
+
+class Partial(nn.Module):
+    """One branch of two is in use."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.other = network(), nn.Linear(5, 3).double()
+
+    def forward(self, x):
+        return self.layers(x)
+
+
+def with_an_unused_branch():
+    model = ddp(Partial(), find_unused_parameters=True)
+    optimizer = named("gsam")(model)
+    run(model, optimizer, range(3))
+    return weights(model), [p.grad is None for p in model.module.other.parameters()]
+
+
+def test_unused_parameters_stay_unused():
+    model = Partial()
+    run(model, named("gsam")(model), range(3))
+    for found, unused in together()(with_an_unused_branch):
+        close(found, weights(model))
+        assert unused == [True, True]
+
+
+def driven(drive):
+    model = ddp(network())
+    optimizer = named("sam")(model)
+    x, y = mine(*samples(0))
+    for _ in range(3):
+        DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
+    return weights(model)
+
+
+@pytest.mark.parametrize("drive", DRIVES)
+def test_every_way_to_drive_a_step(drive):
+    model = network()
+    optimizer = named("sam")(model)
+    x, y = samples(0)
+    for _ in range(3):
+        DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
+    for found in together()(driven, drive):
+        close(found, weights(model))
+
+
+def micro_batches_without_sync():
+    """The usual way to save communication: gradients meet at the last micro-batch of each pass."""
+    model = ddp(network())
+    optimizer = named("gsam")(model)
+    x, y = mine(*samples(0))
+    for _ in range(3):
+        for walk in optimizer.passes():
+            with walk:
+                with model.no_sync():
+                    (F.cross_entropy(model(x[:2]), y[:2]) / 2).backward()
+                (F.cross_entropy(model(x[2:]), y[2:]) / 2).backward()
+        optimizer.step()
+    return weights(model)
+
+
+def test_accumulation_with_no_sync_inside_a_walk_is_one_big_batch():
+    model = network()
+    optimizer = named("gsam")(model)
+    x, y = samples(0)
+    for _ in range(3):
+        DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
+    for found in together()(micro_batches_without_sync):
+        close(found, weights(model))
+
+
+class SynchronisedNorm(nn.BatchNorm1d):
+    """SyncBatchNorm, which has no kernels for CPUs: the same statistics by two all-reduces."""
+
+    def forward(self, x):
+        if not self.training:
+            return super().forward(x)
+        n = len(x) * dist.get_world_size()
+        mean = all_reduce(x.sum(0)) / n
+        variance = all_reduce((x - mean).square().sum(0)) / n
+        with torch.no_grad():
+            self.num_batches_tracked += 1
+            self.running_mean.lerp_(mean, self.momentum)
+            self.running_var.lerp_(variance * n / (n - 1), self.momentum)
+        return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
+
+
+def normed(norm):
+    model = network()
+    model[1] = norm(7).double()
+    return model
+
+
+def with_synchronised_norms():
+    model = ddp(normed(SynchronisedNorm))
+    run(model, named("sam")(model), range(4))
+    return weights(model), list(model.buffers())
+
+
+def test_synchronised_batch_norm_sees_one_batch_and_is_moved_by_one_pass():
+    model = normed(nn.BatchNorm1d)
+    run(model, named("sam")(model), range(4))
+    for found, buffers in together()(with_synchronised_norms):
+        close(found, weights(model))
+        close(buffers, list(model.buffers()))
+        assert buffers[-1] == 4
+
+
+# Each rank climbs by itself.
+
+
+def apart(name, steps, options, more):
+    return train(lambda model: warmed(ddp(model, **options)), named(name, per_rank=True, **more), steps)
+
+
+def warmed(model):
+    """A static graph is learned from one ordinary backward."""
+    if model.static_graph:
+        model(samples(0)[0]).sum().backward()
+        model.zero_grad()
+    return model
+
+
+def by_hand(steps, *, direction, combine=lambda g, g_s: g_s, rho=0.1):
+    """m-sharpness in the paper's notation: e_r from the samples of rank r, the mean of the gradients found there."""
+    model = network()
+    params = list(model.parameters())
+    base = torch.optim.SGD(params, lr=0.1, momentum=0.9)
+    for step in range(steps):
+        x, y = samples(step)
+        w = [p.detach().clone() for p in params]
+        parts = [(x[:4], y[:4]), (x[4:], y[4:])]
+        clean = [torch.autograd.grad(F.cross_entropy(model(a), b), params) for a, b in parts]
+        there = []
+        for g, (a, b) in zip(clean, parts, strict=True):
+            with torch.no_grad():
+                for p, value, d in zip(params, w, direction(w, g), strict=True):
+                    p.copy_(value + rho * d)
+            there.append(torch.autograd.grad(F.cross_entropy(model(a), b), params))
+        with torch.no_grad():
+            for p, value in zip(params, w, strict=True):
+                p.copy_(value)
+        means = [[(a + b) / 2 for a, b in zip(*both, strict=True)] for both in (clean, there)]
+        for p, d in zip(params, combine(*means), strict=True):
+            p.grad = d
+        base.step()
+    return [p.detach() for p in params]
+
+
+def along_g(w, g):
+    length = torch.cat([p.flatten() for p in g]).norm()
+    return [p / length for p in g]
+
+
+def adaptive(w, g):
+    T = [p.abs() + 0.01 for p in w]
+    length = torch.cat([(t * p).flatten() for t, p in zip(T, g, strict=True)]).norm()
+    return [t * t * p / length for t, p in zip(T, g, strict=True)]
+
+
+def weighted(g, g_s):
+    return [a + 9 * (b - a) for a, b in zip(g, g_s, strict=True)]
+
+
+@pytest.mark.parametrize("options", [{}, *OPTIONS.values()], ids=["plain", *OPTIONS])
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("sam", {"direction": along_g}),
+        ("asam", {"direction": adaptive}),
+        ("wsam", {"direction": along_g, "combine": weighted}),
+    ],
+)
+def test_one_perturbation_a_rank_is_m_sharpness(name, rule, options):
+    expected = by_hand(4, **rule)
+    for found in together()(apart, name, 4, options, {}):
+        close(found, expected)
+    assert max((a - b).abs().max() for a, b in zip(expected, train(plain, named(name), 4), strict=True)) > 1e-5
+
+
+def test_one_perturbation_a_rank_is_what_micro_batches_give_one_process():
+    model = network()
+    optimizer = named("sam", steps=2)(model)
+    for step in range(4):
+        steppe.closures.micro_batches(optimizer, lambda x, y: F.cross_entropy(model(x), y), samples(step), m=SEEN // 2)
+    for found in together()(apart, "sam", 4, {}, {"steps": 2}):
+        close(found, weights(model))
+
+
+def communications(per_rank):
+    """How often gradients were averaged, in three steps of LookSAM (a climb at the first and the third)."""
+    model = ddp(network())
+    calls = []
+
+    def hook(state, bucket):
+        calls.append(1)
+        return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
+
+    model.register_comm_hook(None, hook)
+    run(model, named("late_sam", start=0.5, steps=4, per_rank=per_rank)(model), range(4))
+    return len(calls)
+
+
+@pytest.mark.parametrize(("per_rank", "expected"), [(False, 6), (True, 4)])
+def test_the_gradient_that_says_where_to_climb_is_not_sent(per_rank, expected):
+    assert together()(communications, per_rank) == [expected] * 2
+
+
+def thousand_steps(per_rank):
+    model = normed(nn.BatchNorm1d)
+    model = ddp(model.float())
+    base = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = steppe.SAM(base, rho=0.05, model=model, per_rank=per_rank)
+    generator = torch.Generator().manual_seed(dist.get_rank())
+    for _ in range(1000):
+        x, y = torch.randn(4, 5, generator=generator), torch.randint(3, (4,), generator=generator)
+        DRIVES["passes"](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
+    return bits(model.parameters()), optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_replicas_are_identical_after_1000_steps(per_rank):
+    (first, skipped), (second, _) = together()(thousand_steps, per_rank)
+    assert first == second
+    assert skipped == 0
+
+
+def overflow_on_one_rank(per_rank, climbed):
+    """A NaN on rank 1, in the pass at w or in the pass at w + e."""
+    model = ddp(network())
+    optimizer = named("wsam", per_rank=per_rank)(model)
+    before = bits(model.parameters())
+    x, y = mine(*samples(0))
+    for walk in optimizer.passes():
+        with walk:
+            bad = dist.get_rank() == 1 and walk.climbs == climbed
+            F.cross_entropy(model(x * float("nan") if bad else x), y).backward()
+    with pytest.warns(RuntimeWarning, match="not finite"):
+        optimizer.step()
+    return bits(model.parameters()) == before, optimizer.skipped_steps
+
+
+@pytest.mark.parametrize("climbed", [False, True], ids=["at w", "at w + e"])
+@pytest.mark.parametrize("per_rank", [False, True])
+def test_a_nan_on_one_rank_skips_the_step_on_all(per_rank, climbed):
+    assert together()(overflow_on_one_rank, per_rank, climbed) == [(True, 1)] * 2
+
+
+class Branches(nn.Module):
+    """Rank 1 leaves a branch out."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers, self.extra = network(), nn.Linear(5, 3).double()
+
+    def forward(self, x, with_extra):
+        return self.layers(x) + self.extra(x) if with_extra else self.layers(x)
+
+
+def uneven_branches():
+    model = ddp(Branches(), find_unused_parameters=True)
+    optimizer = named("wsam", per_rank=True)(model)
+    x, y = mine(*samples(0))
+    for _ in range(3):
+        for walk in optimizer.passes():
+            with walk:
+                F.cross_entropy(model(x, dist.get_rank() == 0), y).backward()
+        optimizer.step()
+    return bits(model.parameters())
+
+
+def test_a_branch_that_one_rank_leaves_out_does_not_part_the_replicas():
+    first, second = together()(uneven_branches)
+    assert first == second
+
+
+def refused():
+    model = ddp(network())
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    messages = []
+    for make in (
+        lambda: steppe.SAM(base, model=model.module, per_rank=True),
+        lambda: steppe.SAM(base, per_rank=True),
+        lambda: steppe.variants.msam(base, model=model, per_rank=True),
+        lambda: steppe.variants.aesam(base, steps=9, model=model, per_rank=True),
+        lambda: steppe.variants.sampa(base, model=model, per_rank=True),
+        lambda: run(model, steppe.variants.friendly_sam(base, model=model, per_rank=True), range(1)),
+        lambda: DRIVES["classic"](steppe.SAM(base, model=model, per_rank=True), lambda: model(samples(0)[0]).sum()),
+    ):
+        with pytest.raises((ValueError, RuntimeError)) as error:
+            make()
+        messages.append(str(error.value))
+        dist.barrier()
+    cold = ddp(network(), static_graph=True)
+    with pytest.raises(RuntimeError, match="learns the graph"):
+        run(cold, named("sam", per_rank=True)(cold), range(1))
+    run(warmed(cold), named("sam", per_rank=True)(cold), range(1))  # and nothing was broken by it
+    return messages
+
+
+def test_what_cannot_climb_apart_is_refused_with_the_reason():
+    messages, _ = together()(refused)
+    hints = ["Sequential", "NoneType", "does not look at the gradient", "differs between the ranks", "its own"]
+    for message, hint in zip(messages, [*hints, "remembers", "averaged the ranks' gradients already"], strict=True):
+        assert hint in message
