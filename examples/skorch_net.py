@@ -1,0 +1,57 @@
+"""Steppe in skorch: a net that trains with SAM, with a learning-rate schedule, clipping and a grid search over rho."""
+
+import torch
+from sklearn.datasets import load_digits
+from sklearn.model_selection import GridSearchCV
+from skorch import NeuralNetClassifier
+from skorch.callbacks import GradientNormClipping, LRScheduler
+from skorch.utils import TeeGenerator
+
+import steppe
+
+
+class SAMClassifier(NeuralNetClassifier):
+    """A NeuralNetClassifier whose optimizer is a steppe.SAM."""
+
+    def get_params_for_optimizer(self, prefix, named_parameters):
+        """Show SAM the module, so that its second pass leaves BatchNorm's statistics alone."""
+        args, kwargs = super().get_params_for_optimizer(prefix, named_parameters)
+        return args, {"model": self.module_, **kwargs}
+
+    def train_step(self, batch, **fit_params):
+        """Make the passes of one step; callbacks see what goes down, and the history the loss of the first pass."""
+        for walk in self.optimizer_.passes():
+            with walk:
+                step = self.train_step_single(batch, **fit_params)
+                if walk.first:
+                    first = step
+        parameters = TeeGenerator(self.get_all_learnable_params())
+        self.notify("on_grad_computed", named_parameters=parameters, batch=batch, training=True)
+        self.optimizer_.step()
+        return first
+
+
+def net(**kwargs):
+    """A net of two layers; ``optimizer`` may be any function of (params, model=, lr=, ...) that makes a steppe.SAM."""
+    module = torch.nn.Sequential(
+        torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
+    )
+    sgd = {"optimizer__base_class": torch.optim.SGD, "optimizer__momentum": 0.9, "lr": 0.05}
+    rest = {"criterion": torch.nn.CrossEntropyLoss, "batch_size": 64, "max_epochs": 5, "verbose": 0}
+    return SAMClassifier(module, optimizer=steppe.SAM, **{**sgd, **rest, **kwargs})
+
+
+def main():
+    """Search rho, with rho = 0 as plain SGD."""
+    torch.set_num_threads(1)  # the net is tiny
+    torch.manual_seed(0)
+    x, y = load_digits(return_X_y=True)
+    callbacks = [("clip", GradientNormClipping(1.0)), ("schedule", LRScheduler("StepLR", step_size=2, gamma=0.5))]
+    search = GridSearchCV(net(callbacks=callbacks, train_split=None), {"optimizer__rho": [0.0, 0.05, 0.2]}, cv=3)
+    search.fit((x / 16).astype("float32"), y)
+    for rho, accuracy in zip(search.param_grid["optimizer__rho"], search.cv_results_["mean_test_score"], strict=True):
+        print(f"rho = {rho}: {accuracy:.1%} in cross-validation")
+
+
+if __name__ == "__main__":
+    main()
