@@ -80,6 +80,34 @@ def test_c25_no_host_synchronisation(base, rule, drive):
             int(optimizer._engine.gradients.skipped)  # and this is how a synchronisation shows itself here
 
 
+class Scales:
+    """What a loss scaler is for an optimizer, on tensors that are not there."""
+
+    def is_enabled(self):
+        return True
+
+    def scale(self, x):
+        return x * torch.empty((), device="cuda")
+
+    def _maybe_opt_step(self, optimizer):  # the name by which a scaler is known to have called
+        optimizer.step()
+
+
+@pytest.mark.parametrize("rule", [steppe.L2(), steppe.Friendly(), steppe.Fisher()], ids=str)
+def test_c25_nor_to_know_the_loss_scale(rule):
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
+        scaler = Scales()
+        optimizer = SAM(torch.optim.SGD(params, lr=0.1), rho=0.1, perturbation=rule, scaler=scaler)
+        for _ in range(2):
+            for walk in optimizer.passes():
+                with walk:
+                    for p in params:
+                        p.grad = torch.ones_like(p)
+            scaler._maybe_opt_step(optimizer)
+        assert optimizer._engine.steps == 2
+
+
 def test_c25_a_radius_may_live_on_the_device():
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(3, device="cuda"))]

@@ -19,6 +19,7 @@ class Every:
     """
 
     needs_gradient: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     k: int = 1
     """k, the interval in steps; 1 is SAM."""
@@ -49,6 +50,7 @@ class Randomly:
 
     paper: ClassVar[papers.Paper] = papers.RST
     needs_gradient: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     p: float = 0.5
     """p, the probability of a climb; 1 is SAM, 0 the base, and 0.5 saves half of SAM's extra passes."""
@@ -81,6 +83,7 @@ class Late:
 
     paper: ClassVar[papers.Paper] = papers.LATE_SAM
     needs_gradient: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     start: float
     """The fraction of training without climbs, 0 to 1; the paper's first figure has 175 of 200 epochs, 0.875."""

@@ -27,6 +27,7 @@ class Perturbed:
 
     paper: ClassVar[papers.Paper] = papers.SAM
     needs_clean: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         return at.gradients if perturbed is None else perturbed
@@ -53,6 +54,7 @@ class SurrogateGap:
 
     paper: ClassVar[papers.Paper] = papers.GSAM
     needs_clean: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     alpha: float = 0.2
     """alpha, the weight of the step up along g_orth; 0 is SAM, and the authors' CIFAR-10 example has 0.2."""
@@ -90,6 +92,7 @@ class Weighted:
 
     paper: ClassVar[papers.Paper] = papers.WSAM
     needs_clean: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     gamma: float = 0.9
     """gamma, the share of the sharpness, at least 0 and below 1; 0.8 to 0.95 is usual."""
@@ -130,6 +133,7 @@ class PenalizedNorm:
 
     paper: ClassVar[papers.Paper] = papers.PGN
     needs_clean: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     alpha: float = 0.8
     """alpha = lambda / r, the share of g_s; the authors train with 0.8 and r = 0.1."""
@@ -165,6 +169,7 @@ class Reuse:
 
     paper: ClassVar[papers.Paper] = papers.LOOKSAM
     needs_clean: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
 
     alpha: float = 0.7
     """alpha, the length of the remembered part in units of |g|; 0.7 is usual."""

@@ -12,7 +12,7 @@ from steppe.displacement import Displacement
 from steppe.gradients import Gradients
 from steppe.passes import Protection
 from steppe.ranks import OneForAll, Ranks
-from steppe.rules import Ascent, Combination, Memory, Perturbation, Point, climbs, needs_gradient
+from steppe.rules import Ascent, Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
 
 
 class Engine:
@@ -28,6 +28,8 @@ class Engine:
         self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
         self.memory: Memory = {}
         """What the rules keep from step to step."""
+        self.scale: Tensor | None = None
+        """What a loss scaler has multiplied the gradients of this step by."""
         self.steps = 0
         """How many steps were taken."""
         self.take_over()
@@ -74,6 +76,13 @@ class Engine:
         return Point([], [], rho=[], base_state=[], step=self.steps)
 
     @torch.no_grad()
+    def seen_by(self, rule: Perturbation | Cadence, at: Point) -> Point:
+        """The same point for a rule that depends on the size of the gradients: without the loss scale."""
+        if self.scale is None or scale_free(rule) or not at.gradients:
+            return at
+        return replace(at, gradients=_times(at.gradients, self.scale.reciprocal()))
+
+    @torch.no_grad()
     def point_further(self) -> Point:
         """Where we stand after the pass at w + e, when a further climb is to come: with those who climbed before."""
         climbers, climbed = self._climbers or [], self._climbed
@@ -107,7 +116,7 @@ class Engine:
 
     def move(self, at: Point, perturbation: Perturbation) -> None:
         """Move the weights to w + e(at)."""
-        direction, scale = ascent = perturbation(at)
+        direction, scale = ascent = perturbation(self.seen_by(perturbation, at))
         if climbs(perturbation) > 1:
             self._climbed = ascent
         along = {p: d for p, d in zip(at.parameters, direction, strict=True) if d is not None}
@@ -121,6 +130,13 @@ class Engine:
     def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Move some weights by alpha * direction, until :meth:`come_back`."""
         self._displacement.move(members, alpha, direction)
+
+    @torch.no_grad()
+    def unscaled(self) -> None:
+        """Note that somebody has taken the loss scale out of ``.grad``; take it out of what is kept of g, too."""
+        if self.scale is not None:
+            self._clean = _times(self._clean, self.scale.reciprocal())
+        self.scale = None
 
     @torch.no_grad()
     def come_back(self) -> None:
@@ -151,5 +167,16 @@ class Engine:
         else:
             at = self.point(gradients=[])
             perturbed = self.gradients.of(at.parameters)
-        self.gradients.set(at.parameters, combination(at, perturbed))
+        if self.scale is None or scale_free(combination):
+            down = combination(at, perturbed)
+        else:
+            unscaled = perturbed if perturbed is None else _times(perturbed, self.scale.reciprocal())
+            at = replace(at, gradients=_times(at.gradients, self.scale.reciprocal()))
+            down = _times(combination(at, unscaled), self.scale)
+        self.gradients.set(at.parameters, down)
         self._clean = []
+
+
+def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
+    """Copies of the gradients times a 0-dim tensor."""
+    return [g * factor.to(g.device) for g in gradients]

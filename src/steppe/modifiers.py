@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from steppe import draws, papers
-from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
+from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient, scale_free
 from steppe.shards import foreach, part_of, whole
 from steppe.tensors import where_finite
 
@@ -32,6 +32,11 @@ class Modifier:
     def climbs(self) -> int:
         """How many climbs the modified rule makes in a step."""
         return climbs(self.rule)
+
+    @property
+    def scale_free(self) -> bool:
+        """Whether the modified rule gives the same for any multiple of the gradient."""
+        return scale_free(self.rule)
 
 
 @dataclass(frozen=True, eq=False)

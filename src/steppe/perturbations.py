@@ -28,6 +28,7 @@ class L2:
     """
 
     paper: ClassVar[papers.Paper] = papers.SAM
+    scale_free: ClassVar[bool] = True
 
     def __call__(self, at: Point) -> Ascent:
         return Ascent(at.gradients, reciprocal(at.gradient_norm))
@@ -51,6 +52,7 @@ class Adaptive:
     """
 
     paper: ClassVar[papers.Paper] = papers.ASAM
+    scale_free: ClassVar[bool] = True
 
     eta: float = 0.01
     """eta, which keeps weights at zero movable; the paper's value."""
@@ -86,6 +88,7 @@ class LInf:
     """
 
     paper: ClassVar[papers.Paper] = papers.SAM
+    scale_free: ClassVar[bool] = True
 
     def __call__(self, at: Point) -> Ascent:
         return Ascent(foreach(torch._foreach_sign, at.gradients))
@@ -112,6 +115,7 @@ class ZScore:
     """
 
     paper: ClassVar[papers.Paper] = papers.ZSHARP
+    scale_free: ClassVar[bool] = True
 
     percentile: float = 0.95
     """Q_p, as a fraction: 0.95, the authors' value, keeps the top 5 % of each tensor."""
@@ -199,6 +203,7 @@ class LayerWise:
     """
 
     paper: ClassVar[papers.Paper] = papers.LOOKSAM
+    scale_free: ClassVar[bool] = True
 
     relative: bool = True
     """Whether rho is relative to the norm of each layer's weights."""
@@ -319,6 +324,7 @@ class Momentum:
 
     paper: ClassVar[papers.Paper] = papers.MSAM
     needs_gradient: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     def __call__(self, at: Point) -> Ascent:
         v = [state.get("momentum_buffer", state.get("exp_avg")) for state in at.base_state]
@@ -356,6 +362,7 @@ class Random:
     """
 
     needs_gradient: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
 
     filterwise: bool = False
     """Whether every filter climbs in proportion to its own norm."""

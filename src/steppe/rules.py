@@ -86,7 +86,9 @@ class Perturbation(Protocol):
     A rule that does not look at the gradient may say so with a class attribute ``needs_gradient = False``. A step that
     climbs is then one pass, at w + e, unless the combination wants g too; its Point has every trainable parameter, and
     no gradients. A rule that climbs K times says ``climbs = K``: it is asked K times, each time with the gradient at
-    the end of the climb before and that climb as ``at.climbed``, and answers with the whole climb from w.
+    the end of the climb before and that climb as ``at.climbed``, and answers with the whole climb from w. One whose e
+    is the same for any multiple of the gradient may say ``scale_free = True``, which saves a copy of the gradient where
+    a loss scaler is in use.
     """
 
     def __call__(self, at: Point, /) -> Ascent:
@@ -101,6 +103,15 @@ def needs_gradient(rule: "Perturbation | Cadence") -> bool:
 def climbs(perturbation: Perturbation) -> int:
     """How many climbs, each with a pass at its end, a step makes that climbs."""
     return int(getattr(perturbation, "climbs", 1))
+
+
+def scale_free(rule: "Perturbation | Combination | Cadence") -> bool:
+    """Whether a multiple of all gradients changes nothing but the length of what goes down.
+
+    A loss scaler multiplies the gradients by a number that changes on the way. What depends on their size, such as a
+    running mean that they are compared with, has to see them without it; that costs a copy of the gradient.
+    """
+    return bool(getattr(rule, "scale_free", False))
 
 
 class Combination(Protocol):

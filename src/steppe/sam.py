@@ -4,7 +4,7 @@ import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
-from types import TracebackType
+from types import SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar, overload
 from weakref import WeakSet
 
@@ -20,7 +20,7 @@ from steppe.engine import Engine
 from steppe.forms import base_and_rho, check_groups
 from steppe.notices import called_by_scaler, warn
 from steppe.perturbations import L2
-from steppe.rules import Cadence, Combination, Perturbation, Point, climbs, needs_gradient
+from steppe.rules import Cadence, Combination, Perturbation, Point, climbs, needs_gradient, scale_free
 
 Closure: TypeAlias = Callable[[], Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -66,6 +66,8 @@ class SAM(Optimizer):
             (m-sharpness, m = the samples of a rank: the SAM paper's setting), and average the gradients that they find
             there. It saves the first pass's communication. Without it, all ranks climb together, as one process would
             on all samples.
+        scaler: the loss scaler of a loop in float16. With it ``step(closure)`` works there too, and rules that depend
+            on the size of the gradients see them without its scale. It belongs to the loop: copies have none.
 
     The class form ``SAM(params, BaseClass, rho=..., **kwargs)`` builds the base from its class.
 
@@ -100,6 +102,7 @@ class SAM(Optimizer):
     cadence: Cadence
     replay_rng: bool
     per_rank: bool
+    scaler: torch.amp.GradScaler | None
     _said_plain = False
     _walking: "Walk | None"
 
@@ -115,6 +118,7 @@ class SAM(Optimizer):
         cadence: Cadence = _EVERY_STEP,
         replay_rng: bool = True,
         per_rank: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
     ) -> None: ...
 
     @overload
@@ -130,6 +134,7 @@ class SAM(Optimizer):
         cadence: Cadence = _EVERY_STEP,
         replay_rng: bool = True,
         per_rank: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
         **kwargs: Any,
     ) -> None: ...
 
@@ -142,6 +147,7 @@ class SAM(Optimizer):
         cadence: Cadence = _EVERY_STEP,
         replay_rng: bool = True,
         per_rank: bool = False,
+        scaler: torch.amp.GradScaler | None = None,
         **kwargs: Any,
     ) -> None:
         base, rho = base_and_rho(*args, **kwargs)
@@ -157,7 +163,7 @@ class SAM(Optimizer):
         if per_rank and (needs_gradient(cadence) or not needs_gradient(perturbation)):
             raise ValueError(_apart(perturbation, cadence))
         slots = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
-        options = {"replay_rng": replay_rng, "per_rank": per_rank}
+        options = {"replay_rng": replay_rng, "per_rank": per_rank, "scaler": scaler}
         self.__setstate__({"base": base, "rho": rho, "model": model, **options, **slots})
         for group in base.param_groups:
             group.setdefault(RHO, rho)
@@ -172,6 +178,8 @@ class SAM(Optimizer):
         self.base = state["base"]  # first: what torch sets up looks at our defaults, which are the base's
         super().__setstate__({name: value for name, value in state.items() if name not in ("memory", "steps")})
         self._stage, self._walking = Stage.AT_W, None
+        self.scaler = state.get("scaler")
+        self._below = SimpleNamespace(param_groups=self.param_groups, step=self._take)
         self._engine = Engine(self.base, self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
         self._engine.memory = state.get("memory", self._engine.memory)
         self._engine.steps = state.get("steps", self._engine.steps)
@@ -266,27 +274,21 @@ class SAM(Optimizer):
 
         Raises:
             RuntimeError: called inside the loop over :meth:`passes`; or gradients were accumulated before the
-                closure, which the second pass would lose; or a loss scaler called it with a closure.
+                closure, which the second pass would lose; or a loss scaler and the step disagree about who unscales.
         """
-        loss = None
+        if self._stage is Stage.AT_W and closure is not None:
+            return self._step_by(closure)
+        if self._stage is Stage.AT_W:
+            return self._plain_step()
+        if self._stage not in (Stage.CLIMBED, Stage.READY):
+            raise self._out_of_order("step()")
+        self._check_scale()
         if self._stage is Stage.CLIMBED:
-            self._finish_classic()
-        elif self._stage is not Stage.READY:
-            if self._stage is not Stage.AT_W:
-                raise self._out_of_order("step()")
-            if closure is None:
-                return self._plain_step()
             if called_by_scaler():
-                raise RuntimeError(
-                    "scaler.step(optimizer, closure): the scaler has unscaled the gradients that were there, and those "
-                    "of the closure's passes would go down multiplied by its scale (65536 at first). Run scaler.scale("
-                    "loss).backward() in `for walk in optimizer.passes(): with walk: ...`, then scaler.step(optimizer)"
-                )
-            loss = self._run(closure)
-        self._stage = Stage.AT_W
-        if self._go_down():
-            self._engine.steps += 1
-        return loss
+                self._engine.unscaled()
+            self._finish_classic()
+        self._take()
+        return None
 
     @_eager
     @torch.no_grad()
@@ -317,7 +319,7 @@ class SAM(Optimizer):
                 "classic API has a place for one climb. Use passes() or step(closure)"
             )
         at = self._engine.point_to_climb()
-        if self.cadence(at):
+        if self.cadence(self._engine.seen_by(self.cadence, at)):
             self._climb(at)
         self._stage = Stage.CLIMBED
         if zero_grad:
@@ -370,7 +372,7 @@ class SAM(Optimizer):
         yield from self._walk(Walk(self, goes_down=None if planned is None else not planned))
         at: Point | None = self._engine.point_to_climb()
         if planned is None and at is not None:
-            planned = self.cadence(at)
+            planned = self.cadence(self._engine.seen_by(self.cadence, at))
         for left in reversed(range(climbs(self.perturbation) if planned else 0)):
             walk = Walk(self, at or self._engine.point_further(), goes_down=left == 0)
             at = None  # nothing here may keep the first gradient alive through the second pass
@@ -385,6 +387,7 @@ class SAM(Optimizer):
         if has_ours(self.base):  # our checkpoint was loaded into the base
             self._engine.take_over()
         check_groups(self.param_groups, self.defaults)
+        self._engine.scale = self._loss_scale()
         if self._climbs_ahead() and needs_gradient(self.cadence):
             raise ValueError(
                 f"{self.cadence} asks for the gradient at w, and {self.perturbation} saves the pass that gives it: "
@@ -415,6 +418,54 @@ class SAM(Optimizer):
     def _go_down(self) -> bool:
         """Let the base step, unless a gradient is not finite; return whether it did (a method may override it)."""
         return self._engine.gradients.step_if_finite()
+
+    def _step_by(self, closure: Closure) -> Any:
+        """The passes by a closure, and the step, by way of the loss scaler if there is one."""
+        if called_by_scaler():
+            raise RuntimeError(
+                "scaler.step(optimizer, closure): the scaler has unscaled the gradients that were there, and those "
+                "of the closure's passes would go down multiplied by its scale (65536 at first). Make the optimizer "
+                "with scaler=scaler and call optimizer.step(closure); or use passes(), then scaler.step(optimizer)"
+            )
+        loss = self._run(closure)
+        if self._engine.scale is None or self.scaler is None:
+            self._take()
+        else:
+            self._below.param_groups = self.param_groups
+            self.scaler.step(self._below)  # type: ignore[arg-type]
+            self._stage = Stage.AT_W
+        return loss
+
+    def _take(self) -> None:
+        """Step from w with what is in .grad."""
+        self._stage = Stage.AT_W
+        if self._go_down():
+            self._engine.steps += 1
+
+    def _check_scale(self) -> None:
+        """Refuse to step with gradients that nobody has unscaled, or whose scale a rule should have known."""
+        scales = called_by_scaler()
+        if self._engine.scale is not None and not scales:
+            raise RuntimeError(
+                "step() after passes with a loss scaler: the gradients are still multiplied by its scale. Call "
+                "scaler.step(optimizer), which unscales them, in the place of optimizer.step()"
+            )
+        rules = (self.perturbation, self.combination, self.cadence)
+        mixes = self._stage is Stage.CLIMBED and self.combination.needs_clean  # it has g scaled, and g_s unscaled
+        sized = [self.combination] if mixes else [rule for rule in rules if not scale_free(rule)]
+        if scales and self._engine.scale is None and sized:
+            raise RuntimeError(
+                f"scaler.step(optimizer) with {sized[0]}, which depends on the size of the gradients: it has seen them "
+                "multiplied by a scale that changes on the way. Make the optimizer with scaler=scaler, so that it sees "
+                "them without. (A rule that gives the same for any multiple of g says so by scale_free = True)"
+            )
+
+    def _loss_scale(self) -> Tensor | None:
+        """What the scaler multiplies losses by, without a look at it."""
+        if self.scaler is None or not self.scaler.is_enabled():
+            return None
+        anywhere = next(parameters(self.base))
+        return self.scaler.scale(torch.ones((), device=anywhere.device))
 
     def _finish_classic(self) -> None:
         self._engine.come_back()

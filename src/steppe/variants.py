@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import Any, TypedDict, Unpack
 
+import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -24,10 +25,11 @@ Rho = float | Tensor
 class _Surroundings(TypedDict, total=False):
     replay_rng: bool
     per_rank: bool
+    scaler: torch.amp.GradScaler | None
 
 
 class Options(_Surroundings, total=False):
-    """What every method takes beside its own: ``model``, ``replay_rng`` and ``per_rank``, as :class:`steppe.SAM`."""
+    """What every method takes beside its own: ``model``, ``replay_rng``, ``per_rank`` and ``scaler``, as SAM does."""
 
     model: nn.Module | None
 

@@ -1,0 +1,298 @@
+"""C17: loss scaling and autocast, in every way to drive a step, change nothing but the precision."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import steppe
+from support import BASES, DRIVES, batch, bits, model_bits, net
+from test_variants import VARIANTS
+
+each = pytest.mark.parametrize("name", VARIANTS)
+BY_HAND = sorted(set(DRIVES) - {"closure"})
+
+
+def growing(**options) -> torch.amp.GradScaler:
+    """A scaler whose scale changes at every second step; powers of two, so that nothing is rounded."""
+    return torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, "growth_interval": 2, **options})
+
+
+def step(optimizer, scaler) -> None:
+    if scaler is None:
+        optimizer.step()
+    else:
+        scaler.step(optimizer)
+
+
+def made(name, base, model, **more) -> steppe.SAM:
+    given = VARIANTS[name][0]
+    return getattr(steppe.variants, name)(BASES[base](model.parameters()), **{"rho": 0.1, **given, **more}, model=model)
+
+
+def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, steps=7):
+    model = net()
+    optimizer = made(name, base, model, scaler=scaler if known else None)
+    for t in range(steps):
+        x, y = batch(t)
+        scale = scaler.scale if scaler else lambda loss: loss
+        if drive == "closure":
+
+            def closure(x=x, y=y, scale=scale, model=model, optimizer=optimizer):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                scale(loss).backward()
+                return loss
+
+            optimizer.step(closure)
+        elif drive == "passes":
+            for walk in optimizer.passes():
+                with walk:
+                    scale(F.cross_entropy(model(x), y)).backward()
+            step(optimizer, scaler)
+        else:
+            optimizer.zero_grad()
+            scale(F.cross_entropy(model(x), y)).backward()
+            optimizer.first_step(zero_grad=True)
+            scale(F.cross_entropy(model(x), y)).backward()
+            step(optimizer, scaler)
+        if scaler:
+            scaler.update()
+    assert scaler is None or scaler.get_scale() == 2.0**13
+    return model_bits(model)
+
+
+@pytest.mark.parametrize("drive", ["passes", "closure"])
+@each
+def test_a_changing_scale_changes_no_bit(name, drive):
+    assert trained(name, scaler=growing(), drive=drive) == trained(name, drive=drive)
+
+
+@pytest.mark.parametrize("name", ["sam", "asam", "gsam", "wsam", "looksam", "friendly_sam", "aesam"])
+def test_nor_in_the_classic_api(name):
+    assert trained(name, scaler=growing(), drive="classic") == trained(name, drive="classic")
+
+
+@pytest.mark.parametrize("name", ["sam", "asam", "gsam", "zsharp", "looksam", "sam_on"])
+def test_rules_that_are_scale_free_need_not_know_the_scaler(name):
+    assert trained(name, scaler=growing(), known=False) == trained(name)
+
+
+@pytest.mark.parametrize("name", ["friendly_sam", "vasso", "fisher_sam", "aesam"])
+def test_rules_that_depend_on_the_size_of_the_gradient_must_know_it(name):
+    with pytest.raises(RuntimeError, match=r"depends on the size of the gradients.*scaler=scaler"):
+        trained(name, scaler=growing(), known=False)
+
+
+@each
+def test_what_says_that_it_is_scale_free_is(name):
+    """Powers of two, so that the same climb means the same bits; and whoever does not say so is not."""
+    torch.manual_seed(0)
+    parameters = [torch.randn(4, 3), torch.randn(5)]
+    rule = made(name, "momentum", torch.nn.Sequential(torch.nn.LayerNorm(2))).perturbation
+    rule = rule.rule if name == "sam_on" else rule
+    state = [{"momentum_buffer": torch.ones_like(p)} for p in parameters]
+    memories = {}, {}
+    for t in range(3):
+        g = [torch.randn_like(p) for p in parameters]
+        climbs = []
+        for size, memory in zip((1.0, 2.0 ** (9 + t)), memories, strict=True):
+            scaled = [size * part for part in g]
+            direction, scale = rule(steppe.Point(parameters, scaled, [0.1] * 2, state, step=t, memory=memory))
+            climbs.append(torch.cat([(scale * d).flatten() for d in direction]))
+    same = torch.allclose(*climbs, rtol=1e-6)
+    assert same == getattr(rule, "scale_free", False)
+
+
+class Unscaled(steppe.combinations.Weighted):
+    """A combination that depends on the size of the gradients, and does not say that it is scale-free."""
+
+    scale_free = False
+
+    def __call__(self, at, perturbed):
+        return [g + s.clamp(max=0.01) for g, s in zip(at.gradients, perturbed, strict=True)]
+
+
+def test_a_combination_that_depends_on_the_size_sees_gradients_without_the_scale():
+    results = []
+    for scaler in (None, growing()):
+        model = net()
+        base = BASES["momentum"](model.parameters())
+        optimizer = steppe.SAM(base, rho=0.1, model=model, combination=Unscaled(), scaler=scaler)
+        for t in range(3):
+            x, y = batch(t)
+            for walk in optimizer.passes():
+                with walk:
+                    loss = F.cross_entropy(model(x), y)
+                    (scaler.scale(loss) if scaler else loss).backward()
+            step(optimizer, scaler)
+            _ = scaler and scaler.update()
+        results.append(model_bits(model))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_accumulation_clipping_and_a_schedule(base):
+    results = []
+    for scaler in (None, growing()):
+        model = net()
+        optimizer = made("sam", base, model, scaler=scaler)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
+        for t in range(5):
+            x, y = batch(t)
+            for walk in optimizer.passes():
+                with walk:
+                    for a, b in zip(x.chunk(3), y.chunk(3), strict=True):
+                        loss = F.cross_entropy(model(a), b) / 3
+                        (scaler.scale(loss) if scaler else loss).backward()
+            _ = scaler and scaler.unscale_(optimizer)
+            assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
+            step(optimizer, scaler)
+            _ = scaler and scaler.update()
+            schedule.step()
+        results.append(model_bits(model))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast_is_what_a_hand_written_loop_makes_of_it(dtype, drive):
+    """The slow way: two passes under autocast, and everything else in float32."""
+    scaler = growing(enabled=dtype is torch.float16)
+    model, twin = net(dropout=0.0), net(dropout=0.0)
+    optimizer = made("sam", "momentum", model, scaler=scaler)
+    base = BASES["momentum"](twin.parameters())
+    parameters = list(twin.parameters())
+
+    def loss(network, x, y):
+        with torch.autocast("cpu", dtype=dtype):
+            return F.cross_entropy(network(x), y)
+
+    for t in range(3):
+        x, y = batch(t)
+        if drive == "closure":
+
+            def closure(x=x, y=y):
+                optimizer.zero_grad()
+                value = loss(model, x, y)
+                scaler.scale(value).backward()
+                return value
+
+            optimizer.step(closure)
+        else:
+            DRIVES[drive](_Scaled(optimizer, scaler), lambda x=x, y=y: scaler.scale(loss(model, x, y)))
+        scaler.update()
+
+        scale = 2.0 ** (10 + t // 2) if scaler.is_enabled() else 1.0
+        w = [p.detach().clone() for p in parameters]
+        buffers = {k: b.clone() for k, b in twin.named_buffers()}
+        g = [d / scale for d in torch.autograd.grad(loss(twin, x, y) * scale, parameters)]
+        after = {k: b.clone() for k, b in twin.named_buffers()}
+        length = torch.cat([d.double().flatten() for d in g]).norm()
+        with torch.no_grad():
+            for p, d in zip(parameters, g, strict=True):
+                p.add_(d * (0.1 / length).float())
+            for k, b in twin.named_buffers():
+                b.copy_(buffers[k])
+        g_s = torch.autograd.grad(loss(twin, x, y) * scale, parameters)
+        with torch.no_grad():
+            for p, value, d in zip(parameters, w, g_s, strict=True):
+                p.copy_(value)
+                p.grad = d / scale
+            for k, b in twin.named_buffers():
+                b.copy_(after[k])
+        base.step()
+    for (key, a), b in zip(model.state_dict().items(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6, msg=lambda m, key=key: f"{key}: {m}")
+
+
+class _Scaled:
+    """An optimizer whose step is the scaler's."""
+
+    def __init__(self, optimizer, scaler):
+        self._optimizer, self._scaler = optimizer, scaler
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+    def step(self):
+        self._scaler.step(self._optimizer)
+
+    second_step = step
+
+
+@pytest.mark.parametrize("overflow", ["w", "w + e"])
+@pytest.mark.parametrize("drive", ["passes", "closure"])
+@pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam"])
+def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, drive, overflow):
+    model = net()
+    scaler = growing(growth_interval=100)
+    optimizer = made(name, "momentum", model, scaler=scaler, **({"k": 1} if name == "looksam" else {}))
+    calls = []
+
+    def run(bad):
+        calls.clear()
+        x, y = batch(len(calls))
+
+        def closure():
+            optimizer.zero_grad()
+            climbed = optimizer.walk.climbs
+            calls.append(climbed)
+            loss = F.cross_entropy(model(x), y) * (float("inf") if bad and climbed == (overflow == "w + e") else 1.0)
+            scaler.scale(loss).backward()
+            return loss
+
+        if drive == "closure":
+            optimizer.step(closure)
+        else:
+            for walk in optimizer.passes():
+                with walk:
+                    closure()
+            scaler.step(optimizer)
+        scaler.update()
+
+    run(bad=False)
+    weights, state = bits(model.parameters()), str(optimizer.base.state_dict())
+    run(bad=True)
+    assert bits(model.parameters()) == weights
+    assert str(optimizer.base.state_dict()) == state
+    assert "nan" not in str(optimizer.state_dict()), "nor is it remembered"
+    assert "inf" not in str(optimizer.state_dict())
+    assert scaler.get_scale() == 2.0**9
+    run(bad=False)
+    assert bits(model.parameters()) != weights
+    assert calls == [False, True]
+    assert scaler.get_scale() == 2.0**9
+
+
+def test_hooks_see_one_step():
+    model = net()
+    scaler = growing()
+    optimizer = made("sam", "sgd", model, scaler=scaler)
+    seen = []
+    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
+    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
+    optimizer.base.register_step_post_hook(lambda *_: seen.append("base"))
+
+    def closure():
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch()[0]), batch()[1])
+        scaler.scale(loss).backward()
+        return loss
+
+    assert torch.isfinite(optimizer.step(closure))
+    assert seen == ["before", "base", "after"]
+
+
+def test_a_step_that_nobody_has_unscaled_is_refused():
+    model = net()
+    scaler = growing()
+    optimizer = made("sam", "sgd", model, scaler=scaler)
+    before = bits(model.parameters())
+    for walk in optimizer.passes():
+        with walk:
+            scaler.scale(F.cross_entropy(model(batch()[0]), batch()[1])).backward()
+    with pytest.raises(RuntimeError, match=r"still multiplied.*scaler\.step\(optimizer\)"):
+        optimizer.step()
+    assert bits(model.parameters()) == before
+    scaler.step(optimizer)
+    assert bits(model.parameters()) != before
