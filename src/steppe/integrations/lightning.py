@@ -89,14 +89,14 @@ class SAMCallback(pl.Callback):
                 "steppe.variants.asam, rho=0.5); a ready-made SAM is returned from configure_optimizers"
             )
         self.method, self.options = method, options
-        self.optimizers, self.log = optimizers, log
+        self.optimizers, self._logs = optimizers, log  # Lightning sets self.log
         self._drivers: list[_Driver] = []
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Refuse what could not be done right, before anything is trained."""
         if stage == "fit":
             _refuse(trainer, pl_module)
-            if self.log and not pl_module.automatic_optimization:
+            if self._logs and not pl_module.automatic_optimization:
                 raise RuntimeError(
                     "SAMCallback(log=True) in manual optimisation: the losses of the passes are in your training_step, "
                     "and unknown here. Log them there, with walk.climbs to tell them apart"
@@ -135,7 +135,7 @@ class SAMCallback(pl.Callback):
         for driver in self._drivers:
             if driver._window is not None:
                 losses, driver._window.losses = driver._window.losses, {}
-                for name, value in losses.items() if self.log else ():
+                for name, value in losses.items() if self._logs else ():
                     pl_module.log(name, value)
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:

@@ -1,0 +1,200 @@
+"""SAMCallback in manual optimisation: closures, explicit passes, several optimizers."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from test_lightning import (
+    BATCHES,
+    METHODS,
+    Classifier,
+    MixedPrecision,
+    SAMCallback,
+    by_hand,
+    fit,
+    pytestmark,  # noqa: F401
+    under,
+)
+from torch import nn
+
+import steppe
+from support import BASES, batch, model_bits, net
+
+
+class Manual(Classifier):
+    def __init__(self, form, **options):
+        super().__init__(**options)
+        self.form, self.automatic_optimization = form, False
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        assert isinstance(opt, steppe.SAM)
+
+        def closure():
+            opt.zero_grad()
+            loss = super(Manual, self).training_step(batch, batch_idx)
+            self.log("loss", loss, on_epoch=True, on_step=False, batch_size=1)
+            self.manual_backward(loss)
+            return loss
+
+        if self.form == "closure":
+            loss = opt.step(closure)
+        else:
+            for walk in opt.passes():
+                with walk:
+                    value = closure()
+                    loss = value if walk.first else loss
+            assert opt.step() is None
+        return loss
+
+
+@pytest.mark.parametrize("form", ["closure", "passes"])
+@pytest.mark.parametrize("method", ["gsam", "msam", "twice", "sampa"])
+def test_manual_optimisation_equals_a_loop_by_hand(method, form):
+    module, twin = Manual(form), net()
+    trainer = fit(module, SAMCallback(METHODS[method]), max_epochs=1)
+    optimizer, losses = METHODS[method](BASES["momentum"](twin.parameters()), model=twin), []
+
+    def loss(output, y):
+        value = F.cross_entropy(output, y)
+        if optimizer.walk.first:
+            losses.append(value.detach())
+        return value
+
+    by_hand(twin, optimizer, epochs=1, loss=loss)
+    assert model_bits(module.model) == model_bits(twin)
+    assert trainer.global_step == BATCHES
+    assert torch.equal(trainer.callback_metrics["loss"], sum(losses) / BATCHES), "the first pass alone is logged"
+
+
+@pytest.mark.parametrize("form", ["closure", "passes"])
+def test_a_loss_scaler_in_manual_optimisation(form):
+    module, twin = Manual(form, dropout=0.0), net(dropout=0.0)
+    ours, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
+    fit(module, SAMCallback(rho=0.5), plugins=[MixedPrecision("16-mixed", "cpu", ours)], max_epochs=1)
+    optimizer = steppe.SAM(BASES["momentum"](twin.parameters()), rho=0.5, model=twin)
+
+    def step():
+        theirs.step(optimizer)
+        theirs.update()
+
+    forward, loss = (under(torch.float16, function) for function in (twin, F.cross_entropy))
+    after = lambda: theirs.unscale_(optimizer)  # noqa: E731
+    by_hand(forward, optimizer, epochs=1, loss=loss, scale=theirs.scale, after=after, step=step)
+    assert model_bits(module.model) == model_bits(twin)
+
+
+class Gan(Classifier):
+    """Two players; each goes up or down on the other's loss."""
+
+    def __init__(self, sam=(0, 1)):
+        super().__init__()
+        torch.manual_seed(1)
+        self.automatic_optimization, self.sam = False, sam
+        self.g = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 4))
+        self.d = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 1))
+
+    def configure_optimizers(self):
+        return [torch.optim.SGD(self.g.parameters(), lr=0.1), torch.optim.Adam(self.d.parameters(), lr=0.01)]
+
+    def losses(self, batch):
+        x = batch[0][:, 0, 0, :4]
+        fake = self.g(x.flip(0))
+        return lambda: self.d(fake).mean(), lambda: F.softplus(self.d(x)).mean() - self.d(fake.detach()).mean()
+
+    def training_step(self, batch, batch_idx):
+        optimizers = self.optimizers()
+        for player, opt in enumerate(optimizers):
+            if player in self.sam:
+                with opt.toggle_model():
+                    for walk in opt.passes():
+                        with walk:
+                            self.manual_backward(self.losses(batch)[player]())
+                    opt.step()
+            else:
+                opt.zero_grad()
+                self.manual_backward(self.losses(batch)[player]())
+                opt.step()
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "radii"),
+    [
+        ([SAMCallback(rho=0.3)], (0.3, 0.3)),
+        ([SAMCallback(rho=0.3, optimizers=[1])], (None, 0.3)),
+        (
+            [SAMCallback(rho=0.1, optimizers=[0]), SAMCallback(steppe.variants.asam, rho=0.3, optimizers=[1])],
+            (0.1, 0.3),
+        ),
+    ],
+    ids=["both", "one", "each its own"],
+)
+def test_two_players(callbacks, radii):
+    wrapped = [player for player in (0, 1) if radii[player] is not None]
+    module, twin = Gan(wrapped), Gan()
+    trainer = fit(module, *callbacks, max_epochs=1)
+    assert [isinstance(o, steppe.SAM) for o in trainer.optimizers] == [r is not None for r in radii]
+    optimizers = twin.configure_optimizers()
+    for player in wrapped:
+        make = steppe.variants.asam if len(callbacks) == 2 and player == 1 else steppe.SAM
+        optimizers[player] = make(optimizers[player], rho=radii[player], model=twin)
+    for i in range(BATCHES):
+        for player, optimizer in enumerate(optimizers):
+            others = (twin.d, twin.g)[player]
+            others.requires_grad_(False)
+            if player in wrapped:
+                for walk in optimizer.passes():
+                    with walk:
+                        twin.losses(batch(i))[player]().backward()
+            else:
+                optimizer.zero_grad()
+                others.requires_grad_(True)
+                twin.losses(batch(i))[player]().backward()
+            others.requires_grad_(True)
+            optimizer.step()
+    assert model_bits(module) == model_bits(twin)
+    assert trainer.global_step == 2 * BATCHES
+
+
+# What would be silently wrong.
+
+
+class PlainManual(Classifier):
+    automatic_optimization = False
+
+    def __init__(self):
+        super().__init__()
+        self.automatic_optimization = False
+
+    def training_step(self, batch, batch_idx):
+        opt = self.optimizers()
+        opt.zero_grad()
+        self.manual_backward(super().training_step(batch, batch_idx))
+        opt.step()
+
+
+def test_a_plain_step_in_manual_optimisation_is_refused():
+    with pytest.raises(RuntimeError, match=r"plain step of SGD, without.*opt.passes\(\).*SAMCallback\(optimizers="):
+        fit(PlainManual(), SAMCallback(rho=0.5))
+
+
+def test_micro_batches_accumulated_outside_the_closure_are_refused():
+    class Accumulating(PlainManual):
+        def training_step(self, batch, batch_idx):
+            opt = self.optimizers()
+            opt.zero_grad()
+            self.manual_backward(Classifier.training_step(self, batch, batch_idx))
+            opt.step(lambda: self.manual_backward(Classifier.training_step(self, batch, batch_idx)))
+
+    with pytest.raises(RuntimeError, match="added to gradients that were accumulated before"):
+        fit(Accumulating(), SAMCallback(rho=0.5))
+
+
+def test_the_classic_api_is_refused():
+    class Classic(PlainManual):
+        def training_step(self, batch, batch_idx):
+            opt = self.optimizers()
+            self.manual_backward(Classifier.training_step(self, batch, batch_idx))
+            opt.first_step()
+
+    with pytest.raises(RuntimeError, match="past Lightning's counting and loss scaling"):
+        fit(Classic(), SAMCallback(rho=0.5))
