@@ -165,8 +165,8 @@ class SAMCallback(pl.Callback):
             inspect.signature(self.method).bind(base, model=model, **self.options)
         except TypeError as error:
             raise TypeError(
-                f"{name} cannot be called as method(base, model=module, ...): {error}. Take model=, and hand it on to "
-                "steppe.SAM: without it the second pass would change running statistics"
+                f"{name} cannot be called as method(base, model=module, **options): {error}. A method takes the base "
+                "optimizer, model=, which protects running statistics, and the options that SAMCallback got"
             ) from None
         sam = self.method(base, model=model, **self.options)
         if not isinstance(sam, SAM):
@@ -269,12 +269,12 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
         for walk in self.passes():
             with walk, torch.enable_grad():
                 if not walk.first:
-                    closure() if window is None else window.repeat(climbs=walk.climbs)
+                    closure() if window is None else window.repeat_all(climbs=walk.climbs)
                     continue
                 at_w = type(walk) is Walk and not walk.climbs
                 if window is not None and earlier and not at_w:  # Lightning has made them at w
                     with _still(self._trainer, self._still):
-                        window.repeat(closes=False)
+                        window.repeat_earlier()
                 else:
                     gradients.put(outside)
                 loss = closure()
@@ -347,26 +347,36 @@ class _Window:
         self._at_w = loss if at_w else None
         self.losses = {"sam/loss_climbed": loss} if climbs and loss is not None else {}
 
-    def repeat(self, *, climbs: bool = False, closes: bool = True) -> None:
-        """Run the micro-batches again, with the buffers and generators that they saw; ``closes``: all of the step's."""
-        strategy = self._trainer.strategy
-        before = None if closes else self._generators.take()
-        if self._batches and self._batches[0].generators is not None and self._buffers is not None:
+    def repeat_all(self, *, climbs: bool) -> None:
+        """Make a further pass, over all micro-batches of the step."""
+        loss = _sum(self._repeat())
+        if climbs and loss is not None:
+            self.losses = {"sam/loss_climbed": loss}
+            if self._at_w is not None:
+                self.losses["sam/sharpness"] = loss - self._at_w
+
+    def repeat_earlier(self) -> None:
+        """Make the first pass over the micro-batches before the last, where it is not one at w."""
+        now = self._generators.take()
+        losses = self._repeat(all_there=False)
+        self._generators.put_back(now)
+        self._batches = [micro._replace(loss=loss) for micro, loss in zip(self._batches, losses, strict=True)]
+
+    def _repeat(self, *, all_there: bool = True) -> list[Tensor | None]:
+        """Run the micro-batches again, with the buffers and generators that they saw; return their losses."""
+        strategy, losses = self._trainer.strategy, []
+        if self._buffers is not None and self._batches and self._batches[0].generators is not None:
             self._buffers.put_back()
-        losses = []
-        for place, micro in enumerate(self._batches, start=1):
-            with _unsynced(strategy) if place < len(self._batches) or not closes else nullcontext():
+        for micro in self._batches:
+            waits = micro is not self._batches[-1] or not all_there
+            with _unsynced(strategy) if waits else nullcontext():
                 if micro.generators is not None and self._sam.replay_rng:
                     self._generators.put_back(micro.generators)
-                if (loss := self._loss(self._training_step(*micro.args, **micro.kwargs))) is not None:
-                    losses.append(loss.detach())
+                loss = self._loss(self._training_step(*micro.args, **micro.kwargs))
+                losses.append(None if loss is None else loss.detach())
+                if loss is not None:
                     strategy.backward(loss, self._sam)
-        if before is not None:
-            self._generators.put_back(before)
-        if climbs and (climbed := _sum(losses)) is not None:
-            self.losses = {"sam/loss_climbed": climbed}
-            if self._at_w is not None:
-                self.losses["sam/sharpness"] = climbed - self._at_w
+        return losses
 
     def _loss(self, output: Any) -> Tensor | None:
         """The part of the step's loss that a micro-batch makes."""
