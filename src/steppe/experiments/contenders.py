@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import MappingProxyType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,8 @@ __all__ = ["BASES", "CONTENDERS", "Base", "Contender", "Setting", "unknown"]
 
 T = TypeVar("T")
 Value = bool | int | float | str
+Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
+"""Parameters, or groups of them, as the optimizers of torch take them."""
 
 
 @dataclass(frozen=True)
@@ -106,8 +108,16 @@ class Contender:
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """The parameters after the first, which is the optimizer."""
-    return dict(list(inspect.signature(function, eval_str=True).parameters.items())[1:])
+    """The parameters after the first, which is the optimizer; of `**options: Unpack[...]`, what a run always gives."""
+    found: dict[str, inspect.Parameter] = {}
+    for name, parameter in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
+        if parameter.kind is not parameter.VAR_KEYWORD:
+            found[name] = parameter
+        elif get_origin(parameter.annotation) is Unpack:
+            (options,) = get_args(parameter.annotation)
+            kinds = get_type_hints(options).items()
+            found |= {k: inspect.Parameter(k, parameter.KEYWORD_ONLY, annotation=v) for k, v in kinds if k in _ALWAYS}
+    return found
 
 
 def _is_filled(parameter: inspect.Parameter) -> bool:
@@ -142,15 +152,15 @@ def _bsam(base: Optimizer, *, rho: float, model: nn.Module, images: int, seed: i
 class Base:
     """A base optimizer: `build(parameters, lr, momentum, weight_decay)`, and whether momentum is its."""
 
-    build: Callable[[Iterable[Tensor], float, float, float], Optimizer]
+    build: Callable[[Parameters, float, float, float], Optimizer]
     has_momentum: bool
 
 
-def _sgd(parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> Optimizer:
+def _sgd(parameters: Parameters, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
 
 
-def _adamw(parameters: Iterable[Tensor], lr: float, momentum: float, weight_decay: float) -> Optimizer:
+def _adamw(parameters: Parameters, lr: float, momentum: float, weight_decay: float) -> Optimizer:
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
 
 
