@@ -1,7 +1,9 @@
 """Accelerate: the passes of a step in a raw loop, and its gradient accumulation in every one of them.
 
 Without accumulation nothing of this is needed: ``model, optimizer, loader = accelerator.prepare(model, sam, loader)``,
-``for walk in sam.passes(): with walk: accelerator.backward(loss)``, and ``optimizer.step()``.
+``for walk in sam.passes(): with walk: accelerator.backward(loss)``, and ``optimizer.step()``. With it, beware of
+``optimizer.step(closure)`` inside ``accelerator.accumulate()``: Accelerate drops the call, and with it the closure and
+its micro-batch, until the last one.
 """
 
 from collections.abc import Iterable, Iterator

@@ -1,0 +1,94 @@
+"""What each of two processes runs for test_accelerate_two_processes.py; writes what it ends with."""
+
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState, GradientState
+from accelerate.utils import GradientAccumulationPlugin
+from tiny_transformer import arguments, gpt, tokens
+from torch import nn
+
+import steppe
+from steppe.integrations.accelerate import passes, windows
+from steppe.integrations.transformers import SAMTrainer
+
+
+def mlp() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(3, 8), nn.Tanh(), nn.Linear(8, 2)).double()
+
+
+def samples(n: int = 12) -> torch.utils.data.TensorDataset:
+    g = torch.Generator().manual_seed(0)
+    x = torch.randn(n, 3, generator=g, dtype=torch.float64)
+    return torch.utils.data.TensorDataset(x, torch.randint(2, (n,), generator=g))
+
+
+def sam(model) -> steppe.SAM:
+    return steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9), rho=0.5, model=model)
+
+
+def prepared(**options):
+    AcceleratorState._reset_state()
+    GradientState._reset_state()
+    accelerator = Accelerator(cpu=True, **options)
+    model = mlp()
+    return accelerator, *accelerator.prepare(model, sam(model), torch.utils.data.DataLoader(samples(), batch_size=2))
+
+
+def together() -> dict[str, torch.Tensor]:
+    accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
+    for _ in range(2):
+        for batches in windows(accelerator, loader):
+            for walk in passes(accelerator, optimizer, len(batches)):
+                with walk:
+                    for x, y in batches:
+                        with accelerator.accumulate(model):
+                            accelerator.backward(F.cross_entropy(model(x), y))
+            accelerator.clip_grad_norm_(model.parameters(), 0.5)
+            optimizer.step()
+    return accelerator.unwrap_model(model).state_dict()
+
+
+def apart(**plugin) -> dict[str, torch.Tensor]:
+    accelerator, model, optimizer, loader = prepared(
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, **plugin)
+    )
+    for x, y in loader:
+        with accelerator.accumulate(model):
+            for walk in passes(accelerator, optimizer, accumulate=True):
+                with walk:
+                    accelerator.backward(F.cross_entropy(model(x), y))
+            optimizer.step()
+            optimizer.zero_grad()
+    return accelerator.unwrap_model(model).state_dict()
+
+
+def apart_and_unsynchronised() -> str:
+    try:
+        apart()
+    except RuntimeError as refused:
+        return str(refused)
+    return "not refused"
+
+
+def trainer(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
+    model = gpt(dropout=0.0).double()
+    args = arguments(folder, gradient_accumulation_steps=2, max_grad_norm=0.5, ddp_backend="gloo")
+    trained = SAMTrainer(model=model, args=args, train_dataset=tokens(12), rho=0.1, log_sharpness=True)
+    trained.train()
+    return model.state_dict(), trained.state.log_history
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    folder = Path(sys.argv[1])
+    results = {"together": together(), "apart": apart(sync_each_batch=True), "refused": apart_and_unsynchronised()}
+    results["trainer"], results["logs"] = trainer(folder)
+    rank = torch.distributed.get_rank()
+    torch.save(results, folder / f"rank{rank}.pt")
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
