@@ -60,7 +60,7 @@ def loader(n=BATCHES, dtype=torch.float32):
 def fit(module, *callbacks, data=None, ckpt_path=None, **options):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = pl.Trainer(
-        accelerator="cpu", devices=1, callbacks=list(callbacks), **{"max_epochs": 2, **quiet, **options}
+        accelerator="cpu", callbacks=list(callbacks), **{"max_epochs": 2, "devices": 1, **quiet, **options}
     )
     trainer.fit(module, data or loader(), ckpt_path=ckpt_path)
     return trainer
@@ -149,6 +149,23 @@ def under(dtype, function):
 
 
 REDUCED = {"bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
+
+
+def test_a_rule_that_depends_on_the_size_of_the_gradient_sees_it_without_the_scale():
+    module, twin = Classifier(dropout=0.0), net(dropout=0.0)
+    ours, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2) for _ in range(2))
+    fit(module, SAMCallback(steppe.variants.fisher_sam, rho=0.5), plugins=[MixedPrecision("16-mixed", "cpu", ours)])
+    base = BASES["momentum"](twin.parameters())
+    optimizer = steppe.variants.fisher_sam(base, rho=0.5, model=twin, scaler=theirs)
+
+    def step():
+        theirs.step(optimizer)
+        theirs.update()
+
+    forward, loss = (under(torch.float16, function) for function in (twin, F.cross_entropy))
+    by_hand(forward, optimizer, loss=loss, scale=theirs.scale, after=lambda: theirs.unscale_(optimizer), step=step)
+    assert ours.get_scale() == theirs.get_scale() > 2.0**10
+    assert model_bits(module.model) == model_bits(twin)
 
 
 @pytest.mark.parametrize("k", [1, 2])

@@ -238,7 +238,11 @@ def test_what_is_refused_says_why():
     manual = Classifier()
     manual.automatic_optimization = False
     refused("in manual optimisation.*walk.climbs", manual, callback=SAMCallback(log=True))
-    refused("argument 'model'.*which protects running statistics", error=TypeError, callback=SAMCallback(lambda base: steppe.SAM(base)))
+    refused(
+        "argument 'model'.*which protects running statistics",
+        error=TypeError,
+        callback=SAMCallback(lambda base: steppe.SAM(base)),
+    )
     refused("returned a SGD", error=TypeError, callback=SAMCallback(lambda base, model: base))
     with pytest.raises(TypeError, match=r"SAMCallback\(rho=0.05\)"):
         SAMCallback(0.05)

@@ -117,6 +117,7 @@ class SAMCallback(pl.Callback):
             if index in chosen:
                 optimizers[index] = self._around(optimizer, strategy.model)
             if isinstance(sam := optimizers[index], SAM) and not isinstance(drivers[index], _Driver):
+                sam.scaler = getattr(trainer.precision_plugin, "scaler", None)
                 window = _Window(sam, trainer) if pl_module.automatic_optimization else None
                 drivers[index] = driver = _Driver(sam, trainer, window)
                 self._drivers.append(driver)
