@@ -25,7 +25,7 @@ def sentences(package, names=("numpy", "np.", "sklearn", "scikit", "torch", "pyt
 
 
 def train(texts, labels, passes, rho):
-    """Train the last two of six layers, and a linear head, on all texts at once; return texts -> logits, and the model."""
+    """Train the last two of six layers, and a head, on all texts at once; return texts -> logits, and the model."""
     tokenize, encoder = (auto.from_pretrained(FOLDERS[MINILM] / "model") for auto in (AutoTokenizer, AutoModel))
     model = torch.nn.Sequential(encoder.train(), torch.nn.Linear(384, len(SOURCES)))
     torch.nn.ModuleList([encoder.embeddings, *encoder.encoder.layer[:4]]).requires_grad_(False)
