@@ -18,9 +18,18 @@ from steppe.experiments.recipes import RECIPES, Recipe
 from steppe.experiments.search import grid, spaces
 from steppe.experiments.tune import Options, again, is_tuning, tune
 
-__all__ = ["Compare", "Methods", "Plot", "Tune", "parse"]
+__all__ = ["Compare", "Finetune", "Methods", "Plot", "Tune", "parse"]
 
 _COMPARE = "Train contenders at equal compute and show who generalises better."
+_FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."
+
+_FINETUNE_DETAILS = """
+It is `steppe compare finetune`: the same options, run folder and figures; `steppe tune finetune` searches its rho.
+
+--shots 10 trains on ten images of each class; --backbone none from scratch; --freeze the new head only. A checkpoint
+by its name, or a folder of one: --backbone timm:resnet18.a1_in1k, --backbone hf:microsoft/resnet-18 --image-size 64.
+"""
+
 _METHODS = "List the methods: cost, memory, paper, when to use each; `steppe methods gsam` shows a card."
 
 _PLOT = "Draw the figures of a run folder and write its summary again, from the folder alone."
@@ -72,6 +81,13 @@ class Compare:
 
 
 @dataclass(frozen=True)
+class Finetune(Compare):
+    """`steppe finetune`: `steppe compare` with its recipe finetune."""
+
+    recipe: Recipe = RECIPES["finetune"][0]
+
+
+@dataclass(frozen=True)
 class Tune:
     """`steppe tune`."""
 
@@ -116,7 +132,7 @@ class Methods:
         methods(self.patterns, console, bibtex=self.bibtex)
 
 
-def parse(words: Sequence[str]) -> Compare | Tune | Plot | Methods:
+def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Plot | Methods:
     """Turn the words of a command line into a verb.
 
     Raises SystemExit: with 0 after --help, and with 2 after saying what was meant when it does not understand.
@@ -125,11 +141,13 @@ def parse(words: Sequence[str]) -> Compare | Tune | Plot | Methods:
     # tyro shows a description in the list of verbs too, where one line is enough
     about = f"{_COMPARE}\n{_DETAILS}{contenders}" if words[:1] == ["compare"] else _COMPARE
     about_tune = f"{_TUNE}\n{_TUNE_DETAILS}" if words[:1] == ["tune"] else _TUNE
+    about_finetune = f"{_FINETUNE}\n{_FINETUNE_DETAILS}" if words[:1] == ["finetune"] else _FINETUNE
     return tyro.cli(
         Annotated[Compare, tyro.conf.subcommand("compare", description=about)]
         | Annotated[Tune, tyro.conf.subcommand("tune", description=about_tune)]
         | Annotated[Plot, tyro.conf.subcommand("plot", description=_PLOT)]
-        | Annotated[Methods, tyro.conf.subcommand("methods", description=_METHODS)],
+        | Annotated[Methods, tyro.conf.subcommand("methods", description=_METHODS)]
+        | Annotated[Finetune, tyro.conf.subcommand("finetune", description=about_finetune)],
         prog="steppe",
         description="Sharpness-aware minimisation: the experiments. Begin with `steppe compare`.",
         args=words,

@@ -15,6 +15,7 @@ from steppe.experiments.environment import describe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.executors import Executor, Job, Where, failures, start
 from steppe.experiments.files import write_json
+from steppe.experiments.finetune import settled, with_start
 from steppe.experiments.folder import RunFolder
 from steppe.experiments.progress import reporter
 from steppe.experiments.recipes import Recipe
@@ -33,6 +34,7 @@ def compare(recipe: Recipe, command: Sequence[str], console: Console, where: Whe
     somebody asked to stop, and ExperimentError or DataError with one clear line; a run that failed does not end the
     others, and is told of at the end.
     """
+    recipe = settled(recipe, console)
     folder = RunFolder(recipe.folder)
     with start(recipe, where, console) as executor:
         recipe, world = executor.recipe, executor.world
@@ -75,6 +77,7 @@ def _train(executor: Executor, folder: RunFolder, console: Console, *, together:
     dataset = data.load(recipe.dataset, recipe.data_dir)
     if world.rank == 0:
         world.barrier()
+    dataset = with_start(dataset, executor, folder.path, console)
     units = list(recipe.units())
     if together:
         teller = board(sum(unit.standardized_epochs for unit in units), console)

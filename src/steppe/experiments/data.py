@@ -1,6 +1,6 @@
-"""The datasets of the experiments, as tensors: Fashion-MNIST, and the small sample that comes with Steppe.
+"""The datasets of the experiments, as tensors: Fashion-MNIST, the small sample that comes with Steppe, and digits.
 
-Both are verified by SHA-256 each time they are read: a dataset that is not exactly right is a `DataError`,
+All are verified by SHA-256 each time they are read: a dataset that is not exactly right is a `DataError`,
 never a slightly wrong experiment.
 
 Fashion-MNIST: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
@@ -12,23 +12,38 @@ import hashlib
 import io
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import Literal, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from steppe.experiments import fashion_mnist
+from steppe.experiments import digits, fashion_mnist
 from steppe.experiments.fashion_mnist import DataError, IdxFile
 
-__all__ = ["CLASSES", "MEAN", "STD", "DataError", "Dataset", "DatasetName", "Split", "load", "normalise"]
+if TYPE_CHECKING:  # a backbone normalises its images in its own way, and ours is known here
+    from steppe.experiments.backbones import Backbone
 
-DatasetName = Literal["sample", "fashion-mnist"]
+__all__ = [
+    "CLASSES",
+    "MEAN",
+    "STD",
+    "DataError",
+    "Dataset",
+    "DatasetName",
+    "Split",
+    "cache_home",
+    "is_here",
+    "load",
+    "normalise",
+]
+
+DatasetName = Literal["sample", "fashion-mnist", "digits"]
 
 CLASSES: tuple[str, ...] = (
     "T-shirt/top",
@@ -68,20 +83,22 @@ class Split:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split, with the place that they were read from in words."""
+    """A training and a test split, with the place that they were read from in words, and where runs on it start."""
 
     name: str
     train: Split
     test: Split
     source: str
+    start: Backbone | None = None
+    """The pretrained network that runs start from; None: each from its own random weights."""
 
     def to(self, device: torch.device | str) -> Dataset:
         """Return this dataset on `device`."""
-        return Dataset(self.name, self.train.to(device), self.test.to(device), self.source)
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
 def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
-    """Load a dataset into memory: "fashion-mnist" (60,000 + 10,000 images) or its "sample" (3,000 + 3,000).
+    """Load a dataset: "fashion-mnist" (60,000 + 10,000 images), its "sample" (3,000 + 3,000), "digits" (1,201 + 596).
 
     The full set is read from the first of these that there is: `data_dir`, $STEPPE_DATA, the system's
     package, the user's cache; else it is downloaded into the cache. A place that was named is the only one
@@ -97,6 +114,9 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     """
     if name == "fashion-mnist":
         return _load_full(data_dir)
+    if name == "digits":  # where a backbone is pretrained before, data_dir is about that
+        train, test = digits.read()
+        return Dataset("digits", Split(*train), Split(*test), "scikit-learn")
     if name != "sample":
         raise DataError(f"there is no dataset {name!r}: choose one of {', '.join(get_args(DatasetName))}")
     if data_dir is not None:
@@ -143,11 +163,24 @@ def _place(data_dir: Path | None) -> tuple[str, Callable[[IdxFile], NDArray[np.u
         return f"{named} ($STEPPE_DATA)", partial(fashion_mnist.from_directory, Path(named).expanduser())
     if SYSTEM.is_dir():
         return f"{SYSTEM} (system package)", partial(fashion_mnist.from_directory, SYSTEM)
-    cache = _cache_home() / "steppe" / "fashion-mnist"
+    cache = cache_home() / "steppe" / "fashion-mnist"
     return f"{cache} (cache)", partial(fashion_mnist.from_cache, cache)
 
 
-def _cache_home() -> Path:
+def is_here(data_dir: Path | None = None) -> bool:
+    """Whether `load("fashion-mnist", data_dir)` has a place to read from, and would not download."""
+    if data_dir is not None or os.environ.get("STEPPE_DATA") or SYSTEM.is_dir():
+        return True
+    try:
+        cache = cache_home() / "steppe" / "fashion-mnist"
+    except DataError:
+        return False
+    files = (*fashion_mnist.TRAIN, *fashion_mnist.TEST)
+    return all(any((cache / f"{file.name}{packed}").exists() for packed in (".gz", "")) for file in files)
+
+
+def cache_home() -> Path:
+    """The folder of the user's caches; DataError for a user who has none."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError as error:  # a container's user may have no home

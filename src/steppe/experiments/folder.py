@@ -12,7 +12,7 @@ from typing import Any
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.evaluation import Record, read_records
 from steppe.experiments.files import write_json
-from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.recipes import LATER, Recipe, Unit
 
 __all__ = ["CHECKPOINT", "METRICS", "Results", "RunFolder"]
 
@@ -100,8 +100,8 @@ class RunFolder:
             ) from error
 
     def _compare(self, theirs: Recipe, their_processes: int, recipe: Recipe, processes: int) -> None:
-        before = theirs.result() | {"processes": their_processes}
-        now = recipe.result() | {"processes": processes}
+        before = {**LATER, **theirs.result(), "processes": their_processes}
+        now = {**LATER, **recipe.result(), "processes": processes}
         differing = [f"{k} was {before[k]} and is {now[k]}" for k in now if now[k] != before[k]]
         if differing:
             raise ExperimentError(

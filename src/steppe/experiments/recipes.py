@@ -10,18 +10,34 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from steppe.experiments.batches import count
-from steppe.experiments.contenders import BASES
+from steppe.experiments.contenders import BASES, unknown
 from steppe.experiments.data import DatasetName
 from steppe.experiments.specs import Spec, parse
 
-__all__ = ["RECIPES", "Recipe", "Unit"]
+__all__ = ["LATER", "RECIPES", "Recipe", "Unit"]
 
 # Fields that say which runs there are, or how they are watched and kept; every other field changes a run's result.
 _FREE = frozenset({"name", "methods", "seeds", "first_seed", "data_dir", "checkpoint_seconds", "tensorboard", "out"})
 
+LATER: Mapping[str, Any] = MappingProxyType(
+    {
+        "shots": None,
+        "backbone": "none",
+        "pretrain_on": "auto",
+        "pretrain_epochs": 3,
+        "freeze": False,
+        "head_lr": None,
+        "image_size": None,
+    }
+)
+"""Fields that are younger than the run folders that there may be, with the values that these were made with."""
+
 _AT_LEAST: Mapping[str, tuple[float, str]] = MappingProxyType(
     {
         "batch_size": (1, "images in one optimizer step"),
+        "shots": (1, "training images of each class"),
+        "pretrain_epochs": (1, "the epochs that the backbone is pretrained for"),
+        "image_size": (1, "height and width of the images that a checkpoint gets"),
         "epochs": (1, "the compute that each contender gets"),
         "extra_epochs": (0, "further compute for the contenders that pay more than one pass a step"),
         "eval_every": (1, "standardized epochs from one measurement to the next"),
@@ -44,7 +60,24 @@ class Recipe:
     name: str = "demo"
     """Title of the run folder and of the figures."""
     dataset: DatasetName = "sample"
-    """fashion-mnist: the whole data set. sample: 3000 training and 3000 test images of it, comes with Steppe."""
+    """fashion-mnist: the whole data set. sample: 3000 training and 3000 test images of it, comes with Steppe. digits:
+    scikit-learn's 1797 handwritten digits, one in three of them for testing (needs the finetune extra)."""
+    shots: int | None = None
+    """Train on so many images of each class, drawn by the run's seed; by default on all."""
+    backbone: str = "none"
+    """Where runs start from. none: random weights. own: the same network, pretrained once on Fashion-MNIST and kept in
+    the user's cache. timm:NAME, hf:NAME or hf:FOLDER: a checkpoint. Its last layer is begun anew."""
+    pretrain_on: Literal["auto", "fashion-mnist", "sample"] = "auto"
+    """What the own backbone is pretrained on; auto: the whole Fashion-MNIST where it is on this machine, else the
+    sample."""
+    pretrain_epochs: int = 3
+    """Epochs of that, with SGD (lr 0.05, momentum 0.9, batch 128)."""
+    freeze: bool = False
+    """Train the new head only (a linear probe): the backbone stays as it is, its running statistics too."""
+    head_lr: float | None = None
+    """Learning rate of the new head; by default that of the rest."""
+    image_size: int | None = None
+    """Height and width to which images are resized for a timm or hf checkpoint; by default what it was trained on."""
     data_dir: Path | None = None
     """Folder of the full Fashion-MNIST; else $STEPPE_DATA, the system's package, the user's cache, or a download."""
     methods: tuple[str, ...] = ("sgd", "sam")
@@ -104,11 +137,42 @@ class Recipe:
             raise ValueError(f"lr={self.lr}: the learning rate must be a finite number above 0")
         if self.threads is not None and self.threads < 1:
             raise ValueError(f"threads={self.threads}: the number of CPU threads must be at least 1")
+        if self.head_lr is not None and not (math.isfinite(self.head_lr) and self.head_lr > 0):
+            raise ValueError(f"head_lr={self.head_lr}: the head's learning rate must be a finite number above 0")
         if self.momentum and not BASES[self.base].has_momentum:
             raise ValueError(f"momentum={self.momentum}: {self.base} has none that could be set; leave it at 0")
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name={self.name!r}: it names a folder, so it must be a plain, non-empty name")
+        self._check_start()
         self._check_methods()
+
+    def _check_start(self) -> None:
+        kind, colon, name = self.backbone.partition(":")
+        if self.backbone not in ("none", "own") and not (colon and name and kind in ("timm", "hf")):
+            raise ValueError(unknown("backbone", self.backbone, ("none", "own", "timm:NAME", "hf:NAME", "hf:FOLDER")))
+        if self.backbone == "own" and self.dataset != "digits":
+            raise ValueError(
+                f"dataset={self.dataset}: the own backbone is pretrained on Fashion-MNIST, so it has seen these images "
+                "and nothing would be transferred. Say --dataset digits, or --backbone none"
+            )
+        if self.backbone == "none":
+            for field in ("freeze", "head_lr"):
+                if getattr(self, field):
+                    raise ValueError(
+                        f"{field}={getattr(self, field)}: without a backbone all layers are new, so it would mean "
+                        f"nothing. Say --backbone own or a checkpoint's name, or leave --{field.replace('_', '-')} out"
+                    )
+        if self.image_size is not None and self.backbone in ("none", "own"):
+            raise ValueError(
+                f"image_size={self.image_size}: images are resized for timm and hf checkpoints only, and "
+                f"backbone={self.backbone} takes them as they are: leave it out"
+            )
+        reads_it = self.dataset == "fashion-mnist" or (self.backbone == "own" and self.pretrain_on != "sample")
+        if self.data_dir is not None and self.dataset == "digits" and not reads_it:
+            raise ValueError(
+                f"data_dir={self.data_dir}: nothing here is read from the full Fashion-MNIST, so it would be ignored: "
+                "leave it out"
+            )
 
     def _check_methods(self) -> None:
         specs = [parse(method) for method in self.methods]
@@ -161,15 +225,19 @@ class Recipe:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
         """Make a recipe of what `to_json` gave; ValueError when the fields are not a recipe's."""
-        names = {field.name for field in fields(cls)}
+        names, values = {field.name for field in fields(cls)}, {**LATER, **values}
         if names != set(values):
             raise ValueError(f"not the fields of a recipe: {', '.join(sorted(names ^ set(values)))}")
         paths = {k: Path(values[k]) for k in ("data_dir", "out") if values[k] is not None}
         return cls(**{**values, **paths, "methods": tuple(values["methods"])})
 
     def result(self) -> dict[str, Any]:
-        """The fields that a run's result depends on."""
-        return {k: v for k, v in self.to_json().items() if k not in _FREE} | {"momentum": self.base_momentum}
+        """The fields that a run's result depends on.
+
+        One of `LATER` that has the value there says nothing that older run folders do not say.
+        """
+        said = {k: v for k, v in self.to_json().items() if k not in _FREE and not (k in LATER and v == LATER[k])}
+        return said | {"momentum": self.base_momentum}
 
 
 @dataclass(frozen=True)
@@ -238,6 +306,26 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             ),
             "The article's experiment: PreAct ResNet-18 on the whole of Fashion-MNIST, 150 standardized epochs and "
             "50 further ones of SAM: work for a GPU. The article does not give the batch size: 128 is ours.",
+        ),
+        "finetune": (
+            replace(
+                _DEMO,
+                name="finetune",
+                dataset="digits",
+                backbone="own",
+                width=8,
+                lr=0.01,
+                momentum=0.9,
+                batch_size=32,
+                epochs=20,
+                # one thread: so narrow a network is not faster on two, and every machine has the same bits. And not
+                # channels_last: with several threads, torch 2.13's backward of a strided 1x1 convolution writes beyond
+                # its memory in that layout, when the number of channels is no multiple of 16 and that of images odd
+                channels_last=False,
+                threads=1,
+            ),
+            "A narrow network, pretrained once on Fashion-MNIST, fine-tuned on scikit-learn's handwritten digits: a "
+            "few minutes on two CPU cores.",
         ),
     }
 )

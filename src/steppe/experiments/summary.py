@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
@@ -29,6 +30,10 @@ _HEADINGS = (
     "train\nloss",
     "time,\ns",
     "runs",
+)
+
+_NAMES: Mapping[str, str] = MappingProxyType(
+    {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 )
 
 _MANY = 6  # verdicts, from which on a reader must be told that some will be wrong
@@ -137,14 +142,31 @@ class Summary:
 
 def setting(recipe: Recipe) -> str:
     """What was trained on what, in one line."""
-    data = "a sample of Fashion-MNIST" if recipe.dataset == "sample" else "Fashion-MNIST"
+    data = _NAMES[recipe.dataset]
+    if recipe.shots is not None:
+        data += f", {recipe.shots} image{'s'[: recipe.shots > 1]} a class"
     base = f"{recipe.base.upper() if recipe.base == 'sgd' else 'AdamW'}, lr {recipe.lr:g}"
+    if recipe.head_lr is not None:
+        base += f" (head {recipe.head_lr:g})"
     if recipe.base_momentum:
         base += f", momentum {recipe.base_momentum:g}"
     # a rho that every contender replaces by its own would only mislead
     takes_it = any("rho" in s.contender.arguments and "rho" not in dict(s.given) for s in map(parse, recipe.methods))
     rho = f", rho {recipe.rho:g}" if takes_it else ""
-    return f"PreAct ResNet-18 (width {recipe.width}) on {data}: {base}, batch {recipe.batch_size}{rho}"
+    return f"{_network(recipe)} on {data}: {base}, batch {recipe.batch_size}{rho}"
+
+
+def _network(recipe: Recipe) -> str:
+    """The network, and where it starts from."""
+    probe = ", linear probe" if recipe.freeze else ""
+    if recipe.backbone not in ("none", "own"):
+        size = f", {recipe.image_size} px" if recipe.image_size else ""
+        return f"{recipe.backbone} (pretrained{size}{probe})"
+    if recipe.backbone == "own":
+        epochs = f"{recipe.pretrain_epochs} epoch{'s'[: recipe.pretrain_epochs > 1]}"
+        where = _NAMES[recipe.pretrain_on] if recipe.pretrain_on != "auto" else "Fashion-MNIST"
+        return f"PreAct ResNet-18 (width {recipe.width}, pretrained on {where}, {epochs}{probe})"
+    return f"PreAct ResNet-18 (width {recipe.width})"
 
 
 def summarise(recipe: Recipe, results: Results) -> Summary:

@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.experiments import checkpoints
+from steppe.experiments.backbones import FineTuned
 from steppe.experiments.batches import Batch, batches, count, order, start
 from steppe.experiments.contenders import BASES, Setting
 from steppe.experiments.data import CLASSES, Dataset
@@ -22,6 +23,7 @@ from steppe.experiments.distributed import World
 from steppe.experiments.drivers import Forward
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.evaluation import Record, evaluate, write_records
+from steppe.experiments.few_shot import few_shot
 from steppe.experiments.files import write_atomically
 from steppe.experiments.folder import CHECKPOINT, METRICS
 from steppe.experiments.models import preact_resnet18
@@ -29,7 +31,7 @@ from steppe.experiments.progress import Reporter
 from steppe.experiments.recipes import Unit
 from steppe.experiments.stopping import Stop, Stopped
 
-__all__ = ["Run", "train"]
+__all__ = ["Run", "owner", "train"]
 
 # A guess costs log(10) = 2.3. SAM skips steps that are not finite, so with it a loss may stay at 1e17 for ever.
 _HOPELESS = 1e4
@@ -41,16 +43,19 @@ class Run:
 
     def __init__(self, unit: Unit, data: Dataset, world: World) -> None:
         recipe = unit.recipe
+        if recipe.shots is not None:
+            data = replace(data, train=few_shot(data.train, recipe.shots, unit.seed))
         self.unit, self.data, self.world = unit, data, world
         torch.manual_seed(unit.seed)
-        network: nn.Module = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+        network = _network(unit, data)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         network = world.synchronise_norms(network.to(world.device).to(memory_format=layout))  # type: ignore[call-overload]
         self.network = network
         self.model = world.wrap(network)
         if recipe.compile:
             self.model.compile(dynamic=False)
-        base = BASES[recipe.base].build(network.parameters(), recipe.lr, recipe.base_momentum, recipe.weight_decay)
+        trained = network.groups(recipe.head_lr) if isinstance(network, FineTuned) else network.parameters()
+        base = BASES[recipe.base].build(trained, recipe.lr, recipe.base_momentum, recipe.weight_decay)
         setting = Setting(
             rho=unit.spec.rho(recipe.rho),
             model=network,
@@ -60,6 +65,7 @@ class Run:
             seed=unit.seed,
         )
         self.optimizer = unit.spec.optimizer(base, setting)
+        _check(unit, self.optimizer)
         self.driver = unit.spec.driver(self.optimizer, setting)
         self.epoch = 0
         """Finished epochs."""
@@ -187,7 +193,7 @@ def train(
     configuration; the folder can be used again after each of them.
     """
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
-    keeper = _Keeper(folder, unit, world)
+    keeper = _Keeper(folder, unit, world, None if data.start is None else data.start.digest())
     run = Run(unit, data, world)
     keeper.restore(run)
     reporter.begin(unit, run.standardized_epoch, run.records)
@@ -205,6 +211,38 @@ def train(
         raise
     reporter.end(unit, run.records)
     return run.records
+
+
+def _network(unit: Unit, data: Dataset) -> nn.Module:
+    recipe = unit.recipe
+    if (data.start is None) != (recipe.backbone == "none"):
+        raise RuntimeError(f"backbone={recipe.backbone}, but the data came with {data.start}: use finetune.with_start")
+    if data.start is not None:
+        return data.start.network(freeze=recipe.freeze)
+    return preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+
+
+def _check(unit: Unit, optimizer: torch.optim.Optimizer) -> None:
+    """Refuse what a fine-tuning would silently do without: ExperimentError."""
+    recipe = unit.recipe
+    climbing = getattr(getattr(optimizer, "perturbation", None), "parameters", ())
+    if climbing and not any(p.requires_grad for p in climbing):
+        raise ExperimentError(
+            f"{unit.name} climbs with weights that --freeze keeps as they are, so it would be the plain base optimizer "
+            "at twice the price: leave --freeze or this method out"
+        )
+    if recipe.head_lr is not None and all(group["lr"] != recipe.head_lr for group in optimizer.param_groups):
+        raise ExperimentError(
+            f"{unit.name} has one learning rate of its own, and head_lr={recipe.head_lr} would be ignored: leave "
+            "--head-lr or this method out"
+        )
+
+
+def owner(unit: Unit, processes: int, start: str | None) -> str:
+    """Whose a checkpoint is: everything that the run's result depends on, with the digest of what it starts from."""
+    begun = {} if start is None else {"start": start}
+    depends_on = json.dumps(unit.recipe.result() | {"processes": processes} | begun, sort_keys=True)
+    return f"{unit.name} of {depends_on}"
 
 
 def _pause(stop: Stop, world: World) -> Callable[[], None]:
@@ -258,10 +296,9 @@ def _train_on(run: Run, keeper: _Keeper, reporter: Reporter, stop: Stop) -> None
 class _Keeper:
     """Keeps a run's checkpoint and metrics in its folder; only the first process writes."""
 
-    def __init__(self, folder: Path, unit: Unit, world: World) -> None:
+    def __init__(self, folder: Path, unit: Unit, world: World, start: str | None) -> None:
         self._folder, self._world = folder, world
-        depends_on = json.dumps(unit.recipe.result() | {"processes": world.size}, sort_keys=True)
-        self._owner = f"{unit.name} of {depends_on}"
+        self._owner = owner(unit, world.size, start)
         self._saved = time.monotonic()
 
     def restore(self, run: Run) -> None:

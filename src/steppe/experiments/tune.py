@@ -23,6 +23,7 @@ from steppe.experiments.evaluation import Record
 from steppe.experiments.executors import Executor, Job, Outcome, Where, start
 from steppe.experiments.files import write_atomically, write_json
 from steppe.experiments.findings import Findings, Tuning, find
+from steppe.experiments.finetune import settled, with_start
 from steppe.experiments.recipes import Recipe
 from steppe.experiments.rho_figures import draw
 from steppe.experiments.search import spaces
@@ -87,7 +88,7 @@ def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Cons
             "steppe tune under torchrun: trials are independent runs, and need no processes that train one together. "
             "Start it without torchrun, with --on ray for many at a time, or several times in one run folder"
         )
-    path = folder(recipe)
+    recipe, path = settled(recipe, console), folder(recipe)
     # trials may have the same units, whose logs would be written over each other
     plain = replace(recipe, tensorboard=False)
     with start(plain, where, console) as executor, opened(options.storage, _made(path)) as storage:
@@ -111,6 +112,7 @@ def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Cons
                 for space in found
             ]
         held_out = hold_out(data.load(recipe.dataset, recipe.data_dir), options.hold_out)
+        held_out = with_start(held_out, executor, path, console)
         try:
             _train(executor, studies, held_out, path, options, console)
         finally:
