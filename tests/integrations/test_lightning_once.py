@@ -231,6 +231,8 @@ def test_what_is_refused_says_why():
 
     with pytest.raises(RuntimeError, match="FSDPStrategy: it shards weights.*strategy='ddp'"):
         SAMCallback().setup(OnCards.__new__(OnCards), Classifier(), "fit")
+    with pytest.raises(RuntimeError, match="took lightning.pytorch, which was there first: import the one"):
+        SAMCallback().setup(object(), Classifier(), "fit")
     refused("the batch that it takes out is gone", Iterating())
     refused("OwnStep: its optimizer_step is its own", plugins=[OwnStep()])
     refused("LBFGS cannot be the base", Lbfgs(), TypeError)

@@ -178,12 +178,12 @@ class SAMCallback(pl.Callback):
 
 
 def _refuse(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
-    strategy, precision = trainer.strategy, trainer.precision_plugin
     if not isinstance(trainer, pl.Trainer):
         raise RuntimeError(
             f"the Trainer is of {type(trainer).__module__.partition('.')[0]}, and steppe.integrations.lightning took "
             f"{pl.__name__}, which was there first: import the one that you use before it, and only that one"
         )
+    strategy, precision = trainer.strategy, trainer.precision_plugin
     if not isinstance(strategy, pl.strategies.SingleDeviceStrategy | pl.strategies.DDPStrategy):
         raise RuntimeError(
             f"SAMCallback with {type(strategy).__name__}: it shards weights, or steps by itself, so the climb would "
