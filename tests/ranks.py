@@ -18,7 +18,7 @@ import torch.distributed as dist
 _SILENT = datetime.timedelta(seconds=60)
 
 
-class RankFailed(AssertionError):
+class RankError(AssertionError):
     """What was raised in one of the processes, with its traceback."""
 
 
@@ -46,7 +46,7 @@ class Ranks:
         if failures:
             self.close()
             together.cache_clear()
-            raise RankFailed("\n".join(failures))
+            raise RankError("\n".join(failures))
         return [result for _, result in answers]
 
     def close(self) -> None:

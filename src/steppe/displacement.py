@@ -1,13 +1,16 @@
 """The reversible move w -> w + e -> w: exact to the bit, in the same storage."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
 from steppe.shards import local
 from steppe.tensors import add_scaled_, as_real, copy_, reuse
+
+Add: TypeAlias = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], None]
 
 
 class Displacement:
@@ -34,13 +37,16 @@ class Displacement:
         return bool(self._away)
 
     @torch.no_grad()
-    def move(self, weights: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
+    def move(
+        self, weights: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor], *, add: Add = add_scaled_
+    ) -> None:
         """Move on by e = alpha * direction; a later move goes on from there, and w stays what it was.
 
         Args:
             weights: leaf tensors of any dtype, each moved once even when it is listed twice.
             alpha: a 0-dim tensor.
             direction: one real tensor a weight, of its shape (complex weights: with a last dimension of 2).
+            add: how to add, in place.
         """
         pairs = dict(zip(weights, direction, strict=True))
         new = [w for w in pairs if w not in self._away]
@@ -48,7 +54,11 @@ class Displacement:
         self._copies.update(zip(new, copies, strict=True))
         copy_(copies, [local(w) for w in new])
         self._away.update(zip(new, copies, strict=True))  # from here on, whatever happens, restore() undoes it
-        add_scaled_([as_real(w) for w in pairs], alpha, list(pairs.values()))
+        add([as_real(w) for w in pairs], alpha, list(pairs.values()))
+
+    def before(self, weights: Sequence[Tensor]) -> list[Tensor]:
+        """What this rank holds of w, for weights that are away from it."""
+        return [self._away[w] for w in weights]
 
     @torch.no_grad()
     def restore(self) -> None:

@@ -45,6 +45,23 @@ def uniform(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tens
     ]
 
 
+def integers(who: str, seed: int, step: int, like: Sequence[Tensor], *, below: int) -> list[Tensor]:
+    """Return whole numbers from 0 to ``below`` - 1, one int32 tensor for each of ``like``, of its shape and device."""
+    return [
+        part_of(
+            torch.randint(
+                below,
+                t.shape,
+                dtype=torch.int32,
+                device=t.device,
+                generator=generator(t.device, key(who, seed, step, position)),
+            ),
+            t,
+        )
+        for position, t in enumerate(like)
+    ]
+
+
 def _empty(like: Tensor) -> Tensor:
     """All of a tensor, though it may be sharded: what a rank draws must not depend on how many there are."""
     if is_sharded(like):

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,15 +11,28 @@ from torch.optim import Optimizer
 from steppe.checkpoints import RHO, parameters, take_over
 from steppe.displacement import Displacement
 from steppe.gradients import Gradients
+from steppe.notices import warn
 from steppe.passes import Protection
 from steppe.ranks import OneForAll, Ranks
+from steppe.rounding import add_scaled_stochastically_, arrived, is_half
 from steppe.rules import Ascent, Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
+from steppe.shards import local
+
+_MUCH_OF_A_CLIMB = 0.9
 
 
 class Engine:
     """What happens to weights, gradients and surroundings within one step; when, is for the caller to know."""
 
-    def __init__(self, base: Optimizer, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
+    def __init__(
+        self,
+        base: Optimizer,
+        model: nn.Module | None,
+        *,
+        replay_rng: bool,
+        per_rank: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
         self._base = base
         self._displacement = Displacement()
         self._climbers: list[Tensor] | None = None
@@ -28,6 +42,9 @@ class Engine:
         self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
         self.memory: Memory = {}
         """What the rules keep from step to step."""
+        self._rounding_checked = False
+        self.stochastic_rounding = stochastic_rounding
+        """Whether half-precision weights are rounded up or down at random when they climb."""
         self.scale: Tensor | None = None
         """What a loss scaler has multiplied the gradients of this step by."""
         self.steps = 0
@@ -129,7 +146,29 @@ class Engine:
 
     def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Move some weights by alpha * direction, until :meth:`come_back`."""
-        self._displacement.move(members, alpha, direction)
+        if not self.stochastic_rounding:
+            self._displacement.move(members, alpha, direction)
+            self._check_rounding(members, alpha, direction)
+        else:
+            add = partial(add_scaled_stochastically_, step=self.steps)
+            self._displacement.move(members, alpha, direction, add=add)
+
+    def _check_rounding(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
+        """Say so, once, if much of a climb rounds to nothing; only half-precision weights are looked at."""
+        halves = [i for i, p in enumerate(members) if is_half(p)]
+        if not halves or self._rounding_checked:
+            return
+        self._rounding_checked = True
+        weights = [members[i] for i in halves]
+        before, along = self._displacement.before(weights), [direction[i] for i in halves]
+        share = float(arrived([local(w) for w in weights], before, alpha, along))
+        if share < _MUCH_OF_A_CLIMB:
+            warn(
+                f"of the climb, only {share:.0%} arrives in {weights[0].dtype} weights: the rest is smaller than their "
+                "last bit and rounds to nothing, so SAM acts with a smaller radius than rho. Keep the weights in "
+                "float32 and train under torch.autocast; or give SAM stochastic_rounding=True, with which all of it "
+                "arrives on average"
+            )
 
     @torch.no_grad()
     def unscaled(self) -> None:

@@ -28,6 +28,7 @@ Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple
 _F = TypeVar("_F", bound=Callable[..., Any])
 # Dynamo would drop what a compiled step writes to our attributes.
 _eager: Callable[[_F], _F] = torch.compiler.disable
+_OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 _ALONG_G, _EVERY_STEP, _G_S = L2(), Every(), Perturbed()
 _wrapped: WeakSet[Optimizer] = WeakSet()
 
@@ -68,6 +69,8 @@ class SAM(Optimizer):
             on all samples.
         scaler: the loss scaler of a loop in float16. With it ``step(closure)`` works there too, and rules that depend
             on the size of the gradients see them without its scale. It belongs to the loop: copies have none.
+        stochastic_rounding: round weights in half precision up or down at random when they climb. A step of rho is
+            often smaller than their last bit; so it arrives on average, where rounding to nearest would lose it.
 
     The class form ``SAM(params, BaseClass, rho=..., **kwargs)`` builds the base from its class.
 
@@ -102,6 +105,7 @@ class SAM(Optimizer):
     cadence: Cadence
     replay_rng: bool
     per_rank: bool
+    stochastic_rounding: bool
     scaler: torch.amp.GradScaler | None
     _said_plain = False
     _walking: "Walk | None"
@@ -119,6 +123,7 @@ class SAM(Optimizer):
         replay_rng: bool = True,
         per_rank: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        stochastic_rounding: bool = False,
     ) -> None: ...
 
     @overload
@@ -135,6 +140,7 @@ class SAM(Optimizer):
         replay_rng: bool = True,
         per_rank: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None: ...
 
@@ -148,6 +154,7 @@ class SAM(Optimizer):
         replay_rng: bool = True,
         per_rank: bool = False,
         scaler: torch.amp.GradScaler | None = None,
+        stochastic_rounding: bool = False,
         **kwargs: Any,
     ) -> None:
         base, rho = base_and_rho(*args, **kwargs)
@@ -163,14 +170,19 @@ class SAM(Optimizer):
         if per_rank and (needs_gradient(cadence) or not needs_gradient(perturbation)):
             raise ValueError(_apart(perturbation, cadence))
         slots = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
-        options = {"replay_rng": replay_rng, "per_rank": per_rank, "scaler": scaler}
+        options = {
+            "replay_rng": replay_rng,
+            "per_rank": per_rank,
+            "scaler": scaler,
+            "stochastic_rounding": stochastic_rounding,
+        }
         self.__setstate__({"base": base, "rho": rho, "model": model, **options, **slots})
         for group in base.param_groups:
             group.setdefault(RHO, rho)
         check_groups(base.param_groups, base.defaults)
 
     def __getstate__(self) -> dict[str, Any]:
-        kept = ("base", "rho", "model", "replay_rng", "per_rank", "perturbation", "combination", "cadence")
+        kept = ("base", "rho", "model", *_OPTIONS, "perturbation", "combination", "cadence")
         engine = self._engine
         return {**{name: self.__dict__[name] for name in kept}, "memory": engine.memory, "steps": engine.steps}
 
@@ -180,7 +192,7 @@ class SAM(Optimizer):
         self._stage, self._walking = Stage.AT_W, None
         self.scaler = state.get("scaler")
         self._below = SimpleNamespace(param_groups=self.param_groups, step=self._take)
-        self._engine = Engine(self.base, self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
+        self._engine = Engine(self.base, self.model, **{name: state[name] for name in _OPTIONS})
         self._engine.memory = state.get("memory", self._engine.memory)
         self._engine.steps = state.get("steps", self._engine.steps)
 

@@ -26,10 +26,11 @@ class _Surroundings(TypedDict, total=False):
     replay_rng: bool
     per_rank: bool
     scaler: torch.amp.GradScaler | None
+    stochastic_rounding: bool
 
 
 class Options(_Surroundings, total=False):
-    """What every method takes beside its own: ``model``, ``replay_rng``, ``per_rank`` and ``scaler``, as SAM does."""
+    """What every method takes beside its own, as :class:`steppe.SAM` does."""
 
     model: nn.Module | None
 

@@ -23,12 +23,16 @@ SEEN = 8  # samples a step, of all processes together
 def network(seed: int = 0) -> nn.Sequential:
     """7 is odd, so that its shards are of unequal size."""
     torch.manual_seed(seed)
-    return nn.Sequential(nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+    return nn.Sequential(
+        nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)
+    ).double()
 
 
 def samples(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(SEEN, 5, generator=generator, dtype=torch.float64), torch.randint(3, (SEEN,), generator=generator)
+    return torch.randn(SEEN, 5, generator=generator, dtype=torch.float64), torch.randint(
+        3, (SEEN,), generator=generator
+    )
 
 
 def mine(*tensors: Tensor) -> list[Tensor]:
@@ -92,7 +96,9 @@ def named(name: str, *, rho: float = 0.1, **more) -> Make:
     return make
 
 
-def train(layout: Callable[[nn.Module], nn.Module], make: Make, steps: int, *, whole_batch: bool = False) -> list[Tensor]:
+def train(
+    layout: Callable[[nn.Module], nn.Module], make: Make, steps: int, *, whole_batch: bool = False
+) -> list[Tensor]:
     """The weights after so many steps, all of them on every process."""
     model = layout(network())
     optimizer = make(model)

@@ -1,0 +1,120 @@
+"""Half-precision weights: a climb that rounds to nothing is said, and stochastic rounding brings it there."""
+
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import steppe
+from steppe.rounding import add_scaled_stochastically_
+from steppe.tensors import add_scaled_
+from support import BASES, DRIVES, batch, bits, net, plain
+
+HALF = [torch.bfloat16, torch.float16]
+quiet = pytest.mark.filterwarnings("ignore:of the climb")
+
+
+def neighbours(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """The numbers of a dtype around x, by trying: slow, and without a trick with bits."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
+    numbers = numbers[numbers.isfinite()].unique()
+    above = torch.searchsorted(numbers, x.double())
+    below = torch.where(numbers[above] == x, above, above - 1)
+    return numbers[below], numbers[above]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_sum_is_rounded_to_a_neighbour_and_right_on_average(dtype):
+    torch.manual_seed(0)
+    w = torch.randn(50).to(dtype)
+    e = torch.randn(50) * 10.0 ** torch.randint(-4, 0, (50,))
+    exact = w.double() + e.double() * 0.5
+    below, above = neighbours(exact.float(), dtype)
+    total, draws = torch.zeros(50, dtype=torch.float64), 4000
+    for step in range(draws):
+        target = w.clone()
+        add_scaled_stochastically_([target], torch.tensor(0.5), [e], step=step)
+        assert ((target == below) | (target == above)).all()
+        total += target.double()
+    deviation = (above - below) / 2 / draws**0.5
+    assert ((total / draws - exact).abs() <= 5 * deviation + 1e-7 * exact.abs()).all()
+    assert ((w.double() + (e * 0.5).to(dtype).double()).to(dtype) == w).sum() > 5, "rounding to nearest loses some"
+
+
+@quiet
+def test_the_draws_depend_on_the_step_and_the_position():
+    def drawn(step):
+        targets = [torch.ones(64, dtype=torch.bfloat16) for _ in range(2)]
+        add_scaled_stochastically_(targets, torch.tensor(1.0), [torch.full((64,), 2**-9)] * 2, step=step)
+        return bits(targets)
+
+    assert drawn(3) == drawn(3)
+    assert drawn(3) != drawn(4)
+    assert drawn(3)[0] != drawn(3)[1]
+
+
+def test_float32_weights_are_added_to_as_ever():
+    a, b, step = torch.randn(9), torch.randn(9), torch.randn(9)
+    mixed = [a.clone(), b.bfloat16()]
+    add_scaled_stochastically_(mixed, torch.tensor(0.1), [step, step], step=0)
+    add_scaled_([a], torch.tensor(0.1), [step])
+    assert torch.equal(mixed[0], a)
+
+
+@pytest.mark.parametrize("drive", DRIVES)
+@pytest.mark.parametrize("base", ["sgd", "momentum"])  # AdamW's eps of 1e-8 is 0 in float16
+@pytest.mark.parametrize("dtype", HALF)
+def test_rho_0_is_the_base_and_the_weights_come_back(dtype, base, drive):
+    model, twin = net(dropout=0.0, dtype=dtype), net(dropout=0.0, dtype=dtype)
+    optimizer = steppe.SAM(BASES[base](model.parameters()), rho=0.0, model=model, stochastic_rounding=True)
+    other = BASES[base](twin.parameters())
+    for step in range(3):
+        x, y = batch(step, dtype=dtype)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
+        plain(other, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+    assert bits(model.parameters()) == bits(twin.parameters())
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_a_climb_that_rounds_to_nothing_is_said_once(dtype):
+    w = nn.Parameter(torch.ones(100, dtype=dtype))
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=1e-3)
+    with pytest.warns(UserWarning, match=rf"only 0% arrives in {dtype} weights.*autocast.*stochastic_rounding=True"):
+        DRIVES["passes"](optimizer, lambda: w.sum())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DRIVES["passes"](optimizer, lambda: w.sum())
+
+
+@pytest.mark.parametrize(("rho", "rounds"), [(0.5, True), (1e-3, False)])
+def test_nor_is_it_said_without_a_reason(rho, rounds):
+    """A large step arrives; so does a small one, on average, with stochastic rounding."""
+    w = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=rho, stochastic_rounding=not rounds)
+    DRIVES["passes"](optimizer, lambda: w.sum())
+
+
+def test_the_gradient_found_there_is_that_of_float32_weights():
+    """What the option is for: to nearest, the climb of a wide layer is lost, and g_s is g."""
+    torch.manual_seed(0)
+    weights = torch.randn(20_000).bfloat16()
+    a = torch.randn(20_000)
+
+    def g_s(dtype, **options):
+        w = nn.Parameter(weights.to(dtype))
+        optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=0.05, **options)
+        for walk in optimizer.passes():
+            with walk:
+                (20 * torch.tanh((w.float() * a).sum() / 100)).backward()
+        return w.grad.float()
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        lost = g_s(torch.bfloat16)
+    exact = g_s(torch.float32)
+    found = g_s(torch.bfloat16, stochastic_rounding=True)
+    change = (exact - lost).norm()
+    assert (exact - found).norm() < 0.1 * change
+    assert change > 0.01 * exact.norm()
