@@ -1,5 +1,6 @@
 """The Hugging Face Trainer with SAM: every capability against a plain loop, weights bit for bit."""
 
+import copy
 import functools
 import warnings
 from pathlib import Path
@@ -192,6 +193,35 @@ def test_sequence_to_sequence(tmp_path):
     SAMSeq2Seq(model=model, args=args, train_dataset=tokens(), callbacks=[Seeds()], rho=0.1).train()
     by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin), k=2, loss=loss)
     assert model_bits(model) == model_bits(twin)
+
+
+class Normed(torch.nn.Module):
+    """No transformer: with BatchNorm, whose statistics a second pass must leave alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.BatchNorm1d(8), torch.nn.Linear(8, TOKENS))
+
+    def forward(self, input_ids, labels):
+        return {"loss": F.cross_entropy(self.layers(input_ids.float()), labels[:, -1])}
+
+
+@pytest.mark.parametrize("method", ["sam", "one pass"])
+def test_buffers_are_those_of_one_pass(tmp_path, method):
+    def normed():
+        torch.manual_seed(0)
+        return Normed()
+
+    def loss(model, batch, window):
+        return model(**batch)["loss"] / len(window)
+
+    model, twin = normed(), normed()
+    trainer(tmp_path, model, sam=METHODS[method], gradient_accumulation_steps=2, weight_decay=0.0).train()
+    optimizer = torch.optim.AdamW(groups(twin, weight_decay=0.0), lr=0.01, fused=True)
+    by_hand(twin, METHODS[method](optimizer, model=twin), k=2, loss=loss)
+    assert model.layers[1].num_batches_tracked == 10
+    for name, value in twin.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], value, rtol=1e-5, atol=1e-6)
 
 
 # The ways to give the optimizer.
@@ -424,11 +454,8 @@ def test_the_real_weights_of_a_sentence_encoder(tmp_path):
     folder = Path(package.__file__).parent / "model"
     rows = [{**row, "labels": torch.tensor(i % 2)} for i, row in enumerate(tokens(4))]
 
-    def minilm():
-        torch.manual_seed(0)
-        return transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
-
-    model, twin = minilm(), minilm()
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float32)
+    twin = copy.deepcopy(model)
     settings = {"gradient_accumulation_steps": 2, "bf16": True, "num_train_epochs": 2, "learning_rate": 1e-3}
     trainer(tmp_path, model, rho=0.1, data=rows, **settings).train()
     optimizer = torch.optim.AdamW(groups(twin), lr=1e-3, fused=True)
