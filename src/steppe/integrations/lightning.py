@@ -4,7 +4,7 @@ import importlib.util
 import inspect
 import sys
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 from weakref import proxy
@@ -58,7 +58,8 @@ class SAMCallback(pl.Callback):
             :mod:`steppe.variants`, or a function of your own. With DDP, ``module`` is the ``DistributedDataParallel``.
         optimizers: the indices of those to wrap; all by default.
         log: log ``sam/loss_climbed``, the loss at the end of the climb, and ``sam/sharpness``, L(w + e) - L(w), at
-            each step that climbs; nothing waits for the device. In automatic optimisation only.
+            each step that climbs, of the samples of this process; nothing waits for the device. In automatic
+            optimisation only.
         options: of the method: ``rho=0.05``, ...
 
     Raises:
@@ -283,6 +284,8 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
                     window.first_pass(at_w=at_w, climbs=walk.climbs)
                 if not earlier:
                     gradients.refuse_if_kept(outside)
+        if window is not None:
+            window.close()
         return loss
 
 
@@ -329,12 +332,16 @@ class _Window:
 
     def _begin_if_first(self) -> None:
         if self._trainer.fit_loop.batch_idx % self._trainer.accumulate_grad_batches == 0:
-            self._batches.clear()
+            self.close()
 
     def continues(self) -> bool:
         """Whether Lightning has made passes over micro-batches of this step already."""
         self._begin_if_first()
         return bool(self._batches)
+
+    def close(self) -> None:
+        """Let go of the micro-batches."""
+        self._batches.clear()
 
     def remember(self) -> None:
         """Count the latest micro-batch in: it has gone backward."""
@@ -381,8 +388,8 @@ class _Window:
 
     def _loss(self, output: Any) -> Tensor | None:
         """The part of the step's loss that a micro-batch makes."""
-        loss = output if isinstance(output, Tensor) or output is None else output["loss"]
-        return None if loss is None else loss / self._trainer.accumulate_grad_batches
+        loss = output.get("loss") if isinstance(output, Mapping) else output
+        return loss / self._trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
 
 
 def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:
