@@ -44,18 +44,14 @@ def build(epochs=6, steps=45, scaler=None):
     return trainer, {"model": model, "optimizer": optimizer, "trainer": trainer, "rho": rho, "scaler": scaler}
 
 
-def digits():
-    """1,797 images of 8 x 8 in batches of 40."""
-    x, y = load_digits(return_X_y=True)
-    return list(zip(torch.tensor(x / 16, dtype=torch.float32).split(40), torch.tensor(y).split(40), strict=True))
-
-
 if __name__ == "__main__":
     torch.set_num_threads(1)  # the model is tiny
+    x, y = load_digits(return_X_y=True)
+    batches = list(zip(torch.tensor(x / 16, dtype=torch.float32).split(40), torch.tensor(y).split(40), strict=True))
     trainer, saved = build()
     checkpoint = Checkpoint(saved, DiskSaver(tempfile.mkdtemp()))  # and back: Checkpoint.load_objects(saved, file)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
-    metrics = trainer.run(digits(), max_epochs=6).metrics
+    metrics = trainer.run(batches, max_epochs=6).metrics
     print(f"epoch 6: loss at w {metrics['loss']:.3f}, train accuracy {metrics['accuracy']:.1%}")
     rho = saved["optimizer"].param_groups[0]["sam_rho"]
     print(f"rho at the end {rho:.3f}, saved {checkpoint.last_checkpoint.name}")

@@ -18,9 +18,9 @@ def digits():
     return x[:1440], torch.tensor(y[:1440]), x[1440:], torch.tensor(y[1440:])
 
 
-def train(model, x, y, opt="adamw", epochs=3, clip=1.0, amp=False):
+def train(model, x, y, opt="adamw", lr=2e-3, epochs=3, clip=1.0, amp=False):
     """timm's train.py in short, with passes() around forward and backward."""
-    base = create_optimizer_v2(model, opt=opt, lr=2e-3, weight_decay=0.05, layer_decay=0.8)
+    base = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=0.05, layer_decay=0.8)
     optimizer = steppe.SAM(base, rho=0.05, model=model)
     batches = list(zip(x.split(48), y.split(48), strict=True))
     plan = {"num_epochs": epochs, "warmup_epochs": 1, "warmup_lr": 1e-4, "min_lr": 1e-5}

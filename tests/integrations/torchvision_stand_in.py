@@ -7,6 +7,7 @@ import importlib.util
 import runpy
 import sys
 import types
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -30,19 +31,28 @@ class _Module(types.ModuleType):
         return value
 
 
-def install() -> None:
+@contextmanager
+def stood_in():
+    """Let timm be imported in this block; afterwards there is no torchvision again, for those who look for it."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
+        yield
         return
     parts = ("ops", "ops.misc", "transforms", "transforms.functional", "datasets")
-    for name in ("torchvision", *(f"torchvision.{part}" for part in parts)):
+    names = ("torchvision", *(f"torchvision.{part}" for part in parts))
+    for name in names:
         sys.modules[name] = _Module(name)
         parent, _, child = name.rpartition(".")
         if parent:
             setattr(sys.modules[parent], child, sys.modules[name])
+    try:
+        yield
+    finally:
+        for name in names:
+            del sys.modules[name]
 
 
 if __name__ == "__main__":
-    install()
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    runpy.run_path(sys.argv[0], run_name="__main__")
+    with stood_in():
+        runpy.run_path(sys.argv[0], run_name="__main__")
