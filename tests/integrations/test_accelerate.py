@@ -78,6 +78,7 @@ def by_hand(*, k=1, method=steppe.SAM, rho=0.5, epochs=2, clip=1.0, amp=None, sc
     optimizer = method(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=rho, model=model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     micro = list(data())
+    optimizer.scaler = scaler
     scaler = scaler or torch.amp.GradScaler("cpu", enabled=False)
     skipped = 0
     for step, window in enumerate([micro[i : i + k] for i in range(0, len(micro), k)] * epochs):
@@ -156,15 +157,15 @@ def test_bf16(k):
     assert model_bits(model) == model_bits(by_hand(k=k, amp=torch.bfloat16)[0])
 
 
-@pytest.mark.parametrize("k", [1, 2])
-def test_fp16_skips_what_overflows_and_clips_what_is_unscaled(k):
+@pytest.mark.parametrize(("k", "method"), [(1, steppe.SAM), (2, steppe.SAM), (2, steppe.variants.vasso)])
+def test_fp16_skips_what_overflows_and_clips_what_is_unscaled(k, method):
     accelerator = Scaled(gradient_accumulation_steps=k)
-    model, optimizer, loader, scheduler = made(accelerator)
+    model, optimizer, loader, scheduler = made(accelerator, method=method)
     skipped = []
     model.register_forward_pre_hook(lambda *_: skipped.append(accelerator.optimizer_step_was_skipped))
     run(accelerator, model, optimizer, loader, scheduler)
     scaler = half_scaler()
-    twin, other, expected = by_hand(k=k, amp=torch.float16, scaler=scaler)
+    twin, other, expected = by_hand(k=k, method=method, amp=torch.float16, scaler=scaler)
     assert 0 < expected < 4
     assert any(skipped)
     assert not skipped[-1]

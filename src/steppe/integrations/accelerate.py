@@ -61,6 +61,12 @@ def unwrapped(optimizer: Any) -> SAM:
     return optimizer
 
 
+def know_scaler(sam: SAM, accelerator: Accelerator) -> None:
+    """Let the rules see the gradients without the loss scale, where the optimizer does not know its scaler."""
+    if sam.scaler is None:
+        sam.scaler = accelerator.scaler
+
+
 def refuse_unsupported(accelerator: Accelerator) -> None:
     """Refuse a way of distributing in which the passes would not be those of one process.
 
@@ -128,6 +134,7 @@ def passes(
     """
     refuse_unsupported(accelerator)
     sam, steps = unwrapped(optimizer), accelerator.gradient_accumulation_steps
+    know_scaler(sam, accelerator)
     if accumulate:
         _refuse_unsynchronised(accelerator, steps)
         yield from sam.passes(accumulate=True)

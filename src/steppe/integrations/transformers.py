@@ -14,7 +14,7 @@ from steppe.sam import SAM
 try:
     from transformers import Trainer
 
-    from steppe.integrations.accelerate import innermost, refuse_unsupported, unwrapped
+    from steppe.integrations.accelerate import innermost, know_scaler, refuse_unsupported, unwrapped
 except ImportError as missing:
     raise ImportError(
         "steppe.integrations.transformers needs Transformers and Accelerate, and one of them is not installed: "
@@ -97,6 +97,7 @@ class SAMTrainerMixin(_Trainer):
         if not isinstance(own, SAM):
             self.optimizer = self._make_sam(own)
         sam = unwrapped(self.optimizer)
+        know_scaler(sam, self.accelerator)
         if sam.model is None:
             sam.model = self.model
             sam._engine.protect(self.model, replay_rng=sam.replay_rng)
