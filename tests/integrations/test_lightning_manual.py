@@ -198,3 +198,18 @@ def test_the_classic_api_is_refused():
 
     with pytest.raises(RuntimeError, match="past Lightning's counting and loss scaling"):
         fit(Classic(), SAMCallback(rho=0.5))
+
+
+def test_a_step_that_the_scaler_skipped_is_not_taken_later():
+    class Forgetting(PlainManual):
+        def training_step(self, batch, batch_idx):
+            opt = self.optimizers()
+            if batch_idx == 0:
+                for walk in opt.passes():
+                    with walk:
+                        self.manual_backward(Classifier.training_step(self, batch, batch_idx) * float("inf"))
+            opt.step()
+
+    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
+    with pytest.raises(RuntimeError, match="neither passes behind it nor a closure"):
+        fit(Forgetting(), SAMCallback(rho=0.5), plugins=plugins)
