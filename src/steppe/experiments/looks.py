@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ GREY = "#888888"
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = tuple(product(("-", "--", ":", "-."), _COLOURS))
 _SUFFIXES = ("png", "svg")
+_CHARACTERS = 15  # of a caption in an inch
 
 _LOOK: Mapping[Any, Any] = MappingProxyType(
     {
@@ -78,7 +80,8 @@ def look() -> Iterator[None]:
 def caption(figure: Figure, recipe: Recipe, *more: str) -> None:
     """Say what was trained, over how many runs, and `more`."""
     runs = f"mean ± standard deviation of {recipe.seeds} runs" if recipe.seeds > 1 else "one run"
-    figure.suptitle("\n".join([setting(recipe), runs, *more]), x=0.01, ha="left", fontsize=8.5, color="#555555")
+    told = textwrap.wrap(setting(recipe), int(_CHARACTERS * figure.get_figwidth()))
+    figure.suptitle("\n".join([*told, runs, *more]), x=0.01, ha="left", fontsize=8.5, color="#555555")
 
 
 def freeze(figure: Figure) -> None:
