@@ -68,6 +68,7 @@ def together(size: int = 2) -> Ranks:
 def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=size, timeout=_SILENT)
     while (task := pipe.recv()) is not None:
         function, args = task

@@ -18,7 +18,7 @@ from steppe.checkpoints import RHO, has_ours, pack, parameters
 from steppe.combinations import Perturbed
 from steppe.engine import Engine
 from steppe.forms import base_and_rho, check_groups
-from steppe.notices import called_by_scaler, warn
+from steppe.notices import called_by_scaler, called_by_trainer, inside_an_accumulation, warn
 from steppe.perturbations import L2
 from steppe.rules import Cadence, Combination, Perturbation, Point, climbs, needs_gradient, scale_free
 
@@ -256,7 +256,8 @@ class SAM(Optimizer):
                 micro-batches inside the walk instead.
 
         Raises:
-            RuntimeError: a step is pending, or a walk was not entered with ``with``.
+            RuntimeError: a step is pending, or a walk was not entered with ``with``; or ``accelerator.accumulate()`` is in
+            force, whose other micro-batches would be lost.
 
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=0.5)
@@ -268,6 +269,12 @@ class SAM(Optimizer):
         >>> optimizer.step()
         """
         self._begin("passes()")
+        if not accumulate and inside_an_accumulation():
+            raise RuntimeError(
+                "passes() inside accelerator.accumulate(): every pass starts with cleared gradients, so all "
+                "micro-batches but the last would be lost. steppe.integrations.accelerate has the loop that runs them "
+                "all in each pass, and accumulate=True gives each a perturbation of its own"
+            )
         before = self._engine.gradients.copies() if accumulate else {}
         yield from self._ahead() if self._climbs_ahead() else self._from_w()
         self._engine.combine(self.combination)
@@ -414,6 +421,11 @@ class SAM(Optimizer):
         )
 
     def _plain_step(self) -> Any:
+        if called_by_trainer():
+            raise RuntimeError(
+                "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
+                "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
+            )
         # torch.distributed.checkpoint makes such a step with lr = 0.0, to have a state to save
         if not self._said_plain and any(group.get("lr", 1.0) != 0.0 for group in self.param_groups):
             self._said_plain = True

@@ -94,18 +94,17 @@ def by_spread(tensors: Sequence[Tensor]) -> dict[Spread | None, list[int]]:
 
 
 def over_ranks(summand: Tensor, spread: Spread | None) -> Tensor:
-    """Return the sum over all ranks along which the tensors are cut."""
-    if spread is None:
-        return summand
-    from torch.distributed.tensor import DTensor, Partial, Replicate
-
-    mesh, cut = spread
-    placements = [Partial() if dim in cut else Replicate() for dim in range(mesh.ndim)]
-    return DTensor.from_local(summand, mesh, placements, run_check=False).full_tensor()
+    """Return the sum over all ranks along which the tensors are cut, made in place."""
+    if spread is not None:
+        mesh, cut = spread
+        for dim in cut:
+            torch.distributed.all_reduce(summand, group=mesh.get_group(dim))
+    return summand
 
 
 def _spread(tensor: Tensor) -> Spread | None:
     if not is_sharded(tensor):
         return None
-    cut = tuple(dim for dim, p in enumerate(tensor.placements) if p.is_shard())  # type: ignore[attr-defined]
+    # is_shard() is false for FSDP2's shards of a tensor-parallel layer
+    cut = tuple(dim for dim, p in enumerate(tensor.placements) if not p.is_replicate())  # type: ignore[attr-defined]
     return (tensor.device_mesh, cut) if cut else None  # type: ignore[attr-defined]

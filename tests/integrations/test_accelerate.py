@@ -273,7 +273,6 @@ def test_passes_inside_accumulate_would_lose_micro_batches():
                 accelerator.backward(F.cross_entropy(model(x), y))
 
 
-@pytest.mark.xfail(strict=True, reason="steppe.SAM.passes() has to look at Accelerate's GradientState")
 def test_the_optimizers_own_passes_inside_accumulate_would_too():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, optimizer, loader, _ = made(accelerator)

@@ -505,7 +505,6 @@ def test_other_loops_that_would_be_wrong_are_refused(tmp_path):
         SAMTrainer(model=gpt(), args=args, train_dataset=tokens(), rho=0.1)
 
 
-@pytest.mark.xfail(strict=True, reason="steppe.SAM.step() has to look who calls it")
 @pytest.mark.parametrize("form", ["instance", "class"])
 def test_the_plain_trainer_is_told_of_this_one(tmp_path, form):
     model = gpt()

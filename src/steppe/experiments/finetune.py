@@ -67,10 +67,27 @@ def with_start(dataset: Dataset, executor: Executor, path: Path, console: Consol
             "without BatchNorm"
         )
     if world.rank == 0:
-        digest = backbone.digest()
-        _say(console, f"Backbone: {backbone.source} (SHA-256 {digest[:12]})")
-        write_json(path / "backbone.json", {"source": backbone.source, "sha256": digest})
+        _claim(path / "backbone.json", backbone, console)
     return replace(dataset, start=backbone)
+
+
+def _claim(file: Path, backbone: Backbone, console: Console) -> None:
+    """Note what the folder's runs start from, or see that it is what they started from; ExperimentError else."""
+    digest = backbone.digest()
+    try:
+        before = str(json.loads(file.read_text())["sha256"]) if file.exists() else digest
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExperimentError(
+            f"{file} is damaged ({error}), so nobody knows what the runs here started from: choose another folder with "
+            "--out"
+        ) from error
+    if before != digest:
+        raise ExperimentError(
+            f"the runs in {file.parent} started from other weights (SHA-256 {before[:12]}) than {backbone.source} has "
+            f"now ({digest[:12]}), and could not be compared with these: choose another folder with --out"
+        )
+    write_json(file, {"source": backbone.source, "sha256": digest})
+    _say(console, f"Backbone: {backbone.source} (SHA-256 {digest[:12]})")
 
 
 def pretraining(recipe: Recipe) -> Recipe:
