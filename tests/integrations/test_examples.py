@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import sys
+import warnings
 
 import pytest
 import torch
@@ -82,6 +83,9 @@ def test_an_example_runs_and_prints_what_it_claims(name, capsys, monkeypatch):
         pytest.importorskip("transformers")
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what a package has to say on its own import
+        importlib.import_module(f"{package}.metrics" if package == "ignite" else package)
     monkeypatch.setattr(sys, "argv", [name])
     threads = torch.get_num_threads()
     try:
