@@ -348,6 +348,27 @@ def test_a_backbone_of_another_configuration_in_its_place_is_refused(
     assert "belongs to another run or another configuration" in capsys.readouterr().err
 
 
+def test_a_folder_takes_no_runs_from_another_backbone_of_the_same_name(
+    cache: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import AutoModelForImageClassification
+
+    shutil.copytree(saved, named := tmp_path / "model")
+    given = {"backbone": f"hf:{named}", "methods": "sgd", "shots": 1, "image_size": 16}
+    assert main(words(tmp_path / "run", **given)) == 0
+    model = AutoModelForImageClassification.from_pretrained(named)
+    with torch.no_grad():
+        next(model.parameters()).view(-1)[0] += 1
+    model.save_pretrained(named)
+    capsys.readouterr()
+    assert main(words(tmp_path / "run", seeds=2, **given)) == 1
+    assert f"the runs in {tmp_path / 'run'} started from other weights" in capsys.readouterr().err
+    assert [p.name for p in (tmp_path / "run" / "runs").iterdir()] == ["sgd-seed0"]
+    (tmp_path / "run" / "backbone.json").write_text("{")
+    assert main(words(tmp_path / "run", **given)) == 1
+    assert "backbone.json is damaged" in capsys.readouterr().err
+
+
 def test_stopped_pretraining_goes_on_to_the_same_bits(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
