@@ -33,7 +33,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighbourhood"),
         (["comprae"], "Available subcommands: compare, tune, plot, methods"),
         (["plot"], "The run folder, for example runs/demo"),
-        ([], "Expected one of {compare, tune, plot, methods}"),
+        ([], "Expected one of {compare, tune, plot, methods, finetune}"),
     ],
 )
 def test_a_wrong_command_is_answered_with_what_was_meant(

@@ -40,6 +40,25 @@ def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
     return packed
 
 
+def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any], Memory, int]:
+    """Take our part out of a checkpoint; return what is the base's, the rules' memory and the step counter.
+
+    Not every base keeps what it does not know: some spread their state over the ranks, some have another one inside.
+    """
+    groups, memory = state_dict["param_groups"], Memory()
+    step = max((group.get(STEP, 0) for group in groups), default=0)
+    state = dict(state_dict["state"])
+    indices = [index for group in groups for index in group["params"]]
+    for index, parameter in zip(indices, parameters(base), strict=False):  # the base complains if they do not fit
+        theirs = state.get(index)
+        if isinstance(theirs, dict) and (ours := _ours(theirs)):
+            state[index] = {key: value for key, value in theirs.items() if key not in ours}
+            _remember(memory, parameter, ours)
+    theirs = {index: own for index, own in state.items() if own != {}}
+    groups = [{key: value for key, value in group.items() if key != STEP} for group in groups]
+    return {**state_dict, "state": theirs, "param_groups": groups}, memory if step else {}, step
+
+
 def has_ours(base: Optimizer) -> bool:
     """Whether the base was loaded with a checkpoint of ours."""
     return any(STEP in group for group in base.param_groups)
@@ -50,13 +69,24 @@ def take_over(base: Optimizer) -> tuple[Memory, int]:
     step = max((group.pop(STEP, 0) for group in base.param_groups), default=0)
     memory: Memory = {}
     for parameter in parameters(base):
-        state = base.state.get(parameter, {})
-        for name in [k for k in state if isinstance(k, str) and k.startswith(_MEMORY)]:
-            rule, key = name.removeprefix(_MEMORY).split(".", 1)
-            memory.setdefault(rule, {}).setdefault(parameter, {})[key] = _tensor(state.pop(name))
+        state = base.state.get(parameter) or {}
+        if ours := _ours(state):
+            for name in ours:
+                del state[name]
+            _remember(memory, parameter, ours)
             if not state:
                 del base.state[parameter]
-    return memory, step
+    return memory if step else {}, step
+
+
+def _ours(state: dict[Any, Any]) -> dict[str, Any]:
+    return {k: v for k, v in state.items() if isinstance(k, str) and k.startswith(_MEMORY)}
+
+
+def _remember(memory: Memory, parameter: Tensor, ours: dict[str, Any]) -> None:
+    for name, value in ours.items():
+        rule, key = name.removeprefix(_MEMORY).split(".", 1)
+        memory.setdefault(rule, {}).setdefault(parameter, {})[key] = _tensor(value, parameter.device)
 
 
 # A base that loads a checkpoint casts every tensor of a parameter's state to the parameter's dtype, but no number.
@@ -66,5 +96,7 @@ def _number(value: Tensor) -> Tensor | float:
     return float(value) if value.dim() == 0 and value.dtype == torch.float64 else value
 
 
-def _tensor(value: Tensor | float) -> Tensor:
-    return value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
+def _tensor(value: Tensor | float, device: torch.device) -> Tensor:
+    if isinstance(value, Tensor):
+        return value.detach().to(device, copy=True)
+    return torch.tensor(value, dtype=torch.float64)

@@ -88,6 +88,17 @@ class Engine:
         members = dict.fromkeys(p for p in parameters(self._base) if p.requires_grad)
         return self.point(list(members), [])
 
+    @torch.no_grad()
+    def will_remember(self, perturbation: Perturbation, combination: Combination, cadence: Cadence) -> Memory:
+        """What these rules keep from step to step, as they make it of gradients that are zero."""
+        at = self.point_ahead()
+        zeros = [torch.zeros_like(w) for w in at.weights]
+        at = replace(at, gradients=zeros, step=0, memory={})
+        cadence(at)
+        perturbation(at)
+        combination(at, zeros)
+        return at.memory
+
     def point_before(self) -> Point:
         """Where we stand for a rule that looks at nothing but the step's number."""
         return Point([], [], rho=[], base_state=[], step=self.steps)

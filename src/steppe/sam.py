@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 
 from steppe import papers
 from steppe.cadences import Every
-from steppe.checkpoints import RHO, has_ours, pack, parameters
+from steppe.checkpoints import RHO, has_ours, pack, parameters, unpack
 from steppe.combinations import Perturbed
 from steppe.engine import Engine
 from steppe.forms import base_and_rho, check_groups
 from steppe.notices import called_by_scaler, called_by_trainer, inside_an_accumulation, warn
 from steppe.perturbations import L2
-from steppe.rules import Cadence, Combination, Perturbation, Point, climbs, needs_gradient, scale_free
+from steppe.rules import Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
 
 Closure: TypeAlias = Callable[[], Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -191,6 +191,7 @@ class SAM(Optimizer):
         super().__setstate__({name: value for name, value in state.items() if name not in ("memory", "steps")})
         self._stage, self._walking = Stage.AT_W, None
         self.scaler = state.get("scaler")
+        self._template: Memory = {}
         self._below = SimpleNamespace(param_groups=self.param_groups, step=self._take)
         self._engine = Engine(self.base, self.model, **{name: state[name] for name in _OPTIONS})
         self._engine.memory = state.get("memory", self._engine.memory)
@@ -256,8 +257,8 @@ class SAM(Optimizer):
                 micro-batches inside the walk instead.
 
         Raises:
-            RuntimeError: a step is pending, or a walk was not entered with ``with``; or ``accelerator.accumulate()`` is in
-            force, whose other micro-batches would be lost.
+            RuntimeError: a step is pending, or a walk was not entered with ``with``; or ``accelerator.accumulate()`` is
+                in force, whose other micro-batches would be lost.
 
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=0.5)
@@ -426,8 +427,10 @@ class SAM(Optimizer):
                 "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
                 "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
             )
-        # torch.distributed.checkpoint makes such a step with lr = 0.0, to have a state to save
-        if not self._said_plain and any(group.get("lr", 1.0) != 0.0 for group in self.param_groups):
+        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
+            # torch.distributed.checkpoint, which wants to see the names and shapes of a state before it loads one
+            self._template = self._will_remember() if self._engine.steps == 0 else {}
+        elif not self._said_plain:
             self._said_plain = True
             warn(
                 "step() was called with neither passes behind it nor a closure: this is a plain step of "
@@ -435,6 +438,10 @@ class SAM(Optimizer):
                 "the forward and backward in `for walk in optimizer.passes(): with walk: ...`"
             )
         return self.base.step()
+
+    def _will_remember(self) -> Memory:
+        """What the rules will keep from step to step, with nothing in it yet; a checkpoint of step 0 is not heard."""
+        return self._engine.will_remember(self.perturbation, self.combination, self.cadence)
 
     def _climb(self, at: Point, *, ahead: bool = False) -> None:
         self._engine.climb(at, self.perturbation, keep_clean=self.combination.needs_clean, ahead=ahead)
@@ -526,7 +533,7 @@ class SAM(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        packed = pack(self.base, self._engine.memory, self._engine.steps)
+        packed = pack(self.base, self._engine.memory or self._template, self._engine.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = changed if (changed := post_hook(self, packed)) is not None else packed
         return packed
@@ -543,10 +550,10 @@ class SAM(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
         radii = [group.get(RHO, self.rho) for group in self.param_groups]
-        self.base.load_state_dict(state_dict)
+        theirs, self._engine.memory, self._engine.steps = unpack(state_dict, self.base)
+        self.base.load_state_dict(theirs)
         for group, radius in zip(self.param_groups, radii, strict=True):
             group.setdefault(RHO, radius)
-        self._engine.take_over()
         self._stage = Stage.AT_W
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

@@ -149,8 +149,12 @@ def in_bfloat16(shard):
     for _ in range(3):
         for walk in optimizer.passes():
             with walk:
-                logits = model(x) if shard else torch.func.functional_call(
-                    model, {k: p.bfloat16() for k, p in model.named_parameters()}, x.bfloat16()
+                logits = (
+                    model(x)
+                    if shard
+                    else torch.func.functional_call(
+                        model, {k: p.bfloat16() for k, p in model.named_parameters()}, x.bfloat16()
+                    )
                 )
                 F.cross_entropy(logits.float(), y).backward()
         optimizer.step()

@@ -154,6 +154,7 @@ class BSAM(Method):
     combination: Curved
     seed: int
     _own: ClassVar[tuple[str, ...]] = ("seed",)
+    _no_scaler: ClassVar[str] = "e = rho g / s has no norm to divide the scale by, so it climbs 65536 times too far"
 
     def __init__(
         self,
@@ -218,7 +219,6 @@ class BSAM(Method):
         )
 
     def _go_down(self) -> bool:
-        self._refuse_scaler("e = rho g / s has no norm to divide the scale by, so it climbed 65536 times too far")
         try:
             return super()._go_down()
         finally:

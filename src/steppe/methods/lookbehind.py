@@ -100,6 +100,7 @@ class Lookbehind(Method):
     alpha: float | None
     paper: ClassVar[papers.Paper] = papers.LOOKBEHIND
     _own: ClassVar[tuple[str, ...]] = ("alpha",)
+    _no_scaler: ClassVar[str] = "it unscales the last of the k gradients of a step, and not the others"
 
     def __init__(
         self,
@@ -150,8 +151,6 @@ class Lookbehind(Method):
 
     @torch.no_grad()
     def _go_down(self) -> bool:
-        if self._earlier:
-            self._refuse_scaler("it unscales the last of the k gradients of a step, and not the others")
         gradients, earlier = self._engine.gradients, self._earlier
         self._earlier = []
         if not earlier and self.alpha == 1:

@@ -3,7 +3,10 @@
 from collections.abc import Callable
 from typing import Any, ClassVar, NoReturn, Self
 
+from torch import Tensor
+
 from steppe.notices import called_by_scaler
+from steppe.rules import Memory
 from steppe.sam import SAM, Walk
 
 
@@ -12,6 +15,8 @@ class Method(SAM):
 
     _own: ClassVar[tuple[str, ...]] = ()
     """The hyperparameters that a copy keeps, beyond those of SAM."""
+    _no_scaler: ClassVar[str] = ""
+    """Why no loss scaler can unscale this method's gradients; empty where one can."""
 
     def __init__(self, *args: Any, per_rank: bool = False, **kwargs: Any) -> None:
         if per_rank:
@@ -24,13 +29,29 @@ class Method(SAM):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._own}}
 
+    def _will_remember(self) -> Memory:
+        return {}
+
     def _refuse(self, what: str, why: str) -> NoReturn:
         raise RuntimeError(f"{what} with {type(self).__name__}: {why}")
 
-    def _refuse_scaler(self, why: str) -> None:
-        """Refuse to step for a loss scaler, which has unscaled a part of the step's gradients only."""
+    # Loss scalers, where a method cannot work with one.
+
+    def _loss_scale(self) -> Tensor | None:
+        scale = super()._loss_scale()
+        if scale is not None:
+            self._refuse_scaler()
+        return scale
+
+    def _check_scale(self) -> None:
         if called_by_scaler():
-            self._refuse("scaler.step(optimizer)", f"{why}. Train in bfloat16, which needs no scaler, or in float32")
+            self._refuse_scaler()
+        super()._check_scale()
+
+    def _refuse_scaler(self) -> None:
+        if self._no_scaler:
+            why = f"{self._no_scaler}. Train in bfloat16, which needs no scaler, or in float32"
+            self._refuse("scaler.step(optimizer)", why)
 
 
 class Elsewhere(Walk):

@@ -11,7 +11,7 @@ from steppe import papers
 from steppe.checkpoints import parameters
 from steppe.methods.method import Elsewhere, Method
 from steppe.perturbations import L2
-from steppe.rules import Perturbation, Point, climbs, needs_gradient
+from steppe.rules import Memory, Perturbation, Point, climbs, needs_gradient
 from steppe.sam import Stage, Walk
 from steppe.shards import foreach
 from steppe.tensors import accumulator, as_real, norm
@@ -237,6 +237,11 @@ class SAMPa(Method):
     @property
     def _memory(self) -> dict[Tensor, dict[str, Tensor]]:
         return self._engine.memory.setdefault("SAMPa", {})
+
+    def _will_remember(self) -> Memory:
+        keys = (_G_X, _G_Y) if self.group is None else (_G_Y,)
+        trained = [p for p in parameters(self.base) if p.requires_grad]
+        return {"SAMPa": {p: {key: torch.zeros_like(as_real(p.detach())) for key in keys} for p in trained}}
 
     def _mix(self, g_x: list[Tensor], g_y: list[Tensor], members: list[Tensor]) -> None:
         """Make .grad what goes down."""
