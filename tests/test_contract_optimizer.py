@@ -143,6 +143,31 @@ def test_c2_asking_torch_distributed_for_a_checkpoint_neither_warns_nor_counts_a
     assert bits(model.parameters()) == before
 
 
+class Nested(torch.optim.SGD):
+    """A base that keeps of a checkpoint what it knows, as one does that has another one inside."""
+
+    def load_state_dict(self, state_dict):
+        state = {i: {k: v for k, v in own.items() if k == "momentum_buffer"} for i, own in state_dict["state"].items()}
+        super().load_state_dict({**state_dict, "state": state})
+
+
+@pytest.mark.parametrize("rule", [steppe.Friendly(), steppe.VarianceSuppressed()], ids=str)
+def test_c2_the_memory_does_not_depend_on_what_the_base_keeps(rule):
+    def made(seed):
+        model = net(seed, dropout=0.0)
+        return model, SAM(Nested(model.parameters(), lr=0.1, momentum=0.9), rho=0.1, model=model, perturbation=rule)
+
+    model, optimizer = made(0)
+    train(model, optimizer, DRIVES["passes"], 3)
+    saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
+    train(model, optimizer, DRIVES["passes"], 3, start=3)
+    other, its_optimizer = made(7)
+    other.load_state_dict(saved[0])
+    its_optimizer.load_state_dict(saved[1])
+    train(other, its_optimizer, DRIVES["passes"], 3, start=3)
+    assert model_bits(other) == model_bits(model)
+
+
 def test_c2_hooks_of_state_dict_fire():
     optimizer = SAM(torch.optim.SGD([parameter(1.0)], lr=0.1))
     seen = []

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_flatten
 
 import steppe
 from steppe import SAM
-from support import DRIVES, bits, by_closure, by_passes, net, train
+from support import DRIVES, batch, bits, by_closure, by_passes, net, train
 
 CUDA_BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
@@ -173,6 +173,93 @@ def test_c26_a_compiled_step_clears_its_state(how):
         results.append(w.detach().clone())
     torch.testing.assert_close(*results)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam", "looksam", "friendly_sam", "lookbehind_sam"])
+def test_c26_nor_for_other_methods_with_a_schedule_and_a_compiled_base(name):
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        counters.clear()
+        model = compilable()
+        base = torch.optim.SGD(model.parameters(), lr=torch.tensor(0.05), momentum=0.9)
+        run = torch.compile(model, backend="aot_eager") if compiled else model
+        if compiled:
+            base.step = torch.compile(base.step, backend="aot_eager")
+        optimizer = getattr(steppe.variants, name)(base, rho=0.1, model=model)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 8)
+        for step in range(6):
+            train(run, optimizer, by_passes, 1, start=step)
+            schedule.step()
+            if step == 1:
+                graphs = counters["stats"]["unique_graphs"]
+        assert counters["stats"]["unique_graphs"] == graphs
+        assert (graphs > 0) == compiled
+        results.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-4, atol=1e-5)
+    torch._dynamo.reset()
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # of the loss, at which Dynamo looks
+def test_c26_a_whole_compiled_training_step():
+    """Dynamo cannot look into our step; it has to leave it whole, and not to drop what it writes."""
+    results = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        model = compilable()
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=0.1, model=model)
+
+        def step(x, y, model=model, optimizer=optimizer):
+            def closure():
+                optimizer.zero_grad()
+                loss = nn.functional.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            return optimizer.step(closure)
+
+        run = torch.compile(step, backend="eager") if compiled else step
+        for t in range(3):
+            run(*batch(t))
+        assert optimizer._engine.steps == 3
+        results.append([p.detach().clone() for p in model.parameters()])
+    torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6)
+    torch._dynamo.reset()
+
+
+# CUDA graphs: what a capture needs, without a GPU. tests/test_cuda.py captures one.
+
+
+@pytest.mark.parametrize("rule", [steppe.L2(), steppe.Adaptive(), steppe.Friendly()], ids=str)
+def test_what_outlives_a_step_keeps_its_storage(rule):
+    """A graph writes where it wrote when it was captured."""
+    model = net()
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    reuse = steppe.Reuse()
+    optimizer = SAM(base, rho=0.1, model=model, perturbation=rule, combination=reuse)
+    places = []
+    for step in range(3):
+        train(model, optimizer, by_passes, 1, start=step)
+        engine = optimizer._engine
+        kept = [*model.parameters(), *model.buffers(), *engine._displacement._copies.values()]
+        kept += [t for rules in engine.memory.values() for own in rules.values() for t in own.values()]
+        kept += [s["momentum_buffer"] for s in base.state.values()]
+        places.append([t.data_ptr() for t in kept])
+    assert places[0] == places[1] == places[2]
+
+
+def test_a_capture_is_done_without_generators_or_refused(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
+        lr = torch.empty((), device="cuda")
+        base = torch.optim.AdamW(params, lr=lr, fused=True)
+        one_step(SAM(base, rho=torch.empty((), device="cuda"), replay_rng=False), params, "passes")
+        with pytest.raises(RuntimeError, match=r"capture.*replay_rng=False"):
+            one_step(SAM(base, rho=0.1), params, "passes")
+        with pytest.raises(RuntimeError, match=r"capture with Every\(k=5\).*host"):
+            one_step(steppe.variants.looksam(base, replay_rng=False), params, "passes")
 
 
 # C27

@@ -191,7 +191,7 @@ class Reuse:
     def _remember(self, at: Point, g_v: Sequence[Tensor]) -> None:
         memory = at.memory_of(self)
         for own, v in zip(memory, where_finite(norm(g_v), g_v, [own.get("g_v", 0.0) for own in memory]), strict=True):
-            own["g_v"] = v
+            own.setdefault("g_v", v).copy_(v)  # in place: a CUDA graph knows tensors, and no dictionaries
 
 
 def _orthogonal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:

@@ -144,7 +144,9 @@ class Gradients:
 
     def _step_on_device(self, finite: Tensor, gradients: Sequence[Tensor]) -> None:
         bad = finite.logical_not()
-        self.skipped = self.skipped + bad.to(torch.int64)
+        if isinstance(self.skipped, int):
+            self.skipped = torch.full_like(bad, self.skipped, dtype=torch.int64)
+        self.skipped += bad
         if not getattr(self._base, "_step_supports_amp_scaling", False):
             for g in gradients:
                 g.masked_fill_(bad.to(g.device), 0.0)

@@ -407,11 +407,31 @@ class SAM(Optimizer):
         if has_ours(self.base):  # our checkpoint was loaded into the base
             self._engine.take_over()
         check_groups(self.param_groups, self.defaults)
+        self._check_capture()
         self._engine.scale = self._loss_scale()
         if self._climbs_ahead() and needs_gradient(self.cadence):
             raise ValueError(
                 f"{self.cadence} asks for the gradient at w, and {self.perturbation} saves the pass that gives it: "
                 "take a cadence that looks at the step's number only, and says so with needs_gradient = False"
+            )
+
+    def _check_capture(self) -> None:
+        """Refuse to be captured in a CUDA graph by which every replay would do what this step does, whatever its turn.
+
+        A rule that draws random numbers by the step's number gets the same ones at every replay.
+        """
+        on_gpu = next(parameters(self.base)).is_cuda and torch.cuda.is_available()
+        if not on_gpu or not torch.cuda.is_current_stream_capturing():
+            return
+        if self.cadence != _EVERY_STEP:
+            raise RuntimeError(
+                f"CUDA graph capture with {self.cadence}: it decides on the host, and every replay would repeat this "
+                "step's decision. Capture a graph for each kind of step, with steppe.Every(1) and without SAM"
+            )
+        if self.replay_rng:
+            raise RuntimeError(
+                "CUDA graph capture with replay_rng=True: the states of the generators cannot be read or set in a "
+                "graph. Give SAM replay_rng=False; the two passes then see different dropout masks"
             )
 
     def _out_of_order(self, caller: str) -> RuntimeError:

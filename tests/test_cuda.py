@@ -1,0 +1,74 @@
+"""What only a GPU can show: a whole step in a CUDA graph, and no synchronisation on the way."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import steppe
+from support import batch, net
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+
+BASES = {
+    "sgd": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1, device="cuda"), momentum=0.9, fused=True),
+    "adamw": lambda p: torch.optim.AdamW(p, lr=torch.tensor(0.01, device="cuda"), fused=True, capturable=True),
+}
+RULES = {
+    "sam": {},
+    "asam": {"perturbation": steppe.Adaptive()},
+    "f-sam": {"perturbation": steppe.Friendly()},
+    "gsam": {"combination": steppe.SurrogateGap()},
+    "looksam": {"combination": steppe.Reuse()},
+}
+
+
+def warmed(base, rules):
+    """A network after three steps, its batch, and the function that makes a further one."""
+    model = net(dropout=0.0).cuda()
+    model.layers[4].momentum = 0.1  # with None, BatchNorm itself reads its counter on the host
+    optimizer = steppe.SAM(BASES[base](model.parameters()), rho=0.1, model=model, replay_rng=False, **RULES[rules])
+    x, y = (t.cuda() for t in batch(0))
+
+    def step():
+        for walk in optimizer.passes():
+            with walk:
+                F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.synchronize()
+    return model, (x, y), step, stream
+
+
+def trained(base, rules, *, captured: bool, steps: int = 8) -> list[torch.Tensor]:
+    model, xy, step, stream = warmed(base, rules)
+    graph = torch.cuda.CUDAGraph()
+    if captured:
+        with torch.cuda.graph(graph, stream=stream):
+            step()
+    for t in range(steps):
+        for target, value in zip(xy, batch(t), strict=True):
+            target.copy_(value)
+        (graph.replay if captured else step)()
+    return [p.detach().clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("base", BASES)
+def test_a_captured_step_is_the_eager_one(base, rules):
+    found, expected = (trained(base, rules, captured=captured) for captured in (True, False))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("base", BASES)
+def test_a_step_waits_for_nothing(base, rules):
+    *_, step, _ = warmed(base, rules)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
