@@ -253,8 +253,7 @@ def test_a_capture_is_done_without_generators_or_refused(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
-        lr = torch.empty((), device="cuda")
-        base = torch.optim.AdamW(params, lr=lr, fused=True)
+        base = torch.optim.AdamW(params, lr=0.1, fused=True)
         one_step(SAM(base, rho=torch.empty((), device="cuda"), replay_rng=False), params, "passes")
         with pytest.raises(RuntimeError, match=r"capture.*replay_rng=False"):
             one_step(SAM(base, rho=0.1), params, "passes")

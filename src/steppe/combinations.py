@@ -10,7 +10,7 @@ from torch import Tensor
 from steppe import papers
 from steppe.rules import Point
 from steppe.shards import foreach
-from steppe.tensors import add_scaled_, dot, norm, reciprocal, where_finite
+from steppe.tensors import add_scaled_, copy_, dot, norm, reciprocal, where_finite
 
 
 @dataclass(frozen=True)
@@ -190,8 +190,9 @@ class Reuse:
 
     def _remember(self, at: Point, g_v: Sequence[Tensor]) -> None:
         memory = at.memory_of(self)
-        for own, v in zip(memory, where_finite(norm(g_v), g_v, [own.get("g_v", 0.0) for own in memory]), strict=True):
-            own.setdefault("g_v", v).copy_(v)  # in place: a CUDA graph knows tensors, and no dictionaries
+        trusted = where_finite(norm(g_v), g_v, [own.get("g_v", 0.0) for own in memory])
+        # in place: a CUDA graph knows tensors, and no dictionaries
+        copy_([own.setdefault("g_v", v) for own, v in zip(memory, trusted, strict=True)], trusted)
 
 
 def _orthogonal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
