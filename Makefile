@@ -16,7 +16,7 @@ demo: $(READY)
 # One process a core, of one thread each: the models are tiny.
 test: export OMP_NUM_THREADS ?= 1
 test: $(READY)
-	$(BIN)/pytest -n auto
+	$(BIN)/pytest -n auto --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check .

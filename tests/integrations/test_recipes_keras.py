@@ -1,5 +1,6 @@
 """SharpnessAware in Keras 3 on torch against SAM by hand around torch's optimizers, on the same Keras model."""
 
+import copy
 import functools
 import os
 
@@ -256,7 +257,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(cls, tmp_path):
     model = compiled(cls)
     fit(model, epochs=1)
     model.save(tmp_path / "model.keras")
-    state, seed = model.sam.state_dict(), model.layers[4].seed_generator.state.value.clone()
+    state, seed = copy.deepcopy(model.sam.state_dict()), model.layers[4].seed_generator.state.value.clone()
     fit(model, epochs=1)
     again = keras.saving.load_model(tmp_path / "model.keras")
     again.layers[4].seed_generator.state.assign(seed)  # Keras does not save it
