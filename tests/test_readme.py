@@ -29,7 +29,7 @@ def test_python_blocks_run(page):
 def test_links_to_files_and_headings_lead_somewhere():
     for page in PAGES:
         text = (ROOT / page).read_text()
-        for target, anchor in re.findall(r"\]\((?!http)([^)#]*)(?:#([^)]*))?\)", text):
+        for target, anchor in re.findall(r'\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?(?:\s+"[^"]*")?\)', text):
             path = (ROOT / page).parent / target if target else ROOT / page
             assert path.exists(), (page, target)
             if anchor:

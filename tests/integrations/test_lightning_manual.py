@@ -8,10 +8,12 @@ from test_lightning import (
     METHODS,
     Classifier,
     MixedPrecision,
+    Resumable,
     SAMCallback,
     by_hand,
     fit,
     pytestmark,  # noqa: F401
+    state_bits,
     under,
 )
 from torch import nn
@@ -64,6 +66,22 @@ def test_manual_optimisation_equals_a_loop_by_hand(method, form):
     assert model_bits(module.model) == model_bits(twin)
     assert trainer.global_step == BATCHES
     assert torch.equal(trainer.callback_metrics["loss"], sum(losses) / BATCHES), "the first pass alone is logged"
+
+
+@pytest.mark.parametrize("form", ["closure", "passes"])
+def test_a_resumed_run_is_the_uninterrupted_run(form, tmp_path):
+    def run(steps, **options):
+        module = Manual(form)
+        callback = SAMCallback(METHODS["looksam"])
+        return module, fit(module, callback, data=Resumable(), max_steps=steps, max_epochs=9, **options)
+
+    whole, at_once = run(8)
+    _, trainer = run(3)  # in the middle of the first epoch
+    trainer.save_checkpoint(tmp_path / "x.ckpt")
+    resumed, trainer = run(8, ckpt_path=tmp_path / "x.ckpt")
+    assert trainer.global_step == 8
+    assert model_bits(resumed) == model_bits(whole)
+    assert state_bits(trainer.optimizers[0]) == state_bits(at_once.optimizers[0])
 
 
 @pytest.mark.parametrize("form", ["closure", "passes"])
