@@ -167,3 +167,13 @@ def test_batch_norm_in_two_processes_on_cpus_is_refused(monkeypatch: pytest.Monk
     assert resolve(recipe(norm="group")).norm == "group"
     with pytest.raises(ExperimentError, match=r"SyncBatchNorm .* say --norm group"):
         resolve(recipe(norm="batch"))
+
+
+@pytest.mark.parametrize(("width", "threads", "fits"), [(8, 2, False), (12, 4, False), (8, 1, True), (16, 2, True)])
+def test_a_layout_in_which_torch_writes_beyond_its_memory_is_refused(width: int, threads: int, fits: bool) -> None:
+    asked = recipe(width=width, threads=threads, channels_last=True)
+    if fits:
+        assert resolve(asked).channels_last
+    else:
+        with pytest.raises(ExperimentError, match="--threads 1"):
+            resolve(asked)

@@ -38,7 +38,15 @@ def resolve(recipe: Recipe) -> Recipe:
             "norm=batch in several processes on CPUs: each would normalise by its own part of the batch, and the "
             "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
         )
-    return replace(recipe, device="cpu", threads=recipe.threads or torch.get_num_threads())
+    threads = recipe.threads or torch.get_num_threads()
+    if recipe.channels_last and threads > 1 and recipe.width % 16:
+        raise ExperimentError(
+            f"channels_last with width={recipe.width} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
+            "convolution then writes beyond its memory (seen with torch 2.13.0, wherever the number of channels is no "
+            "multiple of 16 and that of images is odd). Say --threads 1, or a width that is a multiple of 16, or "
+            "--no-channels-last"
+        )
+    return replace(recipe, device="cpu", threads=threads)
 
 
 def launched() -> int:
