@@ -3,7 +3,6 @@
 import importlib.util
 import inspect
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe.checkpoints import parameters
+from steppe.integrations.attributes import Attributes
 from steppe.passes import Buffers, Generators
 from steppe.sam import SAM, Stage, Walk
 
@@ -27,9 +27,6 @@ else:  # the package whose Trainer it is: of the two, the one that is there alre
         raise ImportError(
             "steppe.integrations.lightning needs Lightning, which is not installed: pip install 'steppe[lightning]'"
         ) from None
-
-_CONTAINERS = (list, dict, set, deque)
-_MODULES_OWN = frozenset(vars(nn.Module()))
 
 
 class SAMCallback(pl.Callback):
@@ -212,7 +209,7 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
         super().__init__(sam)
         self._strategy = proxy(trainer.strategy)
         self._sam, self._trainer, self._window = sam, trainer, window
-        self._still = _Still(trainer.lightning_module)
+        self._still = Attributes(trainer.lightning_module)
 
     # Lightning gives this object SAM's methods, which must act on the SAM.
 
@@ -424,7 +421,7 @@ class _StillWalk:
 
 
 @contextmanager
-def _still(trainer: "pl.Trainer", state: "_Still") -> Iterator[None]:
+def _still(trainer: "pl.Trainer", state: Attributes) -> Iterator[None]:
     """Keep logs, callbacks and plain attributes as they are."""
     state.take()
     callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
@@ -440,54 +437,3 @@ def _still(trainer: "pl.Trainer", state: "_Still") -> Iterator[None]:
 
 def _say_nothing(*args: Any, **kwargs: Any) -> None:
     pass
-
-
-class _Still:
-    """What the modules of a model keep in plain attributes: numbers, tensors, containers; so do torchmetrics."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        self._contents: dict[int, tuple[Any, Any]] = {}
-        self._tensors: dict[Tensor, tuple[int, Tensor]] = {}
-
-    @torch.no_grad()
-    def take(self) -> None:
-        """Remember them as they are now; a tensor that has not changed since is not copied again."""
-        self._contents, tensors = {}, {}
-        self._attributes = [(vars(m), dict(vars(m))) for m in self._model.modules()]
-        for _, attributes in self._attributes:
-            for name, value in attributes.items():
-                if isinstance(value, Tensor):
-                    if value.grad_fn is None and not value.is_inference():
-                        known = self._tensors.get(value)
-                        if known is None or known[0] != value._version:
-                            known = value._version, value.clone()
-                        tensors[value] = known
-                elif name not in _MODULES_OWN:
-                    self._look_into(value)
-        self._tensors = tensors
-
-    def _look_into(self, value: Any) -> None:
-        if isinstance(value, _CONTAINERS) and id(value) not in self._contents:
-            self._contents[id(value)] = (value, list(value.items()) if isinstance(value, dict) else list(value))
-            for member in value.values() if isinstance(value, dict) else value:
-                self._look_into(member)
-
-    @torch.no_grad()
-    def put_back(self) -> None:
-        """Make them what they were: the same objects, with the same contents."""
-        for place, attributes in self._attributes:
-            for name in place.keys() - attributes.keys():
-                del place[name]
-            for name, value in attributes.items():
-                if name not in place or place[name] is not value:
-                    place[name] = value
-        for value, content in self._contents.values():
-            value.clear()
-            (value.extend if isinstance(value, list | deque) else value.update)(content)
-        for tensor, (version, copy) in self._tensors.items():
-            if tensor._version != version:
-                tensor.copy_(copy)
-                self._tensors[tensor] = (tensor._version, copy)
-        self._attributes, self._contents = [], {}
