@@ -16,8 +16,8 @@ try:
     import keras  # type: ignore[import-untyped]
 except ModuleNotFoundError as missing:
     raise ModuleNotFoundError(
-        f"steppe.integrations.keras needs Keras 3 on PyTorch, and {missing.name} is not installed: pip install 'steppe[keras]', "
-        "and set the environment variable KERAS_BACKEND=torch"
+        f"steppe.integrations.keras needs Keras 3 on PyTorch, and {missing.name} is not installed: pip install "
+        "'steppe[keras]', and set the environment variable KERAS_BACKEND=torch"
     ) from missing
 if keras.config.backend() != "torch":
     raise ImportError(
