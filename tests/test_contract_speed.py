@@ -249,8 +249,7 @@ def test_what_outlives_a_step_keeps_its_storage(rule):
 
 
 def test_a_capture_is_done_without_generators_or_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    monkeypatch.setattr(steppe.sam, "_is_capturing", lambda parameter: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
         base = torch.optim.AdamW(params, lr=0.1, fused=True)

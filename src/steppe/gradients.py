@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from steppe.checkpoints import parameters
 from steppe.notices import warn
-from steppe.shards import foreach
+from steppe.shards import foreach, settled
 from steppe.tensors import as_real, copy_, norm
 
 # Marks, on a gradient, the version at which our last step left it.
@@ -42,8 +42,8 @@ class Gradients:
         return list(holders)
 
     def of(self, members: Iterable[Tensor]) -> list[Tensor]:
-        """Their gradients, as real views."""
-        return [as_real(p.grad) for p in members if p.grad is not None]
+        """Their gradients, as real views (copies, where a gradient is still the ranks' summands)."""
+        return [settled(as_real(p.grad)) for p in members if p.grad is not None]
 
     def fill(self, members: Iterable[Tensor]) -> None:
         """Give those without a gradient a zero one."""

@@ -420,8 +420,7 @@ class SAM(Optimizer):
 
         A rule that draws random numbers by the step's number gets the same ones at every replay.
         """
-        on_gpu = next(parameters(self.base)).is_cuda and torch.cuda.is_available()
-        if not on_gpu or not torch.cuda.is_current_stream_capturing():
+        if not _is_capturing(next(parameters(self.base))):
             return
         if self.cadence != _EVERY_STEP:
             raise RuntimeError(
@@ -581,6 +580,10 @@ class SAM(Optimizer):
     def __repr__(self) -> str:
         rules = f"perturbation={self.perturbation}, combination={self.combination}, cadence={self.cadence}"
         return f"{type(self).__name__}({rules}, base={self.base!r})"
+
+
+def _is_capturing(parameter: Tensor) -> bool:
+    return parameter.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def _apart(perturbation: Perturbation, cadence: Cadence) -> str:

@@ -68,21 +68,32 @@ def part_of(full: Tensor, like: Tensor) -> Tensor:
 def foreach(operation: Callable[..., Any], *lists: Sequence[Tensor], **options: Any) -> list[Tensor]:
     """Apply one of ``torch._foreach_*`` to lists in which plain and sharded tensors may stand side by side.
 
-    Tensors of the lists come first, scalars by keyword.
+    Tensors of the lists come first, scalars by keyword. All of it happens entry by entry, so each rank works on the
+    parts that it holds, laid out as in the first list.
 
     >>> foreach(torch._foreach_add, [torch.ones(1)], [torch.ones(1)], alpha=2.0)
     [tensor([3.])]
     """
-    sharded = [any(is_sharded(t) for t in row) for row in zip(*lists, strict=True)]
-    if not any(sharded) or all(sharded):
-        return list(operation(*map(list, lists), **options)) if sharded else []
-    results: list[Tensor] = list(lists[0])
-    for kind in (False, True):
-        here = [i for i, is_one in enumerate(sharded) if is_one is kind]
-        found = operation(*([tensors[i] for i in here] for tensors in lists), **options)
-        for i, result in zip(here, found, strict=True):
-            results[i] = result
-    return results
+    first = lists[0]
+    if not first:
+        return []
+    if not any(is_sharded(t) for tensors in lists for t in tensors):
+        return list(operation(*map(list, lists), **options))
+    parts = [[local(t, like=f) for t, f in zip(tensors, first, strict=True)] for tensors in lists]
+    found = operation(*parts, **options)
+    if operation.__name__.endswith("_"):  # in place
+        return list(first)
+    return [_laid_out(part, like=f) for part, f in zip(found, first, strict=True)]
+
+
+def _laid_out(part: Tensor, like: Tensor) -> Tensor:
+    """The tensor of which each rank holds such a part."""
+    if not is_sharded(like):
+        return part
+    from torch.distributed.tensor import DTensor
+
+    mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
 def by_spread(tensors: Sequence[Tensor]) -> dict[Spread | None, list[int]]:
