@@ -61,7 +61,7 @@ def test_an_example_is_short_and_plain(name):
 
 @pytest.mark.parametrize("name", ALL)
 def test_an_example_is_run_by_a_test_and_named_in_the_overview(name):
-    tests = [path.read_text() for path in EXAMPLES.parent.glob("tests/integrations/test_*.py")]
+    tests = [path.read_text() for path in EXAMPLES.parent.glob("tests/*/test_*.py")]
     assert any(f'"{name}"' in text for text in tests), f"no test runs {name}"
     assert f"({name})" in (EXAMPLES / "README.md").read_text()
 

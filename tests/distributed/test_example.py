@@ -1,0 +1,27 @@
+"""examples/several_devices.py, in the processes that are there: the ways differ as they should, and in nothing else."""
+
+import runpy
+from pathlib import Path
+
+import pytest
+import torch
+
+from ranks import together
+
+EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "several_devices.py"
+
+
+def losses(way: str) -> tuple[float, float]:
+    return runpy.run_path(str(EXAMPLE))["train"](way, steps=30)
+
+
+def test_several_devices():
+    assert EXAMPLE.name == "several_devices.py"
+    found = {way: together()(losses, way) for way in ("together", "per-rank", "sharded")}
+    for way, (here, there) in found.items():
+        assert here == there, way
+    assert found["sharded"][0] == pytest.approx(found["together"][0], rel=1e-4)
+    first, last = found["per-rank"][0]
+    assert first == pytest.approx(found["together"][0][0], rel=1e-6)
+    assert abs(last - found["together"][0][1]) > 1e-5, "another perturbation is another path"
+    assert torch.isfinite(torch.tensor(last))
