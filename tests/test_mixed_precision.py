@@ -296,3 +296,21 @@ def test_a_step_that_nobody_has_unscaled_is_refused():
     assert bits(model.parameters()) == before
     scaler.step(optimizer)
     assert bits(model.parameters()) != before
+
+
+@pytest.mark.parametrize("which", ["fraction", "selected", "micro_batches"])
+def test_the_closures_that_choose_data_scale_their_losses(which):
+    results = []
+    for scaler in (None, growing()):
+        model = net(dropout=0.0)
+        optimizer = made("friendly_sam", "momentum", model, scaler=scaler)
+        reduction = "none" if which == "selected" else "mean"
+        loss = lambda x, y, m=model, r=reduction: F.cross_entropy(m(x), y, reduction=r)  # noqa: E731
+        for t in range(5):
+            if which == "micro_batches":
+                steppe.closures.micro_batches(optimizer, loss, batch(t), m=4)
+            else:
+                optimizer.step(getattr(steppe.closures, which)(optimizer, loss, batch(t)))
+            _ = scaler and scaler.update()
+        results.append(model_bits(model))
+    assert results[0] == results[1]

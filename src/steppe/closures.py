@@ -1,4 +1,7 @@
-"""Which data climbs: closures for ``optimizer.step`` that show each pass its own part of a batch."""
+"""Which data climbs: closures for ``optimizer.step`` that show each pass its own part of a batch.
+
+With a loss scaler, make the optimizer with ``scaler=scaler``: these closures scale their losses by it.
+"""
 
 import math
 from collections.abc import Callable, Sequence
@@ -51,7 +54,7 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = loss(*(batch if _goes_down(optimizer) else [t[:n] for t in batch]))
-        value.backward()  # type: ignore[no-untyped-call]
+        _backward(optimizer, value)
         return value
 
     return closure
@@ -123,7 +126,7 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
             chosen = rise.topk(kept).indices
             values = evaluate([t[chosen.to(t.device)] for t in batch], kept)
         value = values.mean()
-        value.backward()  # type: ignore[no-untyped-call]
+        _backward(optimizer, value)
         return value
 
     return closure
@@ -167,13 +170,16 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
         for walk in optimizer.passes():
             with walk, torch.enable_grad():
                 value = loss(*part)
-                value.backward()  # type: ignore[no-untyped-call]
+                _backward(optimizer, value)
                 if walk.first:
                     at_w.append(weight * value.detach())
         _add(down, weight, optimizer)
     for p, gradient in down.items():
         p.grad = gradient
-    optimizer.step()
+    if optimizer.scaler is None:
+        optimizer.step()
+    else:
+        optimizer.scaler.step(optimizer)
     return torch.stack(at_w).sum()
 
 
@@ -184,6 +190,12 @@ def _add(down: dict[Tensor, Tensor], weight: float, optimizer: SAM) -> None:
         for p in group["params"]:
             if p.grad is not None:
                 down[p] = p.grad * weight if p not in down else down[p].add_(p.grad, alpha=weight)
+
+
+def _backward(optimizer: SAM, value: Tensor) -> None:
+    """The backward of a loss, multiplied by the loss scale if the optimizer knows of one."""
+    loss = value if optimizer.scaler is None else optimizer.scaler.scale(value)
+    loss.backward()  # type: ignore[no-untyped-call]
 
 
 def _goes_down(optimizer: SAM) -> bool:
