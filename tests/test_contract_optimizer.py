@@ -132,6 +132,27 @@ def test_c2_torch_distributed_checkpoint_keeps_memory_and_step(tmp_path):
     assert model_bits(model) == model_bits(straight)
 
 
+def test_c2_a_distributed_checkpoint_of_a_plain_base_loads(tmp_path):
+    """SAM is switched on in the middle of a run."""
+    dcp = pytest.importorskip("torch.distributed.checkpoint")
+    from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+
+    model = net(dropout=0.0)
+    base = BASES["momentum"](model.parameters())
+    train(model, base, plain, 3)
+    other = net(5, dropout=0.0)
+    optimizer = SAM(BASES["momentum"](other.parameters()), rho=0.1, model=other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # dcp warns that there is one process only
+        dcp.save(dict(zip(("model", "optimizer"), get_state_dict(model, base), strict=True)), checkpoint_id=tmp_path)
+        parts = dict(zip(("model", "optimizer"), get_state_dict(other, optimizer), strict=True))
+        dcp.load(parts, checkpoint_id=tmp_path, planner=dcp.DefaultLoadPlanner(allow_partial_load=True))
+    set_state_dict(other, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"])
+    train(model, SAM(base, rho=0.1, model=model), by_closure, 3, start=3)
+    train(other, optimizer, by_closure, 3, start=3)
+    assert model_bits(other) == model_bits(model)
+
+
 def test_c2_asking_torch_distributed_for_a_checkpoint_neither_warns_nor_counts_as_a_step():
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 
