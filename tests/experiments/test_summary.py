@@ -107,6 +107,20 @@ def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) ->
     assert [row.cells()[2] for row in summary.rows] == ["1.20"] * 4
 
 
+@pytest.mark.parametrize("width", [60, 80])
+def test_a_narrow_terminal_shows_who_is_who(tmp_path: Path, width: int) -> None:
+    many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1"), seeds=3)
+    summary = summarise(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
+    console = Console(width=width, record=True, file=(tmp_path / "out").open("w"))
+    summary.show(console)
+    console.file.close()
+    text = (tmp_path / "out").read_text()
+    assert "…" not in text
+    for row in summary.rows:
+        assert all(word in text for word in row.cells()[0].split())
+        assert row.cells()[4] in text, "the test accuracy is not left out"
+
+
 def test_all_figures_are_drawn_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looks, "_LOOK", {**looks._LOOK, "savefig.dpi": 50})  # drawn in less time
     two = recipe(seeds=2, extra_epochs=2)

@@ -32,6 +32,8 @@ _HEADINGS = (
     "runs",
 )
 
+_LEAST_NEEDED = ("train\nloss", "time,\ns", "std.\nepochs")  # first to go from a narrow console
+
 _NAMES: Mapping[str, str] = MappingProxyType(
     {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 )
@@ -129,15 +131,26 @@ class Summary:
         write_json(folder.path / "summary.json", self.json())
 
     def show(self, console: Console) -> None:
-        """Print the table and the verdicts."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        for index, heading in enumerate(_HEADINGS):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
-        for row in self.rows:
-            table.add_row(*row.cells())
+        """Print the table and the verdicts; what a narrow console has no room for is in summary.md only."""
+        left_out: list[str] = []
+        for further in (None, *_LEAST_NEEDED):
+            left_out += [further] if further else []
+            table = self._table(without=left_out)
+            if table.__rich_measure__(console, console.options.update(max_width=1000)).minimum <= console.width:
+                break
         console.print(table)
         for note in self.notes():
             console.print(note, highlight=False, markup=False)
+
+    def _table(self, *, without: Sequence[str]) -> Table:
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        shown = [i for i, heading in enumerate(_HEADINGS) if heading not in without]
+        for i in shown:
+            table.add_column(_HEADINGS[i], justify="right" if i else "left", no_wrap=i > 0)
+        for row in self.rows:
+            cells = row.cells()
+            table.add_row(*(cells[i] for i in shown))
+        return table
 
 
 def setting(recipe: Recipe) -> str:
