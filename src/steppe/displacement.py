@@ -52,7 +52,7 @@ class Displacement:
         new = [w for w in pairs if w not in self._away]
         copies = [reuse(self._copies.get(w), like=local(w)) for w in new]
         self._copies.update(zip(new, copies, strict=True))
-        copy_(copies, [local(w) for w in new])
+        copy_(copies, new)
         self._away.update(zip(new, copies, strict=True))  # from here on, whatever happens, restore() undoes it
         add([as_real(w) for w in pairs], alpha, list(pairs.values()))
 

@@ -5,7 +5,7 @@ touched: nothing has to be saved, replayed or protected.
 """
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -20,10 +20,7 @@ def normal(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tenso
     >>> torch.equal(x, y), torch.equal(x, normal("A", 0, 8, [torch.empty(2)])[0])
     (True, False)
     """
-    return [
-        part_of(_empty(t).normal_(generator=generator(t.device, key(who, seed, step, position))), t)
-        for position, t in enumerate(like)
-    ]
+    return _drawn(who, seed, step, like, lambda t, g: _empty(t).normal_(generator=g))
 
 
 def uniform(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
@@ -31,35 +28,31 @@ def uniform(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tens
 
     In half precision there would be only a few hundred different ones.
     """
-    return [
-        part_of(
-            torch.rand(
-                t.shape,
-                dtype=torch.float32,
-                device=t.device,
-                generator=generator(t.device, key(who, seed, step, position)),
-            ),
-            t,
-        )
-        for position, t in enumerate(like)
-    ]
+    return _drawn(
+        who,
+        seed,
+        step,
+        like,
+        lambda t, g: torch.rand(t.shape, dtype=torch.float32, device=t.device, generator=g),
+    )
 
 
 def integers(who: str, seed: int, step: int, like: Sequence[Tensor], *, below: int) -> list[Tensor]:
     """Return whole numbers from 0 to ``below`` - 1, one int32 tensor for each of ``like``, of its shape and device."""
-    return [
-        part_of(
-            torch.randint(
-                below,
-                t.shape,
-                dtype=torch.int32,
-                device=t.device,
-                generator=generator(t.device, key(who, seed, step, position)),
-            ),
-            t,
-        )
-        for position, t in enumerate(like)
-    ]
+    return _drawn(
+        who,
+        seed,
+        step,
+        like,
+        lambda t, g: torch.randint(below, t.shape, dtype=torch.int32, device=t.device, generator=g),
+    )
+
+
+def _drawn(
+    who: str, seed: int, step: int, like: Sequence[Tensor], draw: Callable[[Tensor, torch.Generator | None], Tensor]
+) -> list[Tensor]:
+    """What each position draws of a whole tensor, cut to what this rank holds."""
+    return [part_of(draw(t, generator(t.device, key(who, seed, step, position))), t) for position, t in enumerate(like)]
 
 
 def _empty(like: Tensor) -> Tensor:

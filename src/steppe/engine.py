@@ -13,7 +13,7 @@ from steppe.displacement import Displacement
 from steppe.gradients import Gradients
 from steppe.notices import warn
 from steppe.passes import Protection
-from steppe.ranks import OneForAll, Ranks
+from steppe.ranks import Ranks
 from steppe.rounding import add_scaled_stochastically_, arrived, is_half
 from steppe.rules import Ascent, Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
 from steppe.shards import local
@@ -80,8 +80,7 @@ class Engine:
         """Where we stand after the first pass, for a rule that is to say where to climb."""
         members = self.ranks.holders(self.gradients.holders(), list(parameters(self._base)))
         self.gradients.fill(members)
-        at = self.point(members)
-        return replace(at, memory=OneForAll()) if self.ranks.per_rank else at
+        return replace(self.point(members), memory=self.ranks.memory(self.memory))
 
     def point_ahead(self) -> Point:
         """Where we stand before any pass: with every trainable parameter, and no gradients."""
@@ -115,8 +114,7 @@ class Engine:
         """Where we stand after the pass at w + e, when a further climb is to come: with those who climbed before."""
         climbers, climbed = self._climbers or [], self._climbed
         self.gradients.fill(climbers)
-        memory = OneForAll() if self.ranks.per_rank else self.memory
-        return replace(self.point(climbers), climbed=climbed, memory=memory)
+        return replace(self.point(climbers), climbed=climbed, memory=self.ranks.memory(self.memory))
 
     @torch.no_grad()
     def climb(self, at: Point, perturbation: Perturbation, *, keep_clean: bool, ahead: bool = False) -> None:
@@ -154,12 +152,14 @@ class Engine:
             length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
             alpha = length if isinstance(length, Tensor) else at.gradient_norm.new_full((), length)
             self.displace(members, alpha, [along[p] for p in members])
+        self._rounding_checked = True
 
     def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Move some weights by alpha * direction, until :meth:`come_back`."""
         if not self.stochastic_rounding:
             self._displacement.move(members, alpha, direction)
-            self._check_rounding(members, alpha, direction)
+            if not self._rounding_checked:
+                self._check_rounding(members, alpha, direction)
         else:
             add = partial(add_scaled_stochastically_, step=self.steps)
             self._displacement.move(members, alpha, direction, add=add)
@@ -167,7 +167,7 @@ class Engine:
     def _check_rounding(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Say so, once, if much of a climb rounds to nothing; only half-precision weights are looked at."""
         halves = [i for i, p in enumerate(members) if is_half(p)]
-        if not halves or self._rounding_checked:
+        if not halves:
             return
         self._rounding_checked = True
         weights = [members[i] for i in halves]

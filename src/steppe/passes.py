@@ -33,7 +33,7 @@ class Buffers:
         self._places = [(m._buffers, dict(m._buffers)) for m in self._model.modules() if m._buffers]
         now = {t for _, entries in self._places for t in entries.values() if t is not None}
         self._values = {b: reuse(self._values.get(b), like=local(b)) for b in now if b in self._values or _writable(b)}
-        copy_(list(self._values.values()), [local(b) for b in self._values])
+        copy_(list(self._values.values()), list(self._values))
 
     @torch.no_grad()
     def put_back(self) -> None:

@@ -29,9 +29,9 @@ class Ranks:
     def __init__(self, model: nn.Module | None, owned: Sequence[Tensor], *, per_rank: bool) -> None:
         modules = list(model.modules()) if model is not None else []
         _refuse_engines(modules, owned)
-        self.per_rank = per_rank
         self._sharded: list[Any] = [m for m in modules if _is(m, "torch.distributed.fsdp", "FSDPModule")]
-        self._replica = model if isinstance(model, DistributedDataParallel) else None
+        self._replica = model if per_rank and isinstance(model, DistributedDataParallel) else None
+        """The module whose ranks climb apart; None where all climb together."""
         if per_rank and self._replica is None:
             what = (
                 "sharded parameters: no rank has a whole gradient of its own"
@@ -49,7 +49,7 @@ class Ranks:
         Raises:
             RuntimeError: a static graph that has seen no backward yet.
         """
-        if not self.per_rank or goes_down or self._replica is None:
+        if self._replica is None or goes_down:
             return nullcontext()
         if self._replica.static_graph and not getattr(self._replica, "_static_graph_delay_allreduce_enqueued", True):
             raise RuntimeError(
@@ -64,10 +64,14 @@ class Ranks:
         for module in self._sharded:
             module.reshard()
 
+    def memory(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """What a rule that says where to climb may remember: nothing, where each rank climbs by itself."""
+        return shared if self._replica is None else OneForAll()
+
     @torch.no_grad()
     def all(self, flag: Tensor) -> Tensor:
         """Whether a flag is true on every rank: where each climbs by itself, one may have overflowed alone."""
-        if self._replica is None or not self.per_rank:
+        if self._replica is None:
             return flag
         device = next(p.device for p in self._replica.parameters())  # which its process group can send
         lowest = flag.to(device, torch.int32)
@@ -77,7 +81,7 @@ class Ranks:
     @torch.no_grad()
     def holders(self, here: Sequence[Tensor], owned: Sequence[Tensor]) -> list[Tensor]:
         """The parameters that have a gradient on any rank, where a rank may have left some of them out."""
-        if self._replica is None or not self.per_rank or not self._replica.find_unused_parameters:
+        if self._replica is None or not self._replica.find_unused_parameters:
             return list(here)
         has, device = set(here), next(p.device for p in self._replica.parameters())
         held = torch.tensor([p in has for p in owned], dtype=torch.int32, device=device)
@@ -87,7 +91,7 @@ class Ranks:
     @torch.no_grad()
     def mean_(self, gradients: Sequence[Tensor]) -> None:
         """Average gradients that every rank has made for itself, in place."""
-        if self._replica is None or not self.per_rank:
+        if self._replica is None:
             return
         group = self._replica.process_group
         for gradient in gradients:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from steppe import draws
-from steppe.shards import foreach, local
+from steppe.shards import local
 from steppe.tensors import add_scaled_, as_real, dot
 
 _DROPPED = {torch.bfloat16: 16, torch.float16: 13}
@@ -56,6 +56,6 @@ def arrived(after: Sequence[Tensor], before: Sequence[Tensor], alpha: Tensor, di
     tensor(1.0156, dtype=torch.float64)
     """
     here = [local(d).float() for d in directions]
-    moved = foreach(torch._foreach_sub, [as_real(a).float() for a in after], [as_real(b).float() for b in before])
+    moved = torch._foreach_sub([as_real(a).float() for a in after], [as_real(b).float() for b in before])
     length = alpha.double() * dot(here, here)
     return torch.where(length == 0, 1.0, dot(moved, here) / length)

@@ -448,7 +448,7 @@ class SAM(Optimizer):
             )
         if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint, which wants to see the names and shapes of a state before it loads one
-            self._template = self._will_remember() if self._engine.steps == 0 else {}
+            self._template = self._will_remember()
         elif not self._said_plain:
             self._said_plain = True
             warn(
@@ -552,7 +552,8 @@ class SAM(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        packed = pack(self.base, self._engine.memory or self._template, self._engine.steps)
+        memory = self._template if self._engine.steps == 0 else {}
+        packed = pack(self.base, self._engine.memory or memory, self._engine.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = changed if (changed := post_hook(self, packed)) is not None else packed
         return packed
