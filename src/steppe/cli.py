@@ -12,7 +12,7 @@ from importlib import metadata
 
 __all__ = ["main"]
 
-_EXTRA = frozenset({"matplotlib", "numpy", "rich", "tyro"})
+_EXTRA = frozenset({"matplotlib", "numpy", "plotly", "rich", "tyro"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
