@@ -121,6 +121,21 @@ def test_statistics_are_the_mean_of_the_batches():
     torch.testing.assert_close(with_theirs, o.loss(), rtol=1e-12, atol=0)
 
 
+def test_given_buffers_are_left_as_they_are():
+    net = normed()
+    before = copy.deepcopy(net.state_dict())
+    objective(net, batch_norm="train").loss(buffers=dict(net.named_buffers()))
+    assert all(torch.equal(t, before[k]) for k, t in net.state_dict().items())
+
+
+def test_inside_inference_mode():
+    net = normed()
+    expected = objective(net).gradient(), objective(net).statistics()
+    with torch.inference_mode():
+        o = objective(net)
+        torch.testing.assert_close((o.gradient(), o.statistics()), expected)
+
+
 def test_half_precision_is_measured_in_float32():
     net = normed().to(torch.bfloat16)
     o = objective(net, (samples()[0].bfloat16(), samples()[1]))

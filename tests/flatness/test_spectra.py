@@ -69,6 +69,13 @@ def test_what_has_not_converged_says_so():
         assert (exact - value).abs().min() <= residual * (1 + 1e-9)  # and the residual is a bound all the same
 
 
+def test_the_smallest_eigenvalue_is_not_a_vector_of_the_bulk():
+    found = eigenvalues(
+        matrix([*[0.0] * 200, *torch.linspace(0.0, 2.0, 30).tolist(), 50.0, -0.8]), which="smallest", tol=1e-2
+    )
+    assert float(found.values[0]) == pytest.approx(-0.8, rel=1e-3)  # any vector of the bulk has a residual below 0.5
+
+
 def test_a_zero_operator():
     found = eigenvalues(matrix([0.0] * 5), 2)
     assert found.converged

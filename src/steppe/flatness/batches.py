@@ -47,7 +47,7 @@ class Batches:
 
     def parts(self, batch: Any, m: int) -> Iterator[Any]:
         """Cut a batch into parts of m samples, along the first dimension of its tensors; the last may be smaller."""
-        whole = length(batch)
+        whole = length(batch)  # of its tensors, whatever the loss is a mean over
         for begin in range(0, whole, m):
 
             def part(tensor: Tensor, begin: int = begin) -> Tensor:
@@ -118,6 +118,8 @@ def cast(tree: Any, dtype: torch.dtype | None = None, device: torch.device | Non
     """Give the tensors in a batch another device, and those of floating point another dtype."""
 
     def one(tensor: Tensor) -> Tensor:
+        # autograd refuses what was made in inference mode; a copy that is made outside of it will do
+        tensor = tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
     return _each(tree, one)

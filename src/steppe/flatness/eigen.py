@@ -51,8 +51,8 @@ def eigenvalues(
         operator: :class:`~steppe.flatness.Hessian`, or any other symmetric one.
         k: how many.
         which: "largest" and "smallest" by value, with their signs; "magnitude" by absolute value.
-        tol: stop when each |A u - lambda u| is at most tol times the largest |lambda|. The error of lambda goes with
-            the square of that where the eigenvalue stands apart.
+        tol: stop when each |A u - lambda u| is at most tol |lambda|, or for a lambda near 0, tol / 100 of the largest.
+            The error of lambda goes with the square of that where the eigenvalue stands apart.
         most: products at most; what is not as exact by then is returned with ``converged=False``.
         basis: vectors of length n in memory; by default 2 k + 30.
         seed: of the first vector.
@@ -81,7 +81,7 @@ def eigenvalues(
     while True:
         space.extend()
         values, ritz, residuals = space.solve(which)
-        done = space.size >= k and bool((residuals[:k] <= tol * space.scale).all())
+        done = space.size >= k and bool((residuals[:k] <= tol * _sizes(values[:k], space.scale)).all())
         if done or space.products >= most or space.size == operator.n:
             break
         if space.size == room:
@@ -94,8 +94,17 @@ def eigenvalues(
     residuals = lengths(products - values[:, None].to(products) * vectors)
     # in float32 a product has rounding errors of its own, which no further step removes
     floor = 50 * torch.finfo(operator.dtype).eps
-    converged = bool((residuals <= max(tol, floor) * 2 * space.scale).all())
+    allowed = torch.maximum(tol * _sizes(values, space.scale), torch.as_tensor(floor * space.scale))
+    converged = bool((residuals.cpu() <= 2 * allowed).all())
     return Eigenpairs(values, vectors, residuals, converged, space.products + k)
+
+
+def _sizes(values: Tensor, scale: float) -> Tensor:
+    """What a residual is compared with.
+
+    Beside the largest eigenvalue alone, any vector of the bulk around 0 would pass for that of the smallest one.
+    """
+    return values.cpu().abs().clamp_min(0.01 * scale)
 
 
 class _Space:

@@ -13,8 +13,8 @@ _SIGNS = ("derivative for", "double backward", "differentiate twice", "not diffe
 
 _WITHOUT = (
     "An operation of this model has no second derivative ({}), and a Hessian needs one: take an implementation in "
-    "plain torch operations for this measurement (attention: F.scaled_dot_product_attention, attn_implementation='eager'). "
-    "Sharpness, landscapes and the gradient need first derivatives only"
+    "plain torch operations for this measurement (attention: F.scaled_dot_product_attention, "
+    "attn_implementation='eager'). Sharpness, landscapes and the gradient need first derivatives only"
 )
 
 

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import reduce
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -86,19 +87,29 @@ class Objective:
         """What is being measured, for ``progress``."""
         self.passes = 0
         """Passes over the data so far."""
-        self._parameters = chosen(self.model, parameters)
         self._progress = progress
         self._evaluation = Evaluation(self.model, evaluation(loss, evaluate))
         self._batches = Batches(data, batch_size, size)
         self._fingerprint: Fingerprint | None = None
         self._checked_twice = False
+        self._dtype = dtype
+        self._take(parameters)
+
+    def _take(self, names: Sequence[str] | None) -> None:
+        """Let w be these parameters."""
+        self._parameters = chosen(self.model, names)
         first, *others = (p.dtype for p in self._parameters.values())
-        for other in others:
-            first = torch.promote_types(first, other)
-        self.dtype = dtype or (first if first.itemsize > 2 else torch.float32)
+        widest = reduce(torch.promote_types, others, first)
+        self.dtype = self._dtype or (widest if widest.itemsize > 2 else torch.float32)
         self.device = next(iter(self._parameters.values())).device
         self._sizes = [p.numel() for p in self._parameters.values()]
         self.n = sum(self._sizes)
+
+    def within(self, names: Sequence[str]) -> "Objective":
+        """Return the same loss as a function of some of the parameters alone, by name."""
+        objective = copy.copy(self)
+        objective._take(names)
+        return objective
 
     @property
     def names(self) -> list[str]:
@@ -109,6 +120,11 @@ class Objective:
     def weights(self) -> Tensor:
         """The weights w, copied into a new tensor (n,)."""
         return self.flatten([p.detach() for p in self._parameters.values()])
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """The shape of each parameter."""
+        return [p.shape for p in self._parameters.values()]
 
     @property
     def version(self) -> tuple[int, ...]:
@@ -231,7 +247,8 @@ class Objective:
         """
         norms = {k: m for k, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
         places = [(k, b) for k, b in self.model.named_buffers() if k.rpartition(".")[0] in norms]
-        buffers = {k: cast(torch.full_like(b, k.endswith("running_var")), self.dtype) for k, b in places}
+        with torch.inference_mode(mode=False):
+            buffers = {k: cast(torch.full_like(b, k.endswith("running_var")), self.dtype) for k, b in places}
         weights, momenta = self._at(e), {m: m.momentum for m in norms.values()}
 
         @torch.no_grad()
@@ -256,15 +273,16 @@ class Objective:
     def _mean_loss(
         self, weights: Sequence[Tensor], batch: Any, buffers: Mapping[str, Tensor] | None = None, *, train: bool = False
     ) -> Tensor:
-        """The mean loss of a batch, by the model with these weights, and with copies of its buffers unless given."""
-        state: dict[str, Tensor] = {k: b.clone() for k, b in self.model.named_buffers()} | dict(buffers or {})
-        if any(p.dtype != self.dtype for p in self.model.parameters()):
+        """The mean loss of a batch, by the model with these weights and buffers; ``train`` writes into those given."""
+        given = buffers or {}
+        state = {k: given.get(k, b).clone() for k, b in self.model.named_buffers()} | (dict(given) if train else {})
+        dtype = None if all(p.dtype == self.dtype for p in self.model.parameters()) else self.dtype
+        if dtype is not None:
             state |= {k: p.detach() for k, p in self.model.named_parameters()}
-            state = {k: cast(t, self.dtype) for k, t in state.items()}
-            batch = cast(batch, self.dtype)
+            state = {k: cast(t, dtype) for k, t in state.items()}
         state |= dict(zip(self._parameters, weights, strict=True))
         with modes(self.model, norms=train or self.batch_norm == "train"):
-            loss = functional_call(self._evaluation, {f"model.{k}": t for k, t in state.items()}, (batch,))
+            loss = functional_call(self._evaluation, {f"model.{k}": t for k, t in state.items()}, (cast(batch, dtype),))
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss of a batch is {got}, and its mean is needed, a 0-dim tensor")

@@ -83,8 +83,8 @@ def density(operator: Operator, *, probes: int = 8, steps: int = 64, seed: int =
     >>> found = density(Diagonal(), probes=4, steps=10)
     >>> bool(torch.isclose(found.weights.sum(1), torch.ones(4, dtype=torch.float64)).all())
     True
-    >>> round(found.mean(lambda x: x).value, 1)
-    0.5
+    >>> round(found.mass(0.0, 1.0).value, 6)
+    1.0
     """
     if probes < 1 or steps < 1:
         raise ValueError(f"probes={probes}, steps={steps}: a density needs at least one of each")
