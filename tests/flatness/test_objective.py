@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import DOUBLE, Quadratic, dense_hessian, objective, quadratic, samples, tanh_net
+from oracles import DOUBLE, Quadratic, dense_hessian, objective, quadratic, samples, tanh_net
 from torch import nn
 
 from steppe.flatness import Hessian, Objective
@@ -85,6 +85,17 @@ def test_nothing_of_the_model_changes(batch_norm):
     assert net[1].momentum == 0.1
     assert [p.grad is None for p in net.parameters()] == [False, *[True] * 5]
     assert torch.equal(net[0].weight.grad, torch.ones_like(net[0].weight))
+
+
+def test_a_loader_leaves_the_generators_alone_and_shuffles_alike():
+    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples()), batch_size=8, shuffle=True)
+    o = objective(tanh_net(), loader)
+    torch.manual_seed(5)
+    expected = torch.rand(1)
+    torch.manual_seed(5)
+    first, second = o.loss(), o.loss()
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first, second)
 
 
 def test_modes_come_back_after_an_exception():

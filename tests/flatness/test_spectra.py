@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.sparse.linalg
 import torch
-from problems import DOUBLE, dense_hessian, objective, quadratic, relu_net, rescaled, samples, tanh_net, with_spectrum
+from oracles import DOUBLE, dense_hessian, objective, quadratic, relu_net, rescaled, samples, tanh_net, with_spectrum
 
 from steppe.flatness import Block, Hessian, Scaled, density, eigenvalues, trace
 

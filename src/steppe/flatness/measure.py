@@ -186,9 +186,9 @@ class Effort:
     """Products for each of them."""
     points: int = 17
     """Points of a landscape's axis; 0 for none."""
-    radius: float = 1.0
+    radius: float = 0.5
     """How far a landscape's axis goes in random directions: 1 changes each filter by as much as it is long."""
-    eigen_radius: float = 0.5
+    eigen_radius: float = 0.25
     """How far it goes along eigenvectors, of length 1."""
     seed: int = 0
     """Of everything that is drawn; solutions are compared with the same draws."""

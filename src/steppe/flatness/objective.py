@@ -4,6 +4,7 @@ import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
+from itertools import count
 from typing import Any, Literal, TypeAlias
 
 import torch
@@ -290,11 +291,16 @@ class Objective:
 
     def _walk(self) -> Iterator[tuple[Any, int]]:
         """Make a pass: each batch, on the weights' device, with its size."""
-        seen = Fingerprint()
-        for batch, size in self._batches:
-            there = cast(batch, device=self.device)
-            seen.add(there, size)
-            yield there, size
+        seen, batches = Fingerprint(), None
+        for index in count():
+            with self._generators(index):  # a DataLoader draws, too
+                batches = iter(self._batches) if batches is None else batches
+                found = next(batches, None)
+            if found is None:
+                break
+            there = cast(found[0], device=self.device)
+            seen.add(there, found[1])
+            yield there, found[1]
         if self._fingerprint is not None:
             seen.compare(self._fingerprint)
         self._fingerprint = seen
@@ -304,14 +310,20 @@ class Objective:
 
     @contextmanager
     def _quietly(self, index: int) -> Iterator[None]:
-        """Use kernels that can be differentiated twice, and random numbers of our own: the same ones in every pass."""
-        devices = [self.device] if self.device.type == "cuda" else []
+        """Use kernels that can be differentiated twice, and generators of our own."""
         with (
             torch.inference_mode(mode=False),
             torch.enable_grad(),
-            torch.random.fork_rng(devices),
+            self._generators(index),
             twice_differentiable(self.model),
         ):
+            yield
+
+    @contextmanager
+    def _generators(self, index: int) -> Iterator[None]:
+        """Let everything draw the same in every pass, and the program's generators be where they were."""
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices):
             torch.default_generator.manual_seed(self.seed + index)
             for device in devices:
                 torch.cuda.default_generators[device.index or 0].manual_seed(self.seed + index)
