@@ -71,7 +71,7 @@ def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
     quantities = {"train_loss", "train_accuracy", "test_accuracy", "gap", "overview"}
     figures = {"pareto", *quantities, *(f"{quantity}_seconds" for quantity in quantities)}
     assert names == {
-        *(".lock", "config.json", "environment.json", "summary.md", "summary.json"),
+        *(".lock", "config.json", "environment.json", "summary.md", "summary.json", "report.html"),
         *(f"figures/{figure}.{suffix}" for figure in figures for suffix in ("png", "svg")),
         *(f"runs/{unit}/{file}" for unit in ("sgd-seed0", "sam-seed0") for file in ("metrics.jsonl", "checkpoint.pt")),
     }

@@ -14,6 +14,7 @@ from steppe.experiments.distributed import World
 from steppe.experiments.evaluation import Record
 from steppe.experiments.progress import Reporter
 from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.report import page
 from steppe.experiments.training import train
 
 CPU = World(torch.device("cpu"))
@@ -63,7 +64,7 @@ def run(unit: Unit, folder: Path, **kwargs: object) -> list[Record]:
 
 def untimed(records: list[Record]) -> list[dict[str, object]]:
     """Records without the fields that no two runs share."""
-    return [{k: v for k, v in vars(r).items() if k not in ("seconds", "images_per_second")} for r in records]
+    return [{k: v for k, v in r.to_json().items() if k not in ("seconds", "images_per_second")} for r in records]
 
 
 def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
@@ -72,6 +73,7 @@ def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         if not draws:
             patch.setattr(figures, "draw", lambda recipe, results, folder: [])
+            patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
         return main(words)
 
 

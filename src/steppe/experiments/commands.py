@@ -13,12 +13,13 @@ from rich.console import Console
 from steppe.experiments.compare import compare, plot
 from steppe.experiments.contenders import CONTENDERS, Contender
 from steppe.experiments.executors import Where
+from steppe.experiments.measure import Measuring, measure_run
 from steppe.experiments.methods import methods
 from steppe.experiments.recipes import RECIPES, Recipe
 from steppe.experiments.search import grid, spaces
 from steppe.experiments.tune import Options, again, is_tuning, tune
 
-__all__ = ["Compare", "Finetune", "Methods", "Plot", "Tune", "parse"]
+__all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 
 _COMPARE = "Train contenders at equal compute and show who generalises better."
 _FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."
@@ -28,6 +29,14 @@ It is `steppe compare finetune`: the same options, run folder and figures; `step
 
 --shots 10 trains on ten images of each class; --backbone none from scratch; --freeze the new head only. A checkpoint
 by its name, or a folder of one: --backbone timm:resnet18.a1_in1k, --backbone hf:microsoft/resnet-18 --image-size 64.
+"""
+
+_MEASURE = "Measure how flat the minima of a run folder are, or those of any model, and say who has the flatter ones."
+
+_MEASURE_DETAILS = """
+`steppe measure runs/demo` measures every run that is not measured yet, on a sample of its training images: sharpness,
+the Hessian's largest eigenvalues, trace and spectral density, adaptive measures that rescaling the network does not
+change, landscapes, and the loss between solutions. It adds a verdict with error bars to summary.md and report.html.
 """
 
 _METHODS = "List the methods: cost, memory, paper, when to use each; `steppe methods gsam` shows a card."
@@ -96,6 +105,11 @@ class Tune:
     where: Where = field(default_factory=Where)
 
     def __post_init__(self) -> None:
+        if self.recipe.widths:
+            widths = " ".join(map(str, self.recipe.widths))
+            raise ValueError(
+                f"widths={widths}: trials can be compared at one width only. Say --widths without a number, and --width"
+            )
         found = spaces(self.recipe, self.options.search, baseline=self.options.baseline)
         if self.options.sampler == "grid":
             for space in found:
@@ -104,6 +118,20 @@ class Tune:
     def run(self, command: Sequence[str], console: Console) -> None:
         """Search, say what was found, draw."""
         tune(self.recipe, self.options, command, console, self.where)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """`steppe measure`."""
+
+    folder: tyro.conf.Positional[Path]
+    """The run folder, for example runs/demo."""
+    how: Measuring = field(default_factory=Measuring)
+
+    def run(self, command: Sequence[str], console: Console) -> None:
+        """Measure what is not measured yet; summarise and draw again."""
+        measure_run(self.folder, self.how, console)
+        plot(self.folder, console)
 
 
 @dataclass(frozen=True)
@@ -132,7 +160,7 @@ class Methods:
         methods(self.patterns, console, bibtex=self.bibtex)
 
 
-def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Plot | Methods:
+def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | Methods:
     """Turn the words of a command line into a verb.
 
     Raises SystemExit: with 0 after --help, and with 2 after saying what was meant when it does not understand.
@@ -141,10 +169,12 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Plot | Methods:
     # tyro shows a description in the list of verbs too, where one line is enough
     about = f"{_COMPARE}\n{_DETAILS}{contenders}" if words[:1] == ["compare"] else _COMPARE
     about_tune = f"{_TUNE}\n{_TUNE_DETAILS}" if words[:1] == ["tune"] else _TUNE
+    about_measure = f"{_MEASURE}\n{_MEASURE_DETAILS}" if words[:1] == ["measure"] else _MEASURE
     about_finetune = f"{_FINETUNE}\n{_FINETUNE_DETAILS}" if words[:1] == ["finetune"] else _FINETUNE
     return tyro.cli(
         Annotated[Compare, tyro.conf.subcommand("compare", description=about)]
         | Annotated[Tune, tyro.conf.subcommand("tune", description=about_tune)]
+        | Annotated[Measure, tyro.conf.subcommand("measure", description=about_measure)]
         | Annotated[Plot, tyro.conf.subcommand("plot", description=_PLOT)]
         | Annotated[Methods, tyro.conf.subcommand("methods", description=_METHODS)]
         | Annotated[Finetune, tyro.conf.subcommand("finetune", description=about_finetune)],

@@ -5,29 +5,38 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
-from steppe.experiments import data, figures
+from steppe.experiments import data, double_descent, double_descent_figure, figures, flatness_figures
 from steppe.experiments.board import board
+from steppe.experiments.double_descent import DoubleDescent
 from steppe.experiments.environment import describe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.executors import Executor, Job, Where, failures, start
 from steppe.experiments.files import write_json
 from steppe.experiments.finetune import settled, with_start
 from steppe.experiments.folder import RunFolder
+from steppe.experiments.looks import styles
+from steppe.experiments.measure import lines_of, measured, verdicts
 from steppe.experiments.progress import reporter
 from steppe.experiments.recipes import Recipe
+from steppe.experiments.report import page
+from steppe.experiments.specs import parse
 from steppe.experiments.stopping import on_signals
-from steppe.experiments.summary import Summary, summarise
+from steppe.experiments.summary import Summary, setting, summarise
+from steppe.experiments.verdicts import Verdict
 
 __all__ = ["compare", "plot", "report", "sign"]
 
 _HERE = Where()
 
 
-def compare(recipe: Recipe, command: Sequence[str], console: Console, where: Where = _HERE) -> Summary | None:
+def compare(
+    recipe: Recipe, command: Sequence[str], console: Console, where: Where = _HERE
+) -> Summary | DoubleDescent | None:
     """Train what is not trained yet, then write and show the summary and the figures.
 
     `command` is what the user typed, for the record. Returns None in all processes but the first. Raises Stopped when
@@ -35,43 +44,79 @@ def compare(recipe: Recipe, command: Sequence[str], console: Console, where: Whe
     others, and is told of at the end.
     """
     recipe = settled(recipe, console)
-    folder = RunFolder(recipe.folder)
     with start(recipe, where, console) as executor:
-        recipe, world = executor.recipe, executor.world
-        with folder.locked() if world.rank == 0 else nullcontext():
-            if world.rank == 0:
-                folder.claim(recipe, world.size)
-                sign(folder.path / "environment.json", command, console)
-            world.barrier()
-            failed = _train(executor, folder, console, together=where.on == "ray")
-            if world.rank > 0:
-                return None
-            summary = report(folder, recipe, console)
-    if failed is not None:
-        raise ExperimentError(failed)
+        summary, failed = _carry_out(executor.recipe, executor, command, console, together=where.on == "ray")
+    if failed and summary is not None:
+        raise ExperimentError("; ".join(failed))
     return summary
 
 
-def plot(path: Path, console: Console) -> Summary:
+def plot(path: Path, console: Console) -> Summary | DoubleDescent:
     """Draw the figures and write the summary of a run folder again, from what is in it."""
     folder = RunFolder(path)
-    return report(folder, folder.recipe(), console)
+    recipe = replace(folder.recipe(), out=path)  # it may have been moved
+    for member in recipe.members():
+        if member.folder.exists():
+            report(RunFolder(member.folder), member, console)
+    return report(folder, recipe, console)
 
 
-def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary:
+def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | DoubleDescent:
     """Write and show the summary, and draw the figures."""
-    results = folder.results(recipe)
-    summary = summarise(recipe, results)
+    summary: Summary | DoubleDescent
+    if recipe.widths:
+        summary = double_descent.summarise(recipe)
+        double_descent_figure.draw(recipe, summary, folder.figures)
+    else:
+        results = folder.results(recipe)
+        summary = replace(summarise(recipe, results), flatness=_flatness(folder, recipe, console))
+        figures.draw(recipe, results, folder.figures)
+        page.write(folder, recipe, results, summary)
     summary.write(folder)
-    figures.draw(recipe, results, folder.figures)
     summary.show(console)
     console.print(f"Figures: {folder.figures}", highlight=False, markup=False, soft_wrap=True)
+    if not recipe.widths:
+        console.print(f"Report: {folder.path / page.FILE}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
 
-def _train(executor: Executor, folder: RunFolder, console: Console, *, together: bool) -> str | None:
+def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:
+    """Draw what was measured of flatness, if anything was, and say what it allows to say."""
+    found = measured(folder, recipe)
+    groups = {parse(m).label: [flat for unit, flat in found.items() if unit.method == m] for m in recipe.methods}
+    flatness_figures.draw(groups, folder.figures, setting(recipe))
+    if lines := lines_of(folder):
+        flatness_figures.draw_lines(lines, styles(recipe), folder.figures, setting(recipe))
+    try:
+        return verdicts(recipe, found)
+    except ExperimentError as error:
+        console.print(f"No verdict on flatness: {error}", highlight=False, markup=False)
+        return []
+
+
+def _carry_out(
+    recipe: Recipe, executor: Executor, command: Sequence[str], console: Console, *, together: bool
+) -> tuple[Summary | DoubleDescent | None, list[str]]:
+    """Train every run of a comparison, or of its members, and report; say what failed."""
+    folder, world = RunFolder(recipe.folder), executor.world
+    with folder.locked() if world.rank == 0 else nullcontext():
+        if world.rank == 0:
+            folder.claim(recipe, world.size)
+            sign(folder.path / "environment.json", command, console)
+        world.barrier()
+        failed: list[str] = []
+        for member in recipe.members():
+            _, reasons = _carry_out(member, executor, command, console, together=together)
+            failed += [f"width {member.width}: {reason}" for reason in reasons]
+        if not recipe.widths:
+            reason = _train(recipe, executor, folder, console, together=together)
+            failed += [] if reason is None else [reason]
+        return (report(folder, recipe, console) if world.rank == 0 else None), failed
+
+
+def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Console, *, together: bool) -> str | None:
     """Train every unit; say which ones failed, if any did."""
-    recipe, world = executor.recipe, executor.world
+    world = executor.world
     if world.rank > 0:
         world.barrier()  # the first process downloads, if it must; the others find what it got
     dataset = data.load(recipe.dataset, recipe.data_dir)

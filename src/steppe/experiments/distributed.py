@@ -39,9 +39,10 @@ def resolve(recipe: Recipe) -> Recipe:
             "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
         )
     threads = recipe.threads or torch.get_num_threads()
-    if recipe.channels_last and threads > 1 and recipe.width % 16:
+    narrow = [width for width in recipe.widths or (recipe.width,) if width % 16]
+    if recipe.channels_last and threads > 1 and narrow:
         raise ExperimentError(
-            f"channels_last with width={recipe.width} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
+            f"channels_last with width={narrow[0]} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
             "convolution then writes beyond its memory (seen with torch 2.13.0, wherever the number of channels is no "
             "multiple of 16 and that of images is odd). Say --threads 1, or a width that is a multiple of 16, or "
             "--no-channels-last"

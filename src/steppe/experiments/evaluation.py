@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -50,6 +51,15 @@ class Record:
     """Time spent training, without measuring and saving."""
     images_per_second: float
     """Images seen by that time."""
+    sharpness: float | None = None
+    """S(w) at the recipe's rho; this and the following where flatness was measured."""
+    lambda_max: float | None = None
+    """The largest eigenvalue of the Hessian."""
+    gradient_norm: float | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The record as JSON has it, without what was not measured."""
+        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 def evaluate(
@@ -83,7 +93,7 @@ def evaluate(
 
 def write_records(records: Iterable[Record]) -> bytes:
     """Turn records into JSON lines."""
-    return "".join(json.dumps(asdict(record)) + "\n" for record in records).encode()
+    return "".join(json.dumps(record.to_json()) + "\n" for record in records).encode()
 
 
 def read_records(text: str) -> list[Record]:

@@ -1,4 +1,4 @@
-"""The article's four figures over compute and over time, and the Pareto picture, from the measurements alone."""
+"""The article's four figures over compute and time, sharpness, and the Pareto picture: from the measurements alone."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
+from steppe import flatness
 from steppe.experiments import pareto
 from steppe.experiments.evaluation import Record
 from steppe.experiments.folder import Results
 from steppe.experiments.looks import GREY, Style, caption, look, save, styles
 from steppe.experiments.recipes import Recipe
+from steppe.experiments.specs import parse
 
-__all__ = ["EXTENTS", "QUANTITIES", "Extent", "Quantity", "draw"]
+__all__ = ["EXTENTS", "FLATNESS", "QUANTITIES", "Extent", "Quantity", "draw"]
 
 _BESIDE = 4  # contenders, from which on the legend is beside the curves and not among them
 
@@ -48,6 +50,11 @@ QUANTITIES = (
     Quantity("gap", "Generalization gap", "percentage points"),
 )
 
+FLATNESS = (
+    Quantity("sharpness", "Sharpness S(w)", "rise of the training loss", log=True),
+    Quantity("lambda_max", "Largest eigenvalue of the Hessian", "of the training loss", log=True),
+)
+
 EXTENTS = (
     Extent("standardized_epoch", "standardized epochs = gradient evaluations / training images"),
     Extent("seconds", "training time in seconds, without measuring", suffix="_seconds"),
@@ -57,8 +64,8 @@ EXTENTS = (
 def draw(recipe: Recipe, results: Results, folder: Path) -> list[Path]:
     """Draw all figures as PNG and SVG into `folder`; return the files.
 
-    Each quantity over each extent, all quantities over an extent as `overview`, and `pareto`. A line is the mean over
-    the runs, its band one standard deviation to either side; one run is a thin line.
+    Each quantity over each extent, all quantities over an extent as `overview`, `pareto`, and `sharpness` where it was
+    measured. A line is the mean over the runs, its band one standard deviation to either side; one run is a thin line.
     """
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
@@ -81,14 +88,54 @@ def draw(recipe: Recipe, results: Results, folder: Path) -> list[Path]:
             caption(figure, recipe)
             files += save(figure, folder / f"overview{extent.suffix}")
         files += save(pareto.draw(recipe, results), folder / "pareto")
+        if any(record.sharpness is not None for records in results.values() for record in records):
+            files += save(_sharpness(recipe, results), folder / "sharpness")
     return files
+
+
+def _sharpness(recipe: Recipe, results: Results) -> Figure:
+    """S(w) and the largest eigenvalue over compute, and where it would make a full-batch step unstable."""
+    figure = Figure(figsize=(10.5 + _beside(recipe), 4.6), layout="constrained")
+    panels = figure.subplots(1, 2)
+    for axes, quantity in zip(panels, FLATNESS, strict=True):
+        _plot(axes, quantity, EXTENTS[0], recipe, results)
+    edges = False
+    if recipe.base == "sgd" and not recipe.base_momentum and not recipe.weight_decay:
+        for method, style in styles(recipe).items():
+            edges |= _edge(panels[1], method, style, recipe, results)
+    _legend(figure, panels[0], recipe)
+    stable = (
+        ["pale: the edge of stability of full-batch steps, 2/lr for SGD, for SAM by its gradient norm"] if edges else []
+    )
+    caption(figure, recipe, f"on {recipe.flatness_samples} training images, rho {recipe.rho:g}", *stable)
+    return figure
+
+
+def _edge(axes: Axes, method: str, style: Style, recipe: Recipe, results: Results) -> bool:
+    """Draw where a contender's edge of stability lies, if it is one whose edge is known."""
+    spec = parse(method)
+    if spec.name not in ("sgd", "sam"):
+        return False
+    points: dict[int, list[float]] = {}
+    for record in (record for unit, records in results.items() if unit.method == method for record in records):
+        if record.gradient_norm is not None:
+            edge = (
+                flatness.edge_of_stability(recipe.lr)
+                if spec.name == "sgd"
+                else flatness.sam_edge_of_stability(recipe.lr, spec.rho(recipe.rho), record.gradient_norm)
+            )
+            points.setdefault(record.standardized_epoch, []).append(float(edge))
+    x = sorted(points)
+    axes.plot(x, [statistics.fmean(points[e]) for e in x], style.line, color=style.colour, linewidth=3, alpha=0.3)
+    return bool(x)
 
 
 def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, results: Results) -> None:
     for method, style in styles(recipe).items():
         points: dict[int, list[Record]] = {}
         for record in (record for unit, records in results.items() if unit.method == method for record in records):
-            points.setdefault(record.standardized_epoch, []).append(record)
+            if getattr(record, quantity.field) is not None:
+                points.setdefault(record.standardized_epoch, []).append(record)
         if points:
             _line(axes, quantity, extent, style, [points[epoch] for epoch in sorted(points)])
     axes.set_title(quantity.title)

@@ -79,6 +79,10 @@ class RunFolder:
         """The recipe whose folder this is; ExperimentError when there is none."""
         return self._config()[0]
 
+    def claimed(self) -> tuple[Recipe, int]:
+        """The recipe, and the number of processes that its runs were trained in."""
+        return self._config()
+
     def results(self, recipe: Recipe) -> Results:
         """Read the measurements of every unit; ExperimentError when a file is damaged."""
         return {unit: self._records(self.unit(unit) / METRICS) for unit in recipe.units()}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import product
+from itertools import chain, product
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -18,7 +18,7 @@ from steppe.experiments.recipes import Recipe
 from steppe.experiments.specs import parse
 from steppe.experiments.summary import setting
 
-__all__ = ["GREY", "Style", "caption", "freeze", "look", "save", "styles"]
+__all__ = ["GREY", "Style", "caption", "freeze", "in_turn", "look", "save", "styles", "tell"]
 
 GREY = "#888888"
 
@@ -63,9 +63,12 @@ class Style:
 
 def styles(recipe: Recipe) -> Mapping[str, Style]:
     """Give each contender a line of its own, by its place: contenders that are added leave the others theirs."""
-    return {
-        method: Style(parse(method).label, *_LINES[index % len(_LINES)]) for index, method in enumerate(recipe.methods)
-    }
+    return dict(zip(recipe.methods, in_turn([parse(method).label for method in recipe.methods]), strict=True))
+
+
+def in_turn(labels: Sequence[str]) -> list[Style]:
+    """Give each label the look of its place."""
+    return [Style(label, *_LINES[index % len(_LINES)]) for index, label in enumerate(labels)]
 
 
 @contextmanager
@@ -80,8 +83,13 @@ def look() -> Iterator[None]:
 def caption(figure: Figure, recipe: Recipe, *more: str) -> None:
     """Say what was trained, over how many runs, and `more`."""
     runs = f"mean ± standard deviation of {recipe.seeds} runs" if recipe.seeds > 1 else "one run"
-    told = textwrap.wrap(setting(recipe), int(_CHARACTERS * figure.get_figwidth()))
-    figure.suptitle("\n".join([*told, runs, *more]), x=0.01, ha="left", fontsize=8.5, color="#555555")
+    tell(figure, setting(recipe), runs, *more)
+
+
+def tell(figure: Figure, *sentences: str) -> None:
+    """Write above the figure what it shows."""
+    wrapped = (textwrap.wrap(sentence, int(_CHARACTERS * figure.get_figwidth())) for sentence in sentences)
+    figure.suptitle("\n".join(chain.from_iterable(wrapped)), x=0.01, ha="left", fontsize=8.5, color="#555555")
 
 
 def freeze(figure: Figure) -> None:

@@ -176,7 +176,8 @@ def after_epochs(records: Sequence[Record], epochs: float) -> Record | None:
     for before, after in pairwise(records):
         if before.epoch < epochs < after.epoch:
             part = (epochs - before.epoch) / (after.epoch - before.epoch)
-            mixed = {k: (1 - part) * a + part * getattr(after, k) for k, a in vars(before).items()}
+            both = before.to_json().keys() & after.to_json().keys()
+            mixed = {k: (1 - part) * getattr(before, k) + part * getattr(after, k) for k in both}
             # what is paid is added up, so the average over the way is what interpolates, not the passes
             images = before.gradient_evaluations / before.passes / before.epoch
             return Record(**{**mixed, "epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * images)})

@@ -10,14 +10,20 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from steppe.experiments.batches import count
-from steppe.experiments.contenders import BASES, unknown
+from steppe.experiments.contenders import BASES
 from steppe.experiments.data import DatasetName
+from steppe.experiments.recipe_checks import check
 from steppe.experiments.specs import Spec, parse
 
 __all__ = ["LATER", "RECIPES", "Recipe", "Unit"]
 
 # Fields that say which runs there are, or how they are watched and kept; every other field changes a run's result.
-_FREE = frozenset({"name", "methods", "seeds", "first_seed", "data_dir", "checkpoint_seconds", "tensorboard", "out"})
+_FREE = frozenset(
+    {
+        *("name", "methods", "seeds", "first_seed", "widths", "data_dir", "checkpoint_seconds", "tensorboard", "out"),
+        *("flatness_every", "flatness_samples"),
+    }
+)
 
 LATER: Mapping[str, Any] = MappingProxyType(
     {
@@ -28,29 +34,13 @@ LATER: Mapping[str, Any] = MappingProxyType(
         "freeze": False,
         "head_lr": None,
         "image_size": None,
+        "label_noise": 0.0,
+        "widths": (),
+        "flatness_every": None,
+        "flatness_samples": 256,
     }
 )
 """Fields that are younger than the run folders that there may be, with the values that these were made with."""
-
-_AT_LEAST: Mapping[str, tuple[float, str]] = MappingProxyType(
-    {
-        "batch_size": (1, "images in one optimizer step"),
-        "shots": (1, "training images of each class"),
-        "pretrain_epochs": (1, "the epochs that the backbone is pretrained for"),
-        "image_size": (1, "height and width of the images that a checkpoint gets"),
-        "epochs": (1, "the compute that each contender gets"),
-        "extra_epochs": (0, "further compute for the contenders that pay more than one pass a step"),
-        "eval_every": (1, "standardized epochs from one measurement to the next"),
-        "width": (1, "channels of the network's first stage"),
-        "stem_stride": (1, "the stride of the network's first convolution"),
-        "seeds": (1, "runs of each contender"),
-        "first_seed": (0, "the first run's seed"),
-        "momentum": (0, "SGD's momentum"),
-        "weight_decay": (0, "the base optimizer's weight decay"),
-        "rho": (0, "the radius of SAM's neighbourhood"),
-        "checkpoint_seconds": (0, "seconds from one checkpoint within an epoch to the next"),
-    }
-)
 
 
 @dataclass(frozen=True)
@@ -64,6 +54,9 @@ class Recipe:
     scikit-learn's 1797 handwritten digits, one in three of them for testing (needs the finetune extra)."""
     shots: int | None = None
     """Train on so many images of each class, drawn by the run's seed; by default on all."""
+    label_noise: float = 0.0
+    """The share of the training images that get a wrong label, drawn by the run's seed. Training loss, training
+    accuracy and gap are measured on the labels that are trained on; the test labels stay as they are."""
     backbone: str = "none"
     """Where runs start from. none: random weights. own: the same network, pretrained once on Fashion-MNIST and kept in
     the user's cache. timm:NAME, hf:NAME or hf:FOLDER: a checkpoint. Its last layer is begun anew."""
@@ -101,6 +94,8 @@ class Recipe:
     """Further standardized epochs for contenders with more than one pass a step; they have rows of their own."""
     width: int = 16
     """Width of the PreAct ResNet-18: channels of its first stage; the full network has 64."""
+    widths: tuple[int, ...] = ()
+    """Compare at each of these widths, and draw the errors over the number of parameters; `width` is then not used."""
     stem_stride: int = 2
     """Stride of its first convolution: 1 as in the article, 2 for a quarter of the work."""
     norm: Literal["batch", "group"] = "batch"
@@ -111,6 +106,11 @@ class Recipe:
     """Seed of the first run. Contenders of one seed share initial weights and the order of the images."""
     eval_every: int = 2
     """Standardized epochs from one measurement on the whole training and test set to the next."""
+    flatness_every: int | None = None
+    """Measure sharpness S(w) at `rho`, the largest eigenvalue of the Hessian and the gradient norm as well: every so
+    many standardized epochs, a multiple of `eval_every`, and at the end. By default not."""
+    flatness_samples: int = 256
+    """Training images that they are measured on, drawn by the run's seed, in evaluation mode."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
     amp: bool = False
@@ -129,50 +129,9 @@ class Recipe:
     """The run folder; by default runs/NAME. The same command in the same folder goes on where it stopped."""
 
     def __post_init__(self) -> None:
-        for field, (least, meaning) in _AT_LEAST.items():
-            value = getattr(self, field)
-            if value is not None and not (math.isfinite(value) and value >= least):
-                raise ValueError(f"{field}={value}: {meaning}, must be a finite number of at least {least}")
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            raise ValueError(f"lr={self.lr}: the learning rate must be a finite number above 0")
-        if self.threads is not None and self.threads < 1:
-            raise ValueError(f"threads={self.threads}: the number of CPU threads must be at least 1")
-        if self.head_lr is not None and not (math.isfinite(self.head_lr) and self.head_lr > 0):
-            raise ValueError(f"head_lr={self.head_lr}: the head's learning rate must be a finite number above 0")
-        if self.momentum and not BASES[self.base].has_momentum:
-            raise ValueError(f"momentum={self.momentum}: {self.base} has none that could be set; leave it at 0")
-        if Path(self.name).name != self.name or self.name in ("", ".."):
-            raise ValueError(f"name={self.name!r}: it names a folder, so it must be a plain, non-empty name")
-        self._check_start()
+        object.__setattr__(self, "widths", tuple(sorted(self.widths)))
+        check(self)
         self._check_methods()
-
-    def _check_start(self) -> None:
-        kind, colon, name = self.backbone.partition(":")
-        if self.backbone not in ("none", "own") and not (colon and name and kind in ("timm", "hf")):
-            raise ValueError(unknown("backbone", self.backbone, ("none", "own", "timm:NAME", "hf:NAME", "hf:FOLDER")))
-        if self.backbone == "own" and self.dataset != "digits":
-            raise ValueError(
-                f"dataset={self.dataset}: the own backbone is pretrained on Fashion-MNIST, so it has seen these images "
-                "and nothing would be transferred. Say --dataset digits, or --backbone none"
-            )
-        if self.backbone == "none":
-            for field in ("freeze", "head_lr"):
-                if getattr(self, field):
-                    raise ValueError(
-                        f"{field}={getattr(self, field)}: without a backbone all layers are new, so it would mean "
-                        f"nothing. Say --backbone own or a checkpoint's name, or leave --{field.replace('_', '-')} out"
-                    )
-        if self.image_size is not None and self.backbone in ("none", "own"):
-            raise ValueError(
-                f"image_size={self.image_size}: images are resized for timm and hf checkpoints only, and "
-                f"backbone={self.backbone} takes them as they are: leave it out"
-            )
-        reads_it = self.dataset == "fashion-mnist" or (self.backbone == "own" and self.pretrain_on != "sample")
-        if self.data_dir is not None and self.dataset == "digits" and not reads_it:
-            raise ValueError(
-                f"data_dir={self.data_dir}: nothing here is read from the full Fashion-MNIST, so it would be ignored: "
-                "leave it out"
-            )
 
     def _check_methods(self) -> None:
         specs = [parse(method) for method in self.methods]
@@ -211,15 +170,30 @@ class Recipe:
         return self.out if self.out is not None else Path("runs") / self.name
 
     def units(self) -> Iterator[Unit]:
-        """Every run of the comparison; the contenders of one seed follow each other, so pairs are soon complete."""
+        """Every run of the comparison; the contenders of one seed follow each other, so pairs are soon complete.
+
+        With `widths` there are none: each member has its own.
+        """
+        if self.widths:
+            return
         for seed in range(self.first_seed, self.first_seed + self.seeds):
             for method in self.methods:
                 yield Unit(self, method, seed)
 
+    def members(self) -> Iterator[Recipe]:
+        """The comparison at each of `widths`, in a folder of its own within this one.
+
+        >>> [str(member.folder) for member in Recipe(name="wide", widths=(2, 4)).members()]
+        ['runs/wide/width-2', 'runs/wide/width-4']
+        """
+        for width in self.widths:
+            yield replace(self, width=width, widths=(), out=self.folder / f"width-{width}")
+
     def to_json(self) -> dict[str, Any]:
         """Every field as JSON has it; `from_json` is the way back."""
         return {k: str(v) if isinstance(v, Path) else v for k, v in asdict(self).items()} | {
-            "methods": list(self.methods)
+            "methods": list(self.methods),
+            "widths": list(self.widths),
         }
 
     @classmethod
@@ -229,7 +203,7 @@ class Recipe:
         if names != set(values):
             raise ValueError(f"not the fields of a recipe: {', '.join(sorted(names ^ set(values)))}")
         paths = {k: Path(values[k]) for k in ("data_dir", "out") if values[k] is not None}
-        return cls(**{**values, **paths, "methods": tuple(values["methods"])})
+        return cls(**{**values, **paths, **{k: tuple(values[k]) for k in ("methods", "widths")}})
 
     def result(self) -> dict[str, Any]:
         """The fields that a run's result depends on.
@@ -237,7 +211,7 @@ class Recipe:
         One of `LATER` that has the value there says nothing that older run folders do not say.
         """
         said = {k: v for k, v in self.to_json().items() if k not in _FREE and not (k in LATER and v == LATER[k])}
-        return said | {"momentum": self.base_momentum}
+        return said | {"momentum": self.base_momentum} | ({"width": "several"} if self.widths else {})
 
 
 @dataclass(frozen=True)
@@ -273,6 +247,20 @@ class Unit:
         """
         end, every = self.standardized_epochs, self.recipe.eval_every
         return sorted({*range(every, end + 1, every), self.recipe.epochs, end})
+
+    @property
+    def flatness_grid(self) -> frozenset[int]:
+        """The points of the grid at which flatness is measured: every `flatness_every`, and at `epochs` and the end.
+
+        >>> sgd, sam = Recipe(epochs=10, extra_epochs=2, eval_every=2, flatness_every=4, seeds=1).units()
+        >>> sorted(sgd.flatness_grid), sorted(sam.flatness_grid)
+        ([4, 8, 10], [4, 8, 10, 12])
+        """
+        every = self.recipe.flatness_every
+        if every is None:
+            return frozenset()
+        ends = (self.recipe.epochs, self.standardized_epochs)
+        return frozenset(point for point in self.grid if point % every == 0 or point in ends)
 
     def steps(self, images: int) -> int:
         """How many steps it will make until the compute that all contenders get is spent, as planned.
@@ -326,6 +314,26 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             ),
             "A narrow network, pretrained once on Fashion-MNIST, fine-tuned on scikit-learn's handwritten digits: a "
             "few minutes on two CPU cores.",
+        ),
+        "double-descent": (
+            replace(
+                _DEMO,
+                name="double-descent",
+                widths=(1, 2, 3, 4, 6, 8, 12, 16),
+                shots=150,
+                label_noise=0.2,
+                stem_stride=4,
+                lr=0.05,
+                momentum=0.9,
+                batch_size=75,
+                epochs=120,
+                eval_every=20,
+                flatness_every=120,
+                channels_last=False,  # as in finetune, and one thread for the same reasons
+                threads=1,
+            ),
+            "Widths from below to beyond the interpolation threshold, on labels of which a fifth are wrong: errors and "
+            "sharpness over the number of parameters. --on ray trains two runs at a time on two CPU cores.",
         ),
     }
 )

@@ -45,7 +45,7 @@ class Result:
 
     def to_json(self) -> dict[str, Any]:
         """The result as JSON; `from_json` is the way back."""
-        return {**asdict(self), "runs": [asdict(run) for run in self.runs]}
+        return {**asdict(self), "runs": [run.to_json() for run in self.runs]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Result:
@@ -171,7 +171,7 @@ class Study:
 
     def tell(self, trial: Trial, runs: Sequence[Record], value: float) -> None:
         """A trial is complete."""
-        self._note(trial, "runs", [asdict(run) for run in runs])
+        self._note(trial, "runs", [run.to_json() for run in runs])
         self._study.tell(trial.number, value)
         trial.lock.close()
 

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -17,6 +17,7 @@ from steppe.experiments.folder import Results, RunFolder
 from steppe.experiments.recipes import Recipe, Unit
 from steppe.experiments.specs import parse
 from steppe.experiments.statistics import Estimate, estimate
+from steppe.experiments.verdicts import CAVEATS, Verdict
 
 __all__ = ["Difference", "Row", "Summary", "setting", "summarise"]
 
@@ -96,6 +97,8 @@ class Summary:
     rows: Sequence[Row]
     differences: Sequence[Difference]
     unfinished: Sequence[str]
+    flatness: Sequence[Verdict] = ()
+    """Whether the minima are flatter, where that was measured."""
 
     def notes(self) -> Iterator[str]:
         """The sentences below the table."""
@@ -114,11 +117,16 @@ class Summary:
         headings = (heading.replace("\n", " ") for heading in _HEADINGS)
         lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
         lines += ["| " + " | ".join(row.cells()) + " |" for row in self.rows]
-        return "\n".join([f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes()), ""])
+        flat = ["## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *_items(CAVEATS), ""]
+        return "\n".join(
+            [f"# {self.title}", "", *lines, "", *_items(self.notes()), "", *(flat if self.flatness else [])]
+        )
 
     def json(self) -> dict[str, Any]:
         """The summary as JSON, with the verdicts in words."""
-        values = asdict(self)
+        values = asdict(replace(self, flatness=())) | {"flatness": [verdict.json() for verdict in self.flatness]}
+        if not self.flatness:
+            del values["flatness"]
         for difference, value in zip(self.differences, values["differences"], strict=True):
             value["test_accuracy"]["half_width_95"] = difference.test_accuracy.half_width
             value["gap"]["half_width_95"] = difference.gap.half_width
@@ -141,6 +149,8 @@ class Summary:
         console.print(table)
         for note in self.notes():
             console.print(note, highlight=False, markup=False)
+        for verdict in self.flatness:
+            verdict.show(console)
 
     def _table(self, *, without: Sequence[str]) -> Table:
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
@@ -153,11 +163,17 @@ class Summary:
         return table
 
 
+def _items(sentences: Iterable[str]) -> list[str]:
+    return [f"- {sentence}" for sentence in sentences]
+
+
 def setting(recipe: Recipe) -> str:
     """What was trained on what, in one line."""
     data = _NAMES[recipe.dataset]
     if recipe.shots is not None:
         data += f", {recipe.shots} image{'s'[: recipe.shots > 1]} a class"
+    if recipe.label_noise:
+        data += f", {100 * recipe.label_noise:g} % wrong training labels"
     base = f"{recipe.base.upper() if recipe.base == 'sgd' else 'AdamW'}, lr {recipe.lr:g}"
     if recipe.head_lr is not None:
         base += f" (head {recipe.head_lr:g})"
@@ -179,7 +195,9 @@ def _network(recipe: Recipe) -> str:
         epochs = f"{recipe.pretrain_epochs} epoch{'s'[: recipe.pretrain_epochs > 1]}"
         where = _NAMES[recipe.pretrain_on] if recipe.pretrain_on != "auto" else "Fashion-MNIST"
         return f"PreAct ResNet-18 (width {recipe.width}, pretrained on {where}, {epochs}{probe})"
-    return f"PreAct ResNet-18 (width {recipe.width})"
+    widths = recipe.widths or (recipe.width,)
+    width = f"width {widths[0]}" + (f" to {widths[-1]}" if len(widths) > 1 else "")
+    return f"PreAct ResNet-18 ({width})"
 
 
 def summarise(recipe: Recipe, results: Results) -> Summary:

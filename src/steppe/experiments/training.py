@@ -6,7 +6,7 @@ import json
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -27,8 +27,10 @@ from steppe.experiments.few_shot import few_shot
 from steppe.experiments.files import write_atomically
 from steppe.experiments.folder import CHECKPOINT, METRICS
 from steppe.experiments.models import preact_resnet18
+from steppe.experiments.noise import mislabelled
 from steppe.experiments.progress import Reporter
 from steppe.experiments.recipes import Unit
+from steppe.experiments.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.stopping import Stop, Stopped
 
 __all__ = ["Run", "owner", "train"]
@@ -45,6 +47,8 @@ class Run:
         recipe = unit.recipe
         if recipe.shots is not None:
             data = replace(data, train=few_shot(data.train, recipe.shots, unit.seed))
+        if recipe.label_noise:
+            data = replace(data, train=mislabelled(data.train, recipe.label_noise, unit.seed))
         self.unit, self.data, self.world = unit, data, world
         torch.manual_seed(unit.seed)
         network = _network(unit, data)
@@ -134,6 +138,11 @@ class Run:
             evaluate(self.network, split, self.world, self.autocast, pause)
             for split in (self.data.train, self.data.test)
         )
+        flatness: dict[str, float] = {}
+        if not self.unit.flatness_grid.isdisjoint(self.due):
+            recipe = self.unit.recipe
+            sample = flatness_sample(self.data.train, recipe.flatness_samples, self.unit.seed)
+            flatness = measure_flatness(self.network, sample, recipe.rho, pause)
         # a step that crosses several points gives each its record: contenders are compared point by point
         return [
             Record(
@@ -149,6 +158,7 @@ class Run:
                 gap=train.accuracy - test.accuracy,
                 seconds=round(self.seconds, 3),
                 images_per_second=round(self.seen / max(self.seconds, 1e-9), 1),
+                **(flatness if point in self.unit.flatness_grid else {}),
             )
             for point in self.due
         ]
@@ -167,7 +177,7 @@ class Run:
             "steps": self.steps,
             "seconds": self.seconds,
             "spent": str(self.spent),
-            "records": [asdict(record) for record in self.records],
+            "records": [record.to_json() for record in self.records],
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

@@ -41,7 +41,7 @@ FAMILIES: Mapping[str, Family] = {
         "They change when layers are rescaled, even where the network's function stays the same.",
         {
             "sharpness": "worst-direction sharpness S(w)",
-            "first_order": "first-order sharpness rho |g|",
+            "first_order": "first-order sharpness ρ‖g‖",
             "m_sharpness": "m-sharpness",
             "average_sharpness": "average-case sharpness",
             "lambda_max": "largest Hessian eigenvalue",
@@ -71,7 +71,7 @@ FAMILIES: Mapping[str, Family] = {
     "context": Family(
         "Context",
         "No flatness, and no direction that is better.",
-        {"loss": "loss", "weight_norm": "weight norm |w|", "lambda_min": "smallest Hessian eigenvalue"},
+        {"loss": "loss", "weight_norm": "weight norm ‖w‖", "lambda_min": "smallest Hessian eigenvalue"},
     ),
 }
 """Every measure, by family; of all but the context, lower is flatter."""
@@ -170,7 +170,7 @@ class Effort:
     """Samples in a part, for m-sharpness."""
     steps: int = 10
     """Passes of one climb to the worst place."""
-    restarts: int = 3
+    restarts: int = 2
     """Climbs."""
     pairs: int = 16
     """Random displacements e, -e."""
@@ -180,11 +180,11 @@ class Effort:
     """How exact: |H u - lambda u| relative to the largest |lambda|. The error of lambda is far smaller."""
     probes: int = 16
     """Random vectors for traces and relative flatness."""
-    density_probes: int = 4
+    density_probes: int = 3
     """Random vectors for the spectral density."""
-    density_steps: int = 40
+    density_steps: int = 32
     """Products for each of them."""
-    points: int = 17
+    points: int = 13
     """Points of a landscape's axis; 0 for none."""
     radius: float = 0.5
     """How far a landscape's axis goes in random directions: 1 changes each filter by as much as it is long."""
@@ -345,7 +345,10 @@ def _measure(estimate: Estimate, note: str = "") -> Measure:
 
 
 def _climbs(restarts: tuple[float, ...]) -> str:
-    return f"lower bound; {len(restarts)} climbs: {', '.join(f'{r:.3g}' for r in restarts)}"
+    """How the worst place was looked for, and how far the climbs disagree on it."""
+    best = max(restarts)
+    apart = f", which differ by up to {1 - min(restarts) / best:.0%}" if min(restarts) < 0.95 * best < math.inf else ""
+    return f"lower bound: the best of {len(restarts)} climbs{apart}"
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,181 @@
+"""A run folder with everything that the page can show, made up; and a browser that asks no network."""
+
+import math
+import random
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+
+from steppe.experiments.evaluation import Record, write_records
+from steppe.experiments.files import write_atomically, write_json
+from steppe.experiments.folder import METRICS, Results, RunFolder
+from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.statistics import estimate
+
+MEASURES = {
+    "sharpness": 0.04,
+    "m_sharpness": 0.09,
+    "average_sharpness": 0.002,
+    "lambda_max": 24.0,
+    "trace": 310.0,
+    "gradient_norm": 0.5,
+    "adaptive_sharpness": 0.2,
+    "adaptive_lambda_max": 3.1,
+    "adaptive_trace": 42.0,
+    "relative_flatness": 900.0,
+    "normalised_sharpness": 0.011,
+    "loss": 0.3,
+    "weight_norm": 17.0,
+    "lambda_min": -1.2,
+}
+POINTS = 9
+PATIENCE = 200
+"""Seconds: a browser on a machine that is busy may take long."""
+HOLE = (2, 3)
+"""Where in the landscape the loss is not finite: the third step of the first direction, the fourth of the second."""
+
+
+def folder(path: Path, recipe: Recipe, *, measured: bool = True, command: str = "steppe compare demo") -> RunFolder:
+    """Write what `steppe compare` and `steppe measure` leave, without training anything."""
+    made = RunFolder(path)
+    path.mkdir(parents=True)
+    made.claim(recipe, 1)
+    write_json(path / "environment.json", [{"date": "2026-01-01", "command": command, "torch": "2.13.0"}])
+    for unit in recipe.units():
+        write_atomically(made.unit(unit) / METRICS, write_records(_records(unit)))
+    if measured:
+        measure(made, recipe)
+    return made
+
+
+def measure(made: RunFolder, recipe: Recipe, size: float = 0.5) -> None:
+    """Write flatness.json of every run, in which each contender is flatter than the one before; and the comparison."""
+    for unit in recipe.units():
+        write_json(made.unit(unit) / "flatness.json", flatness(unit, size ** recipe.methods.index(unit.method)))
+    write_json(made.path / "flatness.json", _comparison(recipe, size))
+
+
+def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
+    """What one run's flatness.json holds; `sharp` scales all curvature."""
+    draws = random.Random(unit.name)
+    noisy = {name: value * sharp * math.exp(draws.gauss(0, 0.12)) for name, value in MEASURES.items()}
+    top = noisy["lambda_max"]
+    nodes = [[-0.05 * top, 0.0, 0.03 * top, 0.2 * top, 0.45 * top, top] for _ in range(3)]
+    weights = [[4e-3, 0.975, 1.9e-2, 1.2e-3, 6e-4, 2e-4] for _ in range(3)]
+    axis = [-1 + 2 * i / (POINTS - 1) for i in range(POINTS)]
+
+    def loss(a: float, b: float) -> float:
+        b *= 1 + unit.seed / 10
+        bowl = sharp * (3.2 * a * a + 1.9 * b * b + 0.8 * a * b)
+        return 0.25 + bowl + 0.35 * sharp * (1 - math.cos(5 * a)) * (1 + 0.4 * math.sin(4 * b)) + 0.9 * sharp * a**4
+
+    grid: list[list[float | None]] = [[loss(a, b) for b in axis] for a in axis]
+    grid[HOLE[0]][HOLE[1]] = None
+    values = [top * share for share in (1.0, 0.45, 0.21, 0.12, 0.08)]
+    return {
+        "format": "steppe flatness, version 1",
+        "settings": {"samples": 512, "split": "train", "batch_norm": "eval", "rho": 0.05},
+        "measures": {name: {"value": value, "error": None} for name, value in noisy.items()},
+        "eigenvalues": {"values": values, "residuals": [1e-4] * 5},
+        "adaptive_eigenvalues": {"values": [value / 8 for value in values], "residuals": [1e-4] * 5},
+        "density": {"nodes": nodes, "weights": weights, "n": 11_000},
+        "profile": {"axis": axis, "losses": [None if i == 0 else loss(a, 0.0) for i, a in enumerate(axis)]},
+        "landscape": {"axis": axis, "losses": grid},
+        "eigen_landscape": {"axis": axis, "losses": [[loss(2 * a, b / 2) for b in axis] for a in axis]},
+        "seconds": 12.0,
+    }
+
+
+def _records(unit: Unit) -> list[Record]:
+    """A contender later in the recipe trains slower, costs more and generalises better; seeds differ a little."""
+    place, draws = unit.recipe.methods.index(unit.method), random.Random(unit.name)
+    passes, records = 1.0 + place, []
+    for epoch in unit.grid:
+        train, test = 96 - 30 / (epoch + 1) - 2 * place + draws.gauss(0, 0.1), 88 - 26 / (epoch + 1) + place
+        test += draws.gauss(0, 0.2)
+        own, seconds = epoch / passes, epoch * (2.0 + draws.random() / 10)
+        records.append(
+            Record(
+                *(epoch, own, int(9 * own), 144.0 * epoch, passes),
+                *(2 - train / 50, train, 1.0, test, train - test, seconds, 144 * own / seconds),
+            )
+        )
+    return records
+
+
+def _comparison(recipe: Recipe, size: float) -> dict[str, Any]:
+    reference, *others = recipe.methods
+    seeds = range(recipe.first_seed, recipe.first_seed + recipe.seeds)
+    axis = [i / 20 for i in range(21)]
+    barrier = [0.25 + 1.4 * math.sin(math.pi * a) ** 2 for a in axis]
+    line = {"axis": axis, "train": barrier, "test": [v + 0.2 for v in barrier], "reestimated": True}
+    return {
+        "lines": [{"a": reference, "b": other, "seed": seed, **line} for other in others for seed in seeds],
+        "verdicts": [_verdict(recipe, other, reference, size) for other in others],
+        "text": [],
+    }
+
+
+def _verdict(recipe: Recipe, method: str, reference: str, size: float) -> dict[str, Any]:
+    measures = []
+    for name in MEASURES:
+        if name in ("loss", "weight_norm", "lambda_min"):
+            continue
+        values = []
+        for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
+            ours, theirs = (
+                flatness(Unit(recipe, m, seed), size ** recipe.methods.index(m))["measures"][name]["value"]
+                for m in (method, reference)
+            )
+            values.append(ours - theirs)
+        found = estimate(values)
+        word = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}[found.sign]
+        measures.append(
+            {
+                "name": name,
+                "difference": {"n": found.n, "mean": found.mean, "sd": found.sd},
+                "half_width_95": found.half_width,
+                "verdict": word,
+            }
+        )
+    whole = "flatter" if recipe.seeds > 1 else "no verdict"
+    sentence = f"{method} against {reference}, {recipe.seeds} paired runs: raw measures {whole}, adaptive {whole}."
+    return {
+        **{"method": method, "reference": reference, "runs": recipe.seeds, "measures": measures},
+        **{"raw": whole, "adaptive": whole, "verdict": whole, "sentence": sentence},
+    }
+
+
+def results(made: RunFolder) -> tuple[Recipe, Results]:
+    recipe = made.recipe()
+    return recipe, made.results(recipe)
+
+
+@contextmanager
+def chromium(profile: Path) -> Iterator[Chrome]:
+    """A browser without a window; skips the test where there is none."""
+    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or driver is None:
+        pytest.skip("the page is looked at in a browser: apt-get install chromium chromium-driver")
+    options = ChromeOptions()
+    options.binary_location = binary
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    off = ("quic", "background-networking", "component-update", "sync", "extensions", "default-apps", "dev-shm-usage")
+    for word in (
+        *("headless=new", "no-sandbox", "no-first-run", f"user-data-dir={profile}", "window-size=1000,700"),
+        *("hide-scrollbars", "force-device-scale-factor=1", *(f"disable-{name}" for name in off)),
+        *("use-angle=swiftshader", "enable-unsafe-swiftshader"),  # WebGL without a GPU
+    ):
+        options.add_argument(f"--{word}")
+    browser = Chrome(options, ChromeService(driver))
+    browser.set_script_timeout(PATIENCE)
+    browser.set_page_load_timeout(PATIENCE)
+    try:
+        yield browser
+    finally:
+        browser.quit()

@@ -1,0 +1,97 @@
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import CPU, dataset, recipe, run, split, untimed
+
+from steppe.experiments.distributed import World
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.evaluation import evaluate
+from steppe.experiments.few_shot import few_shot
+from steppe.experiments.folder import RunFolder
+from steppe.experiments.noise import mislabelled
+from steppe.experiments.recipes import RECIPES, Recipe
+from steppe.experiments.summary import setting
+from steppe.experiments.training import Run
+
+
+def test_exactly_the_asked_share_is_wrong_and_more_noise_keeps_the_less() -> None:
+    clean = split(200, 0)
+    small, large, other = mislabelled(clean, 0.1, 0), mislabelled(clean, 0.33, 0), mislabelled(clean, 0.33, 1)
+    wrong = [noisy.labels != clean.labels for noisy in (small, large, other)]
+    assert [int(w.sum()) for w in wrong] == [20, 66, 66]
+    assert bool((wrong[0] <= wrong[1]).all())
+    assert torch.equal(small.labels[wrong[0]], large.labels[wrong[0]])
+    assert not torch.equal(wrong[1], wrong[2])
+    assert torch.equal(large.images, clean.images)
+    assert torch.equal(clean.labels, split(200, 0).labels)  # what was given is not written to
+    assert torch.equal(mislabelled(clean, 0.33, 0).labels, large.labels)
+
+
+def test_every_wrong_class_is_as_likely() -> None:
+    zeros = type(split(1, 0))(torch.zeros(9000, 1, 1, 1, dtype=torch.uint8), torch.full((9000,), 7))
+    counts = torch.bincount(mislabelled(zeros, 0.999999, 3).labels, minlength=10)
+    assert counts[7] == 0
+    assert counts[counts > 0].shape == (9,)
+    assert ((counts[counts > 0] - 1000).abs() < 6 * 1000**0.5).all()
+
+
+def test_the_draw_is_the_one_of_older_run_folders() -> None:
+    # a run that goes on must find the labels that it was begun with
+    assert split(20, 0).labels.tolist() == [4, 9, 3, 0, 3, 9, 7, 3, 7, 3, 1, 6, 6, 9, 8, 6, 6, 8, 4, 3]
+    noisy = mislabelled(split(20, 0), 0.5, 0)
+    assert noisy.labels.tolist() == [4, 9, 3, 8, 4, 6, 2, 3, 8, 2, 1, 6, 5, 4, 5, 6, 6, 8, 4, 0]
+
+
+def test_contenders_of_a_seed_are_fitted_to_the_same_wrong_labels_and_tested_on_right_ones() -> None:
+    units = list(recipe(label_noise=0.25, shots=3, seeds=2).units())
+    sgd, sam, other, _ = (Run(unit, dataset(), CPU) for unit in units)
+    few = few_shot(dataset().train, 3, 0)
+    assert torch.equal(sgd.data.train.images, few.images)  # the noise leaves the draw of the images alone
+    assert int((sgd.data.train.labels != few.labels).sum()) == 8  # of 30, to the nearest image
+    assert torch.equal(sgd.data.train.labels, sam.data.train.labels)
+    assert not torch.equal(sgd.data.train.labels, other.data.train.labels)
+    assert torch.equal(sgd.data.test.labels, dataset().test.labels)
+
+
+def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_what_is_fitted(tmp_path: Path) -> None:
+    (unit,) = recipe(methods=("sgd",), label_noise=0.5).units()
+    (plain,) = recipe(methods=("sgd",)).units()
+    noisy, clean = Run(unit, dataset(), CPU), Run(plain, dataset(), CPU)
+    assert all(map(torch.equal, noisy.network.state_dict().values(), clean.network.state_dict().values()))
+    noisy.epoch, noisy.spent = 2, noisy.spent + 2 * noisy.images  # as if: a measurement is due
+    (record,) = noisy.measure(lambda: None)
+    fitted = mislabelled(dataset().train, 0.5, 0)
+    score = evaluate(noisy.network, fitted, World(torch.device("cpu")), noisy.autocast, lambda: None)
+    assert (record.train_loss, record.train_accuracy) == (score.loss, score.accuracy)
+    assert record.gap == record.train_accuracy - record.test_accuracy
+    assert untimed(run(unit, tmp_path / "a")) != untimed(run(plain, tmp_path / "b"))
+
+
+@pytest.mark.parametrize("share", [-0.1, 1.0, 20.0, float("nan")])
+def test_a_share_that_is_none_is_refused(share: float) -> None:
+    with pytest.raises(ValueError, match=r"label_noise=.*share of"):
+        recipe(label_noise=share)
+
+
+def test_noise_is_part_of_a_run_and_older_folders_have_none(tmp_path: Path) -> None:
+    demo = RECIPES["demo"][0]
+    assert "label_noise" not in demo.result()
+    assert recipe(label_noise=0.1).result()["label_noise"] == 0.1
+    younger = {"label_noise", "widths", "flatness_every", "flatness_samples"}
+    old = {k: v for k, v in demo.to_json().items() if k not in younger}
+    assert Recipe.from_json(old) == demo
+    folder = RunFolder(tmp_path / "run")
+    folder.path.mkdir()
+    config = {"format": "steppe run folder, version 2", "recipe": old, "processes": 1}
+    (folder.path / "config.json").write_text(json.dumps(config))
+    folder.claim(demo, 1)
+    with pytest.raises(ExperimentError, match=r"label_noise was 0\.0 and is 0\.3"):
+        folder.claim(recipe(**{**demo.to_json(), "label_noise": 0.3, "methods": demo.methods, "widths": ()}), 1)
+
+
+def test_the_title_says_it() -> None:
+    assert "a sample of Fashion-MNIST, 5 images a class, 12.5 % wrong training labels: SGD" in setting(
+        recipe(shots=5, label_noise=0.125)
+    )
