@@ -31,9 +31,9 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--epochs", "0"], "the compute that each contender gets"),
         (["compare", "--epochs", "ten"], "--epochs: invalid literal"),
         (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighbourhood"),
-        (["comprae"], "Available subcommands: compare, tune, plot, methods"),
+        (["comprae"], "Available subcommands: compare, tune, measure, plot, methods"),
         (["plot"], "The run folder, for example runs/demo"),
-        ([], "Expected one of {compare, tune, plot, methods, finetune}"),
+        ([], "Expected one of {compare, tune, measure, plot, methods, finetune}"),
     ],
 )
 def test_a_wrong_command_is_answered_with_what_was_meant(

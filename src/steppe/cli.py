@@ -1,4 +1,4 @@
-"""The command line: `steppe compare`, `steppe finetune`, `steppe tune`, `steppe plot`, `steppe methods`.
+"""The command line: `steppe compare`, `finetune`, `tune`, `measure`, `plot`, `methods`.
 
 Exit codes: 0 done; 1 it could not be done, and one line says why; 2 the command was not understood; 130 Ctrl-C.
 """

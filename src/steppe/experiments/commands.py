@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
+from steppe.experiments.anybody import Anybody, measure_anybody
 from steppe.experiments.compare import compare, plot
 from steppe.experiments.contenders import CONTENDERS, Contender
 from steppe.experiments.executors import Where
@@ -37,6 +38,9 @@ _MEASURE_DETAILS = """
 `steppe measure runs/demo` measures every run that is not measured yet, on a sample of its training images: sharpness,
 the Hessian's largest eigenvalues, trace and spectral density, adaptive measures that rescaling the network does not
 change, landscapes, and the loss between solutions. It adds a verdict with error bars to summary.md and report.html.
+
+Any model: steppe measure --model package.module:factory --weights a.pt b.pt --data package.module:factory
+With --against c.pt d.pt, weights of another method in the same order, it says which minima are flatter.
 """
 
 _METHODS = "List the methods: cost, memory, paper, when to use each; `steppe methods gsam` shows a card."
@@ -124,14 +128,23 @@ class Tune:
 class Measure:
     """`steppe measure`."""
 
-    folder: tyro.conf.Positional[Path]
-    """The run folder, for example runs/demo."""
+    folder: tyro.conf.Positional[Path | None] = None
+    """The run folder, for example runs/demo; or none, and --model with --data."""
     how: Measuring = field(default_factory=Measuring)
+    anybody: Anybody = field(default_factory=Anybody)
+
+    def __post_init__(self) -> None:
+        if (self.folder is None) != bool(self.anybody.model):
+            raise ValueError("steppe measure: name one of two, a run folder or a --model with its --data")
 
     def run(self, command: Sequence[str], console: Console) -> None:
         """Measure what is not measured yet; summarise and draw again."""
-        measure_run(self.folder, self.how, console)
-        plot(self.folder, console)
+        if self.folder is None:
+            how = self.how
+            measure_anybody(self.anybody, how.effort, how.sampling, console, processes=how.processes)
+        else:
+            measure_run(self.folder, self.how, console)
+            plot(self.folder, console)
 
 
 @dataclass(frozen=True)

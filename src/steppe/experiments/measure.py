@@ -37,6 +37,8 @@ FLATNESS = "flatness.json"
 
 _LINE_POINTS = 13
 
+_UNEQUAL = "These are the ends of all runs, and not of equal compute: {0} after {2} standardized epochs, {1} after {3}."
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -185,7 +187,10 @@ def verdicts(recipe: Recipe, found: Mapping[Unit, Flatness]) -> list[Verdict]:
     for method in others:
         units = [(u, Unit(recipe, reference, u.seed)) for u in found if u.method == method]
         pairs = [(found[u], found[other]) for u, other in units if other in found]
-        made.append(compared(method, reference, (parse(method).label, parse(reference).label), pairs))
+        labels = parse(method).label, parse(reference).label
+        ends = [Unit(recipe, m, recipe.first_seed).standardized_epochs for m in (method, reference)]
+        further = "" if ends[0] == ends[1] else _UNEQUAL.format(*labels, *ends)
+        made.append(compared(method, reference, labels, pairs, further))
     return [verdict for verdict in made if verdict is not None]
 
 

@@ -26,6 +26,7 @@ _APART = 2.0  # a ratio of two losses, from which on flatness and being fitted a
 CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change: only where raw and adaptive "
     "measures agree is a minimum called flatter.",
+    "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
     "Flatter does not mean better: sharpness often does not track generalisation (arXiv 2302.07011). Look at the test "
     "accuracies and the gap beside it.",
 )
@@ -66,6 +67,8 @@ class Verdict:
     labels: tuple[str, str]
     """What they are called, the contender first."""
     rows: Sequence[Row]
+    further: str = ""
+    """What else a reader must know."""
 
     @property
     def runs(self) -> int:
@@ -104,17 +107,19 @@ class Verdict:
 
     def notes(self) -> list[str]:
         """What else a reader must know: that the two are not fitted alike, where their losses are far apart."""
+        further = [self.further] if self.further else []
         row = next((row for row in self.rows if row.name == "loss"), None)
         if row is None:
-            return []
+            return further
         (low, ahead), (high, behind) = sorted(zip((row.ours.mean, row.reference.mean), self.labels, strict=True))
         if low < 0 or high <= _APART * low:
-            return []
+            return further
         factor = f", a factor of {high / low:.2g}" if low else ""
         return [
+            *further,
             f"The loss is {low:.2g} for {ahead} and {high:.2g} for {behind}{factor}. Raw curvature falls with the loss "
             "itself, so being flatter and being fitted further cannot be told apart here: compare at equal loss as "
-            f"well, by training {behind} for longer."
+            f"well, by training {behind} for longer.",
         ]
 
     def markdown(self) -> str:
@@ -181,14 +186,18 @@ class Verdict:
 
 
 def compared(
-    method: str, reference: str, labels: tuple[str, str], pairs: Sequence[tuple[Flatness, Flatness]]
+    method: str,
+    reference: str,
+    labels: tuple[str, str],
+    pairs: Sequence[tuple[Flatness, Flatness]],
+    further: str = "",
 ) -> Verdict | None:
     """Compare what was measured, pair by pair of (ours, the reference's); None without pairs.
 
     A measure that is not finite in some run is left out of the comparison.
     """
     rows = list(_rows(pairs)) if pairs else []
-    return Verdict(method, reference, labels, rows) if rows else None
+    return Verdict(method, reference, labels, rows, further) if rows else None
 
 
 def _rows(pairs: Sequence[tuple[Flatness, Flatness]]) -> Iterator[Row]:

@@ -36,7 +36,7 @@ class Landscape:
         return {
             "axis": self.axis.tolist(),
             "losses": plain(self.losses),
-            "centre": plain(torch.tensor(self.centre)),
+            "centre": plain(torch.tensor(self.centre, dtype=torch.float64)),
             "statistics": self.statistics,
             "what": self.what,
         }
