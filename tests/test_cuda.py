@@ -1,4 +1,4 @@
-"""What only a GPU can show: a whole step in a CUDA graph, and no synchronisation on the way."""
+"""What only a GPU can show: a whole step in a CUDA graph, no synchronisation on the way, flatness as on a CPU."""
 
 import pytest
 import torch
@@ -72,3 +72,35 @@ def test_a_step_waits_for_nothing(base, rules):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_flatness_is_that_of_a_cpu():
+    model = net(dropout=0.3).double()
+    x, y = (t.double() if t.is_floating_point() else t for t in batch(0))
+    found = []
+    for device in ("cpu", "cuda"):
+        objective = steppe.flatness.Objective(model.to(device), (x, y), loss=F.cross_entropy, batch_size=5)
+        vector = torch.linspace(-1.0, 1.0, objective.n, dtype=torch.float64, device=device)
+        loss, gradient = objective.gradient()
+        product = steppe.flatness.Hessian(objective)(vector[None])[0]
+        top = steppe.flatness.eigenvalues(steppe.flatness.Hessian(objective), tol=1e-8).values
+        found.append([t.cpu() for t in (loss, gradient, product, top)])
+    torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
+
+
+def test_attention_on_a_gpu_is_differentiated_twice():
+    model = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, device="cuda")
+    x = torch.randn(4, 6, 16, device="cuda")
+    objective = steppe.flatness.Objective(model, (x, x), loss=F.mse_loss)
+    product = steppe.flatness.Hessian(objective)(torch.ones(1, objective.n, device="cuda"))
+    assert product.isfinite().all()
+    assert product.norm() > 0
+
+
+def test_a_measurement_draws_nothing_from_the_gpus_generator():
+    model, (x, y) = net(dropout=0.3).cuda(), batch(0)
+    torch.cuda.manual_seed(3)
+    expected = torch.rand(1, device="cuda")
+    torch.cuda.manual_seed(3)
+    steppe.flatness.sharpness(steppe.flatness.Objective(model, (x, y), loss=F.cross_entropy), rho=0.05, steps=2)
+    assert torch.equal(torch.rand(1, device="cuda"), expected)

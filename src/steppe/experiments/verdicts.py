@@ -23,9 +23,11 @@ _WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable"
 
 _APART = 2.0  # a ratio of two losses, from which on flatness and being fitted are not told apart
 
+_FAMILIES = tuple(name for name in FAMILIES if name != "context")
+
 CAVEATS = (
-    "A network can be rescaled without changing its function, and its raw measures change: only where raw and adaptive "
-    "measures agree is a minimum called flatter.",
+    "A network can be rescaled without changing its function, and its raw measures change; it can be surer of itself, "
+    "and all that see its logits do. Only where every kind of measure agrees is a minimum called flatter or sharper.",
     "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
     "Flatter does not mean better: sharpness often does not track generalisation (arXiv 2302.07011). Look at the test "
     "accuracies and the gap beside it.",
@@ -86,9 +88,9 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """The verdict: one of the words of a family, where the raw and the adaptive one agree."""
-        raw, adaptive = self.family("raw"), self.family("adaptive")
-        return raw if raw == adaptive and raw != "mixed" else "inconclusive"
+        """The verdict: what raw and adaptive measures say, and normalised logits where measured, if it is the same."""
+        said = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalised"}
+        return said.pop() if len(said) == 1 and "mixed" not in said else "inconclusive"
 
     def sentence(self) -> str:
         """What the runs allow to say, and why."""
@@ -98,11 +100,11 @@ class Verdict:
             return f"{about}no verdict on flatness, which needs two runs of each at least."
         if self.word == "no verdict":
             return f"{about}no verdict on flatness, as no raw or adaptive measure is finite in all of them."
-        said = "; ".join(self._count(name) for name in ("raw", "adaptive", "normalised") if self._of(name))
+        said = "; ".join(self._count(name) for name in _FAMILIES if self._of(name))
         because = ""
         if self.word == "inconclusive":
-            mixed = "mixed" in (self.family("raw"), self.family("adaptive"))
-            because = f", because {'measures of one kind' if mixed else 'raw and adaptive measures'} do not agree"
+            mixed = any(self.family(name) == "mixed" for name in _FAMILIES)
+            because = f", because measures of {'one kind' if mixed else 'different kinds'} do not agree"
         return f"{about}{self.word}{because} ({said})."
 
     def notes(self) -> list[str]:
@@ -156,7 +158,7 @@ class Verdict:
                 }
                 for row in self.rows
             ],
-            **{name: self.family(name) for name in ("raw", "adaptive", "normalised")},
+            **{name: self.family(name) for name in _FAMILIES},
             "verdict": self.word,
             "sentence": self.sentence(),
             "notes": self.notes(),
