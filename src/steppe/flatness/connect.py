@@ -103,7 +103,7 @@ def connect(objective: Objective, other: Other, *, steps: int = 1000, lr: float 
         (draw,) = draws.uniform("connect", seed, step, [torch.empty(())])
         t = float(draw)
         _, gradient = part.gradient(curve(t) - start.weights)
-        gradient = objective._total(gradient) / objective._ranks
+        gradient = objective.total(gradient) / objective.ranks
         if not gradient.isfinite().all():
             raise ValueError(
                 f"step {step + 1} of {steps}: the gradient at t = {t:.3f} is not finite, and would spoil the whole "

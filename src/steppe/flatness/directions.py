@@ -1,8 +1,6 @@
 """Where to look from w: random directions at the scale of the network's filters, and the way to another solution."""
 
-import copy
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -135,17 +133,6 @@ def solution(objective: Objective, other: Other) -> Solution:
             )
     weights = objective.flatten([theirs[k].detach() for k in objective.names])
     return Solution(weights, {k: theirs[k].to(b) for k, b in objective.model.named_buffers() if k in theirs})
-
-
-@contextmanager
-def moved(objective: Objective, weights: Tensor) -> Iterator[Objective]:
-    """Give the same loss as seen from other weights (n,), exactly those: w + (w' - w) would be off by rounding."""
-    there = copy.copy(objective)
-    there._parameters = dict(zip(objective.names, objective.unflatten(weights), strict=True))
-    try:
-        yield there
-    finally:
-        objective.passes, objective._fingerprint = there.passes, there._fingerprint
 
 
 def _filters(w: Tensor, normalise: Normalise, groups: int | None) -> tuple[int, ...]:

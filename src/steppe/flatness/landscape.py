@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.flatness.directions import Other, Solution, here, moved, solution
+from steppe.flatness.directions import Other, Solution, here, solution
 from steppe.flatness.objective import Objective
 
 
@@ -188,7 +188,7 @@ def along(objective: Objective, way: Callable[[float], Solution], axis: Tensor, 
     losses = []
     for t in axis.tolist():
         at = way(t)
-        with moved(objective, at.weights) as there:
+        with objective.seen_from(at.weights) as there:
             losses.append(float(there.loss(buffers=at.buffers | (there.statistics() if statistics else {}))))
     return Line(axis, torch.tensor(losses, dtype=torch.float64), statistics)
 

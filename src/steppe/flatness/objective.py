@@ -139,7 +139,17 @@ class Objective:
             for _ in self._walk():
                 pass
         assert self._fingerprint is not None
-        return int(self._total(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
+        return int(self.total(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
+
+    @contextmanager
+    def seen_from(self, weights: Tensor) -> Iterator["Objective"]:
+        """Give the same loss with w at other weights (n,), exactly those: w + (w' - w) would be off by rounding."""
+        there = copy.copy(self)
+        there._parameters = dict(zip(self.names, self.unflatten(weights), strict=True))
+        try:
+            yield there
+        finally:
+            self.passes, self._fingerprint = there.passes, there._fingerprint
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
         """Copy one tensor a parameter into a vector (n,)."""
@@ -224,7 +234,7 @@ class Objective:
         samples = self.samples
         if samples == 0:
             raise ValueError("data: there are no samples, and a mean loss needs some")
-        return [self._total(t) / samples for t in totals]
+        return [self.total(t) / samples for t in totals]
 
     def apart(self, m: int) -> Iterator["Objective"]:
         """Yield the loss over each m samples, as an objective of its own, of this rank alone.
@@ -264,7 +274,7 @@ class Objective:
         finally:
             for m, momentum in momenta.items():
                 m.momentum = momentum
-        return {k: self._total(b.double()).div(self._ranks).to(b.dtype) for k, b in buffers.items()}
+        return {k: self.total(b.double()).div(self.ranks).to(b.dtype) for k, b in buffers.items()}
 
     def _at(self, e: Tensor | None) -> list[Tensor]:
         """The weights at w + e, one a parameter; where nothing moves, they share memory with the model's."""
@@ -330,11 +340,12 @@ class Objective:
             yield
 
     @property
-    def _ranks(self) -> int:
+    def ranks(self) -> int:
+        """How many processes share the data."""
         return 1 if self.group is None else dist.get_world_size(self.group)
 
-    def _total(self, mine: Tensor) -> Tensor:
-        """The sum over all ranks."""
+    def total(self, mine: Tensor) -> Tensor:
+        """Sum over all ranks."""
         if self.group is not None:
             home, mine = mine.device, mine.to(self.device)
             dist.all_reduce(mine, group=self.group)
