@@ -88,6 +88,17 @@ def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
     assert page.payload["runs"][0]["values"] == {"sharpness": 1.0}
 
 
+def test_what_a_verdict_adds_is_said(tmp_path: Path) -> None:
+    folder = made_up.folder(tmp_path / "run", recipe(seeds=2))
+    path = tmp_path / "run" / "flatness.json"
+    values = json.loads(path.read_text())
+    values["verdicts"][0] |= {"notes": ["Mind the loss."], "verdict": "inconclusive"}
+    path.write_text(json.dumps(values))
+    text = Page(write(folder)).text
+    assert "Mind the loss." in text
+    assert "flatness inconclusive" in text
+
+
 def test_nothing_is_asked_from_a_network(tmp_path: Path) -> None:
     page = Page(write(made_up.folder(tmp_path / "run", recipe())))
     assert {"link", "script", "meta"} <= set(page.tags)

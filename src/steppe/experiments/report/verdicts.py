@@ -35,7 +35,9 @@ def headlines(summary: Summary, flatness: Flatness) -> list[Markup]:
 
 def details(summary: Summary, flatness: Flatness) -> Iterator[str]:
     """The sentences with the numbers, the runs and the intervals, and every reservation, each once."""
-    said = [*summary.notes(), *(str(v["sentence"]) for v in flatness.verdicts.values() if v.get("sentence"))]
+    said = list(summary.notes())
+    for verdict in flatness.verdicts.values():
+        said += [str(sentence) for sentence in (verdict.get("sentence"), *verdict.get("notes", [])) if sentence]
     yield from (typographic(sentence) for sentence in dict.fromkeys([*said, *map(str, flatness.text)]))
 
 
@@ -66,5 +68,5 @@ def _headline(differences: Sequence[Difference], accuracy: str, gap: str, flat: 
         general = join("test accuracy and generalization gap ", word_of(accuracy))
     else:
         general = join("test accuracy ", word_of(accuracy), ", generalization gap ", word_of(gap))
-    what = "flatness " if flat == _UNMEASURED else "minima " if most else "minimum "
+    what = ("minima " if most else "minimum ") if flat in _KINDS else "flatness "
     return join(ours, against, general, "; ", what, word_of(flat), ".")
