@@ -264,6 +264,7 @@ EYES = f"return {list(SURFACES)}.map((s) => document.querySelector(s)._fullLayou
 
 @in_browser
 def test_the_page_opens_quietly_and_its_landscapes_turn_together(chrome: Chrome, page: Path) -> None:
+    press(chrome, "[data-choice=view] [data-value='3d']")
     for plot in (*PLOTS, *SURFACES):
         come_to(chrome, plot)
     first, second = chrome.execute_script(EYES)
@@ -305,6 +306,8 @@ def test_contours_and_the_choices_of_seed_and_directions(chrome: Chrome) -> None
 @in_browser
 def test_a_contender_is_switched_off_everywhere(chrome: Chrome) -> None:
     visible = "return arguments[0].data.filter((trace) => trace.meta === 'sam' && trace.visible !== false).length"
+    press(chrome, "[data-choice=view] [data-value='2d']")
+    come_to(chrome, ".contour[data-surface=sam]")
     press(chrome, "[data-chip=sam]")
     assert not [plot for plot in PLOTS if chrome.execute_script(visible, come_to(chrome, plot))]
     assert not chrome.find_element(By.CSS_SELECTOR, ".contour[data-surface=sam]").is_displayed()

@@ -145,14 +145,15 @@ function turning(element) {
   let end = 0;
   let running = false;
   const follow = () => {
+    running = performance.now() < end;
+    if (!running) return;
     const seen = element._fullLayout?.scene?._scene?.getCamera();
     if (seen && !same(seen.eye, camera.eye)) {
       camera = seen;
       end = Math.max(end, performance.now() + 300);
       others(element);
     }
-    running = performance.now() < end;
-    if (running) requestAnimationFrame(follow);
+    requestAnimationFrame(follow);
   };
   element.addEventListener("pointerdown", () => {
     const release = () => { end = performance.now() + 800; };
@@ -164,6 +165,7 @@ function turning(element) {
     const turn = {ArrowLeft: [-0.1, 0], ArrowRight: [0.1, 0], ArrowUp: [0, 0.1], ArrowDown: [0, -0.1]}[event.key];
     if (!turn) return;
     event.preventDefault();
+    end = 0; // or what still swings out would take the turn back
     const {x, y, z} = camera.eye;
     const [cos, sin] = [Math.cos(turn[0]), Math.sin(turn[0])];
     camera = {...camera, eye: {x: x * cos - y * sin, y: x * sin + y * cos, z: Math.min(Math.max(z + turn[1], -2), 2.4)}};
