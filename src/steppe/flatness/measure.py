@@ -108,7 +108,6 @@ class Flatness:
 
     def to_json(self) -> dict[str, Any]:
         """Return what ``json`` can write; what is not finite becomes null."""
-        landscapes = {k: s and s.to_json() for k, s in self._landscapes().items()}
         return {
             "format": FORMAT,
             "settings": dict(self.settings),
@@ -119,7 +118,8 @@ class Flatness:
                 "weights": self.density.weights.tolist(),
                 "n": self.density.n,
             },
-            **landscapes,
+            "landscape": self.landscape and self.landscape.to_json(),
+            "eigen_landscape": self.eigen_landscape and self.eigen_landscape.to_json(),
             "seconds": round(self.seconds, 1),
         }
 
@@ -150,9 +150,6 @@ class Flatness:
             written["seconds"],
         )
 
-    def _landscapes(self) -> dict[str, Landscape | None]:
-        return {"landscape": self.landscape, "eigen_landscape": self.eigen_landscape}
-
 
 @dataclass(frozen=True)
 class Effort:
@@ -177,7 +174,7 @@ class Effort:
     top: int = 5
     """Eigenvalues."""
     tol: float = 1e-2
-    """How exact: |H u - lambda u| relative to the largest |lambda|. The error of lambda is far smaller."""
+    """How exact: |H u - lambda u| relative to |lambda|, as for `eigenvalues`. The error of lambda is far smaller."""
     probes: int = 16
     """Random vectors for traces and relative flatness."""
     density_probes: int = 3

@@ -11,14 +11,13 @@ from typing import Any
 
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.folder import RunFolder
+from steppe.experiments.measure import FLATNESS
 from steppe.experiments.recipes import Recipe, Unit
 from steppe.experiments.statistics import Estimate, estimate
 from steppe.flatness import FAMILIES, Family
 from steppe.flatness.measure import FORMAT
 
-__all__ = ["FILE", "Flatness", "read"]
-
-FILE = "flatness.json"
+__all__ = ["Flatness", "read"]
 
 
 @dataclass(frozen=True)
@@ -65,8 +64,8 @@ class Flatness:
 
 def read(folder: RunFolder, recipe: Recipe) -> Flatness:
     """Read what there is; ExperimentError when a file is damaged."""
-    units = {unit: _read(folder.unit(unit) / FILE) for unit in recipe.units()}
-    whole = _read(folder.path / FILE)
+    units = {unit: _read(folder.unit(unit) / FLATNESS) for unit in recipe.units()}
+    whole = _read(folder.path / FLATNESS)
     verdicts = {str(verdict["method"]): verdict for verdict in whole.get("verdicts", [])}
     return Flatness({u: v for u, v in units.items() if v}, verdicts, whole.get("lines", []), whole.get("text", []))
 
