@@ -35,6 +35,7 @@ sys.path.insert(0, str(HERE.parent))
 from flatness.problem import Problem, exact, problem  # noqa: E402
 from flatness.table import render  # noqa: E402
 from flatness.tools import TOOLS, Contender, version  # noqa: E402
+from timing import spread  # noqa: E402
 
 RESULTS = HERE / "results"
 CASES = {"one-8": (8, 1), "one-16": (16, 1), "many-8": (8, 8)}  # width, batches
@@ -113,7 +114,7 @@ def eigenvalue(width: int, batches: int, repeat: int) -> dict[str, Any]:
             "tuned": row.tuned,
             "error": max(errors[i]),
             "products": statistics.median(products[i]),
-            **_spread(times[i], times[0]),
+            **spread(times[i], times[0]),
         }
         for i, row in enumerate(rows)
     ]
@@ -135,7 +136,7 @@ def densities(width: int, batches: int, probes: int, steps: int, repeat: int) ->
             begin = time.process_time()
             row.tool.density(at, turn, probes, steps)
             times[i].append(time.process_time() - begin)
-    lines = [{"tool": row.tool.title, **_spread(times[i], times[0])} for i, row in enumerate(rows)]
+    lines = [{"tool": row.tool.title, **spread(times[i], times[0])} for i, row in enumerate(rows)]
     shape = {"width": width, "batches": batches, "probes": probes, "steps": steps, "n": _n(at)}
     return {"kind": "density", **shape, "rows": lines + failed}
 
@@ -166,19 +167,6 @@ def growth(name: str, batches: int) -> float:
 
 def _n(at: Problem) -> int:
     return sum(p.numel() for p in at.parameters)
-
-
-def _spread(times: list[float], ours: list[float]) -> dict[str, float]:
-    """Seconds, and how many times those of the first row, turn by turn."""
-    ratios = [t / o for t, o in zip(times, ours, strict=True)]
-    return {
-        "seconds": statistics.median(times),
-        "fastest": min(times),
-        "slowest": max(times),
-        "ratio": statistics.median(ratios),
-        "ratio_least": min(ratios),
-        "ratio_most": max(ratios),
-    }
 
 
 if __name__ == "__main__":

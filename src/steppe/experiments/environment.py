@@ -23,7 +23,7 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "steppe": metadata.version("steppe"),
+        "steppe": _version(),
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -35,6 +35,13 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
     }
+
+
+def _version() -> str | None:
+    try:
+        return metadata.version("steppe")
+    except metadata.PackageNotFoundError:  # a checkout on the path, on a machine where nothing can be installed
+        return None
 
 
 def _cpu() -> str:
