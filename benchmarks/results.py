@@ -56,8 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, device: str | None = None)
 def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versions: str | None) -> Path:
     """Write a result, in the place of an older one of the same device; return its file."""
     on_gpu = arguments.device == "cuda"
-    device = arguments.machine or _name(on_gpu)
-    path: Path = arguments.results / _slug(device) / f"{name}.json"
+    device, path = _place(name, arguments)
     values = {
         "device": device,
         "on_gpu": on_gpu,
@@ -77,6 +76,13 @@ def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versi
     return path
 
 
+def kept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """What is known of this device under that name: the data of an earlier call that was not a rehearsal."""
+    path = _place(name, arguments)[1]
+    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tiny": True}
+    return {} if values["tiny"] else dict(values["data"])
+
+
 def load(name: str, folder: Path = RESULTS) -> list[Result]:
     """All devices' results of that name, CPUs first; rehearsals (``--tiny``) are none."""
     found = []
@@ -85,6 +91,11 @@ def load(name: str, folder: Path = RESULTS) -> list[Result]:
         if not values.pop("tiny"):
             found.append(Result(name, **values))
     return sorted(found, key=lambda result: (result.on_gpu, result.device))
+
+
+def _place(name: str, arguments: argparse.Namespace) -> tuple[str, Path]:
+    device = arguments.machine or _name(arguments.device == "cuda")
+    return device, arguments.results / _slug(device) / f"{name}.json"
 
 
 def _name(on_gpu: bool) -> str:

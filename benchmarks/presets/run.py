@@ -1,37 +1,39 @@
 """Which cheap climb, or which of them together, is better than plain SAM at equal compute?
 
-    python benchmarks/presets/run.py search --data DIR      many presets and radii, two seeds each
-    python benchmarks/presets/run.py confirm SPEC ...       these, with SGD and SAM, on images that no search has seen
+    python benchmarks/presets/run.py search                 many presets and radii, a seed each
+    python benchmarks/presets/run.py search --seeds 4 SPEC ...      the best of them again
+    python benchmarks/presets/run.py confirm SPEC ...       these, on images that no search has seen
+    python benchmarks/presets/run.py larger SPEC ...        these, with four times the images
 
-The search trains on 3,000 images of Fashion-MNIST's training set that the packaged sample does not have, and scores by
-10,000 others of it: so neither the sample nor any test image has a say in what is chosen. The confirmation is the demo
-with other seeds: the packaged sample and its test images. Each contender gets 20 standardized epochs. A run is a
-line of a file, and is not made twice; ``--jobs 2`` makes two at a time, of one thread each.
+All three at equal compute, with the demo's network and settings. The search trains on 3,000 images of Fashion-MNIST's
+training set and scores by 10,000 others of it: so neither the packaged sample nor any test image has a say in what is
+chosen. The confirmation is the demo, with other seeds. Each run is kept as it is made, and not made twice.
 """
 
 import argparse
-import json
 import multiprocessing
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
-
-import torch
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+import results  # noqa: E402
 from presets.contender import register  # noqa: E402
+from presets.table import render  # noqa: E402
 from steppe.experiments import data  # noqa: E402
 from steppe.experiments.data import Dataset, Split  # noqa: E402
 from steppe.experiments.distributed import join, resolve  # noqa: E402
 from steppe.experiments.recipes import RECIPES, Recipe, Unit  # noqa: E402
 from steppe.experiments.training import train  # noqa: E402
 
-TRAIN, SCORE = range(10_000, 13_000), range(40_000, 50_000)
+SEARCH, SCORE, LARGER = slice(10_000, 13_000), slice(40_000, 50_000), slice(13_000, 25_000)
+KEPT = ("passes", "steps", "train_accuracy", "test_accuracy", "gap", "train_loss", "test_loss", "seconds")
 RADII = (0.05, 0.1, 0.2)
 
 
@@ -68,18 +70,46 @@ def candidates() -> Iterator[str]:
     yield "micro_sam:rho=0.1,m=16"
 
 
-def searched(folder: Path | None) -> Dataset:
-    """Training images that the packaged sample does not have, and others to score by."""
-    full = data.load("fashion-mnist", folder).train
-    parts = (Split(full.images[list(part)], full.labels[list(part)]) for part in (TRAIN, SCORE))
-    return Dataset("search", *parts, "Fashion-MNIST's training images 10,000 to 13,000, scored by 40,000 to 50,000")
+@dataclass(frozen=True)
+class Stage:
+    """What a command trains on, scores by, and how long."""
+
+    about: str
+    seeds: range
+    epochs: int
+    dataset: Callable[[Path | None], Dataset]
 
 
-def recipe(args: argparse.Namespace, seeds: Sequence[int], methods: Sequence[str]) -> Recipe:
-    """The demo's setting."""
-    demo = RECIPES["demo"][0]
-    options: dict[str, Any] = {"methods": tuple(methods), "seeds": len(seeds), "first_seed": seeds[0]}
-    return replace(demo, **options, epochs=args.epochs, eval_every=args.epochs, threads=1, device="cpu", amp=args.amp)
+def of_full(train: slice, score: slice | None, folder: Path | None) -> Dataset:
+    """A part of Fashion-MNIST's training images, with another part of them, or the test images, to score by."""
+    full = data.load("fashion-mnist", folder)
+    parts = [
+        Split(split.images[at], split.labels[at]) for split, at in ((full.train, train), (full.train, score)) if at
+    ]
+    return Dataset("fashion-mnist", *parts, *([] if score else [full.test]), full.source)
+
+
+STAGES = {
+    "search": Stage(
+        "3,000 of Fashion-MNIST's training images, scored by 10,000 others of them",
+        *(range(1), 20, partial(of_full, SEARCH, SCORE)),
+    ),
+    "confirm": Stage(
+        "the packaged sample: 3,000 training images, scored by 3,000 test images",
+        *(range(100, 108), 20, lambda folder: data.load("sample")),
+    ),
+    "larger": Stage(
+        "12,000 training images of Fashion-MNIST, scored by its 10,000 test images",
+        *(range(200, 204), 30, partial(of_full, LARGER, None)),
+    ),
+}
+
+
+def recipe(stage: Stage, methods: Sequence[str], *, tiny: bool) -> Recipe:
+    """The demo's setting, measured at the end only."""
+    epochs, seeds, width = (1, range(1), 2) if tiny else (stage.epochs, stage.seeds, 16)
+    made = {"methods": tuple(methods), "seeds": len(seeds), "first_seed": seeds[0], "epochs": epochs}
+    return replace(RECIPES["demo"][0], **made, eval_every=epochs, width=width, threads=1, device="cpu", amp=True)
 
 
 def one(job: tuple[Unit, Dataset]) -> dict[str, Any]:
@@ -88,36 +118,44 @@ def one(job: tuple[Unit, Dataset]) -> dict[str, Any]:
     register()
     with join(unit.recipe) as world, tempfile.TemporaryDirectory() as folder:
         last = train(unit, Path(folder), dataset, world)[-1]
-    return {"method": unit.method, "seed": unit.seed, **last.to_json()}
+    return {"method": unit.method, "seed": unit.seed, **{name: getattr(last, name) for name in KEPT}}
 
 
 def main() -> None:
     """Parse the arguments and make the runs that are not made yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["search", "confirm"])
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument("specs", nargs="*", help="contenders; the search has a list of its own")
     parser.add_argument("--data", type=Path, help="the folder of the full Fashion-MNIST")
-    parser.add_argument("--seeds", type=int, help="runs of each; 2 in the search, 8 in the confirmation")
-    parser.add_argument("--epochs", type=int, default=20, help="standardized epochs")
-    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
-    parser.add_argument("--jobs", type=int, default=1)
-    parser.add_argument("--out", type=Path, required=True, help="the file of the runs, JSON lines")
-    args = parser.parse_args()
+    parser.add_argument("--seeds", type=int, help="runs of each contender, in the place of the stage's number")
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
+    results.add_arguments(parser, device="cpu")
+    args = parser.parse_intermixed_args()
     register()
-    torch.set_num_threads(1)
-    seeds = range(100, 100 + (args.seeds or 8)) if args.what == "confirm" else range(args.seeds or 2)
-    dataset = data.load("sample") if args.what == "confirm" else searched(args.data)
-    at = resolve(recipe(args, seeds, args.specs or list(candidates())))
-    made = [json.loads(line) for line in args.out.read_text().splitlines()] if args.out.exists() else []
-    known = {(run["method"], run["seed"]) for run in made}
-    jobs = [(unit, dataset) for unit in at.units() if (unit.method, unit.seed) not in known]
-    with multiprocessing.get_context("spawn").Pool(args.jobs) as pool, args.out.open("a") as file:
-        for number, run in enumerate(pool.imap_unordered(one, jobs), 1):
-            file.write(json.dumps(run) + "\n")
-            file.flush()
-            print(
-                f"{number}/{len(jobs)} {run['method']} seed {run['seed']}: {run['test_accuracy']:.2f} {run['gap']:.2f}"
-            )
+    stage, name = STAGES[args.stage], f"presets_{args.stage}"
+    specs = args.specs or list(candidates())
+    if args.seeds is not None:
+        stage = replace(stage, seeds=range(stage.seeds.start, stage.seeds.start + args.seeds))
+    at = resolve(recipe(stage, specs[:2] if args.tiny else specs, tiny=args.tiny))
+    found: dict[str, Any] = {
+        "about": stage.about,
+        "epochs": at.epochs,
+        "runs": results.kept(name, args).get("runs", []),
+    }
+    known = {(run["method"], run["seed"]) for run in found["runs"]}
+    units = [unit for unit in at.units() if (unit.method, unit.seed) not in known]
+    if units:
+        dataset = stage.dataset(args.data)
+        with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
+            for run in pool.imap_unordered(one, [(unit, dataset) for unit in units]):
+                found["runs"].append(run)
+                results.save(name, found, args)
+                print(
+                    f"{run['method']} seed {run['seed']}: {run['test_accuracy']:.2f} %, gap {run['gap']:.2f}",
+                    flush=True,
+                )
+    for result in results.load(name, args.results):
+        print(render(result))
 
 
 if __name__ == "__main__":
