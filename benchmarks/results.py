@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, device: str | None = None)
 def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versions: str | None) -> Path:
     """Write a result, in the place of an older one of the same device; return its file."""
     on_gpu = arguments.device == "cuda"
-    device, path = _place(name, arguments)
+    device, path = place(name, arguments)
     values = {
         "device": device,
         "on_gpu": on_gpu,
@@ -78,7 +78,7 @@ def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versi
 
 def kept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is known of this device under that name: the data of an earlier call that was not a rehearsal."""
-    path = _place(name, arguments)[1]
+    path = place(name, arguments)[1]
     values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tiny": True}
     return {} if values["tiny"] else dict(values["data"])
 
@@ -93,7 +93,8 @@ def load(name: str, folder: Path = RESULTS) -> list[Result]:
     return sorted(found, key=lambda result: (result.on_gpu, result.device))
 
 
-def _place(name: str, arguments: argparse.Namespace) -> tuple[str, Path]:
+def place(name: str, arguments: argparse.Namespace) -> tuple[str, Path]:
+    """What the device is called, and the file of that name."""
     device = arguments.machine or _name(arguments.device == "cuda")
     return device, arguments.results / _slug(device) / f"{name}.json"
 
@@ -112,8 +113,12 @@ def _slug(device: str) -> str:
 
 
 def _command() -> str:
-    """As somebody would type it in the repository's root."""
+    """As somebody would type it in the repository's root; not where the result goes, nor what its machine is called."""
     script, *words = sys.argv
     path = Path(script).resolve()
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    for option in ("--results", "--machine"):
+        if option in words:
+            at = words.index(option)
+            del words[at : at + 2]
     return shlex.join(["python", str(shown), *words])

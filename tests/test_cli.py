@@ -8,6 +8,7 @@ import pytest
 import steppe
 from steppe.catalogue import CATALOGUE
 from steppe.cli import main
+from steppe.experiments.recipes import Recipe
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -70,6 +71,25 @@ def test_demo_is_the_default(words: list[str], monkeypatch: pytest.MonkeyPatch) 
     assert main(words) == 0
     (recipe,) = seen
     assert (recipe.name, recipe.rho) == ("demo", 0.1 if "--rho" in words else 0.05)  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize(
+    ("words", "amp", "graphs"),
+    [
+        ([], None, None),
+        (["--amp", "--seeds", "2"], True, None),
+        (["--no-amp", "--cuda_graphs"], False, True),
+        (["--amp", "False", "--no-cuda-graphs"], False, False),
+        (["--amp", "None"], None, None),
+    ],
+)
+def test_what_may_be_left_open_is_said_like_any_other_option(
+    words: list[str], amp: bool | None, graphs: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Recipe] = []
+    monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: seen.append(recipe))
+    assert main(["compare", *words]) == 0
+    assert (seen[0].amp, seen[0].cuda_graphs) == (amp, graphs)
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

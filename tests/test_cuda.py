@@ -1,10 +1,18 @@
 """What only a GPU can show: a whole step in a CUDA graph, no synchronisation on the way, flatness as on a CPU."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.nn.functional as F
 
 import steppe
+from steppe.experiments.contenders import CONTENDERS
+from steppe.experiments.data import Dataset, Split
+from steppe.experiments.distributed import join
+from steppe.experiments.recipes import Recipe
+from steppe.experiments.stopping import Stop, Stopped
+from steppe.experiments.training import train as train_unit
 from support import batch, net
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
@@ -72,6 +80,102 @@ def test_a_step_waits_for_nothing(base, rules):
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def test_a_replay_counts_what_it_skips():
+    model = net(dropout=0.0).cuda()
+    model.layers[4].momentum = 0.1
+    optimizer = steppe.SAM(BASES["sgd"](model.parameters()), rho=0.1, model=model, replay_rng=False)
+    x, y = (t.cuda() for t in batch(0))
+
+    def step():
+        for walk in optimizer.passes():
+            with walk:
+                F.cross_entropy(model(x), y).backward()
+        optimizer.step()
+
+    graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.synchronize()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    before = [p.detach().clone() for p in model.parameters()]
+    x[0] = float("nan")
+    graph.replay()
+    graph.replay()
+    assert optimizer.skipped_steps == 2
+    assert all(map(torch.equal, model.parameters(), before))
+
+
+# The experiments' steps, by graphs and one by one: 72 images in batches of 14 and of 15.
+
+CAPTURABLE = [name for name, contender in CONTENDERS.items() if contender.capturable]
+
+
+class StopAfter(Stop):
+    def __init__(self, n: int) -> None:
+        super().__init__()
+        self.left = n
+
+    def __bool__(self) -> bool:
+        self.left -= 1
+        self.signal = 2 if self.left < 0 else 0
+        return self.left < 0
+
+
+def images(n: int, seed: int) -> Split:
+    g = torch.Generator().manual_seed(seed)
+    labels = torch.randint(0, 10, (n,), generator=g)
+    noise = torch.randint(0, 128, (n, 1, 28, 28), generator=g)
+    return Split((noise + 12 * labels.view(-1, 1, 1, 1)).to(torch.uint8), labels)
+
+
+def experiment(folder: Path, method: str, *, stops: tuple[int, ...] = (), **fields) -> dict:
+    """Train to the end, with interruptions, and return what the last checkpoint holds."""
+    base = "adamw" if method == "adamw" else "sgd"
+    options = {"width": 8, "batch_size": 16, "epochs": 8, "seeds": 1, "base": base, "lr": 0.01, "amp": False}
+    recipe = Recipe(methods=(method,), device="cuda", **{**options, **fields})
+    unit, data = next(recipe.units()), Dataset("made", images(72, 0), images(50, 1), "made for tests")
+    with join(recipe) as world:
+        for steps in stops:
+            with pytest.raises(Stopped):
+                train_unit(unit, folder, data.to("cuda"), world, stop=StopAfter(steps))
+        train_unit(unit, folder, data.to("cuda"), world)
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
+
+
+@pytest.mark.parametrize("method", CAPTURABLE)
+def test_a_run_with_graphs_is_the_run_without(method, tmp_path):
+    found, expected = (experiment(tmp_path / str(on), method, cuda_graphs=on) for on in (True, False))
+    assert found["steps"] == expected["steps"]
+    torch.testing.assert_close(found["model"], expected["model"], rtol=1e-4, atol=1e-5)
+    ours, theirs = (state["optimizer"]["param_groups"][0].get("sam_step") for state in (found, expected))
+    assert ours == theirs
+
+
+OPTIONS = {
+    "float32": {},
+    "bfloat16": {"amp": True, "channels_last": True},
+    "one by one": {"cuda_graphs": False},
+    "momentum": {"momentum": 0.9},
+}
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam"])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_a_run_that_is_resumed_ends_with_the_same_bits(options, method, tmp_path):
+    whole = experiment(tmp_path / "whole", method, **OPTIONS[options])
+    parts = experiment(tmp_path / "parts", method, stops=(2, 9), checkpoint_seconds=0, **OPTIONS[options])
+    assert whole["steps"] == parts["steps"]
+    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+
+
+def test_a_compiled_step_is_captured(tmp_path):
+    found, expected = (
+        experiment(tmp_path / str(on), "sam", cuda_graphs=on, compile=on, width=16) for on in (True, False)
+    )
+    torch.testing.assert_close(found["model"], expected["model"], rtol=1e-2, atol=1e-3)
 
 
 def test_flatness_is_that_of_a_cpu():

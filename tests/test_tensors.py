@@ -77,6 +77,39 @@ def test_add_scaled_takes_a_factor_beyond_half_precision():
     assert torch.allclose(w.float(), torch.full((2,), 10.0), rtol=1e-2)
 
 
+def test_the_fused_sum_takes_what_a_view_can_make_alike_and_leaves_the_rest():
+    """Its kernel on CUDA refuses lists in which a target and its direction have other strides."""
+    a, b, c = torch.zeros(3), torch.empty_strided((8, 4, 1, 1), (4, 1, 4, 4)).zero_(), torch.zeros(4, 5)
+    along = [torch.ones(3), torch.randn(8, 4, 1, 1), torch.randn(5, 4).t()]
+    assert b.stride() != along[1].stride()
+    left, directions = _add_scaled_fused_([a, b, c], torch.tensor(0.5), along)
+    assert a.tolist() == [0.5] * 3
+    torch.testing.assert_close(b, 0.5 * along[1], rtol=0, atol=0, check_stride=False)
+    assert left[0] is c
+    assert directions[0] is along[2]
+    assert len(left) == len(directions) == 1
+
+
+def test_add_scaled_goes_by_kind():
+    dtypes = [torch.float32, torch.bfloat16, torch.float64, torch.float32]
+    targets = [torch.ones(2, dtype=dtype) for dtype in dtypes]
+    directions = [torch.full((2,), float(i), dtype=dtype) for i, dtype in enumerate(dtypes[:3])]
+    directions.append(torch.full((2,), 3.0, dtype=torch.float64))
+    add_scaled_(targets, torch.tensor(0.5, dtype=torch.float64), directions)
+    assert [t.tolist() for t in targets] == [[1.0 + 0.5 * i] * 2 for i in range(4)]
+    assert [t.dtype for t in targets] == dtypes
+    add_scaled_([], torch.tensor(1.0), [])
+
+
+def test_a_displacement_moves_a_weight_that_is_listed_twice_once():
+    w = torch.zeros(2)
+    away = Displacement()
+    away.move([w, w], torch.tensor(1.0), [torch.ones(2), torch.ones(2)])
+    assert w.tolist() == [1.0, 1.0]
+    away.restore()
+    assert w.tolist() == [0.0, 0.0]
+
+
 def test_a_displacement_comes_back_exactly_from_several_moves():
     w, v = torch.randn(5), torch.randn(3, dtype=torch.bfloat16)
     before = bits([w, v])

@@ -105,11 +105,11 @@ STAGES = {
 }
 
 
-def recipe(stage: Stage, methods: Sequence[str], *, tiny: bool) -> Recipe:
+def recipe(stage: Stage, methods: Sequence[str], *, amp: bool, tiny: bool) -> Recipe:
     """The demo's setting, measured at the end only."""
     epochs, seeds, width = (1, range(1), 2) if tiny else (stage.epochs, stage.seeds, 16)
     made = {"methods": tuple(methods), "seeds": len(seeds), "first_seed": seeds[0], "epochs": epochs}
-    return replace(RECIPES["demo"][0], **made, eval_every=epochs, width=width, threads=1, device="cpu", amp=True)
+    return replace(RECIPES["demo"][0], **made, eval_every=epochs, width=width, threads=1, device="cpu", amp=amp)
 
 
 def one(job: tuple[Unit, Dataset]) -> dict[str, Any]:
@@ -128,15 +128,16 @@ def main() -> None:
     parser.add_argument("specs", nargs="*", help="contenders; the search has a list of its own")
     parser.add_argument("--data", type=Path, help="the folder of the full Fashion-MNIST")
     parser.add_argument("--seeds", type=int, help="runs of each contender, in the place of the stage's number")
+    parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     results.add_arguments(parser, device="cpu")
     args = parser.parse_intermixed_args()
     register()
-    stage, name = STAGES[args.stage], f"presets_{args.stage}"
+    stage, name = STAGES[args.stage], f"presets_{args.stage}" + "_bfloat16" * args.amp
     specs = args.specs or list(candidates())
     if args.seeds is not None:
         stage = replace(stage, seeds=range(stage.seeds.start, stage.seeds.start + args.seeds))
-    at = resolve(recipe(stage, specs[:2] if args.tiny else specs, tiny=args.tiny))
+    at = resolve(recipe(stage, specs[:2] if args.tiny else specs, amp=args.amp, tiny=args.tiny))
     found: dict[str, Any] = {
         "about": stage.about,
         "epochs": at.epochs,

@@ -7,8 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from steppe.shards import local
-from steppe.tensors import add_scaled_, as_real, copy_, reuse
+from steppe.shards import locals_of
+from steppe.tensors import add_scaled_, copy_, real_views, reuse
 
 Add: TypeAlias = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], None]
 
@@ -28,8 +28,8 @@ class Displacement:
     """
 
     def __init__(self) -> None:
-        self._copies: dict[Tensor, Tensor] = {}
-        self._away: dict[Tensor, Tensor] = {}
+        self._copies: dict[int, Tensor] = {}  # by id: Tensor.__hash__ is Python, and asked for every weight
+        self._away: dict[int, tuple[Tensor, Tensor]] = {}
 
     @property
     def active(self) -> bool:
@@ -48,22 +48,25 @@ class Displacement:
             direction: one real tensor a weight, of its shape (complex weights: with a last dimension of 2).
             add: how to add, in place.
         """
-        pairs = dict(zip(weights, direction, strict=True))
-        new = [w for w in pairs if w not in self._away]
-        copies = [reuse(self._copies.get(w), like=local(w)) for w in new]
+        pairs = dict(zip(map(id, weights), zip(weights, direction, strict=True), strict=True))
+        new = {key: w for key, (w, _) in pairs.items() if key not in self._away}
+        parts = locals_of(list(new.values()))
+        copies = [reuse(self._copies.get(key), like=part) for key, part in zip(new, parts, strict=True)]
         self._copies.update(zip(new, copies, strict=True))
-        copy_(copies, new)
-        self._away.update(zip(new, copies, strict=True))  # from here on, whatever happens, restore() undoes it
-        add([as_real(w) for w in pairs], alpha, list(pairs.values()))
+        copy_(copies, parts)
+        away = zip(new.values(), copies, strict=True)
+        self._away.update(zip(new, away, strict=True))  # from here on, whatever happens, restore() undoes it
+        moved, along = zip(*pairs.values(), strict=True) if pairs else ((), ())
+        add(real_views(moved), alpha, along)
 
     def before(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """What this rank holds of w, for weights that are away from it."""
-        return [self._away[w] for w in weights]
+        return [self._away[id(w)][1] for w in weights]
 
     @torch.no_grad()
     def restore(self) -> None:
         """Bring every weight back to w; without a move before, do nothing."""
-        copy_([local(w) for w in self._away], list(self._away.values()))
+        copy_(locals_of([w for w, _ in self._away.values()]), [copy for _, copy in self._away.values()])
         self._away.clear()
 
     @contextmanager

@@ -1,8 +1,9 @@
 """The delicate part of a step: climb from w, come back, and make ``.grad`` what goes down."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cached_property, partial
+from typing import Any, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +19,29 @@ from steppe.rounding import add_scaled_stochastically_, arrived, is_half
 from steppe.rules import Ascent, Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
 from steppe.shards import local
 
+_T = TypeVar("_T")
 _MUCH_OF_A_CLIMB = 0.9
+
+
+class WhenAsked(Sequence[_T]):
+    """A sequence that is made when somebody looks at it: most rules look at neither radii nor states."""
+
+    def __init__(self, make: Callable[[], Sequence[_T]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> Sequence[_T]:
+        return self._make()
+
+    @overload
+    def __getitem__(self, index: int) -> _T: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[_T]: ...
+    def __getitem__(self, index: int | slice) -> _T | Sequence[_T]:
+        return self._made[index]
+
+    def __len__(self) -> int:
+        return len(self._made)
 
 
 class Engine:
@@ -63,17 +86,25 @@ class Engine:
 
     def point(self, members: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
         """Where we stand; by default, with every parameter that has a gradient."""
-        members = self.gradients.holders() if members is None else members
-        rho = {p: group[RHO] for group in self._base.param_groups for p in group["params"]}
+        if members is None:
+            members, held = self.gradients.held()
+            gradients = held if gradients is None else gradients
         return Point(
             parameters=members,
             gradients=self.gradients.of(members) if gradients is None else gradients,
-            rho=[rho[p] for p in members],
-            base_state=[self._base.state.get(p, {}) for p in members],
+            rho=WhenAsked(partial(self._radii, members)),
+            base_state=WhenAsked(partial(self._states, members)),
             step=self.steps,
             memory=self.memory,
             anchor=next(parameters(self._base), None),
         )
+
+    def _radii(self, members: Sequence[Tensor]) -> list[float | Tensor]:
+        rho = {id(p): group[RHO] for group in self._base.param_groups for p in group["params"]}
+        return [rho[id(p)] for p in members]
+
+    def _states(self, members: Sequence[Tensor]) -> list[Mapping[str, Any]]:
+        return [self._base.state.get(p, {}) for p in members]
 
     @torch.no_grad()
     def point_to_climb(self) -> Point:
@@ -145,13 +176,13 @@ class Engine:
         direction, scale = ascent = perturbation(self.seen_by(perturbation, at))
         if climbs(perturbation) > 1:
             self._climbed = ascent
-        along = {p: d for p, d in zip(at.parameters, direction, strict=True) if d is not None}
+        along = {id(p): d for p, d in zip(at.parameters, direction, strict=True) if d is not None}
         follows_gradient = needs_gradient(perturbation)  # what the base remembers is turned round by it already
         for group in self._base.param_groups:
-            members = [p for p in group["params"] if p in along]
+            members = [p for p in group["params"] if id(p) in along]
             length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
             alpha = length if isinstance(length, Tensor) else at.gradient_norm.new_full((), length)
-            self.displace(members, alpha, [along[p] for p in members])
+            self.displace(members, alpha, [along[id(p)] for p in members])
         self._rounding_checked = True
 
     def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
@@ -209,21 +240,23 @@ class Engine:
     def combine(self, combination: Combination) -> None:
         """Make ``.grad`` what goes down."""
         climbers, self._climbers, self._climbed = self._climbers, None, None
+        perturbed: list[Tensor] | None = None
         if climbers is None:
-            at, perturbed = self.point(), None
+            at = self.point()
         elif combination.needs_clean:
             self.gradients.fill(climbers)
             at, perturbed = self.point(climbers, self._clean), self.gradients.of(climbers)
         else:
-            at = self.point(gradients=[])
-            perturbed = self.gradients.of(at.parameters)
+            members, perturbed = self.gradients.held()
+            at = self.point(members, [])
+        targets = at.gradients if perturbed is None else perturbed
         if self.scale is None or scale_free(combination):
             down = combination(at, perturbed)
         else:
             unscaled = perturbed if perturbed is None else _times(perturbed, self.scale.reciprocal())
             at = replace(at, gradients=_times(at.gradients, self.scale.reciprocal()))
             down = _times(combination(at, unscaled), self.scale)
-        self.gradients.set(at.parameters, down)
+        self.gradients.write(targets, down)
         self._clean = []
 
 

@@ -8,8 +8,8 @@ from torch.optim import Optimizer
 
 from steppe.checkpoints import parameters
 from steppe.notices import warn
-from steppe.shards import foreach, settled
-from steppe.tensors import as_real, copy_, norm
+from steppe.shards import all_plain, foreach, settled
+from steppe.tensors import copy_, norm, real_views
 
 # Marks, on a gradient, the version at which our last step left it.
 _LEFT_AT = "_steppe_left_at"
@@ -31,19 +31,23 @@ class Gradients:
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        holders = dict.fromkeys(p for p in parameters(self._base) if p.grad is not None)
-        for p in holders:
-            if p.grad is not None and p.grad.layout is not torch.strided:
+        return self.held()[0]
+
+    def held(self) -> tuple[list[Tensor], list[Tensor]]:
+        """The parameters that have a gradient (:meth:`holders`), and their gradients (:meth:`of`)."""
+        found = {id(p): (p, gradient) for p in parameters(self._base) if (gradient := p.grad) is not None}
+        for p, gradient in found.values():
+            if gradient.layout is not torch.strided:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({p.grad.layout}): the climb would "
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({gradient.layout}): the climb would "
                     f"have to perturb rows that have none. Use sparse=False (Embedding), or leave this parameter to "
                     f"an optimizer of its own"
                 )
-        return list(holders)
+        return [p for p, _ in found.values()], _real([gradient for _, gradient in found.values()])
 
     def of(self, members: Iterable[Tensor]) -> list[Tensor]:
         """Their gradients, as real views (copies, where a gradient is still the ranks' summands)."""
-        return [settled(as_real(p.grad)) for p in members if p.grad is not None]
+        return _real([gradient for p in members if (gradient := p.grad) is not None])
 
     def fill(self, members: Iterable[Tensor]) -> None:
         """Give those without a gradient a zero one."""
@@ -51,13 +55,16 @@ class Gradients:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
 
-    def set(self, members: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    def set(self, members: Iterable[Tensor], values: Sequence[Tensor]) -> None:
         """Write values into their gradients, and NaN into one entry of them if an earlier pass was not finite.
 
         Whoever looks at the gradient next, a loss scaler or :meth:`step_if_finite`, then sees it.
         """
-        targets = self.of(members)
-        changed = [(t, v) for t, v in zip(targets, values, strict=True) if not _same(t, v)]
+        self.write(self.of(members), values)
+
+    def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Do what :meth:`set` does, where the gradients (:meth:`of`) are at hand."""
+        changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _same(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
         if self._so_far_finite is not None and targets:
             smallest = min(targets, key=Tensor.numel)
@@ -123,7 +130,7 @@ class Gradients:
         On a CPU the host decides. On an accelerator the device does: by ``found_inf`` where the base takes it, else
         by zeroing the gradient.
         """
-        gradients = self.of(self.holders())
+        _, gradients = self.held()
         finite = torch.isfinite(norm(gradients))
         if finite.device.type == "cpu":
             if not finite:
@@ -138,8 +145,8 @@ class Gradients:
         else:
             self._step_on_device(finite, gradients)
         for p in parameters(self._base):
-            if p.grad is not None:
-                setattr(p.grad, _LEFT_AT, p.grad._version)
+            if (gradient := p.grad) is not None:
+                setattr(gradient, _LEFT_AT, gradient._version)
         return True
 
     def _step_on_device(self, finite: Tensor, gradients: Sequence[Tensor]) -> None:
@@ -159,7 +166,12 @@ class Gradients:
             del self._base.grad_scale, self._base.found_inf  # type: ignore[attr-defined]
 
 
+def _real(gradients: Sequence[Tensor]) -> list[Tensor]:
+    views = real_views(gradients)
+    return views if all_plain(views) else [settled(view) for view in views]
+
+
 def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether they are views of the same memory in the same way."""
+    """Whether two tensors are views of the same memory in the same way."""
     one_base = a._base is not None and a._base is b._base
-    return a is b or (one_base and a.shape == b.shape and a.storage_offset() == b.storage_offset())
+    return one_base and a.shape == b.shape and a.storage_offset() == b.storage_offset()

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from steppe.shards import by_spread, is_sharded, local, over_ranks, part_of, settled
+from steppe.shards import all_plain, by_spread, is_sharded, local, locals_of, over_ranks, part_of, settled
 
 # On a CPU one float32 sum over 50 M squares is off by 3 %; over so few it is right to 2e-7, whatever the entries.
 _PIECE = 256
@@ -13,6 +13,7 @@ _PIECE = 256
 _SAFE = (1e-15, 1e15)
 # So many entries are multiplied in the wide dtype at once: few kernels, and little memory beside the tensors.
 _RUN = 1 << 20
+_FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
@@ -32,7 +33,7 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
     tensor(5., dtype=torch.float64)
     """
-    if not any(is_sharded(t) for t in tensors):
+    if all_plain(tensors) or not any(is_sharded(t) for t in tensors):
         return _norm_here(tensors)
     tensors = [settled(t) for t in tensors]
     kinds = by_spread(tensors)
@@ -44,15 +45,15 @@ def _norm_here(tensors: Sequence[Tensor]) -> Tensor:
     """The norm of what lies on this rank."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    home = next((t.device for t in tensors if t.device.type != "cpu"), tensors[0].device)
+    elsewhere = [t for t in tensors if not t.is_cpu]
+    on_cpu = [t for t in tensors if t.is_cpu] if elsewhere else tensors
+    home = (elsewhere or on_cpu)[0].device
     wide = accumulator(home)
-    on_cpu = [t for t in tensors if t.device.type == "cpu"]
     parts = _pieces(on_cpu)
-    elsewhere = [t for t in tensors if t.device.type != "cpu"]
     if elsewhere:
         parts.append(torch.stack([n.to(home) for n in torch._foreach_norm(elsewhere, 2, dtype=wide)]))
     total = _norm_of_norms(parts, home, wide)
-    if on_cpu and len(on_cpu) == len(tensors) and not _SAFE[0] < float(total) < _SAFE[1]:
+    if not elsewhere and not _SAFE[0] < float(total) < _SAFE[1]:
         # Rare, and on a CPU the look at the value costs no synchronisation.
         total = _norm_of_norms([torch.linalg.vector_norm(t, dtype=wide).reshape(1) for t in on_cpu], home, wide)
     return total
@@ -142,28 +143,44 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
     >>> w
     [tensor([2., 3.])]
     """
-    kinds: dict[tuple[torch.device, torch.dtype, bool], tuple[list[Tensor], list[Tensor]]] = {}
-    for target, direction in zip(targets, directions, strict=True):
-        t, d = local(target), _here(direction, target)
-        ts, ds = kinds.setdefault((t.device, t.dtype, _is_fusible(t) and _is_fusible(d)), ([], []))
-        ts.append(t)
-        ds.append(d)
-    for (device, dtype, fusible), (ts, ds) in kinds.items():
-        if fusible:
-            _add_scaled_fused_(ts, alpha.to(device, torch.float32), ds)
-        elif dtype.itemsize > 2:
-            torch._foreach_addcmul_(ts, ds, [alpha.to(device)] * len(ts))
-        else:
+    targets, directions = _side_by_side(targets, directions)
+    for (device, dtype, along), at in _alike(targets, directions).items():
+        ts, ds = [targets[i] for i in at], [directions[i] for i in at]
+        factor = alpha.to(device, torch.float32 if dtype == along == torch.float32 or dtype.itemsize == 2 else None)
+        if device.type == "cuda" and dtype == along and dtype in _FUSIBLE and all_plain(ts, ds):
+            ts, ds = _add_scaled_fused_(ts, factor, ds)
+        if ts and dtype.itemsize > 2:
+            torch._foreach_addcmul_(ts, ds, [factor] * len(ts))
+        elif ts:
             # In half precision alpha itself would be rounded, and beyond 65504 be infinite: multiply in float32.
             for t, d in zip(ts, ds, strict=True):
-                t.add_(d.float() * alpha.to(device, torch.float32))
+                t.add_(d.float() * factor)
 
 
 def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     """Copy in place, each value into its target, in few kernels."""
     if targets:
-        here = [_here(value, target) for value, target in zip(values, targets, strict=True)]
-        torch._foreach_copy_([local(target) for target in targets], here)
+        targets, values = _side_by_side(targets, values)
+        torch._foreach_copy_(targets, values)
+
+
+def _side_by_side(targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """What this rank holds of both."""
+    if all_plain(targets, values):
+        return list(targets), list(values)
+    here = [_here(value, target) for value, target in zip(values, targets, strict=True)]
+    return locals_of(targets), here
+
+
+def _alike(
+    targets: Sequence[Tensor], directions: Sequence[Tensor]
+) -> dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]:
+    """The positions that have the target's device and dtype, and the direction's dtype, in common."""
+    kinds = [(t.device, t.dtype, d.dtype) for t, d in zip(targets, directions, strict=True)]
+    alike: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]] = dict.fromkeys(kinds, ())
+    if len(alike) == 1:
+        return dict.fromkeys(alike, range(len(kinds)))
+    return {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in alike}
 
 
 def _here(value: Tensor, target: Tensor) -> Tensor:
@@ -173,20 +190,18 @@ def _here(value: Tensor, target: Tensor) -> Tensor:
     return local(value, like=target)
 
 
-def _is_fusible(tensor: Tensor) -> bool:
-    """Whether CUDA's fused kernels take it; tensor subclasses (fake, distributed) go the general way."""
-    return (
-        tensor.is_cuda
-        and tensor.dtype in (torch.float32, torch.bfloat16, torch.float16)
-        and type(tensor) in (Tensor, torch.nn.Parameter)
-    )
+def _add_scaled_fused_(
+    targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The sum as a plain step of SGD upwards: the one multi-tensor kernel whose factor is a tensor.
 
-
-def _add_scaled_fused_(targets: list[Tensor], alpha: Tensor, directions: list[Tensor]) -> None:
-    """The sum as a plain step of SGD upwards: the one multi-tensor kernel whose factor is a tensor."""
+    Returned are the targets that it does not take, with their directions.
+    """
+    views = list(map(_in_step, directions, targets))
+    taken = [i for i, view in enumerate(views) if view is not None]
     torch._fused_sgd_(
-        targets,
-        directions,
+        [targets[i] for i in taken],
+        [view for view in views if view is not None],
         [],
         weight_decay=0.0,
         momentum=0.0,
@@ -196,6 +211,30 @@ def _add_scaled_fused_(targets: list[Tensor], alpha: Tensor, directions: list[Te
         maximize=True,
         is_first_step=False,
     )
+    left = [i for i, view in enumerate(views) if view is None]
+    return [targets[i] for i in left], [directions[i] for i in left]
+
+
+def _in_step(direction: Tensor, target: Tensor) -> Tensor | None:
+    """The direction with the target's strides, which a fused kernel wants; None where that takes more than a view.
+
+    A channels-last 1x1 convolution and its gradient may have other strides along the dimensions of size 1.
+    """
+    strides, theirs = target.stride(), direction.stride()
+    if not (target.is_contiguous() or (target.dim() == 4 and target.is_contiguous(memory_format=torch.channels_last))):
+        return None
+    if strides == theirs:
+        return direction
+    if any(size > 1 and a != b for size, a, b in zip(target.shape, strides, theirs, strict=True)):
+        return None
+    return direction.as_strided(target.shape, strides)
+
+
+def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return each as :func:`as_real` does."""
+    if any(dtype.is_complex for dtype in {t.dtype for t in tensors}):
+        return [as_real(t) for t in tensors]
+    return list(tensors)
 
 
 def as_real(tensor: Tensor) -> Tensor:
@@ -205,18 +244,19 @@ def as_real(tensor: Tensor) -> Tensor:
 
 def reuse(old: Tensor | None, like: Tensor) -> Tensor:
     """Return ``old`` where it can hold a copy of ``like``, else a new uninitialised tensor that can."""
-    if old is not None and (old.shape, old.dtype, old.device) == (like.shape, like.dtype, like.device):
+    if old is not None and old.shape == like.shape and old.dtype == like.dtype and old.device == like.device:
         return old
     return torch.empty_like(like, requires_grad=False)
 
 
 def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Norms of short pieces, each accurate in its own dtype, so that only their number needs a wide sum."""
-    short = [t for t in tensors if t.numel() <= _PIECE and t.dtype.itemsize > 2]
-    parts = [torch.stack(torch._foreach_norm(short, 2))] if short else []
+    short: list[Tensor] = []
+    long: list[Tensor] = []
     for t in tensors:
-        if t.numel() <= _PIECE and t.dtype.itemsize > 2:
-            continue
+        (short if t.numel() <= _PIECE and t.dtype.itemsize > 2 else long).append(t)
+    parts = [torch.stack(torch._foreach_norm(short, 2))] if short else []
+    for t in long:
         line = _flat(t)
         cut = line.numel() - line.numel() % _PIECE
         dtype = torch.float32 if t.dtype.itemsize <= 2 else t.dtype
@@ -228,6 +268,8 @@ def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
 
 def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
     """The entries in the order of memory (of ``like``): a view for every dense layout, channels-last too."""
+    if tensor.is_contiguous() and (like is None or like.is_contiguous()):
+        return tensor.view(-1)
     order = sorted(range(tensor.dim()), key=(tensor if like is None else like).stride().__getitem__, reverse=True)
     return tensor.permute(order).reshape(-1)
 

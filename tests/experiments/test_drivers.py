@@ -10,11 +10,13 @@ import torch.nn.functional as F
 from tiny import CPU, dataset, recipe, run, untimed
 from torch import Tensor, nn
 
-from steppe.experiments import contenders
+from steppe.experiments import contenders, evaluation
 from steppe.experiments.batches import Batch, batches, order
 from steppe.experiments.contenders import CONTENDERS
+from steppe.experiments.data import normalise
 from steppe.experiments.distributed import World
 from steppe.experiments.drivers import Driver, Forward
+from steppe.experiments.evaluation import evaluate
 from steppe.experiments.recipes import Unit
 from steppe.experiments.stopping import Stop, Stopped
 
@@ -106,6 +108,25 @@ def test_indices_say_which_images_they_are() -> None:
         assert torch.equal(batch.labels, train.labels[batch.indices])
         assert batch.epoch == 3
         assert len(batch) == len(batch.indices) == batch.size
+
+
+def test_a_batch_is_gathered_when_it_is_asked_for() -> None:
+    train = dataset().train
+    batch = next(batches(train, 16, order(72, 0, 3), CPU))
+    assert torch.equal(batch.images, normalise(train.images[batch.indices]))
+    indices = batch.indices.flip(0)
+    assert torch.equal(dataclasses.replace(batch, indices=indices).images, batch.images.flip(0))
+
+
+def test_a_score_depends_on_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    network, scores = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)), []
+    for chunk in (7, 50):
+        monkeypatch.setattr(evaluation, "_CHUNK_ON_A_CPU", chunk)
+        asked: list[int] = []
+        scores.append(evaluate(network, dataset().test, CPU, nullcontext, lambda asked=asked: asked.append(1)))
+        assert len(asked) == -(-50 // chunk)
+    assert scores[0].accuracy == scores[1].accuracy
+    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

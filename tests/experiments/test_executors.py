@@ -3,6 +3,7 @@
 import importlib.util
 import io
 import json
+import multiprocessing
 import os
 import re
 import signal
@@ -10,6 +11,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -19,10 +22,13 @@ import torch
 from rich.console import Console
 from tiny import CPU, Told, command_line, dataset, options, recipe, untimed
 
+from steppe.experiments import cpus, on_ray
+from steppe.experiments.cpus import available
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.evaluation import read_records
 from steppe.experiments.executors import Here, Job, Outcome, Where, failures
 from steppe.experiments.executors import start as begin
+from steppe.experiments.processes import Processes
 from steppe.experiments.recipes import Unit
 from steppe.experiments.relay import EVENTS, Listener, Teller
 from steppe.experiments.stopping import Stop
@@ -56,11 +62,11 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_told_of_at_the_end(
 ) -> None:
     words = ["compare", "demo", *options(seeds=2, out=tmp_path / "run")]
     damaged = tmp_path / "run" / "runs" / "sgd-seed0" / "checkpoint.pt"
-    assert command_line(words) == 0
+    assert command_line(words, draws=False) == 0
     damaged.write_bytes(b"no checkpoint")
     (tmp_path / "run" / "runs" / "sam-seed1" / "checkpoint.pt").unlink()
     capsys.readouterr()
-    assert command_line(words) == 1
+    assert command_line(words, draws=False) == 1
     out, err = capsys.readouterr()
     assert "SAM seed 1  standardized epoch 4/4" in out
     assert "SAM against SGD" in out
@@ -77,19 +83,62 @@ def test_several_failures_are_counted_and_told() -> None:
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "meaning"), [("cpus_per_run", 0, "at least 1"), ("gpus_per_run", -0.5, "0 or more")]
+    ("field", "value", "meaning"),
+    [("runs_at_once", 0, "at least 1"), ("cpus_per_run", 0, "at least 1"), ("gpus_per_run", -0.5, "0 or more")],
 )
 def test_a_wrong_room_is_named_with_its_meaning(field: str, value: float, meaning: str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}={value}: .*{meaning}"):
         Where(**{field: value})  # type: ignore[arg-type]
 
 
-def test_torchrun_and_ray_do_not_mix(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("words", "answer"), [("--on ray", "Start steppe without torchrun"), ("--runs-at-once 2", "Leave one of them out")]
+)
+def test_torchrun_and_several_runs_at_a_time_do_not_mix(
+    words: str, answer: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert command_line(["compare", *options(out=tmp_path / "run"), "--on", "ray"]) == 1
-    assert "Start steppe without torchrun" in capsys.readouterr().err
+    assert command_line(["compare", *options(out=tmp_path / "run", norm="group"), *words.split()]) == 1
+    assert answer in capsys.readouterr().err
+
+
+def test_runs_at_once_are_not_for_ray() -> None:
+    with pytest.raises(ValueError, match="say how much a run takes"):
+        Where("ray", runs_at_once=2)
+
+
+@pytest.mark.parametrize(
+    ("files", "share"),
+    [
+        ({"cpu.max": "150000 50000"}, 3),
+        ({"cpu.max": "50000 100000"}, 1),
+        ({"cpu.max": "max 100000"}, 8),
+        ({"cpu/cpu.cfs_quota_us": "500000", "cpu/cpu.cfs_period_us": "100000"}, 5),
+        ({"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, 8),
+        ({}, 8),
+    ],
+)
+def test_the_limits_of_a_container_are_seen(
+    files: dict[str, str], share: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(8)), raising=False)
+    for name, content in files.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(content + "\n")
+    assert available(tmp_path) == share
+
+
+@pytest.mark.parametrize(
+    ("said", "threads", "most", "wanted"),
+    [(None, 1, None, 4), (None, 2, None, 2), (None, 8, None, 1), (None, 1, 3, 3), (6, 2, None, 6), (6, 1, 1, 1)],
+)
+def test_as_many_at_a_time_as_the_cpus_have_room_for(
+    said: int | None, threads: int, most: int | None, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpus, "available", lambda: 4)
+    with begin(recipe(threads=threads), Where(runs_at_once=said), Console(), most=most) as executor:
+        assert executor.together == (wanted > 1)
+        assert not isinstance(executor, Processes) or executor._room() == wanted
 
 
 def test_a_missing_ray_is_named_with_its_command(
@@ -172,19 +221,18 @@ class MadeUp:
         return value
 
     def remote(self, **_: object) -> Callable[[object], SimpleNamespace]:
-        return lambda work: SimpleNamespace(remote=lambda task, shared: (object(), work, task, shared))
+        return lambda work: SimpleNamespace(remote=partial(partial, work))
 
     def wait(self, references: list[Any], timeout: float) -> tuple[list[Any], list[Any]]:
         self.most = max(self.most, len(references))
         return references[:1], references[1:]
 
-    def get(self, reference: tuple[Any, ...]) -> object:
-        _, work, task, shared = reference
-        name = re.sub(r"\W", "_", task.job.unit.name)
+    def get(self, reference: "partial[object]") -> object:
+        name = re.sub(r"\W", "_", reference.args[0].job.unit.name) if reference.args else ""
         if self.deaths.get(name, 0):
             self.deaths[name] -= 1
             raise DeadError("The worker was killed.\nAnd much more.")
-        return work(task, shared)
+        return reference()
 
     def cancel(self, reference: object, force: bool) -> None:
         pass
@@ -229,79 +277,165 @@ def test_a_run_that_fits_on_no_machine_is_refused(tmp_path: Path, monkeypatch: p
         on(MadeUp(), tmp_path, monkeypatch, cpus_per_run=3)
 
 
-# --- on Ray ---
+def test_what_is_faster_is_asked_where_the_runs_will_be(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", MadeUp())
+    for answer in (True, False):
+        monkeypatch.setattr(on_ray, "has_bfloat16", lambda *, on_gpu, answer=answer: answer and not on_gpu)
+        with begin(recipe(amp=None), Where("ray"), Console()) as executor:
+            assert executor.recipe.amp is answer
 
 
-def on_ray(out: Path) -> list[str]:
-    fields = options(out=out, epochs=12, eval_every=3, checkpoint_seconds=0)
-    return ["compare", "demo", *fields, "--on", "ray", "--cpus-per-run", "1"]
+# --- in processes ---
 
 
-def start(words: list[str]) -> "subprocess.Popen[str]":
-    # its own process, so that nothing of Ray stays in this one
-    return subprocess.Popen(
-        [sys.executable, str(TINY), *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
-
-
-def within_an_epoch(folder: Path, process: "subprocess.Popen[str]") -> int:
-    """Wait until a unit's checkpoint lies within an epoch; return its worker's process."""
-    end = time.monotonic() + 200
-    while time.monotonic() < end:
-        assert process.poll() is None, process.communicate()
-        try:
-            if torch.load(folder / "checkpoint.pt", weights_only=True)["batch"]:
-                begins = [json.loads(line) for line in (folder / EVENTS).read_text().splitlines() if "begin" in line]
-                return int(begins[-1]["pid"])
-        except (OSError, RuntimeError):
-            pass
-        time.sleep(0.01)
-    raise AssertionError("it did not begin")
+FIELDS: dict[str, Any] = {"epochs": 8, "extra_epochs": 8, "eval_every": 4}
+DEMO = {"channels_last": True}
 
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    fields = {"epochs": 12, "eval_every": 3, "channels_last": True}  # as the demo
-    for _ in Here(recipe(**fields), CPU).run(jobs(folder, **fields), dataset(), folder, Told(), Stop()):
+    for _ in Here(recipe(**FIELDS, **DEMO), CPU).run(jobs(folder, **FIELDS, **DEMO), dataset(), folder, Told(), Stop()):
         pass
     return folder
 
 
-def assert_same(out: Path, wanted: Path) -> None:
+def assert_same(runs: Path, wanted: Path) -> None:
     for unit in ("sgd-seed0", "sam-seed0"):
-        ours, theirs = (read_records((path / unit / "metrics.jsonl").read_text()) for path in (out / "runs", wanted))
-        assert len(theirs) == 4
+        ours, theirs = (read_records((path / unit / "metrics.jsonl").read_text()) for path in (runs, wanted))
+        assert len(theirs) == (2 if unit == "sgd-seed0" else 4)
         assert untimed(ours) == untimed(theirs)
-        weights, others = (torch.load(path / unit / "checkpoint.pt", weights_only=True)["model"] for path in
-                           (out / "runs", wanted))  # fmt: skip
+        weights, others = (
+            torch.load(path / unit / "checkpoint.pt", weights_only=True)["model"] for path in (runs, wanted)
+        )
         assert all(map(torch.equal, weights.values(), others.values()))
 
 
+def worker(folder: Path) -> int:
+    """The process that trains a unit."""
+    begins = [json.loads(line) for line in (folder / EVENTS).read_text().splitlines() if "begin" in line]
+    return int(begins[-1]["pid"])
+
+
+class Killer(Heard):
+    """Kills SAM's first process at its second step."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder, self.killed = folder, 0
+        self.workers: set[int] = set()
+
+    def begin(self, unit: Unit, *rest: object) -> None:
+        super().begin(unit, *rest)
+        self.workers.add(worker(self.folder / unit.name))
+
+    def step(self, unit: Unit, *rest: object) -> None:
+        super().step(unit, *rest)
+        steps = sum(told[:2] == ("step", unit) for told in self.all)
+        if unit.name == "sam-seed0" and steps == 2 and not self.killed:
+            self.killed = worker(self.folder / unit.name)
+            os.kill(self.killed, signal.SIGKILL)
+
+
+def test_several_at_a_time_have_the_bits_of_one_and_one_that_is_killed_is_retried(
+    undisturbed: Path, tmp_path: Path
+) -> None:
+    given = {**FIELDS, **DEMO, "seeds": 2, "checkpoint_seconds": 0.0}
+    console, killer = Console(file=io.StringIO(), width=300), Killer(tmp_path)
+    with begin(recipe(**given), Where(runs_at_once=2), console) as executor:
+        outcomes = list(executor.run(jobs(tmp_path, **given), dataset(), tmp_path, killer, Stop()))
+        (tmp_path / "sgd-seed1" / "checkpoint.pt").write_bytes(b"no checkpoint")
+        again = list(executor.run(jobs(tmp_path, **given), dataset(), tmp_path, Told(), Stop()))
+    assert [bool(outcome.error) for outcome in outcomes] == [False] * 4
+    told = console.file.getvalue()  # type: ignore[attr-defined]
+    assert told.startswith("sam-seed0: its worker died (it was ended by SIGKILL, ")
+    assert told.count("\n") == 1
+    first, second, *_ = (told[0] for told in killer.all if told[0] in ("begin", "end"))
+    assert (first, second) == ("begin", "begin")  # both at a time
+    (*_, gone_on) = (told for told in killer.all if told[0] == "begin" and told[1].name == "sam-seed0")  # type: ignore[attr-defined]
+    assert gone_on[2] > 0  # type: ignore[operator]
+    assert len(killer.workers) == 3  # for five beginnings: a process takes one run after the other
+    assert [outcome.job.unit.name for outcome in again if outcome.error] == ["sgd-seed1"]
+    assert_same(tmp_path, undisturbed)
+    assert not list(tmp_path.glob(".stop*"))
+    assert {path.name for path in (tmp_path / "sam-seed0").iterdir()} == {".lock", "checkpoint.pt", "metrics.jsonl"}
+    assert not multiprocessing.active_children()
+
+
+def test_a_mistake_in_a_worker_arrives_with_its_traceback(tmp_path: Path) -> None:
+    broken = dataset()
+    broken.train.images.resize_(0, 1, 28, 28)  # as many labels as before
+    with (
+        pytest.raises(RuntimeError, match=r"a worker failed:(.|\n)*train\("),
+        begin(recipe(), Where(runs_at_once=2), Console()) as executor,
+    ):
+        list(executor.run(jobs(tmp_path), broken, tmp_path, Told(), Stop()))
+    assert not multiprocessing.active_children()
+
+
+def start(out: Path, *words: str) -> "subprocess.Popen[str]":
+    """Compare in a process of its own, and in a group of its own, as a shell would start it."""
+    fields = options(out=out, checkpoint_seconds=0, **FIELDS)
+    return subprocess.Popen(
+        [sys.executable, str(TINY), "compare", "demo", *fields, *words],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def within_an_epoch(folder: Path, process: "subprocess.Popen[str]", *, but: int = 0) -> int:
+    """Wait until a unit's checkpoint lies within an epoch; return its worker, which is another one than `but`."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()
+        with suppress(OSError, RuntimeError, IndexError):
+            if torch.load(folder / "checkpoint.pt", weights_only=True)["batch"] and worker(folder) != but:
+                return worker(folder)
+        time.sleep(0.01)
+    raise AssertionError("it did not begin")
+
+
+def test_stopped_then_killed_it_goes_on_here(undisturbed: Path, tmp_path: Path) -> None:
+    runs = (out := tmp_path / "run") / "runs"
+    process = start(out, "--runs-at-once", "2")
+    within_an_epoch(runs / "sam-seed0", process)
+    os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the workers too
+    _, errors = process.communicate(timeout=200)
+    assert process.returncode == 130
+    _, said = errors.splitlines()
+    assert said.startswith("Stopped. To go on: steppe compare demo ")
+    assert not list(out.glob(".stop*"))
+    process = start(out, "--runs-at-once", "2")
+    within_an_epoch(runs / "sam-seed0", process)
+    process.kill()
+    process.communicate(timeout=200)  # which reads until the last worker has gone as well
+    assert len(torch.load(runs / "sam-seed0" / "checkpoint.pt", weights_only=True)["records"]) < 4  # at once
+    assert command_line(said.partition("steppe ")[2].replace("at-once 2", "at-once 1").split(), draws=False) == 0
+    assert_same(runs, undisturbed)
+
+
+# --- on Ray ---
+
+
 @needs_ray
-def test_a_worker_that_is_killed_is_retried_and_the_result_is_the_same(undisturbed: Path, tmp_path: Path) -> None:
-    process = start(on_ray(out := tmp_path / "run"))
-    os.kill(within_an_epoch(out / "runs" / "sam-seed0", process), signal.SIGKILL)
+def test_killed_on_ray_it_is_retried_and_stopped_there_it_goes_on_here(undisturbed: Path, tmp_path: Path) -> None:
+    runs = (out := tmp_path / "run") / "runs"
+    process = start(out, "--on", "ray", "--cpus-per-run", "1")
+    killed = within_an_epoch(runs / "sam-seed0", process)
+    os.kill(killed, signal.SIGKILL)
+    within_an_epoch(runs / "sam-seed0", process, but=killed)
+    process.send_signal(signal.SIGINT)
     told, errors = process.communicate(timeout=200)
-    assert process.returncode == 0, errors
+    assert process.returncode == 130, errors
     assert "sam-seed0: its worker died" in told
     assert "retry 1 of 3" in told
     assert "SAM seed 0: goes on at standardized epoch" in told
-    assert not errors  # nor has Ray anything to say
-    assert_same(out, undisturbed)
+    assert "SGD seed 0  standardized epoch 8/8" in told  # it came to its end on Ray
+    _, said = errors.splitlines()  # nor has Ray anything to say
+    assert said.startswith("Stopped. To go on: steppe compare demo ")
     assert not list(out.glob(".stop*"))
-    assert {path.name for path in (out / "runs" / "sam-seed0").iterdir()} == {".lock", "checkpoint.pt", "metrics.jsonl"}
-
-
-@needs_ray
-def test_stopped_on_ray_it_goes_on_here(undisturbed: Path, tmp_path: Path) -> None:
-    process = start(words := on_ray(out := tmp_path / "run"))
-    within_an_epoch(out / "runs" / "sam-seed0", process)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=200)
-    assert process.returncode == 130, errors
-    assert errors.splitlines()[1:] == [f"Stopped. To go on: steppe {' '.join(words)}"]
-    assert not list(out.glob(".stop*"))
-    assert (out / "runs" / "sam-seed0" / "checkpoint.pt").exists()
-    assert command_line(["here" if word == "ray" else word for word in words]) == 0
-    assert_same(out, undisturbed)
+    words = said.partition("steppe ")[2].split()
+    assert command_line(["here" if word == "ray" else word for word in words], draws=False) == 0
+    assert_same(runs, undisturbed)

@@ -11,6 +11,7 @@ from tiny import CPU, dataset, recipe
 
 from steppe import variants
 from steppe.experiments.contenders import CONTENDERS
+from steppe.experiments.distributed import resolve
 from steppe.experiments.recipes import RECIPES, Recipe
 from steppe.experiments.specs import parse
 from steppe.experiments.training import Run
@@ -153,5 +154,35 @@ def test_json_is_a_round_trip() -> None:
 def test_what_a_result_depends_on() -> None:
     same = recipe(seeds=5, methods=("sam",), tensorboard=True, name="other", first_seed=1, checkpoint_seconds=1.0)
     assert same.result() == recipe().result()
-    for field, value in {"lr": 0.1, "threads": 2, "epochs": 6, "amp": True, "norm": "group"}.items():
+    differing = {"lr": 0.1, "threads": 2, "epochs": 6, "amp": True, "norm": "group", "cuda_graphs": True}
+    for field, value in differing.items():
         assert recipe(**{field: value}).result() != recipe().result()
+
+
+def test_what_is_left_open_is_what_is_faster_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True, raising=False)
+    monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
+    given = Recipe(device="cpu")
+    assert (given.amp, given.cuda_graphs, given.threads) == (None, None, None)
+    found = resolve(given)
+    assert (found.amp, found.cuda_graphs, found.threads) == (True, False, 1)
+    assert resolve(found) == found
+    assert resolve(dataclasses.replace(given, amp=False)).amp is False
+    monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
+    assert resolve(given).amp is False
+    monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")  # a torch that does not say
+    assert resolve(given).amp is False
+
+
+@pytest.mark.parametrize("has", [True, False])
+def test_what_is_left_open_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *, including_emulation: has and not including_emulation)
+    found = resolve(Recipe())
+    assert (found.device, found.amp, found.cuda_graphs, found.threads) == ("cuda", has, True, None)
+
+
+def test_folders_that_are_older_than_cuda_graphs_are_known_again() -> None:
+    old = resolve(recipe()).to_json()
+    del old["cuda_graphs"]
+    assert Recipe.from_json(old).result() == resolve(recipe()).result()

@@ -7,21 +7,26 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Generator, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from test_executors import MadeUp
-from tiny import command_line, dataset, options, recipe, untimed
+from tiny import CPU, command_line, dataset, options, recipe, untimed
 
+from steppe.cli import main
 from steppe.experiments import data, tune
 from steppe.experiments.commands import Compare, parse
 from steppe.experiments.contenders import Value
 from steppe.experiments.data import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.evaluation import Record, read_records
+from steppe.experiments.executors import Here, Job, Outcome
 from steppe.experiments.findings import Findings, Tuning, find
 from steppe.experiments.findings import command_line as confirm
+from steppe.experiments.recipes import Recipe
 from steppe.experiments.search import Listed, Range, grid, read, spaces
 from steppe.experiments.studies import Result, Study, opened
 from steppe.experiments.validation import hold_out
@@ -265,6 +270,45 @@ def test_trials_run_on_ray_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert tuned(command(tmp_path / "ray", **fields, on="ray"), monkeypatch) == 0
     assert ray.most == 2  # of several trials at a time
     assert trials(tmp_path / "ray") == trials(tmp_path / "here")
+
+
+class Eager(Here):
+    """Takes all the jobs that it may before it trains the first."""
+
+    def __init__(self, recipe: Recipe, most: int, console: object) -> None:
+        super().__init__(recipe, CPU)
+        self.most, self.taken = most, list[int]()
+        Eager.last = self
+
+    last: "Eager"
+
+    def __enter__(self) -> "Eager":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def run(self, jobs: Iterable[Job], *rest: Any) -> Generator[Outcome, None, None]:
+        given = list(jobs)
+        self.taken.append(len(given))
+        yield from super().run(given, *rest)
+
+
+@pytest.mark.parametrize(
+    ("words", "taken"),
+    [({"sampler": "tpe"}, [2, 2, 2]), ({"sampler": "tpe", "runs_at_once": 4}, [6]), ({"sampler": "random"}, [6])],
+)
+def test_a_sampler_that_learns_waits_for_each_trial_unless_told_otherwise(
+    words: dict[str, object], taken: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("steppe.experiments.processes.Processes", Eager)
+    monkeypatch.setattr("steppe.experiments.data.load", lambda name, data_dir=None: dataset())
+    monkeypatch.setattr("steppe.experiments.tune.draw", lambda *_: None)
+    monkeypatch.setattr("steppe.experiments.cpus.available", lambda: 4)
+    fields = {"out": tmp_path / "run", "methods": "sam", "seeds": 2, "epochs": 1, "eval_every": 1, "trials": 3}
+    assert main(["tune", "demo", *options(**fields, **words), "--no-baseline"]) == 0
+    assert Eager.last.taken == taken
+    assert Eager.last.most == (2 if taken[0] == 2 else 4)  # the runs of a trial, or all that there is room for
 
 
 def test_a_trial_belongs_to_who_holds_it_and_is_taken_up_again(tmp_path: Path) -> None:

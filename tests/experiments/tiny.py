@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steppe.cli import main
-from steppe.experiments import data, figures
+from steppe.experiments import cpus, data, figures
 from steppe.experiments.data import Dataset, Split
 from steppe.experiments.distributed import World
 from steppe.experiments.evaluation import Record
@@ -18,11 +18,12 @@ from steppe.experiments.report import page
 from steppe.experiments.training import train
 
 CPU = World(torch.device("cpu"))
-OPTIONS = {"width": 2, "batch_size": 16, "epochs": 4, "seeds": 1, "device": "cpu", "threads": 1}
+OPTIONS = {"width": 2, "batch_size": 16, "epochs": 4, "seeds": 1, "device": "cpu", "threads": 1, "amp": False}
+RESOLVED = {"cuda_graphs": False}
 
 
 def recipe(**fields: object) -> Recipe:
-    return Recipe(**(OPTIONS | fields))  # type: ignore[arg-type]
+    return Recipe(**(OPTIONS | RESOLVED | fields))  # type: ignore[arg-type]
 
 
 def options(**fields: object) -> list[str]:
@@ -71,6 +72,7 @@ def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
     """Run the command line on the tiny data; without figures, which take longer than the runs, where nobody looks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
+        patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
         if not draws:
             patch.setattr(figures, "draw", lambda recipe, results, folder: [])
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)

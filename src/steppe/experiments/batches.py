@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from numpy.random import SeedSequence
@@ -19,14 +20,21 @@ __all__ = ["Batch", "batches", "count", "order", "start"]
 class Batch:
     """This process's share of a global batch of `size` images in the run's own `epoch`, counted from 0."""
 
-    images: Tensor
-    """float32 (n, 1, 28, 28)."""
-    labels: Tensor
-    """int64 (n,)."""
+    split: Split
     indices: Tensor
-    """Which images of the training set they are, int64 (n,)."""
+    """Which images of the split they are, int64 (n,), on its device."""
     size: int
     epoch: int
+
+    @cached_property
+    def images(self) -> Tensor:
+        """float32 (n, 1, 28, 28), gathered when they are first asked for."""
+        return normalise(self.split.images[self.indices])
+
+    @cached_property
+    def labels(self) -> Tensor:
+        """int64 (n,)."""
+        return self.split.labels[self.indices]
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -34,7 +42,7 @@ class Batch:
         return self.images, self.labels
 
     def __len__(self) -> int:
-        return len(self.labels)
+        return len(self.indices)
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
@@ -77,4 +85,4 @@ def batches(
     for index in range(first, number):
         whole = indices[start(index, n, number) : start(index + 1, n, number)]
         mine = whole[world.share(len(whole))]
-        yield Batch(normalise(split.images[mine]), split.labels[mine], mine, len(whole), epoch)
+        yield Batch(split, mine, len(whole), epoch)

@@ -66,11 +66,14 @@ The run folder keeps configuration, metrics, checkpoints, summary and figures. T
 goes on where it was stopped or killed, and ends with the same bits. Raise --seeds or --methods to add runs.
 
 On several devices: torchrun --nproc-per-node 2 -m steppe compare ...
-Many runs at a time, on this machine or a cluster: steppe compare --on ray
+On CPUs, as many runs are trained at a time as there is room for (--runs-at-once); on many machines: --on ray
 
 The contenders are named by --methods, with arguments where you want others than the usual ones:
 `--methods sgd sam sam:rho=0.1 looksam:k=2,rho=0.1`. They are, with their arguments in brackets:
 """
+
+# Options that are yes, no or left open.
+_OPEN = ("amp", "cuda-graphs")
 
 if TYPE_CHECKING:
     AnyRecipe = Recipe
@@ -178,6 +181,7 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
 
     Raises SystemExit: with 0 after --help, and with 2 after saying what was meant when it does not understand.
     """
+    words = _said_open(words)
     contenders = "\n".join(_line(name, contender) for name, contender in CONTENDERS.items())
     # tyro shows a description in the list of verbs too, where one line is enough
     about = f"{_COMPARE}\n{_DETAILS}{contenders}" if words[:1] == ["compare"] else _COMPARE
@@ -196,6 +200,19 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
         args=words,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
+
+
+def _said_open(words: Sequence[str]) -> list[str]:
+    """Let options that may be left open be said like those that may not: --amp for --amp True, --no-amp for False."""
+    said = list[str]()
+    for place, word in enumerate(words):
+        after = "".join(words[place + 1 : place + 2])
+        name = word.replace("_", "-").removeprefix("--no-").removeprefix("--")
+        if name in _OPEN and word.startswith("--") and after not in ("None", "True", "False"):
+            said += [f"--{name}", str(not word.startswith("--no-"))]
+        else:
+            said.append(word)
+    return said
 
 
 def _line(name: str, contender: Contender) -> str:

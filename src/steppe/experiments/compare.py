@@ -44,8 +44,9 @@ def compare(
     others, and is told of at the end.
     """
     recipe = settled(recipe, console)
-    with start(recipe, where, console) as executor:
-        summary, failed = _carry_out(executor.recipe, executor, command, console, together=where.on == "ray")
+    runs = max(len(list(member.units())) for member in [recipe, *recipe.members()])
+    with start(recipe, where, console, most=runs) as executor:
+        summary, failed = _carry_out(executor.recipe, executor, command, console)
     if failed and summary is not None:
         raise ExperimentError("; ".join(failed))
     return summary
@@ -95,7 +96,7 @@ def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdi
 
 
 def _carry_out(
-    recipe: Recipe, executor: Executor, command: Sequence[str], console: Console, *, together: bool
+    recipe: Recipe, executor: Executor, command: Sequence[str], console: Console
 ) -> tuple[Summary | DoubleDescent | None, list[str]]:
     """Train every run of a comparison, or of its members, and report; say what failed."""
     folder, world = RunFolder(recipe.folder), executor.world
@@ -106,15 +107,15 @@ def _carry_out(
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():
-            _, reasons = _carry_out(member, executor, command, console, together=together)
+            _, reasons = _carry_out(member, executor, command, console)
             failed += [f"width {member.width}: {reason}" for reason in reasons]
         if not recipe.widths:
-            reason = _train(recipe, executor, folder, console, together=together)
+            reason = _train(recipe, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed
 
 
-def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Console, *, together: bool) -> str | None:
+def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Console) -> str | None:
     """Train every unit; say which ones failed, if any did."""
     world = executor.world
     if world.rank > 0:
@@ -124,7 +125,7 @@ def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Conso
         world.barrier()
     dataset = with_start(dataset, executor, folder.path, console)
     units = list(recipe.units())
-    if together:
+    if executor.together:
         teller = board(sum(unit.standardized_epochs for unit in units), console)
     else:
         teller = reporter(recipe, speaks=world.rank == 0, console=console)

@@ -43,10 +43,13 @@ class Setting:
     """How many training images there are."""
     classes: int
     seed: int
+    replay_rng: bool = True
+    """Whether the passes of a step draw the same random numbers, which no CUDA graph can do."""
 
 
 _FROM_SETTING = frozenset(field.name for field in fields(Setting))
-_ALWAYS = frozenset({"rho", "model", "seed"})  # also where they have a default; `steps=1` is a number of climbs
+# also where they have a default; `steps=1` is a number of climbs
+_ALWAYS = frozenset({"rho", "model", "seed", "replay_rng"})
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,9 @@ class Contender:
     """The base optimizer that the contender *is*; None means that it wraps the recipe's base."""
     needs_momentum: bool = False
     """Whether it climbs along the base's momentum."""
+    capturable: bool = False
+    """Whether the device does the same at every step, so that a CUDA graph of one stands for all: the host decides
+    nothing, and nothing is drawn by the step's number."""
 
     @property
     def arguments(self) -> Mapping[str, type[Value]]:
@@ -150,18 +156,22 @@ def _bsam(base: Optimizer, *, rho: float, model: nn.Module, images: int, seed: i
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer: `build(parameters, lr, momentum, weight_decay)`, and whether momentum is its."""
+    """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`, and whether momentum is its."""
 
-    build: Callable[[Parameters, float, float, float], Optimizer]
+    build: Callable[..., Optimizer]
     has_momentum: bool
 
 
-def _sgd(parameters: Parameters, lr: float, momentum: float, weight_decay: float) -> Optimizer:
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay)
+def _sgd(parameters: Parameters, lr: float, momentum: float, weight_decay: float, *, on_gpu: bool = False) -> Optimizer:
+    fused = on_gpu or None
+    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
 
 
-def _adamw(parameters: Parameters, lr: float, momentum: float, weight_decay: float) -> Optimizer:
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay)
+def _adamw(
+    parameters: Parameters, lr: float, momentum: float, weight_decay: float, *, on_gpu: bool = False
+) -> Optimizer:
+    fused = on_gpu or None
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused, capturable=on_gpu)
 
 
 BASES: Mapping[str, Base] = MappingProxyType(
@@ -180,23 +190,31 @@ def _named(name: str, summary: str, **own: Any) -> Contender:
 
 CONTENDERS: Mapping[str, Contender] = MappingProxyType(
     {
-        "sgd": Contender("SGD", "plain SGD", _plain, passes=1, plain="sgd"),
-        "adamw": Contender("AdamW", "plain AdamW", _plain, passes=1, plain="adamw"),
-        "sam": _named("sam", "SAM around the base optimizer"),
-        "asam": _named("asam", f"climbs in proportion to the weights, at 10 x rho ({_PAPERS})", rho_factor=10.0),
+        "sgd": Contender("SGD", "plain SGD", _plain, passes=1, plain="sgd", capturable=True),
+        "adamw": Contender("AdamW", "plain AdamW", _plain, passes=1, plain="adamw", capturable=True),
+        "sam": _named("sam", "SAM around the base optimizer", capturable=True),
+        "asam": _named(
+            "asam", f"climbs in proportion to the weights, at 10 x rho ({_PAPERS})", rho_factor=10.0, capturable=True
+        ),
         "msam": _named(
             "msam",
             f"climbs against the momentum, in one pass, at 4 x rho ({_GUESS})",
             rho_factor=4.0,
             needs_momentum=True,
+            capturable=True,
         ),
         "rwp": _named("rwp", f"climbs at random, in one pass, at rho / 5 ({_PAPERS})", rho_factor=0.2),
         "mixed_rwp": _named(
             "mixed_rwp", f"mixes g with that of a random climb, at rho / 5 ({_PAPERS})", rho_factor=0.2
         ),
-        "fisher_sam": _named("fisher_sam", f"climbs in the Fisher metric, at 2 x rho ({_PAPERS})", rho_factor=2.0),
+        "fisher_sam": _named(
+            "fisher_sam", f"climbs in the Fisher metric, at 2 x rho ({_PAPERS})", rho_factor=2.0, capturable=True
+        ),
         "layerwise_sam": _named(
-            "layerwise_sam", f"climbs in each tensor by its own norm, at rho / 5 ({_PAPERS})", rho_factor=0.2
+            "layerwise_sam",
+            f"climbs in each tensor by its own norm, at rho / 5 ({_PAPERS})",
+            rho_factor=0.2,
+            capturable=True,
         ),
         "sparse_sam": _named(
             "sparse_sam", f"climbs where the Fisher information is largest, at 2 x rho ({_PAPERS})", rho_factor=2.0
@@ -211,13 +229,20 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
             "climbs with some weights, goes down with the samples that it raised most, at SAM's rho",
             driver=Sharpest,
         ),
-        "friendly_sam": _named("friendly_sam", "climbs along the batch's own part of the gradient, at SAM's rho"),
-        "vasso": _named("vasso", "climbs along a running mean of the gradient, at SAM's rho"),
-        "zsharp": _named("zsharp", "climbs along the gradient's outstanding entries, at SAM's rho"),
-        "sam_on": _named("sam_on", f"climbs with the normalisation layers only, at 2 x rho ({_GUESS})", rho_factor=2.0),
-        "gsam": _named("gsam", "goes down the surrogate gap too, at SAM's rho"),
-        "wsam": _named("wsam", "goes down SAM's gradient and beyond, at SAM's rho"),
-        "pgn": _named("pgn", f"penalises the gradient's norm, at 2 x rho ({_PAPERS})", rho_factor=2.0),
+        "friendly_sam": _named(
+            "friendly_sam", "climbs along the batch's own part of the gradient, at SAM's rho", capturable=True
+        ),
+        "vasso": _named("vasso", "climbs along a running mean of the gradient, at SAM's rho", capturable=True),
+        "zsharp": _named("zsharp", "climbs along the gradient's outstanding entries, at SAM's rho", capturable=True),
+        "sam_on": _named(
+            "sam_on",
+            f"climbs with the normalisation layers only, at 2 x rho ({_GUESS})",
+            rho_factor=2.0,
+            capturable=True,
+        ),
+        "gsam": _named("gsam", "goes down the surrogate gap too, at SAM's rho", capturable=True),
+        "wsam": _named("wsam", "goes down SAM's gradient and beyond, at SAM's rho", capturable=True),
+        "pgn": _named("pgn", f"penalises the gradient's norm, at 2 x rho ({_PAPERS})", rho_factor=2.0, capturable=True),
         "looksam": _named("looksam", "climbs at every k-th step and reuses that between, at SAM's rho"),
         "late_sam": _named(
             "late_sam", "plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho"
@@ -242,6 +267,7 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
             build=variants.sam,
             passes=lambda fraction, steps: 1 + steps * Fraction(fraction),
             driver=OnAFraction,
+            capturable=True,
         ),
         "micro_sam": _named(
             "micro_batches",

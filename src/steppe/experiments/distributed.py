@@ -18,11 +18,11 @@ from steppe.experiments.errors import ExperimentError
 if TYPE_CHECKING:  # a recipe names drivers, and drivers work in a world
     from steppe.experiments.recipes import Recipe
 
-__all__ = ["World", "join", "launched", "resolve"]
+__all__ = ["World", "filled", "has_bfloat16", "join", "launched", "resolve"]
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Say what `auto` means here: fill in the device and, on CPUs, the number of threads.
+    """Say what is left open here: the device, the precision, CUDA graphs and, on CPUs, the number of threads.
 
     Raises ExperimentError when the recipe asks for a GPU and there is none, or for layers that cannot work.
     """
@@ -32,13 +32,13 @@ def resolve(recipe: Recipe) -> Recipe:
             "or say --device cpu"
         )
     if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()):
-        return replace(recipe, device="cuda")
+        return filled(replace(recipe, device="cuda"))
     if launched() > 1 and recipe.norm == "batch":
         raise ExperimentError(
             "norm=batch in several processes on CPUs: each would normalise by its own part of the batch, and the "
             "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
         )
-    threads = recipe.threads or torch.get_num_threads()
+    threads = recipe.threads or 1  # then every machine of a kind has the same bits, and runs fit beside each other
     narrow = [width for width in recipe.widths or (recipe.width,) if width % 16]
     if recipe.channels_last and threads > 1 and narrow:
         raise ExperimentError(
@@ -47,7 +47,23 @@ def resolve(recipe: Recipe) -> Recipe:
             "multiple of 16 and that of images is odd). Say --threads 1, or a width that is a multiple of 16, or "
             "--no-channels-last"
         )
-    return replace(recipe, device="cpu", threads=threads)
+    return filled(replace(recipe, device="cpu", threads=threads))
+
+
+def filled(recipe: Recipe) -> Recipe:
+    """Say what is left open of precision and CUDA graphs, for a recipe whose device is known."""
+    on_gpu = recipe.device == "cuda"
+    amp = has_bfloat16(on_gpu=on_gpu) if recipe.amp is None else recipe.amp
+    return replace(recipe, amp=amp, cuda_graphs=on_gpu if recipe.cuda_graphs is None else recipe.cuda_graphs)
+
+
+def has_bfloat16(*, on_gpu: bool) -> bool:
+    """Whether this machine multiplies matrices in bfloat16 by itself; False where torch does not say."""
+    if on_gpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # of x86 alone: nobody has measured whether it is faster on others
+    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return ask is not None and bool(ask()) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def launched() -> int:

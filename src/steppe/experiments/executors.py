@@ -1,4 +1,4 @@
-"""Executors: where runs are trained. In this process, one after the other, or on Ray, several at a time."""
+"""Executors: where runs are trained. In this process, one after the other; in several; or on Ray."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
+from steppe.experiments import cpus
 from steppe.experiments.data import Dataset
 from steppe.experiments.distributed import World, join, launched, resolve
 from steppe.experiments.errors import ExperimentError
@@ -24,12 +25,14 @@ __all__ = ["Executor", "Here", "Job", "Outcome", "Where", "failures", "start"]
 
 @dataclass(frozen=True)
 class Where:
-    """Where the runs are trained; no run's result depends on it, as long as its number of CPU threads is the same."""
+    """Where the runs are trained, and how many at a time; no run's result depends on it."""
 
     on: Literal["here", "ray"] = "here"
-    """here: in this process, one run after the other. ray: as many runs at a time as there is room for (needs the ray
-    extra). Give --threads for the same bits in both: without it, a run takes torch's number of CPU threads here, and
-    as many as --cpus-per-run on Ray."""
+    """here: on this machine. ray: on all machines of a Ray cluster, or on this one's CPUs and GPUs, as many runs at a
+    time as there is room for (needs the ray extra)."""
+    runs_at_once: int | None = None
+    """Runs at a time on this machine, each in a process of its own; by default as many as its CPUs have room for, and 1
+    on a GPU. 1 trains one after the other, in this process."""
     ray_address: str | None = None
     """A Ray cluster; by default $RAY_ADDRESS, else a Ray on this machine for the length of the command. All machines
     must see the run folder under the same path."""
@@ -39,6 +42,15 @@ class Where:
     """GPUs that Ray sets aside for a run, 0.5 for two runs on each; by default 1 where the runs train on GPUs."""
 
     def __post_init__(self) -> None:
+        if self.runs_at_once is not None and self.runs_at_once < 1:
+            raise ValueError(
+                f"runs_at_once={self.runs_at_once}: the runs that are trained at a time must be at least 1"
+            )
+        if self.runs_at_once is not None and self.on == "ray":
+            raise ValueError(
+                f"runs_at_once={self.runs_at_once}: Ray trains as many runs as its machines have room for: say how "
+                "much a run takes, by --cpus-per-run or --gpus-per-run"
+            )
         if self.cpus_per_run is not None and self.cpus_per_run < 1:
             raise ValueError(f"cpus_per_run={self.cpus_per_run}: the CPUs of a run must be at least 1")
         if self.gpus_per_run is not None and not self.gpus_per_run >= 0:
@@ -66,6 +78,8 @@ class Executor(ABC):
 
     recipe: Recipe
     world: World
+    together = False
+    """Whether several runs may be in progress at a time."""
 
     @abstractmethod
     def run(
@@ -101,12 +115,22 @@ class Here(Executor):
 
 
 @contextmanager
-def start(recipe: Recipe, where: Where, console: Console) -> Iterator[Executor]:
-    """Set up what trains `recipe`, for the length of the context."""
+def start(recipe: Recipe, where: Where, console: Console, *, most: int | None = None) -> Iterator[Executor]:
+    """Set up what trains `recipe`, for the length of the context; `most` is how many runs there are to train at a time.
+
+    Raises ExperimentError when that cannot be had here.
+    """
     if where.on == "here":
         recipe = resolve(recipe)
+        at_once = _at_once(recipe, where, most)
         with join(recipe) as world:
-            yield Here(recipe, world)
+            if at_once == 1:
+                yield Here(recipe, world)
+                return
+            from steppe.experiments.processes import Processes  # which is an executor itself
+
+            with Processes(recipe, at_once, console) as processes:
+                yield processes
         return
     if launched() > 1:
         raise ExperimentError(
@@ -116,6 +140,20 @@ def start(recipe: Recipe, where: Where, console: Console) -> Iterator[Executor]:
 
     with OnRay(recipe, where, console) as executor:
         yield executor
+
+
+def _at_once(recipe: Recipe, where: Where, most: int | None) -> int:
+    """How many runs of a resolved recipe to train at a time on this machine."""
+    said = where.runs_at_once
+    if launched() > 1:
+        if said not in (None, 1):
+            raise ExperimentError(
+                f"--runs-at-once {said} under torchrun: its processes train one run together. Leave one of them out"
+            )
+        return 1
+    if said is None:
+        said = 1 if recipe.device == "cuda" else max(1, cpus.available() // (recipe.threads or 1))
+    return said if most is None else min(said, most)
 
 
 def failures(outcomes: Iterable[Outcome]) -> str | None:

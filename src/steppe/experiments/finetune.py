@@ -110,7 +110,7 @@ def pretraining(recipe: Recipe) -> Recipe:
 
 _SHARED = (
     *("width", "stem_stride", "norm", "device", "amp", "channels_last", "compile", "threads"),
-    "checkpoint_seconds",
+    *("cuda_graphs", "checkpoint_seconds"),
 )
 
 

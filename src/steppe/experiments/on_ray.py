@@ -6,64 +6,34 @@ import math
 import os
 import signal
 import threading
-import time
-import uuid
-from collections.abc import Generator, Iterable, Iterator
-from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
-from pathlib import Path
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Self
 
-import torch
 from rich.console import Console
 
 from steppe.experiments.data import Dataset
-from steppe.experiments.distributed import World, join, resolve
+from steppe.experiments.distributed import filled, has_bfloat16, resolve
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.executors import Executor, Job, Outcome, Where
-from steppe.experiments.folder import RunFolder
-from steppe.experiments.progress import Reporter, TensorBoard, Together
+from steppe.experiments.executors import Where
 from steppe.experiments.recipes import Recipe
-from steppe.experiments.relay import Listener, Teller
-from steppe.experiments.stopping import Stop, Stopped
-from steppe.experiments.training import train
+from steppe.experiments.workers import TICK, Died, Task, Workers, work
 
 __all__ = ["OnRay"]
 
-_RETRIES = 3
-_TICK = 0.25  # seconds between two looks at the runs
-_PATIENCE = 60.0  # seconds that a worker waits for another one, of a session that was killed, to let go of the run
 
-
-@dataclass(frozen=True)
-class _Task:
-    """What a worker gets."""
-
-    job: Job
-    stop: Path
-    """A file that appears when the runs shall stop."""
-    tensorboard: Path | None
-    interval: float
-    torch: str
-
-
-@dataclass
-class _Running:
-    job: Job
-    task: _Task
-    listener: Listener
-    retries: int = 0
-
-
-class OnRay(Executor):
+class OnRay(Workers[Any]):
     """Hands jobs to Ray, as many at a time as its machines have room for. Use it as a context manager."""
 
     def __init__(self, recipe: Recipe, where: Where, console: Console) -> None:
-        self.recipe, self.world = recipe, World(torch.device("cpu"))
-        self._where, self._console = where, console
+        super().__init__(recipe, console)
+        self._where = where
         self._cpus, self._gpus = 1, 0.0
         self._stack = ExitStack()
+        self._data: Any = None
+        self._work: Any = None
 
     def __enter__(self) -> Self:
         try:
@@ -86,58 +56,32 @@ class OnRay(Executor):
         """Leave Ray; one that was started for this command ends."""
         self._stack.close()
 
-    def run(
-        self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
-    ) -> Generator[Outcome, None, None]:
-        """Train the jobs."""
-        stopping = control.absolute() / f".stop-{uuid.uuid4().hex[:12]}"
+    def _share(self, data: Dataset) -> None:
         # workers need no copy of the data set on their machine, and cannot have another one
-        shared = self._ray.put(data)
-        work = self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0)(_work)
-        todo, running, more = iter(jobs), dict[Any, _Running](), True
+        self._data, self._work = self._ray.put(data), self._remote(work)
+
+    def _begin(self, task: Task) -> Any:
+        return self._work.remote(task, self._data)
+
+    def _wait(self, running: Sequence[Any]) -> list[Any]:
+        done: list[Any] = self._ray.wait(list(running), timeout=TICK)[0]
+        return done
+
+    def _end(self, worker: Any) -> str | None:
         try:
-            while True:
-                while more and not stop and len(running) < self._room():
-                    if (job := next(todo, None)) is None:
-                        more = False
-                        break
-                    task = self._task(job, control, stopping, reporter)
-                    listener = Listener(job.unit, job.folder, reporter)
-                    running[work.remote(task, shared)] = _Running(job, task, listener)
-                if not running:
-                    if stop or not more:
-                        break
-                    time.sleep(_TICK)  # all of its machines are gone: others may come
-                    continue
-                if stop:
-                    stopping.touch()
-                done, _ = self._ray.wait(list(running), timeout=_TICK)
-                for one in running.values():
-                    one.listener.poll()
-                for reference in done:
-                    one = running.pop(reference)
-                    try:
-                        error = self._ray.get(reference)
-                    except self._ray.exceptions.RayTaskError:
-                        raise  # a mistake in the program, with the worker's traceback
-                    except self._ray.exceptions.RayError as died:
-                        if one.retries < _RETRIES and not stop:
-                            self._tell_of_retry(one, died)
-                            again = replace(one, retries=one.retries + 1)
-                            running[work.remote(one.task, shared)] = again
-                            continue
-                        error = _died(one, died)
-                    one.listener.poll()  # its last words may have come between the look and the end
-                    one.listener.close()
-                    if error != _STOPPED:
-                        yield Outcome(one.job, error)
-        finally:
-            for reference in running:  # who asked wants no more of them; their checkpoints are whole
-                with suppress(Exception):
-                    self._ray.cancel(reference, force=True)
-            stopping.unlink(missing_ok=True)
-        if stop:
-            raise Stopped(stop.signal)
+            result: str | None = self._ray.get(worker)
+        except self._ray.exceptions.RayTaskError:
+            raise  # a mistake in the program, with the worker's traceback
+        except self._ray.exceptions.RayError as died:
+            raise Died(_reason(died)) from died
+        return result
+
+    def _drop(self, worker: Any) -> None:
+        self._ray.cancel(worker, force=True)
+
+    def _remote(self, function: Callable[..., Any]) -> Any:
+        """The function as Ray does it, with what a run takes."""
+        return self._ray.remote(num_cpus=self._cpus, num_gpus=self._gpus, max_retries=0)(function)
 
     def _connect(self) -> None:
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # nobody asked for reports to Ray's makers
@@ -163,16 +107,17 @@ class OnRay(Executor):
             device = "cuda" if where.gpus_per_run != 0 and self._most("GPU") > 0 else "cpu"
         self._gpus = (1.0 if device == "cuda" else 0.0) if where.gpus_per_run is None else where.gpus_per_run
         self._cpus = where.cpus_per_run or recipe.threads or 1
-        if device == "cuda":
-            self.recipe = replace(recipe, device="cuda")
-        else:
-            self.recipe = resolve(replace(recipe, device="cpu", threads=recipe.threads or self._cpus))
         if not self._room():
             most = f"{self._most('CPU'):g} CPUs and {self._most('GPU'):g} GPUs"
             raise ExperimentError(
                 f"a run takes {self._cpus} CPUs and {self._gpus:g} GPUs, and the largest of Ray's machines has {most}, "
                 "so it would wait for ever: lower --cpus-per-run (or --threads) or --gpus-per-run"
             )
+        if recipe.amp is None:  # this machine may have other instructions than those that train
+            amp = self._ray.get(self._remote(has_bfloat16).remote(on_gpu=device == "cuda"))
+            recipe = replace(recipe, amp=amp)
+        recipe = replace(recipe, device=device)
+        self.recipe = filled(recipe) if device == "cuda" else resolve(recipe)
 
     def _machines(self) -> list[dict[str, float]]:
         return [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
@@ -188,76 +133,6 @@ class OnRay(Executor):
             for machine in self._machines()
         )
 
-    def _task(self, job: Job, control: Path, stopping: Path, reporter: Reporter) -> _Task:
-        board = control.absolute() / "tensorboard" if self.recipe.tensorboard else None
-        job = replace(job, folder=job.folder.absolute())
-        return _Task(job, stopping, board, reporter.interval, torch.__version__)
-
-    def _tell_of_retry(self, one: _Running, died: Exception) -> None:
-        self._console.print(
-            f"{one.job.unit.name}: its worker died ({_reason(died)}); it goes on from its checkpoint in another, "
-            f"retry {one.retries + 1} of {_RETRIES}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
-        )
-
-
-_STOPPED = "stopped"
-
-
-def _work(task: _Task, data: Dataset) -> str | None:
-    """Train a job in a worker; return why it could not be trained, `_STOPPED`, or None."""
-    try:
-        if task.torch != torch.__version__:
-            raise ExperimentError(
-                f"a worker has torch {torch.__version__} and the command {task.torch}, so its results could differ: "
-                "install the same version on all of Ray's machines"
-            )
-        with _alone(task.job.folder), join(task.job.unit.recipe) as world:
-            reporter: Reporter = Teller(task.job.folder, task.interval)
-            if task.tensorboard is not None:
-                reporter = Together(reporter, TensorBoard(task.tensorboard))
-            with reporter:
-                train(task.job.unit, task.job.folder, data.to(world.device), world, reporter, _Asked(task.stop))
-    except Stopped:
-        return _STOPPED
-    except ExperimentError as error:
-        return str(error)
-    except OSError as error:
-        return f"{error.strerror}: {error.filename}" if error.filename else str(error)
-    return None
-
-
-class _Asked(Stop):
-    """Whether a file is there; looked for now and then only, since it may lie on another machine."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._path, self._looked = path, -math.inf
-
-    def __bool__(self) -> bool:
-        if not self.signal and time.monotonic() - self._looked > _TICK:
-            self._looked = time.monotonic()
-            self.signal = signal.SIGINT if self._path.exists() else 0
-        return self.signal != 0
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Hold a run's folder; the worker of a session that was killed may need a moment to let go of it."""
-    end = time.monotonic() + _PATIENCE
-    with ExitStack() as stack:
-        while True:
-            try:
-                stack.enter_context(RunFolder(folder).locked())
-                break
-            except ExperimentError:
-                if time.monotonic() > end:
-                    raise
-                time.sleep(_TICK)
-        yield
-
 
 @contextmanager
 def _signals_kept() -> Iterator[None]:
@@ -268,14 +143,6 @@ def _signals_kept() -> Iterator[None]:
     finally:
         if threading.current_thread() is threading.main_thread():  # elsewhere Ray could not change it
             signal.signal(signal.SIGTERM, before)
-
-
-def _died(one: _Running, died: Exception) -> str:
-    return (
-        f"{one.job.unit.name} did not finish: its worker died {one.retries + 1} times, the last time because "
-        f"{_reason(died)}. Its checkpoint is kept, and the same command goes on; if memory is short, let fewer run at "
-        "a time with a larger --cpus-per-run"
-    )
 
 
 def _reason(died: Exception) -> str:

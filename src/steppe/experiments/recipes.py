@@ -38,6 +38,7 @@ LATER: Mapping[str, Any] = MappingProxyType(
         "widths": (),
         "flatness_every": None,
         "flatness_samples": 256,
+        "cuda_graphs": False,
     }
 )
 """Fields that are younger than the run folders that there may be, with the values that these were made with."""
@@ -113,14 +114,17 @@ class Recipe:
     """Training images that they are measured on, drawn by the run's seed, in evaluation mode."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to train; auto takes a GPU when there is one."""
-    amp: bool = False
-    """Compute in bfloat16 where it is safe (autocast); the weights stay float32."""
+    amp: bool | None = None
+    """Compute in bfloat16 where it is safe (autocast); the weights stay float32. By default where the machine has
+    instructions for it."""
     channels_last: bool = False
     """Keep images and convolutions in the channels-last layout: faster on most machines."""
     compile: bool = False
     """Compile the network with torch.compile. Runs that are resumed may then differ in the last bits."""
+    cuda_graphs: bool | None = None
+    """Capture training steps as CUDA graphs, where the method allows it; by default on a GPU."""
     threads: int | None = None
-    """CPU threads; by default as many as torch takes. Results differ in the last bits with their number."""
+    """CPU threads of a run; by default 1. Results differ in the last bits with their number."""
     checkpoint_seconds: float = 60.0
     """Seconds from one checkpoint within an epoch to the next; there is always one at an epoch's end."""
     tensorboard: bool = False
@@ -290,7 +294,6 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
                 width=64,
                 stem_stride=1,
                 momentum=0.0,
-                channels_last=False,
             ),
             "The article's experiment: PreAct ResNet-18 on the whole of Fashion-MNIST, 150 standardized epochs and "
             "50 further ones of SAM: work for a GPU. The article does not give the batch size: 128 is ours.",
@@ -306,9 +309,10 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
                 momentum=0.9,
                 batch_size=32,
                 epochs=20,
-                # one thread: so narrow a network is not faster on two, and every machine has the same bits. And not
-                # channels_last: with several threads, torch 2.13's backward of a strided 1x1 convolution writes beyond
-                # its memory in that layout, when the number of channels is no multiple of 16 and that of images odd
+                # float32 and one thread: every machine has the same bits. And not channels_last: with several threads,
+                # torch 2.13's backward of a strided 1x1 convolution writes beyond its memory in that layout, when the
+                # number of channels is no multiple of 16 and that of images odd
+                amp=False,
                 channels_last=False,
                 threads=1,
             ),
@@ -329,11 +333,12 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
                 epochs=120,
                 eval_every=20,
                 flatness_every=120,
-                channels_last=False,  # as in finetune, and one thread for the same reasons
+                amp=False,  # all three as in finetune, for the same reasons
+                channels_last=False,
                 threads=1,
             ),
             "Widths from below to beyond the interpolation threshold, on labels of which a fifth are wrong: errors and "
-            "sharpness over the number of parameters. --on ray trains two runs at a time on two CPU cores.",
+            "sharpness over the number of parameters.",
         ),
     }
 )

@@ -23,6 +23,7 @@ _FIXED = frozenset(
         *("name", "dataset", "data_dir", "methods", "rho", "epochs", "extra_epochs", "seeds", "first_seed"),
         *("eval_every", "device", "amp", "channels_last", "compile", "threads", "checkpoint_seconds", "tensorboard"),
         *("out", "width", "stem_stride", "norm", "base", "label_noise", "flatness_every", "flatness_samples"),
+        "cuda_graphs",
     }
 )
 

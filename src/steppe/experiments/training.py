@@ -26,6 +26,7 @@ from steppe.experiments.evaluation import Record, evaluate, write_records
 from steppe.experiments.few_shot import few_shot
 from steppe.experiments.files import write_atomically
 from steppe.experiments.folder import CHECKPOINT, METRICS
+from steppe.experiments.graphs import Graphs, Step, recorder
 from steppe.experiments.models import preact_resnet18
 from steppe.experiments.noise import mislabelled
 from steppe.experiments.progress import Reporter
@@ -59,7 +60,9 @@ class Run:
         if recipe.compile:
             self.model.compile(dynamic=False)
         trained = network.groups(recipe.head_lr) if isinstance(network, FineTuned) else network.parameters()
-        base = BASES[recipe.base].build(trained, recipe.lr, recipe.base_momentum, recipe.weight_decay)
+        on_gpu = world.device.type == "cuda"
+        base = BASES[recipe.base].build(trained, recipe.lr, recipe.base_momentum, recipe.weight_decay, on_gpu=on_gpu)
+        self._recorder = recorder(unit, world)
         setting = Setting(
             rho=unit.spec.rho(recipe.rho),
             model=network,
@@ -67,10 +70,12 @@ class Run:
             images=self.images,
             classes=len(CLASSES),
             seed=unit.seed,
+            replay_rng=self._recorder is None,
         )
         self.optimizer = unit.spec.optimizer(base, setting)
         _check(unit, self.optimizer)
         self.driver = unit.spec.driver(self.optimizer, setting)
+        self._take = self._way()
         self.epoch = 0
         """Finished epochs."""
         self.batch = 0
@@ -111,17 +116,19 @@ class Run:
     def due(self) -> list[int]:
         """The points of the grid that the compute has reached since the last measurement."""
         last = self.records[-1].standardized_epoch if self.records else 0
-        return [point for point in self._grid if point > last and self.spent >= point * self.images]
+        reached = self.spent // self.images
+        return [point for point in self._grid if last < point <= reached]
 
     def autocast(self) -> AbstractContextManager[object]:
         """The precision of a forward pass."""
-        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=self.unit.recipe.amp)
+        # a graph must not find copies of the weights that were made outside of it
+        cached = self._recorder is None
+        amp = bool(self.unit.recipe.amp)
+        return torch.autocast(self.world.device.type, torch.bfloat16, enabled=amp, cache_enabled=cached)
 
     def step(self, batch: Batch) -> Tensor:
         """Take one optimizer step; return the loss at w as the mean over this process's share of the batch."""
-        forward = Forward(self.model, batch, self.world, self.autocast)
-        loss = self.driver.step(forward, batch).detach()
-        cost = forward.cost()
+        loss, cost = self._take(batch)
         if not cost:
             raise RuntimeError(
                 f"{type(self.driver).__name__} took a step without evaluating the network through the `forward` it was "
@@ -131,6 +138,16 @@ class Run:
         self.steps += 1
         self.epoch, self.batch = divmod(self.epoch * self.batches + self.batch + 1, self.batches)
         return loss
+
+    def _way(self) -> Callable[[Batch], Step]:
+        if self._recorder is None:
+            return self._launch
+        return Graphs(self._launch, self.optimizer, self._recorder)
+
+    def _launch(self, batch: Batch) -> Step:
+        forward = Forward(self.model, batch, self.world, self.autocast)
+        loss = self.driver.step(forward, batch).detach()
+        return Step(loss, forward.cost())
 
     def measure(self, pause: Callable[[], None]) -> list[Record]:
         """Measure the network on both splits, for every point of the grid that is due."""
@@ -185,6 +202,7 @@ class Run:
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.driver.load_state_dict(state["driver"])
+        self._take = self._way()  # a graph writes to the tensors that were there before
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)

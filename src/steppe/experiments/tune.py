@@ -8,6 +8,7 @@ import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from statistics import fmean
 from typing import Any, Literal
@@ -48,9 +49,11 @@ class Options:
     trials: int | None = None
     """Trials of each contender; by default 20, or the whole of a grid. Raise it later to add some."""
     sampler: Sampler = "tpe"
-    """tpe looks where earlier trials were good; random does not; grid tries all combinations of values."""
+    """tpe looks where earlier trials were good, so it trains one at a time, unless told otherwise by --runs-at-once or
+    --on ray; random does not; grid tries all combinations of values."""
     sampler_seed: int = 0
-    """Seed of what is tried. In one process the same seed tries the same values, also when it was interrupted."""
+    """Seed of what is tried. The same seed tries the same values, also when it was interrupted; with tpe, as long as
+    one trial is trained at a time."""
     objective: Literal["accuracy", "loss"] = "accuracy"
     """What is best: the highest validation accuracy, or the lowest validation loss, after the last epoch."""
     hold_out: int = 6
@@ -91,7 +94,10 @@ def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Cons
     recipe, path = settled(recipe, console), folder(recipe)
     # trials may have the same units, whose logs would be written over each other
     plain = replace(recipe, tensorboard=False)
-    with start(plain, where, console) as executor, opened(options.storage, _made(path)) as storage:
+    with (
+        start(plain, where, console, most=recipe.seeds if _in_turn(options, where) else None) as executor,
+        opened(options.storage, _made(path)) as storage,
+    ):
         found = spaces(executor.recipe, options.search, baseline=options.baseline)
         with guarded(path):
             run = _claim(path, recipe, executor.recipe, options)
@@ -114,7 +120,7 @@ def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Cons
         held_out = hold_out(data.load(recipe.dataset, recipe.data_dir), options.hold_out)
         held_out = with_start(held_out, executor, path, console)
         try:
-            _train(executor, studies, held_out, path, options, console)
+            _train(executor, studies, held_out, path, options, console, in_turn=_in_turn(options, where))
         finally:
             with guarded(path):
                 _keep(path, studies)
@@ -168,8 +174,23 @@ class _Open:
     errors: list[str]
 
 
+def _in_turn(options: Options, where: Where) -> bool:
+    """Whether a trial waits for the one before, and only its own runs share the machine.
+
+    tpe proposes by what is known, so that with several in progress what it tries would depend on who ends first.
+    """
+    return options.sampler == "tpe" and where.on == "here" and where.runs_at_once is None
+
+
 def _train(
-    executor: Executor, studies: Sequence[Study], held_out: data.Dataset, path: Path, options: Options, console: Console
+    executor: Executor,
+    studies: Sequence[Study],
+    held_out: data.Dataset,
+    path: Path,
+    options: Options,
+    console: Console,
+    *,
+    in_turn: bool,
 ) -> None:
     in_progress: dict[Path, _Open] = {}
     seeds, epochs = executor.recipe.seeds, executor.recipe.epochs
@@ -177,16 +198,18 @@ def _train(
     teller = board(max(0, left) * seeds * epochs, console, "validation")
     try:
         with teller, on_signals() as stop:
-            jobs = _jobs(studies, path, in_progress)
-            with closing(executor.run(jobs, held_out, path, teller, stop)) as outcomes:
-                for outcome in outcomes:
-                    _finish(outcome, in_progress, options)
+            trials = _trials(studies, path, in_progress)
+            for jobs in trials if in_turn else [chain.from_iterable(trials)]:
+                with closing(executor.run(jobs, held_out, path, teller, stop)) as outcomes:
+                    for outcome in outcomes:
+                        _finish(outcome, in_progress, options)
     finally:
         for one in in_progress.values():
             one.trial.lock.close()
 
 
-def _jobs(studies: Sequence[Study], path: Path, in_progress: dict[Path, _Open]) -> Iterator[Job]:
+def _trials(studies: Sequence[Study], path: Path, in_progress: dict[Path, _Open]) -> Iterator[list[Job]]:
+    """Take one trial after the other, and give its runs."""
     for study in studies:
         while True:
             with guarded(path):
@@ -196,7 +219,7 @@ def _jobs(studies: Sequence[Study], path: Path, in_progress: dict[Path, _Open]) 
             jobs = [Job(unit, trial.folder.unit(unit)) for unit in trial.recipe.units()]
             folders = {job.folder for job in jobs}  # two trials may have the same units: they differ in these
             in_progress.update(dict.fromkeys(folders, _Open(study, trial, folders, [])))
-            yield from jobs
+            yield jobs
 
 
 def _finish(outcome: Outcome, in_progress: dict[Path, _Open], options: Options) -> None:

@@ -1,0 +1,31 @@
+"""How many CPUs this process may use: a container or a batch system often gives fewer than the machine has."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+__all__ = ["available"]
+
+
+def available(groups: Path = Path("/sys/fs/cgroup")) -> int:
+    """The CPUs that this process may run on, less what a limit on its share takes away; at least 1.
+
+    `groups` is where Linux keeps such limits, of either version of its control groups.
+    """
+    # Python 3.13 has os.process_cpu_count
+    allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(allowed, int(_share(groups))))
+
+
+def _share(groups: Path) -> float:
+    """The limit in CPUs; as good as none where there is none."""
+    try:
+        if (both := groups / "cpu.max").exists():
+            quota, period = both.read_text().split()
+        else:
+            quota, period = ((groups / "cpu" / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
+        share = float(quota) / float(period)
+    except (OSError, ValueError, ZeroDivisionError):  # no Linux, or "max"
+        return 1e9
+    return share if share > 0 else 1e9

@@ -1,0 +1,233 @@
+"""Steps by graphs are the steps without: rehearsed on a CPU, with a recorder that does what a CUDA graph does."""
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, TypeVar
+
+import pytest
+import torch
+from test_drivers import StopAfter
+from tiny import CPU, dataset, recipe, run
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_flatten, tree_leaves
+
+from steppe.experiments import graphs, training
+from steppe.experiments.batches import Batch, batches, order
+from steppe.experiments.contenders import BASES, CONTENDERS, Base
+from steppe.experiments.data import Dataset
+from steppe.experiments.distributed import World
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.evaluation import evaluate
+from steppe.experiments.graphs import Graphs, recorder
+from steppe.experiments.recipes import Unit
+from steppe.experiments.stopping import Stopped
+from steppe.experiments.training import Run, _network
+
+T = TypeVar("T")
+CAPTURABLE = [name for name, contender in CONTENDERS.items() if contender.capturable]
+
+
+def places(values: object) -> dict[int, Tensor]:
+    return {t.untyped_storage().data_ptr(): t for t in tree_leaves(values) if isinstance(t, Tensor)}
+
+
+class Recording(TorchDispatchMode):
+    """Every operation below autograd, with its tensors; and what the tensors from outside were before it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operations: list[tuple[Any, ...]] = []
+        self.inside: dict[int, Tensor] = {}
+        self.outside: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        given = places((args, kwargs))
+        for place, tensor in given.items():
+            if place not in self.inside and place not in self.outside:
+                whole = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+                self.outside[place] = whole, whole.clone()
+        out = func(*args, **kwargs)
+        new = {place: t for place, t in places(out).items() if place not in given}
+        self.inside |= new
+        self.operations.append((func, args, kwargs, out, set(new)))
+        return out
+
+
+class StandIn:
+    """Records on a CPU: a recording leaves all tensors as they were, and a replay is operations and no Python."""
+
+    made: list["StandIn"]
+
+    def __init__(self, device: torch.device) -> None:
+        self.warmed, self.recorded, self.replayed = 0, 0, 0
+        type(self).made.append(self)
+
+    def warm(self, work: Callable[[], T]) -> T:
+        self.warmed += 1
+        return work()
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        self.recorded += 1
+        with Recording() as recording:
+            result = work()
+        for tensor, before in recording.outside.values():
+            tensor.copy_(before)
+
+        def replay() -> None:
+            self.replayed += 1
+            with torch._C._AutoDispatchBelowAutograd():
+                for func, args, kwargs, out, new in recording.operations:
+                    found = tree_leaves(func(*args, **kwargs))
+                    for target, value in zip(tree_leaves(out), found, strict=True):
+                        if isinstance(target, Tensor) and target.untyped_storage().data_ptr() in new:
+                            target.data.copy_(value)
+
+        return result, replay
+
+
+def fused_adamw(parameters, lr: float, momentum: float, weight_decay: float, *, on_gpu: bool) -> torch.optim.AdamW:
+    """As on a GPU: the plain one on a CPU reads its step counter on the host."""
+    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
+    StandIn.made = []
+    monkeypatch.setattr(training, "_network", small)
+    monkeypatch.setattr(training, "BASES", {**BASES, "adamw": Base(fused_adamw, has_momentum=False)})
+    monkeypatch.setattr(graphs, "RECORDERS", {"cpu": StandIn})
+    return StandIn
+
+
+def unit(method: str, **fields: object) -> Unit:
+    base = "adamw" if method == "adamw" else "sgd"
+    given = {"base": base, "epochs": 8, "eval_every": 2, "cuda_graphs": True, **fields}
+    return next(recipe(methods=(method,), **given).units())
+
+
+def small(unit: Unit, data: Dataset) -> nn.Module:
+    """A network with all kinds of layers that the real one has."""
+    convolution = nn.Conv2d(1, 4, 3, stride=3, bias=False)
+    return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9 * 9, 10))
+
+
+def one_by_one(given: Unit) -> Unit:
+    return dataclasses.replace(given, recipe=dataclasses.replace(given.recipe, cuda_graphs=False))
+
+
+def kept(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint holds, without the times and without whose it is."""
+    state = torch.load(folder / "checkpoint.pt", weights_only=True)
+    state["records"] = [
+        {k: v for k, v in r.items() if not k.startswith(("seconds", "images"))} for r in state["records"]
+    ]
+    return {k: v for k, v in state.items() if k not in ("owner", "seconds")}
+
+
+def assert_same(found: Any, wanted: Any) -> None:
+    (ours, shape), (theirs, other) = tree_flatten(found), tree_flatten(wanted)
+    assert shape == other
+    assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
+
+
+@pytest.mark.parametrize("method", CAPTURABLE)
+def test_graphs_take_the_same_steps(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
+    """Two sizes of batch, a measurement between replays, and all that the checkpoint knows."""
+    given = unit(method)
+    run(one_by_one(given), tmp_path / "eager")
+    assert not stand_in.made
+    records = run(given, tmp_path / "graphs")
+    (recorder,) = stand_in.made
+    assert (recorder.warmed, recorder.recorded) == (6, 2)
+    assert recorder.replayed == records[-1].steps - 6
+    assert_same(kept(tmp_path / "graphs"), kept(tmp_path / "eager"))
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam:fraction=0.5", "friendly_sam"])
+def test_a_stopped_run_goes_on_with_graphs(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
+    given = unit(method, checkpoint_seconds=0)
+    run(one_by_one(given), tmp_path / "eager")
+    for steps in (2, 9):  # before the first graph, and after replays in the middle of an epoch
+        with pytest.raises(Stopped):
+            run(given, tmp_path / "graphs", stop=StopAfter(steps))
+    run(given, tmp_path / "graphs")
+    assert [bool(recorder.replayed) for recorder in stand_in.made] == [False, True, True]
+    assert_same(kept(tmp_path / "graphs"), kept(tmp_path / "eager"))
+
+
+def test_the_real_network_under_autocast(
+    tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training, "_network", _network)
+    given = unit("sam", amp=True, channels_last=True, epochs=4)
+    run(one_by_one(given), tmp_path / "eager")
+    run(given, tmp_path / "graphs")
+    assert stand_in.made[0].replayed
+    assert_same(kept(tmp_path / "graphs"), kept(tmp_path / "eager"))
+
+
+def test_a_further_size_and_a_look_between(stand_in: type[StandIn]) -> None:
+    """A few steps of a size that has no graph, amid replays; measuring changes modes and runs other shapes."""
+    weights, losses = [], []
+    for given in (unit("sam"), one_by_one(unit("sam"))):
+        moving, train = Run(given, dataset(), CPU), dataset().train
+        cut = [0, *range(7, 71, 8)]  # of 7 and of 8
+        found: list[float] = []
+        for epoch in range(4):
+            indices = order(71, 0, epoch)
+            parts = [indices[a:b] for a, b in pairwise(cut)] + [indices[:3]]
+            found += [float(moving.step(Batch(train, part, len(part), epoch))) for part in parts]
+            evaluate(moving.network, dataset().test, CPU, moving.autocast, lambda: None)
+        losses.append(found)
+        weights.append(moving.network.state_dict())
+    assert (stand_in.made[0].warmed, stand_in.made[0].recorded) == (9, 3)
+    assert losses[0] == losses[1]
+    assert_same(*weights)
+
+
+def test_the_step_counter_is_that_of_all_steps(stand_in: type[StandIn]) -> None:
+    moving = Run(unit("sam"), dataset(), CPU)
+    for epoch in range(3):
+        for batch in batches(dataset().train, 16, order(72, 0, epoch), CPU, epoch=epoch):
+            moving.step(batch)
+    assert moving.steps == 15
+    assert [group["sam_step"] for group in moving.optimizer.state_dict()["param_groups"]] == [15]
+    assert moving.spent == 15 / 5 * 2 * 72
+
+
+def test_who_gets_graphs(stand_in: type[StandIn]) -> None:
+    assert recorder(unit("sam"), CPU) is not None
+    assert recorder(unit("sam", cuda_graphs=True), CPU) is not None
+    assert recorder(unit("sam", cuda_graphs=False), CPU) is None
+    assert recorder(unit("sam"), World(CPU.device, 0, 2)) is None
+    assert recorder(unit("sam", backbone="timm:resnet18"), CPU) is None
+    for host in ("looksam", "late_sam", "aesam", "rwp", "sparse_sam", "mesa"):
+        assert recorder(unit(host), CPU) is None
+
+
+def test_no_graphs_on_a_cpu() -> None:
+    assert recorder(unit("sam"), CPU) is None
+
+
+def test_a_capture_that_fails_says_what_to_do() -> None:
+    def record(work: Callable[[], T]) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing.\nmore")
+
+    def take(batch: Batch) -> None:
+        steps.append(len(batch))
+
+    steps: list[int] = []
+    by_graphs = Graphs(
+        take, torch.optim.SGD([torch.zeros(1)]), SimpleNamespace(warm=lambda work: work(), record=record)
+    )
+    batch = next(batches(dataset().train, 16, order(72, 0, 0), CPU))
+    for _ in range(3):
+        by_graphs(batch)
+    with pytest.raises(ExperimentError, match=r"stream is capturing\): say --no-cuda-graphs"):
+        by_graphs(batch)
+    assert len(steps) == 3
