@@ -260,6 +260,32 @@ def test_a_capture_is_done_without_generators_or_refused(monkeypatch):
             one_step(steppe.variants.looksam(base, replay_rng=False), params, "passes")
 
 
+def test_a_graph_for_each_kind_of_step(monkeypatch):
+    monkeypatch.setattr(steppe.sam, "_is_capturing", lambda parameter: True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
+        base = torch.optim.AdamW(params, lr=0.1, fused=True)
+        optimizer = SAM(base, rho=0.1, cadence=steppe.Every(3), replay_rng=False)
+        climbed = []
+        for step in range(7):
+            kind = optimizer.climbs_next
+            if step in (3, 4):  # two replays: the device does what the captured steps did, and the host counts
+                optimizer.replayed()
+            else:
+                before = optimizer._engine.steps
+                with optimizer.recording():
+                    one_step(optimizer, params, "passes")
+                assert optimizer._engine.steps == before + 1
+            climbed.append(kind)
+        assert climbed == [True, False, False, True, False, False, True]
+        with pytest.raises(RuntimeError, match=r"capture with Every\(k=3\).*recording"):
+            one_step(optimizer, params, "passes")
+        by_gradient = steppe.variants.aesam(base, steps=10, replay_rng=False)
+        assert by_gradient.climbs_next is None
+        with pytest.raises(RuntimeError, match="gradient at w"), by_gradient.recording():
+            pass
+
+
 # C27
 
 

@@ -162,7 +162,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam"])
+@pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam", "looksam:k=2"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(options, method, tmp_path):
     whole = experiment(tmp_path / "whole", method, **OPTIONS[options])

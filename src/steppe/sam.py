@@ -3,7 +3,7 @@
 import enum
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import SimpleNamespace, TracebackType
 from typing import Any, ClassVar, Self, TypeAlias, TypeVar, overload
 from weakref import WeakSet
@@ -189,7 +189,7 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # first: what torch sets up looks at our defaults, which are the base's
         super().__setstate__({name: value for name, value in state.items() if name not in ("memory", "steps")})
-        self._stage, self._walking = Stage.AT_W, None
+        self._stage, self._walking, self._recording = Stage.AT_W, None, False
         self.scaler = state.get("scaler")
         self._template: Memory = {}
         self._below = SimpleNamespace(param_groups=self.param_groups, step=self._take)
@@ -242,6 +242,38 @@ class SAM(Optimizer):
     def skipped_steps(self) -> int:
         """How many steps were skipped because a gradient was not finite; reading it waits for the device."""
         return int(self._engine.gradients.skipped)
+
+    # CUDA graphs: one a kind of step.
+
+    @property
+    def climbs_next(self) -> bool | None:
+        """Whether the next step climbs; None where the cadence decides by the gradient at w."""
+        return None if needs_gradient(self.cadence) else bool(self.cadence(self._engine.point_before()))
+
+    @contextmanager
+    def recording(self) -> Iterator[None]:
+        """Let a step be captured in a CUDA graph under any cadence that goes by the step's number.
+
+        The graph is of a step of that kind: replay it only where :attr:`climbs_next` is what it was at the capture, and
+        call :meth:`replayed` after each replay but the first, of which the capture itself has been told.
+
+        Raises:
+            RuntimeError: the cadence decides by the gradient at w, which a graph cannot ask.
+        """
+        if needs_gradient(self.cadence):
+            raise RuntimeError(
+                f"CUDA graph capture with {self.cadence}: it decides by the gradient at w, on the host, in the middle "
+                "of the step. Take a cadence that goes by the step's number, or no graph"
+            )
+        self._recording = True
+        try:
+            yield
+        finally:
+            self._recording = False
+
+    def replayed(self) -> None:
+        """Count a step that the replay of a CUDA graph has taken; all else that it changes lies in tensors."""
+        self._engine.steps += 1
 
     # Driving it.
 
@@ -422,10 +454,11 @@ class SAM(Optimizer):
         """
         if not _is_capturing(next(parameters(self.base))):
             return
-        if self.cadence != _EVERY_STEP:
+        if self.cadence != _EVERY_STEP and not self._recording:
             raise RuntimeError(
                 f"CUDA graph capture with {self.cadence}: it decides on the host, and every replay would repeat this "
-                "step's decision. Capture a graph for each kind of step, with steppe.Every(1) and without SAM"
+                "step's decision. Capture a graph for each kind of step, in `with optimizer.recording():`, and replay "
+                "the one that optimizer.climbs_next asks for"
             )
         if self.replay_rng:
             raise RuntimeError(

@@ -74,8 +74,8 @@ class Contender:
     needs_momentum: bool = False
     """Whether it climbs along the base's momentum."""
     capturable: bool = False
-    """Whether the device does the same at every step, so that a CUDA graph of one stands for all: the host decides
-    nothing, and nothing is drawn by the step's number."""
+    """Whether the device does the same at every step that climbs, and at every other one, so that a CUDA graph of each
+    stands for all: nothing but the climb is decided on the host, and nothing is drawn by the step's number."""
 
     @property
     def arguments(self) -> Mapping[str, type[Value]]:
@@ -243,11 +243,15 @@ CONTENDERS: Mapping[str, Contender] = MappingProxyType(
         "gsam": _named("gsam", "goes down the surrogate gap too, at SAM's rho", capturable=True),
         "wsam": _named("wsam", "goes down SAM's gradient and beyond, at SAM's rho", capturable=True),
         "pgn": _named("pgn", f"penalises the gradient's norm, at 2 x rho ({_PAPERS})", rho_factor=2.0, capturable=True),
-        "looksam": _named("looksam", "climbs at every k-th step and reuses that between, at SAM's rho"),
-        "late_sam": _named(
-            "late_sam", "plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho"
+        "looksam": _named(
+            "looksam", "climbs at every k-th step and reuses that between, at SAM's rho", capturable=True
         ),
-        "random_sam": _named("random_sam", "climbs at each step with probability p, at SAM's rho"),
+        "late_sam": _named(
+            "late_sam",
+            "plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho",
+            capturable=True,
+        ),
+        "random_sam": _named("random_sam", "climbs at each step with probability p, at SAM's rho", capturable=True),
         "aesam": _named(
             "aesam",
             "climbs where the gradient is unusually large, more often over the planned steps, at SAM's rho",

@@ -1,4 +1,4 @@
-"""Training steps as CUDA graphs: what a step launches is recorded once for each size of batch, and then replayed.
+"""Training steps as CUDA graphs: what a step launches is recorded once for each kind of step, and then replayed.
 
 A replay runs what the device did, and nothing of what Python did; that is made up for here. So a run with graphs takes
 the steps of a run without, the first few of them one by one.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from types import MappingProxyType
@@ -93,9 +94,18 @@ def recorder(unit: Unit, world: World) -> Recorder | None:
     return None if make is None else make(world.device)
 
 
+class _Kind(NamedTuple):
+    """What makes two steps launch the same."""
+
+    size: int
+    """Images of the batch."""
+    climbs: bool | None
+    """Whether it climbs; None of an optimizer that has nowhere to climb."""
+
+
 @dataclass(frozen=True)
 class _Graph:
-    """A step on batches of one size."""
+    """A step of one kind."""
 
     indices: Tensor
     """Where it reads which images to take: all that it is given."""
@@ -104,24 +114,27 @@ class _Graph:
 
 
 class Graphs:
-    """Takes steps by `take`: the first few of each size as they come, the others by a replay."""
+    """Takes steps by `take`: the first few of each kind as they come, the others by a replay."""
 
     def __init__(self, take: Callable[[Batch], Step], optimizer: Optimizer, recorder: Recorder) -> None:
-        self._take, self._optimizer, self._recorder = take, optimizer, recorder
-        self._met: Counter[int] = Counter()
-        self._graphs: dict[int, _Graph] = {}
+        self._take, self._recorder = take, recorder
+        # another base keeps all it knows in tensors; SAM counts its steps itself, and asks its cadence, in Python
+        self._sam = optimizer if isinstance(optimizer, SAM) else None
+        self._met: Counter[_Kind] = Counter()
+        self._graphs: dict[_Kind, _Graph] = {}
 
     def __call__(self, batch: Batch) -> Step:
         """Take one step; ExperimentError when it cannot be recorded."""
-        size = len(batch)
-        graph = self._graphs.get(size)
+        kind = _Kind(len(batch), None if self._sam is None else self._sam.climbs_next)
+        graph = self._graphs.get(kind)
         if graph is not None:
-            _count(self._optimizer)
-        elif self._met[size] < _WARM_UP:
-            self._met[size] += 1
+            if self._sam is not None:
+                self._sam.replayed()
+        elif self._met[kind] < _WARM_UP:
+            self._met[kind] += 1
             return self._recorder.warm(lambda: self._take(batch))
         else:
-            graph = self._graphs[size] = self._recorded(batch)  # its Python has counted this step
+            graph = self._graphs[kind] = self._recorded(batch)  # its Python has counted this step
         graph.indices.copy_(batch.indices)
         graph.replay()
         return graph.step
@@ -129,7 +142,8 @@ class Graphs:
     def _recorded(self, batch: Batch) -> _Graph:
         indices = batch.indices.clone()
         try:
-            step, replay = self._recorder.record(lambda: self._take(replace(batch, indices=indices)))
+            with nullcontext() if self._sam is None else self._sam.recording():
+                step, replay = self._recorder.record(lambda: self._take(replace(batch, indices=indices)))
         except RuntimeError as error:
             reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise ExperimentError(
@@ -137,9 +151,3 @@ class Graphs:
                 "each step is launched anew"
             ) from error
         return _Graph(indices, step, replay)
-
-
-def _count(optimizer: Optimizer) -> None:
-    """Do what a step does in Python alone: a base keeps all it knows in tensors, SAM counts its steps itself."""
-    if isinstance(optimizer, SAM):
-        optimizer._engine.steps += 1
