@@ -80,7 +80,8 @@ def _benchmark(name: str, caption: str = "", *, gpu: bool = True, cpu: bool = Tr
 
 def _stage(name: str) -> Part:
     """A stage of the search for presets; the last one has the article's setting, and is the list's."""
-    command = f"python benchmarks/presets/run.py {name.removeprefix('presets_')} SPEC ..."
+    stage, halves, _ = name.removeprefix("presets_").partition("_bfloat16")
+    command = " ".join(["python benchmarks/presets/run.py", stage, *(["--amp"] if halves else []), "SPEC ..."])
     return Part(partial(_each, name), partial(_render, "presets"), cpu=command, gpu=False)
 
 
@@ -100,7 +101,9 @@ PARTS = {
     ),
     "precision": _training("precision"),
     "pareto": _training("pareto", "Cost against test accuracy and gap, at the article's setting"),
+    "presets_search_bfloat16": _stage("presets_search_bfloat16"),
     "presets_confirm": _stage("presets_confirm"),
+    "presets_confirm_bfloat16": _stage("presets_confirm_bfloat16"),
     "presets_larger": _stage("presets_larger"),
     "presets": _training("presets"),
 }

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from steppe.displacement import Displacement
-from steppe.tensors import _add_scaled_fused_, add_scaled_, norm, reciprocal
+from steppe.tensors import _add_scaled_fused_, add_scaled_, all_finite, norm, reciprocal
 from support import bits
 
 
@@ -49,6 +49,17 @@ def test_the_norm_is_finite_whenever_it_is(value, size):
 
 def test_half_precision_gradients_do_not_overflow():
     assert float(norm([torch.full((10_000,), 60_000.0, dtype=torch.float16)])) == pytest.approx(6e6, rel=1e-3)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+def test_one_entry_that_is_not_finite_is_seen_and_sums_that_overflow_are_not_mistaken_for_it(dtype):
+    large = torch.finfo(dtype).max
+    assert all_finite([]) and all_finite([torch.full((1000,), large, dtype=dtype), torch.ones(3, dtype=dtype)])
+    for bad in (math.nan, math.inf, -math.inf):
+        x = torch.randn(1001).to(dtype)
+        x[700] = bad
+        assert not all_finite([torch.ones(3, dtype=dtype), x])
+    assert not all_finite([torch.tensor(math.inf, dtype=dtype), torch.tensor(-math.inf, dtype=dtype)])
 
 
 def test_reciprocal_of_nothing_is_nothing():

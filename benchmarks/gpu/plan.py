@@ -17,8 +17,8 @@ FAMILY = (
 )
 """Methods that are compared at the article's setting: with the recipe's rho, and without momentum."""
 
-PRESETS: tuple[str, ...] = ()
-"""What the search on the sample has chosen, to be confirmed at the article's setting."""
+PRESETS: tuple[str, ...] = ("sam:rho=0.1", "looksam:rho=0.05", "looksam:rho=0.1")
+"""The winner of the search on the sample, and SAM with the same radius, for the article's setting."""
 
 PRECISIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"bfloat16": {"amp": True}, "float32": {"amp": False}})
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from steppe.checkpoints import parameters
 from steppe.notices import warn
 from steppe.shards import all_plain, foreach, settled
-from steppe.tensors import copy_, norm, real_views
+from steppe.tensors import all_finite, copy_, real_views
 
 # Marks, on a gradient, the version at which our last step left it.
 _LEFT_AT = "_steppe_left_at"
@@ -131,7 +131,7 @@ class Gradients:
         by zeroing the gradient.
         """
         _, gradients = self.held()
-        finite = torch.isfinite(norm(gradients))
+        finite = all_finite(gradients)
         if finite.device.type == "cpu":
             if not finite:
                 self.skipped += 1

@@ -1,5 +1,6 @@
 """Lists of tensors seen as one long vector: its norm, its dot products, and a scaled sum into it."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -57,6 +58,18 @@ def _norm_here(tensors: Sequence[Tensor]) -> Tensor:
         # Rare, and on a CPU the look at the value costs no synchronisation.
         total = _norm_of_norms([torch.linalg.vector_norm(t, dtype=wide).reshape(1) for t in on_cpu], home, wide)
     return total
+
+
+def all_finite(tensors: Sequence[Tensor]) -> Tensor:
+    """Return whether no entry is NaN or infinite, as a 0-dim tensor: on an accelerator if any of the tensors is.
+
+    >>> all_finite([torch.ones(2), torch.tensor(float("inf"))])
+    tensor(False)
+    """
+    # NaN and inf stay in a sum, which costs two thirds of a norm; one that overflows asks for the longer look
+    if all_plain(tensors) and all(t.is_cpu for t in tensors) and math.isfinite(sum(float(t.sum()) for t in tensors)):
+        return torch.tensor(True)
+    return norm(tensors).isfinite()
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
