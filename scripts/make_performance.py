@@ -94,6 +94,7 @@ PARTS = {
     "step": _benchmark("step"),
     "epoch": _benchmark("epoch", "Time of a step, in steps of its base, against batch size and against width"),
     "cpu": _benchmark("cpu", gpu=False),
+    "presets_confirm_bfloat16": _stage("presets_confirm_bfloat16"),
     "loop": _benchmark("loop", cpu=False),
     "correctness": _training("correctness"),
     "article": _training(
@@ -103,7 +104,6 @@ PARTS = {
     "pareto": _training("pareto", "Cost against test accuracy and gap, at the article's setting"),
     "presets_search_bfloat16": _stage("presets_search_bfloat16"),
     "presets_confirm": _stage("presets_confirm"),
-    "presets_confirm_bfloat16": _stage("presets_confirm_bfloat16"),
     "presets_larger": _stage("presets_larger"),
     "presets": _training("presets"),
 }

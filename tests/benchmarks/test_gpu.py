@@ -188,7 +188,8 @@ def test_epochs_are_those_that_there_is_time_for(tmp_path):
 
 
 def test_presets_are_trained_as_they_are_written(monkeypatch):
-    assert "presets" not in [piece.name for piece in plan.pieces()]
+    assert plan.pieces()[-1].training.methods[:2] == ("sgd", "sam")
+    assert plan.pieces()[-1].training.methods[2:] == plan.PRESETS
     monkeypatch.setattr(plan, "PRESETS", ("preset:rho=0.1,k=5",))
     (piece,) = [piece for piece in plan.pieces() if piece.name == "presets"]
     train.register()
