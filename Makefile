@@ -15,8 +15,10 @@ demo: $(READY)
 
 # One process a core, of one thread each: the models are tiny.
 test: export OMP_NUM_THREADS ?= 1
+# One worker more than there are cores: many tests wait for processes that they have started.
+test: WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 test: $(READY)
-	$(BIN)/pytest -n auto --dist loadgroup
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
 
 check: $(READY)
 	$(BIN)/ruff check .

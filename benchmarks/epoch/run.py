@@ -86,7 +86,8 @@ def main() -> None:
         parser.error("--graphs: a CPU has no CUDA graphs; leave it out, or say --device cuda on a machine with a GPU")
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads)
-    torch.backends.cudnn.benchmark = arguments.device == "cuda"
+    else:
+        torch.backends.cudnn.benchmark = True
     path = save("epoch_graphs" if arguments.graphs else "epoch", measured(arguments), arguments)
     values = json.loads(path.read_text(encoding="utf-8"))
     values.pop("tiny")

@@ -451,12 +451,14 @@ def test_correctness_counts_and_keeps_the_last_lines(tmp_path, monkeypatch):
     monkeypatch.setattr(correctness, "ROOT", tmp_path)
     (tmp_path / "tests").mkdir()
     (tmp_path / "tests" / "test_cuda.py").write_text("import nothing_of_that_name\n")  # a file that cannot be read
+    monkeypatch.delitem(sys.modules, "test_cuda", raising=False)  # the real one, where this process has run it
     monkeypatch.setenv("STEPPE_DEVICE", "")
     places = ["--results", str(tmp_path / "results"), "--machine", "one", "--device", "cpu", "--tiny"]
     monkeypatch.setattr(sys, "argv", ["correctness.py", *places])
     assert correctness.main() == 0
     data = json.loads((tmp_path / "results" / "one" / "correctness.json").read_text())["data"]
     assert {name: data[name] for name in ("passed", "failed", "skipped")} == {"passed": 1, "failed": 3, "skipped": 1}
+    monkeypatch.delitem(sys.modules, "test_cuda", raising=False)
     (tmp_path / "tests" / "test_cuda.py").write_text("")
     monkeypatch.setattr(sys, "argv", ["correctness.py", *places])
     assert correctness.main() == 0
