@@ -113,12 +113,12 @@ def _slug(device: str) -> str:
 
 
 def _command() -> str:
-    """As somebody would type it in the repository's root; not where the result goes, nor what its machine is called."""
+    """As somebody would type it in the repository's root: not where the result goes, and no paths of this machine."""
     script, *words = sys.argv
     path = Path(script).resolve()
-    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     for option in ("--results", "--machine"):
         if option in words:
             at = words.index(option)
             del words[at : at + 2]
-    return shlex.join(["python", str(shown), *words])
+    return shlex.join(["python", str(shown), *(Path(word).name if word.startswith("/") else word for word in words)])
