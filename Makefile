@@ -1,5 +1,6 @@
 # make demo   set everything up and run the main job      make test    set everything up and run the tests
 # make check  lint, types, import layers                  make clean   remove what these made
+# make test-slow  the few tests that take ten seconds and more; CI runs them too
 # make conformance  run the contract over Steppe and its peers, and write docs/conformance.md
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 BIN := .venv/bin
@@ -8,17 +9,20 @@ READY := .venv/.ready
 # Two threads that wait for each other by spinning lose most of their time when anything else wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test check conformance clean
+.PHONY: demo test test-slow check conformance clean
 
 demo: $(READY)
 	$(BIN)/steppe compare demo
 
 # One process a core, of one thread each: the models are tiny.
 test: export OMP_NUM_THREADS ?= 1
-# One worker more than there are cores: many tests wait for processes that they have started.
-test: WORKERS ?= $(shell expr $$(nproc 2>/dev/null || echo 2) + 1)
 test: $(READY)
-	$(BIN)/pytest -n $(WORKERS) --dist loadgroup
+	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
+
+# Those that take ten seconds and more, most of which start and kill processes.
+test-slow: export OMP_NUM_THREADS ?= 1
+test-slow: $(READY)
+	$(BIN)/pytest -n auto --dist loadgroup -m slow
 
 check: $(READY)
 	$(BIN)/ruff check .

@@ -49,7 +49,8 @@ def fits(perturbation, combination, cadence) -> bool:
     return pays or not steppe.rules.needs_gradient(cadence)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+@pytest.mark.slow
+@settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(perturbations, combinations, cadences, st.sampled_from(sorted(PARTS)), st.sampled_from(["sgd", "adamw"]))
 def test_any_combination_keeps_the_contract(perturbation, combination, cadence, part, base):
     def make(model):

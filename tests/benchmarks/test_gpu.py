@@ -72,6 +72,7 @@ def untimed(runs):
 # Training: cut, carried to another machine, and gone on with.
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("bare")
 def test_a_rehearsal_with_a_cut_ends_with_the_bits_of_a_training_without_one(tmp_path, capsys):
     assert rehearsal.rehearse(["article-0"], out=tmp_path / "kept") == 0

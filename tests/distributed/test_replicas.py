@@ -260,6 +260,7 @@ def thousand_steps(per_rank):
     return bits(model.parameters()), optimizer.skipped_steps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("per_rank", [False, True])
 def test_replicas_are_identical_after_1000_steps(per_rank):
     (first, skipped), (second, _) = together()(thousand_steps, per_rank)

@@ -460,6 +460,7 @@ def test_threads_that_load_at_once_over_a_damaged_cache(tiny: Tiny, server: Serv
     assert tiny.cached() == server.files
 
 
+@pytest.mark.slow
 def test_processes_that_load_at_once(tiny: Tiny, server: Server) -> None:
     program = (
         "import sys; from pathlib import Path; from steppe.experiments import fashion_mnist as f\n"

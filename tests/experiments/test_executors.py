@@ -399,6 +399,7 @@ def within_an_epoch(folder: Path, process: "subprocess.Popen[str]", *, but: int 
     raise AssertionError("it did not begin")
 
 
+@pytest.mark.slow
 def test_stopped_then_killed_it_goes_on_here(undisturbed: Path, tmp_path: Path) -> None:
     runs = (out := tmp_path / "run") / "runs"
     process = start(out, "--runs-at-once", "2")
@@ -421,6 +422,7 @@ def test_stopped_then_killed_it_goes_on_here(undisturbed: Path, tmp_path: Path) 
 # --- on Ray ---
 
 
+@pytest.mark.slow
 @needs_ray
 def test_killed_on_ray_it_is_retried_and_stopped_there_it_goes_on_here(undisturbed: Path, tmp_path: Path) -> None:
     runs = (out := tmp_path / "run") / "runs"

@@ -80,6 +80,7 @@ def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
     assert session["command"].startswith("steppe compare demo --width 2")
 
 
+@pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "run", random.Random(0)
     batches: list[int] = []
@@ -139,6 +140,7 @@ def test_everything_is_drawn_again_from_the_folder_alone(undisturbed: Path, tmp_
     assert {path: path.read_bytes() for path in made} == before
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     # a small step keeps rounding from growing; 72 images are 4 * 15 + 12, and 15 are shared as 7 + 8
     fields = {"norm": "group", "width": 4, "batch_size": 15, "lr": 0.01, "epochs": 4, "eval_every": 2}

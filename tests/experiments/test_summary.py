@@ -121,6 +121,7 @@ def test_a_narrow_terminal_shows_who_is_who(tmp_path: Path, width: int) -> None:
         assert row.cells()[4] in text, "the test accuracy is not left out"
 
 
+@pytest.mark.slow
 def test_all_figures_are_drawn_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(looks, "_LOOK", {**looks._LOOK, "savefig.dpi": 50})  # drawn in less time
     two = recipe(seeds=2, extra_epochs=2)

@@ -194,6 +194,7 @@ def test_a_search_never_reads_the_test_set_and_leaves_a_complete_folder(undistur
     assert read_records((run / "metrics.jsonl").read_text())[-1].standardized_epoch == 2
 
 
+@pytest.mark.slow
 def test_a_search_that_is_killed_goes_on_to_the_same_trials(undisturbed: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "run", random.Random(1)
     program = (
@@ -263,6 +264,7 @@ def test_a_shared_storage_shares_the_trials(tmp_path: Path) -> None:
     assert [path.name for path in (tmp_path / "two" / "trials").iterdir()] == ["sam-002"]
 
 
+@pytest.mark.slow
 def test_trials_run_on_ray_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", ray := MadeUp(sam_rho_0_05_seed1=1))
     fields = {"sampler": "grid", "search": "rho=0.02,0.05"}
