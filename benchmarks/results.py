@@ -34,6 +34,8 @@ class Result:
     versions: dict[str, str]
     """Of everything else that took part."""
     data: dict[str, Any]
+    tiny: bool = False
+    """Whether it is a rehearsal (``--tiny``), and says nothing."""
 
     @property
     def where(self) -> str:
@@ -79,18 +81,20 @@ def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versi
 def kept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     """What is known of this device under that name: the data of an earlier call that was not a rehearsal."""
     path = place(name, arguments)[1]
-    values = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"tiny": True}
-    return {} if values["tiny"] else dict(values["data"])
+    if not path.exists() or (earlier := read(path)).tiny:
+        return {}
+    return earlier.data
+
+
+def read(path: Path) -> Result:
+    """One file."""
+    return Result(path.stem, **json.loads(path.read_text(encoding="utf-8")))
 
 
 def load(name: str, folder: Path = RESULTS) -> list[Result]:
-    """All devices' results of that name, CPUs first; rehearsals (``--tiny``) are none."""
-    found = []
-    for path in sorted(folder.glob(f"*/{name}.json")):
-        values = json.loads(path.read_text(encoding="utf-8"))
-        if not values.pop("tiny"):
-            found.append(Result(name, **values))
-    return sorted(found, key=lambda result: (result.on_gpu, result.device))
+    """All devices' results of that name, CPUs first; rehearsals are none."""
+    found = [read(path) for path in folder.glob(f"*/{name}.json")]
+    return sorted((r for r in found if not r.tiny), key=lambda result: (result.on_gpu, result.device))
 
 
 def place(name: str, arguments: argparse.Namespace) -> tuple[str, Path]:

@@ -1,6 +1,9 @@
-"""What a module sets up once, all workers together set up once."""
+"""What all tests share: one thread, and a module's set-up by one worker only."""
+
+from collections.abc import Iterator
 
 import pytest
+import torch
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -11,3 +14,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shared = [found[-1].argname for found in definitions if found[-1].scope == "module"]
         if shared and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tiny networks are slower on two threads, and very much so on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)

@@ -11,8 +11,9 @@ from steppe.experiments.contenders import CONTENDERS
 from steppe.experiments.data import Dataset, Split
 from steppe.experiments.distributed import join
 from steppe.experiments.recipes import Recipe
-from steppe.experiments.stopping import Stop, Stopped
+from steppe.experiments.stopping import Stopped
 from steppe.experiments.training import train as train_unit
+from stops import StopAfter
 from support import batch, net
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
@@ -111,17 +112,6 @@ def test_a_replay_counts_what_it_skips():
 # The experiments' steps, by graphs and one by one: 72 images in batches of 14 and of 15.
 
 CAPTURABLE = [name for name, contender in CONTENDERS.items() if contender.capturable]
-
-
-class StopAfter(Stop):
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.left = n
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        self.signal = 2 if self.left < 0 else 0
-        return self.left < 0
 
 
 def images(n: int, seed: int) -> Split:

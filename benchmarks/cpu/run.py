@@ -18,7 +18,6 @@ writes beyond its memory there, and Steppe refuses it.
 """
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
@@ -29,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from cpu.choices import Sizes, evaluations, steps
 from cpu.processes import at_once
 from cpu.table import render
-from results import Result, add_arguments, save
+from results import add_arguments, read, save
 from steppe.experiments.cpus import available
 
 DEMO = Sizes()
@@ -52,9 +51,7 @@ def main() -> None:
         "evaluations": evaluations(sizes, cores),
         "at_once": at_once(sizes, cores),
     }
-    values = json.loads(save("cpu", data, arguments).read_text(encoding="utf-8"))
-    values.pop("tiny")
-    print(render(Result("cpu", **values)))
+    print(render(read(save("cpu", data, arguments))))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ is the overhead: of the climb itself, of small batches, of Python.
 """
 
 import argparse
-import json
 import sys
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -30,7 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from epoch.contenders import MSAM, QUARTER, SHARP, Problem, everybody
 from epoch.race import race, reason
 from epoch.table import render
-from results import Result, add_arguments, save
+from results import add_arguments, read, save
 
 Sizes = tuple[int, ...]
 
@@ -89,9 +88,7 @@ def main() -> None:
     else:
         torch.backends.cudnn.benchmark = True
     path = save("epoch_graphs" if arguments.graphs else "epoch", measured(arguments), arguments)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    values.pop("tiny")
-    print(render(Result(path.stem, **values)))
+    print(render(read(path)))
 
 
 if __name__ == "__main__":

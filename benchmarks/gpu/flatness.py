@@ -4,19 +4,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-import torch.nn.functional as F
-
 from steppe.experiments import checkpoints
-from steppe.experiments.data import Dataset, normalise
+from steppe.experiments.data import Dataset
 from steppe.experiments.folder import CHECKPOINT
-from steppe.experiments.measure import Sampling
+from steppe.experiments.measure import Sampling, objectives
 from steppe.experiments.models import preact_resnet18
 from steppe.experiments.recipes import Unit
 from steppe.experiments.sharpness import flatness_sample
 from steppe.experiments.stopping import Stop, Stopped
 from steppe.experiments.training import owner
-from steppe.flatness import Effort, Objective, measure, normalised_logits
+from steppe.flatness import Effort, measure
 
 _TINY = Effort(m=16, steps=2, restarts=1, pairs=2, top=1, tol=0.5, probes=2, density_probes=1, density_steps=4)
 
@@ -37,23 +34,9 @@ def flatness(unit: Unit, folder: Path, images: Dataset, stop: Stop, *, tiny: boo
     network.to(images.train.images.device)
     sampling = Sampling(samples=32) if tiny else Sampling()
     sample = flatness_sample(images.train, sampling.samples, unit.seed)
-    plain, normalised = (
-        Objective(
-            network,
-            (normalise(sample.images), sample.labels),
-            loss=loss,
-            batch_norm=sampling.batch_norm,
-            batch_size=sampling.batch_size,
-            progress=pause,
-        )
-        for loss in (F.cross_entropy, normalised_logits(F.cross_entropy))
-    )
-    effort = replace(_TINY if tiny else Effort(), points=0)
-    cudnn = torch.backends.cudnn
+    plain, normalised = objectives(network, sample, sampling, pause)
     try:
-        # by default convolutions of float32 tensors have the 10 bits of TF32 on a GPU, too few for second derivatives
-        with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=False):
-            found = measure(plain, effort, normalised=normalised)
+        found = measure(plain, replace(_TINY if tiny else Effort(), points=0), normalised=normalised)
     except (FloatingPointError, ValueError, RuntimeError) as error:  # the run's accuracies are worth more than this
         return {"failed": " ".join(str(error).split())}
     return {k: v for k, v in found.to_json().items() if "landscape" not in k}

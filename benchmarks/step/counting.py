@@ -1,19 +1,19 @@
 """Operations, memory traffic and memory of a step, counted; and the kernels that a GPU was given."""
 
-import weakref
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from memory import Alive
 
 _NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ONLY_WRITES = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
 
 
-class Counted(TorchDispatchMode):
+class Counted(Alive):
     """Counts what reaches the dispatcher, and what it moves: every tensor that an operation reads, and that it writes.
 
     A tensor that is changed in place counts as both, unless it is only overwritten (``copy_``). Views and questions
@@ -26,17 +26,14 @@ class Counted(TorchDispatchMode):
     def __init__(self, known: Iterable[Tensor] = ()) -> None:
         super().__init__()
         self.operations = self.read = self.written = 0
-        self.now = self.peak = 0
         self._known = {t.untyped_storage()._cdata for t in known}
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operation, and count."""
         kwargs = kwargs or {}
-        result = function(*args, **kwargs)
+        result = super().__torch_dispatch__(function, types, args, kwargs)
         outputs = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
         inputs = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        for t in outputs:
-            self._see(t.untyped_storage())
         arguments = function._schema.arguments
         given = {a.name: v for a, v in zip(arguments, args, strict=False)} | kwargs
         changed = {
@@ -55,18 +52,6 @@ class Counted(TorchDispatchMode):
         self.read += sum(_bytes(t) for key, t in inputs.items() if not (name in _ONLY_WRITES and key in changed))
         self.written += sum(map(_bytes, (*made, *changed.values())))
         return result
-
-    def _see(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._freed, key, size)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 def _bytes(tensor: Tensor) -> int:

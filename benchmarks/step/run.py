@@ -23,7 +23,6 @@ time is that of as many tensors of hardly an entry.
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -68,9 +67,7 @@ def main() -> None:
         "host": [row for name in CASES for row in _host(name, contenders, arguments)],
     }
     path = results.save(arguments.name, data, arguments, **versions)
-    values = json.loads(path.read_text(encoding="utf-8"))
-    del values["tiny"]
-    print(render(results.Result(arguments.name, **values)))
+    print(render(results.read(path)))
     print(path)
 
 

@@ -1,6 +1,5 @@
 """benchmarks/loop: every style takes the same kind of steps, a failure loses nothing, and the floor counts right."""
 
-import json
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +15,6 @@ import results  # noqa: E402
 from loop import floor, race, run, table  # noqa: E402
 from loop.article import Article, TwoSteps  # noqa: E402
 from loop.choices import Choice, Ours, choices  # noqa: E402
-from results import Result  # noqa: E402
 from steppe.experiments.recipes import RECIPES, Recipe  # noqa: E402
 
 
@@ -29,8 +27,8 @@ def test_tiny_run(tmp_path, monkeypatch, capsys):
     words = ["run.py", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--machine", "a desk"]
     monkeypatch.setattr(sys, "argv", words)
     run.main()
-    values = json.loads((tmp_path / "a-desk" / "loop.json").read_text())
-    found = values["data"]
+    result = results.read(tmp_path / "a-desk" / "loop.json")
+    found = result.data
     assert not [row for row in found["rows"] if "failed" in row]
     assert found["fastest"] == choices("cpu", tiny=True)[found["fastest_choice"]].fields
     assert found["experiment_passes"] == {"sgd": 150, "sam": 200}
@@ -38,8 +36,7 @@ def test_tiny_run(tmp_path, monkeypatch, capsys):
     minutes = found["experiment_minutes"]
     assert minutes["together"] == pytest.approx(sum(v for k, v in minutes.items() if k != "together"))
     assert results.load("loop", tmp_path) == [], "a rehearsal is no result"
-    values.pop("tiny")
-    text = table.render(Result("loop", **values))
+    text = table.render(result)
     assert "| data on the device | " in text
     assert "150 passes of SGD and 200 of SAM" in text
 

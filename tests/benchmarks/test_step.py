@@ -1,7 +1,7 @@
 """The step benchmark: its lists of tensors are the networks', and what it counts is what was moved."""
 
-import json
 import sys
+from dataclasses import replace
 from math import prod
 from pathlib import Path
 
@@ -81,19 +81,16 @@ def test_steppe_moves_8n_and_looks_at_the_gradient_once_more():
 def test_a_tiny_run_writes_a_result_and_a_table(tmp_path, monkeypatch, capsys):
     command = f"run.py --tiny --device cpu --machine here --case resnet18 --results {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
-    threads = torch.get_num_threads()
     run.main()
-    torch.set_num_threads(threads)
-    values = json.loads((tmp_path / "here" / "step.json").read_text())
-    assert values.pop("tiny")
+    result = results.read(tmp_path / "here" / "step.json")
+    assert result.tiny
     assert results.load("step", tmp_path) == [], "a rehearsal is no result"
-    (case,) = values["data"]["cases"]
+    (case,) = result.data["cases"]
     assert [row["contender"] for row in case["rows"]] == ["steppe", "floor"]
-    assert {row["tensors"] for row in values["data"]["host"]} == {62, 152, 292}
-    table = render(results.Result("step", **values))
+    assert {row["tensors"] for row in result.data["host"]} == {62, 152, 292}
+    table = render(result)
     assert table in capsys.readouterr().out
     assert "| Steppe |" in table
-    on_gpu = {**values, "on_gpu": True}
     for row in case["rows"]:
         row.update(kernels=3, kernel_seconds=1e-3)
-    assert "kernels' ms" in render(results.Result("step", **on_gpu))
+    assert "kernels' ms" in render(replace(result, on_gpu=True))

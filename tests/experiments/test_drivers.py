@@ -18,7 +18,8 @@ from steppe.experiments.distributed import World
 from steppe.experiments.drivers import Driver, Forward
 from steppe.experiments.evaluation import evaluate
 from steppe.experiments.recipes import Unit
-from steppe.experiments.stopping import Stop, Stopped
+from steppe.experiments.stopping import Stopped
+from stops import StopAfter
 
 
 class Forgetful(Driver):
@@ -51,17 +52,6 @@ def test_a_pass_without_backward_counts_a_third(tmp_path: Path) -> None:
     records = run(unit("esam", eval_every=1, batch_size=12), tmp_path)
     assert [r.passes for r in records] == pytest.approx([1 + 1 / 3 + 1 / 2] * 4)
     assert all(r.standardized_epoch * 72 <= r.gradient_evaluations < r.standardized_epoch * 72 + 22 for r in records)
-
-
-class StopAfter(Stop):
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.left = n
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        self.signal = 2 if self.left < 0 else 0
-        return self.left < 0
 
 
 PAST = "saf:epochs_ago=1,start=1,lmbda={}"
@@ -121,7 +111,7 @@ def test_a_batch_is_gathered_when_it_is_asked_for() -> None:
 def test_a_score_depends_on_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
     network, scores = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)), []
     for chunk in (7, 50):
-        monkeypatch.setattr(evaluation, "_CHUNK_ON_A_CPU", chunk)
+        monkeypatch.setattr(evaluation, "_CHUNK", chunk)
         asked: list[int] = []
         scores.append(evaluate(network, dataset().test, CPU, nullcontext, lambda asked=asked: asked.append(1)))
         assert len(asked) == -(-50 // chunk)

@@ -35,6 +35,7 @@ from steppe.experiments.recipes import RECIPES, Recipe, Unit
 from steppe.experiments.stopping import Stop, Stopped
 from steppe.experiments.summary import setting
 from steppe.experiments.training import Run, train
+from stops import StopAfter
 
 OPTIONS = {
     "width": 2, "batch_size": 16, "epochs": 2, "eval_every": 2, "seeds": 1, "device": "cpu", "threads": 1, "lr": 0.02,
@@ -211,17 +212,6 @@ def test_sam_is_not_sgd_and_a_climb_is_counted(tmp_path: Path) -> None:
     assert (ends["sgd"].passes, ends["sam"].passes) == (1, 2)
     assert ends["sgd"].gradient_evaluations == ends["sam"].gradient_evaluations == 144
     assert not torch.equal(weights(tmp_path / "sgd")["body.head.weight"], weights(tmp_path / "sam")["body.head.weight"])
-
-
-class StopAfter(Stop):
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.left = n
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        self.signal = 2 if self.left < 0 else 0
-        return self.left < 0
 
 
 @pytest.mark.parametrize("fields", [{}, {"freeze": True, "shots": 3, "head_lr": 0.1}], ids=str)

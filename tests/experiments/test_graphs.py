@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from test_drivers import StopAfter
 from tiny import CPU, dataset, recipe, run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -26,6 +25,7 @@ from steppe.experiments.graphs import Graphs, recorder
 from steppe.experiments.recipes import Unit
 from steppe.experiments.stopping import Stopped
 from steppe.experiments.training import Run, _network
+from stops import StopAfter
 
 T = TypeVar("T")
 CAPTURABLE = [name for name, contender in CONTENDERS.items() if contender.capturable]

@@ -20,8 +20,9 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.folder import CHECKPOINT, METRICS
 from steppe.experiments.models import preact_resnet18
 from steppe.experiments.recipes import Unit
-from steppe.experiments.stopping import Stop, Stopped
+from steppe.experiments.stopping import Stopped
 from steppe.experiments.training import Run
+from stops import StopAfter
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -162,19 +163,6 @@ def test_a_diverging_run_names_itself_and_leaves_a_usable_folder(method: str, tm
     assert (tmp_path / METRICS).read_text() == ""
     with pytest.raises(ExperimentError, match="diverged"):  # and again, rather than a damaged checkpoint
         run(unit, tmp_path)
-
-
-class StopAfter(Stop):
-    """Is asked, and says yes from the n-th time on."""
-
-    def __init__(self, n: int) -> None:
-        super().__init__()
-        self.left = n
-
-    def __bool__(self) -> bool:
-        self.left -= 1
-        self.signal = 2 if self.left < 0 else 0
-        return self.left < 0
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "looksam:k=3", "late_sam:start=0.4", "random_sam", "friendly_sam"])

@@ -31,7 +31,7 @@ from steppe.experiments.training import Run, owner
 from steppe.experiments.verdicts import CAVEATS, Verdict, compared
 from steppe.flatness import Effort, Flatness, Objective, interpolation, measure, normalised_logits
 
-__all__ = ["FLATNESS", "Measuring", "Sampling", "lines_of", "measure_run", "measured", "verdicts"]
+__all__ = ["FLATNESS", "Measuring", "Sampling", "lines_of", "measure_run", "measured", "objectives", "verdicts"]
 
 FLATNESS = "flatness.json"
 
@@ -219,11 +219,7 @@ def _read(path: Path) -> Flatness | None:
 def _measure(job: _Job, tell: Tell) -> None:
     """Measure a run, and write it down."""
     run = _restored(job, job.unit)
-    objectives = (
-        _objective(run.network, _sample(job, run), job.how.sampling, loss, tell)
-        for loss in (F.cross_entropy, normalised_logits(F.cross_entropy))
-    )
-    plain, normalised = objectives
+    plain, normalised = objectives(run.network, _sample(job, run), job.how.sampling, tell)
     try:
         found = measure(plain, job.how.effort, normalised=normalised)
     except (FloatingPointError, ValueError, RuntimeError) as error:
@@ -272,6 +268,13 @@ def _world(recipe: Recipe, path: Path, console: Console) -> Iterator[tuple[Datas
 
 def _sample(job: _Job, run: Run) -> Split:
     return flatness_sample(run.data.train, job.how.sampling.samples, run.unit.seed)
+
+
+def objectives(network: nn.Module, sample: Split, sampling: Sampling, tell: Tell) -> tuple[Objective, Objective]:
+    """A network's mean cross-entropy on a sample: of its logits, and of its logits normalised."""
+    losses = F.cross_entropy, normalised_logits(F.cross_entropy)
+    plain, normalised = (_objective(network, sample, sampling, loss, tell) for loss in losses)
+    return plain, normalised
 
 
 def _objective(
