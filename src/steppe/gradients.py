@@ -43,11 +43,13 @@ class Gradients:
                     f"have to perturb rows that have none. Use sparse=False (Embedding), or leave this parameter to "
                     f"an optimizer of its own"
                 )
-        return [p for p, _ in found.values()], _real([gradient for _, gradient in found.values()])
+        holders = [p for p, _ in found.values()]
+        return holders, _real(holders, [gradient for _, gradient in found.values()])
 
     def of(self, members: Iterable[Tensor]) -> list[Tensor]:
-        """Their gradients, as real views (copies, where a gradient is still the ranks' summands)."""
-        return _real([gradient for p in members if (gradient := p.grad) is not None])
+        """Their gradients, as real views; what was still the ranks' summands becomes their sum first."""
+        holders = [p for p in members if p.grad is not None]
+        return _real(holders, [gradient for p in holders if (gradient := p.grad) is not None])
 
     def fill(self, members: Iterable[Tensor]) -> None:
         """Give those without a gradient a zero one."""
@@ -166,9 +168,14 @@ class Gradients:
             del self._base.grad_scale, self._base.found_inf  # type: ignore[attr-defined]
 
 
-def _real(gradients: Sequence[Tensor]) -> list[Tensor]:
-    views = real_views(gradients)
-    return views if all_plain(views) else [settled(view) for view in views]
+def _real(holders: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Real views of ``.grad``, such that to write into them is to write into ``.grad``."""
+    if not all_plain(gradients):
+        gradients = [settled(gradient) for gradient in gradients]
+        for p, gradient in zip(holders, gradients, strict=True):
+            if p.grad is not gradient:
+                p.grad = gradient
+    return real_views(gradients)
 
 
 def _same(a: Tensor, b: Tensor) -> bool:

@@ -9,7 +9,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import Shard
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
@@ -82,7 +88,23 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
     return parallelize_module(model, mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
 
 
-LAYOUTS = {"ddp": ddp, "fsdp2": fsdp, "partly": Partly, "tensor parallel": tensor_parallel}
+def sequence_parallel(model: nn.Module) -> nn.Module:
+    """The same, with the samples shared out where they are normalised: those gradients are still to be summed up."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    shared_out = ColwiseParallel(output_layouts=Shard(0), use_local_output=False)
+    norm = SequenceParallel(sequence_dim=0)
+    together = ColwiseParallel(input_layouts=Shard(0))
+    return parallelize_module(model, mesh, {"0": shared_out, "1": norm, "3": together, "5": RowwiseParallel()})
+
+
+LAYOUTS = {
+    "ddp": ddp,
+    "fsdp2": fsdp,
+    "partly": Partly,
+    "tensor parallel": tensor_parallel,
+    "sequence parallel": sequence_parallel,
+}
+SEE_ALL = ("tensor parallel", "sequence parallel")  # every process is given the whole batch
 
 
 def named(name: str, *, rho: float = 0.1, **more) -> Make:

@@ -10,7 +10,7 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import steppe
-from layouts import LAYOUTS, ddp, named, network, plain, run, train, weights
+from layouts import LAYOUTS, SEE_ALL, ddp, named, network, plain, run, train, weights
 from ranks import together
 from support import bits
 
@@ -29,7 +29,7 @@ def started(layout, name, seed=0):
 
 def save(layout, name, folder, options=None):
     model, optimizer = started(LAYOUTS[layout], name)
-    run(model, optimizer, range(3), whole_batch=layout == "tensor parallel")
+    run(model, optimizer, range(3), whole_batch=layout in SEE_ALL)
     parts = get_state_dict(model, optimizer, options=options and StateDictOptions(**options))
     dcp.save(dict(zip(("model", "optimizer"), parts, strict=True)), checkpoint_id=folder)
 
@@ -43,7 +43,7 @@ def load_and_go_on(layout, name, folder, options=None):
     set_state_dict(
         model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"], options=options
     )
-    run(model, optimizer, range(3, 6), whole_batch=layout == "tensor parallel")
+    run(model, optimizer, range(3, 6), whole_batch=layout in SEE_ALL)
     return weights(model), remembered(optimizer)
 
 
@@ -67,7 +67,7 @@ def test_a_distributed_checkpoint_goes_on_with_other_ranks(name, there, ranks):
 
 def resume_in_place(layout, name):
     """state_dict() and load_state_dict() of the optimizer itself, on the same ranks: to the bit."""
-    whole_batch = layout == "tensor parallel"
+    whole_batch = layout in SEE_ALL
     model, optimizer = started(LAYOUTS[layout], name)
     run(model, optimizer, range(3), whole_batch=whole_batch)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))

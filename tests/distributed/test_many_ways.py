@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import steppe
-from layouts import LAYOUTS, mine, network, plain, samples, weights
+from layouts import LAYOUTS, SEE_ALL, mine, network, plain, samples, weights
 from ranks import together
 from support import bits
 from test_checkpoints_of_many import zero_redundancy
@@ -31,7 +31,7 @@ def made(way, *, dtype=torch.float64, seed=0, **options):
 
 def batches(way, step, dtype=torch.float64):
     x, y = samples(step)
-    x, y = (x, y) if way in (None, "tensor parallel") else mine(x, y)
+    x, y = (x, y) if way is None or way in SEE_ALL else mine(x, y)
     return x.to(dtype), y
 
 

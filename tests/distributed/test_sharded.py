@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import steppe
 import steppe.tensors
-from layouts import LAYOUTS, OWN, VARIANTS, fsdp, mine, named, network, plain, run, samples, train, weights
+from layouts import LAYOUTS, OWN, SEE_ALL, VARIANTS, fsdp, mine, named, network, plain, run, samples, train, weights
 from ranks import together
 from steppe.shards import local
 from support import DRIVES, bits
@@ -22,7 +22,7 @@ def close(found, expected):
 
 
 def ranked(layout: str, name: str, steps: int):
-    return train(LAYOUTS[layout], named(name), steps, whole_batch=layout == "tensor parallel")
+    return train(LAYOUTS[layout], named(name), steps, whole_batch=layout in SEE_ALL)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
