@@ -104,7 +104,7 @@ PARTS = {
     "pareto": _training("pareto", "Cost against test accuracy and gap, at the article's setting"),
     "presets_search_bfloat16": _stage("presets_search_bfloat16"),
     "presets_confirm": _stage("presets_confirm"),
-    "presets_larger": _stage("presets_larger"),
+    "presets_larger_bfloat16": _stage("presets_larger_bfloat16"),
     "presets": _training("presets"),
 }
 
