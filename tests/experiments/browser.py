@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 from steppe.experiments.evaluation import Record, write_records
 from steppe.experiments.files import write_atomically, write_json
 from steppe.experiments.folder import METRICS, Results, RunFolder
 from steppe.experiments.recipes import Recipe, Unit
-from steppe.experiments.statistics import estimate
+from steppe.flatness import Density, Flatness, Landscape, Measure
 
 MEASURES = {
     "sharpness": 0.04,
@@ -54,10 +55,10 @@ def folder(path: Path, recipe: Recipe, *, measured: bool = True, command: str = 
 
 
 def measure(made: RunFolder, recipe: Recipe, size: float = 0.5) -> None:
-    """Write flatness.json of every run, in which each contender is flatter than the one before; and the comparison."""
+    """Write flatness.json of every run, in which each contender is flatter than the one before; and the lines."""
     for unit in recipe.units():
         write_json(made.unit(unit) / "flatness.json", flatness(unit, size ** recipe.methods.index(unit.method)))
-    write_json(made.path / "flatness.json", _comparison(recipe, size))
+    write_json(made.path / "flatness.json", _lines(recipe))
 
 
 def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
@@ -74,21 +75,23 @@ def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
         bowl = sharp * (3.2 * a * a + 1.9 * b * b + 0.8 * a * b)
         return 0.25 + bowl + 0.35 * sharp * (1 - math.cos(5 * a)) * (1 + 0.4 * math.sin(4 * b)) + 0.9 * sharp * a**4
 
-    grid: list[list[float | None]] = [[loss(a, b) for b in axis] for a in axis]
-    grid[HOLE[0]][HOLE[1]] = None
+    def landscape(stretch: float) -> Landscape:
+        grid = torch.tensor([[loss(a * stretch, b / stretch) for b in axis] for a in axis])
+        return Landscape(torch.tensor(axis), grid, loss(0, 0), False, "made up")
+
+    random_directions = landscape(1.0)
+    random_directions.losses[HOLE] = math.nan
     values = [top * share for share in (1.0, 0.45, 0.21, 0.12, 0.08)]
-    return {
-        "format": "steppe flatness, version 1",
-        "settings": {"samples": 512, "split": "train", "batch_norm": "eval", "rho": 0.05},
-        "measures": {name: {"value": value, "error": None} for name, value in noisy.items()},
-        "eigenvalues": {"values": values, "residuals": [1e-4] * 5},
-        "adaptive_eigenvalues": {"values": [value / 8 for value in values], "residuals": [1e-4] * 5},
-        "density": {"nodes": nodes, "weights": weights, "n": 11_000},
-        "profile": {"axis": axis, "losses": [None if i == 0 else loss(a, 0.0) for i, a in enumerate(axis)]},
-        "landscape": {"axis": axis, "losses": grid},
-        "eigen_landscape": {"axis": axis, "losses": [[loss(2 * a, b / 2) for b in axis] for a in axis]},
-        "seconds": 12.0,
-    }
+    return Flatness(
+        {"samples": 512, "split": "train", "batch_norm": "eval", "rho": 0.05},
+        {name: Measure(value, None) for name, value in noisy.items()},
+        torch.tensor(values),
+        torch.full((5,), 1e-4),
+        Density(torch.tensor(nodes), torch.tensor(weights), 11_000),
+        random_directions,
+        landscape(2.0),
+        12.0,
+    ).to_json()
 
 
 def _records(unit: Unit) -> list[Record]:
@@ -108,47 +111,13 @@ def _records(unit: Unit) -> list[Record]:
     return records
 
 
-def _comparison(recipe: Recipe, size: float) -> dict[str, Any]:
+def _lines(recipe: Recipe) -> dict[str, Any]:
     reference, *others = recipe.methods
     seeds = range(recipe.first_seed, recipe.first_seed + recipe.seeds)
     axis = [i / 20 for i in range(21)]
     barrier = [0.25 + 1.4 * math.sin(math.pi * a) ** 2 for a in axis]
     line = {"axis": axis, "train": barrier, "test": [v + 0.2 for v in barrier], "reestimated": True}
-    return {
-        "lines": [{"a": reference, "b": other, "seed": seed, **line} for other in others for seed in seeds],
-        "verdicts": [_verdict(recipe, other, reference, size) for other in others],
-        "text": [],
-    }
-
-
-def _verdict(recipe: Recipe, method: str, reference: str, size: float) -> dict[str, Any]:
-    measures = []
-    for name in MEASURES:
-        if name in ("loss", "weight_norm", "lambda_min"):
-            continue
-        values = []
-        for seed in range(recipe.first_seed, recipe.first_seed + recipe.seeds):
-            ours, theirs = (
-                flatness(Unit(recipe, m, seed), size ** recipe.methods.index(m))["measures"][name]["value"]
-                for m in (method, reference)
-            )
-            values.append(ours - theirs)
-        found = estimate(values)
-        word = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}[found.sign]
-        measures.append(
-            {
-                "name": name,
-                "difference": {"n": found.n, "mean": found.mean, "sd": found.sd},
-                "half_width_95": found.half_width,
-                "verdict": word,
-            }
-        )
-    whole = "flatter" if recipe.seeds > 1 else "no verdict"
-    sentence = f"{method} against {reference}, {recipe.seeds} paired runs: raw measures {whole}, adaptive {whole}."
-    return {
-        **{"method": method, "reference": reference, "runs": recipe.seeds, "measures": measures},
-        **{"raw": whole, "adaptive": whole, "verdict": whole, "sentence": sentence},
-    }
+    return {"lines": [{"a": reference, "b": other, "seed": seed, **line} for other in others for seed in seeds]}
 
 
 def results(made: RunFolder) -> tuple[Recipe, Results]:

@@ -19,19 +19,28 @@ from tiny import recipe
 from steppe.experiments import pareto, report
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.folder import RunFolder
-from steppe.experiments.report.measured import Flatness
+from steppe.experiments.measure import measured, verdicts
+from steppe.experiments.recipes import Unit
 from steppe.experiments.report.payload import payload
 from steppe.experiments.summary import summarise
+from steppe.flatness import Flatness
 
 NASTY = """steppe compare '</script><script>broken = 1</script><img src=x onerror=alert(1)>' "&amp;" """
-NOTHING = Flatness({}, {}, [], [])
+NOTHING: tuple[dict[Unit, Flatness], list[Any]] = {}, []
 
 
 def write(folder: RunFolder) -> Path:
     of, results = made_up.results(folder)
-    summary = summarise(of, results)
+    summary = dataclasses.replace(summarise(of, results), flatness=verdicts(of, measured(folder, of)))
     summary.write(folder)
     return report.write(folder, of, results, summary)
+
+
+def change(folder: RunFolder, unit: Unit, **parts: dict[str, Any]) -> None:
+    """Change parts of what was measured of a run."""
+    file = folder.unit(unit) / "flatness.json"
+    written = json.loads(file.read_text())
+    file.write_text(json.dumps(written | {name: written[name] | part for name, part in parts.items()}))
 
 
 class Page(HTMLParser):
@@ -74,29 +83,42 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
     of = recipe(seeds=2, name="<b onclick=alert(1)>")
     folder = made_up.folder(tmp_path / "run", of, command=NASTY)
-    for file in (tmp_path / "run").rglob("flatness.json"):
-        values = json.loads(file.read_text())
-        measures = {"sharpness": {"value": 1.0, "note": NASTY}}
-        values |= {"text": [NASTY]} if "verdicts" in values else {"measures": measures}
-        file.write_text(json.dumps(values))
+    for unit in of.units():
+        change(folder, unit, measures={"sharpness": {"value": 1.0, "note": NASTY}})
     page = Page(write(folder))
     assert page.tags.count("script") == 3, "the payload, plotly and the page's own"
     assert "img" not in page.tags
     assert not set("<>&") & set(page.json)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(NASTY.strip()) >= 4, "the command twice, the note and the sentence, as they were written"
-    assert page.payload["runs"][0]["values"] == {"sharpness": 1.0}
+    assert page.text.count(NASTY.strip()) >= 3, "the command twice and the note, as they were written"
+    assert page.payload["runs"][0]["values"]["sharpness"] == 1.0
 
 
 def test_what_a_verdict_adds_is_said(tmp_path: Path) -> None:
-    folder = made_up.folder(tmp_path / "run", recipe(seeds=2))
-    path = tmp_path / "run" / "flatness.json"
-    values = json.loads(path.read_text())
-    values["verdicts"][0] |= {"notes": ["Mind the loss."], "verdict": "inconclusive"}
-    path.write_text(json.dumps(values))
+    of = recipe(seeds=3)
+    folder = made_up.folder(tmp_path / "run", of)
+    assert "minimum flatter" in Page(write(folder)).text
+    for unit in of.units():
+        if unit.method == "sam":
+            change(folder, unit, measures={"loss": {"value": 100.0}, "normalised_sharpness": {"value": 100.0}})
     text = Page(write(folder)).text
-    assert "Mind the loss." in text
     assert "flatness inconclusive" in text
+    assert "cannot be told apart here" in text
+
+
+def test_the_verdict_is_the_summary_s_and_no_file_s(tmp_path: Path) -> None:
+    of = recipe(seeds=3)
+    folder = made_up.folder(tmp_path / "run", of)
+    file = folder.path / "flatness.json"  # as an earlier version wrote it
+    old = {"verdicts": [{"method": "sam", "verdict": "sharper", "sentence": "An old sentence."}], "text": ["Old."]}
+    file.write_text(json.dumps(json.loads(file.read_text()) | old))
+    text = Page(write(folder)).text
+    assert "minimum flatter" in text
+    assert "An old sentence." not in text
+    change(folder, next(of.units()), settings={"samples": 1})
+    results = made_up.results(folder)[1]
+    report.write(folder, of, results, summarise(of, results))  # which has none, as the runs cannot be compared
+    assert "flatness no verdict" in Page(folder.path / "report.html").text
 
 
 def test_nothing_is_asked_from_a_network(tmp_path: Path) -> None:
@@ -157,14 +179,18 @@ def test_a_run_folder_with_nothing_in_it_has_a_page(tmp_path: Path) -> None:
 
 def test_a_hole_in_a_landscape_stays_one(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
-    file = folder.unit(next(recipe().units())) / "flatness.json"
-    file.write_text(file.read_text().replace('"losses": [', '"losses": [NaN, ', 1))  # as another JSON writer might
     first = Page(write(folder)).payload["runs"][0]
-    assert first["profile"]["losses"][0] is None
     i, j = made_up.HOLE
     assert [(a, b) for a, row in enumerate(first["landscape"]["losses"]) for b, v in enumerate(row) if v is None] == [
         (i, j)
     ]
+
+
+def test_the_profile_is_the_landscape_s_middle(tmp_path: Path) -> None:
+    first = Page(write(made_up.folder(tmp_path / "run", recipe()))).payload["runs"][0]
+    profile, landscape = first["profile"], first["landscape"]
+    assert profile["axis"] == landscape["axis"]
+    assert profile["losses"] == [row[made_up.POINTS // 2] for row in landscape["losses"]]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "steppe flatness, version 9"}'])
@@ -181,7 +207,7 @@ def test_a_damaged_file_is_named_and_the_old_page_stays(tmp_path: Path, content:
 def test_pareto_shows_what_the_figure_shows(tmp_path: Path) -> None:
     three = recipe(seeds=3, methods=("sgd", "sam", "late_sam"), epochs=8)
     of, results = made_up.results(made_up.folder(tmp_path / "run", three, measured=False))
-    panels = payload(of, results, NOTHING)["pareto"]
+    panels = payload(of, results, *NOTHING)["pareto"]
     assert [panel["methods"] for panel in panels] == [["sgd", "sam"], ["sgd", "sam"], ["sgd", "sam", "late_sam"]]
     axes = iter(pareto.draw(of, results).axes)
     for field in ("test_accuracy", "gap"):
@@ -197,12 +223,12 @@ def test_pareto_shows_what_the_figure_shows(tmp_path: Path) -> None:
 
 def test_sharpness_while_training_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
     of, results = made_up.results(made_up.folder(tmp_path / "run", recipe(), measured=False))
-    assert not {"sharpness", "lambda_max"} & set(payload(of, results, NOTHING)["quantities"])
+    assert not {"sharpness", "lambda_max"} & set(payload(of, results, *NOTHING)["quantities"])
     some = {
         unit: [dataclasses.replace(r, lambda_max=3.0 if unit.method == "sam" else None) for r in records]
         for unit, records in results.items()
     }
-    shown = [curve for curve in payload(of, some, NOTHING)["curves"] if curve["field"] == "lambda_max"]
+    shown = [curve for curve in payload(of, some, *NOTHING)["curves"] if curve["field"] == "lambda_max"]
     assert [(curve["method"], curve["mean"]) for curve in shown] == [("sam", [3.0, 3.0])]
 
 
@@ -257,7 +283,7 @@ def together(chrome: Chrome, before: dict[str, float]) -> dict[str, float]:
     return WebDriverWait(chrome, made_up.PATIENCE).until(there)  # type: ignore[return-value]
 
 
-PLOTS = ("#curve-gap", "#pareto-gap", "#gap-over", "#spectrum", "#ranks-eigenvalues", "#profile", "#lines")
+PLOTS = ("#curve-gap", "#pareto-gap", "#gap-over", "#spectrum", "#ranks", "#profile", "#lines")
 SURFACES = tuple(f".surface[data-surface={method}]" for method in ("sgd", "sam"))
 EYES = f"return {list(SURFACES)}.map((s) => document.querySelector(s)._fullLayout.scene._scene.getCamera().eye)"
 

@@ -28,7 +28,7 @@ from steppe.experiments.recipes import Recipe, Unit
 from steppe.experiments.sharpness import flatness_sample
 from steppe.experiments.specs import parse
 from steppe.experiments.training import Run, owner
-from steppe.experiments.verdicts import CAVEATS, Verdict, compared
+from steppe.experiments.verdicts import Verdict, compared
 from steppe.flatness import Effort, Flatness, Objective, interpolation, measure, normalised_logits
 
 __all__ = ["FLATNESS", "Measuring", "Sampling", "lines_of", "measure_run", "measured", "objectives", "verdicts"]
@@ -98,7 +98,7 @@ class _Job:
 
 
 def measure_run(path: Path, how: Measuring, console: Console) -> None:
-    """Measure every run of a folder that is not measured yet, and write down what they allow to say.
+    """Measure every run of a folder that is not measured yet, and the lines between their solutions.
 
     Raises ExperimentError when there is nothing to measure.
     """
@@ -116,10 +116,7 @@ def measure_run(path: Path, how: Measuring, console: Console) -> None:
         jobs = [_Job(path, unit, processes, how) for unit in units]
         todo = [(job.name, job) for job in jobs if not _is_measured(folder, job.unit, how)]
         pooled(_measure, todo, most, console)
-        found = verdicts(recipe, {unit: flat for unit, flat in measured(folder, recipe).items() if unit in units})
-        lines = _lines(jobs, most, console)
-        text = list(CAVEATS) if found else []
-        write_json(path / FLATNESS, {"lines": lines, "verdicts": [v.json() for v in found], "text": text})
+        write_json(path / FLATNESS, {"lines": _lines(jobs, most, console)})
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Unit]:
@@ -153,14 +150,6 @@ def _lines(jobs: Sequence[_Job], most: int, console: Console) -> list[dict[str, 
     return [known[reference, job.unit.method, job.unit.seed] for job in pairs]
 
 
-def _compared(path: Path) -> dict[str, Any]:
-    """What was written of a folder before; nothing where that cannot be read, and is to be made anew."""
-    try:
-        return dict(json.loads((path / FLATNESS).read_text()))
-    except (OSError, ValueError, TypeError):
-        return {}
-
-
 def measured(folder: RunFolder, recipe: Recipe) -> dict[Unit, Flatness]:
     """Read what was measured; ExperimentError when a file is damaged."""
     found = {unit: _read(folder.unit(unit) / FLATNESS) for unit in recipe.units()}
@@ -168,8 +157,11 @@ def measured(folder: RunFolder, recipe: Recipe) -> dict[Unit, Flatness]:
 
 
 def lines_of(folder: RunFolder) -> list[dict[str, Any]]:
-    """Read the losses between solutions; none where nothing was measured."""
-    return list(_compared(folder.path).get("lines", []))
+    """Read the losses between solutions; none where nothing can be read, for they are made anew then."""
+    try:
+        return list(json.loads((folder.path / FLATNESS).read_text())["lines"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
 
 
 def verdicts(recipe: Recipe, found: Mapping[Unit, Flatness]) -> list[Verdict]:

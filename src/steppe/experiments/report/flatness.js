@@ -73,13 +73,13 @@ function spectrum() {
   })};
 }
 
-function ranks(part) {
+function ranks() {
   const traces = [];
   for (const method of data.methods) {
-    const runs = runsOf(method).filter((run) => run[part]?.values);
+    const runs = runsOf(method).filter((run) => run.eigenvalues);
     for (const run of runs) {
-      traces.push({x: run[part].values.map((_, i) => i + 1), y: run[part].values, type: "scatter", mode: "lines+markers",
-        name: method.label, text: run[part].values.map(() => `seed ${run.seed}`), meta: method.name, visible: shown(method.name),
+      traces.push({x: run.eigenvalues.values.map((_, i) => i + 1), y: run.eigenvalues.values, type: "scatter", mode: "lines+markers",
+        name: method.label, text: run.eigenvalues.values.map(() => `seed ${run.seed}`), meta: method.name, visible: shown(method.name),
         line: {color: faint(colourOf(method), 0.45), width: 1.2}, marker: {size: 7, color: colourOf(method)},
         hovertemplate: "%{fullData.name}, %{text}: %{y:.4g}<extra></extra>"});
     }
@@ -88,17 +88,12 @@ function ranks(part) {
 }
 
 function spectra() {
-  const has = (part) => data.runs.some((run) => run[part]);
-  const parts = ["eigenvalues", "adaptive_eigenvalues"];
-  if (!has("density") && !parts.some(has)) return absent("spectra");
+  if (!data.runs.length) return absent("spectra");
   const tell = () => { byId("width-out").textContent = `σ = ${short(bandwidth())}`; };
   byId("width").addEventListener("input", () => { tell(); if (drawn.has(byId("spectrum"))) draw(byId("spectrum")); });
   tell();
   plot(byId("spectrum"), spectrum);
-  for (const part of parts) {
-    if (has(part)) plot(byId(`ranks-${part}`), () => ranks(part));
-    else byId(`ranks-${part}`).closest("figure").hidden = true;
-  }
+  plot(byId("ranks"), ranks);
 }
 
 function absent(section) {

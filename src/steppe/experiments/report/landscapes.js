@@ -199,7 +199,7 @@ function legend() {
 
 function landscapes() {
   const has = (part) => data.runs.some((run) => run[part]);
-  if (!["landscape", "eigen_landscape", "profile"].some(has) && !data.lines.length) return absent("landscapes");
+  if (!["landscape", "eigen_landscape"].some(has) && !data.lines.length) return absent("landscapes");
   const context = document.createElement("canvas").getContext("webgl");
   webgl = Boolean(context);
   accelerated = webgl && !/swiftshader|llvmpipe|software|basic render/i.test(rendererOf(context));

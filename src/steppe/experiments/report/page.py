@@ -16,12 +16,13 @@ from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from steppe.experiments.files import write_atomically
 from steppe.experiments.folder import Results, RunFolder
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.measure import lines_of, measured
+from steppe.experiments.recipes import Recipe, Unit
 from steppe.experiments.report import tables, verdicts
 from steppe.experiments.report.markup import Markup, element, join
-from steppe.experiments.report.measured import Flatness, read
 from steppe.experiments.report.payload import dumps, payload, tracked
 from steppe.experiments.summary import Summary, setting
+from steppe.flatness import Flatness
 
 __all__ = ["FILE", "write"]
 
@@ -40,17 +41,21 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
     The same folder gives the same bytes. Flatness is on it where `steppe measure` has measured it.
     Raises ExperimentError when a file of the folder is damaged, and OSError as `open` does.
     """
-    flatness = read(folder, recipe)
+    found, lines = measured(folder, recipe), lines_of(folder)
     path = folder.path / FILE
-    write_atomically(path, _page(recipe, results, summary, flatness, _sessions(folder)).encode())
+    write_atomically(path, _page(recipe, results, summary, found, lines, _sessions(folder)).encode())
     return path
 
 
 def _page(
-    recipe: Recipe, results: Results, summary: Summary, flatness: Flatness, sessions: Sequence[Mapping[str, Any]]
+    recipe: Recipe,
+    results: Results,
+    summary: Summary,
+    flatness: Mapping[Unit, Flatness],
+    lines: Sequence[Mapping[str, Any]],
+    sessions: Sequence[Mapping[str, Any]],
 ) -> str:
     plotly, script = get_plotlyjs(), "\n".join(_file(name) for name in _SCRIPTS)
-    measured = bool(flatness.units)
     hint = join("These are made with ", element("code", f"steppe measure {_folder(recipe)}"), ".")
     return Template(_file("page.html")).substitute(
         # only these two scripts may run: one that comes in as text cannot
@@ -62,17 +67,20 @@ def _page(
         css=_file("page.css"),
         plotly=plotly,
         script=script,
-        payload=dumps(payload(recipe, results, flatness)),
+        payload=dumps(payload(recipe, results, flatness, lines)),
         chips=tables.chips(recipe),
         headlines=join(
-            *(element("p", sentence, class_="headline") for sentence in verdicts.headlines(summary, flatness))
+            *(
+                element("p", sentence, class_="headline")
+                for sentence in verdicts.headlines(summary, measured=bool(flatness))
+            )
         ),
-        details=join(*(element("li", sentence) for sentence in verdicts.details(summary, flatness))),
+        details=join(*(element("li", sentence) for sentence in verdicts.details(summary))),
         summary=tables.summary_table(recipe, summary),
-        flatness=tables.flatness_table(recipe, summary, flatness) if measured else "",
+        flatness=tables.flatness_table(recipe, summary, flatness) if flatness else "",
         unmeasured=element("p", "Flatness has not been measured in this run folder. ", hint, class_="empty"),
-        measured_only="" if measured else "hidden",
-        unmeasured_only="hidden" if measured else "",
+        measured_only="" if flatness else "hidden",
+        unmeasured_only="hidden" if flatness else "",
         tracked_only="" if tracked(results) else "hidden",
         tracked=join(
             *(_figure(f"curve-{quantity.field}", quantity.title, quantity.unit) for quantity in tracked(results))

@@ -13,19 +13,21 @@ from steppe.experiments.evaluation import Record
 from steppe.experiments.figures import EXTENTS, FLATNESS, QUANTITIES, Quantity
 from steppe.experiments.folder import Results
 from steppe.experiments.looks import styles
-from steppe.experiments.recipes import Recipe
-from steppe.experiments.report.measured import Flatness
+from steppe.experiments.recipes import Recipe, Unit
 from steppe.experiments.specs import parse
 from steppe.experiments.statistics import Estimate, estimate
-from steppe.flatness import FAMILIES
+from steppe.flatness import FAMILIES, Flatness, Landscape
 
 __all__ = ["dumps", "on_dark", "payload", "tracked"]
 
 _DASHES: Mapping[str, str] = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
+_DRAWN = ("density", "eigenvalues", "landscape", "eigen_landscape")
 _LIGHTER = 0.28  # of white in a colour on a dark page
 
 
-def payload(recipe: Recipe, results: Results, flatness: Flatness) -> dict[str, Any]:
+def payload(
+    recipe: Recipe, results: Results, flatness: Mapping[Unit, Flatness], lines: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
     """Everything that the page's script reads."""
     look = styles(recipe)
     quantities = [*QUANTITIES, *tracked(results)]
@@ -57,18 +59,13 @@ def payload(recipe: Recipe, results: Results, flatness: Flatness) -> dict[str, A
                 "method": unit.method,
                 "seed": unit.seed,
                 "gap": results[unit][-1].gap if results[unit] else None,
-                "values": {name: measure.get("value") for name, measure in values.get("measures", {}).items()},
-                **{
-                    part: values.get(part)
-                    for part in (
-                        *("density", "eigenvalues", "adaptive_eigenvalues"),
-                        *("profile", "landscape", "eigen_landscape"),
-                    )
-                },
+                "values": {name: measure.value for name, measure in flat.measures.items()},
+                "profile": flat.landscape and _profile(flat.landscape),
+                **{k: v for k, v in flat.to_json().items() if k in _DRAWN},
             }
-            for unit, values in flatness.units.items()
+            for unit, flat in flatness.items()
         ],
-        "lines": list(flatness.lines),
+        "lines": list(lines),
     }
 
 
@@ -128,6 +125,14 @@ def _curve(results: Results, method: str, quantity: Quantity) -> dict[str, Any] 
         "high": [e.mean + (e.sd or 0.0) for e in found],
         "several": any(e.n > 1 for e in found),
     }
+
+
+def _profile(landscape: Landscape) -> dict[str, Any] | None:
+    """The line through the minimum along the first direction; None where no row of the grid goes through it."""
+    (through,) = (landscape.axis == 0).nonzero(as_tuple=True)
+    if not len(through):
+        return None
+    return {"axis": landscape.axis.tolist(), "losses": landscape.losses[:, int(through[0])].tolist()}
 
 
 def _pareto(recipe: Recipe, results: Results) -> Iterator[dict[str, Any]]:

@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from steppe.experiments.looks import Style, styles
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.recipes import Recipe, Unit
 from steppe.experiments.report.markup import Markup, change, element, join, spread
-from steppe.experiments.report.measured import Flatness
 from steppe.experiments.report.payload import on_dark
 from steppe.experiments.report.verdicts import typographic, word, word_of
 from steppe.experiments.specs import parse
-from steppe.experiments.statistics import Estimate
+from steppe.experiments.statistics import Estimate, estimate
 from steppe.experiments.summary import Summary
+from steppe.flatness import FAMILIES, Flatness
 
 __all__ = ["chips", "configuration", "environment", "flatness_table", "summary_table"]
 
@@ -84,7 +85,7 @@ def summary_table(recipe: Recipe, summary: Summary) -> Markup:
     return join(_scrolling("Summary", table), note)
 
 
-def flatness_table(recipe: Recipe, summary: Summary, flatness: Flatness) -> Markup:
+def flatness_table(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Flatness]) -> Markup:
     """Every measure of every contender, its difference to the reference, and what generalised beside it."""
     reference = recipe.methods[0]
     look = styles(recipe)
@@ -96,14 +97,16 @@ def flatness_table(recipe: Recipe, summary: Summary, flatness: Flatness) -> Mark
             for method, style in look.items()
         ),
     )
+    there = {name for flat in flatness.values() for name in flat.measures}
     groups = [
         element(
             "tbody",
             element("tr", _group(family.title, family.about, len(look) + 1)),
-            *(_measure(recipe, flatness, name, label) for name, label in family.measures.items()),
+            *(_measure(recipe, summary, flatness, k, label) for k, label in family.measures.items() if k in there),
             data_family=family.title,
         )
-        for family in flatness.families()
+        for family in FAMILIES.values()
+        if there & set(family.measures)
     ]
     groups.append(_generalisation(recipe, summary))
     note = element(
@@ -134,17 +137,22 @@ def environment(sessions: Sequence[Mapping[str, Any]]) -> Markup:
     )
 
 
-def _measure(recipe: Recipe, flatness: Flatness, name: str, label: str) -> Markup:
-    found = {m: d for m in recipe.methods if (d := flatness.difference(m, name)) is not None}
-    changes = {m: _Change(d["difference"]["mean"], d.get("half_width_95"), str(d["verdict"])) for m, d in found.items()}
-    values = {m: spread(e.mean, e.sd) for m in recipe.methods if (e := flatness.estimate(m, name)) is not None}
-    notes = dict.fromkeys(
-        str(note)
-        for values in flatness.units.values()
-        if (note := values.get("measures", {}).get(name, {}).get("note"))
-    )
-    about = [element("small", note) for note in notes]
-    return _row(recipe, name, join(label, *about), values, changes)
+def _measure(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Flatness], name: str, label: str) -> Markup:
+    changes = {
+        verdict.method: _Change(row.difference.mean, row.difference.half_width, row.word)
+        for verdict in summary.flatness
+        for row in verdict.rows
+        if row.name == name
+    }
+    measures = [(unit.method, flat.measures[name]) for unit, flat in flatness.items() if name in flat.measures]
+    finite: dict[str, list[float]] = {}
+    for method, measure in measures:
+        if math.isfinite(measure.value):
+            finite.setdefault(method, []).append(measure.value)
+    means = {method: estimate(values) for method, values in finite.items()}
+    values = {method: spread(mean.mean, mean.sd) for method, mean in means.items()}
+    notes = dict.fromkeys(measure.note for _, measure in measures if measure.note)
+    return _row(recipe, name, join(label, *(element("small", note) for note in notes)), values, changes)
 
 
 def _generalisation(recipe: Recipe, summary: Summary) -> Markup:

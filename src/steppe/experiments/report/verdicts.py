@@ -6,44 +6,46 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 
 from steppe.experiments.report.markup import Markup, element, join
-from steppe.experiments.report.measured import Flatness
 from steppe.experiments.specs import parse
 from steppe.experiments.statistics import Estimate
 from steppe.experiments.summary import Difference, Summary
+from steppe.experiments.verdicts import CAVEATS
 
 __all__ = ["details", "headlines", "typographic", "word", "word_of"]
 
 _KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad", "sharper": "bad"}
-_UNMEASURED = "not measured"
+_UNMEASURED, _NO_VERDICT = "not measured", "no verdict"
 
 
-def headlines(summary: Summary, flatness: Flatness) -> list[Markup]:
-    """The verdict on generalisation and flatness: a sentence for those contenders of which the same can be said."""
+def headlines(summary: Summary, *, measured: bool) -> list[Markup]:
+    """The verdict on generalisation and, if `measured`, flatness: a sentence for all of which the same can be said."""
     if not summary.rows:
         return [join("Nothing has been measured yet.")]
     if not summary.differences:
         return [join("There is one contender so far, and nothing to compare it with.")]
     if all(difference.gap.n == 1 for difference in summary.differences):
-        return [join("One run of each contender gives ", word_of("no verdict"), ": it could have come out either way.")]
+        return [join("One run of each contender gives ", word_of(_NO_VERDICT), ": it could have come out either way.")]
+    flatness = {verdict.method: verdict.word for verdict in summary.flatness}
     alike: dict[tuple[str, str, str], list[Difference]] = {}
     for difference in summary.differences:
-        flat = str(flatness.verdicts.get(difference.method, {}).get("verdict", _UNMEASURED))
+        flat = flatness.get(difference.method, _NO_VERDICT if measured else _UNMEASURED)
         said = word(difference.test_accuracy, better=1), word(difference.gap, better=-1), flat
         alike.setdefault(said, []).append(difference)
     return [_headline(differences, *said) for said, differences in alike.items()]
 
 
-def details(summary: Summary, flatness: Flatness) -> Iterator[str]:
+def details(summary: Summary) -> Iterator[str]:
     """The sentences with the numbers, the runs and the intervals, and every reservation, each once."""
     said = list(summary.notes())
-    for verdict in flatness.verdicts.values():
-        said += [str(sentence) for sentence in (verdict.get("sentence"), *verdict.get("notes", [])) if sentence]
-    yield from (typographic(sentence) for sentence in dict.fromkeys([*said, *map(str, flatness.text)]))
+    for verdict in summary.flatness:
+        said += [verdict.sentence(), *verdict.notes()]
+    said += CAVEATS if summary.flatness else []
+    yield from (typographic(sentence) for sentence in dict.fromkeys(said))
 
 
 def word(value: Estimate, *, better: int) -> str:
     """Say which way a difference goes, where `better` is the good sign."""
-    return {None: "no verdict", 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]
+    return {None: _NO_VERDICT, 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]
 
 
 def word_of(text: str) -> Markup:
