@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from steppe.experiments import cpus
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.files import write_atomically, write_json
 from steppe.experiments.flatness_figures import draw
@@ -103,7 +103,7 @@ def measure_anybody(
 ) -> None:
     """Measure each file of weights that is not measured yet; write down and show what they allow to say.
 
-    With several files, `processes` of them at a time; by default as many as there are cores, and 1 on a GPU. Raises
+    With several files, `processes` of them at a time; by default as many as there are CPUs, and 1 on a GPU. Raises
     ExperimentError with one clear line; what is measured already is kept.
     """
     summary = options.out / "summary.md"
@@ -112,7 +112,7 @@ def measure_anybody(
             raise ExperimentError(f"{summary} is not of steppe measure and would be lost: choose another --out")
         jobs = _jobs(options, effort, sampling)
         todo = [job for job in jobs if _known(job) is None]
-        most = processes or (1 if torch.cuda.is_available() else os.cpu_count() or 1)
+        most = processes or (1 if torch.cuda.is_available() else cpus.available())
         pooled(_measure, [(job.name, job) for job in todo], most, console)
         found = {job.name: flat for job in jobs if (flat := _known(job)) is not None}
         solutions = Solutions(options.model, _setting(options), options.names, found, paired=bool(options.against))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
@@ -15,7 +14,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from steppe.experiments import checkpoints, data
+from steppe.experiments import checkpoints, cpus, data
 from steppe.experiments.data import Dataset, Split, normalise
 from steppe.experiments.distributed import World
 from steppe.experiments.errors import ExperimentError
@@ -65,7 +64,7 @@ class Measuring:
     sampling: Sampling = field(default_factory=Sampling)
     effort: Effort = field(default_factory=Effort)
     processes: int | None = None
-    """Runs to measure at a time, each on one CPU thread; by default as many as there are cores, and 1 on a GPU."""
+    """Runs to measure at a time, each on one CPU thread; by default as many as there are CPUs, and 1 on a GPU."""
 
     def __post_init__(self) -> None:
         if self.processes is not None and self.processes < 1:
@@ -111,7 +110,7 @@ def measure_run(path: Path, how: Measuring, console: Console) -> None:
     with folder.locked():
         units = _finished(folder, recipe, console)
         with _world(recipe, path, console) as (dataset, device):  # what the runs start from is had once, here
-            most = how.processes or (1 if device.type == "cuda" else os.cpu_count() or 1)
+            most = how.processes or (1 if device.type == "cuda" else cpus.available())
             how = how.within(len(dataset.train) if recipe.shots is None else recipe.shots * len(data.CLASSES))
         jobs = [_Job(path, unit, processes, how) for unit in units]
         todo = [(job.name, job) for job in jobs if not _is_measured(folder, job.unit, how)]
