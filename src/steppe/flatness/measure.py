@@ -270,7 +270,7 @@ def _sharpnesses(objective: Objective, effort: Effort) -> tuple[float, dict[str,
     return worst.loss, {
         "sharpness": Measure(worst.value, note=_climbs(worst.restarts)),
         "first_order": Measure(worst.first_order),
-        "m_sharpness": _measure(parts, f"{parts.n} parts of {effort.m} samples"),
+        "m_sharpness": _measure(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {effort.m} samples"),
         "average_sharpness": _measure(average),
         "gradient_norm": Measure(worst.gradient_norm),
         "adaptive_sharpness": Measure(adaptive.value, note=_climbs(adaptive.restarts)),
