@@ -1,5 +1,6 @@
 """The contenders: one step of SAM around SGD each, whose two gradients are put by hand; the plain base; the floor."""
 
+import hashlib
 import importlib
 import importlib.metadata
 import importlib.util
@@ -74,11 +75,18 @@ def found(classic: Path | None, peers: Path | None) -> tuple[dict[str, Build], d
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         contenders["classic"] = first_and_second(module.SAM)
+        versions["classic sam.py"] = f"git blob {_blob(classic)}"
     if peers is not None:
         sys.path.append(str(peers))
         contenders["pytorch_optimizer"] = first_and_second(importlib.import_module("pytorch_optimizer").SAM)
         versions["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
     return contenders, versions
+
+
+def _blob(file: Path) -> str:
+    """What git calls this content: it tells which version of a file without one was measured."""
+    content = file.read_bytes()
+    return hashlib.sha1(b"blob %d\0" % len(content) + content, usedforsecurity=False).hexdigest()[:7]
 
 
 class Floor:

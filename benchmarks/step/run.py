@@ -5,7 +5,8 @@
     python benchmarks/step/run.py --threads 2 --name step-2-threads        wall time of two threads
     python benchmarks/step/run.py --case decoder_1b                        12 to 17 GB
 
-``--classic`` is the file of github.com/davda54/sam, ``--peers`` a folder of
+``--classic`` is the file of github.com/davda54/sam (its versions differ much in what they move; the result names the
+one that was measured), ``--peers`` a folder of
 ``pip install --no-deps --target DIR pytorch_optimizer==4.1.0``.
 
 The base is SGD; the gradients are put by hand, twice a step. In every round each contender is built, warmed up, timed
