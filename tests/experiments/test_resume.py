@@ -46,6 +46,16 @@ def assert_same(out: Path, wanted: Path) -> None:
     assert all(map(torch.equal, weights, wanted_weights))
 
 
+def kill(process: "subprocess.Popen[str]") -> None:
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+
+
+def batches(out: Path) -> list[int]:
+    """How many batches of its epoch each run has seen."""
+    return [torch.load(path, weights_only=True)["batch"] for path in out.glob("runs/*/checkpoint.pt")]
+
+
 def wait_for_checkpoint(out: Path, process: "subprocess.Popen[str]") -> None:
     """Wait until the process has written one."""
 
@@ -83,15 +93,16 @@ def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
 @pytest.mark.slow
 def test_killed_at_any_moment_it_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "run", random.Random(0)
-    batches: list[int] = []
-    for _ in range(2):
-        process = start(command(out))
-        wait_for_checkpoint(out, process)
-        time.sleep(chance.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.communicate()
-        batches += [torch.load(p, weights_only=True)["batch"] for p in out.glob("runs/*/checkpoint.pt")]
-    assert any(batches)  # at least one kill within an epoch
+    process = start(command(out))
+    wait_for_checkpoint(out, process)
+    time.sleep(chance.uniform(0.0, 0.3))
+    kill(process)
+    process = start(command(out))
+    wait_for_checkpoint(out, process)
+    while not any(batch in (1, 2) for batch in batches(out)):  # early in an epoch, which has five
+        assert process.poll() is None, process.communicate()
+    kill(process)
+    assert any(batches(out)), "the kill came within an epoch"
     assert command_line(command(out), draws=False) == 0
     assert_same(out, undisturbed)
 
