@@ -62,6 +62,7 @@ def test_all_combinations_are_there_and_the_first_is_the_one_that_others_are_bes
     assert Choice(1, channels_last=True).safe(8)
 
 
+@pytest.mark.slow
 def test_everything_is_measured_and_shown(monkeypatch):
     monkeypatch.setattr(choices, "seconds", lambda take: take() or 1.0)
     data = {

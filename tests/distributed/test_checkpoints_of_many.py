@@ -52,8 +52,11 @@ def remembered(optimizer):
     return optimizer._engine.steps, {rule: len(own) for rule, own in optimizer._engine.memory.items()}
 
 
+FOUR = pytest.param("fsdp2", 4, marks=pytest.mark.xdist_group("four ranks"))
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(("there", "ranks"), [("fsdp2", 2), ("fsdp2", 4), ("ddp", 2), ("tensor parallel", 2)])
+@pytest.mark.parametrize(("there", "ranks"), [("fsdp2", 2), FOUR, ("ddp", 2), ("tensor parallel", 2)])
 @pytest.mark.parametrize("name", REMEMBER)
 def test_a_distributed_checkpoint_goes_on_with_other_ranks(name, there, ranks):
     model, optimizer = started(plain, name)

@@ -187,6 +187,7 @@ def fsdp_over_four(name):
 
 @pytest.mark.parametrize("name", ["gsam", "layerwise_sam", "zsharp", "sparse_sam", "esam", "rwp", "looksam"])
 @pytest.mark.parametrize("function", [in_two_dimensions, fsdp_over_four])
+@pytest.mark.xdist_group("four ranks")
 def test_four_ranks(function, name):
     expected = train(plain, named(name), 4)
     for found in together(4)(function, name):

@@ -337,6 +337,7 @@ class Killer(Heard):
             os.kill(self.killed, signal.SIGKILL)
 
 
+@pytest.mark.slow
 def test_several_at_a_time_have_the_bits_of_one_and_one_that_is_killed_is_retried(
     undisturbed: Path, tmp_path: Path
 ) -> None:

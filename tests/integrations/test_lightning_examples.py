@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 import torch.nn.functional as F
 from test_lightning import model_bits, pl, pytestmark  # noqa: F401
@@ -90,6 +91,7 @@ assert all(torch.equal(p, q) for p, q in zip(module.parameters(), twin.parameter
 """
 
 
+@pytest.mark.slow
 def test_the_other_package():
     done = subprocess.run([sys.executable, "-c", OTHER_PACKAGE], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
