@@ -294,6 +294,7 @@ def test_fewer_images_than_were_asked_for_are_said_to_be_fewer(path: Path) -> No
     assert (path / "runs" / "sgd-seed0" / FLATNESS).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_another_process_measures_the_same_and_what_it_finds_is_kept_where_one_fails(tmp_path: Path) -> None:
     # theirs is the real sample: they load it themselves
     folder = trained_folder(tmp_path / "run", load("sample"), shots=1, seeds=1, label_noise=0.0)
