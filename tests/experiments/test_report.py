@@ -84,13 +84,13 @@ def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
     of = recipe(seeds=2, name="<b onclick=alert(1)>")
     folder = made_up.folder(tmp_path / "run", of, command=NASTY)
     for unit in of.units():
-        change(folder, unit, measures={"sharpness": {"value": 1.0, "note": NASTY}})
+        change(folder, unit, measures={name: {"value": 1.0, "note": NASTY} for name in ("sharpness", "loss")})
     page = Page(write(folder))
     assert page.tags.count("script") == 3, "the payload, plotly and the page's own"
     assert "img" not in page.tags
     assert not set("<>&") & set(page.json)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(NASTY.strip()) >= 3, "the command twice and the note, as they were written"
+    assert page.text.count(NASTY.strip()) >= 4, "the command and the note, twice each, as they were written"
     assert page.payload["runs"][0]["values"]["sharpness"] == 1.0
 
 
@@ -179,8 +179,11 @@ def test_a_run_folder_with_nothing_in_it_has_a_page(tmp_path: Path) -> None:
 
 def test_a_hole_in_a_landscape_stays_one(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
+    unit, (i, j) = next(recipe().units()), made_up.HOLE
+    losses = json.loads((folder.unit(unit) / "flatness.json").read_text())["landscape"]["losses"]
+    losses[i][j] = float("nan")  # as another JSON writer might
+    change(folder, unit, landscape={"losses": losses})
     first = Page(write(folder)).payload["runs"][0]
-    i, j = made_up.HOLE
     assert [(a, b) for a, row in enumerate(first["landscape"]["losses"]) for b, v in enumerate(row) if v is None] == [
         (i, j)
     ]
