@@ -106,7 +106,7 @@ def place(name: str, arguments: argparse.Namespace) -> tuple[str, Path]:
 def _name(on_gpu: bool) -> str:
     if on_gpu:
         return torch.cuda.get_device_name()
-    from steppe.experiments.environment import describe
+    from steppe.experiments.storage.environment import describe
 
     here = describe([])
     return f"{here['cpus']} cores of an {here['cpu']}"

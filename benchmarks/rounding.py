@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steppe.experiments.models import preact_resnet18
-from steppe.rounding import add_scaled_stochastically_
+from steppe._engine.rounding import add_scaled_stochastically_
+from steppe.experiments.models.preact_resnet import preact_resnet18
 
 RADII = (0.01, 0.05, 0.5)
 

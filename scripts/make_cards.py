@@ -20,14 +20,14 @@ from pathlib import Path
 from typing import Any
 
 from steppe import cards, catalogue
-from steppe.experiments.contenders import CONTENDERS
+from steppe.experiments.analysis.statistics import Estimate
+from steppe.experiments.analysis.summary import Summary, setting, summarise
+from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.findings import command_line
-from steppe.experiments.folder import RunFolder
-from steppe.experiments.recipes import Recipe
-from steppe.experiments.specs import parse
-from steppe.experiments.statistics import Estimate
-from steppe.experiments.summary import Summary, setting, summarise
+from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.tuning.result import command_line
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "src" / "steppe" / "measured.json"

@@ -14,10 +14,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from steppe.experiments.data import CLASSES, SAMPLE, SAMPLE_SHA256, Split, load, sample_digest
+from steppe.experiments.data.datasets import CLASSES, SAMPLE, SAMPLE_SHA256, Split, load, sample_digest
 
 PER_CLASS = 300
-PACKAGE = Path(__file__).parents[1] / "src" / "steppe" / "experiments" / "sample"
+PACKAGE = Path(__file__).parents[1] / "src" / "steppe" / "experiments" / "data" / "sample"
 
 
 def first_of_each_class(labels: NDArray[np.int64], count: int) -> NDArray[np.int64]:

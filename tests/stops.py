@@ -1,6 +1,6 @@
 """A stop that comes at a chosen time, for tests of what is interrupted."""
 
-from steppe.experiments.stopping import Stop
+from steppe.experiments.training.stopping import Stop
 
 
 class StopAfter(Stop):

@@ -15,10 +15,10 @@ import steppe
 from steppe import cards, closures, papers, variants
 from steppe.cards import card
 from steppe.catalogue import CATALOGUE
-from steppe.experiments.contenders import CONTENDERS
-from steppe.experiments.evaluation import Record, write_records
-from steppe.experiments.folder import METRICS, RunFolder
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.storage.run_folder import METRICS, RunFolder
+from steppe.experiments.training.evaluation import Record, write_records
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]

@@ -8,7 +8,7 @@ import pytest
 import steppe
 from steppe.catalogue import CATALOGUE
 from steppe.cli import main
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.config.recipe import Recipe
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -163,7 +163,7 @@ def test_ctrl_c_while_loading_says_how_to_go_on(
     def interrupted(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("steppe.experiments.data.load", interrupted)
+    monkeypatch.setattr("steppe.experiments.data.datasets.load", interrupted)
     words = ["compare", "demo", "--out", str(tmp_path / "a folder")]
     assert main(words) == 130
     assert f"To go on: steppe compare demo --out '{tmp_path}/a folder'" in said(capsys)

@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import steppe
 from checks import bumpy, resumes, split
 from reference_combinations import gsam, looksam, pgn, trajectory, wsam
-from steppe import sam, tensors
+from steppe import sam
+from steppe._engine.state_dict import pack
+from steppe._tensors import ops as tensors
+from steppe._tensors.ops import dot
 from steppe.cadences import Every, Late, Randomly
-from steppe.checkpoints import pack
 from steppe.combinations import PenalizedNorm, Reuse, SurrogateGap, Weighted
-from steppe.tensors import dot
 from support import BASES, DRIVES, batch, by_closure, model_bits, net, plain, train
 
 RHO = 0.3

@@ -10,7 +10,8 @@ from torch import nn
 
 import steppe
 from checks import build
-from steppe import SAM, frozen_stats, passes
+from steppe import SAM, frozen_stats
+from steppe._engine import side_effects as passes
 from support import BASES, DRIVES, batch, bits, by_closure, by_passes, model_bits, net, plain, train
 
 every_drive = pytest.mark.parametrize("drive", DRIVES)

@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 import steppe
-from steppe.experiments.contenders import CONTENDERS
-from steppe.experiments.data import Dataset, Split
-from steppe.experiments.distributed import join
-from steppe.experiments.recipes import Recipe
-from steppe.experiments.stopping import Stopped
-from steppe.experiments.training import train as train_unit
+from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data.datasets import Dataset, Split
+from steppe.experiments.training.run import train as train_unit
+from steppe.experiments.training.stopping import Stopped
+from steppe.experiments.world import join
 from stops import StopAfter
 from support import batch, net
 

@@ -11,7 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
-from steppe import SAM, draws
+from steppe import SAM
+from steppe._tensors import random as draws
 from steppe.modifiers import DynamicSparse, Masked, Only, Sparse, Stochastic, last_layers, layers
 from steppe.perturbations import L2, Fisher, LayerWise, LInf, Momentum, Random
 from steppe.rules import Point

@@ -11,7 +11,8 @@ import steppe
 from checks import bumpy, resumes, split
 from reference import loss_and_gradient, sam_e
 from reference_perturbations import random_e
-from steppe import SAM, draws
+from steppe import SAM
+from steppe._tensors import random as draws
 from steppe.modifiers import Masked, Only, Stochastic, norm_layers
 from steppe.perturbations import Momentum, Random
 from steppe.rules import Point

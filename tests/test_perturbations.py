@@ -21,7 +21,9 @@ from reference_perturbations import (
     trajectory,
     zscore_e,
 )
-from steppe import checkpoints, engine, sam
+from steppe import sam
+from steppe._engine import engine
+from steppe._engine import state_dict as checkpoints
 from steppe.modifiers import DynamicSparse, Sparse, Stochastic
 from steppe.perturbations import L2, Fisher, Friendly, LayerWise, LInf, VarianceSuppressed, ZScore
 from steppe.rules import Ascent, Point

@@ -8,8 +8,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import steppe
-from steppe.rounding import add_scaled_stochastically_
-from steppe.tensors import add_scaled_
+from steppe._engine.rounding import add_scaled_stochastically_
+from steppe._tensors.ops import add_scaled_
 from support import BASES, DRIVES, batch, bits, net, plain
 
 HALF = [torch.bfloat16, torch.float16]

@@ -7,7 +7,9 @@ import torch
 
 import steppe
 from checks import build, matches_reference, restores_exactly, resumes
-from steppe import checkpoints, displacement, engine, sam
+from steppe import sam
+from steppe._engine import displacement, engine
+from steppe._engine import state_dict as checkpoints
 from steppe.rules import Ascent
 from support import BASES, DRIVES
 

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from steppe.displacement import Displacement
-from steppe.tensors import _add_scaled_fused_, add_scaled_, all_finite, norm, reciprocal
+from steppe._engine.displacement import Displacement
+from steppe._tensors.ops import _add_scaled_fused_, add_scaled_, all_finite, norm, reciprocal
 from support import bits
 
 

@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import steppe
 from steppe import testing
-from steppe.tensors import norm, reciprocal
+from steppe._tensors.ops import norm, reciprocal
 
 
 def around(model, *, rho=0.1, protect=True, **slots):
@@ -102,9 +102,10 @@ def test_a_way_back_by_subtraction_is_killed(monkeypatch):
         for w, _, d in self._moves:
             w.add_(alpha * d)
 
-    monkeypatch.setattr("steppe.displacement.Displacement.move", move)
+    monkeypatch.setattr("steppe._engine.displacement.Displacement.move", move)
     monkeypatch.setattr(
-        "steppe.displacement.Displacement.restore", lambda s: by_subtraction(s) if hasattr(s, "_moves") else None
+        "steppe._engine.displacement.Displacement.restore",
+        lambda s: by_subtraction(s) if hasattr(s, "_moves") else None,
     )
     with pytest.raises(AssertionError, match=r"not at w after a pass|did not come back"):
         testing.weights_come_back_exactly(around)

@@ -43,7 +43,7 @@ class Choice:
         return Problem(batch, width, 2, channels_last=self.channels_last, amp=self.bf16, compile=self.compile)
 
     def safe(self, width: int) -> bool:
-        """Whether torch stays within its memory (see `steppe.experiments.distributed.resolve`)."""
+        """Whether torch stays within its memory (see `steppe.experiments.world.resolve`)."""
         return not (self.channels_last and self.threads > 1 and width % 16)
 
 

@@ -29,7 +29,7 @@ from cpu.choices import Sizes, evaluations, steps
 from cpu.processes import at_once
 from cpu.table import render
 from results import add_arguments, read, save
-from steppe.experiments.cpus import available
+from steppe.experiments.execution.cpus import available
 
 DEMO = Sizes()
 TINY = Sizes(batch=8, width=2, widths=(3,), images=20, chunks=(10, 20), rounds=2, repeat=1)

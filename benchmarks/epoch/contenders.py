@@ -13,7 +13,7 @@ from memory import Step, stepper
 from steppe import SAM, closures, variants
 from steppe.cadences import Every, Late, Randomly
 from steppe.catalogue import CATALOGUE, Method
-from steppe.experiments.models import preact_resnet18
+from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.rules import Cadence, Point
 
 CLASSES = 10

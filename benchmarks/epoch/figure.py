@@ -10,7 +10,7 @@ from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from epoch.table import SHOWN, about
 from results import Result
-from steppe.experiments.looks import in_turn, look, save, tell
+from steppe.experiments.figures.style import in_turn, look, save, tell
 
 
 def draw(results: Sequence[Result], path: Path) -> list[Path]:

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steppe.experiments.data import load, normalise
-from steppe.experiments.models import preact_resnet18
+from steppe.experiments.data.datasets import load, normalise
+from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.flatness import Hessian, Objective, eigenvalues
 
 BATCH = 128

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.files import write_atomically, write_json
+from steppe.experiments.storage.files import write_atomically, write_json
 
 PIECE = 16 << 20
 FILES, TOTAL = 8, 60 << 20

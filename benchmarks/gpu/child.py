@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from steppe.experiments.stopping import Stop
+from steppe.experiments.training.stopping import Stop
 
 GRACE = 25.0
 """Seconds that a process has to save its work when it is asked to stop."""

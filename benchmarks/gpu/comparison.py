@@ -6,8 +6,8 @@ from typing import Any
 
 from presets.contender import register
 from results import Result
-from steppe.experiments.evaluation import Record
-from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.training.evaluation import Record
 from steppe.flatness import Flatness
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 from gpu.comparison import by_device, comparison
 from gpu.place import Place
 from results import Result, load
-from steppe.experiments import figures, pareto
-from steppe.experiments.looks import look, save
+from steppe.experiments.figures import curves as figures
+from steppe.experiments.figures import pareto
+from steppe.experiments.figures.style import look, save
 
 SHOWN = ("article", "pareto")
 """What has a picture: its curves, or its Pareto front."""

@@ -4,15 +4,15 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments import checkpoints
-from steppe.experiments.data import Dataset
-from steppe.experiments.folder import CHECKPOINT
-from steppe.experiments.measure import Sampling, objectives
-from steppe.experiments.models import preact_resnet18
-from steppe.experiments.recipes import Unit
-from steppe.experiments.sharpness import flatness_sample
-from steppe.experiments.stopping import Stop, Stopped
-from steppe.experiments.training import owner
+from steppe.experiments.config.recipe import Unit
+from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.measuring.measure import Sampling, objectives
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.run_folder import CHECKPOINT
+from steppe.experiments.training.run import owner
+from steppe.experiments.training.sharpness import flatness_sample
+from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.flatness import Effort, measure
 
 _TINY = Effort(m=16, steps=2, restarts=1, pairs=2, top=1, tol=0.5, probes=2, density_probes=1, density_steps=4)

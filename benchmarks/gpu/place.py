@@ -10,7 +10,7 @@ from typing import Any
 
 import results
 from results import ROOT
-from steppe.experiments.files import write_json
+from steppe.experiments.storage.files import write_json
 
 STATE = ROOT / "build" / "gpu"
 

@@ -26,8 +26,8 @@ from gpu.place import Place, add_arguments, digest  # noqa: E402
 from gpu.plan import BENCHMARKS, Piece, pieces  # noqa: E402
 from gpu.train import GOES_ON, PLAIN  # noqa: E402
 from steppe.experiments.errors import ExperimentError  # noqa: E402
-from steppe.experiments.files import write_json  # noqa: E402
-from steppe.experiments.stopping import Stop, on_signals  # noqa: E402
+from steppe.experiments.storage.files import write_json  # noqa: E402
+from steppe.experiments.training.stopping import Stop, on_signals  # noqa: E402
 
 RESERVE = 20.0  # seconds at the end, for figures and for what is carried on
 WORTH_WHILE = 30.0  # seconds: the compiler alone may take as long

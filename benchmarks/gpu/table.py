@@ -5,11 +5,11 @@ from typing import Any
 
 from gpu.comparison import Comparison, comparison, told
 from results import Result
-from steppe.experiments.recipes import Unit
-from steppe.experiments.specs import parse
-from steppe.experiments.statistics import Estimate, estimate
-from steppe.experiments.summary import summarise
-from steppe.experiments.verdicts import CAVEATS, compared
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.summary import summarise
+from steppe.experiments.analysis.verdicts import CAVEATS, compared
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Unit
 
 _PRECISION = "| method | test %, bfloat16 | float32 | difference | gap, bfloat16 | float32 | difference | runs |"
 

@@ -28,16 +28,16 @@ from gpu.place import Place, add_arguments  # noqa: E402
 from gpu.plan import Training, pieces  # noqa: E402
 from presets.contender import register  # noqa: E402
 from steppe.experiments import data  # noqa: E402
-from steppe.experiments.data import Dataset, Split  # noqa: E402
-from steppe.experiments.distributed import World, join, resolve  # noqa: E402
+from steppe.experiments.config.recipe import RECIPES, Recipe, Unit  # noqa: E402
+from steppe.experiments.data.datasets import Dataset, Split  # noqa: E402
 from steppe.experiments.errors import ExperimentError  # noqa: E402
-from steppe.experiments.evaluation import Record, read_records  # noqa: E402
-from steppe.experiments.files import write_json  # noqa: E402
-from steppe.experiments.folder import CHECKPOINT, METRICS  # noqa: E402
-from steppe.experiments.progress import Lines  # noqa: E402
-from steppe.experiments.recipes import RECIPES, Recipe, Unit  # noqa: E402
-from steppe.experiments.stopping import Stop, Stopped, on_signals  # noqa: E402
-from steppe.experiments.training import train  # noqa: E402
+from steppe.experiments.execution.progress import Lines  # noqa: E402
+from steppe.experiments.storage.files import write_json  # noqa: E402
+from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS  # noqa: E402
+from steppe.experiments.training.evaluation import Record, read_records  # noqa: E402
+from steppe.experiments.training.run import train  # noqa: E402
+from steppe.experiments.training.stopping import Stop, Stopped, on_signals  # noqa: E402
+from steppe.experiments.world import World, join, resolve  # noqa: E402
 
 GOES_ON = 75  # the exit status of one that was stopped: "a temporary failure; try again" since sysexits.h
 PLAIN = "plain"

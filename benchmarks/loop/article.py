@@ -10,9 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from steppe.experiments.data import MEAN, STD, Split
-from steppe.experiments.models import preact_resnet18
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data.datasets import MEAN, STD, Split
+from steppe.experiments.models.preact_resnet import preact_resnet18
 
 
 class Images(Dataset[tuple[Tensor, int]]):

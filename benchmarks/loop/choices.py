@@ -1,4 +1,4 @@
-"""Our loop, choice by choice: each is a run of `steppe.experiments.training`, driven batch by batch."""
+"""Our loop, choice by choice: each is a run of `steppe.experiments.training.run`, driven batch by batch."""
 
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -10,12 +10,12 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from steppe.experiments import training
-from steppe.experiments.batches import Batch, batches, order
-from steppe.experiments.contenders import BASES
-from steppe.experiments.data import Dataset
-from steppe.experiments.distributed import World
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.config.contenders import BASES
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data.batches import Batch, batches, order
+from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.training import run as training
+from steppe.experiments.world import World
 
 _FIELDS = ("amp", "channels_last", "compile", "cuda_graphs")
 

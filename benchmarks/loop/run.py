@@ -6,7 +6,7 @@
 
 SGD and SAM in two styles of loop. The article's: float32, eager, a DataLoader whose data set normalises image by image,
 pinned and copied to the device batch by batch, the loss read at each step, SAM by a loop over the parameters. Ours:
-`steppe.experiments.training`, the data on the device, with each choice alone and with all together. Float32 means what
+`steppe.experiments.training.run`, the data on the device, with each choice alone and with all together. Float32 means what
 torch makes of it by default, which for convolutions on a GPU is TF32, in both styles.
 
 All are warmed up, and then timed in turns: some steps each, again and again. Seconds are those of one pass of 60,000
@@ -37,10 +37,11 @@ from loop.floor import floor
 from loop.race import Key, Race, Steps, reason
 from loop.table import render
 from results import add_arguments, load, save
-from steppe.experiments import checkpoints, data
-from steppe.experiments.batches import count
-from steppe.experiments.data import Dataset, Split
-from steppe.experiments.recipes import RECIPES, Recipe
+from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data.batches import count
+from steppe.experiments.data.datasets import Dataset, Split
+from steppe.experiments.storage import checkpoints
 from timing import seconds, spread
 
 ARTICLE = "article's style"

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 
 from steppe import L2, SAM, Adaptive, Only
 from steppe.combinations import Perturbed, Reuse
-from steppe.experiments import contenders
-from steppe.experiments.contenders import Contender
-from steppe.experiments.method_drivers import OnAFraction
+from steppe.experiments.config import contenders
+from steppe.experiments.config.contenders import Contender
+from steppe.experiments.training.method_drivers import OnAFraction
 from steppe.modifiers import norm_layers
 from steppe.rules import Point
 

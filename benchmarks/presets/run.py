@@ -27,10 +27,10 @@ import results  # noqa: E402
 from presets.contender import register  # noqa: E402
 from presets.table import render  # noqa: E402
 from steppe.experiments import data  # noqa: E402
-from steppe.experiments.data import Dataset, Split  # noqa: E402
-from steppe.experiments.distributed import join, resolve  # noqa: E402
-from steppe.experiments.recipes import RECIPES, Recipe, Unit  # noqa: E402
-from steppe.experiments.training import train  # noqa: E402
+from steppe.experiments.config.recipe import RECIPES, Recipe, Unit  # noqa: E402
+from steppe.experiments.data.datasets import Dataset, Split  # noqa: E402
+from steppe.experiments.training.run import train  # noqa: E402
+from steppe.experiments.world import join, resolve  # noqa: E402
 
 SEARCH, SCORE, LARGER = slice(10_000, 13_000), slice(40_000, 50_000), slice(13_000, 25_000)
 KEPT = ("passes", "steps", "train_accuracy", "test_accuracy", "gap", "train_loss", "test_loss", "seconds")

@@ -1,12 +1,12 @@
 """Steppe: sharpness-aware minimisation for PyTorch."""
 
 from steppe import closures, compat, flatness, methods, modifiers, rho_schedule, rules, testing, variants
+from steppe._engine.side_effects import frozen_stats
 from steppe.ascent import Steps
 from steppe.cadences import Every, GradientNorm, Late, Randomly
 from steppe.combinations import PenalizedNorm, Perturbed, Reuse, SurrogateGap, Weighted
 from steppe.modifiers import DynamicSparse, Masked, Only, Sparse, Stochastic, last_layers, layers, norm_layers
 from steppe.papers import citation
-from steppe.passes import frozen_stats
 from steppe.perturbations import (
     L2,
     Adaptive,

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from steppe import papers
+from steppe._tensors.ops import add_scaled_, norm, reciprocal
 from steppe.perturbations import L2
 from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
-from steppe.tensors import add_scaled_, norm, reciprocal
 
 
 @dataclass(frozen=True)

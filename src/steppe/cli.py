@@ -45,9 +45,9 @@ def _run(words: Sequence[str]) -> int:
     from rich.console import Console
 
     from steppe.experiments.commands import parse
-    from steppe.experiments.data import DataError
+    from steppe.experiments.data.datasets import DataError
     from steppe.experiments.errors import ExperimentError
-    from steppe.experiments.stopping import Stopped
+    from steppe.experiments.training.stopping import Stopped
 
     try:
         parse(words).run(["steppe", *words], Console())
@@ -63,7 +63,7 @@ def _run(words: Sequence[str]) -> int:
 
 
 def _stopped(words: Sequence[str], code: int) -> int:
-    from steppe.experiments.distributed import launched
+    from steppe.experiments.world import launched
 
     start = f"torchrun --nproc-per-node {launched()} -m steppe" if launched() > 1 else "steppe"
     print(f"\nStopped. To go on: {start} {shlex.join(words)}", file=sys.stderr)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from steppe import papers
+from steppe._tensors.dtensor import foreach
+from steppe._tensors.ops import add_scaled_, copy_, dot, norm, reciprocal, where_finite
 from steppe.rules import Point
-from steppe.shards import foreach
-from steppe.tensors import add_scaled_, copy_, dot, norm, reciprocal, where_finite
 
 
 @dataclass(frozen=True)

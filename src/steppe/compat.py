@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from steppe import sam
-from steppe.checkpoints import RHO
+from steppe._engine.state_dict import RHO
 from steppe.perturbations import L2, Adaptive
 
 # A mark on the module itself, so that a copy or a pickle made in between can be enabled again.

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
-from steppe import draws, papers
+from steppe import papers
+from steppe._tensors import random as draws
+from steppe._tensors.dtensor import foreach, part_of, whole
+from steppe._tensors.ops import where_finite
 from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient, scale_free
-from steppe.shards import foreach, part_of, whole
-from steppe.tensors import where_finite
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 

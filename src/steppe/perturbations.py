@@ -7,10 +7,11 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
-from steppe import draws, papers
+from steppe import papers
+from steppe._tensors import random as draws
+from steppe._tensors.dtensor import foreach, part_of, whole
+from steppe._tensors.ops import as_real, dot, norm, reciprocal, where_finite
 from steppe.rules import Ascent, Point
-from steppe.shards import foreach, part_of, whole
-from steppe.tensors import as_real, dot, norm, reciprocal, where_finite
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe.checkpoints import RHO
+from steppe._engine.state_dict import RHO
 
 Radius: TypeAlias = float | Tensor
 

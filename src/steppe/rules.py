@@ -7,7 +7,7 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from steppe.tensors import as_real, norm
+from steppe._tensors.ops import as_real, norm
 
 Memory: TypeAlias = dict[str, dict[Tensor, dict[str, Tensor]]]
 """Rule name -> parameter -> the rule's own tensors."""

@@ -13,12 +13,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe import papers
+from steppe._engine.callers import called_by_scaler, called_by_trainer, inside_an_accumulation, warn
+from steppe._engine.constructor import base_and_rho, check_groups
+from steppe._engine.engine import Engine
+from steppe._engine.state_dict import RHO, has_ours, pack, parameters, unpack
 from steppe.cadences import Every
-from steppe.checkpoints import RHO, has_ours, pack, parameters, unpack
 from steppe.combinations import Perturbed
-from steppe.engine import Engine
-from steppe.forms import base_and_rho, check_groups
-from steppe.notices import called_by_scaler, called_by_trainer, inside_an_accumulation, warn
 from steppe.perturbations import L2
 from steppe.rules import Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.combinations import Perturbed
 from steppe.rules import climbs, needs_gradient
 from steppe.sam import SAM

@@ -14,9 +14,9 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from steppe import papers
-from steppe.notices import warn
-from steppe.shards import foreach
-from steppe.tensors import as_real, copy_
+from steppe._engine.callers import warn
+from steppe._tensors.dtensor import foreach
+from steppe._tensors.ops import as_real, copy_
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 # What is counted on the host would be lost, or compiled anew at every epoch.

@@ -17,7 +17,7 @@ import results  # noqa: E402
 import timing  # noqa: E402
 from epoch import contenders, figure, race, run, table  # noqa: E402
 from epoch.contenders import MOMENTUM, MSAM, QUARTER, SGD, SHARP, Problem, everybody  # noqa: E402
-from steppe.experiments.models import PreActResNet18  # noqa: E402
+from steppe.experiments.models.preact_resnet import PreActResNet18  # noqa: E402
 
 TINY = Problem(8, 1, 2)
 each = pytest.mark.parametrize("contender", everybody(TINY), ids=lambda contender: contender.name)

@@ -18,10 +18,10 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 from gpu import carry, child, correctness, place, plan, rehearsal, run, table, train  # noqa: E402
 from gpu.plan import Piece, Training  # noqa: E402
 from results import Result  # noqa: E402
+from steppe.experiments.config.method_spec import parse  # noqa: E402
+from steppe.experiments.config.recipe import Recipe  # noqa: E402
 from steppe.experiments.errors import ExperimentError  # noqa: E402
-from steppe.experiments.recipes import Recipe  # noqa: E402
-from steppe.experiments.specs import parse  # noqa: E402
-from steppe.experiments.stopping import Stop, Stopped  # noqa: E402
+from steppe.experiments.training.stopping import Stop, Stopped  # noqa: E402
 
 NOT_THERE = ("tyro", "plotly", "ray", "optuna", "expecttest", "selenium", "tensorboard", "lightning")
 """What nobody has to install on a machine with a GPU."""

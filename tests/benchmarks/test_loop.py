@@ -15,7 +15,7 @@ import results  # noqa: E402
 from loop import floor, race, run, table  # noqa: E402
 from loop.article import Article, TwoSteps  # noqa: E402
 from loop.choices import Choice, Ours, choices  # noqa: E402
-from steppe.experiments.recipes import RECIPES, Recipe  # noqa: E402
+from steppe.experiments.config.recipe import RECIPES, Recipe  # noqa: E402
 
 
 @pytest.fixture

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
-from steppe.shards import whole
+from steppe._tensors.dtensor import whole
 from test_variants import OWN, VARIANTS
 
 Make = Callable[[nn.Module], steppe.SAM]

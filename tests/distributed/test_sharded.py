@@ -10,10 +10,10 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import steppe
-import steppe.tensors
+import steppe._tensors.ops
 from layouts import LAYOUTS, OWN, SEE_ALL, VARIANTS, fsdp, mine, named, network, plain, run, samples, train, weights
 from ranks import together
-from steppe.shards import local
+from steppe._tensors.dtensor import local
 from support import DRIVES, bits
 
 
@@ -35,11 +35,11 @@ def test_every_method_equals_one_process(name, layout):
 
 def with_norms_of_their_own(layout: str):
     """What happens where a library does not know of shards: every rank divides by the norm of its own part."""
-    over_ranks, steppe.tensors.over_ranks = steppe.tensors.over_ranks, lambda summand, spread: summand
+    over_ranks, steppe._tensors.ops.over_ranks = steppe._tensors.ops.over_ranks, lambda summand, spread: summand
     try:
         return ranked(layout, "sam", 4)
     finally:
-        steppe.tensors.over_ranks = over_ranks
+        steppe._tensors.ops.over_ranks = over_ranks
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "partly", "tensor parallel"])

@@ -12,10 +12,10 @@ import pytest
 import torch
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-from steppe.experiments.evaluation import Record, write_records
-from steppe.experiments.files import write_atomically, write_json
-from steppe.experiments.folder import METRICS, Results, RunFolder
-from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.run_folder import METRICS, Results, RunFolder
+from steppe.experiments.training.evaluation import Record, write_records
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
 MEASURES = {

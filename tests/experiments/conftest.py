@@ -1,6 +1,6 @@
 import pytest
 
-from steppe.experiments import cpus
+from steppe.experiments.execution import cpus
 
 
 @pytest.fixture(autouse=True)

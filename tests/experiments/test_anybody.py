@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from steppe.experiments import anybody, flatness_figures, named
-from steppe.experiments.anybody import Anybody, measure_anybody
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.measure import Sampling
-from steppe.experiments.solutions import Solutions
-from steppe.experiments.weights import load_weights
+from steppe.experiments.figures import flatness as flatness_figures
+from steppe.experiments.measuring import entry_points as named
+from steppe.experiments.measuring import user_model as anybody
+from steppe.experiments.measuring.measure import Sampling
+from steppe.experiments.measuring.solutions import Solutions
+from steppe.experiments.measuring.user_model import Anybody, measure_anybody
+from steppe.experiments.measuring.weights import load_weights
 from steppe.flatness import FAMILIES, Effort, Objective
 
 EFFORT = Effort(

@@ -30,9 +30,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from steppe.experiments import data, fashion_mnist
-from steppe.experiments.data import CLASSES, DataError, load, normalise
-from steppe.experiments.fashion_mnist import IdxFile, parse_idx, unpack
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data import fashion_mnist
+from steppe.experiments.data.datasets import CLASSES, DataError, load, normalise
+from steppe.experiments.data.fashion_mnist import IdxFile, parse_idx, unpack
 
 CLOSED_PORT = "http://127.0.0.1:9/"
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

@@ -9,16 +9,17 @@ from matplotlib.figure import Figure
 from rich.console import Console
 from tiny import command_line, options, recipe, run
 
-from steppe.experiments import double_descent, double_descent_figure
+from steppe.experiments.analysis import double_descent
+from steppe.experiments.analysis.summary import setting
 from steppe.experiments.compare import plot
-from steppe.experiments.distributed import resolve
+from steppe.experiments.config.recipe import RECIPES, Recipe
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.evaluation import Record, write_records
-from steppe.experiments.files import write_atomically
-from steppe.experiments.folder import METRICS, RunFolder
-from steppe.experiments.models import preact_resnet18
-from steppe.experiments.recipes import RECIPES, Recipe
-from steppe.experiments.summary import setting
+from steppe.experiments.figures import double_descent as double_descent_figure
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage.files import write_atomically
+from steppe.experiments.storage.run_folder import METRICS, RunFolder
+from steppe.experiments.training.evaluation import Record, write_records
+from steppe.experiments.world import resolve
 
 PLAIN = {"width": 16}  # Recipe's own, which --widths replaces
 
@@ -117,7 +118,7 @@ def test_the_folder_alone_is_enough_wherever_it_lies(trained: Path, tmp_path: Pa
         path = moved / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steppe.experiments.figures.draw", lambda recipe, results, folder: [])
+        patch.setattr("steppe.experiments.figures.curves.draw", lambda recipe, results, folder: [])
         plot(moved, Console(file=io.StringIO()))
     assert (moved / "summary.md").read_text() == (trained / "summary.md").read_text()
     assert (moved / "width-1" / "summary.md").read_text() == (trained / "width-1" / "summary.md").read_text()

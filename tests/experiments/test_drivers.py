@@ -10,15 +10,16 @@ import torch.nn.functional as F
 from tiny import CPU, dataset, recipe, run, untimed
 from torch import Tensor, nn
 
-from steppe.experiments import contenders, evaluation
-from steppe.experiments.batches import Batch, batches, order
-from steppe.experiments.contenders import CONTENDERS
-from steppe.experiments.data import normalise
-from steppe.experiments.distributed import World
-from steppe.experiments.drivers import Driver, Forward
-from steppe.experiments.evaluation import evaluate
-from steppe.experiments.recipes import Unit
-from steppe.experiments.stopping import Stopped
+from steppe.experiments.config import contenders
+from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.recipe import Unit
+from steppe.experiments.data.batches import Batch, batches, order
+from steppe.experiments.data.datasets import normalise
+from steppe.experiments.training import evaluation
+from steppe.experiments.training.drivers import Driver, Forward
+from steppe.experiments.training.evaluation import evaluate
+from steppe.experiments.training.stopping import Stopped
+from steppe.experiments.world import World
 from stops import StopAfter
 
 

@@ -22,17 +22,18 @@ import torch
 from rich.console import Console
 from tiny import CPU, Told, command_line, dataset, options, recipe, untimed
 
-from steppe.experiments import cpus, on_ray
-from steppe.experiments.cpus import available
+from steppe.experiments.config.recipe import Unit
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.evaluation import read_records
-from steppe.experiments.executors import Here, Job, Outcome, Where, failures
-from steppe.experiments.executors import start as begin
-from steppe.experiments.processes import Processes
-from steppe.experiments.recipes import Unit
-from steppe.experiments.relay import EVENTS, Listener, Teller
-from steppe.experiments.stopping import Stop
-from steppe.experiments.training import train
+from steppe.experiments.execution import cpus
+from steppe.experiments.execution import ray as on_ray
+from steppe.experiments.execution.cpus import available
+from steppe.experiments.execution.events import EVENTS, Listener, Teller
+from steppe.experiments.execution.executor import Here, Job, Outcome, Where, failures
+from steppe.experiments.execution.executor import start as begin
+from steppe.experiments.execution.local import Processes
+from steppe.experiments.training.evaluation import read_records
+from steppe.experiments.training.run import train
+from steppe.experiments.training.stopping import Stop
 
 TINY = Path(__file__).with_name("tiny.py")
 needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="ray is not installed")

@@ -19,22 +19,26 @@ from torch import Tensor, nn
 
 import steppe
 from steppe.cli import main
-from steppe.experiments import backbones, data, digits, figures, finetune
-from steppe.experiments.backbones import Backbone, from_hub
-from steppe.experiments.batches import batches, count, order
+from steppe.experiments.analysis.summary import setting
 from steppe.experiments.commands import parse
-from steppe.experiments.contenders import CONTENDERS
-from steppe.experiments.data import MEAN, STD, DataError, Dataset, Split, load, normalise
+from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.recipe import RECIPES, Recipe, Unit
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data import digits
+from steppe.experiments.data.batches import batches, count, order
+from steppe.experiments.data.datasets import MEAN, STD, DataError, Dataset, Split, load, normalise
+from steppe.experiments.data.few_shot import few_shot
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.evaluation import Record
-from steppe.experiments.executors import Here
-from steppe.experiments.few_shot import few_shot
-from steppe.experiments.folder import CHECKPOINT, RunFolder
-from steppe.experiments.models import preact_resnet18
-from steppe.experiments.recipes import RECIPES, Recipe, Unit
-from steppe.experiments.stopping import Stop, Stopped
-from steppe.experiments.summary import setting
-from steppe.experiments.training import Run, train
+from steppe.experiments.execution.executor import Here
+from steppe.experiments.figures import curves as figures
+from steppe.experiments.models import backbones
+from steppe.experiments.models.backbones import Backbone, from_hub
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.training import pretraining as finetune
+from steppe.experiments.training.evaluation import Record
+from steppe.experiments.training.run import Run, train
+from steppe.experiments.training.stopping import Stop, Stopped
 from stops import StopAfter
 
 OPTIONS = {

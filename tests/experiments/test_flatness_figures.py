@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from matplotlib.contour import QuadContourSet
 
-from steppe.experiments.flatness_figures import _density, _landscapes, draw, draw_lines
-from steppe.experiments.looks import Style
+from steppe.experiments.figures.flatness import _density, _landscapes, draw, draw_lines
+from steppe.experiments.figures.style import Style
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
 AXIS = torch.linspace(-1.0, 1.0, 9, dtype=torch.float64)

@@ -14,17 +14,18 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from steppe.experiments import graphs, training
-from steppe.experiments.batches import Batch, batches, order
-from steppe.experiments.contenders import BASES, CONTENDERS, Base
-from steppe.experiments.data import Dataset
-from steppe.experiments.distributed import World
+from steppe.experiments.config.contenders import BASES, CONTENDERS, Base
+from steppe.experiments.config.recipe import Unit
+from steppe.experiments.data.batches import Batch, batches, order
+from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.evaluation import evaluate
-from steppe.experiments.graphs import Graphs, recorder
-from steppe.experiments.recipes import Unit
-from steppe.experiments.stopping import Stopped
-from steppe.experiments.training import Run, _network
+from steppe.experiments.training import cuda_graphs as graphs
+from steppe.experiments.training import run as training
+from steppe.experiments.training.cuda_graphs import Graphs, recorder
+from steppe.experiments.training.evaluation import evaluate
+from steppe.experiments.training.run import Run, _network
+from steppe.experiments.training.stopping import Stopped
+from steppe.experiments.world import World
 from stops import StopAfter
 
 T = TypeVar("T")

@@ -5,15 +5,15 @@ import pytest
 import torch
 from tiny import CPU, dataset, recipe, run, split, untimed
 
-from steppe.experiments.distributed import World
+from steppe.experiments.analysis.summary import setting
+from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.data.few_shot import few_shot
+from steppe.experiments.data.label_noise import mislabelled
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.evaluation import evaluate
-from steppe.experiments.few_shot import few_shot
-from steppe.experiments.folder import RunFolder
-from steppe.experiments.noise import mislabelled
-from steppe.experiments.recipes import RECIPES, Recipe
-from steppe.experiments.summary import setting
-from steppe.experiments.training import Run
+from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.training.evaluation import evaluate
+from steppe.experiments.training.run import Run
+from steppe.experiments.world import World
 
 
 def test_exactly_the_asked_share_is_wrong_and_more_noise_keeps_the_less() -> None:

@@ -15,20 +15,22 @@ import torch.nn.functional as F
 from rich.console import Console
 from tiny import CPU, dataset, recipe
 
-from steppe.experiments import data, measure, pool
-from steppe.experiments.data import Dataset, Split, load, normalise
+from steppe.experiments.config.recipe import Unit
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data.datasets import Dataset, Split, load, normalise
+from steppe.experiments.data.few_shot import few_shot
+from steppe.experiments.data.label_noise import mislabelled
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.few_shot import few_shot
-from steppe.experiments.files import write_json
-from steppe.experiments.finetune import with_start
-from steppe.experiments.folder import CHECKPOINT, METRICS, RunFolder
-from steppe.experiments.measure import FLATNESS, Measuring, Sampling, measure_run, measured, verdicts
-from steppe.experiments.models import preact_resnet18
-from steppe.experiments.noise import mislabelled
-from steppe.experiments.pool import Tell, pooled
-from steppe.experiments.recipes import Unit
-from steppe.experiments.sharpness import flatness_sample
-from steppe.experiments.training import train
+from steppe.experiments.execution import pool
+from steppe.experiments.execution.pool import Tell, pooled
+from steppe.experiments.measuring import measure
+from steppe.experiments.measuring.measure import FLATNESS, Measuring, Sampling, measure_run, measured, verdicts
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
+from steppe.experiments.training.pretraining import with_start
+from steppe.experiments.training.run import train
+from steppe.experiments.training.sharpness import flatness_sample
 from steppe.flatness import FAMILIES, Effort, Objective
 
 EFFORT = Effort(

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steppe.experiments.models import Norm, PreActResNet18, preact_resnet18
+from steppe.experiments.models.preact_resnet import Norm, PreActResNet18, preact_resnet18
 
 
 def slow_batch_norm(x: Tensor, weights: dict[str, Tensor], name: str, training: bool) -> Tensor:

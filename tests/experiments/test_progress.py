@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from tiny import recipe, run
 
-from steppe.experiments.progress import Bars, Lines, Reporter, TensorBoard, Together, reporter
+from steppe.experiments.execution.progress import Bars, Lines, Reporter, TensorBoard, Together, reporter
 
 
 def test_the_reporter_fits_the_terminal(tmp_path: Path) -> None:

@@ -10,11 +10,11 @@ import torch
 from tiny import CPU, dataset, recipe
 
 from steppe import variants
-from steppe.experiments.contenders import CONTENDERS
-from steppe.experiments.distributed import resolve
-from steppe.experiments.recipes import RECIPES, Recipe
-from steppe.experiments.specs import parse
-from steppe.experiments.training import Run
+from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.training.run import Run
+from steppe.experiments.world import resolve
 
 
 def test_article_is_the_article() -> None:
@@ -120,7 +120,7 @@ def test_an_argument_reaches_the_method_and_the_plan() -> None:
 def test_every_variant_is_a_contender_and_can_be_built() -> None:
     public = {n for n, f in vars(variants).items() if inspect.isfunction(f) and f.__module__ == variants.__name__}
     public = {name for name in public if not name.startswith("_")}
-    assert public <= set(CONTENDERS), "add an entry to steppe.experiments.contenders.CONTENDERS"
+    assert public <= set(CONTENDERS), "add an entry to steppe.experiments.config.contenders.CONTENDERS"
     for name, contender in CONTENDERS.items():
         base = contender.plain or "sgd"
         (unit,) = recipe(methods=(name,), base=base).units()

@@ -16,13 +16,14 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from tiny import recipe
 
-from steppe.experiments import pareto, report
+from steppe.experiments import report
+from steppe.experiments.analysis.summary import summarise
+from steppe.experiments.config.recipe import Unit
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.folder import RunFolder
-from steppe.experiments.measure import measured, verdicts
-from steppe.experiments.recipes import Unit
+from steppe.experiments.figures import pareto
+from steppe.experiments.measuring.measure import measured, verdicts
 from steppe.experiments.report.payload import payload
-from steppe.experiments.summary import summarise
+from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Flatness
 
 NASTY = """steppe compare '</script><script>broken = 1</script><img src=x onerror=alert(1)>' "&amp;" """

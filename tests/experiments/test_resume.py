@@ -16,8 +16,8 @@ import torch
 from tiny import command_line, options, recipe
 
 from steppe.cli import main
-from steppe.experiments.distributed import resolve
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.world import resolve
 
 TINY = Path(__file__).with_name("tiny.py")
 

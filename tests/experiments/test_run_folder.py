@@ -6,8 +6,8 @@ import pytest
 from tiny import recipe, run
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.files import write_atomically
-from steppe.experiments.folder import RunFolder
+from steppe.experiments.storage.files import write_atomically
+from steppe.experiments.storage.run_folder import RunFolder
 
 
 @pytest.fixture

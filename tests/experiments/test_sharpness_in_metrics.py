@@ -11,16 +11,17 @@ from matplotlib.figure import Figure
 from tiny import CPU, dataset, recipe, run, split, untimed
 from torch import Tensor, nn
 
-from steppe.experiments import figures, training
-from steppe.experiments.data import normalise
-from steppe.experiments.evaluation import Record, read_records, write_records
-from steppe.experiments.folder import CHECKPOINT, METRICS, Results, RunFolder
-from steppe.experiments.noise import mislabelled
-from steppe.experiments.pareto import after_epochs
-from steppe.experiments.recipes import Recipe, Unit
-from steppe.experiments.sharpness import flatness_sample, measure_flatness
-from steppe.experiments.stopping import Stop, Stopped
-from steppe.experiments.training import Run
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.data.datasets import normalise
+from steppe.experiments.data.label_noise import mislabelled
+from steppe.experiments.figures import curves as figures
+from steppe.experiments.figures.pareto import after_epochs
+from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, Results, RunFolder
+from steppe.experiments.training import run as training
+from steppe.experiments.training.evaluation import Record, read_records, write_records
+from steppe.experiments.training.run import Run
+from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
+from steppe.experiments.training.stopping import Stop, Stopped
 
 FIELDS = ("sharpness", "lambda_max", "gradient_norm")
 

@@ -1,7 +1,7 @@
 import pytest
 import scipy.stats
 
-from steppe.experiments.statistics import estimate, t_quantile
+from steppe.experiments.analysis.statistics import estimate, t_quantile
 
 
 @pytest.mark.parametrize("df", [*range(1, 31), 31, 40, 60, 100, 1000, 10**6])

@@ -10,12 +10,12 @@ import pytest
 from rich.console import Console
 from tiny import recipe
 
-from steppe.experiments import looks
-from steppe.experiments.evaluation import Record, write_records
-from steppe.experiments.figures import EXTENTS, QUANTITIES, draw
-from steppe.experiments.folder import Results, RunFolder
-from steppe.experiments.recipes import Recipe, Unit
-from steppe.experiments.summary import summarise
+from steppe.experiments.analysis.summary import summarise
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.figures import style as looks
+from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw
+from steppe.experiments.storage.run_folder import Results, RunFolder
+from steppe.experiments.training.evaluation import Record, write_records
 
 
 def record(epoch: float, train: float, test: float) -> Record:

@@ -12,16 +12,18 @@ import torch
 from tiny import CPU, Told, dataset, recipe, run, untimed
 from torch import Tensor, nn
 
-from steppe.experiments import checkpoints, contenders, training
-from steppe.experiments.batches import batches, count, order
-from steppe.experiments.contenders import CONTENDERS, Contender
-from steppe.experiments.drivers import FORWARD_ONLY
+from steppe.experiments.config import contenders
+from steppe.experiments.config.contenders import CONTENDERS, Contender
+from steppe.experiments.config.recipe import Unit
+from steppe.experiments.data.batches import batches, count, order
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.folder import CHECKPOINT, METRICS
-from steppe.experiments.models import preact_resnet18
-from steppe.experiments.recipes import Unit
-from steppe.experiments.stopping import Stopped
-from steppe.experiments.training import Run
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
+from steppe.experiments.training import run as training
+from steppe.experiments.training.drivers import FORWARD_ONLY
+from steppe.experiments.training.run import Run
+from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
 
 

@@ -17,19 +17,20 @@ from test_executors import MadeUp
 from tiny import CPU, command_line, dataset, options, recipe, untimed
 
 from steppe.cli import main
-from steppe.experiments import data, tune
 from steppe.experiments.commands import Compare, parse
-from steppe.experiments.contenders import Value
-from steppe.experiments.data import Dataset
+from steppe.experiments.config.contenders import Value
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.data.validation import hold_out
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.evaluation import Record, read_records
-from steppe.experiments.executors import Here, Job, Outcome
-from steppe.experiments.findings import Findings, Tuning, find
-from steppe.experiments.findings import command_line as confirm
-from steppe.experiments.recipes import Recipe
-from steppe.experiments.search import Listed, Range, grid, read, spaces
-from steppe.experiments.studies import Result, Study, opened
-from steppe.experiments.validation import hold_out
+from steppe.experiments.execution.executor import Here, Job, Outcome
+from steppe.experiments.training.evaluation import Record, read_records
+from steppe.experiments.tuning import tune
+from steppe.experiments.tuning.result import Findings, Tuning, find
+from steppe.experiments.tuning.result import command_line as confirm
+from steppe.experiments.tuning.search_space import Listed, Range, grid, read, spaces
+from steppe.experiments.tuning.studies import Result, Study, opened
 
 optuna = pytest.importorskip("optuna")
 
@@ -303,10 +304,10 @@ class Eager(Here):
 def test_a_sampler_that_learns_waits_for_each_trial_unless_told_otherwise(
     words: dict[str, object], taken: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("steppe.experiments.processes.Processes", Eager)
-    monkeypatch.setattr("steppe.experiments.data.load", lambda name, data_dir=None: dataset())
-    monkeypatch.setattr("steppe.experiments.tune.draw", lambda *_: None)
-    monkeypatch.setattr("steppe.experiments.cpus.available", lambda: 4)
+    monkeypatch.setattr("steppe.experiments.execution.local.Processes", Eager)
+    monkeypatch.setattr("steppe.experiments.data.datasets.load", lambda name, data_dir=None: dataset())
+    monkeypatch.setattr("steppe.experiments.tuning.tune.draw", lambda *_: None)
+    monkeypatch.setattr("steppe.experiments.execution.cpus.available", lambda: 4)
     fields = {"out": tmp_path / "run", "methods": "sam", "seeds": 2, "epochs": 1, "eval_every": 1, "trials": 3}
     assert main(["tune", "demo", *options(**fields, **words), "--no-baseline"]) == 0
     assert Eager.last.taken == taken

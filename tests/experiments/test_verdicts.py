@@ -8,7 +8,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from steppe.experiments.verdicts import Verdict, compared
+from steppe.experiments.analysis.verdicts import Verdict, compared
 from steppe.flatness import FAMILIES, Density, Flatness, Measure
 
 RAW, ADAPTIVE = ("sharpness", "trace"), ("adaptive_sharpness", "adaptive_trace")

@@ -8,14 +8,16 @@ import pytest
 import torch
 
 from steppe.cli import main
-from steppe.experiments import cpus, data, figures
-from steppe.experiments.data import Dataset, Split
-from steppe.experiments.distributed import World
-from steppe.experiments.evaluation import Record
-from steppe.experiments.progress import Reporter
-from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data.datasets import Dataset, Split
+from steppe.experiments.execution import cpus
+from steppe.experiments.execution.progress import Reporter
+from steppe.experiments.figures import curves as figures
 from steppe.experiments.report import page
-from steppe.experiments.training import train
+from steppe.experiments.training.evaluation import Record
+from steppe.experiments.training.run import train
+from steppe.experiments.world import World
 
 CPU = World(torch.device("cpu"))
 OPTIONS = {"width": 2, "batch_size": 16, "epochs": 4, "seeds": 1, "device": "cpu", "threads": 1, "amp": False}

@@ -10,7 +10,7 @@ from solutions import DOUBLE, Breaks, conv_net, formula, images, on_images, on_p
 from torch import nn
 from torch.func import functional_call
 
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.flatness import Objective
 from steppe.flatness.connect import connect
 from steppe.flatness.landscape import interpolation

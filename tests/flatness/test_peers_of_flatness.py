@@ -5,7 +5,7 @@ import torch
 from oracles import DOUBLE, objective, samples, tanh_net
 from torch import nn
 
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.flatness import Hessian, density, eigenvalues, trace
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")

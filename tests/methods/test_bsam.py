@@ -7,7 +7,7 @@ from problems import agree, loss, start, through_a_file, trained
 from reference_methods import bsam
 
 from checks import split
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.methods import BSAM
 from support import batch, bits, by_closure, model_bits, net, plain, train
 

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
 from checks import resumes
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.methods import BSAM, DecoupledWSAM, Lookbehind, SAMPa
 from support import BASES, DRIVES, batch, bits, by_closure, by_passes, model_bits, net, train
 

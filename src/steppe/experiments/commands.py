@@ -10,15 +10,15 @@ from typing import TYPE_CHECKING, Annotated
 import tyro
 from rich.console import Console
 
-from steppe.experiments.anybody import Anybody, measure_anybody
 from steppe.experiments.compare import compare, plot
-from steppe.experiments.contenders import CONTENDERS, Contender
-from steppe.experiments.executors import Where
-from steppe.experiments.measure import Measuring, measure_run
-from steppe.experiments.methods import methods
-from steppe.experiments.recipes import RECIPES, Recipe
-from steppe.experiments.search import grid, spaces
-from steppe.experiments.tune import Options, again, is_tuning, tune
+from steppe.experiments.config.contenders import CONTENDERS, Contender
+from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.execution.executor import Where
+from steppe.experiments.measuring.measure import Measuring, measure_run
+from steppe.experiments.measuring.user_model import Anybody, measure_anybody
+from steppe.experiments.methods_table import methods
+from steppe.experiments.tuning.search_space import grid, spaces
+from steppe.experiments.tuning.tune import Options, again, is_tuning, tune
 
 __all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 

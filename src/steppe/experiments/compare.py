@@ -10,24 +10,28 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steppe.experiments import data, double_descent, double_descent_figure, figures, flatness_figures
-from steppe.experiments.board import board
-from steppe.experiments.double_descent import DoubleDescent
-from steppe.experiments.environment import describe
+from steppe.experiments.analysis import double_descent
+from steppe.experiments.analysis.double_descent import DoubleDescent
+from steppe.experiments.analysis.summary import Summary, setting, summarise
+from steppe.experiments.analysis.verdicts import Verdict
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data import datasets as data
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.executors import Executor, Job, Where, failures, start
-from steppe.experiments.files import write_json
-from steppe.experiments.finetune import settled, with_start
-from steppe.experiments.folder import RunFolder
-from steppe.experiments.looks import styles
-from steppe.experiments.measure import lines_of, measured, verdicts
-from steppe.experiments.progress import reporter
-from steppe.experiments.recipes import Recipe
+from steppe.experiments.execution.board import board
+from steppe.experiments.execution.executor import Executor, Job, Where, failures, start
+from steppe.experiments.execution.progress import reporter
+from steppe.experiments.figures import curves as figures
+from steppe.experiments.figures import double_descent as double_descent_figure
+from steppe.experiments.figures import flatness as flatness_figures
+from steppe.experiments.figures.style import styles
+from steppe.experiments.measuring.measure import lines_of, measured, verdicts
 from steppe.experiments.report import page
-from steppe.experiments.specs import parse
-from steppe.experiments.stopping import on_signals
-from steppe.experiments.summary import Summary, setting, summarise
-from steppe.experiments.verdicts import Verdict
+from steppe.experiments.storage.environment import describe
+from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.training.pretraining import settled, with_start
+from steppe.experiments.training.stopping import on_signals
 
 __all__ = ["compare", "plot", "report", "sign"]
 

@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.flatness.climbs import finite, metric, rise
 from steppe.flatness.objective import Objective
 from steppe.flatness.values import Estimate

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from steppe.tensors import accumulator, norm
+from steppe._tensors.ops import accumulator, norm
 
 # Sums over so many entries are made in the vectors' own dtype, and those of the pieces in float64.
 _PIECE = 1 << 16

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.tensors import accumulator, as_real
+from steppe._tensors.ops import accumulator, as_real
 
 
 class Batches:

@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from steppe import tensors
+from steppe._tensors import ops as tensors
 from steppe.flatness.objective import Objective
 
 Norm: TypeAlias = Literal["l2", "linf"]

@@ -9,11 +9,11 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steppe import draws
+from steppe._tensors import random as draws
+from steppe._tensors.ops import dot
 from steppe.flatness.directions import Other, Solution, here, solution
 from steppe.flatness.landscape import Line, along, estimating, mixed
 from steppe.flatness.objective import Objective
-from steppe.tensors import dot
 
 
 @dataclass(frozen=True, eq=False)

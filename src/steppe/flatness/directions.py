@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steppe import draws
+from steppe._tensors import random as draws
 from steppe.flatness.objective import Objective
 
 Normalise: TypeAlias = Literal["filter", "layer", "weights"] | None

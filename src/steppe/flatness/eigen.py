@@ -6,10 +6,10 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from steppe import draws
+from steppe._tensors import random as draws
+from steppe._tensors.ops import dot, norm
 from steppe.flatness.bases import lengths, orthogonalised, unit
 from steppe.flatness.operators import Operator
-from steppe.tensors import dot, norm
 
 Which: TypeAlias = Literal["largest", "smallest", "magnitude"]
 

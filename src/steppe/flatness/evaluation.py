@@ -6,7 +6,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
-from steppe.shards import is_sharded
+from steppe._tensors.dtensor import is_sharded
 
 Loss: TypeAlias = Callable[..., Tensor]
 """(outputs, targets) -> the mean loss of a batch, a 0-dim tensor."""

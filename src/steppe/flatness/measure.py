@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe._tensors.ops import norm
 from steppe.flatness.average import average_sharpness
 from steppe.flatness.directions import random_directions
 from steppe.flatness.eigen import Eigenpairs, eigenvalues
@@ -20,7 +21,6 @@ from steppe.flatness.relative import relative_flatness
 from steppe.flatness.sharpness import m_sharpness, sharpness
 from steppe.flatness.spectrum import Density, density, trace
 from steppe.flatness.values import Estimate
-from steppe.tensors import norm
 
 FORMAT = "steppe flatness, version 1"
 

@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
+from steppe._tensors.ops import accumulator
 from steppe.flatness.batches import Batches, Fingerprint, cast
 from steppe.flatness.evaluation import Evaluate, Evaluation, Loss, chosen, evaluation, modes
 from steppe.flatness.kernels import check_twice, twice_differentiable
-from steppe.tensors import accumulator
 
 Progress: TypeAlias = Callable[[str, int], None]
 """(what is being measured, passes over the data so far); what it raises ends the measurement."""

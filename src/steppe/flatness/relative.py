@@ -6,7 +6,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from steppe import draws, tensors
+from steppe._tensors import ops as tensors
+from steppe._tensors import random as draws
 from steppe.flatness.operators import Hessian
 from steppe.flatness.values import Estimate
 

@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from steppe import draws, tensors
+from steppe._tensors import ops as tensors
+from steppe._tensors import random as draws
 from steppe.flatness.climbs import Ball, Norm, Seen, Surface, climb, finite, highest, metric
 from steppe.flatness.objective import Objective
 from steppe.flatness.values import Estimate

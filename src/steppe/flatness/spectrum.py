@@ -7,12 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steppe import draws
+from steppe._tensors import random as draws
+from steppe._tensors.ops import dot
 from steppe.flatness.bases import lengths, orthogonalised, unit
 from steppe.flatness.eigen import Eigenpairs
 from steppe.flatness.operators import Operator
 from steppe.flatness.values import Estimate
-from steppe.tensors import dot
 
 _BASES = 2**31  # bytes of vectors, from which on fewer probes go through the data together
 _TOGETHER = 8  # probes of the trace in one pass

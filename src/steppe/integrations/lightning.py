@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.checkpoints import parameters
+from steppe._engine.side_effects import Buffers, Generators
+from steppe._engine.state_dict import parameters
 from steppe.integrations.attributes import Attributes
-from steppe.passes import Buffers, Generators
 from steppe.sam import SAM, Stage, Walk
 
 if TYPE_CHECKING:

@@ -9,13 +9,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe import papers
-from steppe.checkpoints import parameters
-from steppe.draws import normal
+from steppe._engine.state_dict import parameters
+from steppe._tensors.dtensor import foreach
+from steppe._tensors.ops import as_real
+from steppe._tensors.random import normal
 from steppe.methods.method import Elsewhere, Method
 from steppe.rules import Ascent, Point
 from steppe.sam import Closure, Params, Stage, Walk
-from steppe.shards import foreach
-from steppe.tensors import as_real
 
 
 @dataclass(frozen=True)

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from steppe import papers
+from steppe._tensors.dtensor import foreach
+from steppe._tensors.ops import add_scaled_, as_real, norm, reciprocal
 from steppe.combinations import Weighted
 from steppe.methods.method import Method
 from steppe.rules import Point
 from steppe.sam import Walk
-from steppe.shards import foreach
-from steppe.tensors import add_scaled_, as_real, norm, reciprocal
 
 
 @dataclass(frozen=True)

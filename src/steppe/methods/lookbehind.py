@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from steppe import papers
-from steppe.checkpoints import parameters
+from steppe._engine.state_dict import parameters
+from steppe._tensors.ops import accumulator, add_scaled_, as_real, norm
 from steppe.methods.method import Method
 from steppe.perturbations import L2
 from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
 from steppe.sam import Walk
-from steppe.tensors import accumulator, add_scaled_, as_real, norm
 
 _ALONG_G = L2()
 

@@ -5,7 +5,7 @@ from typing import Any, ClassVar, NoReturn, Self
 
 from torch import Tensor
 
-from steppe.notices import called_by_scaler
+from steppe._engine.callers import called_by_scaler
 from steppe.rules import Memory
 from steppe.sam import SAM, Walk
 

@@ -8,13 +8,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steppe import papers
-from steppe.checkpoints import parameters
+from steppe._engine.state_dict import parameters
+from steppe._tensors.dtensor import foreach
+from steppe._tensors.ops import accumulator, as_real, norm
 from steppe.methods.method import Elsewhere, Method
 from steppe.perturbations import L2
 from steppe.rules import Memory, Perturbation, Point, climbs, needs_gradient
 from steppe.sam import Stage, Walk
-from steppe.shards import foreach
-from steppe.tensors import accumulator, as_real, norm
 
 _Batch = TypeVar("_Batch")
 _ALONG_G = L2()

@@ -14,14 +14,14 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from steppe.experiments.files import write_atomically
-from steppe.experiments.folder import Results, RunFolder
-from steppe.experiments.measure import lines_of, measured
-from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.analysis.summary import Summary, setting
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.measuring.measure import lines_of, measured
 from steppe.experiments.report import tables, verdicts
 from steppe.experiments.report.markup import Markup, element, join
 from steppe.experiments.report.payload import dumps, payload, tracked
-from steppe.experiments.summary import Summary, setting
+from steppe.experiments.storage.files import write_atomically
+from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.flatness import Flatness
 
 __all__ = ["FILE", "write"]

@@ -8,14 +8,14 @@ import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from steppe.experiments import pareto
-from steppe.experiments.evaluation import Record
-from steppe.experiments.figures import EXTENTS, FLATNESS, QUANTITIES, Quantity
-from steppe.experiments.folder import Results
-from steppe.experiments.looks import styles
-from steppe.experiments.recipes import Recipe, Unit
-from steppe.experiments.specs import parse
-from steppe.experiments.statistics import Estimate, estimate
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.figures import pareto
+from steppe.experiments.figures.curves import EXTENTS, FLATNESS, QUANTITIES, Quantity
+from steppe.experiments.figures.style import styles
+from steppe.experiments.storage.run_folder import Results
+from steppe.experiments.training.evaluation import Record
 from steppe.flatness import FAMILIES, Flatness, Landscape
 
 __all__ = ["dumps", "on_dark", "payload", "tracked"]

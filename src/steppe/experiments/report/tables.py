@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steppe.experiments.looks import Style, styles
-from steppe.experiments.recipes import Recipe, Unit
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.summary import Summary
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.figures.style import Style, styles
 from steppe.experiments.report.markup import Markup, change, element, join, spread
 from steppe.experiments.report.payload import on_dark
 from steppe.experiments.report.verdicts import typographic, word, word_of
-from steppe.experiments.specs import parse
-from steppe.experiments.statistics import Estimate, estimate
-from steppe.experiments.summary import Summary
 from steppe.flatness import FAMILIES, Flatness
 
 __all__ = ["chips", "configuration", "environment", "flatness_table", "summary_table"]

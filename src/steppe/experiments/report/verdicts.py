@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
+from steppe.experiments.analysis.statistics import Estimate
+from steppe.experiments.analysis.summary import Difference, Summary
+from steppe.experiments.analysis.verdicts import CAVEATS
+from steppe.experiments.config.method_spec import parse
 from steppe.experiments.report.markup import Markup, element, join
-from steppe.experiments.specs import parse
-from steppe.experiments.statistics import Estimate
-from steppe.experiments.summary import Difference, Summary
-from steppe.experiments.verdicts import CAVEATS
 
 __all__ = ["details", "headlines", "typographic", "word", "word_of"]
 

@@ -1,0 +1,1 @@
+"""Internal: the machinery of one step."""

@@ -1,0 +1,125 @@
+"""The two forms of the constructor, and what they refuse."""
+
+import inspect
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from steppe._engine.state_dict import RHO
+
+_SENTINEL = inspect.Parameter.empty
+
+
+def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
+    """Return the base optimizer and rho from the arguments of either form of the constructor.
+
+    Raises:
+        TypeError: they fit neither ``(base_optimizer, rho)`` nor ``(params, base_class, rho, **kwargs)``.
+    """
+    first = args[0] if args else kwargs.get("base_optimizer")
+    if isinstance(first, Optimizer):
+        return _from_instance(*args, **kwargs)
+    if isinstance(first, type) and issubclass(first, Optimizer):
+        raise TypeError(
+            f"the base is the class {first.__name__}, not an instance of it: write SAM({first.__name__}(params, ...), "
+            f"rho=...) or SAM(params, {first.__name__}, rho=..., ...)"
+        )
+    return _from_class(*args, **kwargs)
+
+
+def check_rho(rho: float | Tensor) -> None:
+    """Refuse a radius that is no radius.
+
+    Raises:
+        ValueError: rho is negative or not finite. A tensor is taken as it is: reading it would synchronise.
+        TypeError: rho is not a number.
+    """
+    if isinstance(rho, Tensor):
+        if rho.dim() != 0:
+            raise ValueError(f"rho must be a number or a 0-dim tensor, got shape {tuple(rho.shape)}: it is one radius")
+    elif not isinstance(rho, int | float):
+        raise TypeError(f"rho must be a number or a 0-dim tensor, got {type(rho).__name__}: it is a radius")
+    elif not (math.isfinite(rho) and rho >= 0):
+        raise ValueError(f"rho must be finite and at least 0, got {rho}: it is the radius of the neighbourhood")
+
+
+def check_groups(groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
+    """Refuse groups whose radius is missing, wrong, or written under a name that has no effect.
+
+    Raises:
+        ValueError: says which group and what to write.
+    """
+    for index, group in enumerate(groups):
+        if RHO not in group:
+            raise ValueError(
+                f"group {index} has no {RHO!r}: it was added to the base optimizer, or loaded into it, behind SAM's "
+                f"back, so its radius is unknown. Use SAM's add_param_group() and load_state_dict(), or set "
+                f"param_groups[{index}][{RHO!r}]"
+            )
+        if "rho" in group and "rho" not in defaults:
+            raise ValueError(
+                f"group {index} has a 'rho', which has no effect: the radius of a group is {RHO!r} (Adadelta has a "
+                f"'rho' of its own). Write it under that name"
+            )
+        check_rho(group[RHO])
+
+
+def _from_instance(
+    base_optimizer: Optimizer, rho: float | Tensor = 0.05, **kwargs: Any
+) -> tuple[Optimizer, float | Tensor]:
+    if kwargs:
+        raise TypeError(
+            f"SAM(base_optimizer, rho) got {', '.join(sorted(kwargs))}: options of the base go to the base itself, "
+            f"before it is wrapped (the slots are perturbation=, combination= and cadence=)"
+        )
+    if not isinstance(rho, Tensor | int | float):
+        raise TypeError(f"rho must be a number, got {rho!r}: with a base optimizer's instance, it comes second")
+    check_rho(rho)
+    name = type(base_optimizer).__name__
+    if hasattr(base_optimizer, "first_step") and hasattr(base_optimizer, "second_step"):
+        raise TypeError(f"the base optimizer is a {name}, which makes two passes already: wrap its own base instead")
+    closure = inspect.signature(base_optimizer.step).parameters.get("closure")
+    if closure is not None and closure.default is _SENTINEL:
+        raise TypeError(
+            f"{name} cannot be the base: its step needs a closure, because it evaluates the loss at several points "
+            f"by itself, while SAM gives its base one gradient a step. Use a base whose step() runs without one"
+        )
+    if not any(group["params"] for group in base_optimizer.param_groups):
+        raise ValueError(f"the base optimizer ({name}) has no parameters: there is nothing to perturb")
+    return base_optimizer, rho
+
+
+def _from_class(
+    params: Any = None,
+    base_class: Callable[..., Optimizer] | None = None,
+    rho: float | Tensor = 0.05,
+    **kwargs: Any,
+) -> tuple[Optimizer, float | Tensor]:
+    if params is None or not callable(base_class):
+        raise TypeError(
+            f"SAM needs a base optimizer: SAM(torch.optim.SGD(params, lr=0.1), rho=0.05), or the class form "
+            f"SAM(params, torch.optim.SGD, rho=0.05, lr=0.1); got {type(params).__name__} and {base_class!r}"
+        )
+    check_rho(rho)
+    if isinstance(params, torch.Tensor):
+        raise TypeError("params must be an iterable of tensors or dicts, got one tensor: put it into a list")
+    params = list(params)
+    if not params:
+        raise ValueError("the parameter list is empty: there is nothing to optimize")
+    if "rho" in inspect.signature(base_class).parameters:
+        name = getattr(base_class, "__name__", repr(base_class))
+        raise TypeError(
+            f"{name} has a 'rho' of its own, so the class form cannot tell which one is meant: write "
+            f"SAM({name}(params, rho=...), rho=...)"
+        )
+    groups = [_renamed(p) if isinstance(p, dict) else p for p in params]
+    return _from_instance(base_class(groups, **kwargs), rho)
+
+
+def _renamed(group: dict[str, Any]) -> dict[str, Any]:
+    """A copy of the group with its radius under our own name."""
+    return {RHO if key == "rho" else key: value for key, value in group.items()}

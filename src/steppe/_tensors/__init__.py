@@ -1,0 +1,1 @@
+"""Internal: lists of tensors, sharded or not, and random numbers."""

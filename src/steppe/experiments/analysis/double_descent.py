@@ -1,0 +1,271 @@
+"""Double descent over the width: errors and sharpness at each, the interpolation threshold, and what runs allow to say.
+
+Belkin, Hsu, Ma and Mandal 2019, https://arxiv.org/abs/1812.11118; Nakkiran et al. 2020, https://arxiv.org/abs/1912.02292.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import torch
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.summary import setting
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.training.evaluation import Record
+
+__all__ = ["INTERPOLATES", "DoubleDescent", "Peak", "Point", "parameters", "summarise"]
+
+INTERPOLATES = 1.0
+"""Percent: a contender interpolates from the smallest width on whose mean training error is below it."""
+
+_HEADINGS = (
+    "width",
+    "parameters",
+    "method",
+    "train\nerror %",
+    "test\nerror %",
+    "test error\nagainst {}",
+    "sharpness\nS(w)",
+    "largest\neigenvalue",
+    "runs",
+)
+
+Runs = Mapping[tuple[int, str], Mapping[int, Record]]
+"""By width and method, and then by seed: the measurement at the compute that all contenders get."""
+
+
+@dataclass(frozen=True)
+class Point:
+    """A contender at one width; errors are percent, `against` is test error minus the first contender's, by seed."""
+
+    width: int
+    parameters: int
+    method: str
+    train_error: Estimate
+    test_error: Estimate
+    against: Estimate | None
+    sharpness: Estimate | None
+    lambda_max: Estimate | None
+
+    def cells(self) -> list[str]:
+        """The point as text, under the headings."""
+        return [
+            str(self.width),
+            f"{self.parameters:,}",
+            parse(self.method).label,
+            *(_text(value, ".2f") for value in (self.train_error, self.test_error)),
+            "" if self.against is None else _interval(self.against),
+            *("" if value is None else _text(value, ".3g") for value in (self.sharpness, self.lambda_max)),
+            str(self.test_error.n),
+        ]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The highest of a contender's mean test errors, and how far it is above those at both ends, paired by seed."""
+
+    method: str
+    width: int
+    test_error: float
+    narrowest: int
+    widest: int
+    above_narrowest: Estimate | None
+    above_widest: Estimate | None
+    """None where the peak is at that end."""
+
+    def sentence(self) -> str:
+        """What the runs allow to say."""
+        highest = f"{parse(self.method).label}: test error is highest at width {self.width}, {self.test_error:.2f} %"
+        if self.above_narrowest is None or self.above_widest is None:
+            return f"{highest}, an end of the range: no double descent is seen in it."
+        signs = self.above_narrowest.sign, self.above_widest.sign
+        verdict = (
+            "one run, no verdict"
+            if None in signs
+            else "a peak, and so a double descent"
+            if signs == (1, 1)
+            else "a peak of the means only, which so few runs cannot tell from none"
+        )
+        return (
+            f"{highest}, above width {self.narrowest} by {_interval(self.above_narrowest)} and above width "
+            f"{self.widest} by {_interval(self.above_widest)} points: {verdict}."
+        )
+
+
+@dataclass(frozen=True)
+class DoubleDescent:
+    """Every number of a comparison over widths, once, for the terminal, summary.md, summary.json and the figure."""
+
+    title: str
+    reference: str
+    points: Sequence[Point]
+    thresholds: Mapping[str, int | None]
+    """For each method the smallest width that interpolates, None where none does."""
+    peaks: Sequence[Peak]
+    overall: Mapping[str, Estimate]
+    """For each further contender its test error minus the first one's, averaged over the widths, by seed."""
+    unfinished: Sequence[str]
+
+    def notes(self) -> Iterator[str]:
+        """The sentences below the table."""
+        for method, width in self.thresholds.items():
+            where = "at none of these widths" if width is None else f"from width {width} on"
+            yield f"{parse(method).label} interpolates (training error below {INTERPOLATES:g} %) {where}."
+        yield from (peak.sentence() for peak in self.peaks)
+        if self.peaks:
+            yield (
+                "Intervals are 95 % ones of runs paired by seed. The width of a peak is chosen by the same runs, "
+                "which makes it look a little higher than it is."
+            )
+        reference = parse(self.reference).label
+        for method, value in self.overall.items():
+            against = f"{parse(method).label} against {reference}"
+            yield f"{against}, mean over the widths: test error {_interval(value)} points."
+        if self.unfinished:
+            yield f"Not finished, and not in the table: {', '.join(self.unfinished)}."
+
+    def headings(self) -> list[str]:
+        """The headings of the table."""
+        return [heading.format(parse(self.reference).label) for heading in _HEADINGS]
+
+    def markdown(self) -> str:
+        """The summary as Markdown."""
+        headings = (heading.replace("\n", " ") for heading in self.headings())
+        lines = ["| " + " | ".join(headings) + " |", "|---:|---:|---|" + "---:|" * (len(_HEADINGS) - 3)]
+        lines += ["| " + " | ".join(point.cells()) + " |" for point in self.points]
+        return "\n".join([f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes()), ""])
+
+    def json(self) -> dict[str, Any]:
+        """The summary as JSON, with the verdicts in words."""
+        return asdict(self) | {"interpolates_below_percent": INTERPOLATES, "notes": list(self.notes())}
+
+    def write(self, folder: RunFolder) -> None:
+        """Write summary.md and summary.json."""
+        write_atomically(folder.path / "summary.md", self.markdown().encode())
+        write_json(folder.path / "summary.json", self.json())
+
+    def show(self, console: Console) -> None:
+        """Print the table and the verdicts."""
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for i, heading in enumerate(self.headings()):
+            table.add_column(heading, justify="left" if i == 2 else "right", no_wrap=i != 2)
+        for point in self.points:
+            table.add_row(*point.cells())
+        console.print(table)
+        for note in self.notes():
+            console.print(note, highlight=False, markup=False)
+
+
+def parameters(recipe: Recipe) -> int:
+    """Count the parameters of a recipe's network.
+
+    >>> parameters(Recipe(width=1))
+    2945
+    """
+    with torch.device("meta"):
+        network = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+    return sum(p.numel() for p in network.parameters())
+
+
+def summarise(recipe: Recipe) -> DoubleDescent:
+    """Summarise what the members' folders hold; a run counts where it has spent the compute that all contenders get.
+
+    Raises ExperimentError when a file is damaged.
+    """
+    runs, unfinished = _read(recipe)
+    sizes = {member.width: parameters(member) for member in recipe.members()}
+    points = [_point(recipe, width, sizes[width], method, runs) for width, method in runs]
+    thresholds = {
+        method: min((p.width for p in points if p.method == method and p.train_error.mean < INTERPOLATES), default=None)
+        for method in recipe.methods
+    }
+    peaks = [peak for method in recipe.methods if (peak := _peak(method, runs)) is not None]
+    reference, *others = recipe.methods
+    means = {method: _means(method, reference, recipe.widths, runs) for method in others}
+    overall = {method: estimate(values) for method, values in means.items() if values}
+    return DoubleDescent(f"{recipe.name}: {setting(recipe)}", reference, points, thresholds, peaks, overall, unfinished)
+
+
+def _read(recipe: Recipe) -> tuple[Runs, list[str]]:
+    runs: dict[tuple[int, str], dict[int, Record]] = {}
+    unfinished = []
+    for member in recipe.members():
+        for unit, records in RunFolder(member.folder).results(member).items():
+            record = next((r for r in records if r.standardized_epoch == recipe.epochs), None)
+            if record is None:
+                unfinished.append(f"width-{member.width}/{unit.name}")
+            else:
+                runs.setdefault((member.width, unit.method), {})[unit.seed] = record
+    return runs, unfinished
+
+
+def _point(recipe: Recipe, width: int, size: int, method: str, runs: Runs) -> Point:
+    records = runs[width, method].values()
+    reference = recipe.methods[0]
+    pairs = _paired((width, method), (width, reference), runs) if method != reference else []
+    return Point(
+        width,
+        size,
+        method,
+        estimate([100 - r.train_accuracy for r in records]),
+        estimate([100 - r.test_accuracy for r in records]),
+        estimate(pairs) if pairs else None,
+        _measured([r.sharpness for r in records]),
+        _measured([r.lambda_max for r in records]),
+    )
+
+
+def _measured(values: Sequence[float | None]) -> Estimate | None:
+    known = [value for value in values if value is not None]
+    return estimate(known) if known else None
+
+
+def _paired(one: tuple[int, str], other: tuple[int, str], runs: Runs) -> list[float]:
+    """Test error at `one` minus that at `other`, for each seed that both have."""
+    ours, theirs = runs.get(one, {}), runs.get(other, {})
+    return [theirs[seed].test_accuracy - ours[seed].test_accuracy for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def _peak(method: str, runs: Runs) -> Peak | None:
+    """Find the highest mean test error of a method, when there are three widths and one seed that all of them have."""
+    widths = sorted(width for width, name in runs if name == method)
+    common = set.intersection(*(set(runs[width, method]) for width in widths)) if widths else set()
+    if len(widths) < 3 or not common:
+        return None
+    runs = {(width, method): {seed: runs[width, method][seed] for seed in common} for width in widths}
+    errors = {width: fmean(100 - record.test_accuracy for record in runs[width, method].values()) for width in widths}
+    top, narrowest, widest = max(widths, key=lambda width: errors[width]), widths[0], widths[-1]
+    above = [
+        estimate(_paired((top, method), (end, method), runs)) if end != top else None for end in (narrowest, widest)
+    ]
+    return Peak(method, top, errors[top], narrowest, widest, *above)
+
+
+def _means(method: str, reference: str, widths: Sequence[int], runs: Runs) -> list[float]:
+    """The difference to the reference averaged over all widths, for each seed that has all of them in both."""
+    seeds = [set(runs.get((width, name), {})) for width in widths for name in (method, reference)]
+    return [
+        fmean(runs[w, reference][seed].test_accuracy - runs[w, method][seed].test_accuracy for w in widths)
+        for seed in sorted(set.intersection(*seeds))
+    ]
+
+
+def _text(value: Estimate, form: str) -> str:
+    return f"{value.mean:{form}}" + ("" if value.sd is None else f"±{value.sd:{form}}")
+
+
+def _interval(value: Estimate) -> str:
+    if value.half_width is None:
+        return f"{value.mean:+.2f}"
+    return f"{value.mean:+.2f} [{value.mean - value.half_width:+.2f}, {value.mean + value.half_width:+.2f}]"

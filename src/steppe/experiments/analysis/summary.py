@@ -1,0 +1,251 @@
+"""The summary of a comparison: a row for each contender, the paired differences, and what they allow to say."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from types import MappingProxyType
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.table import Table
+
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
+from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.run_folder import Results, RunFolder
+from steppe.experiments.training.evaluation import Record
+
+__all__ = ["Difference", "Row", "Summary", "setting", "summarise"]
+
+_HEADINGS = (
+    "method",
+    "std.\nepochs",
+    "passes\na step",
+    "train\naccuracy %",
+    "test\naccuracy %",
+    "gap,\npoints",
+    "train\nloss",
+    "time,\ns",
+    "runs",
+)
+
+_LEAST_NEEDED = ("train\nloss", "time,\ns", "std.\nepochs")  # first to go from a narrow console
+
+_NAMES: Mapping[str, str] = MappingProxyType(
+    {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
+)
+
+_MANY = 6  # verdicts, from which on a reader must be told that some will be wrong
+
+
+@dataclass(frozen=True)
+class Row:
+    """One contender after so many standardized epochs: mean and standard deviation over its runs."""
+
+    method: str
+    standardized_epoch: int
+    passes: Estimate
+    train_accuracy: Estimate
+    test_accuracy: Estimate
+    gap: Estimate
+    train_loss: Estimate
+    seconds: Estimate
+
+    def cells(self) -> list[str]:
+        """The row as text, under `_HEADINGS`."""
+        return [
+            parse(self.method).label,
+            str(self.standardized_epoch),
+            f"{self.passes.mean:.2f}",
+            *(_text(value, 2) for value in (self.train_accuracy, self.test_accuracy, self.gap)),
+            _text(self.train_loss, 3),
+            f"{self.seconds.mean:.0f}",
+            str(self.gap.n),
+        ]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A contender minus the first one, paired by seed, at equal compute: percentage points."""
+
+    method: str
+    reference: str
+    standardized_epoch: int
+    test_accuracy: Estimate
+    gap: Estimate
+
+    def sentence(self) -> str:
+        """What the runs allow to say."""
+        runs = self.gap.n
+        return (
+            f"{parse(self.method).label} against {parse(self.reference).label} at {self.standardized_epoch} "
+            f"standardized epochs, {runs} paired run{'s'[: runs > 1]}: "
+            f"test accuracy {_verdict(self.test_accuracy, better=1)}; "
+            f"generalization gap {_verdict(self.gap, better=-1)}."
+        )
+
+
+@dataclass(frozen=True)
+class Summary:
+    """Every number of the summary, once: the terminal, summary.md and summary.json all say the same."""
+
+    title: str
+    rows: Sequence[Row]
+    differences: Sequence[Difference]
+    unfinished: Sequence[str]
+    flatness: Sequence[Verdict] = ()
+    """Whether the minima are flatter, where that was measured."""
+
+    def notes(self) -> Iterator[str]:
+        """The sentences below the table."""
+        yield from (difference.sentence() for difference in self.differences)
+        verdicts = sum(value.sign is not None for d in self.differences for value in (d.test_accuracy, d.gap))
+        if verdicts >= _MANY:
+            yield (
+                f"Each of these {verdicts} intervals is a 95 % one by itself: where there is no difference, one in "
+                "twenty still shows one."
+            )
+        if self.unfinished:
+            yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
+
+    def markdown(self) -> str:
+        """The summary as Markdown."""
+        headings = (heading.replace("\n", " ") for heading in _HEADINGS)
+        lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
+        lines += ["| " + " | ".join(row.cells()) + " |" for row in self.rows]
+        flat = ["## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *_items(CAVEATS), ""]
+        return "\n".join(
+            [f"# {self.title}", "", *lines, "", *_items(self.notes()), "", *(flat if self.flatness else [])]
+        )
+
+    def json(self) -> dict[str, Any]:
+        """The summary as JSON, with the verdicts in words."""
+        values = asdict(replace(self, flatness=())) | {"flatness": [verdict.json() for verdict in self.flatness]}
+        if not self.flatness:
+            del values["flatness"]
+        for difference, value in zip(self.differences, values["differences"], strict=True):
+            value["test_accuracy"]["half_width_95"] = difference.test_accuracy.half_width
+            value["gap"]["half_width_95"] = difference.gap.half_width
+            value["verdict"] = difference.sentence()
+        return values
+
+    def write(self, folder: RunFolder) -> None:
+        """Write summary.md and summary.json."""
+        write_atomically(folder.path / "summary.md", self.markdown().encode())
+        write_json(folder.path / "summary.json", self.json())
+
+    def show(self, console: Console) -> None:
+        """Print the table and the verdicts; what a narrow console has no room for is in summary.md only."""
+        left_out: list[str] = []
+        for further in (None, *_LEAST_NEEDED):
+            left_out += [further] if further else []
+            table = self._table(without=left_out)
+            if table.__rich_measure__(console, console.options.update(max_width=1000)).minimum <= console.width:
+                break
+        console.print(table)
+        for note in self.notes():
+            console.print(note, highlight=False, markup=False)
+        for verdict in self.flatness:
+            verdict.show(console)
+
+    def _table(self, *, without: Sequence[str]) -> Table:
+        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        shown = [i for i, heading in enumerate(_HEADINGS) if heading not in without]
+        for i in shown:
+            table.add_column(_HEADINGS[i], justify="right" if i else "left", no_wrap=i > 0)
+        for row in self.rows:
+            cells = row.cells()
+            table.add_row(*(cells[i] for i in shown))
+        return table
+
+
+def _items(sentences: Iterable[str]) -> list[str]:
+    return [f"- {sentence}" for sentence in sentences]
+
+
+def setting(recipe: Recipe) -> str:
+    """What was trained on what, in one line."""
+    data = _NAMES[recipe.dataset]
+    if recipe.shots is not None:
+        data += f", {recipe.shots} image{'s'[: recipe.shots > 1]} a class"
+    if recipe.label_noise:
+        data += f", {100 * recipe.label_noise:g} % wrong training labels"
+    base = f"{recipe.base.upper() if recipe.base == 'sgd' else 'AdamW'}, lr {recipe.lr:g}"
+    if recipe.head_lr is not None:
+        base += f" (head {recipe.head_lr:g})"
+    if recipe.base_momentum:
+        base += f", momentum {recipe.base_momentum:g}"
+    # a rho that every contender replaces by its own would only mislead
+    takes_it = any("rho" in s.contender.arguments and "rho" not in dict(s.given) for s in map(parse, recipe.methods))
+    rho = f", rho {recipe.rho:g}" if takes_it else ""
+    return f"{_network(recipe)} on {data}: {base}, batch {recipe.batch_size}{rho}"
+
+
+def _network(recipe: Recipe) -> str:
+    """The network, and where it starts from."""
+    probe = ", linear probe" if recipe.freeze else ""
+    if recipe.backbone not in ("none", "own"):
+        size = f", {recipe.image_size} px" if recipe.image_size else ""
+        return f"{recipe.backbone} (pretrained{size}{probe})"
+    if recipe.backbone == "own":
+        epochs = f"{recipe.pretrain_epochs} epoch{'s'[: recipe.pretrain_epochs > 1]}"
+        where = _NAMES[recipe.pretrain_on] if recipe.pretrain_on != "auto" else "Fashion-MNIST"
+        return f"PreAct ResNet-18 (width {recipe.width}, pretrained on {where}, {epochs}{probe})"
+    widths = recipe.widths or (recipe.width,)
+    width = f"width {widths[0]}" + (f" to {widths[-1]}" if len(widths) > 1 else "")
+    return f"PreAct ResNet-18 ({width})"
+
+
+def summarise(recipe: Recipe, results: Results) -> Summary:
+    """Summarise what there is: a unit counts where it was measured at the standardized epoch of the row."""
+    rows = [row for method in recipe.methods for row in _rows(recipe, method, results)]
+    reference, *others = recipe.methods
+    differences = [d for d in (_difference(recipe, m, reference, results) for m in others) if d is not None]
+    unfinished = [u.name for u in results if not _at(results, u, u.standardized_epochs)]
+    return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished)
+
+
+def _at(results: Results, unit: Unit, standardized_epoch: int) -> Record | None:
+    return next((r for r in results.get(unit, []) if r.standardized_epoch == standardized_epoch), None)
+
+
+def _rows(recipe: Recipe, method: str, results: Results) -> Iterator[Row]:
+    """The row at equal compute, and one after the further epochs of a contender that has them."""
+    units = [unit for unit in results if unit.method == method]
+    for epoch in sorted({recipe.epochs} | {unit.standardized_epochs for unit in units}):
+        records = [record for unit in units if (record := _at(results, unit, epoch)) is not None]
+        if records:
+            names = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
+            yield Row(method, epoch, *(estimate([getattr(r, name) for r in records]) for name in names))
+
+
+def _difference(recipe: Recipe, method: str, reference: str, results: Results) -> Difference | None:
+    """Pair the runs by seed: initial weights and the order of the images are then the same in both."""
+    pairs = [
+        (ours, theirs)
+        for unit in results
+        if unit.method == method
+        and (ours := _at(results, unit, recipe.epochs)) is not None
+        and (theirs := _at(results, Unit(recipe, reference, unit.seed), recipe.epochs)) is not None
+    ]
+    if not pairs:
+        return None
+    accuracy = estimate([ours.test_accuracy - theirs.test_accuracy for ours, theirs in pairs])
+    gap = estimate([ours.gap - theirs.gap for ours, theirs in pairs])
+    return Difference(method, reference, recipe.epochs, accuracy, gap)
+
+
+def _text(value: Estimate, digits: int) -> str:
+    return f"{value.mean:.{digits}f}" + ("" if value.sd is None else f"±{value.sd:.{digits}f}")
+
+
+def _verdict(value: Estimate, *, better: int) -> str:
+    if value.half_width is None:
+        return f"{value.mean:+.2f} points (one run: no verdict)"
+    word = {0: "not distinguishable", better: "better", -better: "worse"}[value.sign or 0]
+    low, high = value.mean - value.half_width, value.mean + value.half_width
+    return f"{value.mean:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]: {word}"

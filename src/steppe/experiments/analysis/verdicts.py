@@ -1,0 +1,217 @@
+"""Is a contender's minimum flatter? What its runs and the reference's allow to say, measure by measure."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.flatness import FAMILIES, Flatness
+
+__all__ = ["Row", "Verdict", "compared"]
+
+_HEADINGS = ("measure", "", "", "difference ± 95 %", "says")
+_WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}
+
+_APART = 2.0  # a ratio of two losses, from which on flatness and being fitted are not told apart
+
+_FAMILIES = tuple(name for name in FAMILIES if name != "context")
+
+CAVEATS = (
+    "A network can be rescaled without changing its function, and its raw measures change; it can be surer of itself, "
+    "and all that see its logits do. Only where every kind of measure agrees is a minimum called flatter or sharper.",
+    "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
+    "Flatter does not mean better: sharpness often does not track generalisation (arXiv 2302.07011). Look at the test "
+    "accuracies and the gap beside it.",
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """A measure of a contender and of the reference, and their difference, paired."""
+
+    name: str
+    family: str
+    reference: Estimate
+    ours: Estimate
+    difference: Estimate
+
+    @property
+    def label(self) -> str:
+        """What the measure is called."""
+        return FAMILIES[self.family].measures[self.name]
+
+    @property
+    def word(self) -> str:
+        """What it says: of the context, nothing."""
+        return "" if self.family == "context" else _WORDS[self.difference.sign]
+
+    def cells(self) -> list[str]:
+        """The row as text."""
+        half = "" if self.difference.half_width is None else f" ± {self.difference.half_width:.2g}"
+        return [self.label, _text(self.reference), _text(self.ours), f"{self.difference.mean:+.3g}{half}", self.word]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """A contender against the reference."""
+
+    method: str
+    reference: str
+    labels: tuple[str, str]
+    """What they are called, the contender first."""
+    rows: Sequence[Row]
+    further: str = ""
+    """What else a reader must know."""
+
+    @property
+    def runs(self) -> int:
+        """Pairs."""
+        return self.rows[0].difference.n
+
+    def family(self, name: str) -> str:
+        """What a family says: one word where its measures that say anything agree, else "mixed"."""
+        words = Counter(row.word for row in self.rows if row.family == name)
+        if not words or set(words) == {"no verdict"}:
+            return "no verdict"
+        if words["flatter"] and words["sharper"]:
+            return "mixed"
+        return next((word for word in ("flatter", "sharper") if words[word]), "not distinguishable")
+
+    @property
+    def word(self) -> str:
+        """The verdict: what raw and adaptive measures say, and normalised logits where measured, if it is the same."""
+        said = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalised"}
+        return said.pop() if len(said) == 1 and "mixed" not in said else "inconclusive"
+
+    def sentence(self) -> str:
+        """What the runs allow to say, and why."""
+        ours, theirs = self.labels
+        about = f"{ours}'s minima against {theirs}'s, {self.runs} paired run{'s'[: self.runs > 1]}: "
+        if self.runs == 1:
+            return f"{about}no verdict on flatness, which needs two runs of each at least."
+        if self.word == "no verdict":
+            return f"{about}no verdict on flatness, as no raw or adaptive measure is finite in all of them."
+        said = "; ".join(self._count(name) for name in _FAMILIES if self._of(name))
+        because = ""
+        if self.word == "inconclusive":
+            mixed = any(self.family(name) == "mixed" for name in _FAMILIES)
+            because = f", because measures of {'one kind' if mixed else 'different kinds'} do not agree"
+        return f"{about}{self.word}{because} ({said})."
+
+    def notes(self) -> list[str]:
+        """What else a reader must know: that the two are not fitted alike, where their losses are far apart."""
+        further = [self.further] if self.further else []
+        row = next((row for row in self.rows if row.name == "loss"), None)
+        if row is None:
+            return further
+        (low, ahead), (high, behind) = sorted(zip((row.ours.mean, row.reference.mean), self.labels, strict=True))
+        if low < 0 or high <= _APART * low:
+            return further
+        factor = f", a factor of {high / low:.2g}" if low else ""
+        return [
+            *further,
+            f"The loss is {low:.2g} for {ahead} and {high:.2g} for {behind}{factor}. Raw curvature falls with the loss "
+            "itself, so being flatter and being fitted further cannot be told apart here: compare at equal loss as "
+            f"well, by training {behind} for longer.",
+        ]
+
+    def markdown(self) -> str:
+        """The table and what it says, as Markdown."""
+        lines = ["| " + " | ".join(self._headings()) + " |", "|---" + "|---:" * 3 + "|---|"]
+        for name, family in FAMILIES.items():
+            rows = self._of(name)
+            lines += [f"| **{family.title}** | | | | |"] if rows else []
+            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
+        return "\n".join([*lines, "", *(f"- {said}" for said in (self.sentence(), *self.notes()))])
+
+    def show(self, console: Console) -> None:
+        """Print the table, the sentence and the notes; a narrow console shows the differences only."""
+        for shown in ((0, 1, 2, 3, 4), (0, 3, 4)):
+            table = self._table(shown)
+            if table.__rich_measure__(console, console.options.update(max_width=1000)).maximum <= console.width:
+                break
+        console.print(table)
+        for said in (self.sentence(), *self.notes()):
+            console.print(said, highlight=False, markup=False)
+
+    def json(self) -> dict[str, Any]:
+        """The verdict as JSON."""
+        return {
+            "method": self.method,
+            "reference": self.reference,
+            "runs": self.runs,
+            "measures": [
+                {
+                    "name": row.name,
+                    "difference": {"n": row.difference.n, "mean": row.difference.mean, "sd": row.difference.sd},
+                    "half_width_95": row.difference.half_width,
+                    "verdict": row.word,
+                }
+                for row in self.rows
+            ],
+            **{name: self.family(name) for name in _FAMILIES},
+            "verdict": self.word,
+            "sentence": self.sentence(),
+            "notes": self.notes(),
+        }
+
+    def _headings(self) -> list[str]:
+        ours, theirs = self.labels
+        return [_HEADINGS[0], theirs, ours, *_HEADINGS[3:]]
+
+    def _table(self, shown: Sequence[int]) -> Table:
+        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
+        for i in shown:
+            table.add_column(escape(self._headings()[i]), justify="right" if 0 < i < 4 else "left")
+        for name in FAMILIES:
+            for row in self._of(name):
+                cells = row.cells()
+                table.add_row(*(cells[i] for i in shown), end_section=row is self._of(name)[-1])
+        return table
+
+    def _of(self, family: str) -> list[Row]:
+        return [row for row in self.rows if row.family == family]
+
+    def _count(self, family: str) -> str:
+        words = Counter(row.word for row in self._of(family))
+        said = ", ".join(f"{n} {word}" for word, n in words.most_common())
+        return f"{FAMILIES[family].title.lower()} measures: {said}"
+
+
+def compared(
+    method: str,
+    reference: str,
+    labels: tuple[str, str],
+    pairs: Sequence[tuple[Flatness, Flatness]],
+    further: str = "",
+) -> Verdict | None:
+    """Compare what was measured, pair by pair of (ours, the reference's); None without pairs.
+
+    A measure that is not finite in some run is left out of the comparison.
+    """
+    rows = list(_rows(pairs)) if pairs else []
+    return Verdict(method, reference, labels, rows, further) if rows else None
+
+
+def _rows(pairs: Sequence[tuple[Flatness, Flatness]]) -> Iterator[Row]:
+    for family, about in FAMILIES.items():
+        for name in about.measures:
+            if any(name not in one.measures for pair in pairs for one in pair):
+                continue
+            ours, theirs = ([one.measures[name].value for one in side] for side in zip(*pairs, strict=True))
+            if all(map(math.isfinite, [*ours, *theirs])):
+                differences = [a - b for a, b in zip(ours, theirs, strict=True)]
+                yield Row(name, family, estimate(theirs), estimate(ours), estimate(differences))
+
+
+def _text(value: Estimate) -> str:
+    return f"{value.mean:.3g}" + ("" if value.sd is None else f" ± {value.sd:.2g}")

@@ -1,0 +1,1 @@
+"""What a comparison trains: recipes and method specs."""

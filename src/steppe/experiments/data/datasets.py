@@ -1,0 +1,212 @@
+"""The datasets of the experiments, as tensors: Fashion-MNIST, the small sample that comes with Steppe, and digits.
+
+All are verified by SHA-256 each time they are read: a dataset that is not exactly right is a `DataError`,
+never a slightly wrong experiment.
+
+Fashion-MNIST: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, get_args
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from steppe.experiments.data import digits, fashion_mnist
+from steppe.experiments.data.fashion_mnist import DataError, IdxFile
+
+if TYPE_CHECKING:  # a backbone normalises its images in its own way, and ours is known here
+    from steppe.experiments.models.backbones import Backbone
+
+__all__ = [
+    "CLASSES",
+    "MEAN",
+    "STD",
+    "DataError",
+    "Dataset",
+    "DatasetName",
+    "Split",
+    "cache_home",
+    "is_here",
+    "load",
+    "normalise",
+]
+
+DatasetName = Literal["sample", "fashion-mnist", "digits"]
+
+CLASSES: tuple[str, ...] = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
+
+MEAN, STD = 0.2860, 0.3530  # over all pixels of the 60,000 training images, scaled to [0, 1]
+
+SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
+SAMPLE = "fashion-mnist-sample.npz"
+SAMPLE_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
+SAMPLE_SHA256 = "d4d999d034dc2dfc40859079e55859507f807b74ce581fe2146c137248085ff8"
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """Images, uint8 (n, 1, 28, 28), and their labels, int64 (n,)."""
+
+    images: Tensor
+    labels: Tensor
+
+    def to(self, device: torch.device | str) -> Split:
+        """Return this split on `device`."""
+        return Split(self.images.to(device), self.labels.to(device))
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A training and a test split, with the place that they were read from in words, and where runs on it start."""
+
+    name: str
+    train: Split
+    test: Split
+    source: str
+    start: Backbone | None = None
+    """The pretrained network that runs start from; None: each from its own random weights."""
+
+    def to(self, device: torch.device | str) -> Dataset:
+        """Return this dataset on `device`."""
+        return replace(self, train=self.train.to(device), test=self.test.to(device))
+
+
+def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
+    """Load a dataset: "fashion-mnist" (60,000 + 10,000 images), its "sample" (3,000 + 3,000), "digits" (1,201 + 596).
+
+    The full set is read from the first of these that there is: `data_dir`, $STEPPE_DATA, the system's
+    package, the user's cache; else it is downloaded into the cache. A place that was named is the only one
+    looked at.
+
+    Raises DataError when the data is missing, damaged, or cannot be fetched or stored.
+
+    >>> sample = load("sample")
+    >>> sample.train.images.shape, sample.train.images.dtype
+    (torch.Size([3000, 1, 28, 28]), torch.uint8)
+    >>> CLASSES[sample.train.labels[0]]
+    'Ankle boot'
+    """
+    if name == "fashion-mnist":
+        return _load_full(data_dir)
+    if name == "digits":  # where a backbone is pretrained before, data_dir is about that
+        train, test = digits.read()
+        return Dataset("digits", Split(*train), Split(*test), "scikit-learn")
+    if name != "sample":
+        raise DataError(f"there is no dataset {name!r}: choose one of {', '.join(get_args(DatasetName))}")
+    if data_dir is not None:
+        raise DataError(
+            f"the sample comes with Steppe, so {data_dir} would be ignored: "
+            'ask for "fashion-mnist" to read that directory, or leave the directory out'
+        )
+    return _load_sample()
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Return (x / 255 - mean) / std in float32, for uint8 images x of any shape, on their device.
+
+    >>> normalise(torch.tensor([0, 255], dtype=torch.uint8))
+    tensor([-0.8102,  2.0227])
+    """
+    if images.dtype != torch.uint8:
+        raise TypeError(
+            f"normalise() was given {images.dtype} and not torch.uint8: the images were probably normalised "
+            "before, and doing it twice would shift them. Pass the images as they were loaded."
+        )
+    return images.float().div_(255.0).sub_(MEAN).div_(STD)
+
+
+def sample_digest(arrays: Mapping[str, NDArray[np.uint8]]) -> str:
+    """Return the SHA-256 of the sample's content: names, shapes and values, whatever packed them."""
+    digest = hashlib.sha256()
+    for name in SAMPLE_ARRAYS:
+        digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}\n".encode())
+        digest.update(arrays[name].tobytes())
+    return digest.hexdigest()
+
+
+def _load_full(data_dir: Path | None) -> Dataset:
+    source, read = _place(data_dir)
+    train, test = (_split(*map(read, files)) for files in (fashion_mnist.TRAIN, fashion_mnist.TEST))
+    return Dataset("fashion-mnist", train, test, source)
+
+
+def _place(data_dir: Path | None) -> tuple[str, Callable[[IdxFile], NDArray[np.uint8]]]:
+    if data_dir is not None:
+        return f"{data_dir} (data_dir)", partial(fashion_mnist.from_directory, Path(data_dir).expanduser())
+    if named := os.environ.get("STEPPE_DATA"):
+        return f"{named} ($STEPPE_DATA)", partial(fashion_mnist.from_directory, Path(named).expanduser())
+    if SYSTEM.is_dir():
+        return f"{SYSTEM} (system package)", partial(fashion_mnist.from_directory, SYSTEM)
+    cache = cache_home() / "steppe" / "fashion-mnist"
+    return f"{cache} (cache)", partial(fashion_mnist.from_cache, cache)
+
+
+def is_here(data_dir: Path | None = None) -> bool:
+    """Whether `load("fashion-mnist", data_dir)` has a place to read from, and would not download."""
+    if data_dir is not None or os.environ.get("STEPPE_DATA") or SYSTEM.is_dir():
+        return True
+    try:
+        cache = cache_home() / "steppe" / "fashion-mnist"
+    except DataError:
+        return False
+    files = (*fashion_mnist.TRAIN, *fashion_mnist.TEST)
+    return all(any((cache / f"{file.name}{packed}").exists() for packed in (".gz", "")) for file in files)
+
+
+def cache_home() -> Path:
+    """The folder of the user's caches; DataError for a user who has none."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
+    except RuntimeError as error:  # a container's user may have no home
+        raise DataError(
+            "Fashion-MNIST is not on this machine, and there is no place to keep a download: this user has no "
+            f"home directory. Set $XDG_CACHE_HOME to a directory. {fashion_mnist.WAYS_OUT}"
+        ) from error
+
+
+def _load_sample() -> Dataset:
+    path = resources.files("steppe.experiments.data") / "sample" / SAMPLE
+    try:
+        with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
+            arrays = {name: archive[name] for name in SAMPLE_ARRAYS}
+        digest = sample_digest(arrays)
+    except Exception as error:  # zipfile and numpy may raise almost anything on a damaged archive
+        raise DataError(f"{path} is missing or damaged ({error}). Install Steppe again.") from error
+    if digest != SAMPLE_SHA256:
+        raise DataError(
+            f"{path} is not the sample of this version: the SHA-256 of its content is {digest} and not "
+            f"{SAMPLE_SHA256}, and results from it could not be compared. Install Steppe again."
+        )
+    train, test = (_split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
+    return Dataset("sample", train, test, "the sample that comes with Steppe")
+
+
+def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
+    # Copied: torch has no read-only tensors, and both arrays may be views of bytes that must not change.
+    return Split(torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))

@@ -1,0 +1,29 @@
+"""A validation set out of the training images, so that what is chosen by it is not chosen by the test set."""
+
+from __future__ import annotations
+
+import torch
+
+from steppe.experiments.data.datasets import Dataset, Split
+from steppe.experiments.errors import ExperimentError
+
+__all__ = ["hold_out"]
+
+
+def hold_out(data: Dataset, one_in: int) -> Dataset:
+    """Hold out one in `one_in` training images of each class; they take the place of the test set, which is not read.
+
+    Which ones depends on the training set alone: not on a seed, nor on the machine.
+    """
+    labels = data.train.labels
+    held = torch.zeros(len(labels), dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for label in sorted(set(labels.tolist())):
+        members = (labels == label).nonzero().flatten()
+        held[members[torch.randperm(len(members), generator=generator)[: len(members) // one_in]]] = True
+    if not held.any():
+        raise ExperimentError(
+            f"no class has {one_in} training images, so none can be held out to choose by: take a smaller --hold-out"
+        )
+    train, validation = (Split(data.train.images[part], data.train.labels[part]) for part in (~held, held))
+    return Dataset(f"{data.name}, validation", train, validation, data.source)

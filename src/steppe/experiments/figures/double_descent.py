@@ -1,0 +1,138 @@
+"""Errors and sharpness over the number of parameters, with each contender's interpolation threshold."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
+
+from steppe.experiments.analysis.double_descent import INTERPOLATES, DoubleDescent, Point
+from steppe.experiments.analysis.statistics import Estimate
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.figures.style import GREY, Style, caption, look, save, styles
+
+__all__ = ["draw"]
+
+
+def draw(recipe: Recipe, summary: DoubleDescent, folder: Path) -> list[Path]:
+    """Draw `double_descent` as PNG and SVG into `folder`; return the files.
+
+    Test and training error, and below them S(w) and the Hessian's largest eigenvalue where they were measured: the
+    mean over the runs, its band one standard deviation to either side; on a logarithmic axis it ends at a tenth of it.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    sharp = any(point.sharpness is not None for point in summary.points)
+    with look():
+        figure = Figure(figsize=(7.6, 9.6 if sharp else 5.4), layout="constrained")
+        rows = figure.subplots(
+            3 if sharp else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1, 1] if sharp else [1]
+        )
+        errors, *below = rows[:, 0]
+        _errors(errors, recipe, summary)
+        if sharp:
+            _curves(below[0], recipe, summary, lambda p: p.sharpness, title=f"Sharpness S(w), rho {recipe.rho:g}")
+            _curves(below[1], recipe, summary, lambda p: p.lambda_max, title="Largest eigenvalue of the Hessian")
+        _widths([errors, *below], summary.points)
+        _thresholds([errors, *below], recipe, summary)
+        caption(
+            figure,
+            recipe,
+            f"threshold: the smallest width with a mean training error below {INTERPOLATES:g} %",
+        )
+        return save(figure, folder / "double_descent")
+
+
+def _errors(axes: Axes, recipe: Recipe, summary: DoubleDescent) -> None:
+    for method, style in styles(recipe).items():
+        points = [point for point in summary.points if point.method == method]
+        _line(axes, points, [p.test_error for p in points], style, f"{style.label}, test")
+        _line(axes, points, [p.train_error for p in points], style, f"{style.label}, training", dashed=True)
+    axes.set_title("Test and training error")
+    axes.set_ylabel("%")
+    axes.set_ylim(bottom=0)
+    if axes.lines:
+        axes.legend()
+
+
+def _curves(
+    axes: Axes, recipe: Recipe, summary: DoubleDescent, value: Callable[[Point], Estimate | None], title: str
+) -> None:
+    for method, style in styles(recipe).items():
+        known = [(p, v) for p in summary.points if p.method == method and (v := value(p)) is not None]
+        _line(axes, [p for p, _ in known], [v for _, v in known], style, style.label, log=True)
+    axes.set_title(title)
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
+
+
+def _line(
+    axes: Axes,
+    points: Sequence[Point],
+    values: Sequence[Estimate],
+    style: Style,
+    label: str,
+    *,
+    dashed: bool = False,
+    log: bool = False,
+) -> None:
+    if not points:
+        return
+    x, mean = [p.parameters for p in points], [v.mean for v in values]
+    look = {"color": style.colour, "linewidth": 1.2 if dashed else 2.0, "marker": "o", "markersize": 3}
+    axes.plot(x, mean, ":" if dashed else style.line, label=label, **look)  # type: ignore[arg-type]
+    if any(v.sd is not None for v in values):
+        sd = [v.sd or 0.0 for v in values]
+        # mean - sd may lie below 0, where a logarithmic axis ends
+        low = [max(m - s, m / 10) if log else max(m - s, 0.0) for m, s in zip(mean, sd, strict=True)]
+        high = [m + s for m, s in zip(mean, sd, strict=True)]
+        axes.fill_between(x, low, high, color=style.colour, alpha=0.18, linewidth=0)
+
+
+def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:
+    """Numbers of parameters on a logarithmic axis, and the widths that they belong to at the top."""
+    sizes = {point.parameters: point.width for point in points}
+    for axes in rows:
+        axes.set_xscale("log")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+    rows[-1].set_xlabel("parameters (above: width, channels of the first stage)")
+    if not sizes:
+        return
+    top = rows[0].secondary_xaxis("top")
+    top.xaxis.set_major_locator(FixedLocator(list(sizes)))
+    top.xaxis.set_minor_locator(NullLocator())
+    top.xaxis.set_major_formatter(lambda x, _: str(sizes.get(round(x), "")))
+    top.spines["top"].set_visible(False)
+    top.tick_params(length=0, pad=1)
+
+
+def _thresholds(rows: Sequence[Axes], recipe: Recipe, summary: DoubleDescent) -> None:
+    """A line at each contender's interpolation threshold; two at the same width stand beside each other."""
+    sizes = {point.width: point.parameters for point in summary.points}
+    taken: dict[int, int] = {}
+    for method, width in summary.thresholds.items():
+        if width is None:
+            continue
+        shift = taken[width] = taken.get(width, -1) + 1
+        style = styles(recipe)[method]
+        at = sizes[width] * math.exp(0.02 * shift)
+        for axes in rows:
+            axes.axvline(at, color=style.colour, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        right = at > math.sqrt(min(sizes.values()) * max(sizes.values()))
+        rows[0].annotate(
+            f" {style.label}'s threshold ",
+            (at, 1.0 - 0.055 * list(summary.thresholds).index(method)),
+            xycoords=rows[0].get_xaxis_transform(),
+            va="top",
+            ha="right" if right else "left",
+            fontsize=8,
+            color=style.colour,
+        )
+    if any(width is not None for width in summary.thresholds.values()):
+        rows[0].axhline(INTERPOLATES, color=GREY, linewidth=0.6)

@@ -1,0 +1,123 @@
+"""Files of weights, as training scripts leave them: a state dict, alone or among other things."""
+
+from __future__ import annotations
+
+import hashlib
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.measuring.entry_points import reason
+
+__all__ = ["digest", "digest_of_model", "load_weights"]
+
+_PLACES = ("state_dict", "model_state_dict", "model")
+_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_FEW = 3  # names in an error
+
+
+def load_weights(network: nn.Module, path: Path) -> None:
+    """Load a file into a network, all of it or nothing.
+
+    Raises ExperimentError when the file is damaged, holds no state dict, or one of another network.
+    """
+    state = _state_dict(_read(path), path)
+    expected = network.state_dict()
+    if state.keys() != expected.keys():
+        state = {_stripped(name): tensor for name, tensor in state.items()}
+    shapes = {k: (t.shape, expected[k].shape) for k, t in state.items() if k in expected and isinstance(t, Tensor)}
+    wrong = [f"{k} is {tuple(theirs)} and {tuple(ours)} here" for k, (theirs, ours) in shapes.items() if theirs != ours]
+    if wrong:
+        raise ExperimentError(f"{path} has other shapes than {type(network).__name__}: {_some(wrong, '; ')}")
+    try:
+        missing, unexpected = network.load_state_dict(state, strict=False)
+    except Exception as error:
+        raise ExperimentError(f"{path} cannot be loaded into {type(network).__name__}: {reason(error)}") from error
+    # a tensor that is tied to another one may be kept once
+    loaded = {expected[k].data_ptr() for k in state.keys() & expected.keys() if isinstance(expected[k], Tensor)}
+    missing = [k for k in missing if expected[k].data_ptr() not in loaded]
+    if missing or unexpected:
+        said = ((missing, "without"), (unexpected, "with an unexpected"))
+        raise ExperimentError(
+            f"{path} is not of this {type(network).__name__}: it comes "
+            f"{' and '.join(f'{word} {_some(names)}' for names, word in said if names)}. Measured as they are, weights "
+            "that are not loaded would be random: name the factory of the network that was trained"
+        )
+
+
+def digest(path: Path) -> str:
+    """Return the SHA-256 of a file; ExperimentError when there is none."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ExperimentError(f"{path} cannot be read: {error.strerror or error}") from error
+
+
+def digest_of_model(network: nn.Module) -> str:
+    """Return the SHA-256 of a network's tensors and their names."""
+    found = hashlib.sha256()
+    for name, tensor in network.state_dict().items():
+        found.update(name.encode())
+        if isinstance(tensor, Tensor) and tensor.numel():
+            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return found.hexdigest()
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return _safetensors(path)
+        if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
+            with zipfile.ZipFile(path) as archive:
+                damaged = archive.testzip()
+            if damaged is not None:
+                raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except (ExperimentError, FileNotFoundError, PermissionError):
+        raise
+    except Exception as error:  # a damaged file raises almost anything
+        if "weights_only" in str(error):
+            raise ExperimentError(
+                f"{path} holds more than tensors and plain values, and would run code when it is read: save the state "
+                "dict alone, torch.save(model.state_dict(), path)"
+            ) from error
+        raise ExperimentError(f"{path} is damaged, or no file of weights ({reason(error)})") from error
+
+
+def _safetensors(path: Path) -> dict[str, Tensor]:
+    try:
+        from safetensors.torch import load_file  # it comes with transformers
+    except ModuleNotFoundError as error:
+        raise ExperimentError(f"{path} is read by the package safetensors: pip install safetensors") from error
+    return dict(load_file(path))
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Any]:
+    """What of a file is the state dict: all of it, or what lies in one of the usual places."""
+    if isinstance(content, Mapping):
+        inner = [content[place] for place in _PLACES if isinstance(content.get(place), Mapping)]
+        found = inner[0] if inner else content
+        if any(isinstance(value, Tensor) for value in found.values()):
+            return dict(found)
+    holds = f"with {_some(list(map(str, content)))}" if isinstance(content, Mapping) else "not a dictionary"
+    raise ExperimentError(
+        f"{path} holds {type(content).__name__}, {holds}, and no state dict: that would be the whole of it, or be "
+        f"under one of {', '.join(_PLACES)}"
+    )
+
+
+def _stripped(name: str) -> str:
+    while name.startswith(_PREFIXES):
+        name = name.partition(".")[2]
+    return name
+
+
+def _some(names: list[str], between: str = ", ") -> str:
+    more = len(names) - _FEW
+    return between.join(names[:_FEW]) + (f" and {more} more" if more > 0 else "")

@@ -1,0 +1,234 @@
+"""Backbones: pretrained networks with a new head. Where they come from does not matter to a run."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from steppe.experiments.data.datasets import MEAN, STD
+from steppe.experiments.errors import ExperimentError
+
+__all__ = ["Backbone", "FineTuned", "from_hub"]
+
+_REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError)
+"""What the hubs raise for a name that they do not have, a file that is none, a network that is not there."""
+
+
+@dataclass(frozen=True, eq=False)
+class Backbone:
+    """A network with pretrained weights, and the images that it was pretrained on."""
+
+    model: nn.Module
+    """Images to logits, as a tensor or as `.logits`."""
+    head: str
+    """The name of its last layer, which every run begins anew."""
+    source: str
+    """Where it comes from, in words."""
+    mean: Sequence[float] = (MEAN,)
+    """What its images were normalised with, for each channel: of pixels scaled to [0, 1]."""
+    std: Sequence[float] = (STD,)
+    size: int | None = None
+    """Height and width of its images; None: as they come."""
+
+    def network(self, *, freeze: bool) -> FineTuned:
+        """A copy with a new head, drawn from torch's generator; with `freeze`, nothing but the head is trained."""
+        return FineTuned(self, freeze)
+
+    def digest(self) -> str:
+        """The SHA-256 of what a run starts from: all weights and buffers but those of the head, which is new."""
+        digest = hashlib.sha256(f"{self.head} {list(self.mean)} {list(self.std)} {self.size}\n".encode())
+        for name, tensor in self.model.state_dict().items():
+            if not name.startswith(f"{self.head}."):
+                digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+                digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class FineTuned(nn.Module):
+    """A backbone's network on images (n, 1, h, w) as `data.normalise` gives them.
+
+    They are resized to (size, size), grey becomes as many channels as it wants, and the normalisation becomes its own.
+    A frozen backbone stays in evaluation mode, so that its running statistics stay as they are too.
+    """
+
+    scale: Tensor | None
+    shift: Tensor | None
+
+    def __init__(self, backbone: Backbone, freeze: bool) -> None:
+        super().__init__()
+        self.body = copy.deepcopy(backbone.model)
+        self.size, self._head, self._freeze = backbone.size, backbone.head, freeze
+        self.head.reset_parameters()  # type: ignore[operator]
+        own = tuple(backbone.mean) == (MEAN,) and tuple(backbone.std) == (STD,)
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1) for v in (backbone.mean, backbone.std))
+        self.register_buffer("scale", None if own else STD / std, persistent=False)
+        self.register_buffer("shift", None if own else (MEAN - mean) / std, persistent=False)
+        for parameter in self.parameters():
+            parameter.requires_grad_(not freeze)
+        self.head.requires_grad_(True)
+        self.train()
+
+    @property
+    def head(self) -> nn.Module:
+        """The new last layer."""
+        return self.body.get_submodule(self._head)
+
+    def train(self, mode: bool = True) -> FineTuned:
+        """Switch the mode, of a frozen backbone only the head's."""
+        super().train(mode)
+        if self._freeze:
+            self.body.eval()
+            self.head.train(mode)
+        return self
+
+    def groups(self, head_lr: float | None) -> list[dict[str, Any]]:
+        """What is trained, as parameter groups: the backbone's, unless it is frozen, and the head's with its own lr."""
+        head = set(self.head.parameters())
+        body = [p for p in self.parameters() if p.requires_grad and p not in head]
+        last: dict[str, Any] = {"params": list(self.head.parameters())}
+        if head_lr is not None:
+            last["lr"] = head_lr
+        return [{"params": body}, last] if body else [last]
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Return the logits (n, classes) of images (n, 1, h, w)."""
+        if self.size is not None and images.shape[-2:] != (self.size, self.size):
+            images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
+        if self.scale is not None and self.shift is not None:
+            images = images * self.scale + self.shift  # (n, 1, h, w) to (n, channels, h, w)
+        out = self.body(images)
+        logits: Tensor = out if isinstance(out, Tensor) else out.logits
+        return logits
+
+
+def from_hub(name: str, classes: int, image_size: int | None) -> Backbone:
+    """Load `timm:NAME`, or `hf:NAME` or `hf:FOLDER`, with a head for so many classes.
+
+    Raises ExperimentError when the library, the checkpoint or what must be known of it is missing.
+    """
+    kind, _, rest = name.partition(":")
+    backbone = {"timm": _timm, "hf": _hugging_face}[kind](rest, classes, image_size)
+    _try(name, backbone, classes)
+    return backbone
+
+
+def _timm(name: str, classes: int, image_size: int | None) -> Backbone:
+    try:
+        import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            f"{error.name} is not installed, and --backbone timm:{name} needs it: pip install timm torchvision"
+        ) from error
+    try:
+        model = timm.create_model(name, pretrained=True, num_classes=classes)
+    except _REASONS as error:
+        raise _not_loaded(f"timm:{name}", error) from error
+    known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment, unused-ignore]
+    head = known.get("classifier")
+    if not isinstance(head, str):
+        raise ExperimentError(f"timm:{name} has not one last layer but {head!r}, so no new head can take its place")
+    size = image_size or known["input_size"][-1]
+    return Backbone(model, head, f"timm's {name}", known["mean"], known["std"], size)
+
+
+def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
+    try:
+        from transformers import AutoModelForImageClassification, ImageProcessingMixin
+        from transformers.utils import logging
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            f"{error.name} is not installed, and --backbone hf:{name} needs it: pip install 'steppe[transformers]'"
+        ) from error
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]  # it reports the head that does not fit; we look at what is missing ourselves
+    try:
+        processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        model, info = AutoModelForImageClassification.from_pretrained(
+            name, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+        )
+    except _REASONS as error:
+        raise _not_loaded(f"hf:{name}", error) from error
+    finally:
+        logging.set_verbosity(before)
+    head = _last_layer(model, classes)
+    if head is None:
+        raise ExperimentError(f"hf:{name} has no linear last layer for {classes} classes, so it cannot get a new head")
+    missing = [key for key in info["missing_keys"] if not key.startswith(f"{head}.")]
+    if missing:
+        raise ExperimentError(
+            f"the checkpoint hf:{name} lacks {len(missing)} of the network's weights ({', '.join(sorted(missing)[:3])}"
+            "...), which would be random: name a checkpoint of an image classifier"
+        )
+    mean, std = _normalisation(f"hf:{name}", processor)
+    size = image_size or _size(processor) or getattr(model.config, "image_size", None)
+    if not isinstance(size, int):
+        raise ExperimentError(f"hf:{name} does not say the size of its images: give it with --image-size")
+    return Backbone(model, head, f"Hugging Face's {name}", mean, std, size)
+
+
+def _last_layer(model: nn.Module, classes: int) -> str | None:
+    """The name of the last linear layer (or convolution) with so many outputs."""
+    names = [
+        name
+        for name, module in model.named_modules()
+        if classes in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
+        and hasattr(module, "reset_parameters")
+    ]
+    return names[-1] if names else None
+
+
+def _normalisation(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+    factor = processor.get("rescale_factor", 1 / 255)
+    if not processor.get("do_rescale", True) or processor.get("rescale_offset") or abs(factor * 255 - 1) > 1e-3:
+        raise ExperimentError(
+            f"{name} wants its pixels scaled by {factor:g} (do_rescale {processor.get('do_rescale', True)}, "
+            f"rescale_offset {processor.get('rescale_offset', False)}), and only [0, 1] is known here: its images "
+            "would be wrong. Take another checkpoint"
+        )
+    if not processor.get("do_normalize", True):
+        return (0.0,) * 3, (1.0,) * 3
+    if "image_mean" not in processor or "image_std" not in processor:
+        raise ExperimentError(
+            f"{name}: its preprocessor_config.json has no image_mean and image_std, so its images could not be "
+            "normalised as they were in pretraining. Take another checkpoint, or add them to a local copy"
+        )
+    return processor["image_mean"], processor["image_std"]
+
+
+def _size(processor: Mapping[str, Any]) -> int | None:
+    size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
+    if isinstance(size, dict):
+        size = size.get("height", size.get("shortest_edge"))
+    return size if isinstance(size, int) else None
+
+
+def _not_loaded(name: str, error: BaseException) -> ExperimentError:
+    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+    return ExperimentError(
+        f"the backbone {name} could not be loaded ({reason}): check the name and the network connection; a folder that "
+        "save_pretrained() wrote can be named too, hf:FOLDER"
+    )
+
+
+def _try(name: str, backbone: Backbone, classes: int) -> None:
+    """See that it takes our images before any run begins."""
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
+        try:
+            logits = backbone.network(freeze=False).eval()(torch.zeros(2, 1, 28, 28))
+        except _REASONS as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise ExperimentError(
+                f"{name} does not take images of {backbone.size} x {backbone.size} pixels ({reason}): leave "
+                "--image-size out, or take another checkpoint"
+            ) from error
+    if logits.shape != (2, classes):
+        raise ExperimentError(
+            f"{name} gives {tuple(logits.shape)} for two images and not (2, {classes}): it is no image classifier"
+        )

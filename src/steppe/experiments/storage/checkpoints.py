@@ -1,0 +1,50 @@
+"""Checkpoints: one file for a run, replaced as a whole, verified before it is believed."""
+
+from __future__ import annotations
+
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.files import write_atomically
+
+__all__ = ["load", "save"]
+
+_FORMAT = "steppe experiment checkpoint, version 2"
+
+
+def save(path: Path, owner: str, state: Mapping[str, Any]) -> None:
+    """Write `state` (tensors and plain Python values) as the checkpoint of `owner`, atomically."""
+    buffer = io.BytesIO()
+    torch.save({"format": _FORMAT, "owner": owner, **state}, buffer)
+    write_atomically(path, buffer.getbuffer())
+
+
+def load(path: Path, owner: str) -> dict[str, Any]:
+    """Read back what `save` wrote, with its tensors on the CPU.
+
+    Raises ExperimentError when the file is damaged, is not such a checkpoint, or belongs to another owner.
+    """
+    way_out = f"Delete {path} to train this run again from its beginning; the others are kept."
+    try:
+        # torch does not compare the checksums that it writes: a flipped bit would come back as a weight
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise zipfile.BadZipFile(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except PermissionError:
+        raise
+    except Exception as error:  # a damaged archive raises almost anything, in zipfile and in torch
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ExperimentError(f"the checkpoint {path} is damaged ({reason}), so it cannot go on. {way_out}") from error
+    if not isinstance(state, dict) or state.get("format") != _FORMAT:
+        raise ExperimentError(f"{path} is not a checkpoint of an experiment of this version. {way_out}")
+    if state["owner"] != owner:
+        raise ExperimentError(f"{path} belongs to another run or another configuration than this one. {way_out}")
+    return state

@@ -1,0 +1,153 @@
+"""Training steps as CUDA graphs: what a step launches is recorded once for each kind of step, and then replayed.
+
+A replay runs what the device did, and nothing of what Python did; that is made up for here. So a run with graphs takes
+the steps of a run without, the first few of them one by one.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from types import MappingProxyType
+from typing import NamedTuple, Protocol, TypeVar
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from steppe import SAM
+from steppe.experiments.config.recipe import Unit
+from steppe.experiments.data.batches import Batch
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.world import World
+
+__all__ = ["RECORDERS", "Graphs", "OnCuda", "Recorder", "Step", "recorder"]
+
+T = TypeVar("T")
+
+# After so many steps all that a step allocates, compiles or chooses once is there.
+_WARM_UP = 3
+
+
+class Step(NamedTuple):
+    """What a step gives back: the loss at w, a tensor that the next step may overwrite, and its cost."""
+
+    loss: Tensor
+    cost: Fraction
+    """Gradient evaluations."""
+
+
+class Recorder(Protocol):
+    """A device that can record what it is told to do."""
+
+    def warm(self, work: Callable[[], T]) -> T:
+        """Do some work as it comes, where a recording will be made."""
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """Run the Python of some work, record what it launches, and run nothing of that.
+
+        Returns what the work returned, and the replay, which writes its tensors anew.
+        """
+
+
+class OnCuda:
+    """Records CUDA graphs, all in one pool of memory: one runs at a time, and none finds anything in it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def warm(self, work: Callable[[], T]) -> T:
+        """Do the work on the stream of the recordings: libraries keep their workspaces by stream."""
+        around = torch.cuda.current_stream(self._device)
+        self._stream.wait_stream(around)
+        with torch.cuda.stream(self._stream):
+            result = work()
+        around.wait_stream(self._stream)
+        return result
+
+    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
+        """Record a graph."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
+            result = work()
+        return result, graph.replay
+
+
+RECORDERS: Mapping[str, Callable[[torch.device], Recorder]] = MappingProxyType({"cuda": OnCuda})
+"""What records steps, by the type of the device."""
+
+
+def recorder(unit: Unit, world: World) -> Recorder | None:
+    """Make what records the unit's steps; None where each step is taken as it comes."""
+    recipe = unit.recipe
+    if recipe.cuda_graphs is False or not unit.spec.contender.capturable or world.size > 1:
+        return None
+    # a foreign checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
+    if recipe.backbone not in ("none", "own"):
+        return None
+    make = RECORDERS.get(world.device.type)
+    return None if make is None else make(world.device)
+
+
+class _Kind(NamedTuple):
+    """What makes two steps launch the same."""
+
+    size: int
+    """Images of the batch."""
+    climbs: bool | None
+    """Whether it climbs; None of an optimizer that has nowhere to climb."""
+
+
+@dataclass(frozen=True)
+class _Graph:
+    """A step of one kind."""
+
+    indices: Tensor
+    """Where it reads which images to take: all that it is given."""
+    step: Step
+    replay: Callable[[], None]
+
+
+class Graphs:
+    """Takes steps by `take`: the first few of each kind as they come, the others by a replay."""
+
+    def __init__(self, take: Callable[[Batch], Step], optimizer: Optimizer, recorder: Recorder) -> None:
+        self._take, self._recorder = take, recorder
+        # another base keeps all it knows in tensors; SAM counts its steps itself, and asks its cadence, in Python
+        self._sam = optimizer if isinstance(optimizer, SAM) else None
+        self._met: Counter[_Kind] = Counter()
+        self._graphs: dict[_Kind, _Graph] = {}
+
+    def __call__(self, batch: Batch) -> Step:
+        """Take one step; ExperimentError when it cannot be recorded."""
+        kind = _Kind(len(batch), None if self._sam is None else self._sam.climbs_next)
+        graph = self._graphs.get(kind)
+        if graph is not None:
+            if self._sam is not None:
+                self._sam.replayed()
+        elif self._met[kind] < _WARM_UP:
+            self._met[kind] += 1
+            return self._recorder.warm(lambda: self._take(batch))
+        else:
+            graph = self._graphs[kind] = self._recorded(batch)  # its Python has counted this step
+        graph.indices.copy_(batch.indices)
+        graph.replay()
+        return graph.step
+
+    def _recorded(self, batch: Batch) -> _Graph:
+        indices = batch.indices.clone()
+        try:
+            with nullcontext() if self._sam is None else self._sam.recording():
+                step, replay = self._recorder.record(lambda: self._take(replace(batch, indices=indices)))
+        except RuntimeError as error:
+            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+            raise ExperimentError(
+                f"the training step could not be captured as a CUDA graph ({reason}): say --no-cuda-graphs, with which "
+                "each step is launched anew"
+            ) from error
+        return _Graph(indices, step, replay)

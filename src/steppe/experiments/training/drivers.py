@@ -1,0 +1,115 @@
+"""Drivers: how a contender turns a batch into one optimizer step. Nearly all of them need only the plain closure.
+
+An added way is a subclass of `Driver`. With a builder of `steppe.closures` its `step` is one line:
+
+    return self.optimizer.step(closures.fraction(self.optimizer, forward, batch.tensors, fraction=0.25))
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from fractions import Fraction
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steppe.experiments.data.batches import Batch
+from steppe.experiments.world import World
+
+__all__ = ["FORWARD_ONLY", "Driver", "Forward"]
+
+FORWARD_ONLY = Fraction(1, 3)
+"""What a sample costs without a backward pass, which does about twice the work of the forward one."""
+
+
+class Forward:
+    """The network and its loss for one step, as a driver sees them: every sample that goes through is counted.
+
+    A sample is one gradient evaluation where autograd records, and `FORWARD_ONLY` of one under `torch.no_grad()`.
+
+    Processes average their gradients, and their shares of a batch may differ by one image. So each mean loss is
+    weighted by this process's share of the whole batch; the samples that a driver chooses out of its share stand for
+    all of it.
+    """
+
+    def __init__(
+        self, model: nn.Module, batch: Batch, world: World, autocast: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self._model, self._batch, self._world, self._autocast = model, batch, world, autocast
+        self._recorded = self._unrecorded = 0
+
+    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Evaluate the mean cross-entropy."""
+        logits = self.logits(images)
+        return F.cross_entropy(logits.float(), labels, reduction="sum") * self._weight(len(labels))
+
+    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+        """Evaluate the cross-entropy of each sample, (n,), weighted so that their mean is the mean cross-entropy."""
+        return F.cross_entropy(self.logits(images).float(), labels, reduction="none") * self._share
+
+    def mean(self, losses: Tensor) -> Tensor:
+        """Average losses (n,) that a driver has computed from `logits`."""
+        return losses.sum() * self._weight(len(losses))
+
+    def logits(self, images: Tensor) -> Tensor:
+        """Evaluate the logits of images."""
+        self.count(len(images), recorded=torch.is_grad_enabled())
+        with self._autocast():
+            logits: Tensor = self._model(images)
+        return logits
+
+    def count(self, images: int, *, recorded: bool) -> None:
+        """Count images that go through another network of the same size, such as a running mean."""
+        if recorded:
+            self._recorded += images
+        else:
+            self._unrecorded += images
+
+    def cost(self) -> Fraction:
+        """Gradient evaluations so far, of all processes together; every process must ask."""
+        counts = self._recorded, self._unrecorded
+        if self._world.size > 1:
+            total = self._world.total(torch.tensor(counts, dtype=torch.int64, device=self._world.device))
+            counts = tuple(total.tolist())
+        return counts[0] + FORWARD_ONLY * counts[1]
+
+    @property
+    def _share(self) -> float:
+        return len(self._batch) * self._world.size / self._batch.size
+
+    def _weight(self, n: int) -> float:
+        return (self._world.size / self._batch.size) * (len(self._batch) / n)
+
+
+class Driver:
+    """Takes the steps of one run; this one with the closure of `torch.optim`, as often as `optimizer` asks for it.
+
+    The parameters of a subclass's constructor after the first are filled by their names: from `Setting`, or else from
+    the contender's spec.
+    """
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+
+    def step(self, forward: Forward, batch: Batch) -> Tensor:
+        """Take one step on this process's share of a batch; return its mean loss at w."""
+
+        def closure() -> Tensor:
+            self.optimizer.zero_grad()
+            loss = forward(*batch.tensors)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+
+        loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
+        return loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the following steps depend on besides network and optimizer: tensors and plain Python values."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `state_dict` gave, with its tensors on the CPU."""

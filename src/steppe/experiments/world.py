@@ -1,0 +1,140 @@
+"""One process or several: the devices of a comparison. Starting several is torchrun's work, not ours."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from steppe.experiments.errors import ExperimentError
+
+if TYPE_CHECKING:  # a recipe names drivers, and drivers work in a world
+    from steppe.experiments.config.recipe import Recipe
+
+__all__ = ["World", "filled", "has_bfloat16", "join", "launched", "resolve"]
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Say what is left open here: the device, the precision, CUDA graphs and, on CPUs, the number of threads.
+
+    Raises ExperimentError when the recipe asks for a GPU and there is none, or for layers that cannot work.
+    """
+    if recipe.device == "cuda" and not torch.cuda.is_available():
+        raise ExperimentError(
+            f"device=cuda, but torch {torch.__version__} finds no CUDA device here: check its build and the driver, "
+            "or say --device cpu"
+        )
+    if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()):
+        return filled(replace(recipe, device="cuda"))
+    if launched() > 1 and recipe.norm == "batch":
+        raise ExperimentError(
+            "norm=batch in several processes on CPUs: each would normalise by its own part of the batch, and the "
+            "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
+        )
+    threads = recipe.threads or 1  # then every machine of a kind has the same bits, and runs fit beside each other
+    narrow = [width for width in recipe.widths or (recipe.width,) if width % 16]
+    if recipe.channels_last and threads > 1 and narrow:
+        raise ExperimentError(
+            f"channels_last with width={narrow[0]} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
+            "convolution then writes beyond its memory (seen with torch 2.13.0, wherever the number of channels is no "
+            "multiple of 16 and that of images is odd). Say --threads 1, or a width that is a multiple of 16, or "
+            "--no-channels-last"
+        )
+    return filled(replace(recipe, device="cpu", threads=threads))
+
+
+def filled(recipe: Recipe) -> Recipe:
+    """Say what is left open of precision and CUDA graphs, for a recipe whose device is known."""
+    on_gpu = recipe.device == "cuda"
+    amp = has_bfloat16(on_gpu=on_gpu) if recipe.amp is None else recipe.amp
+    return replace(recipe, amp=amp, cuda_graphs=on_gpu if recipe.cuda_graphs is None else recipe.cuda_graphs)
+
+
+def has_bfloat16(*, on_gpu: bool) -> bool:
+    """Whether this machine multiplies matrices in bfloat16 by itself; False where torch does not say."""
+    if on_gpu:
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    # of x86 alone: nobody has measured whether it is faster on others
+    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return ask is not None and bool(ask()) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+
+
+def launched() -> int:
+    """How many processes torchrun started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's place among `size`, and its device. Each method does nothing special when `size` is 1."""
+
+    device: torch.device
+    rank: int = 0
+    size: int = 1
+
+    def share(self, n: int) -> slice:
+        """This process's contiguous part of `n` items; parts differ by one item at most.
+
+        >>> [World(torch.device("cpu"), rank, 3).share(7) for rank in range(3)]
+        [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
+        """
+        return slice(n * self.rank // self.size, n * (self.rank + 1) // self.size)
+
+    def total(self, value: Tensor) -> Tensor:
+        """Sum over all processes."""
+        if self.size > 1:
+            dist.all_reduce(value)
+        return value
+
+    def any(self, flag: bool) -> bool:
+        """Whether the flag is up in any process; every process must ask."""
+        return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def barrier(self) -> None:
+        """Wait for the others."""
+        self.any(False)
+
+    def synchronise_norms(self, network: nn.Module) -> nn.Module:
+        """Make BatchNorm see the whole batch; call it before the optimizer is made."""
+        if self.size == 1:
+            return network
+        return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call, no-any-return]
+
+    def wrap(self, network: nn.Module) -> nn.Module:
+        """Give back a module whose backward averages the gradients over the processes."""
+        if self.size == 1:
+            return network
+        on_gpu = self.device.type == "cuda"
+        return DistributedDataParallel(network, device_ids=[self.device] if on_gpu else None)
+
+
+@contextmanager
+def join(recipe: Recipe) -> Iterator[World]:
+    """Set this process up for a resolved recipe (threads, determinism), and join the others if there are any."""
+    if recipe.threads is not None:
+        torch.set_num_threads(recipe.threads)
+    # a run that is resumed must end with the same bits: the fastest kernels of cuDNN do not promise it
+    cudnn = torch.backends.cudnn
+    with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
+        if launched() == 1:
+            yield World(torch.device(recipe.device))
+        else:
+            yield from _join_others(torch.device(recipe.device))
+
+
+def _join_others(device: torch.device) -> Iterator[World]:
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield World(device, dist.get_rank(), dist.get_world_size())
+    finally:
+        dist.destroy_process_group()
