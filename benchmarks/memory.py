@@ -27,7 +27,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
 from steppe import closures
-from steppe.catalogue import CATALOGUE, Method
+from steppe.methods._card import MethodCard
+from steppe.methods.registry import CARDS
 
 Step = Callable[[], object]
 Losses = Callable[..., Tensor]
@@ -95,7 +96,7 @@ def model() -> nn.Module:
 
 
 def stepper(
-    method: Method, base: Optimizer, network: nn.Module, losses: Losses, batch: Sequence[Tensor], **given: Any
+    method: MethodCard, base: Optimizer, network: nn.Module, losses: Losses, batch: Sequence[Tensor], **given: Any
 ) -> Step:
     """What takes a step with a method on a batch: for most, ``step`` with a plain closure.
 
@@ -159,7 +160,7 @@ def _closure(optimizer: Optimizer, loss: Callable[[], Tensor]) -> Callable[[], T
     return closure
 
 
-def used(method: Method | None) -> tuple[float, float]:
+def used(method: MethodCard | None) -> tuple[float, float]:
     """Peak within the steps, and what is kept after them, in units of the weights' size; of the base for None."""
     network = model()
     weights = sum(p.nbytes for p in network.parameters())
@@ -184,7 +185,7 @@ def used(method: Method | None) -> tuple[float, float]:
     return alive.peak / weights, alive.now / weights
 
 
-def extra(method: Method, base: tuple[float, float] | None = None) -> Extra:
+def extra(method: MethodCard, base: tuple[float, float] | None = None) -> Extra:
     """What a method needs beside the base."""
     peak, kept = base if base is not None else used(None)
     own_peak, own_kept = used(method)
@@ -197,12 +198,12 @@ def main() -> None:
     parser.add_argument("names", nargs="*", metavar="NAME", help="methods of the catalogue; all, if none is named")
     parser.add_argument("--json", type=Path, metavar="FILE", help="where to write the numbers")
     arguments = parser.parse_args()
-    if unknown := set(arguments.names) - set(CATALOGUE):
-        parser.error(f"no such method: {', '.join(sorted(unknown))}; the catalogue has {', '.join(CATALOGUE)}")
+    if unknown := set(arguments.names) - set(CARDS):
+        parser.error(f"no such method: {', '.join(sorted(unknown))}; the catalogue has {', '.join(CARDS)}")
     base, found = used(None), {}
     print(f"{'':<20}{'within':>8}{'between':>9}   a step, beside SGD with momentum; in units of the weights")
-    for name in arguments.names or CATALOGUE:
-        found[name] = extra(CATALOGUE[name], base)
+    for name in arguments.names or CARDS:
+        found[name] = extra(CARDS[name], base)
         print(f"{name:<20}{found[name].within:>8.2f}{found[name].between:>9.2f}", flush=True)
     if arguments.json is not None:
         values = {

@@ -19,7 +19,6 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
-from steppe import cards, catalogue
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.summary import Summary, setting, summarise
 from steppe.experiments.config.contenders import CONTENDERS
@@ -28,6 +27,8 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.tuning.result import command_line
+from steppe.methods import cards
+from steppe.methods.registry import CARDS
 
 ROOT = Path(__file__).parents[1]
 MEASURED = ROOT / "src" / "steppe" / "measured.json"
@@ -39,7 +40,7 @@ _VALUES = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "se
 
 def pages() -> Mapping[str, str]:
     """The name and the text of every page."""
-    found = {f"{name}.md": cards.card(name) for name in catalogue.CATALOGUE}
+    found = {f"{name}.md": cards.card(name) for name in CARDS}
     return {"README.md": cards.index(), **found}
 
 
@@ -86,7 +87,7 @@ def comparison(path: Path) -> dict[str, Any]:
 
 def _sam(recipe: Recipe) -> str | None:
     """The contender that is SAM itself."""
-    found = [m for m in recipe.methods if catalogue.CATALOGUE["sam"].covers(m)]
+    found = [m for m in recipe.methods if CARDS["sam"].covers(m)]
     return min(found, key=len) if found else None
 
 
@@ -109,7 +110,7 @@ def _estimate(value: Estimate, *, interval: bool = False) -> dict[str, Any]:
 def _merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
     """New numbers of memory, and the old ones of the methods that were not measured again."""
     found = {**(old["methods"] if old else {}), **new["methods"]}
-    return {**new, "methods": {name: found[name] for name in catalogue.CATALOGUE if name in found}}
+    return {**new, "methods": {name: found[name] for name in CARDS if name in found}}
 
 
 def read() -> dict[str, Any]:

@@ -13,12 +13,12 @@ from torch import nn
 
 import steppe
 from steppe import cards, closures, papers, variants
-from steppe.cards import card
-from steppe.catalogue import CATALOGUE
 from steppe.experiments.config.contenders import CONTENDERS
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
 from steppe.experiments.training.evaluation import Record, write_records
+from steppe.methods.cards import card
+from steppe.methods.registry import CARDS
 
 ROOT = Path(__file__).parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
@@ -27,7 +27,7 @@ import make_cards  # noqa: E402
 import memory  # noqa: E402
 
 EXTRA = {"steps", "climb_fraction", "micro_batches"}
-each = pytest.mark.parametrize("name", CATALOGUE)
+each = pytest.mark.parametrize("name", CARDS)
 
 # What a short training has to be told, and what a test's data are like.
 SHORT = {
@@ -61,20 +61,20 @@ class Counting(nn.Module):
 
 def test_every_variant_has_a_card():
     public = {n for n, f in vars(variants).items() if inspect.isfunction(f) and f.__module__ == variants.__name__}
-    assert set(CATALOGUE) == {name for name in public if not name.startswith("_")} | EXTRA
+    assert set(CARDS) == {name for name in public if not name.startswith("_")} | EXTRA
 
 
 def test_every_contender_belongs_to_one_card_and_has_its_label():
     for name, contender in CONTENDERS.items():
-        cards = [method for method in CATALOGUE.values() if method.covers(name)]
+        cards = [method for method in CARDS.values() if method.covers(name)]
         assert len(cards) == (0 if contender.plain else 1)
         assert all(method.label == contender.label for method in cards)
-    assert CATALOGUE["steps"].covers("asam:rho=0.5,steps=3")
+    assert CARDS["ascent_steps"].covers("asam:rho=0.5,steps=3")
 
 
 @each
 def test_the_cost_is_what_is_counted(name):
-    method = CATALOGUE[name]
+    method = CARDS[name]
     torch.manual_seed(0)
     network, steps = Counting(), 20
     x, y = torch.randn(8, 6), torch.randint(3, (8,))
@@ -96,7 +96,7 @@ def test_the_cost_is_what_is_counted(name):
 
 @each
 def test_the_cost_is_what_the_experiments_plan(name):
-    method = CATALOGUE[name]
+    method = CARDS[name]
     for key, contender in CONTENDERS.items():
         if method.covers(key) and method.passes is not None:
             assert method.cost_with() == pytest.approx(float(contender.cost({})), abs=1e-4)
@@ -104,7 +104,7 @@ def test_the_cost_is_what_the_experiments_plan(name):
 
 @each
 def test_the_lines_that_use_it_run_and_cite_the_papers(name):
-    method = CATALOGUE[name]
+    method = CARDS[name]
     model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
     base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
     x, y = torch.randn(32, 6), torch.randint(10, (32,))
@@ -125,12 +125,12 @@ def test_the_lines_that_use_it_run_and_cite_the_papers(name):
 
 def test_every_paper_is_used():
     known = {paper for paper in vars(papers).values() if isinstance(paper, papers.Paper)}
-    assert {paper for method in CATALOGUE.values() for paper in method.papers} == known
+    assert {paper for method in CARDS.values() for paper in method.papers} == known
 
 
 @each
 def test_every_hyperparameter_is_in_the_table(name):
-    method = CATALOGUE[name]
+    method = CARDS[name]
     parts = method.arguments_of or (method.source,)
     arguments = {argument for part in parts for argument in inspect.signature(part).parameters} - {"options"}
     assert set(method.usual) >= arguments - NOT_TUNED - ({"samples", "classes"} if name == "saf" else set())
@@ -140,7 +140,7 @@ def test_every_hyperparameter_is_in_the_table(name):
 
 @each
 def test_a_card_is_complete_and_one_screen(name):
-    method, text = CATALOGUE[name], card(name)
+    method, text = CARDS[name], card(name)
     heads = ["Hyperparameters", "Cost and memory", "Measured", "Checked against", "Caveats", "Citation"]
     assert re.findall(r"^## (.*)$", text, flags=re.MULTILINE) == heads
     assert all(part in text for part in (method.equation, method.usage, "**When to use it.**", "**When not.**"))
@@ -163,7 +163,7 @@ def test_the_pages_are_what_the_catalogue_and_the_measurements_make():
 
 def test_measured_memory_is_that_of_every_method():
     values = json.loads(make_cards.MEASURED.read_text(encoding="utf-8"))
-    missing = set(CATALOGUE) - set(values["memory"]["methods"])
+    missing = set(CARDS) - set(values["memory"]["methods"])
     again = f"benchmarks/memory.py {' '.join(missing)} --json FILE, and scripts/make_cards.py --memory FILE"
     assert not missing, f"run {again}"
     assert not make_cards.private(values)
@@ -171,7 +171,7 @@ def test_measured_memory_is_that_of_every_method():
 
 @pytest.mark.parametrize("name", ["sam", "sam_on", "friendly_sam"])
 def test_memory_is_counted_again(name):
-    assert memory.extra(CATALOGUE[name]).between == pytest.approx(
+    assert memory.extra(CARDS[name]).between == pytest.approx(
         cards.measured()["memory"]["methods"][name]["between"], abs=0.02
     )
 

@@ -6,9 +6,9 @@ from types import ModuleType
 import pytest
 
 import steppe
-from steppe.catalogue import CATALOGUE
 from steppe.cli import main
 from steppe.experiments.config.recipe import Recipe
+from steppe.methods.registry import CARDS
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> str:
@@ -112,7 +112,7 @@ def test_methods_are_listed_by_name_and_label(
     everything = listed([], capsys)
     assert max(map(len, everything.splitlines())) <= 100
     names = [line.split()[0] for line in everything.splitlines() if not line.startswith(" ")]
-    assert [n for n in names if n in CATALOGUE] == list(CATALOGUE)
+    assert [n for n in names if n in CARDS] == list(CARDS)
     assert "1 + 1/k" in everything
     assert "Zhuang et al. 2022" in everything
     some = listed(["look*", "RST"], capsys)

@@ -17,8 +17,13 @@ from steppe import sam
 from steppe._engine.state_dict import pack
 from steppe._tensors import ops as tensors
 from steppe._tensors.ops import dot
-from steppe.cadences import Every, Late, Randomly
-from steppe.combinations import PenalizedNorm, Reuse, SurrogateGap, Weighted
+from steppe.methods.gsam import SurrogateGap
+from steppe.methods.late_sam import Late
+from steppe.methods.looksam import Reuse
+from steppe.methods.pgn import PenalizedNorm
+from steppe.methods.random_sam import Randomly
+from steppe.methods.wsam import Weighted
+from steppe.rules.every import Every
 from support import BASES, DRIVES, batch, by_closure, model_bits, net, plain, train
 
 RHO = 0.3

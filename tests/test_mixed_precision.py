@@ -103,7 +103,7 @@ def test_what_says_that_it_is_scale_free_is(name):
     assert same == getattr(rule, "scale_free", False)
 
 
-class Unscaled(steppe.combinations.Weighted):
+class Unscaled(steppe.methods.wsam.Weighted):
     """A combination that depends on the size of the gradients, and does not say that it is scale-free."""
 
     scale_free = False

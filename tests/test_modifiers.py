@@ -13,9 +13,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import steppe
 from steppe import SAM
 from steppe._tensors import random as draws
-from steppe.modifiers import DynamicSparse, Masked, Only, Sparse, Stochastic, last_layers, layers
-from steppe.perturbations import L2, Fisher, LayerWise, LInf, Momentum, Random
+from steppe.methods.dynamic_sparse_sam import DynamicSparse
+from steppe.methods.esam import Stochastic
+from steppe.methods.fisher_sam import Fisher
+from steppe.methods.layerwise_sam import LayerWise
+from steppe.methods.msam import Momentum
+from steppe.methods.rwp import Random
+from steppe.methods.sparse_sam import Sparse
 from steppe.rules import Point
+from steppe.rules.l2 import L2
+from steppe.rules.linf import LInf
+from steppe.rules.masks import Masked
+from steppe.rules.subsets import Only, last_layers, layers
 from support import DRIVES, by_closure, net, train
 
 SHAPES = [(30, 20), (7, 3, 3), (11,), ()]  # 675 numbers

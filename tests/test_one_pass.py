@@ -13,9 +13,12 @@ from reference import loss_and_gradient, sam_e
 from reference_perturbations import random_e
 from steppe import SAM
 from steppe._tensors import random as draws
-from steppe.modifiers import Masked, Only, Stochastic, norm_layers
-from steppe.perturbations import Momentum, Random
+from steppe.methods.esam import Stochastic
+from steppe.methods.msam import Momentum
+from steppe.methods.rwp import Random
 from steppe.rules import Point
+from steppe.rules.masks import Masked
+from steppe.rules.subsets import Only, norm_layers
 from support import DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
 
 BASES = {

@@ -24,9 +24,17 @@ from reference_perturbations import (
 from steppe import sam
 from steppe._engine import engine
 from steppe._engine import state_dict as checkpoints
-from steppe.modifiers import DynamicSparse, Sparse, Stochastic
-from steppe.perturbations import L2, Fisher, Friendly, LayerWise, LInf, VarianceSuppressed, ZScore
+from steppe.methods.dynamic_sparse_sam import DynamicSparse
+from steppe.methods.esam import Stochastic
+from steppe.methods.fisher_sam import Fisher
+from steppe.methods.friendly_sam import Friendly
+from steppe.methods.layerwise_sam import LayerWise
+from steppe.methods.sparse_sam import Sparse
+from steppe.methods.vasso import VarianceSuppressed
+from steppe.methods.zsharp import ZScore
 from steppe.rules import Ascent, Point
+from steppe.rules.l2 import L2
+from steppe.rules.linf import LInf
 from support import BASES, DRIVES, batch, bits, by_closure, net, train
 
 RHO = 0.1

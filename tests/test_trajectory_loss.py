@@ -11,7 +11,8 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steppe import SAM
-from steppe.trajectory_loss import MESA, SAF
+from steppe.methods.mesa import MESA
+from steppe.methods.saf import SAF
 from support import DRIVES, batch, bits, model_bits, net
 
 LAMBDA, TAU, E, START, BETA = 0.3, 5.0, 2, 3, 0.9

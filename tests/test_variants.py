@@ -127,5 +127,5 @@ def test_those_in_the_loss_are_made_with_their_arguments():
 def test_bsam_is_an_optimizer_of_its_own():
     model = testing.Net()
     optimizer = variants.bsam(model.parameters(), 0.05, n_data=100, model=model, seed=3)
-    assert type(optimizer) is steppe.methods.BSAM
+    assert type(optimizer) is steppe.methods.bsam.BSAM
     by_closure(optimizer, lambda: model(torch.randn(8, 6)).square().mean())

@@ -11,10 +11,13 @@ from torch.optim import Optimizer
 
 from memory import Step, stepper
 from steppe import SAM, closures, variants
-from steppe.cadences import Every, Late, Randomly
-from steppe.catalogue import CATALOGUE, Method
 from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.methods._card import MethodCard
+from steppe.methods.late_sam import Late
+from steppe.methods.random_sam import Randomly
+from steppe.methods.registry import CARDS
 from steppe.rules import Cadence, Point
+from steppe.rules.every import Every
 
 CLASSES = 10
 
@@ -85,7 +88,7 @@ class Contender:
     """A method at one setting."""
 
     name: str
-    method: Method
+    method: MethodCard
     given: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the method."""
     momentum: float = 0.0
@@ -152,18 +155,18 @@ def _saf(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
     return (base, variants.saf(**given).to(next(model.parameters()).device))
 
 
-def _with(name: str, make: Callable[..., tuple[Any, ...]], passes: Any = None) -> Method:
+def _with(name: str, make: Callable[..., tuple[Any, ...]], passes: Any = None) -> MethodCard:
     """A method of the catalogue that is made in another way."""
-    method = CATALOGUE[name]
+    method = CARDS[name]
     return replace(method, make=make, passes=method.passes if passes is None else passes)
 
 
 _BASE = replace(_with("sam", _alone, passes=1.0), name="sgd", label="SGD")
 SGD = Contender("SGD", _BASE, capturable=True)
 MOMENTUM = Contender("SGD, momentum 0.9", _BASE, momentum=0.9, capturable=True)
-SHARP = Contender("SAM", CATALOGUE["sam"], target=2.02, capturable=True)
-QUARTER = Contender("SAM, a quarter climbs", CATALOGUE["climb_fraction"], fraction=0.25, target=1.3, capturable=True)
-MSAM = Contender("MSAM", CATALOGUE["msam"], momentum=0.9, target=1.05, capturable=True)
+SHARP = Contender("SAM", CARDS["sam"], target=2.02, capturable=True)
+QUARTER = Contender("SAM, a quarter climbs", CARDS["fraction_sam"], fraction=0.25, target=1.3, capturable=True)
+MSAM = Contender("MSAM", CARDS["msam"], momentum=0.9, target=1.05, capturable=True)
 
 
 def everybody(problem: Problem) -> Sequence[Contender]:
@@ -174,7 +177,7 @@ def everybody(problem: Problem) -> Sequence[Contender]:
     saf = {"samples": problem.batch, "classes": CLASSES, "epochs_ago": 1, "start": 0}
     # of the eight steps drawn with this seed, four climb
     randomly = {"p": 0.5, "seed": 8, "period": 8}
-    plain = {name: Contender(CATALOGUE[name].label, CATALOGUE[name]) for name in CATALOGUE}
+    plain = {name: Contender(CARDS[name].label, CARDS[name]) for name in CARDS}
     graphs = {name: replace(plain[name], capturable=True) for name in ("sam_on", "asam", "gsam")}
     return [
         SGD,
@@ -182,11 +185,11 @@ def everybody(problem: Problem) -> Sequence[Contender]:
         MSAM,
         plain["rwp"],
         Contender("SAF", _with("saf", _saf), saf),
-        Contender("LookSAM, k = 5", CATALOGUE["looksam"], {"k": 5}, period=5),
+        Contender("LookSAM, k = 5", CARDS["looksam"], {"k": 5}, period=5),
         Contender("SAM at every 5th step", _with("sam", _every, passes=lambda k: 1 + 1 / k), {"k": 5}, period=5),
         Contender("Late SAM, the last quarter", _with("late_sam", _late), {"start": 0.75, "steps": 8}, period=8),
         QUARTER,
-        Contender("MESA", CATALOGUE["mesa"], {"start": 0}),
+        Contender("MESA", CARDS["mesa"], {"start": 0}),
         Contender("RST, p = 0.5", _with("random_sam", _randomly), randomly, period=8),
         plain["esam"],
         SHARP,
@@ -195,5 +198,5 @@ def everybody(problem: Problem) -> Sequence[Contender]:
         graphs["gsam"],
         plain["sampa"],
         plain["micro_batches"],
-        Contender("Lookbehind, k = 2", CATALOGUE["lookbehind_sam"], {"k": 2}),
+        Contender("Lookbehind, k = 2", CARDS["lookbehind_sam"], {"k": 2}),
     ]

@@ -8,12 +8,13 @@ from torch import nn
 from torch.optim import Optimizer
 
 from steppe import L2, SAM, Adaptive, Only
-from steppe.combinations import Perturbed, Reuse
 from steppe.experiments.config import contenders
 from steppe.experiments.config.contenders import Contender
-from steppe.experiments.training.method_drivers import OnAFraction
-from steppe.modifiers import norm_layers
+from steppe.methods.fraction_sam import OnAFraction
+from steppe.methods.looksam import Reuse
 from steppe.rules import Point
+from steppe.rules.perturbed import Perturbed
+from steppe.rules.subsets import norm_layers
 
 
 @dataclass(frozen=True)

@@ -1,27 +1,37 @@
 """Steppe: sharpness-aware minimisation for PyTorch."""
 
-from steppe import closures, compat, flatness, methods, modifiers, rho_schedule, rules, testing, variants
+from steppe import closures, compat, flatness, methods, rho_schedule, rules, testing, variants
 from steppe._engine.side_effects import frozen_stats
-from steppe.ascent import Steps
-from steppe.cadences import Every, GradientNorm, Late, Randomly
-from steppe.combinations import PenalizedNorm, Perturbed, Reuse, SurrogateGap, Weighted
-from steppe.modifiers import DynamicSparse, Masked, Only, Sparse, Stochastic, last_layers, layers, norm_layers
+from steppe.methods.aesam import GradientNorm
+from steppe.methods.asam import Adaptive
+from steppe.methods.dynamic_sparse_sam import DynamicSparse
+from steppe.methods.esam import Stochastic
+from steppe.methods.fisher_sam import Fisher
+from steppe.methods.friendly_sam import Friendly
+from steppe.methods.gsam import SurrogateGap
+from steppe.methods.late_sam import Late
+from steppe.methods.layerwise_sam import LayerWise
+from steppe.methods.looksam import Reuse
+from steppe.methods.mesa import MESA
+from steppe.methods.msam import Momentum
+from steppe.methods.pgn import PenalizedNorm
+from steppe.methods.random_sam import Randomly
+from steppe.methods.rwp import Random
+from steppe.methods.saf import SAF
+from steppe.methods.sparse_sam import Sparse
+from steppe.methods.vasso import VarianceSuppressed
+from steppe.methods.wsam import Weighted
+from steppe.methods.zsharp import ZScore
 from steppe.papers import citation
-from steppe.perturbations import (
-    L2,
-    Adaptive,
-    Fisher,
-    Friendly,
-    LayerWise,
-    LInf,
-    Momentum,
-    Random,
-    VarianceSuppressed,
-    ZScore,
-)
 from steppe.rules import Ascent, Cadence, Combination, Perturbation, Point
+from steppe.rules.ascent_steps import Steps
+from steppe.rules.every import Every
+from steppe.rules.l2 import L2
+from steppe.rules.linf import LInf
+from steppe.rules.masks import Masked
+from steppe.rules.perturbed import Perturbed
+from steppe.rules.subsets import Only, last_layers, layers, norm_layers
 from steppe.sam import SAM, Walk
-from steppe.trajectory_loss import MESA, SAF
 
 __version__ = "0.1.0"
 
@@ -68,7 +78,6 @@ __all__ = [
     "last_layers",
     "layers",
     "methods",
-    "modifiers",
     "norm_layers",
     "rho_schedule",
     "rules",

@@ -25,7 +25,8 @@ from torch.optim import Optimizer
 
 from steppe import sam
 from steppe._engine.state_dict import RHO
-from steppe.perturbations import L2, Adaptive
+from steppe.methods.asam import Adaptive
+from steppe.rules.l2 import L2
 
 # A mark on the module itself, so that a copy or a pickle made in between can be enabled again.
 _DISABLED = "_steppe_stats_disabled"

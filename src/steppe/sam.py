@@ -17,10 +17,10 @@ from steppe._engine.callers import called_by_scaler, called_by_trainer, inside_a
 from steppe._engine.constructor import base_and_rho, check_groups
 from steppe._engine.engine import Engine
 from steppe._engine.state_dict import RHO, has_ours, pack, parameters, unpack
-from steppe.cadences import Every
-from steppe.combinations import Perturbed
-from steppe.perturbations import L2
 from steppe.rules import Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
+from steppe.rules.every import Every
+from steppe.rules.l2 import L2
+from steppe.rules.perturbed import Perturbed
 
 Closure: TypeAlias = Callable[[], Any]
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

@@ -29,8 +29,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from steppe._tensors import random as draws
-from steppe.combinations import Perturbed
 from steppe.rules import climbs, needs_gradient
+from steppe.rules.perturbed import Perturbed
 from steppe.sam import SAM
 
 Make = Callable[[nn.Module], SAM]

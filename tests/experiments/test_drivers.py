@@ -16,14 +16,15 @@ from steppe.experiments.config.recipe import Unit
 from steppe.experiments.data.batches import Batch, batches, order
 from steppe.experiments.data.datasets import normalise
 from steppe.experiments.training import evaluation
-from steppe.experiments.training.drivers import Driver, Forward
+from steppe.experiments.training.drivers import Forward
 from steppe.experiments.training.evaluation import evaluate
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
+from steppe.methods._step_function import StepFunction
 from stops import StopAfter
 
 
-class Forgetful(Driver):
+class Forgetful(StepFunction):
     def step(self, forward: Forward, batch: Batch) -> Tensor:
         return torch.zeros(())
 

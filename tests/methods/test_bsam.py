@@ -8,7 +8,7 @@ from reference_methods import bsam
 
 from checks import split
 from steppe._tensors import random as draws
-from steppe.methods import BSAM
+from steppe.methods.bsam import BSAM
 from support import batch, bits, by_closure, model_bits, net, plain, train
 
 OURS = {"lr": 0.02, "n_data": 50, "rho": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.01, "damping": 0.2}

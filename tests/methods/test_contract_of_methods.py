@@ -14,7 +14,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 import steppe
 from checks import resumes
 from steppe._tensors import random as draws
-from steppe.methods import BSAM, DecoupledWSAM, Lookbehind, SAMPa
+from steppe.methods.bsam import BSAM
+from steppe.methods.lookbehind_sam import Lookbehind
+from steppe.methods.sampa import SAMPa
+from steppe.methods.wsam import DecoupledWSAM
 from support import BASES, DRIVES, batch, bits, by_closure, by_passes, model_bits, net, train
 
 METHODS = {

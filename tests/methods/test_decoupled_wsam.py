@@ -6,8 +6,7 @@ from problems import CALM, agree, flat, loss, start, trained
 from reference_methods import decoupled_wsam
 
 import steppe
-from steppe.combinations import Weighted
-from steppe.methods import DecoupledWSAM
+from steppe.methods.wsam import DecoupledWSAM, Weighted
 from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
 
 RHO, GAMMA = 0.3, 0.7

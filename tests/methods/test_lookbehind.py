@@ -7,7 +7,7 @@ from reference_methods import lookbehind
 
 import steppe
 from checks import split
-from steppe.methods import Lookbehind
+from steppe.methods.lookbehind_sam import Lookbehind
 from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
 
 RHO = 0.1

@@ -12,7 +12,8 @@ import torch
 from problems import CALM, agree, flat, loss, start, trained
 
 from checks import split
-from steppe.methods import DecoupledWSAM, Lookbehind
+from steppe.methods.lookbehind_sam import Lookbehind
+from steppe.methods.wsam import DecoupledWSAM
 from test_peers import load
 
 

@@ -13,8 +13,7 @@ from reference_methods import sampa
 
 import steppe
 from checks import split
-from steppe.methods import SAMPa
-from steppe.methods.sampa import Delayed
+from steppe.methods.sampa import Delayed, SAMPa
 from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
 
 RHO = 0.3

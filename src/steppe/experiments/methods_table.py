@@ -11,9 +11,10 @@ from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from steppe.cards import card, memory
-from steppe.catalogue import CATALOGUE, Method
 from steppe.experiments.errors import ExperimentError
+from steppe.methods._card import MethodCard
+from steppe.methods.cards import card, memory
+from steppe.methods.registry import CARDS
 
 __all__ = ["methods"]
 
@@ -36,30 +37,30 @@ def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) 
         )
 
 
-def _matching(patterns: Sequence[str]) -> list[Method]:
+def _matching(patterns: Sequence[str]) -> list[MethodCard]:
     """The methods that match one of the patterns, in the catalogue's order; all, if there is no pattern."""
     for pattern in patterns:
-        if not any(_matches(method, pattern) for method in CATALOGUE.values()):
+        if not any(_matches(method, pattern) for method in CARDS.values()):
             raise ExperimentError(_unknown(pattern))
-    return [m for m in CATALOGUE.values() if not patterns or any(_matches(m, pattern) for pattern in patterns)]
+    return [m for m in CARDS.values() if not patterns or any(_matches(m, pattern) for pattern in patterns)]
 
 
-def _names(method: Method) -> tuple[str, str]:
+def _names(method: MethodCard) -> tuple[str, str]:
     return method.name.lower(), method.label.lower()
 
 
-def _matches(method: Method, pattern: str) -> bool:
+def _matches(method: MethodCard, pattern: str) -> bool:
     return any(fnmatchcase(name, pattern.lower()) for name in _names(method))
 
 
 def _unknown(pattern: str) -> str:
-    known = [name for method in CATALOGUE.values() for name in _names(method)]
+    known = [name for method in CARDS.values() for name in _names(method)]
     close = difflib.get_close_matches(pattern.lower().strip("*?"), known, n=1, cutoff=0.4)
     meant = f"; did you mean {close[0]!r}?" if close else "."
     return f"no method matches {pattern!r}{meant} `steppe methods` lists them all"
 
 
-def _table(found: Sequence[Method]) -> Table:
+def _table(found: Sequence[MethodCard]) -> Table:
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), leading=0)
     for heading, justify, width in (("name", "left", 18), ("cost", "left", 12), ("memory", "right", None)):
         table.add_column(heading, justify=justify, min_width=width)  # type: ignore[arg-type]
@@ -71,6 +72,6 @@ def _table(found: Sequence[Method]) -> Table:
     return table
 
 
-def _paper(method: Method) -> str:
+def _paper(method: MethodCard) -> str:
     who, _, number = method.paper.short.rpartition(", ")
     return f"[link={method.paper.url}]{who}\n{number}[/link]"

@@ -8,14 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe import papers
 from steppe._engine.state_dict import parameters
-from steppe._tensors.dtensor import foreach
-from steppe._tensors.ops import as_real
 from steppe._tensors.random import normal
-from steppe.methods.method import Elsewhere, Method
+from steppe.methods._base import Elsewhere, Method
+from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
+from steppe.methods._options import Rho
+from steppe.papers import ICLR, Paper
 from steppe.rules import Ascent, Point
-from steppe.sam import Closure, Params, Stage, Walk
+from steppe.rules.ops import as_real, foreach
+from steppe.sam import SAM, Closure, Params, Stage, Walk
+
+BSAM_PAPER = Paper(
+    "moellenhoff2023bsam",
+    ("Thomas Möllenhoff", "Mohammad Emtiyaz Khan"),
+    "{SAM} as an Optimal Relaxation of {Bayes}",
+    "2210.01620",
+    2023,
+    ICLR,
+)
 
 
 @dataclass(frozen=True)
@@ -149,7 +159,7 @@ class BSAM(Method):
     Source: Möllenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.
     """
 
-    paper: ClassVar[papers.Paper] = papers.BSAM
+    paper: ClassVar[Paper] = BSAM_PAPER
     base: Posterior
     combination: Curved
     seed: int
@@ -258,3 +268,67 @@ def _check(group: dict[str, Any]) -> None:
             raise ValueError(f"{name} is {group[name]}, which cannot be: {why}")
     if not isinstance(group["lr"], Tensor) and group["lr"] < 0:
         raise ValueError(f"lr must be at least 0, got {group['lr']}: it is the length of a step")
+
+
+def bsam(
+    params: Any, lr: Rho = 0.5, rho: Rho = 0.01, *, n_data: int, model: nn.Module | None = None, **kwargs: Any
+) -> SAM:
+    """bSAM: SAM as the optimal relaxation of Bayes, with a variance for each weight. Two passes a step.
+
+    An optimizer of its own: it has no base, and takes the parameters. ``n_data`` is the number of training samples;
+    further arguments are those of :class:`steppe.methods.bsam.BSAM`.
+
+    Source: Moellenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.
+    """
+    return BSAM(params, lr, rho=rho, n_data=n_data, model=model, **kwargs)
+
+
+def _made(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
+    return (bsam(model.parameters(), model=model, **given),)
+
+
+def _build(base: Optimizer, *, rho: float, model: nn.Module, images: int, seed: int, lr: float = 0.5) -> Optimizer:
+    parameters = [p for group in base.param_groups for p in group["params"]]
+    return bsam(parameters, lr, rho, n_data=images, model=model, seed=seed)
+
+
+CARD = MethodCard(
+    name="bsam",
+    function=bsam,
+    label="bSAM",
+    about="It is an optimizer of its own, and its scale s gives a posterior to sample from.",
+    equation="g = gradient at w + n,  n ~ N(0, 1 / (N s));   e = rho g / s;   g_e = gradient at w + e\n"
+    "g_m <- beta1 g_m + (1 - beta1) (g_e + delta w)\n"
+    "s   <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)\n"
+    "w   <- w - lr g_m / s",
+    cost="2",
+    passes=2,
+    memory="g_m and s, as Adam does, so that memory is counted beside SGD; a copy of the weights, and within a step g",
+    when="Where the uncertainty of the weights is wanted too.",
+    when_not="Around a base of yours: it has none. With a loss scaler, or a loss that is not a mean over samples.",
+    usual={
+        "lr": "0.5 in the authors' CIFAR examples",
+        "rho": "0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet",
+        "n_data": "training samples; with augmentation, the authors multiply by 4",
+        "betas": "unverified",
+        "weight_decay": "10 / N to 25 / N",
+        "damping": "unverified",
+        "scale": "unverified",
+    },
+    checked="The official code (JAX), https://github.com/team-approx-bayes/bayesian-sam, was read: it steps with "
+    "the scale before its update, where the paper's algorithm and this use the one after it, and keeps the second"
+    " pass's running statistics.",
+    caveats=(
+        "rho multiplies g / s without a norm: it cannot be compared with SAM's.",
+        "The loss that a step gives back is that at w + n.",
+    ),
+    required={"n_data": 60_000},
+    make=_made,
+    arguments_of=(BSAM,),
+    use="optimizer = steppe.variants.bsam(model.parameters(), n_data=60_000, model=model)",
+    comparison=Comparison(
+        summary=f"SAM as Bayes: its own optimizer, at its own lr and at rho / 5 ({USUAL_RATIO})",
+        build=_build,
+        rho_factor=0.2,
+    ),
+)

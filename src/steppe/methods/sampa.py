@@ -1,20 +1,32 @@
-"""SAMPa: the two gradients of a step do not wait for each other."""
+"""SAMPa: the two passes of a step are independent of each other."""
 
 from collections.abc import Iterable, Iterator, Sized
-from typing import Any, ClassVar, Generic, NoReturn, TypeVar
+from typing import Any, ClassVar, Generic, NoReturn, TypeVar, Unpack
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.optim import Optimizer
 
-from steppe import papers
 from steppe._engine.state_dict import parameters
-from steppe._tensors.dtensor import foreach
-from steppe._tensors.ops import accumulator, as_real, norm
-from steppe.methods.method import Elsewhere, Method
-from steppe.perturbations import L2
+from steppe.methods._base import Elsewhere, Method
+from steppe.methods._card import COPY, Comparison, MethodCard
+from steppe.methods._options import Options, Rho
+from steppe.papers import NEURIPS, Paper
 from steppe.rules import Memory, Perturbation, Point, climbs, needs_gradient
-from steppe.sam import Stage, Walk
+from steppe.rules.l2 import L2
+from steppe.rules.ops import accumulator, as_real, foreach, norm
+from steppe.sam import SAM, Stage, Walk
+
+SAMPA_PAPER = Paper(
+    "xie2024sampa",
+    ("Wanyun Xie", "Thomas Pethick", "Volkan Cevher"),
+    "{SAMPa}: Sharpness-aware Minimization Parallelized",
+    "2410.10683",
+    2024,
+    NEURIPS,
+)
+
 
 _Batch = TypeVar("_Batch")
 _ALONG_G = L2()
@@ -83,7 +95,7 @@ class SAMPa(Method):
 
     lmbda: float
     group: "dist.ProcessGroup | None"
-    paper: ClassVar[papers.Paper] = papers.SAMPA
+    paper: ClassVar[Paper] = SAMPA_PAPER
     _own: ClassVar[tuple[str, ...]] = ("lmbda",)
 
     def __init__(
@@ -312,3 +324,46 @@ class Delayed(Generic[_Batch]):
                 f"the batches ({type(self._batches).__name__}) have no length, so neither has what delays them"
             )
         return len(self._batches)
+
+
+def sampa(
+    base_optimizer: Optimizer,
+    rho: Rho = 0.1,
+    *,
+    lmbda: float = 0.2,
+    group: dist.ProcessGroup | None = None,
+    **options: Unpack[Options],
+) -> SAM:
+    """SAMPa: the two passes of a step do not wait for each other. Two passes a step, on two devices in the time of one.
+
+    They follow each other in one process; ``group``, of two processes, lets each make one of them.
+
+    Source: Xie et al., SAMPa: Sharpness-aware Minimization Parallelized, arXiv 2410.10683.
+    """
+    return SAMPa(base_optimizer, rho, lmbda=lmbda, group=group, **options)
+
+
+CARD = MethodCard(
+    name="sampa",
+    function=sampa,
+    label="SAMPa",
+    about="The climb goes along the gradient at an auxiliary point, which is known a step ahead.",
+    equation="x~ = x + rho g(y) / |g(y)|\ny' = x - lr g(y)\nx' = Base(x, (1 - lambda) g(x~) + lambda g(y'))",
+    cost="2",
+    passes=2,
+    memory=f"{COPY}; from step to step g(y) and the waiting g(x~)",
+    when="With two devices to spare (`group=`), for SAM in the time of the base.",
+    when_not="With a loss scaler in one process, or to accumulate gradients.",
+    usual={"rho": "unverified", "lmbda": "0.2 (SAMPa-0.2); 0 is SAMPa"},
+    checked="The official code, https://github.com/LIONS-EPFL/SAMPa, was read: it takes g(y) out of the sum by a "
+    "subtraction and a division by lambda, which rounds, and with lambda = 0 never climbs; here both gradients "
+    "are sent. It leaves each rank its own BatchNorm statistics.",
+    caveats=(
+        "In one process it only costs: the speed is with two, and has not been measured here on devices.",
+        "The loss that a step gives back is that at y, not at w.",
+        "In one process the base steps between the passes: clip in a step hook of the base.",
+    ),
+    use="optimizer = steppe.variants.sampa(base, model=model)  # in one process; in two:\n"
+    "# optimizer = steppe.variants.sampa(base, group=torch.distributed.group.WORLD, model=model)",
+    comparison=Comparison(summary="two passes that need not wait for each other, at SAM's rho"),
+)

@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe import variants
-from steppe.catalogue import CATALOGUE
-from steppe.experiments.training.drivers import Driver
-from steppe.experiments.training.method_drivers import AveragedWeights, MicroBatches, OnAFraction, OwnPast, Sharpest
+from steppe.methods._card import MethodCard, plain_base
+from steppe.methods._step_function import StepFunction
+from steppe.methods.registry import CARDS
 
 __all__ = ["BASES", "CONTENDERS", "Base", "Contender", "Setting", "unknown"]
 
@@ -66,7 +65,7 @@ class Contender:
     """Make the optimizer around a base optimizer, as the functions of `steppe.variants` do; it may be the base."""
     passes: Fraction | float | Callable[..., Fraction | float] = 2
     """Planned gradient evaluations for an image in a step; a function takes arguments of the spec by name."""
-    driver: Callable[..., Driver] = Driver
+    driver: Callable[..., StepFunction] = StepFunction
     rho_factor: float = 1.0
     """Turns the recipe's rho (SAM's) into the method's own, where the spec gives none: radii are not measured alike."""
     plain: str | None = None
@@ -108,7 +107,7 @@ class Contender:
         """Build the optimizer around `base`."""
         return _fill(self.build, setting, given, base)
 
-    def steps_by(self, optimizer: Optimizer, setting: Setting, given: Mapping[str, Value]) -> Driver:
+    def steps_by(self, optimizer: Optimizer, setting: Setting, given: Mapping[str, Value]) -> StepFunction:
         """Make the driver of what `optimizer` built."""
         return _fill(self.driver, setting, given, optimizer)
 
@@ -145,15 +144,6 @@ def _kind(annotation: Any) -> type[Value] | None:
     return next((kind for kind in (bool, int, float, str) if kind in kinds), None)
 
 
-def _plain(base: Optimizer) -> Optimizer:
-    return base
-
-
-def _bsam(base: Optimizer, *, rho: float, model: nn.Module, images: int, seed: int, lr: float = 0.5) -> Optimizer:
-    parameters = [p for group in base.param_groups for p in group["params"]]
-    return variants.bsam(parameters, lr, rho, n_data=images, model=model, seed=seed)
-
-
 @dataclass(frozen=True)
 class Base:
     """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`, and whether momentum is its."""
@@ -178,115 +168,30 @@ BASES: Mapping[str, Base] = MappingProxyType(
     {"sgd": Base(_sgd, has_momentum=True), "adamw": Base(_adamw, has_momentum=False)}
 )
 
-_PAPERS = "the ratio of the usual values"
-_GUESS = "a first guess, not measured"
 
-
-def _named(name: str, summary: str, **own: Any) -> Contender:
-    """A method of the catalogue, which knows its label, its function and what a step costs."""
-    method = CATALOGUE[name]
-    return Contender(method.label, summary, **{"build": method.source, "passes": method.passes, **own})
+def _of_card(card: MethodCard) -> Contender:
+    """Make the entry of a method from its card."""
+    how = card.comparison
+    assert how is not None
+    passes = how.passes if how.passes is not None else card.passes
+    assert passes is not None  # where the gradients decide, the comparison plans with a number
+    return Contender(
+        card.label,
+        how.summary,
+        how.build or card.function,
+        passes=passes,
+        driver=how.step_function,
+        rho_factor=how.rho_factor,
+        needs_momentum=how.needs_momentum,
+        capturable=how.capturable,
+    )
 
 
 CONTENDERS: Mapping[str, Contender] = MappingProxyType(
     {
-        "sgd": Contender("SGD", "plain SGD", _plain, passes=1, plain="sgd", capturable=True),
-        "adamw": Contender("AdamW", "plain AdamW", _plain, passes=1, plain="adamw", capturable=True),
-        "sam": _named("sam", "SAM around the base optimizer", capturable=True),
-        "asam": _named(
-            "asam", f"climbs in proportion to the weights, at 10 x rho ({_PAPERS})", rho_factor=10.0, capturable=True
-        ),
-        "msam": _named(
-            "msam",
-            f"climbs against the momentum, in one pass, at 4 x rho ({_GUESS})",
-            rho_factor=4.0,
-            needs_momentum=True,
-            capturable=True,
-        ),
-        "rwp": _named("rwp", f"climbs at random, in one pass, at rho / 5 ({_PAPERS})", rho_factor=0.2),
-        "mixed_rwp": _named(
-            "mixed_rwp", f"mixes g with that of a random climb, at rho / 5 ({_PAPERS})", rho_factor=0.2
-        ),
-        "fisher_sam": _named(
-            "fisher_sam", f"climbs in the Fisher metric, at 2 x rho ({_PAPERS})", rho_factor=2.0, capturable=True
-        ),
-        "layerwise_sam": _named(
-            "layerwise_sam",
-            f"climbs in each tensor by its own norm, at rho / 5 ({_PAPERS})",
-            rho_factor=0.2,
-            capturable=True,
-        ),
-        "sparse_sam": _named(
-            "sparse_sam", f"climbs where the Fisher information is largest, at 2 x rho ({_PAPERS})", rho_factor=2.0
-        ),
-        "dynamic_sparse_sam": _named(
-            "dynamic_sparse_sam",
-            f"climbs with a mask that changes over the planned steps, at 2 x rho ({_PAPERS})",
-            rho_factor=2.0,
-        ),
-        "esam": _named(
-            "esam",
-            "climbs with some weights, goes down with the samples that it raised most, at SAM's rho",
-            driver=Sharpest,
-        ),
-        "friendly_sam": _named(
-            "friendly_sam", "climbs along the batch's own part of the gradient, at SAM's rho", capturable=True
-        ),
-        "vasso": _named("vasso", "climbs along a running mean of the gradient, at SAM's rho", capturable=True),
-        "zsharp": _named("zsharp", "climbs along the gradient's outstanding entries, at SAM's rho", capturable=True),
-        "sam_on": _named(
-            "sam_on",
-            f"climbs with the normalisation layers only, at 2 x rho ({_GUESS})",
-            rho_factor=2.0,
-            capturable=True,
-        ),
-        "gsam": _named("gsam", "goes down the surrogate gap too, at SAM's rho", capturable=True),
-        "wsam": _named("wsam", "goes down SAM's gradient and beyond, at SAM's rho", capturable=True),
-        "pgn": _named("pgn", f"penalises the gradient's norm, at 2 x rho ({_PAPERS})", rho_factor=2.0, capturable=True),
-        "looksam": _named(
-            "looksam", "climbs at every k-th step and reuses that between, at SAM's rho", capturable=True
-        ),
-        "late_sam": _named(
-            "late_sam",
-            "plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho",
-            capturable=True,
-        ),
-        "random_sam": _named("random_sam", "climbs at each step with probability p, at SAM's rho", capturable=True),
-        "aesam": _named(
-            "aesam",
-            "climbs where the gradient is unusually large, more often over the planned steps, at SAM's rho",
-            passes=Fraction(3, 2),
-        ),
-        "lookbehind_sam": _named("lookbehind_sam", "k climbs and a step from each, at SAM's rho"),
-        "sampa": _named("sampa", "two passes that need not wait for each other, at SAM's rho"),
-        "bsam": _named(
-            "bsam",
-            f"SAM as Bayes: its own optimizer, at its own lr and at rho / 5 ({_PAPERS})",
-            build=_bsam,
-            rho_factor=0.2,
-        ),
-        "fraction_sam": _named(
-            "climb_fraction",
-            "SAM that climbs on a fraction of the batch, at SAM's rho",
-            build=variants.sam,
-            passes=lambda fraction, steps: 1 + steps * Fraction(fraction),
-            driver=OnAFraction,
-            capturable=True,
-        ),
-        "micro_sam": _named(
-            "micro_batches",
-            "SAM with a climb for every m images, at SAM's rho",
-            build=variants.sam,
-            passes=lambda steps: 1 + steps,
-            driver=MicroBatches,
-        ),
-        "saf": _named("saf", "no climb: stays near the outputs of some epochs ago", build=_plain, driver=OwnPast),
-        "mesa": _named(
-            "mesa",
-            "no climb: stays near the outputs of averaged weights (beta for short runs: a first guess, not measured)",
-            build=_plain,
-            driver=AveragedWeights,
-        ),
+        "sgd": Contender("SGD", "plain SGD", plain_base, passes=1, plain="sgd", capturable=True),
+        "adamw": Contender("AdamW", "plain AdamW", plain_base, passes=1, plain="adamw", capturable=True),
+        **{name: _of_card(card) for name, card in CARDS.items() if card.comparison is not None},
     }
 )
 

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from steppe.experiments.config import contenders
 from steppe.experiments.config.contenders import BASES, Contender, Setting, Value, unknown
-from steppe.experiments.training.drivers import Driver
+from steppe.methods._step_function import StepFunction
 
 __all__ = ["Spec", "parse"]
 
@@ -65,7 +65,7 @@ class Spec:
         """Build the contender's optimizer."""
         return self.contender.optimizer(base, setting, dict(self.given))
 
-    def driver(self, optimizer: Optimizer, setting: Setting) -> Driver:
+    def driver(self, optimizer: Optimizer, setting: Setting) -> StepFunction:
         """Make what takes its steps."""
         return self.contender.steps_by(optimizer, setting, dict(self.given))
 

@@ -7,20 +7,18 @@ An added way is a subclass of `Driver`. With a builder of `steppe.closures` its 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
 from fractions import Fraction
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from steppe.experiments.data.batches import Batch
 from steppe.experiments.world import World
 
-__all__ = ["FORWARD_ONLY", "Driver", "Forward"]
+__all__ = ["FORWARD_ONLY", "Forward"]
 
 FORWARD_ONLY = Fraction(1, 3)
 """What a sample costs without a backward pass, which does about twice the work of the forward one."""
@@ -42,13 +40,15 @@ class Forward:
         self._model, self._batch, self._world, self._autocast = model, batch, world, autocast
         self._recorded = self._unrecorded = 0
 
-    def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
+    def __call__(self, *tensors: Tensor) -> Tensor:
         """Evaluate the mean cross-entropy."""
+        images, labels = tensors
         logits = self.logits(images)
         return F.cross_entropy(logits.float(), labels, reduction="sum") * self._weight(len(labels))
 
-    def losses(self, images: Tensor, labels: Tensor) -> Tensor:
+    def losses(self, *tensors: Tensor) -> Tensor:
         """Evaluate the cross-entropy of each sample, (n,), weighted so that their mean is the mean cross-entropy."""
+        images, labels = tensors
         return F.cross_entropy(self.logits(images).float(), labels, reduction="none") * self._share
 
     def mean(self, losses: Tensor) -> Tensor:
@@ -83,33 +83,3 @@ class Forward:
 
     def _weight(self, n: int) -> float:
         return (self._world.size / self._batch.size) * (len(self._batch) / n)
-
-
-class Driver:
-    """Takes the steps of one run; this one with the closure of `torch.optim`, as often as `optimizer` asks for it.
-
-    The parameters of a subclass's constructor after the first are filled by their names: from `Setting`, or else from
-    the contender's spec.
-    """
-
-    def __init__(self, optimizer: Optimizer) -> None:
-        self.optimizer = optimizer
-
-    def step(self, forward: Forward, batch: Batch) -> Tensor:
-        """Take one step on this process's share of a batch; return its mean loss at w."""
-
-        def closure() -> Tensor:
-            self.optimizer.zero_grad()
-            loss = forward(*batch.tensors)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
-
-        loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
-        return loss
-
-    def state_dict(self) -> dict[str, Any]:
-        """What the following steps depend on besides network and optimizer: tensors and plain Python values."""
-        return {}
-
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, with its tensors on the CPU."""

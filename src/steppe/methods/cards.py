@@ -11,7 +11,8 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
-from steppe.catalogue import CATALOGUE, Method
+from steppe.methods._card import MethodCard
+from steppe.methods.registry import CARDS
 from steppe.papers import SAM as SAM_PAPER
 from steppe.papers import Paper
 
@@ -36,7 +37,7 @@ def card(name: str) -> str:
     Raises:
         KeyError: no such method.
     """
-    method = CATALOGUE[name]
+    method = CARDS[name]
     lines = [f"# {method.label}", "", *_wrap(method.summary), "", "```", *method.equation.splitlines(), "```", ""]
     lines += _wrap(f"**When to use it.** {method.when}")
     lines += ["", *_wrap(f"**When not.** {method.when_not}"), ""]
@@ -61,7 +62,7 @@ def index() -> str:
         "batch, a step; memory is what a step needs at its worst moment beside the base, in units of the weights' size."
     )
     lines += ["", "| method | cost | memory | paper | when to use it |", "|---|---|---:|---|---|"]
-    for name, method in CATALOGUE.items():
+    for name, method in CARDS.items():
         cells = (
             f"[{method.label}]({name}.md)",
             method.cost,
@@ -84,7 +85,7 @@ def memory(name: str) -> str:
     return "?" if found is None else f"{found['within']:.1f}"
 
 
-def _hyperparameters(method: Method) -> Iterator[str]:
+def _hyperparameters(method: MethodCard) -> Iterator[str]:
     if not method.usual:
         yield "None of its own."
         return
@@ -94,7 +95,7 @@ def _hyperparameters(method: Method) -> Iterator[str]:
         yield f"| `{name}` | {default} | {usual} |"
 
 
-def _cost(method: Method) -> Iterator[str]:
+def _cost(method: MethodCard) -> Iterator[str]:
     usual = method.cost_with()
     default = "" if usual is None or not callable(method.passes) else f", {usual:.3g} with these arguments"
     yield from _wrap(f"Passes a step: {method.cost}{default}. Memory: {method.memory}.")
@@ -120,7 +121,7 @@ def _memory_source() -> Iterator[str]:
     )
 
 
-def _results(method: Method) -> Iterator[str]:
+def _results(method: MethodCard) -> Iterator[str]:
     found = False
     for run in measured()["comparisons"]:
         own = [row for row in run["rows"] if method.covers(row["method"])]

@@ -1,4 +1,4 @@
-"""Several climbs a step: any perturbation, repeated from where it has come to."""
+"""Several ascent steps: any perturbation, repeated."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -7,9 +7,10 @@ import torch
 from torch import Tensor
 
 from steppe import papers
-from steppe._tensors.ops import add_scaled_, norm, reciprocal
-from steppe.perturbations import L2
-from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
+from steppe.papers import Paper
+from steppe.rules.l2 import L2
+from steppe.rules.ops import add_scaled_, norm, reciprocal
+from steppe.rules.protocols import Ascent, Perturbation, Point, climbs, needs_gradient
 
 
 @dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Steps:
     appendix compares several steps of the inner maximisation with one.
     """
 
-    paper: ClassVar[papers.Paper] = papers.SAM
+    paper: ClassVar[Paper] = papers.SAM
 
     rule: Perturbation
     """The perturbation to repeat."""

@@ -1,19 +1,71 @@
-"""Decoupled WSAM: the base never sees the sharpness."""
+"""WSAM: weighted sharpness, coupled or decoupled."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from steppe import papers
-from steppe._tensors.dtensor import foreach
-from steppe._tensors.ops import add_scaled_, as_real, norm, reciprocal
-from steppe.combinations import Weighted
-from steppe.methods.method import Method
+from steppe.methods._base import Method
+from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
+from steppe.methods._options import Options, Rho
+from steppe.papers import Paper
 from steppe.rules import Point
-from steppe.sam import Walk
+from steppe.rules.ops import add_scaled_, as_real, foreach, norm, reciprocal
+from steppe.sam import SAM, Walk
+
+WSAM_PAPER = Paper(
+    "yue2023wsam",
+    ("Yun Yue", "Jiadi Jiang", "Zhiling Ye", "Ning Gao", "Yongchao Liu", "Ke Zhang"),
+    "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term",
+    "2305.15817",
+    2023,
+    "ACM SIGKDD Conference on Knowledge Discovery and Data Mining (KDD)",
+)
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """Weigh the sharpness L(w + e) - L(w) against the loss (WSAM, coupled): g + gamma / (1 - gamma) (g_s - g).
+
+    gamma = 0 is the base, 1/2 is SAM, and more looks further for flatness. At a step that did not climb, g.
+
+    This is the paper's algorithm without its "weight decouple", in which the base sees g alone and the sharpness term
+    is subtracted after its step; with plain SGD the two are the same. The authors' code decouples by default, and
+    clips both gradients to norm 1 by default, which the paper does not.
+
+    >>> at = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
+    >>> Weighted(gamma=0.75)(at, [torch.tensor([2.0])])
+    [tensor([4.])]
+
+    Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, arXiv
+    2305.15817.
+    """
+
+    paper: ClassVar[Paper] = WSAM_PAPER
+    needs_clean: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
+
+    gamma: float = 0.9
+    """gamma, the share of the sharpness, at least 0 and below 1; 0.8 to 0.95 is usual."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.gamma < 1:
+            raise ValueError(
+                f"gamma must be at least 0 and less than 1, got {self.gamma}: the sharpness is weighed by "
+                f"gamma / (1 - gamma); 0.5 is SAM"
+            )
+
+    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if not perturbed:
+            return at.gradients
+        g, g_s = list(at.gradients), list(perturbed)
+        sharpness = foreach(torch._foreach_sub, g_s, g)
+        foreach(torch._foreach_mul_, sharpness, scalar=self.gamma / (1 - self.gamma))
+        foreach(torch._foreach_add_, sharpness, g)
+        return sharpness
 
 
 @dataclass(frozen=True)
@@ -41,7 +93,7 @@ class DecoupledWSAM(Method):
 
     The base steps with g, so that its momentum and its second moments describe the loss alone; then the gradient of
     the sharpness L(w + e) - L(w) is subtracted, with each group's own current learning rate. gamma = 0 is the base;
-    1/2 with plain SGD is SAM, and with plain SGD this is the coupled form, :class:`~steppe.combinations.Weighted`.
+    1/2 with plain SGD is SAM, and with plain SGD this is the coupled form, :class:`~steppe.methods.wsam.Weighted`.
     Two passes a step. It keeps a copy of w, one of g and g_s - g between the passes, and nothing from step to step.
 
     Between :meth:`passes` and :meth:`step`, ``.grad`` holds g. What changes its length as a whole there, a loss scaler
@@ -77,7 +129,7 @@ class DecoupledWSAM(Method):
     """
 
     combination: Apart
-    paper: ClassVar[papers.Paper] = papers.WSAM
+    paper: ClassVar[Paper] = WSAM_PAPER
 
     def __init__(self, *args: Any, gamma: float = 0.9, **kwargs: Any) -> None:
         super().__init__(*args, combination=Apart(gamma), **kwargs)
@@ -135,3 +187,50 @@ class DecoupledWSAM(Method):
             sign = 1 if group.get("maximize", False) else -1
             add_scaled_([as_real(p) for p in members], sign * group["lr"] * weight * factor, terms)
         return went
+
+
+def wsam(
+    base_optimizer: Optimizer,
+    rho: Rho = 0.05,
+    *,
+    gamma: float = 0.9,
+    decoupled: bool = False,
+    **options: Unpack[Options],
+) -> SAM:
+    """WSAM: go down with g + gamma / (1 - gamma) (g_s - g). Two passes a step.
+
+    ``decoupled`` is the paper's weight decouple: the base sees g alone, and the sharpness term acts after its step, as
+    AdamW's weight decay does. The two differ around a base that does more than subtract lr times its gradient.
+
+    Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, arXiv
+    2305.15817.
+    """
+    if decoupled:
+        return DecoupledWSAM(base_optimizer, rho, gamma=gamma, **options)
+    return SAM(base_optimizer, rho, **options, combination=Weighted(gamma))
+
+
+CARD = MethodCard(
+    name="wsam",
+    function=wsam,
+    label="WSAM",
+    about="The sharpness becomes a regulariser with a weight: gamma = 0 is the base, 1/2 is SAM.",
+    equation="e = rho g / |g|\n"
+    "w <- Base(w, g + gamma / (1 - gamma) (g_s - g))\n"
+    "w <- Base(w, g) - lr gamma / (1 - gamma) (g_s - g)        with decoupled=True",
+    cost="2",
+    passes=2,
+    memory=COPY_AND_G,
+    when="To weigh flatness against the loss; decoupled=True around Adam and AdamW, as for weight decay.",
+    when_not="With a large gamma untried: 0.9 weighs the sharpness nine times.",
+    usual={
+        "rho": "unverified",
+        "gamma": "0.8 to 0.95; 0.88 in the authors' code",
+        "decoupled": "True in the authors' code",
+    },
+    checked="Decoupled: the official code (WeightedSAM of https://github.com/intelligent-machine-learning/atorch), "
+    "20 steps in float64 agree. Theirs clips both gradients to norm 1 by default, which the paper does not; it "
+    "adds 1e-12 to the norm, and with several workers climbs along each worker's own gradient.",
+    caveats=("Coupled and decoupled differ around a base that does more than subtract lr times its gradient.",),
+    comparison=Comparison(summary="goes down SAM's gradient and beyond, at SAM's rho", capturable=True),
+)

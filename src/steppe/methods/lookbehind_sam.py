@@ -1,19 +1,32 @@
-"""Lookbehind: k steps up, a step down from each, and an interpolation between the two."""
+"""Lookbehind: k ascent steps, a descent step from each, and an interpolation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
+from torch.optim import Optimizer
 
-from steppe import papers
 from steppe._engine.state_dict import parameters
-from steppe._tensors.ops import accumulator, add_scaled_, as_real, norm
-from steppe.methods.method import Method
-from steppe.perturbations import L2
+from steppe.methods._base import Method
+from steppe.methods._card import COPY, Comparison, MethodCard
+from steppe.methods._options import Options, Rho
+from steppe.papers import ICML, Paper
 from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
-from steppe.sam import Walk
+from steppe.rules.l2 import L2
+from steppe.rules.ops import accumulator, add_scaled_, as_real, norm
+from steppe.sam import SAM, Walk
+
+LOOKBEHIND_PAPER = Paper(
+    "mordido2024lookbehind",
+    ("Gonçalo Mordido", "Pranshu Malviya", "Aristide Baratin", "Sarath Chandar"),
+    "{Lookbehind-SAM}: k steps back, 1 step forward",
+    "2307.16704",
+    2024,
+    ICML,
+)
+
 
 _ALONG_G = L2()
 
@@ -98,7 +111,7 @@ class Lookbehind(Method):
     """
 
     alpha: float | None
-    paper: ClassVar[papers.Paper] = papers.LOOKBEHIND
+    paper: ClassVar[Paper] = LOOKBEHIND_PAPER
     _own: ClassVar[tuple[str, ...]] = ("alpha",)
     _no_scaler: ClassVar[str] = "it unscales the last of the k gradients of a step, and not the others"
 
@@ -189,3 +202,47 @@ def _alignment(first: Tensor, last: Tensor, start: Tensor) -> Tensor:
     a, b = (as_real(end.detach() - start).flatten().to(wide) for end in (first, last))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=0, eps=torch.finfo(wide).tiny)
     return ((1 + cosine) / 2).to(as_real(start).dtype)
+
+
+def lookbehind_sam(
+    base_optimizer: Optimizer,
+    rho: Rho = 0.05,
+    *,
+    k: int = 2,
+    alpha: float | None = 0.5,
+    **options: Unpack[Options],
+) -> SAM:
+    """Lookbehind: k climbs, a step of the base from each, and a share alpha of that way. 1 + k passes a step.
+
+    Source: Mordido et al., Lookbehind-SAM: k Steps Back, 1 Step Forward, arXiv 2307.16704.
+    """
+    return Lookbehind(base_optimizer, rho, k=k, alpha=alpha, **options)
+
+
+CARD = MethodCard(
+    name="lookbehind_sam",
+    function=lookbehind_sam,
+    label="Lookbehind",
+    about="The base's momentum sees k gradients a step.",
+    equation="up_i = up_{i-1} + rho g(up_{i-1}) / |g(up_{i-1})|       from up_0 = w, for i = 1..k\n"
+    "down_i = Base(down_{i-1}, g(up_i))                        from down_0 = w\n"
+    "w <- w + alpha (down_k - w)",
+    cost="1 + k",
+    passes=lambda k: 1 + k,
+    memory=f"{COPY}; within a step k - 1 gradients, the climb, and with alpha below 1 another copy",
+    when="To look farther than one climb, where 1 + k passes are affordable.",
+    when_not="With a loss scaler, or to accumulate gradients: both are refused.",
+    usual={
+        "rho": "unverified",
+        "k": "2 in the authors' example, 5 their default",
+        "alpha": "0.2, 0.5 or 0.8; None chooses it for each tensor and step",
+    },
+    checked="The official code, https://github.com/chandar-lab/Lookbehind-SAM: 20 steps in float64 agree. It makes "
+    "2 k passes, because it takes each gradient twice; here once. With dropout its two differ. Its ASAM reads the "
+    "weights at the point reached, ours at w.",
+    caveats=(
+        "The base steps k times a step: its momentum decays k times as fast, its hooks fire k times.",
+        "Clip in a step hook of the base; `.grad` after the passes is only the last of k gradients.",
+    ),
+    comparison=Comparison(summary="k climbs and a step from each, at SAM's rho"),
+)

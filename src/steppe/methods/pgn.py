@@ -1,0 +1,88 @@
+"""PGN: penalize the gradient norm."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
+from steppe.methods._options import Options, Rho
+from steppe.papers import ICML, Paper
+from steppe.rules import Point
+from steppe.rules.ops import check_weight, foreach
+from steppe.sam import SAM
+
+PGN_PAPER = Paper(
+    "zhao2022pgn",
+    ("Yang Zhao", "Hao Zhang", "Xiuyuan Hu"),
+    "Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning",
+    "2202.03599",
+    2022,
+    ICML,
+)
+
+
+@dataclass(frozen=True)
+class PenalizedNorm:
+    """Penalise the gradient's norm, L(w) + lambda |g(w)| (PGN): (1 - alpha) g + alpha g_s.
+
+    With the radius rho as the paper's r, alpha = lambda / r; alpha = 1 is SAM. At a step that did not climb, g.
+
+    The authors' code has a flag, on by default, that takes g / |g| in the place of the g of the first term; here, as
+    in the paper's formula, it is g.
+
+    >>> at = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
+    >>> PenalizedNorm(alpha=0.75)(at, [torch.tensor([2.0])])
+    [tensor([1.7500])]
+
+    Source: Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
+    2202.03599.
+    """
+
+    paper: ClassVar[Paper] = PGN_PAPER
+    needs_clean: ClassVar[bool] = True
+    scale_free: ClassVar[bool] = True
+
+    alpha: float = 0.8
+    """alpha = lambda / r, the share of g_s; the authors train with 0.8 and r = 0.1."""
+
+    def __post_init__(self) -> None:
+        check_weight("alpha", self.alpha, "it is lambda / r, the share of g_s")
+
+    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        if not perturbed:
+            return at.gradients
+        return foreach(torch._foreach_lerp, at.gradients, perturbed, weight=self.alpha)
+
+
+def pgn(base_optimizer: Optimizer, rho: Rho = 0.1, *, alpha: float = 0.8, **options: Unpack[Options]) -> SAM:
+    """PGN: penalise the gradient's norm, go down with (1 - alpha) g + alpha g_s. Two passes a step.
+
+    Source: Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
+    2202.03599.
+    """
+    return SAM(base_optimizer, rho, **options, combination=PenalizedNorm(alpha))
+
+
+CARD = MethodCard(
+    name="pgn",
+    function=pgn,
+    label="PGN",
+    about="To first order that is the gradient of L(w) + alpha rho |g|.",
+    equation="e = rho g / |g|\nw <- Base(w, (1 - alpha) g + alpha g_s)",
+    cost="2",
+    passes=2,
+    memory=COPY_AND_G,
+    when="To go between the base (alpha 0) and SAM (alpha 1), by a weight.",
+    when_not="Where memory for one more gradient is short.",
+    usual={"rho": "0.1, the paper's r", "alpha": "0.8, the paper's lambda / r; 1 is SAM"},
+    checked="The official code, https://github.com/zhaoyang-0204/gnp, was read: a flag, on by default, takes g / "
+    "|g| in the place of g in the first term; here, as in the paper's formula, it is g.",
+    caveats=("rho and alpha act together: the penalty is lambda = alpha rho.",),
+    comparison=Comparison(
+        summary=f"penalises the gradient's norm, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True
+    ),
+)

@@ -1,0 +1,85 @@
+"""RST: perturb at each step with probability p."""
+
+import random
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
+from torch.optim import Optimizer
+
+from steppe.methods._card import COPY, Comparison, MethodCard
+from steppe.methods._options import Options, Rho
+from steppe.papers import Paper
+from steppe.rules import Point
+from steppe.sam import SAM
+
+RST_PAPER = Paper(
+    "zhao2022rst",
+    ("Yang Zhao", "Hao Zhang", "Xiuyuan Hu"),
+    "Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning",
+    "2203.09962",
+    2022,
+)
+
+
+@dataclass(frozen=True)
+class Randomly:
+    """Climb with probability p at each step (RST); the others are plain steps of the base. A step costs 1 + p passes.
+
+    The draw of a step depends on the seed and on the step's number alone. So a resumed run goes on with the same
+    draws, all workers draw alike, and no global random generator is touched or needed. In the paper's terms this is
+    RST with the constant scheduling function; its other scheduling functions are not here.
+
+    >>> cadence = Randomly(p=0.5, seed=1)
+    >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
+    [False, True, True, True, False, True]
+
+    Source: Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning,
+    arXiv 2203.09962.
+    """
+
+    paper: ClassVar[Paper] = RST_PAPER
+    needs_gradient: ClassVar[bool] = False
+    scale_free: ClassVar[bool] = True
+
+    p: float = 0.5
+    """p, the probability of a climb; 1 is SAM, 0 the base, and 0.5 saves half of SAM's extra passes."""
+    seed: int = 0
+    """What makes the draws of two runs differ."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.p <= 1:
+            raise ValueError(f"p must be between 0 and 1, got {self.p}: it is the probability of a climb")
+
+    def __call__(self, at: Point) -> bool:
+        # A string is hashed with SHA-512: neighbouring steps get independent draws, the same on every machine.
+        return random.Random(f"{self.seed}/{at.step}").random() < self.p
+
+
+def random_sam(
+    base_optimizer: Optimizer, rho: Rho = 0.05, *, p: float = 0.5, seed: int = 0, **options: Unpack[Options]
+) -> SAM:
+    """RST: climb at each step with probability p. 1 + p passes a step on average.
+
+    Source: Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning,
+    arXiv 2203.09962.
+    """
+    return SAM(base_optimizer, rho, **options, cadence=Randomly(p, seed))
+
+
+CARD = MethodCard(
+    name="random_sam",
+    function=random_sam,
+    label="RST",
+    about="The other steps are plain steps of the base, so p sets the cost.",
+    equation="with probability p:  w <- Base(w, g_s)\nelse:                w <- Base(w, g)",
+    cost="1 + p",
+    passes=lambda p: 1 + p,
+    memory=COPY,
+    when="Where a second pass at every step is too dear; it needs no schedule, and remembers nothing.",
+    when_not="Where every step must take the same time.",
+    usual={"rho": "SAM's", "p": "0.5 saves half of SAM's extra passes; 1 is SAM, 0 the base"},
+    checked="Only the paper's abstract was read. Of its scheduling functions this is the constant one; the others "
+    "are not here.",
+    caveats=("All workers draw alike: the draw depends on the seed and the step's number only.",),
+    comparison=Comparison(summary="climbs at each step with probability p, at SAM's rho", capturable=True),
+)

@@ -1,0 +1,87 @@
+"""VaSSO: perturb along a running mean of the gradient."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Unpack
+
+import torch
+from torch.optim import Optimizer
+
+from steppe.methods._card import COPY, Comparison, MethodCard
+from steppe.methods._options import Options, Rho
+from steppe.papers import NEURIPS, Paper
+from steppe.rules import Ascent, Point
+from steppe.rules.ops import foreach, norm, reciprocal, where_finite
+from steppe.sam import SAM
+
+VASSO_PAPER = Paper(
+    "li2023vasso",
+    ("Bingcong Li", "Georgios B. Giannakis"),
+    "Enhancing Sharpness-Aware Optimization Through Variance Suppression",
+    "2309.15639",
+    2023,
+    NEURIPS,
+)
+
+
+@dataclass(frozen=True)
+class VarianceSuppressed:
+    """Climb along a running mean of the gradient (VaSSO): e = rho d / |d|, d <- (1 - theta) d + theta g.
+
+    d starts from the first gradient, as in the authors' code, and moves at the steps that climb; d = 0 gives e = 0.
+    A copy of the gradient is kept.
+
+    >>> w, memory = torch.zeros(2), {}
+    >>> for step, g in enumerate([torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])]):
+    ...     point = Point([w], [g], rho=[0.05], base_state=[{}], step=step, memory=memory)
+    ...     direction, scale = VarianceSuppressed(theta=0.5)(point)
+    ...     print(direction[0])
+    tensor([3., 4.])
+    tensor([3., 2.])
+
+    Source: Li and Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, arXiv 2309.15639.
+    """
+
+    paper: ClassVar[Paper] = VASSO_PAPER
+
+    theta: float = 0.9
+    """theta, the share of the new gradient: small for a long memory, 1 for SAM; the authors' code uses 0.9."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.theta <= 1:
+            raise ValueError(
+                f"theta must be more than 0 and at most 1, got {self.theta}: it is the share of the new gradient in "
+                "the mean"
+            )
+
+    def __call__(self, at: Point) -> Ascent:
+        memory = at.memory_of(self)
+        g = where_finite(at.gradient_norm, at.gradients, [own.get("d", 0.0) for own in memory])
+        d = [own.setdefault("d", first) for own, first in zip(memory, g, strict=True)]
+        foreach(torch._foreach_lerp_, d, g, weight=self.theta)
+        return Ascent(d, reciprocal(norm(d)))
+
+
+def vasso(base_optimizer: Optimizer, rho: Rho = 0.05, *, theta: float = 0.9, **options: Unpack[Options]) -> SAM:
+    """VaSSO: climb along a running mean of the gradient. Two passes a step.
+
+    Source: Li and Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, arXiv 2309.15639.
+    """
+    return SAM(base_optimizer, rho, **options, perturbation=VarianceSuppressed(theta))
+
+
+CARD = MethodCard(
+    name="vasso",
+    function=vasso,
+    label="VaSSO",
+    about="The mean varies less from batch to batch than the gradient does.",
+    equation="d <- (1 - theta) d + theta g,   from the first g\ne = rho d / |d|",
+    cost="2",
+    passes=2,
+    memory=f"{COPY}; from step to step, a mean of the gradient",
+    when="With small batches, whose noise would turn SAM's climb.",
+    when_not="With a rare cadence: the mean moves only at the steps that climb.",
+    usual={"rho": "unverified", "theta": "0.9 (official code); 1 is SAM"},
+    checked="The official code, https://github.com/BingcongLi/VaSSO, was read: the same, plus 1e-7 in the norm.",
+    caveats=("theta = 0.9 is a short memory: nine tenths of each climb are the new gradient.",),
+    comparison=Comparison(summary="climbs along a running mean of the gradient, at SAM's rho", capturable=True),
+)

@@ -1,0 +1,30 @@
+"""The perturbation of SAM: along the gradient, of length rho."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from steppe import papers
+from steppe.papers import Paper
+from steppe.rules.ops import reciprocal
+from steppe.rules.protocols import Ascent, Point
+
+
+@dataclass(frozen=True)
+class L2:
+    """Climb along the gradient (SAM): e = rho g / |g|.
+
+    The norm runs over all parameters of the climb together. A zero gradient gives e = 0.
+
+    >>> w, g = torch.zeros(2), torch.tensor([3.0, 4.0])
+    >>> direction, scale = L2()(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
+    >>> 0.05 * scale * direction[0]
+    tensor([0.0300, 0.0400])
+
+    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
+    """
+
+    paper: ClassVar[Paper] = papers.SAM
+    scale_free: ClassVar[bool] = True
+
+    def __call__(self, at: Point) -> Ascent:
+        return Ascent(at.gradients, reciprocal(at.gradient_norm))
