@@ -89,7 +89,7 @@ class Extra:
 
 
 def model() -> nn.Module:
-    """A wide network: 8 layers of the same size, and normalisation layers for the methods that climb with them."""
+    """A wide network: 8 layers of the same size, and normalization layers for the methods that climb with them."""
     torch.manual_seed(0)
     layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH), nn.ReLU()) for _ in range(8)]
     return nn.Sequential(*layers)
@@ -145,7 +145,7 @@ def _in_the_loss(optimizer, parts, network, losses, of, batch) -> Step:
 
 
 _STEPPERS = MappingProxyType(
-    {"esam": _esam, "climb_fraction": _fraction, "micro_batches": _micro_batches}
+    {"esam": _esam, "fraction_sam": _fraction, "micro_batches": _micro_batches}
     | dict.fromkeys(("saf", "mesa"), _in_the_loss)
 )
 

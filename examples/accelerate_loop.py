@@ -37,8 +37,8 @@ steps = made = 0
 for _ in range(10):
     model.train()
     for batches in windows(accelerator, loader):  # second line: all micro-batches of a step
-        for walk in passes(accelerator, optimizer, len(batches)):  # third line: go through them once a pass
-            with walk:
+        for sam_pass in passes(accelerator, optimizer, len(batches)):  # third line: go through them once a pass
+            with sam_pass:
                 for images, labels in batches:
                     with accelerator.accumulate(model):
                         accelerator.backward(F.cross_entropy(model(images), labels))

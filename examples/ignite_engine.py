@@ -23,12 +23,12 @@ def build(epochs=6, steps=45, scaler=None):
     def update(engine, batch):
         model.train()
         x, y = batch
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 predictions = model(x)
                 loss = F.cross_entropy(predictions, y)
                 scaler.scale(loss).backward()
-                if walk.first:  # what the metrics count, once a step
+                if sam_pass.is_first:  # what the metrics count, once a step
                     output = {"y_pred": predictions.detach(), "y": y, "loss": loss.detach()}
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

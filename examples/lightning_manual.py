@@ -1,4 +1,4 @@
-"""Steppe in Lightning's manual optimisation: a generator and its critic, the critic with SAM."""
+"""Steppe in Lightning's manual optimization: a generator and its critic, the critic with SAM."""
 
 import logging
 import warnings
@@ -28,8 +28,8 @@ class Gan(pl.LightningModule):
         """One step of each player."""
         generator, critic = self.optimizers()
         real, fake = 4 + 0.5 * torch.randn_like(noise), self.generator(noise).detach()
-        for walk in critic.passes():  # two passes: at w, and at w + e
-            with walk:
+        for sam_pass in critic.passes():  # two passes: at w, and at w + e
+            with sam_pass:
                 self.manual_backward((F.softplus(-self.judge(real)) + F.softplus(self.judge(fake))).mean())
         critic.step()
         generator.zero_grad()  # this one is not wrapped

@@ -30,13 +30,13 @@ def train(precision, rho=0.05, steps=100, micro_batches=3, clip=1.0):
     losses = []
     for batch in order:
         at_w = torch.zeros((), device=device)
-        for walk in optimizer.passes():  # each pass runs over all micro-batches
-            with walk:
+        for sam_pass in optimizer.passes():  # each pass runs over all micro-batches
+            with sam_pass:
                 for i in batch:
                     with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
                         loss = F.cross_entropy(model(x[i]), y[i]) / micro_batches
                     scaler.scale(loss).backward()
-                    if walk.first:  # the loss at w, counted once
+                    if sam_pass.is_first:  # the loss at w, counted once
                         at_w += loss.detach()
         scaler.unscale_(optimizer)  # from here on, .grad is what goes down
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)

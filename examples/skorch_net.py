@@ -20,10 +20,10 @@ class SAMClassifier(NeuralNetClassifier):
 
     def train_step(self, batch, **fit_params):
         """Make the passes of one step; callbacks see what goes down, and the history the loss of the first pass."""
-        for walk in self.optimizer_.passes():
-            with walk:
+        for sam_pass in self.optimizer_.passes():
+            with sam_pass:
                 step = self.train_step_single(batch, **fit_params)
-                if walk.first:
+                if sam_pass.is_first:
                     first = step
         parameters = TeeGenerator(self.get_all_learnable_params())
         self.notify("on_grad_computed", named_parameters=parameters, batch=batch, training=True)

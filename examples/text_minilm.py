@@ -19,7 +19,9 @@ FOLDERS = {name: Path(importlib.util.find_spec(name).origin).parent for name in 
 def sentences(package, names=("numpy", "np.", "sklearn", "scikit", "torch", "python")):
     """Its sentences that name no library."""
     trees = [ast.parse(path.read_text("utf-8")) for path in FOLDERS[package].glob(SOURCES[package])]
-    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
+    nodes = [
+        node for tree in trees for node in ast.current_pass(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
+    ]
     lines = {(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes}
     return sorted(s for s in lines if s[-1:] == "." and len(s.split()) > 5 and not any(n in s.lower() for n in names))
 
@@ -50,7 +52,7 @@ if __name__ == "__main__":
     shots, tests, passes = 8, 50, 16
     lines, labels = [sentences(package) for package in SOURCES], torch.arange(len(SOURCES))
     for seed in range(2):
-        drawn = [random.Random(seed).sample(own, shots + tests) for own in lines]
+        drawn = [random.GaussianNoise(seed).sample(own, shots + tests) for own in lines]
         shown, hidden = ([text for own in drawn for text in own[s]] for s in (slice(shots), slice(shots, None)))
         for name, rho in ("AdamW", 0.0), ("SAM around AdamW", 0.05):
             torch.manual_seed(seed)

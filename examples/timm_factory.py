@@ -29,8 +29,8 @@ def train(model, x, y, opt="adamw", lr=2e-3, epochs=3, clip=1.0, amp=False):
     updates = 0
     for _ in range(epochs):
         for images, labels in batches:
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     with torch.autocast(x.device.type, torch.float16, enabled=amp):
                         loss = F.cross_entropy(model(images), labels)
                     scaler.scale(loss).backward()

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.experiments.analysis.statistics import Estimate
-from steppe.experiments.analysis.summary import Summary, setting, summarise
+from steppe.experiments.analysis.summary import Summary, setting, summarize
 from steppe.experiments.config.contenders import CONTENDERS
 from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe
@@ -48,7 +48,7 @@ def comparison(path: Path) -> dict[str, Any]:
     """The numbers of a run folder at equal compute, as measured.json has them; ExperimentError when there are none."""
     folder = RunFolder(path)
     recipe = folder.recipe()
-    summary = summarise(recipe, folder.results(recipe))
+    summary = summarize(recipe, folder.results(recipe))
     if summary.unfinished:
         print(f"Not finished: {', '.join(summary.unfinished)}", file=sys.stderr)
     rows = [row for row in summary.rows if row.standardized_epoch == recipe.epochs]
@@ -61,7 +61,7 @@ def comparison(path: Path) -> dict[str, Any]:
     if sam is not None and sam != recipe.methods[0]:
         others = tuple(m for m in recipe.methods if m not in (sam, recipe.methods[0]))
         against = replace(recipe, methods=(sam, *others))
-        differences += _differences(summarise(against, folder.results(against)))
+        differences += _differences(summarize(against, folder.results(against)))
     sessions = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     clean = replace(recipe, out=None, data_dir=None, tensorboard=False, checkpoint_seconds=60.0)
     return {

@@ -39,7 +39,7 @@ def matches_reference(rule: str, base: str, drive: str, *, every: int = 1, steps
     perturbation, climb = RULES[rule]
     want = trajectory(bumpy, start, climb, BASES[base], steps, every)
     params = [torch.nn.Parameter(p) for p in split(start)]
-    optimizer = steppe.SAM(BASES[base](params), rho=0.3, perturbation=perturbation, cadence=steppe.Every(every))
+    optimizer = steppe.SAM(BASES[base](params), rho=0.3, perturbation=perturbation, cadence=steppe.Periodic(every))
     for _ in range(steps):
         DRIVES[drive](optimizer, lambda: bumpy(torch.cat([p.reshape(-1) for p in params])))
     got = torch.cat([p.detach().reshape(-1) for p in params])
@@ -60,17 +60,17 @@ def restores_exactly(drive: str, dtype: torch.dtype, *, rho: float = 0.7) -> Non
 class Mean(steppe.Adaptive):
     """A rule with a memory: climb along an exponential mean of the gradient."""
 
-    def __call__(self, at: steppe.Point) -> steppe.Ascent:
+    def __call__(self, point: steppe.Point) -> steppe.ScaledDirection:
         direction = []
-        for memory, g in zip(at.memory_of(self), at.gradients, strict=True):
+        for memory, g in zip(point.memory_of(self), point.gradients, strict=True):
             memory["mean"] = g.clone() if "mean" not in memory else memory["mean"].lerp(g, 0.2)
             direction.append(memory["mean"])
-        return steppe.Ascent(direction, 1.0)
+        return steppe.ScaledDirection(direction, 1.0)
 
 
 def build(base: str, model: torch.nn.Module) -> steppe.SAM:
     return steppe.SAM(
-        BASES[base](model.parameters()), rho=0.1, model=model, perturbation=Mean(), cadence=steppe.Every(2)
+        BASES[base](model.parameters()), rho=0.1, model=model, perturbation=Mean(), cadence=steppe.Periodic(2)
     )
 
 

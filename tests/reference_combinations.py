@@ -71,7 +71,7 @@ def trajectory(
     base: Callable[[list[Tensor]], Optimizer],
     steps: int,
     rho: float,
-    climbs: Callable[[int], bool],
+    ascent_steps: Callable[[int], bool],
 ) -> Tensor:
     """w after so many steps: g at w, at some steps g_s at w + rho g / |g|; the base steps from w as the rule says."""
     w = w.detach().clone().requires_grad_()
@@ -79,7 +79,7 @@ def trajectory(
     memory: dict[str, Tensor] = {}
     for t in range(steps):
         _, g = loss_and_gradient(L, w)
-        g_s = loss_and_gradient(L, w.detach() + sam_e(w.detach(), g, rho))[1] if climbs(t) else None
+        g_s = loss_and_gradient(L, w.detach() + sam_e(w.detach(), g, rho))[1] if ascent_steps(t) else None
         w.grad = rule(g, g_s, memory)
         optimizer.step()
     return w.detach()

@@ -183,7 +183,7 @@ class StochasticE:
             climbing = [
                 stream("Stochastic", self.seed, t, i).initial_seed() % 2**64 < self.beta * 2**64 for i in range(len(g))
             ]
-            d = [part if climbs else 0 * part for part, climbs in zip(g, climbing, strict=True)]
+            d = [part if ascent_steps else 0 * part for part, ascent_steps in zip(g, climbing, strict=True)]
             return along(d, rho / self.beta) if any(climbing) else d
         m = [torch.rand(p.shape, generator=stream("Stochastic", self.seed, t, i)) < self.beta for i, p in enumerate(g)]
         return [part * mask / self.beta for part, mask in zip(along(g, rho), m, strict=True)]

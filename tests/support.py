@@ -70,8 +70,8 @@ def by_closure(optimizer: Optimizer, loss: Callable[[], Tensor]):
 
 
 def by_passes(optimizer: steppe.SAM, loss: Callable[[], Tensor]):
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             loss().backward()
     optimizer.step()
 

@@ -7,7 +7,7 @@ from torch import nn
 import steppe
 from checks import bumpy, resumes, split
 from reference import asam_e, loss_and_gradient, sam_e
-from steppe import SAM, Steps
+from steppe import SAM, AscentSteps
 from support import BASES, DRIVES, bits, by_classic, by_closure, by_passes, model_bits, net, train
 
 RHO = 0.3
@@ -24,9 +24,9 @@ def ascend(w, e, length, alpha, k, project):
 
 
 CASES = {
-    "sam-3": (Steps(steppe.L2(), 3), lambda w, g: sam_e(w, g, RHO), 1 / 3, 3, False),
-    "sam-2-long": (Steps(steppe.L2(), 2, alpha=0.9), lambda w, g: sam_e(w, g, RHO), 0.9, 2, True),
-    "asam-2": (Steps(steppe.Adaptive(), 2), lambda w, g: asam_e(w, g, RHO), 0.5, 2, False),
+    "sam-3": (AscentSteps(steppe.L2(), 3), lambda w, g: sam_e(w, g, RHO), 1 / 3, 3, False),
+    "sam-2-long": (AscentSteps(steppe.L2(), 2, alpha=0.9), lambda w, g: sam_e(w, g, RHO), 0.9, 2, True),
+    "asam-2": (AscentSteps(steppe.Adaptive(), 2), lambda w, g: asam_e(w, g, RHO), 0.5, 2, False),
 }
 
 
@@ -58,11 +58,11 @@ def test_twenty_steps_match_the_slow_reference(case, base, drive):
 @pytest.mark.parametrize(
     ("case", "mutant"),
     [
-        ("sam-3", Steps(steppe.L2(), 2)),
+        ("sam-3", AscentSteps(steppe.L2(), 2)),
         ("sam-3", steppe.L2()),
-        ("sam-3", Steps(steppe.L2(), 3, alpha=0.3)),
-        ("sam-2-long", Steps(steppe.L2(), 2, alpha=0.5)),
-        ("asam-2", Steps(steppe.L2(), 2)),
+        ("sam-3", AscentSteps(steppe.L2(), 3, alpha=0.3)),
+        ("sam-2-long", AscentSteps(steppe.L2(), 2, alpha=0.5)),
+        ("asam-2", AscentSteps(steppe.L2(), 2)),
     ],
 )
 def test_mutants_are_killed(case, mutant):
@@ -72,7 +72,7 @@ def test_mutants_are_killed(case, mutant):
 
 def test_one_climb_is_the_rule_itself_to_the_bit():
     models = [net(), net()]
-    for model, rule in zip(models, (steppe.L2(), Steps(steppe.L2(), 1)), strict=True):
+    for model, rule in zip(models, (steppe.L2(), AscentSteps(steppe.L2(), 1)), strict=True):
         torch.manual_seed(1)
         train(model, SAM(BASES["momentum"](model.parameters()), 0.1, model=model, perturbation=rule), by_closure, 5)
     for p, q in zip(*(m.parameters() for m in models), strict=True):
@@ -82,31 +82,33 @@ def test_one_climb_is_the_rule_itself_to_the_bit():
 def test_passes_weights_buffers_and_masks():
     """1 + k passes; the weights are at w between them; the buffers and generators end as after one."""
     model, twin = net(), net()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), 0.5, model=model, perturbation=Steps(steppe.L2(), 3))
+    optimizer = SAM(
+        torch.optim.SGD(model.parameters(), lr=0.0), 0.5, model=model, perturbation=AscentSteps(steppe.L2(), 3)
+    )
     x = torch.randn(6, 1, 8, 8)
     torch.manual_seed(7)
     twin(x)
     after_one = torch.get_rng_state()
     torch.manual_seed(7)
-    w, walks, places = bits(model.parameters()), [], []
-    for walk in optimizer.passes():
-        with walk:
+    w, sam_passes, places = bits(model.parameters()), [], []
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             places.append(bits(model.parameters()))
             model(x).square().sum().backward()
         assert bits(model.parameters()) == w
-        walks.append((walk.first, walk.climbs, walk.goes_down))
-    assert walks == [(True, False, False), (False, True, False), (False, True, False), (False, True, True)]
+        sam_passes.append((sam_pass.is_first, sam_pass.is_perturbed, sam_pass.is_last))
+    assert sam_passes == [(True, False, False), (False, True, False), (False, True, False), (False, True, True)]
     assert places[0] == w
     assert len({str(p) for p in places}) == 4
     assert model_bits(model) == model_bits(twin)
     assert torch.equal(torch.get_rng_state(), after_one)
-    assert optimizer.walk is None
+    assert optimizer.current_pass is None
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
 def test_a_pass_that_is_not_finite_skips_the_step(bad):
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = SAM(torch.optim.SGD([w], lr=0.1), 0.1, perturbation=Steps(steppe.L2(), 2))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), 0.1, perturbation=AscentSteps(steppe.L2(), 2))
     calls = []
 
     def loss():
@@ -123,10 +125,10 @@ def test_a_pass_that_is_not_finite_skips_the_step(bad):
 
 def test_an_exception_in_the_last_pass_brings_the_weights_back():
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = SAM(torch.optim.SGD([w], lr=0.1), 0.1, perturbation=Steps(steppe.L2(), 2))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), 0.1, perturbation=AscentSteps(steppe.L2(), 2))
 
     def loss():
-        if optimizer.walk.goes_down:
+        if optimizer.current_pass.is_last:
             raise KeyboardInterrupt
         return w.square().sum()
 
@@ -138,25 +140,25 @@ def test_an_exception_in_the_last_pass_brings_the_weights_back():
 def test_clean_gradients_are_those_at_w():
     """PGN with alpha = 0 goes down with g, whatever was climbed; without a gradient in one pass, with zeros."""
     w, v = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
-    rules = {"perturbation": Steps(steppe.L2(), 3), "combination": steppe.PenalizedNorm(0.0)}
+    rules = {"perturbation": AscentSteps(steppe.L2(), 3), "combination": steppe.PenalizedNorm(0.0)}
     optimizer = SAM(torch.optim.SGD([w, v], lr=0.1), 0.1, **rules)
-    for walk in optimizer.passes():
-        with walk:
-            (w.pow(3).sum() + (0 if walk.climbs else v.sum())).backward()
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            (w.pow(3).sum() + (0 if sam_pass.is_perturbed else v.sum())).backward()
     assert torch.equal(w.grad, 3 * torch.tensor([1.0, 4.0]))
     assert torch.equal(v.grad, torch.ones(2))
 
 
 def test_it_resumes_in_the_middle():
-    rule = Steps(steppe.VarianceSuppressed(0.5), 2)
+    rule = AscentSteps(steppe.VarianceSuppressed(0.5), 2)
     resumes(lambda model: SAM(BASES["momentum"](model.parameters()), 0.1, model=model, perturbation=rule), "closure")
 
 
 def test_it_works_on_some_of_the_parameters_both_ways_round():
     ends = []
     for wrap in (
-        lambda ps: Steps(steppe.Only(steppe.L2(), ps), 2),
-        lambda ps: steppe.Only(Steps(steppe.L2(), 2), ps),
+        lambda ps: AscentSteps(steppe.ParameterSubset(steppe.L2(), ps), 2),
+        lambda ps: steppe.ParameterSubset(AscentSteps(steppe.L2(), 2), ps),
     ):
         model = net(dropout=0.0)
         optimizer = SAM(BASES["sgd"](model.parameters()), 0.3, perturbation=wrap(list(model.layers[0].parameters())))
@@ -168,11 +170,11 @@ def test_it_works_on_some_of_the_parameters_both_ways_round():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: Steps(steppe.L2(), 0), "k must be 1 or more"),
-        (lambda: Steps(steppe.L2(), 2, alpha=0.0), "alpha must be finite"),
-        (lambda: Steps(steppe.Adaptive(), 2, alpha=0.6), "known for L2 alone"),
-        (lambda: Steps(steppe.Momentum(), 2), "does not look at the gradient"),
-        (lambda: Steps(Steps(steppe.L2(), 2), 2), "climbs 2 times a step already"),
+        (lambda: AscentSteps(steppe.L2(), 0), "k must be 1 or more"),
+        (lambda: AscentSteps(steppe.L2(), 2, alpha=0.0), "alpha must be finite"),
+        (lambda: AscentSteps(steppe.Adaptive(), 2, alpha=0.6), "known for L2 alone"),
+        (lambda: AscentSteps(steppe.Momentum(), 2), "does not look at the gradient"),
+        (lambda: AscentSteps(AscentSteps(steppe.L2(), 2), 2), "climbs 2 times a step already"),
     ],
 )
 def test_what_makes_no_sense_is_refused(make, message):
@@ -182,6 +184,6 @@ def test_what_makes_no_sense_is_refused(make, message):
 
 def test_the_classic_api_has_place_for_one_climb():
     w = nn.Parameter(torch.ones(2))
-    optimizer = SAM(torch.optim.SGD([w], lr=0.1), perturbation=Steps(steppe.L2(), 2))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), perturbation=AscentSteps(steppe.L2(), 2))
     with pytest.raises(RuntimeError, match="climbs 2 times"):
         by_classic(optimizer, lambda: w.square().sum())

@@ -26,7 +26,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 import make_cards  # noqa: E402
 import memory  # noqa: E402
 
-EXTRA = {"steps", "climb_fraction", "micro_batches"}
+EXTRA = {"steps", "fraction_sam", "micro_batches"}
 each = pytest.mark.parametrize("name", CARDS)
 
 # What a short training has to be told, and what a test's data are like.
@@ -90,7 +90,7 @@ def test_the_cost_is_what_is_counted(name):
     if method.passes is None:
         assert 1.0 < counted < 2.0
         return
-    given = given | {"climb_fraction": {"fraction": 0.5}}.get(name, {})
+    given = given | {"fraction_sam": {"fraction": 0.5}}.get(name, {})
     assert counted == pytest.approx(method.cost_with(**given))
 
 

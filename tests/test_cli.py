@@ -31,7 +31,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "--device", "gpu"], "Expected one of ('auto', 'cpu', 'cuda')"),
         (["compare", "--epochs", "0"], "the compute that each contender gets"),
         (["compare", "--epochs", "ten"], "--epochs: invalid literal"),
-        (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighbourhood"),
+        (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighborhood"),
         (["comprae"], "Available subcommands: compare, tune, measure, plot, methods"),
         (["plot"], "The run folder, for example runs/demo"),
         ([], "Expected one of {compare, tune, measure, plot, methods, finetune}"),
@@ -120,7 +120,7 @@ def test_methods_are_listed_by_name_and_label(
     assert "gsam" not in some.partition("Cost:")[0]
 
 
-@pytest.mark.parametrize("name", ["gsam", "GSAM", "Late SAM", "climb_fraction"])
+@pytest.mark.parametrize("name", ["gsam", "GSAM", "Late SAM", "fraction_sam"])
 def test_one_method_shows_its_card(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert "Checked against" in listed([name], capsys)
 

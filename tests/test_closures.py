@@ -50,7 +50,7 @@ def test_a_fraction_climbs_and_all_go_down(share, climbing):
 
 def test_a_quarter_costs_one_and_a_quarter_and_a_plain_step_sees_all():
     w, x = problem()
-    p, optimizer = build(w, cadence=steppe.Every(2))
+    p, optimizer = build(w, cadence=steppe.Periodic(2))
     samples = []
 
     def loss(x):
@@ -65,7 +65,7 @@ def test_a_quarter_costs_one_and_a_quarter_and_a_plain_step_sees_all():
 
 def test_a_fraction_with_several_climbs_and_around_a_plain_optimizer():
     w, x = problem()
-    p, optimizer = build(w, perturbation=steppe.Steps(steppe.L2(), 2))
+    p, optimizer = build(w, perturbation=steppe.AscentSteps(steppe.L2(), 2))
     samples = []
 
     def loss(x):
@@ -78,7 +78,7 @@ def test_a_fraction_with_several_climbs_and_around_a_plain_optimizer():
 
 def test_a_cadence_that_goes_by_the_gradient_cannot_have_a_fraction():
     w, x = problem()
-    p, optimizer = build(w, cadence=steppe.GradientNorm(steps=10))
+    p, optimizer = build(w, cadence=steppe.GradientNormThreshold(steps=10))
     with pytest.raises(RuntimeError, match="nobody knows yet"):
         optimizer.step(closures.fraction(optimizer, lambda x: per_sample(p, x).mean(), (x,)))
     assert torch.equal(p.detach(), w)
@@ -99,8 +99,8 @@ def test_the_samples_whose_loss_rises_most_go_down():
 
 def test_selecting_all_is_sam_and_a_plain_step_selects_nothing():
     w, x = problem()
-    p, optimizer = build(w, cadence=steppe.Every(2))
-    q, reference = build(w, cadence=steppe.Every(2))
+    p, optimizer = build(w, cadence=steppe.Periodic(2))
+    q, reference = build(w, cadence=steppe.Periodic(2))
     sizes = []
 
     def losses(x):

@@ -18,12 +18,12 @@ from steppe._engine.state_dict import pack
 from steppe._tensors import ops as tensors
 from steppe._tensors.ops import dot
 from steppe.methods.gsam import SurrogateGap
-from steppe.methods.late_sam import Late
-from steppe.methods.looksam import Reuse
+from steppe.methods.late_sam import LatePhase
+from steppe.methods.looksam import GradientReuse
 from steppe.methods.pgn import PenalizedNorm
-from steppe.methods.random_sam import Randomly
-from steppe.methods.wsam import Weighted
-from steppe.rules.every import Every
+from steppe.methods.random_sam import Bernoulli
+from steppe.methods.wsam import WeightedSharpness
+from steppe.rules.periodic import Periodic
 from support import BASES, DRIVES, batch, by_closure, model_bits, net, plain, train
 
 RHO = 0.3
@@ -36,13 +36,13 @@ CALM = {
 RULES = {
     "gsam": (SurrogateGap(alpha=0.4), gsam(0.4), 1),
     "gsam-every-2": (SurrogateGap(alpha=0.4), gsam(0.4), 2),
-    "wsam": (Weighted(gamma=0.8), wsam(0.8), 1),
-    "wsam-every-2": (Weighted(gamma=0.3), wsam(0.3), 2),
+    "wsam": (WeightedSharpness(gamma=0.8), wsam(0.8), 1),
+    "wsam-every-2": (WeightedSharpness(gamma=0.3), wsam(0.3), 2),
     "pgn": (PenalizedNorm(alpha=0.7), pgn(0.7 * RHO, RHO), 1),
     "pgn-every-2": (PenalizedNorm(alpha=0.7), pgn(0.7 * RHO, RHO), 2),
-    "looksam": (Reuse(alpha=0.7), looksam(0.7), 3),
+    "looksam": (GradientReuse(alpha=0.7), looksam(0.7), 3),
 }
-COMBINATIONS = [SurrogateGap(0.4), Weighted(0.8), PenalizedNorm(0.7), Reuse(0.7)]
+COMBINATIONS = [SurrogateGap(0.4), WeightedSharpness(0.8), PenalizedNorm(0.7), GradientReuse(0.7)]
 
 
 def flat_training(base, drive, combination, cadence, steps=20):
@@ -58,7 +58,7 @@ def flat_training(base, drive, combination, cadence, steps=20):
 def matches_reference(rule, base, drive, *, combination=None, cadence=None):
     """20 steps in float64 agree with the slow reference to 1e-12."""
     ours, down, every = RULES[rule]
-    start, got = flat_training(base, drive, combination or ours, cadence or Every(every))
+    start, got = flat_training(base, drive, combination or ours, cadence or Periodic(every))
     want = trajectory(bumpy, start, down, CALM[base], 20, RHO, lambda t: t % every == 0)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -72,7 +72,7 @@ def test_combination_matches_its_slow_reference(rule, base, drive):
 
 @pytest.mark.parametrize("drive", DRIVES)
 def test_reuse_goes_down_with_g_before_the_first_climb(drive):
-    start, got = flat_training("adamw", drive, Reuse(0.7), Late(0.5, 20))
+    start, got = flat_training("adamw", drive, GradientReuse(0.7), LatePhase(0.5, 20))
     want = trajectory(bumpy, start, looksam(0.7), CALM["adamw"], 20, RHO, lambda t: t >= 10)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
@@ -81,14 +81,14 @@ def test_reuse_goes_down_with_g_before_the_first_climb(drive):
 
 
 class Mutant:
-    needs_clean = True
+    needs_unperturbed_gradient = True
 
     def __init__(self, right, anchor, factor):
         self.right, self.anchor, self.factor = right, anchor, factor
 
-    def __call__(self, at, perturbed):
-        right = self.right(at, perturbed)
-        anchor = perturbed if self.anchor == "g_s" and perturbed is not None else at.gradients
+    def __call__(self, point, perturbed):
+        right = self.right(point, perturbed)
+        anchor = perturbed if self.anchor == "g_s" and perturbed is not None else point.gradients
         return [a + self.factor * (r - a) for a, r in zip(anchor, right, strict=True)]
 
 
@@ -108,7 +108,7 @@ def test_the_mutant_with_factor_one_lives(rule):
 
 def test_mutant_wrong_cadence_is_killed():
     with pytest.raises(AssertionError):
-        matches_reference("looksam", "sgd", "closure", cadence=Every(4))
+        matches_reference("looksam", "sgd", "closure", cadence=Periodic(4))
 
 
 def test_the_parts_are_orthogonal_and_reuse_keeps_its_length():
@@ -116,13 +116,13 @@ def test_the_parts_are_orthogonal_and_reuse_keeps_its_length():
     clean = [torch.randn(s, generator=g, dtype=torch.float64) for s in [(3, 4), (5,), ()]]
     perturbed = [c + torch.randn(c.shape, generator=g, dtype=torch.float64) for c in clean]
     weights = [torch.zeros_like(c) for c in clean]
-    at = steppe.Point(weights, clean, [0.1] * 3, [{}] * 3, 0)
-    move = [d - p for d, p in zip(SurrogateGap(0.5)(at, perturbed), perturbed, strict=True)]
+    point = steppe.Point(weights, clean, [0.1] * 3, [{}] * 3, 0)
+    move = [d - p for d, p in zip(SurrogateGap(0.5)(point, perturbed), perturbed, strict=True)]
     assert float(dot(move, perturbed)) == pytest.approx(0, abs=1e-13)
     assert float(dot(move, clean)) < -0.1  # up, against the clean loss's descent
-    rule = Reuse(0.5)
-    assert rule(at, perturbed) is perturbed
-    between = steppe.Point(weights, perturbed, [0.1] * 3, [{}] * 3, 1, at.memory)
+    rule = GradientReuse(0.5)
+    assert rule(point, perturbed) is perturbed
+    between = steppe.Point(weights, perturbed, [0.1] * 3, [{}] * 3, 1, point.memory)
     move = [d - p for d, p in zip(rule(between, None), perturbed, strict=True)]
     assert float(dot(move, clean)) == pytest.approx(0, abs=1e-13)
     assert float(dot(move, move)) == pytest.approx(0.25 * float(dot(perturbed, perturbed)), rel=1e-12)
@@ -132,16 +132,18 @@ def test_the_parts_are_orthogonal_and_reuse_keeps_its_length():
 
 
 def build(cadence, model):
-    return steppe.SAM(BASES["adamw"](model.parameters()), rho=0.1, model=model, combination=Reuse(), cadence=cadence)
+    return steppe.SAM(
+        BASES["adamw"](model.parameters()), rho=0.1, model=model, combination=GradientReuse(), cadence=cadence
+    )
 
 
 @pytest.mark.parametrize("after", [3, 4, 5])
 @pytest.mark.parametrize("drive", DRIVES)
 def test_reuse_resumes_to_the_bit(after, drive):
-    resumes(functools.partial(build, Every(3)), drive, after=after, steps=9)
+    resumes(functools.partial(build, Periodic(3)), drive, after=after, steps=9)
 
 
-@pytest.mark.parametrize("cadence", [Randomly(0.5, seed=7), Late(0.5, 9)])
+@pytest.mark.parametrize("cadence", [Bernoulli(0.5, seed=7), LatePhase(0.5, 9)])
 def test_cadences_resume_to_the_bit(cadence):
     resumes(functools.partial(build, cadence), "closure", after=3, steps=9)
 
@@ -152,7 +154,7 @@ def test_mutant_incomplete_checkpoint_is_killed(monkeypatch, lost):
         sam, "pack", lambda base, memory, step: pack(base, {} if lost == "memory" else memory, step * (lost != "step"))
     )
     with pytest.raises(AssertionError):
-        resumes(functools.partial(build, Every(3)), "closure", after=4, steps=9)
+        resumes(functools.partial(build, Periodic(3)), "closure", after=4, steps=9)
 
 
 # Limits.
@@ -162,7 +164,7 @@ def test_mutant_incomplete_checkpoint_is_killed(monkeypatch, lost):
 @pytest.mark.parametrize("base", BASES)
 def test_rho_zero_is_the_base_to_the_bit(base, combination):
     model, other = net(dropout=0.0), net(dropout=0.0)
-    cadence = Every(2 if isinstance(combination, Reuse) else 1)
+    cadence = Periodic(2 if isinstance(combination, GradientReuse) else 1)
     optimizer = steppe.SAM(
         BASES[base](model.parameters()), rho=0.0, model=model, combination=combination, cadence=cadence
     )
@@ -175,15 +177,15 @@ def test_rho_zero_is_the_base_to_the_bit(base, combination):
     ("combination", "same"),
     [
         (SurrogateGap(0.0), "sam"),
-        (Weighted(0.5), "sam"),
+        (WeightedSharpness(0.5), "sam"),
         (PenalizedNorm(1.0), "sam"),
-        (Reuse(0.0), "every-2"),
-        (Weighted(0.0), "base"),
+        (GradientReuse(0.0), "every-2"),
+        (WeightedSharpness(0.0), "base"),
         (PenalizedNorm(0.0), "base"),
     ],
 )
 def test_the_ends_are_sam_and_the_base(combination, same):
-    cadence = Every(2 if same == "every-2" else 1)
+    cadence = Periodic(2 if same == "every-2" else 1)
     start, got = flat_training("adamw", "closure", combination, cadence)
     if same == "base":
         want = trajectory(bumpy, start, lambda g, *_: g, CALM["adamw"], 20, RHO, lambda t: True)
@@ -195,7 +197,7 @@ def test_the_ends_are_sam_and_the_base(combination, same):
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_zero_and_absent_gradients_are_no_trouble(combination):
     w = torch.nn.Parameter(torch.ones(3))
-    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), combination=combination, cadence=Every(2))
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), combination=combination, cadence=Periodic(2))
     for loss in [lambda: 0.0 * w.sum()] * 3 + [lambda: torch.zeros((), requires_grad=True)] * 3:
         by_closure(optimizer, loss)
     assert torch.equal(w.detach(), torch.ones(3))
@@ -204,7 +206,7 @@ def test_zero_and_absent_gradients_are_no_trouble(combination):
 def test_reuse_does_not_remember_what_is_not_finite():
     w, g = torch.zeros(2), torch.tensor([1.0, 0.0])
     first = steppe.Point([w], [g], [0.1], [{}], 0)
-    rule = Reuse(1.0)
+    rule = GradientReuse(1.0)
     rule(first, [torch.tensor([1.0, 0.5])])
     for bad in (float("nan"), float("inf")):
         rule(steppe.Point([w], [g], [0.1], [{}], 1, first.memory), [torch.tensor([1.0, bad])])
@@ -216,9 +218,9 @@ def test_reuse_does_not_remember_what_is_not_finite():
 def test_a_parameter_that_joins_between_climbs_goes_down_with_its_g():
     a, b = torch.zeros(1), torch.zeros(1)
     climb = steppe.Point([a], [torch.ones(1)], [0.1], [{}], 0)
-    Reuse()(climb, [torch.ones(1) * 2])
+    GradientReuse()(climb, [torch.ones(1) * 2])
     both = steppe.Point([a, b], [torch.ones(1), torch.ones(1)], [0.1] * 2, [{}] * 2, 1, climb.memory)
-    assert Reuse()(both, None)[1].tolist() == [1.0]
+    assert GradientReuse()(both, None)[1].tolist() == [1.0]
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
@@ -231,8 +233,8 @@ def test_lower_precision_is_near(combination, dtype):
     for kind in (torch.float64, dtype):
         low, low_s = [c.to(kind) for c in clean], [p.to(kind) for p in perturbed]
         low_s[2] = low_s[2].to(memory_format=torch.channels_last)
-        at = steppe.Point(low, low, [0.1] * 3, [{}] * 3, 0)
-        outcomes.append([*combination(at, low_s), *combination(at, None)])
+        point = steppe.Point(low, low, [0.1] * 3, [{}] * 3, 0)
+        outcomes.append([*combination(point, low_s), *combination(point, None)])
         assert all(torch.equal(x, c.to(kind)) for x, c in zip(low, clean, strict=True)), "g was written to"
         assert all(torch.equal(x, p.to(kind)) for x, p in zip(low_s, perturbed, strict=True)), "g_s was written to"
         assert {x.dtype for x in outcomes[-1]} == {kind}
@@ -245,8 +247,8 @@ def test_lower_precision_is_near(combination, dtype):
 def test_nothing_is_read_on_the_host(combination):
     with FakeTensorMode():  # any look at a value raises
         g, g_s = ([torch.empty(s, device="cuda") for s in [(3, 2), (5,)]] for _ in range(2))
-        at = steppe.Point(g, g, [0.1] * 2, [{}] * 2, 0)
-        for down in (combination(at, g_s), combination(at, None)):
+        point = steppe.Point(g, g, [0.1] * 2, [{}] * 2, 0)
+        for down in (combination(point, g_s), combination(point, None)):
             assert [d.shape for d in down] == [x.shape for x in g]
             assert {d.device.type for d in down} == {"cuda"}
 
@@ -274,35 +276,37 @@ def calls(steps, **rules):
 
 
 def test_passes_a_step():
-    assert calls(20, combination=Reuse(), cadence=Every(5)) == 1.2
-    assert calls(20, cadence=Late(0.75, 20)) == 1.25
-    assert calls(20, cadence=Randomly(0.0)) == 1.0
-    assert calls(20, cadence=Randomly(1.0)) == 2.0
-    for combination in (SurrogateGap(), Weighted(), PenalizedNorm()):
+    assert calls(20, combination=GradientReuse(), cadence=Periodic(5)) == 1.2
+    assert calls(20, cadence=LatePhase(0.75, 20)) == 1.25
+    assert calls(20, cadence=Bernoulli(0.0)) == 1.0
+    assert calls(20, cadence=Bernoulli(1.0)) == 2.0
+    for combination in (SurrogateGap(), WeightedSharpness(), PenalizedNorm()):
         assert calls(5, combination=combination) == 2.0
 
 
 # Cadences.
 
 
-def climbs(cadence, steps):
+def ascent_steps(cadence, steps):
     return [cadence(steppe.Point([], [], [], [], step)) for step in range(steps)]
 
 
 def test_late_begins_at_its_fraction_exactly():
     for percent in range(101):
-        assert climbs(Late(percent / 100, 100), 110).index(True) == percent, "the float 0.55 * 100 is above 55"
-    assert climbs(Late(0.5, 3), 4) == [False, False, True, True]
+        assert ascent_steps(LatePhase(percent / 100, 100), 110).index(True) == percent, (
+            "the float 0.55 * 100 is above 55"
+        )
+    assert ascent_steps(LatePhase(0.5, 3), 4) == [False, False, True, True]
 
 
 def test_random_climbs_are_a_fair_function_of_seed_and_step():
     state, torch_state = random.getstate(), torch.get_rng_state()
-    drawn = climbs(Randomly(0.3, seed=5), 20_000)
+    drawn = ascent_steps(Bernoulli(0.3, seed=5), 20_000)
     assert sum(drawn) / 20_000 == pytest.approx(0.3, abs=5 * math.sqrt(0.21 / 20_000))
     after = [b for a, b in itertools.pairwise(drawn) if a]
     assert sum(after) / len(after) == pytest.approx(0.3, abs=0.03)
-    assert climbs(Randomly(0.3, seed=5), 100) == drawn[:100]
-    agree = sum(a == b for a, b in zip(drawn, climbs(Randomly(0.3, seed=6), 20_000), strict=True))
+    assert ascent_steps(Bernoulli(0.3, seed=5), 100) == drawn[:100]
+    agree = sum(a == b for a, b in zip(drawn, ascent_steps(Bernoulli(0.3, seed=6), 20_000), strict=True))
     assert agree / 20_000 == pytest.approx(0.58, abs=0.02)  # 0.3^2 + 0.7^2
     assert random.getstate() == state
     assert torch.equal(torch.get_rng_state(), torch_state)
@@ -313,14 +317,14 @@ def test_random_climbs_are_a_fair_function_of_seed_and_step():
     [
         (lambda: SurrogateGap(-0.1), "alpha must be finite and not negative"),
         (lambda: SurrogateGap(float("nan")), "alpha must be finite and not negative"),
-        (lambda: Weighted(1.0), "gamma must be at least 0 and less than 1"),
-        (lambda: Weighted(-0.1), "gamma must be at least 0 and less than 1"),
+        (lambda: WeightedSharpness(1.0), "gamma must be at least 0 and less than 1"),
+        (lambda: WeightedSharpness(-0.1), "gamma must be at least 0 and less than 1"),
         (lambda: PenalizedNorm(float("inf")), "alpha must be finite and not negative"),
-        (lambda: Reuse(-1.0), "alpha must be finite and not negative"),
-        (lambda: Randomly(1.1), "p must be between 0 and 1"),
-        (lambda: Randomly(float("nan")), "p must be between 0 and 1"),
-        (lambda: Late(1.5, 10), "start must be between 0 and 1"),
-        (lambda: Late(0.5, 0), "steps must be 1 or more"),
+        (lambda: GradientReuse(-1.0), "alpha must be finite and not negative"),
+        (lambda: Bernoulli(1.1), "p must be between 0 and 1"),
+        (lambda: Bernoulli(float("nan")), "p must be between 0 and 1"),
+        (lambda: LatePhase(1.5, 10), "start must be between 0 and 1"),
+        (lambda: LatePhase(0.5, 0), "steps must be 1 or more"),
     ],
 )
 def test_wrong_hyperparameters_are_refused(make, message):

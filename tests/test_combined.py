@@ -17,35 +17,35 @@ perturbations = st.one_of(
     st.builds(steppe.VarianceSuppressed, share),
     st.builds(steppe.ZScore, share),
     st.just(steppe.Momentum()),
-    st.builds(steppe.Random, seed=st.integers(0, 9), filterwise=st.booleans()),
+    st.builds(steppe.GaussianNoise, seed=st.integers(0, 9), filterwise=st.booleans()),
     st.builds(steppe.Fisher, share),
     st.builds(steppe.LayerWise),
 )
 combinations = st.one_of(
     st.just(steppe.Perturbed()),
     st.builds(steppe.SurrogateGap, share),
-    st.builds(steppe.Weighted, st.floats(0.0, 0.9)),
+    st.builds(steppe.WeightedSharpness, st.floats(0.0, 0.9)),
     st.builds(steppe.PenalizedNorm, share),
-    st.builds(steppe.Reuse, share),
+    st.builds(steppe.GradientReuse, share),
 )
 cadences = st.one_of(
-    st.builds(steppe.Every, st.integers(1, 3)),
-    st.builds(steppe.Late, share, st.integers(2, 10)),
-    st.builds(steppe.Randomly, share, st.integers(0, 9)),
-    st.builds(steppe.GradientNorm, st.integers(2, 20)),
+    st.builds(steppe.Periodic, st.integers(1, 3)),
+    st.builds(steppe.LatePhase, share, st.integers(2, 10)),
+    st.builds(steppe.Bernoulli, share, st.integers(0, 9)),
+    st.builds(steppe.GradientNormThreshold, st.integers(2, 20)),
 )
 PARTS = {
     "all": lambda rule, model: rule,
-    "norm layers": lambda rule, model: steppe.Only(rule, steppe.norm_layers(model)),
-    "last layers": lambda rule, model: steppe.Only(rule, modifiers.last_layers(model, 2)),
+    "norm layers": lambda rule, model: steppe.ParameterSubset(rule, steppe.norm_layers(model)),
+    "last layers": lambda rule, model: steppe.ParameterSubset(rule, modifiers.last_layers(model, 2)),
     "half the weights": lambda rule, model: modifiers.Stochastic(rule, 0.5),
-    "two climbs": lambda rule, model: steppe.Steps(rule, 2) if steppe.rules.needs_gradient(rule) else rule,
+    "two climbs": lambda rule, model: steppe.AscentSteps(rule, 2) if steppe.rules.needs_gradient(rule) else rule,
 }
 
 
 def fits(perturbation, combination, cadence) -> bool:
     """A cadence that asks for g needs somebody else to pay for the pass that gives it."""
-    pays = steppe.rules.needs_gradient(perturbation) or combination.needs_clean
+    pays = steppe.rules.needs_gradient(perturbation) or combination.needs_unperturbed_gradient
     return pays or not steppe.rules.needs_gradient(cadence)
 
 

@@ -34,7 +34,7 @@ def test_the_classic_rules(adaptive):
     L = lambda w: (w**3).sum() + w.prod()  # noqa: E731
     start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 
-    def climb(w, g):  # the classic ASAM: no eta
+    def perturb(w, g):  # the classic ASAM: no eta
         return w**2 * g * 0.5 / (w.abs() * g).norm() if adaptive else sam_e(w, g, 0.5)
 
     base = lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)  # noqa: E731
@@ -42,7 +42,7 @@ def test_the_classic_rules(adaptive):
     optimizer = SAM([w], torch.optim.SGD, rho=0.5, adaptive=adaptive, lr=1e-3, momentum=0.9)
     for _ in range(20):
         by_classic(optimizer, lambda: L(w))
-    torch.testing.assert_close(w.detach(), trajectory(L, start, climb, base, 20), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(w.detach(), trajectory(L, start, perturb, base, 20), rtol=1e-12, atol=1e-12)
 
 
 def test_classic_arguments():

@@ -305,10 +305,10 @@ def test_c6_special_values_come_back():
     w = parameter(-0.0, 1e-45, -1e-40, 3.4e38)
     optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=1e3)
     before = bits([w])
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             (w * torch.tensor([1.0, 2.0, 3.0, 4.0])).sum().backward()
-            assert (bits([w]) != before) == walk.climbs
+            assert (bits([w]) != before) == sam_pass.is_perturbed
     optimizer.step()
     assert bits([w]) == before
 
@@ -368,20 +368,20 @@ def test_c7_any_exception_in_the_second_pass_restores(drive, error):
 def test_c7_an_interrupt_between_the_climb_and_the_second_pass_restores(monkeypatch):
     w = parameter(3.0)
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
-    walks = optimizer.passes()
-    with next(walks):
+    sam_passes = optimizer.passes()
+    with next(sam_passes):
         w.square().sum().backward()
-    second = next(walks)
+    second = next(sam_passes)
     monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), second:
         pass
     assert w.item() == 3.0
-    assert second.climbs
+    assert second.ascent_steps
 
 
 def test_c7_an_exception_in_the_rule_restores():
-    def rule(at):
-        return steppe.Ascent([at.gradients[0], torch.ones(7)], 1.0)  # the second has a wrong shape
+    def rule(point):
+        return steppe.ScaledDirection([point.gradients[0], torch.ones(7)], 1.0)  # the second has a wrong shape
 
     a, b = parameter(1.0), parameter(2.0)
     optimizer = SAM(torch.optim.SGD([{"params": [a]}, {"params": [b]}], lr=0.1), rho=0.5, perturbation=rule)
@@ -410,7 +410,7 @@ def test_c7_restore_gives_up_a_pending_first_step():
 def test_c8_step_calls_the_closure_once_a_pass_and_returns_the_loss_at_w():
     w = parameter(3.0, 4.0)
     for every, want in ((1, [2, 2, 2]), (2, [2, 1, 2])):
-        optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=1.0, cadence=steppe.Every(every))
+        optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=1.0, cadence=steppe.Periodic(every))
         counts = []
         for _ in range(3):
             losses = []
@@ -434,8 +434,8 @@ def test_c8_step_after_the_passes_takes_the_base_step_whatever_it_is_given(how, 
     w = parameter(3.0, 4.0)
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=1.0)
     if how == "passes":
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 w.square().sum().backward()
     else:
         w.square().sum().backward()
@@ -478,8 +478,8 @@ def test_c8_a_bare_step_of_a_base_without_a_learning_rate_says_so_too():
 def test_c8_a_step_that_a_scaler_skipped_leaves_nothing_behind():
     w = parameter(3.0, 4.0)
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=1.0)
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             w.square().sum().backward()
     optimizer.zero_grad()  # the scaler did not call step()
     calls = []
@@ -507,8 +507,8 @@ def test_c9_wrong_order_says_what_to_call():
     with pytest.raises(RuntimeError, match="was not entered"):
         for _ in optimizer.passes():
             w.square().sum().backward()
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             with pytest.raises(RuntimeError, match="inside a walk"):
                 optimizer.step()
             with pytest.raises(RuntimeError, match="inside a walk"):
@@ -516,7 +516,7 @@ def test_c9_wrong_order_says_what_to_call():
             w.square().sum().backward()
         with pytest.raises(RuntimeError, match="inside the loop over passes"):
             optimizer.step()  # one indentation too many
-        with pytest.raises(RuntimeError, match="has been walked"), walk:
+        with pytest.raises(RuntimeError, match="has been walked"), sam_pass:
             pass
         break
     with pytest.raises(RuntimeError, match=r"restore\(\) gives the step up"):
@@ -694,5 +694,5 @@ def test_c13_the_class_form_as_hugging_face_and_skorch_call_it():
 def test_repr_names_the_rules_and_the_base():
     text = repr(SAM(torch.optim.SGD([parameter(1.0)], lr=0.1)))
     assert "L2()" in text
-    assert "Every(k=1)" in text
+    assert "Periodic(k=1)" in text
     assert "SGD" in text

@@ -74,8 +74,8 @@ def test_c14_the_second_pass_evaluates_the_function_that_the_first_one_did():
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.0, model=model)
     x, y = batch()
     losses = []
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             losses.append(F.cross_entropy(model(x), y))
             losses[-1].backward()
     assert losses[0].item() == losses[1].item(), "same weights, same buffers, same loss"
@@ -97,8 +97,8 @@ def test_c14_nothing_is_switched_off_in_a_module_saved_midway():
     model = net(dropout=0.0)
     optimizer = SAM(BASES["sgd"](model.parameters()), rho=1.0, model=model)
     x, y = batch()
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             F.cross_entropy(model(x), y).backward()
             saved = copy.deepcopy(model)
     before = saved.layers[1].num_batches_tracked.item()
@@ -177,10 +177,10 @@ def test_c17_a_loss_scaler_in_the_explicit_loop(overflow):
     for step in range(3):
         before = bits(model.parameters())
         x, y = batch(step)
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 loss = F.cross_entropy(model(x), y)
-                if step == 1 and overflow == int(walk.climbs):
+                if step == 1 and overflow == int(sam_pass.is_perturbed):
                     loss = loss * float("inf")
                 scaler.scale(loss).backward()
         scaler.unscale_(optimizer)
@@ -194,8 +194,8 @@ def test_c17_a_loss_scaler_in_the_explicit_loop(overflow):
     for step in range(3):
         if overflow is None or step != 1:
             x, y = batch(step)
-            for walk in unscaled.passes():
-                with walk:
+            for sam_pass in unscaled.passes():
+                with sam_pass:
                     F.cross_entropy(twin(x), y).backward()
             nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
             unscaled.step()
@@ -336,9 +336,9 @@ def test_c18_no_rule_remembers_a_gradient_that_is_not_finite(drive):
 def test_c18_a_loss_that_hides_the_nan_in_the_second_pass_is_still_skipped():
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.1)
-    for walk in optimizer.passes():
-        with walk:
-            loss = (w * float("inf")).sum() if not walk.climbs else w.nan_to_num(0.0).sum()
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            loss = (w * float("inf")).sum() if not sam_pass.is_perturbed else w.nan_to_num(0.0).sum()
             loss.backward()
     assert not torch.isfinite(w.grad).all(), "a scaler looks at .grad: it must see what the first pass was"
     with pytest.warns(RuntimeWarning, match="skipped"):
@@ -373,8 +373,8 @@ def test_c19_micro_batches_in_both_passes_equal_one_big_batch(drive):
     for _ in range(4):
         by_closure(optimizer, lambda: F.cross_entropy(whole(x.double()), y))
         if drive == "passes":
-            for walk in accumulating.passes():
-                with walk:
+            for sam_pass in accumulating.passes():
+                with sam_pass:
                     backward()
             accumulating.step()
         else:
@@ -387,8 +387,8 @@ def test_c19_a_perturbation_for_each_micro_batch_is_its_own_option():
     model, reference = linear(), linear()
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.2)
     for index, (x, y) in enumerate(micro_batches()):
-        for walk in optimizer.passes(accumulate=index > 0):
-            with walk:
+        for sam_pass in optimizer.passes(accumulate=index > 0):
+            with sam_pass:
                 (F.cross_entropy(model(x.double()), y) / 3).backward()
     optimizer.step()
 
@@ -454,8 +454,8 @@ def test_c20_clipping_applies_to_what_goes_down_and_not_to_the_climb():
     w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=1.0)
     seen = []
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             seen.append(w.detach().clone())
             w.square().sum().backward()
     nn.utils.clip_grad_norm_([w], 0.5)
@@ -484,18 +484,18 @@ def test_c20_clipping_by_norm_inside_the_closure_does_not_change_the_climb():
 
 def test_a_combination_gets_both_gradients_and_zeros_where_one_is_missing():
     class Sum:
-        needs_clean = True
+        needs_unperturbed_gradient = True
 
-        def __call__(self, at, perturbed):
+        def __call__(self, point, perturbed):
             if perturbed is None:
-                return at.gradients
-            return [g + 10 * g_s for g, g_s in zip(at.gradients, perturbed, strict=True)]
+                return point.gradients
+            return [g + 10 * g_s for g, g_s in zip(point.gradients, perturbed, strict=True)]
 
     a, b = nn.Parameter(torch.tensor([2.0])), nn.Parameter(torch.tensor([3.0]))
-    optimizer = SAM(torch.optim.SGD([a, b], lr=1.0), rho=0.0, combination=Sum(), cadence=steppe.Every(2))
-    for walk in optimizer.passes():
-        with walk:
-            (a + b if not walk.climbs else a * 2).sum().backward()
+    optimizer = SAM(torch.optim.SGD([a, b], lr=1.0), rho=0.0, combination=Sum(), cadence=steppe.Periodic(2))
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            (a + b if not sam_pass.is_perturbed else a * 2).sum().backward()
     assert (a.grad.item(), b.grad.item()) == (21.0, 1.0)
     optimizer.step()
     by_passes(optimizer, lambda: (a + b).sum())

@@ -1,4 +1,4 @@
-"""The contract, C25 to C27: no synchronisation, no recompilation, no work that grows with the number of tensors."""
+"""The contract, C25 to C27: no synchronization, no recompilation, no work that grows with the number of tensors."""
 
 import collections
 import gc
@@ -47,8 +47,8 @@ def one_step(optimizer: SAM, params: list[nn.Parameter], drive: str) -> None:
             p.grad = torch.ones_like(p)
 
     if drive == "passes":
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 give()
         optimizer.step()
     elif drive == "closure":
@@ -66,7 +66,7 @@ def one_step(optimizer: SAM, params: list[nn.Parameter], drive: str) -> None:
 @pytest.mark.parametrize("drive", DRIVES)
 @pytest.mark.parametrize("rule", RULES, ids=str)
 @pytest.mark.parametrize("base", CUDA_BASES)
-def test_c25_no_host_synchronisation(base, rule, drive):
+def test_c25_no_host_synchronization(base, rule, drive):
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
         optimizer = SAM(CUDA_BASES[base](params), rho=0.1, perturbation=rule)
@@ -77,7 +77,7 @@ def test_c25_no_host_synchronisation(base, rule, drive):
             "the count stays on the device until it is asked for"
         )
         with pytest.raises(Exception, match="_local_scalar_dense|not linked"):
-            int(optimizer._engine.gradients.skipped)  # and this is how a synchronisation shows itself here
+            int(optimizer._engine.gradients.skipped)  # and this is how a synchronization shows itself here
 
 
 class Scales:
@@ -100,8 +100,8 @@ def test_c25_nor_to_know_the_loss_scale(rule):
         scaler = Scales()
         optimizer = SAM(torch.optim.SGD(params, lr=0.1), rho=0.1, perturbation=rule, scaler=scaler)
         for _ in range(2):
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     for p in params:
                         p.grad = torch.ones_like(p)
             scaler._maybe_opt_step(optimizer)
@@ -154,12 +154,12 @@ def test_c26_a_compiled_step_clears_its_state(how):
     results = []
     for compiled in (False, True):
         w = nn.Parameter(torch.tensor([3.0, 4.0]))
-        optimizer = SAM(torch.optim.SGD([w], lr=0.1, momentum=0.9), rho=1.0, cadence=steppe.Every(2))
+        optimizer = SAM(torch.optim.SGD([w], lr=0.1, momentum=0.9), rho=1.0, cadence=steppe.Periodic(2))
         step = torch.compile(optimizer.step, backend="eager") if compiled else optimizer.step
         for _ in range(4):
             if how == "after passes":
-                for walk in optimizer.passes():
-                    with walk:
+                for sam_pass in optimizer.passes():
+                    with sam_pass:
                         w.square().sum().backward()
             else:
                 optimizer.zero_grad()
@@ -235,7 +235,7 @@ def test_what_outlives_a_step_keeps_its_storage(rule):
     """A graph writes where it wrote when it was captured."""
     model = net()
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    reuse = steppe.Reuse()
+    reuse = steppe.GradientReuse()
     optimizer = SAM(base, rho=0.1, model=model, perturbation=rule, combination=reuse)
     places = []
     for step in range(3):
@@ -265,10 +265,10 @@ def test_a_graph_for_each_kind_of_step(monkeypatch):
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
         base = torch.optim.AdamW(params, lr=0.1, fused=True)
-        optimizer = SAM(base, rho=0.1, cadence=steppe.Every(3), replay_rng=False)
+        optimizer = SAM(base, rho=0.1, cadence=steppe.Periodic(3), replay_rng=False)
         climbed = []
         for step in range(7):
-            kind = optimizer.climbs_next
+            kind = optimizer.perturbs_next
             if step in (3, 4):  # two replays: the device does what the captured steps did, and the host counts
                 optimizer.replayed()
             else:
@@ -281,7 +281,7 @@ def test_a_graph_for_each_kind_of_step(monkeypatch):
         with pytest.raises(RuntimeError, match=r"capture with Every\(k=3\).*recording"):
             one_step(optimizer, params, "passes")
         by_gradient = steppe.variants.aesam(base, steps=10, replay_rng=False)
-        assert by_gradient.climbs_next is None
+        assert by_gradient.perturbs_next is None
         with pytest.raises(RuntimeError, match="gradient at w"), by_gradient.recording():
             pass
 
@@ -298,8 +298,8 @@ def operations(tensors: int, rule, base, device: str) -> int:
             p.grad = torch.ones_like(p)
         at = optimizer._engine.point()
         with Count() as count:
-            optimizer._engine.climb(at, rule, keep_clean=False)
-            optimizer._engine.come_back()
+            optimizer._engine.perturb(at, rule, keep_unperturbed=False)
+            optimizer._engine.restore()
     return sum(count.operations.values())
 
 
@@ -332,8 +332,8 @@ def test_c27_no_temporaries_of_the_size_of_the_weights():
 
     at = optimizer._engine.point()
     with Allocated() as allocated:
-        optimizer._engine.climb(at, steppe.L2(), keep_clean=False)
-        optimizer._engine.come_back()
+        optimizer._engine.perturb(at, steppe.L2(), keep_unperturbed=False)
+        optimizer._engine.restore()
     assert 0 < allocated.largest <= 2 * n * len(params) / 256, "only the norms of the pieces"
 
 
@@ -341,9 +341,9 @@ def test_the_first_gradient_is_not_kept_alive_through_the_second_pass():
     w = nn.Parameter(torch.ones(3))
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.1)
     first = lambda: None  # noqa: E731
-    for walk in optimizer.passes():
-        with walk:
-            if walk.climbs:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            if sam_pass.is_perturbed:
                 gc.collect()
                 assert first() is None
             w.square().sum().backward()

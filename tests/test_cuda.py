@@ -1,4 +1,4 @@
-"""What only a GPU can show: a whole step in a CUDA graph, no synchronisation on the way, flatness as on a CPU."""
+"""What only a GPU can show: a whole step in a CUDA graph, no synchronization on the way, flatness as on a CPU."""
 
 from pathlib import Path
 
@@ -27,7 +27,7 @@ RULES = {
     "asam": {"perturbation": steppe.Adaptive()},
     "f-sam": {"perturbation": steppe.Friendly()},
     "gsam": {"combination": steppe.SurrogateGap()},
-    "looksam": {"combination": steppe.Reuse()},
+    "looksam": {"combination": steppe.GradientReuse()},
 }
 
 
@@ -39,8 +39,8 @@ def warmed(base, rules):
     x, y = (t.cuda() for t in batch(0))
 
     def step():
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 F.cross_entropy(model(x), y).backward()
         optimizer.step()
 
@@ -90,8 +90,8 @@ def test_a_replay_counts_what_it_skips():
     x, y = (t.cuda() for t in batch(0))
 
     def step():
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 F.cross_entropy(model(x), y).backward()
         optimizer.step()
 

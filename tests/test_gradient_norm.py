@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import steppe
-from steppe import SAM, GradientNorm
+from steppe import SAM, GradientNormThreshold
 from support import DRIVES, by_closure
 
 STEPS = 40
@@ -46,7 +46,7 @@ def decisions(start, lambda_1, lambda_2, delta):
 def test_it_matches_the_slow_reference(drive, how):
     start = torch.tensor([0.5, -1.0, 2.0], dtype=torch.float64)
     w = nn.Parameter(start.clone())
-    optimizer = SAM(torch.optim.SGD([w], lr=0.05), 0.1, cadence=GradientNorm(STEPS, *how))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.05), 0.1, cadence=GradientNormThreshold(STEPS, *how))
     want, climbed = decisions(start, *how)
     calls = []
     for t in range(STEPS):
@@ -67,7 +67,7 @@ def test_it_resumes_to_the_bit(dtype):
 
     def make():
         w = nn.Parameter(torch.tensor([0.5, -1.0, 2.0], dtype=dtype))
-        return w, SAM(torch.optim.SGD([w], lr=0.05), 0.1, cadence=GradientNorm(STEPS))
+        return w, SAM(torch.optim.SGD([w], lr=0.05), 0.1, cadence=GradientNormThreshold(STEPS))
 
     straight, optimizer = make()
     run(straight, optimizer, range(STEPS))
@@ -87,7 +87,7 @@ def test_it_resumes_to_the_bit(dtype):
 
 def test_a_gradient_that_is_not_finite_is_not_remembered():
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
-    optimizer = SAM(torch.optim.SGD([w], lr=0.05), 0.1, cadence=GradientNorm(STEPS))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.05), 0.1, cadence=GradientNormThreshold(STEPS))
     by_closure(optimizer, lambda: w.square().sum())
     with pytest.warns(RuntimeWarning, match="skipped"):
         by_closure(optimizer, lambda: w.square().sum() * float("inf"))
@@ -98,7 +98,7 @@ def test_a_gradient_that_is_not_finite_is_not_remembered():
 def test_with_a_perturbation_that_makes_no_pass_at_w_it_is_refused():
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
     base = torch.optim.SGD([w], lr=0.05, momentum=0.9)
-    optimizer = SAM(base, 0.1, perturbation=steppe.Momentum(), cadence=GradientNorm(STEPS))
+    optimizer = SAM(base, 0.1, perturbation=steppe.Momentum(), cadence=GradientNormThreshold(STEPS))
     with pytest.raises(ValueError, match="asks for the gradient at w"):
         by_closure(optimizer, lambda: w.square().sum())
 
@@ -106,4 +106,4 @@ def test_with_a_perturbation_that_makes_no_pass_at_w_it_is_refused():
 @pytest.mark.parametrize(("wrong", "message"), [({"steps": 0}, "steps must be 1"), ({"delta": 1.0}, "delta must be")])
 def test_wrong_hyperparameters_are_refused(wrong, message):
     with pytest.raises(ValueError, match=message):
-        GradientNorm(**{"steps": 10, **wrong})
+        GradientNormThreshold(**{"steps": 10, **wrong})

@@ -45,8 +45,8 @@ def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, s
 
             optimizer.step(closure)
         elif drive == "passes":
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     scale(F.cross_entropy(model(x), y)).backward()
             step(optimizer, scaler)
         else:
@@ -94,22 +94,22 @@ def test_what_says_that_it_is_scale_free_is(name):
     memories = {}, {}
     for t in range(3):
         g = [torch.randn_like(p) for p in parameters]
-        climbs = []
+        ascent_steps = []
         for size, memory in zip((1.0, 2.0 ** (9 + t)), memories, strict=True):
             scaled = [size * part for part in g]
             direction, scale = rule(steppe.Point(parameters, scaled, [0.1] * 2, state, step=t, memory=memory))
-            climbs.append(torch.cat([(scale * d).flatten() for d in direction]))
-    same = torch.allclose(*climbs, rtol=1e-6)
+            ascent_steps.append(torch.cat([(scale * d).flatten() for d in direction]))
+    same = torch.allclose(*ascent_steps, rtol=1e-6)
     assert same == getattr(rule, "scale_free", False)
 
 
-class Unscaled(steppe.methods.wsam.Weighted):
+class Unscaled(steppe.methods.wsam.WeightedSharpness):
     """A combination that depends on the size of the gradients, and does not say that it is scale-free."""
 
     scale_free = False
 
-    def __call__(self, at, perturbed):
-        return [g + s.clamp(max=0.01) for g, s in zip(at.gradients, perturbed, strict=True)]
+    def __call__(self, point, perturbed):
+        return [g + s.clamp(max=0.01) for g, s in zip(point.gradients, perturbed, strict=True)]
 
 
 def test_a_combination_that_depends_on_the_size_sees_gradients_without_the_scale():
@@ -120,8 +120,8 @@ def test_a_combination_that_depends_on_the_size_sees_gradients_without_the_scale
         optimizer = steppe.SAM(base, rho=0.1, model=model, combination=Unscaled(), scaler=scaler)
         for t in range(3):
             x, y = batch(t)
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     loss = F.cross_entropy(model(x), y)
                     (scaler.scale(loss) if scaler else loss).backward()
             step(optimizer, scaler)
@@ -139,8 +139,8 @@ def test_accumulation_clipping_and_a_schedule(base):
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
         for t in range(5):
             x, y = batch(t)
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     for a, b in zip(x.chunk(3), y.chunk(3), strict=True):
                         loss = F.cross_entropy(model(a), b) / 3
                         (scaler.scale(loss) if scaler else loss).backward()
@@ -235,7 +235,7 @@ def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, dr
 
         def closure():
             optimizer.zero_grad()
-            climbed = optimizer.walk.climbs
+            climbed = optimizer.current_pass.is_perturbed
             calls.append(climbed)
             loss = F.cross_entropy(model(x), y) * (float("inf") if bad and climbed == (overflow == "w + e") else 1.0)
             scaler.scale(loss).backward()
@@ -244,8 +244,8 @@ def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, dr
         if drive == "closure":
             optimizer.step(closure)
         else:
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     closure()
             scaler.step(optimizer)
         scaler.update()
@@ -288,8 +288,8 @@ def test_a_step_that_nobody_has_unscaled_is_refused():
     scaler = growing()
     optimizer = made("sam", "sgd", model, scaler=scaler)
     before = bits(model.parameters())
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             scaler.scale(F.cross_entropy(model(batch()[0]), batch()[1])).backward()
     with pytest.raises(RuntimeError, match=r"still multiplied.*scaler\.step\(optimizer\)"):
         optimizer.step()

@@ -12,19 +12,19 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
 from steppe import SAM
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods.dynamic_sparse_sam import DynamicSparse
 from steppe.methods.esam import Stochastic
 from steppe.methods.fisher_sam import Fisher
 from steppe.methods.layerwise_sam import LayerWise
 from steppe.methods.msam import Momentum
-from steppe.methods.rwp import Random
+from steppe.methods.rwp import GaussianNoise
 from steppe.methods.sparse_sam import Sparse
 from steppe.rules import Point
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
-from steppe.rules.subsets import Only, last_layers, layers
+from steppe.rules.subsets import ParameterSubset, last_layers, layers
 from support import DRIVES, by_closure, net, train
 
 SHAPES = [(30, 20), (7, 3, 3), (11,), ()]  # 675 numbers
@@ -68,7 +68,7 @@ def test_sparse_keeps_the_largest_gradients_of_all_parameters_together():
     assert [d.tolist() for d in direction] == [[5.0, -4.0], [[0.0, 0.0]], 0.0, [-6.0]]
 
 
-def test_the_mask_comes_after_the_normalisation():
+def test_the_mask_comes_after_the_normalization():
     g = gradients()
     direction, scale = Sparse(L2(), sparsity=0.5)(at(g))
     e = torch.cat([(scale * d).reshape(-1) for d in direction])
@@ -111,7 +111,7 @@ def test_dynamic_draws_another_mask_for_another_seed():
 def test_masks_change_once_in_a_step_of_several_climbs():
     w = [nn.Parameter(part) for part in gradients()]
     for inner in (Sparse(LInf(), every=1), DynamicSparse(LInf(), steps=100, every=1)):
-        optimizer = SAM(torch.optim.SGD(w, lr=0.0), rho=1e-3, perturbation=steppe.Steps(inner, k=3))
+        optimizer = SAM(torch.optim.SGD(w, lr=0.0), rho=1e-3, perturbation=steppe.AscentSteps(inner, k=3))
         places = []
 
         def loss(places=places):
@@ -194,12 +194,12 @@ def test_stochastic_whole_gives_the_rule_the_chosen_tensors_only():
 
 
 def test_stochastic_does_not_draw_with_a_cadence_of_the_same_seed():
-    cadence = steppe.Randomly(p=0.5, seed=0)
+    cadence = steppe.Bernoulli(p=0.5, seed=0)
     rule = Stochastic(LInf(), beta=0.5, seed=0, whole=True)
     g = [torch.ones(1)]
     both = [(cadence(at(g, step)), rule(at(g, step)).direction[0] is not None) for step in range(1000)]
-    climbs = [drawn for climbed, drawn in both if climbed]
-    assert sum(climbs) / len(climbs) == pytest.approx(0.5, abs=0.12)
+    ascent_steps = [drawn for climbed, drawn in both if climbed]
+    assert sum(ascent_steps) / len(ascent_steps) == pytest.approx(0.5, abs=0.12)
 
 
 @pytest.mark.parametrize(
@@ -209,13 +209,13 @@ def test_stochastic_does_not_draw_with_a_cadence_of_the_same_seed():
         (lambda: Sparse(L2(), sparsity=-0.1), "sparsity must be"),
         (lambda: Sparse(L2(), every=0), "every must be 1 or more, got 0"),
         (lambda: Sparse(Momentum()), "needs no gradient at w, and there is none then to choose a mask by"),
-        (lambda: DynamicSparse(Random(), 10), "needs no gradient at w"),
+        (lambda: DynamicSparse(GaussianNoise(), 10), "needs no gradient at w"),
         (lambda: DynamicSparse(L2(), 10, drop=1.5), "drop must be between 0 and 1, got 1.5"),
         (lambda: DynamicSparse(L2(), 0), "steps must be 1 or more, got 0"),
         (lambda: Stochastic(L2(), beta=0.0), "beta must be more than 0 and at most 1, got 0.0"),
         (lambda: Stochastic(L2(), beta=1.1), "beta must be"),
-        (lambda: Stochastic(steppe.Steps(L2(), k=3)), r"climbs 3 times.*Steps\(Stochastic\(L2\(\)\)\)"),
-        (lambda: Sparse(steppe.Steps(L2(), k=2)), r"Steps\(Sparse\(L2\(\)\)\)"),
+        (lambda: Stochastic(steppe.AscentSteps(L2(), k=3)), r"climbs 3 times.*Steps\(Stochastic\(L2\(\)\)\)"),
+        (lambda: Sparse(steppe.AscentSteps(L2(), k=2)), r"Steps\(Sparse\(L2\(\)\)\)"),
         (lambda: Masked(L2(), {torch.ones(2): torch.ones(2)}), r"a bool tensor of its shape \(2,\), got torch.float32"),
         (lambda: Masked(L2(), {torch.ones(2): torch.ones(3, dtype=torch.bool)}), r"shape \(3,\)"),
         (lambda: layers(nn.Linear(1, 1)), "no pattern, so no layer"),
@@ -233,8 +233,8 @@ def test_what_cannot_be_meant_is_refused(make, message):
 def test_several_climbs_may_be_masked_or_restricted():
     p, q = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.ones(1))
     for rule in (
-        Only(steppe.Steps(LInf(), k=2), [p]),
-        Masked(steppe.Steps(LInf(), k=2), {q: torch.zeros(1, dtype=torch.bool)}),
+        ParameterSubset(steppe.AscentSteps(LInf(), k=2), [p]),
+        Masked(steppe.AscentSteps(LInf(), k=2), {q: torch.zeros(1, dtype=torch.bool)}),
     ):
         optimizer = SAM(torch.optim.SGD([p, q], lr=0.0), rho=1.0, perturbation=rule)
         seen = []
@@ -268,8 +268,8 @@ def test_last_layers_count_a_parameter_of_two_modules_once():
 @pytest.mark.parametrize(
     "rule",
     [
-        Random(),
-        Random(filterwise=True),
+        GaussianNoise(),
+        GaussianNoise(filterwise=True),
         Fisher(),
         LayerWise(),
         Sparse(L2(), every=3),
@@ -281,7 +281,7 @@ def test_last_layers_count_a_parameter_of_two_modules_once():
 )
 def test_nothing_is_read_back_from_an_accelerator(rule, monkeypatch):
     """Tensors without values refuse to be read; a build without CUDA has no generators for it."""
-    monkeypatch.setattr(draws, "generator", lambda device, key: None)
+    monkeypatch.setattr(random_tensors, "generator", lambda device, key: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(shape, device="cuda")) for shape in [(3, 4), (5,)]]
         optimizer = SAM(torch.optim.SGD(params, lr=0.1), rho=0.1, perturbation=rule)

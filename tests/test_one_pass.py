@@ -12,13 +12,13 @@ from checks import bumpy, resumes, split
 from reference import loss_and_gradient, sam_e
 from reference_perturbations import random_e
 from steppe import SAM
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods.esam import Stochastic
 from steppe.methods.msam import Momentum
-from steppe.methods.rwp import Random
+from steppe.methods.rwp import GaussianNoise
 from steppe.rules import Point
 from steppe.rules.masks import Masked
-from steppe.rules.subsets import Only, norm_layers
+from steppe.rules.subsets import ParameterSubset, norm_layers
 from support import DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
 
 BASES = {
@@ -104,7 +104,7 @@ def test_what_a_saved_pass_cannot_give_is_refused():
     w.square().sum().backward()
     with pytest.raises(RuntimeError, match=r"first_step\(\) with Momentum"):
         optimizer.first_step()
-    optimizer.cadence = lambda at: bool(at.gradient_norm > 1)
+    optimizer.cadence = lambda point: bool(point.gradient_norm > 1)
     with pytest.raises(ValueError, match="asks for the gradient at w"):
         by_passes(optimizer, lambda: w.square().sum())
     bare = SAM(torch.optim.SGD([w], lr=0.1), perturbation=Momentum())
@@ -157,7 +157,7 @@ def test_rwp_matches_its_slow_reference_and_its_mutants_do_not(filterwise, drive
         _, w.grad = loss_and_gradient(bumpy, w.detach() + e)
         reference.step()
     params = [nn.Parameter(p) for p in split(start)]
-    rule = Random(filterwise=filterwise, seed=5)
+    rule = GaussianNoise(filterwise=filterwise, seed=5)
     optimizer = SAM(torch.optim.SGD(params, lr=1e-2, momentum=0.9), rho=0.3, perturbation=rule)
     calls = []
     for _ in range(20):
@@ -183,7 +183,7 @@ def test_mixed_rwp_goes_down_with_both_gradients_in_two_passes(drive, alpha):
     params = [nn.Parameter(p) for p in split(start)]
     base = torch.optim.SGD(params, lr=1e-2, momentum=0.9)
     mix = steppe.PenalizedNorm(alpha)
-    optimizer = SAM(base, rho=0.3, perturbation=Random(filterwise=True), combination=mix)
+    optimizer = SAM(base, rho=0.3, perturbation=GaussianNoise(filterwise=True), combination=mix)
     calls = []
     for _ in range(20):
         DRIVES[drive](optimizer, lambda: (calls.append(1), bumpy(flat(params)))[1])
@@ -199,22 +199,22 @@ def noise(rule, shapes=((20, 30), (7,)), step=0, dtype=torch.float64):
 
 def test_draws_differ_by_step_seed_position_and_rule_and_by_nothing_else():
     torch.manual_seed(1)
-    first = noise(Random(filterwise=True, seed=1), step=3)
+    first = noise(GaussianNoise(filterwise=True, seed=1), step=3)
     torch.manual_seed(2)
-    again = noise(Random(filterwise=True, seed=1), step=3)
+    again = noise(GaussianNoise(filterwise=True, seed=1), step=3)
     assert bits(first) == bits(again)
     others = [
-        noise(Random(filterwise=True, seed=2), step=3)[0],
-        noise(Random(filterwise=True, seed=1), step=4)[0],
-        noise(Random(filterwise=True, seed=1), ((7,), (20, 30)), step=3)[1],
+        noise(GaussianNoise(filterwise=True, seed=2), step=3)[0],
+        noise(GaussianNoise(filterwise=True, seed=1), step=4)[0],
+        noise(GaussianNoise(filterwise=True, seed=1), ((7,), (20, 30)), step=3)[1],
     ]
     for other in others:
         correlation = torch.corrcoef(torch.stack([first[0].reshape(-1), other.reshape(-1)]))[0, 1]
         assert abs(correlation) < 5 / math.sqrt(600)
     like = [torch.empty(600, dtype=torch.float64)]
-    x, y = draws.normal("A", 0, 0, like)[0], draws.normal("B", 0, 0, like)[0]
+    x, y = random_tensors.normal("A", 0, 0, like)[0], random_tensors.normal("B", 0, 0, like)[0]
     assert abs(torch.corrcoef(torch.stack([x, y]))[0, 1]) < 5 / math.sqrt(600)
-    assert not torch.equal(draws.uniform("A", 0, 0, like)[0], draws.uniform("B", 0, 0, like)[0])
+    assert not torch.equal(random_tensors.uniform("A", 0, 0, like)[0], random_tensors.uniform("B", 0, 0, like)[0])
 
 
 def test_filterwise_noise_has_the_scale_of_each_filter_and_filters_at_zero_stay():
@@ -222,7 +222,7 @@ def test_filterwise_noise_has_the_scale_of_each_filter_and_filters_at_zero_stay(
     w[0][1] *= 10
     w[0][2] = 0
     at = Point(w, [], rho=[1.0] * 4, base_state=[{}] * 4, step=1)
-    matrix, cube, vector, number = Random(filterwise=True)(at).direction
+    matrix, cube, vector, number = GaussianNoise(filterwise=True)(at).direction
     assert matrix.std(dim=1).tolist() == pytest.approx([4000**0.5, 10 * 4000**0.5, 0], rel=0.06)
     assert cube.flatten(1).std(dim=1).tolist() == pytest.approx([4000**0.5] * 2, rel=0.06)
     assert vector.std().item() == pytest.approx(9000**0.5, rel=0.06)
@@ -234,14 +234,14 @@ def test_complex_filters_are_those_of_the_real_view():
     torch.manual_seed(0)
     w = [torch.randn(3, 2, dtype=torch.complex128), torch.randn(4, dtype=torch.complex128)]
     at = Point(w, [], rho=[1.0] * 2, base_state=[{}] * 2, step=0)
-    direction = Random(filterwise=True)(at).direction
+    direction = GaussianNoise(filterwise=True)(at).direction
     r = [torch.randn(shape, dtype=torch.float64, generator=stream(i)) for i, shape in enumerate([(3, 2, 2), (4, 2)])]
     want = [torch.linalg.vector_norm(w[0], dim=1).view(3, 1, 1) * r[0], w[1].abs().view(4, 1) * r[1]]
     torch.testing.assert_close(list(direction), want, rtol=1e-12, atol=1e-12)
 
 
 def stream(position):
-    return draws.generator(torch.device("cpu"), draws.key("Random", 0, 0, position))
+    return random_tensors.generator(torch.device("cpu"), random_tensors.key("Random", 0, 0, position))
 
 
 @pytest.mark.parametrize("filterwise", [False, True])
@@ -249,7 +249,7 @@ def stream(position):
 def test_rwp_in_half_precision_moves_by_rho_and_comes_back(dtype, filterwise):
     model = net(dtype=dtype)
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, model=model)
-    optimizer.perturbation = Random(filterwise=filterwise)
+    optimizer.perturbation = GaussianNoise(filterwise=filterwise)
     before, away = [p.detach().clone() for p in model.parameters()], []
     model.register_forward_pre_hook(
         lambda *_: away.append([p.detach() - q for p, q in zip(model.parameters(), before, strict=True)])
@@ -268,7 +268,7 @@ def test_rwp_in_half_precision_moves_by_rho_and_comes_back(dtype, filterwise):
 def test_rwp_resumes_and_leaves_every_generator_alone(filterwise, drive):
     def make(model, rho=0.05):
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return SAM(base, rho=rho, model=model, perturbation=Random(filterwise=filterwise, seed=1))
+        return SAM(base, rho=rho, model=model, perturbation=GaussianNoise(filterwise=filterwise, seed=1))
 
     resumes(make, drive)
     states = []
@@ -283,9 +283,9 @@ def test_rwp_resumes_and_leaves_every_generator_alone(filterwise, drive):
 
 def test_rwp_goes_with_the_modifiers():
     a, b = nn.Parameter(torch.ones(200)), nn.Parameter(torch.ones(3))
-    only = Only(Random(), [a])
+    only = ParameterSubset(GaussianNoise(), [a])
     nowhere = torch.zeros(3, dtype=torch.bool)
-    for rule, share in ((only, 1.0), (Stochastic(only, beta=0.5), 0.5), (Masked(Random(), {b: nowhere}), 1.0)):
+    for rule, share in ((only, 1.0), (Stochastic(only, beta=0.5), 0.5), (Masked(GaussianNoise(), {b: nowhere}), 1.0)):
         optimizer = SAM(torch.optim.SGD([a, b], lr=0.0), rho=0.5, perturbation=rule)
         seen = []
         by_passes(optimizer, lambda seen=seen: (seen.append((a - 1, b - 1)), a.sum() + b.sum())[1])
@@ -311,7 +311,9 @@ def test_only_climbs_with_the_chosen_parameters_and_has_their_radius(drive):
         _, w.grad = loss_and_gradient(bumpy, w.detach() + sam_e(w, g * mask, 0.3))
         reference.step()
     params = [nn.Parameter(p) for p in split(start)]
-    optimizer = SAM(torch.optim.SGD(params, lr=1e-2, momentum=0.9), rho=0.3, perturbation=Only(steppe.L2(), params[1:]))
+    optimizer = SAM(
+        torch.optim.SGD(params, lr=1e-2, momentum=0.9), rho=0.3, perturbation=ParameterSubset(steppe.L2(), params[1:])
+    )
     for _ in range(20):
         DRIVES[drive](optimizer, lambda: bumpy(torch.cat([p.reshape(-1) for p in params])))
     got = torch.cat([p.detach().reshape(-1) for p in params])
@@ -325,7 +327,10 @@ def test_parameters_that_stay_are_neither_copied_nor_moved():
     chosen = norm_layers(model)
     assert len(chosen) == 4
     optimizer = SAM(
-        torch.optim.SGD(model.parameters(), lr=0.0), rho=1.0, model=model, perturbation=Only(steppe.L2(), chosen)
+        torch.optim.SGD(model.parameters(), lr=0.0),
+        rho=1.0,
+        model=model,
+        perturbation=ParameterSubset(steppe.L2(), chosen),
     )
     before = {id(p): p.detach().clone() for p in model.parameters()}
     moved = []
@@ -343,7 +348,7 @@ def test_parameters_that_stay_are_neither_copied_nor_moved():
 def test_only_goes_with_a_one_pass_rule_a_copy_and_an_empty_choice():
     a, b = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([1.0]))
     base = torch.optim.SGD([a, b], lr=0.0, momentum=0.9)
-    optimizer = SAM(base, rho=0.5, perturbation=Only(Momentum(), [a]))
+    optimizer = SAM(base, rho=0.5, perturbation=ParameterSubset(Momentum(), [a]))
     seen = []
     for _ in range(2):
         by_passes(optimizer, lambda: (seen.append((a.tolist(), b.tolist())), a.square().sum() + b.sum())[1])
@@ -353,4 +358,4 @@ def test_only_goes_with_a_one_pass_rule_a_copy_and_an_empty_choice():
     a2, copied = copy.deepcopy((a, optimizer))
     assert any(p is a2 for p in copied.perturbation.parameters)
     with pytest.raises(ValueError, match="no parameter is to climb"):
-        Only(steppe.L2(), [])
+        ParameterSubset(steppe.L2(), [])

@@ -23,9 +23,9 @@ def keys(*used):
 def test_each_slot_is_cited_once_and_sam_first():
     optimizer = steppe.SAM(
         base(),
-        perturbation=steppe.Steps(steppe.Only(steppe.Adaptive(), [torch.zeros(1)]), 2),
-        combination=steppe.Reuse(),
-        cadence=steppe.Randomly(0.5),
+        perturbation=steppe.AscentSteps(steppe.ParameterSubset(steppe.Adaptive(), [torch.zeros(1)]), 2),
+        combination=steppe.GradientReuse(),
+        cadence=steppe.Bernoulli(0.5),
     )
     assert keys(optimizer) == ["foret2021sam", "kwon2021asam", "liu2022looksam", "zhao2022rst"]
     assert keys(steppe.SAM(base())) == ["foret2021sam"]

@@ -32,7 +32,7 @@ from steppe.methods.layerwise_sam import LayerWise
 from steppe.methods.sparse_sam import Sparse
 from steppe.methods.vasso import VarianceSuppressed
 from steppe.methods.zsharp import ZScore
-from steppe.rules import Ascent, Point
+from steppe.rules import Point, ScaledDirection
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from support import BASES, DRIVES, batch, bits, by_closure, net, train
@@ -99,10 +99,10 @@ def point(g: list[torch.Tensor], memory: dict | None = None, w: list[torch.Tenso
     return Point(w, g, [RHO] * len(g), [{}] * len(g), 0, {} if memory is None else memory)
 
 
-def e(rule, at: Point) -> list[torch.Tensor]:
-    direction, scale = rule(at)
-    climbs = zip(at.rho, direction, at.weights, strict=True)
-    return [torch.zeros_like(w) if d is None else rho * scale * d for rho, d, w in climbs]
+def e(rule, point: Point) -> list[torch.Tensor]:
+    direction, scale = rule(point)
+    ascent_steps = zip(point.rho, direction, point.weights, strict=True)
+    return [torch.zeros_like(w) if d is None else rho * scale * d for rho, d, w in ascent_steps]
 
 
 @pytest.mark.parametrize("base", ["sgd", "adamw"])
@@ -118,7 +118,7 @@ def test_mutant_wrong_perturbation_is_killed(monkeypatch, name, factor):
 
     def mutant(self, at, perturbation):
         climb = perturbation(at)
-        move(self, at, lambda _: Ascent(climb.direction, climb.scale * factor))
+        move(self, at, lambda _: ScaledDirection(climb.direction, climb.scale * factor))
 
     monkeypatch.setattr(engine.Engine, "move", mutant)
     with pytest.raises(AssertionError):
@@ -334,7 +334,7 @@ def test_complex_parameters_climb_as_their_real_views(name):
 
 @pytest.mark.parametrize("name", WAYS)
 def test_every_group_climbs_with_its_own_rho(name):
-    climbs = []
+    ascent_steps = []
     for radii in ((RHO, RHO), (RHO, 3 * RHO)):
         params = [torch.nn.Parameter(p) for p in start()]
         groups = [{"params": params[:2], "sam_rho": radii[0]}, {"params": params[2:], "sam_rho": radii[1]}]
@@ -346,9 +346,9 @@ def test_every_group_climbs_with_its_own_rho(name):
             return loss(params, 0)
 
         by_closure(optimizer, value)
-        climbs.append([up - at for at, up in zip(*places, strict=True)])
-    (a, b, c, d), other = climbs
-    assert any(part.any() for part in climbs[0])
+        ascent_steps.append([up - at for at, up in zip(*places, strict=True)])
+    (a, b, c, d), other = ascent_steps
+    assert any(part.any() for part in ascent_steps[0])
     torch.testing.assert_close(other, [a, b, 3 * c, 3 * d])
 
 

@@ -16,7 +16,7 @@ HALF = [torch.bfloat16, torch.float16]
 quiet = pytest.mark.filterwarnings("ignore:of the climb")
 
 
-def neighbours(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def neighbors(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
     """The numbers of a dtype around x, by trying: slow, and without a trick with bits."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
     numbers = numbers[numbers.isfinite()].unique()
@@ -26,20 +26,20 @@ def neighbours(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_sum_is_rounded_to_a_neighbour_and_right_on_average(dtype):
+def test_a_sum_is_rounded_to_a_neighbor_and_right_on_average(dtype):
     torch.manual_seed(0)
     w = torch.randn(50).to(dtype)
     e = torch.randn(50) * 10.0 ** torch.randint(-4, 0, (50,))
     exact = w.double() + e.double() * 0.5
-    below, above = neighbours(exact.float(), dtype)
-    total, draws = torch.zeros(50, dtype=torch.float64), 4000
-    for step in range(draws):
+    below, above = neighbors(exact.float(), dtype)
+    total, random_tensors = torch.zeros(50, dtype=torch.float64), 4000
+    for step in range(random_tensors):
         target = w.clone()
         add_scaled_stochastically_([target], torch.tensor(0.5), [e], step=step)
         assert ((target == below) | (target == above)).all()
         total += target.double()
-    deviation = (above - below) / 2 / draws**0.5
-    assert ((total / draws - exact).abs() <= 5 * deviation + 1e-7 * exact.abs()).all()
+    deviation = (above - below) / 2 / random_tensors**0.5
+    assert ((total / random_tensors - exact).abs() <= 5 * deviation + 1e-7 * exact.abs()).all()
     assert ((w.double() + (e * 0.5).to(dtype).double()).to(dtype) == w).sum() > 5, "rounding to nearest loses some"
 
 
@@ -105,8 +105,8 @@ def test_the_gradient_found_there_is_that_of_float32_weights():
     def g_s(dtype, **options):
         w = nn.Parameter(weights.to(dtype))
         optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=0.05, **options)
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 (20 * torch.tanh((w.float() * a).sum() / 100)).backward()
         return w.grad.float()
 

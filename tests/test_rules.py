@@ -10,7 +10,7 @@ from checks import build, matches_reference, restores_exactly, resumes
 from steppe import sam
 from steppe._engine import displacement, engine
 from steppe._engine import state_dict as checkpoints
-from steppe.rules import Ascent
+from steppe.rules import ScaledDirection
 from support import BASES, DRIVES
 
 
@@ -29,12 +29,12 @@ def test_every_k_climbs_at_every_kth_step(k):
 
 
 def matches_reference_with_other_cadence(k):
-    wrong = steppe.Every(k + 1)
-    original, steppe.Every = steppe.Every, lambda _: wrong
+    wrong = steppe.Periodic(k + 1)
+    original, steppe.Periodic = steppe.Periodic, lambda _: wrong
     try:
         matches_reference("sam", "momentum", "passes", every=k)
     finally:
-        steppe.Every = original
+        steppe.Periodic = original
 
 
 def test_radius_is_rho_in_the_norm_of_the_rule():
@@ -52,7 +52,7 @@ def test_rules_refuse_wrong_hyperparameters():
     with pytest.raises(ValueError, match="eta must be finite"):
         steppe.Adaptive(eta=-1.0)
     with pytest.raises(ValueError, match="k must be 1 or more"):
-        steppe.Every(0)
+        steppe.Periodic(0)
 
 
 # The mutants. Each breaks the package in one place, and a check must see it.
@@ -67,7 +67,7 @@ def climb_mutant(change):
 @pytest.mark.parametrize("rule", ["sam", "asam"])
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.999])
 def test_mutant_wrong_perturbation_is_killed(monkeypatch, rule, drive, factor):
-    monkeypatch.setattr(engine.Engine, "move", climb_mutant(lambda e: Ascent(e.direction, e.scale * factor)))
+    monkeypatch.setattr(engine.Engine, "move", climb_mutant(lambda e: ScaledDirection(e.direction, e.scale * factor)))
     with pytest.raises(AssertionError):
         matches_reference(rule, "sgd", drive)
 

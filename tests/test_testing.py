@@ -23,43 +23,43 @@ class Mean(steppe.L2):
     def __init__(self):
         object.__setattr__(self, "mean", None)
 
-    def __call__(self, at):
-        mean = [g.clone() for g in at.gradients] if self.mean is None else self.mean
-        mean = [m.lerp(g, 0.3) if m.shape == g.shape else g for m, g in zip(mean, at.gradients, strict=False)]
+    def __call__(self, point):
+        mean = [g.clone() for g in point.gradients] if self.mean is None else self.mean
+        mean = [m.lerp(g, 0.3) if m.shape == g.shape else g for m, g in zip(mean, point.gradients, strict=False)]
         object.__setattr__(self, "mean", mean)
-        return steppe.Ascent(mean)
+        return steppe.ScaledDirection(mean)
 
 
 SHARED = Mean()
 
 
 class NotANumber(steppe.L2):
-    def __call__(self, at):
-        return steppe.Ascent([g / at.gradient_norm for g in at.gradients])
+    def __call__(self, point):
+        return steppe.ScaledDirection([g / point.gradient_norm for g in point.gradients])
 
 
 class Waits(steppe.L2):
-    def __call__(self, at):
-        return steppe.Ascent(at.gradients, 1 / max(at.gradient_norm.item(), 1e-12))
+    def __call__(self, point):
+        return steppe.ScaledDirection(point.gradients, 1 / max(point.gradient_norm.item(), 1e-12))
 
 
 class InThePlace(steppe.L2):
     """Looks at the parameters instead of their real weights."""
 
-    def __call__(self, at):
-        along = [g * p.detach().abs() for g, p in zip(at.gradients, at.parameters, strict=True)]
-        return steppe.Ascent(along, reciprocal(norm(along)))
+    def __call__(self, point):
+        along = [g * p.detach().abs() for g, p in zip(point.gradients, point.parameters, strict=True)]
+        return steppe.ScaledDirection(along, reciprocal(norm(along)))
 
 
 @dataclass(frozen=True)
 class Smeared:
     """Goes down with a mean of g_s that remembers a NaN for ever."""
 
-    needs_clean: ClassVar[bool] = False
+    needs_unperturbed_gradient: ClassVar[bool] = False
 
-    def __call__(self, at, perturbed):
-        memory = at.memory_of(self)
-        for own, g in zip(memory, at.gradients if perturbed is None else perturbed, strict=True):
+    def __call__(self, point, perturbed):
+        memory = point.memory_of(self)
+        for own, g in zip(memory, point.gradients if perturbed is None else perturbed, strict=True):
             own["mean"] = g.clone() if "mean" not in own else own["mean"].lerp(g, 0.5)
         return [own["mean"] for own in memory]
 
@@ -67,13 +67,13 @@ class Smeared:
 class Always(steppe.Perturbed):
     """Adds to what goes down even where nothing was climbed."""
 
-    def __call__(self, at, perturbed):
-        return [g * 1.001 for g in (at.gradients if perturbed is None else perturbed)]
+    def __call__(self, point, perturbed):
+        return [g * 1.001 for g in (point.gradients if perturbed is None else perturbed)]
 
 
 KILLED = {
     "a memory in the rule, and a checkpoint": (testing.resumes_to_the_bit, lambda m: around(m, perturbation=Mean())),
-    "a memory in the rule, and a neighbour": (testing.rules_are_stateless, lambda m: around(m, perturbation=SHARED)),
+    "a memory in the rule, and a neighbor": (testing.rules_are_stateless, lambda m: around(m, perturbation=SHARED)),
     "a direction of 0 / 0": (testing.gradients_may_be_absent_or_zero, lambda m: around(m, perturbation=NotANumber())),
     "other dropout masks": (testing.radius_zero_is_the_base, lambda m: around(m, replay_rng=False)),
     "statistics of the second pass": (testing.surroundings_are_those_of_one_pass, lambda m: around(m, protect=False)),
@@ -117,7 +117,7 @@ def test_sam_itself_keeps_the_contract(check):
 
 
 def test_the_cost_is_counted():
-    assert testing.passes_per_step(lambda m: around(m, cadence=steppe.Every(4)), 8) == 1.25
+    assert testing.passes_per_step(lambda m: around(m, cadence=steppe.Periodic(4)), 8) == 1.25
 
 
 def flat(ps, rule=None, **slots):
@@ -133,7 +133,7 @@ def test_a_reference_kills_a_wrong_climb(wrong):
 
 
 def test_a_reference_may_have_a_combination_and_a_cadence():
-    slots = {"combination": steppe.PenalizedNorm(0.7), "cadence": steppe.Every(2)}
+    slots = {"combination": steppe.PenalizedNorm(0.7), "cadence": steppe.Periodic(2)}
     testing.matches_reference(
         lambda ps: flat(ps, **slots),
         lambda w, g: 0.3 * g / g.norm(),

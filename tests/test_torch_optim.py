@@ -130,8 +130,8 @@ def test_every_optimizer_of_the_database_is_tested_or_refused_with_a_reason(info
     w = nn.Parameter(torch.ones(2))
     with pytest.raises(error, match=message):
         optimizer = SAM(info.optim_cls([w]))
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 w.grad = torch.ones(2).to_sparse()
     assert w.tolist() == [1.0, 1.0]
 

@@ -104,7 +104,7 @@ def test_its_docstring_names_the_paper_that_it_cites(name):
 def test_several_climbs_and_some_of_the_parameters_are_arguments():
     model = testing.Net()
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    assert variants.sam(base, steps=3).perturbation == steppe.Steps(steppe.L2(), 3)
+    assert variants.sam(base, steps=3).perturbation == steppe.AscentSteps(steppe.L2(), 3)
     only = variants.asam(base, only=steppe.norm_layers(model)).perturbation
     assert (only.rule, len(only.parameters)) == (steppe.Adaptive(), 6)
     assert testing.passes_per_step(lambda m: variants.sam(torch.optim.SGD(m.parameters(), lr=0.1), steps=3), 4) == 4.0

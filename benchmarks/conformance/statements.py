@@ -1,4 +1,4 @@
-"""The contract's statements as behaviour that a user meets: each takes an adapter and measures.
+"""The contract's statements as behavior that a user meets: each takes an adapter and measures.
 
 None of them names an API of Steppe. ``step`` is the step that an implementation's own documentation shows, and
 ``plain`` the same loop without SAM. A statement that raises is red, with the error as its measured value.
@@ -492,7 +492,7 @@ def zero_gradient(peer: Adapter) -> Outcome:
 
 @states("C11b")
 def maximize(peer: Adapter) -> Outcome:
-    """Maximising -f is minimising f."""
+    """Maximizing -f is minimizing f."""
     down, up = Vector(3.0, 4.0), Vector(3.0, 4.0)
     first = peer.build(down, Base(torch.optim.SGD, {"lr": 1e-3}), 0.5)
     second = peer.build(up, Base(torch.optim.SGD, {"lr": 1e-3, "maximize": True}), 0.5)
@@ -794,7 +794,7 @@ def _on_fake_cuda(build: Callable[[nn.Module, Base], Session], tensors: int, bas
 
 
 @states("C25")
-def no_synchronisation(peer: Adapter) -> Outcome:
+def no_synchronization(peer: Adapter) -> Outcome:
     """Reading a value on the host raises there."""
     try:
         for base in (SGD, MOMENTUM):

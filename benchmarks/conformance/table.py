@@ -64,8 +64,8 @@ def head(results: dict) -> str:
     machine = results["machine"]
     return (
         "# Conformance\n\n"
-        "What [the contract](architecture.md#the-contract) asks of sharpness-aware minimisation in a real training "
-        "loop, as behaviour that a user meets, run over Steppe and over the other implementations that can be "
+        "What [the contract](architecture.md#the-contract) asks of sharpness-aware minimization in a real training "
+        "loop, as behavior that a user meets, run over Steppe and over the other implementations that can be "
         "installed. No statement names an API of Steppe, and every number can be [reproduced](#reproduce-a-cell). "
         "Made by\n\n"
         "```\npython benchmarks/conformance/run.py --classic PATH\n```\n\n"

@@ -13,11 +13,11 @@ from memory import Step, stepper
 from steppe import SAM, closures, variants
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.methods._card import MethodCard
-from steppe.methods.late_sam import Late
-from steppe.methods.random_sam import Randomly
+from steppe.methods.late_sam import LatePhase
+from steppe.methods.random_sam import Bernoulli
 from steppe.methods.registry import CARDS
 from steppe.rules import Cadence, Point
-from steppe.rules.every import Every
+from steppe.rules.periodic import Periodic
 
 CLASSES = 10
 
@@ -78,9 +78,9 @@ class Repeated:
     cadence: Cadence
     period: int
 
-    def __call__(self, at: Point) -> bool:
+    def __call__(self, point: Point) -> bool:
         """Return whether to climb."""
-        return self.cadence(replace(at, step=at.step % self.period))
+        return self.cadence(replace(point, step=point.step % self.period))
 
 
 @dataclass(frozen=True)
@@ -138,17 +138,17 @@ def _alone(base: Optimizer, model: nn.Module, **_: Any) -> tuple[Any, ...]:
 
 
 def _every(base: Optimizer, model: nn.Module, *, k: int, **options: Any) -> tuple[Any, ...]:
-    return (SAM(base, model=model, cadence=Every(k), **options),)
+    return (SAM(base, model=model, cadence=Periodic(k), **options),)
 
 
 def _late(base: Optimizer, model: nn.Module, *, start: float, steps: int, **options: Any) -> tuple[Any, ...]:
-    return (SAM(base, model=model, cadence=Repeated(Late(start, steps), steps), **options),)
+    return (SAM(base, model=model, cadence=Repeated(LatePhase(start, steps), steps), **options),)
 
 
 def _randomly(
     base: Optimizer, model: nn.Module, *, p: float, seed: int, period: int, **options: Any
 ) -> tuple[Any, ...]:
-    return (SAM(base, model=model, cadence=Repeated(Randomly(p, seed), period), **options),)
+    return (SAM(base, model=model, cadence=Repeated(Bernoulli(p, seed), period), **options),)
 
 
 def _saf(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:

@@ -41,10 +41,10 @@ def _panel(axes: Axes, points: Sequence[dict[str, Any]], along: str) -> None:
         if not known:
             continue
         x, rows = zip(*known, strict=True)
-        axes.plot(x, [row["ratio"] for row in rows], style.line, color=style.colour, marker="o", label=style.label)
+        axes.plot(x, [row["ratio"] for row in rows], style.line, color=style.color, marker="o", label=style.label)
         low, high = ([row[end] for row in rows] for end in ("ratio_low", "ratio_high"))
-        axes.fill_between(x, low, high, color=style.colour, alpha=0.18, linewidth=0)
-        axes.axhline(rows[0]["passes"], color=style.colour, linewidth=0.8, linestyle="--", zorder=1)
+        axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
+        axes.axhline(rows[0]["passes"], color=style.color, linewidth=0.8, linestyle="--", zorder=1)
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_locator(FixedLocator([point[along] for point in points]))
     axes.xaxis.set_major_formatter("{x:g}")

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steppe.experiments.data.datasets import load, normalise
+from steppe.experiments.data.datasets import load, normalize
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.flatness import Hessian, Objective, eigenvalues
 
@@ -37,7 +37,7 @@ def problem(width: int, batches: int, epochs: int = 4) -> Problem:
     torch.manual_seed(0)
     model = preact_resnet18(width, stem_stride=2)
     train = load("sample").train
-    x, y = normalise(train.images), train.labels
+    x, y = normalize(train.images), train.labels
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     for _ in range(epochs):
         for chosen in torch.randperm(len(x)).split(BATCH):

@@ -149,8 +149,8 @@ def test_mixed_precision_is_what_a_hand_written_loop_makes_of_it(dtype):
 
     for step in range(3):
         x, y = images(step)
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 scaler.scale(loss(model, x, y)).backward()
         scaler.step(optimizer)
         scaler.update()
@@ -169,9 +169,9 @@ def test_an_overflow_in_either_pass_skips_the_step(overflow):
         before = [p.detach().clone() for p in model.parameters()]
         momentum = copy.deepcopy(optimizer.base.state_dict()["state"])
         x, y = images(0)
-        for walk in optimizer.passes():
-            with walk:
-                factor = float("inf") if bad and walk.climbs == (overflow == "w + e") else 1.0
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                factor = float("inf") if bad and sam_pass.is_perturbed == (overflow == "w + e") else 1.0
                 scaler.scale(F.cross_entropy(model(x), y) * factor).backward()
         scaler.step(optimizer)
         scaler.update()

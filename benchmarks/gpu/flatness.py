@@ -34,9 +34,9 @@ def flatness(unit: Unit, folder: Path, images: Dataset, stop: Stop, *, tiny: boo
     network.to(images.train.images.device)
     sampling = Sampling(samples=32) if tiny else Sampling()
     sample = flatness_sample(images.train, sampling.samples, unit.seed)
-    plain, normalised = objectives(network, sample, sampling, pause)
+    plain, normalized = objectives(network, sample, sampling, pause)
     try:
-        found = measure(plain, replace(_TINY if tiny else Effort(), points=0), normalised=normalised)
+        found = measure(plain, replace(_TINY if tiny else Effort(), points=0), normalized=normalized)
     except (FloatingPointError, ValueError, RuntimeError) as error:  # the run's accuracies are worth more than this
         return {"failed": " ".join(str(error).split())}
     return {k: v for k, v in found.to_json().items() if "landscape" not in k}

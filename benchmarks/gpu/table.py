@@ -6,7 +6,7 @@ from typing import Any
 from gpu.comparison import Comparison, comparison, told
 from results import Result
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import summarise
+from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.analysis.verdicts import CAVEATS, compared
 from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Unit
@@ -70,7 +70,7 @@ RENDER: Mapping[str, Callable[[Sequence[Result]], str]] = {
 
 def _summary(known: Comparison) -> list[str]:
     # without its heading: the page has its own
-    title, _, rest = summarise(known.recipe, known.results).markdown().partition("\n\n")
+    title, _, rest = summarize(known.recipe, known.results).markdown().partition("\n\n")
     return [f"{title.removeprefix('# ')}.", "", rest.rstrip()]
 
 

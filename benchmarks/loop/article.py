@@ -16,7 +16,7 @@ from steppe.experiments.models.preact_resnet import preact_resnet18
 
 
 class Images(Dataset[tuple[Tensor, int]]):
-    """Images that are normalised one by one."""
+    """Images that are normalized one by one."""
 
     def __init__(self, split: Split) -> None:
         self.images, self.labels = split.images, split.labels

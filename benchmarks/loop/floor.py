@@ -1,6 +1,6 @@
 """The floor of a pass: its operations at the device's measured matrix rate, its bytes at its measured bandwidth.
 
-Bytes are those of the activations, in bfloat16: each convolution, normalisation and linear layer reads its input and
+Bytes are those of the activations, in bfloat16: each convolution, normalization and linear layer reads its input and
 writes its output going forward, and backward reads the gradient of its output and its input, and writes the gradient of
 its input. ReLUs and sums are taken to be done on the way, and weights, a few percent, are not counted.
 """

@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from timing import seconds
 
-Steps = Callable[[int], object]
+AscentSteps = Callable[[int], object]
 Key = tuple[str, str]
 """The choice and the method."""
 
@@ -26,27 +26,27 @@ class Race:
     """Steps before the first timing: enough for a graph of each size of batch."""
     chunk: int
     """Steps in a timing."""
-    runners: dict[Key, Steps] = field(default_factory=dict)
+    runners: dict[Key, AscentSteps] = field(default_factory=dict)
     warmed: dict[Key, float] = field(default_factory=dict)
     """Seconds from the making to the first timing."""
     times: dict[Key, list[float]] = field(default_factory=dict)
     """Seconds a step, a timing each."""
     failed: dict[Key, str] = field(default_factory=dict)
 
-    def enter(self, makers: Mapping[Key, Callable[[], Steps]], until: float) -> None:
+    def enter(self, makers: Mapping[Key, Callable[[], AscentSteps]], until: float) -> None:
         """Make and warm up as many as there is time for, in their order; the first one in any case."""
         for key, make in makers.items():
             if self.runners and time.monotonic() > until:
                 self.failed[key] = "not measured: the time was up"
                 continue
             try:
-                made: list[Steps] = []
+                made: list[AscentSteps] = []
                 self.warmed[key] = seconds(lambda make=make, made=made: self._warm(make, made), device=self.device)
                 self.runners[key] = made[0]
             except Exception as error:
                 self.failed[key] = reason(error)
 
-    def _warm(self, make: Callable[[], Steps], made: list[Steps]) -> None:
+    def _warm(self, make: Callable[[], AscentSteps], made: list[AscentSteps]) -> None:
         made.append(make())
         made[0](self.warm)
 

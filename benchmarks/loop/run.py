@@ -4,7 +4,7 @@
     python benchmarks/loop/run.py --classic FILE             with the sam.py of github.com/davda54/sam
     python benchmarks/loop/run.py --device cpu --tiny        does it run?
 
-SGD and SAM in two styles of loop. The article's: float32, eager, a DataLoader whose data set normalises image by image,
+SGD and SAM in two styles of loop. The article's: float32, eager, a DataLoader whose data set normalizes image by image,
 pinned and copied to the device batch by batch, the loss read at each step, SAM by a loop over the parameters. Ours:
 `steppe.experiments.training.run`, the data on the device, with each choice alone and with all together. Float32 means what
 torch makes of it by default, which for convolutions on a GPU is TF32, in both styles.
@@ -34,7 +34,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from loop.article import Article, classic
 from loop.choices import Choice, Ours, choices
 from loop.floor import floor
-from loop.race import Key, Race, Steps, reason
+from loop.race import AscentSteps, Key, Race, reason
 from loop.table import render
 from results import add_arguments, load, save
 from steppe.experiments.config.recipe import RECIPES, Recipe
@@ -92,10 +92,10 @@ def random_images(train: int, test: int) -> Dataset:
     return Dataset("random", *splits, "random images")
 
 
-def contenders(at: Setting, on_device: Dataset, args: argparse.Namespace) -> dict[Key, Callable[[], Steps]]:
+def contenders(at: Setting, on_device: Dataset, args: argparse.Namespace) -> dict[Key, Callable[[], AscentSteps]]:
     """How each is made, what matters most first."""
     sam = classic(args.classic)
-    found: dict[Key, Callable[[], Steps]] = {}
+    found: dict[Key, Callable[[], AscentSteps]] = {}
     for workers in at.workers:
         for method in METHODS:
             make = partial(Article, at.recipe, method, at.dataset.train, workers, sam)
@@ -145,7 +145,7 @@ def training_network(at: Setting, device: str) -> torch.nn.Module:
 
 
 def _batch(at: Setting, on_device: Dataset) -> tuple[torch.Tensor, int]:
-    images = data.normalise(on_device.train.images[: at.recipe.batch_size])
+    images = data.normalize(on_device.train.images[: at.recipe.batch_size])
     return images, len(at.dataset.train)
 
 

@@ -7,11 +7,11 @@ from typing import ClassVar
 from torch import nn
 from torch.optim import Optimizer
 
-from steppe import L2, SAM, Adaptive, Only
+from steppe import L2, SAM, Adaptive, ParameterSubset
 from steppe.experiments.config import contenders
 from steppe.experiments.config.contenders import Contender
 from steppe.methods.fraction_sam import OnAFraction
-from steppe.methods.looksam import Reuse
+from steppe.methods.looksam import GradientReuse
 from steppe.rules import Point
 from steppe.rules.perturbed import Perturbed
 from steppe.rules.subsets import norm_layers
@@ -28,9 +28,9 @@ class LateEvery:
     start: float
     steps: int
 
-    def __call__(self, at: Point) -> bool:
+    def __call__(self, point: Point) -> bool:
         """Return whether to climb."""
-        return at.step % self.k == 0 and at.step / self.steps >= self.start
+        return point.step % self.k == 0 and point.step / self.steps >= self.start
 
 
 def preset(
@@ -45,10 +45,10 @@ def preset(
     norms: bool = False,
     adaptive: bool = False,
 ) -> SAM:
-    """SAM that climbs late, at every k-th step, with the normalisation layers only, reusing g_v between climbs."""
+    """SAM that climbs late, at every k-th step, with the normalization layers only, reusing g_v between climbs."""
     rule = Adaptive() if adaptive else L2()
-    perturbation = Only(rule, norm_layers(model)) if norms else rule
-    combination = Reuse(reuse) if reuse else Perturbed()
+    perturbation = ParameterSubset(rule, norm_layers(model)) if norms else rule
+    combination = GradientReuse(reuse) if reuse else Perturbed()
     cadence = LateEvery(k, start, steps)
     return SAM(base, rho, model=model, perturbation=perturbation, combination=combination, cadence=cadence)
 

@@ -66,8 +66,8 @@ def candidates() -> Iterator[str]:
     yield "preset:rho=1.0,k=5,reuse=0.7,adaptive=true"
     yield "gsam:rho=0.1"
     yield "vasso:rho=0.1"
-    yield "micro_sam:rho=0.05,m=16"
-    yield "micro_sam:rho=0.1,m=16"
+    yield "micro_batch_sam:rho=0.05,m=16"
+    yield "micro_batch_sam:rho=0.1,m=16"
 
 
 @dataclass(frozen=True)

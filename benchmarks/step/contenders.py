@@ -40,8 +40,8 @@ def ours(parameters: Sequence[nn.Parameter]) -> Step:
     optimizer = steppe.SAM(torch.optim.SGD(parameters, lr=LR), rho=RHO)
 
     def step(put: Put) -> None:
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 put()
         optimizer.step()
 

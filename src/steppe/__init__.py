@@ -1,37 +1,37 @@
-"""Steppe: sharpness-aware minimisation for PyTorch."""
+"""Steppe: sharpness-aware minimization for PyTorch."""
 
 from steppe import closures, compat, flatness, methods, rho_schedule, rules, testing, variants
 from steppe._engine.side_effects import frozen_stats
-from steppe.methods.aesam import GradientNorm
+from steppe.methods.aesam import GradientNormThreshold
 from steppe.methods.asam import Adaptive
 from steppe.methods.dynamic_sparse_sam import DynamicSparse
 from steppe.methods.esam import Stochastic
 from steppe.methods.fisher_sam import Fisher
 from steppe.methods.friendly_sam import Friendly
 from steppe.methods.gsam import SurrogateGap
-from steppe.methods.late_sam import Late
+from steppe.methods.late_sam import LatePhase
 from steppe.methods.layerwise_sam import LayerWise
-from steppe.methods.looksam import Reuse
+from steppe.methods.looksam import GradientReuse
 from steppe.methods.mesa import MESA
 from steppe.methods.msam import Momentum
 from steppe.methods.pgn import PenalizedNorm
-from steppe.methods.random_sam import Randomly
-from steppe.methods.rwp import Random
+from steppe.methods.random_sam import Bernoulli
+from steppe.methods.rwp import GaussianNoise
 from steppe.methods.saf import SAF
 from steppe.methods.sparse_sam import Sparse
 from steppe.methods.vasso import VarianceSuppressed
-from steppe.methods.wsam import Weighted
+from steppe.methods.wsam import WeightedSharpness
 from steppe.methods.zsharp import ZScore
 from steppe.papers import citation
-from steppe.rules import Ascent, Cadence, Combination, Perturbation, Point
-from steppe.rules.ascent_steps import Steps
-from steppe.rules.every import Every
+from steppe.rules import Cadence, Combination, Perturbation, Point, ScaledDirection
+from steppe.rules.ascent_steps import AscentSteps
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
+from steppe.rules.periodic import Periodic
 from steppe.rules.perturbed import Perturbed
-from steppe.rules.subsets import Only, last_layers, layers, norm_layers
-from steppe.sam import SAM, Walk
+from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
+from steppe.sam import SAM, Pass
 
 __version__ = "0.1.0"
 
@@ -41,34 +41,34 @@ __all__ = [
     "SAF",
     "SAM",
     "Adaptive",
-    "Ascent",
+    "AscentSteps",
+    "Bernoulli",
     "Cadence",
     "Combination",
     "DynamicSparse",
-    "Every",
     "Fisher",
     "Friendly",
-    "GradientNorm",
+    "GaussianNoise",
+    "GradientNormThreshold",
+    "GradientReuse",
     "LInf",
-    "Late",
+    "LatePhase",
     "LayerWise",
     "Masked",
     "Momentum",
-    "Only",
+    "ParameterSubset",
+    "Pass",
     "PenalizedNorm",
+    "Periodic",
     "Perturbation",
     "Perturbed",
     "Point",
-    "Random",
-    "Randomly",
-    "Reuse",
+    "ScaledDirection",
     "Sparse",
-    "Steps",
     "Stochastic",
     "SurrogateGap",
     "VarianceSuppressed",
-    "Walk",
-    "Weighted",
+    "WeightedSharpness",
     "ZScore",
     "citation",
     "closures",

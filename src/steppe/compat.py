@@ -39,7 +39,7 @@ class SAM(sam.SAM):
         params: parameters, or groups of them; a group may bring its own ``rho``, and writing ``group["rho"]`` later
             sets its radius for the next step.
         base_class: the base optimizer's class (its old name, ``base_optimizer``, works as a keyword).
-        rho: the neighbourhood radius.
+        rho: the neighborhood radius.
         adaptive: ASAM as the classic implementation has it, T = |w|, e = rho T^2 g / |T g|.
         kwargs: for the base optimizer; and ``model``, as in :class:`steppe.SAM`.
 

@@ -17,9 +17,9 @@ from steppe._engine.callers import called_by_scaler, called_by_trainer, inside_a
 from steppe._engine.constructor import base_and_rho, check_groups
 from steppe._engine.engine import Engine
 from steppe._engine.state_dict import RHO, has_ours, pack, parameters, unpack
-from steppe.rules import Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
-from steppe.rules.every import Every
+from steppe.rules import Cadence, Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient, scale_free
 from steppe.rules.l2 import L2
+from steppe.rules.periodic import Periodic
 from steppe.rules.perturbed import Perturbed
 
 Closure: TypeAlias = Callable[[], Any]
@@ -29,7 +29,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 # Dynamo would drop what a compiled step writes to our attributes.
 _eager: Callable[[_F], _F] = torch.compiler.disable
 _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
-_ALONG_G, _EVERY_STEP, _G_S = L2(), Every(), Perturbed()
+_ALONG_G, _EVERY_STEP, _G_S = L2(), Periodic(), Perturbed()
 _wrapped: WeakSet[Optimizer] = WeakSet()
 
 
@@ -37,14 +37,14 @@ class Stage(enum.Enum):
     """Where a step stands, in the words of the error that a call out of order gets."""
 
     AT_W = "between two steps"
-    WALKING = "inside a walk of passes()"
-    BETWEEN = "inside the loop over passes(), before its end"
-    CLIMBED = "between first_step() and second_step()"
+    IN_PASS = "inside a walk of passes()"
+    BETWEEN_PASSES = "inside the loop over passes(), before its end"
+    PERTURBED = "between first_step() and second_step()"
     READY = "after passes(), before step()"
 
 
 class SAM(Optimizer):
-    """Sharpness-aware minimisation around any base optimizer.
+    """Sharpness-aware minimization around any base optimizer.
 
     min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e(g) gives g_s, and the base
     optimizer steps from w with a combination of the two. ``param_groups``, ``state`` and ``defaults`` *are* the
@@ -55,7 +55,7 @@ class SAM(Optimizer):
 
     Args:
         base_optimizer: an instance of any optimizer that does not need a closure of its own.
-        rho: the neighbourhood radius, at least 0; the default of every group. A group may bring its own ``sam_rho``.
+        rho: the neighborhood radius, at least 0; the default of every group. A group may bring its own ``sam_rho``.
         model: the module that the passes run. With it the second pass changes no buffer (BatchNorm's running
             statistics, ...), starts from the buffers that the first one started from, and adds nothing to the
             gradients of parameters that belong to other optimizers.
@@ -81,7 +81,7 @@ class SAM(Optimizer):
             would be silently wrong (FSDP1, DeepSpeed).
 
     A step whose gradient is not finite in either pass is skipped, and counted in :attr:`skipped_steps`. On an
-    accelerator that is decided without synchronisation: exactly by a base that takes ``found_inf`` (``fused=True``);
+    accelerator that is decided without synchronization: exactly by a base that takes ``found_inf`` (``fused=True``);
     any other gets a zero gradient for that step, so that only its momentum and weight decay act.
 
     >>> model = torch.nn.Linear(2, 1)
@@ -108,7 +108,7 @@ class SAM(Optimizer):
     stochastic_rounding: bool
     scaler: torch.amp.GradScaler | None
     _said_plain = False
-    _walking: "Walk | None"
+    _current_pass: "Pass | None"
 
     @overload
     def __init__(
@@ -189,7 +189,7 @@ class SAM(Optimizer):
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # first: what torch sets up looks at our defaults, which are the base's
         super().__setstate__({name: value for name, value in state.items() if name not in ("memory", "steps")})
-        self._stage, self._walking, self._recording = Stage.AT_W, None, False
+        self._stage, self._current_pass, self._recording = Stage.AT_W, None, False
         self.scaler = state.get("scaler")
         self._template: Memory = {}
         self._below = SimpleNamespace(param_groups=self.param_groups, step=self._take)
@@ -234,9 +234,9 @@ class SAM(Optimizer):
         self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
 
     @property
-    def walk(self) -> "Walk | None":
+    def current_pass(self) -> "Pass | None":
         """The pass that runs now, for a closure that wants to know which one it is; None outside of one."""
-        return self._walking
+        return self._current_pass
 
     @property
     def skipped_steps(self) -> int:
@@ -246,15 +246,15 @@ class SAM(Optimizer):
     # CUDA graphs: one a kind of step.
 
     @property
-    def climbs_next(self) -> bool | None:
+    def perturbs_next(self) -> bool | None:
         """Whether the next step climbs; None where the cadence decides by the gradient at w."""
-        return None if needs_gradient(self.cadence) else bool(self.cadence(self._engine.point_before()))
+        return None if needs_gradient(self.cadence) else bool(self.cadence(self._engine.point_of_step()))
 
     @contextmanager
     def recording(self) -> Iterator[None]:
         """Let a step be captured in a CUDA graph under any cadence that goes by the step's number.
 
-        The graph is of a step of that kind: replay it only where :attr:`climbs_next` is what it was at the capture, and
+        The graph is of a step of that kind: replay it only where :attr:`perturbs_next` is what it was at the capture, and
         call :meth:`replayed` after each replay but the first, of which the capture itself has been told.
 
         Raises:
@@ -277,7 +277,7 @@ class SAM(Optimizer):
 
     # Driving it.
 
-    def passes(self, *, accumulate: bool = False) -> Iterator["Walk"]:
+    def passes(self, *, accumulate: bool = False) -> Iterator["Pass"]:
         """Yield the passes of one step, each a context for one forward+backward over all micro-batches.
 
         Every pass starts with cleared gradients. After the loop the weights are back at w and ``.grad`` holds what
@@ -294,8 +294,8 @@ class SAM(Optimizer):
 
         >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
         >>> optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=0.5)
-        >>> for walk in optimizer.passes():
-        ...     with walk:
+        >>> for sam_pass in optimizer.passes():
+        ...     with sam_pass:
         ...         w.square().sum().div(2).backward()
         >>> w.grad
         tensor([3.3000, 4.4000])
@@ -309,7 +309,7 @@ class SAM(Optimizer):
                 "all in each pass, and accumulate=True gives each a perturbation of its own"
             )
         before = self._engine.gradients.copies() if accumulate else {}
-        yield from self._ahead() if self._climbs_ahead() else self._from_w()
+        yield from self._ahead() if self._is_single_pass() else self._from_w()
         self._engine.combine(self.combination)
         self._engine.gradients.add(before)
         self._stage = Stage.READY
@@ -332,10 +332,10 @@ class SAM(Optimizer):
             return self._step_by(closure)
         if self._stage is Stage.AT_W:
             return self._plain_step()
-        if self._stage not in (Stage.CLIMBED, Stage.READY):
+        if self._stage not in (Stage.PERTURBED, Stage.READY):
             raise self._out_of_order("step()")
         self._check_scale()
-        if self._stage is Stage.CLIMBED:
+        if self._stage is Stage.PERTURBED:
             if called_by_scaler():
                 self._engine.unscaled()
             self._finish_classic()
@@ -355,7 +355,7 @@ class SAM(Optimizer):
             RuntimeError: called twice, or inside a walk of :meth:`passes`.
         """
         self._begin("first_step()")
-        if self._climbs_ahead():
+        if self._is_single_pass():
             raise RuntimeError(
                 f"first_step() with {self.perturbation}: it climbs without the gradient at w, so its only pass comes "
                 "after the climb, and the backward before first_step() would be lost. Use passes() or step(closure)"
@@ -365,15 +365,15 @@ class SAM(Optimizer):
                 "first_step() with per_rank=True: the backward before it has averaged the ranks' gradients already. "
                 "Use passes() or step(closure), which keep them apart"
             )
-        if climbs(self.perturbation) > 1:
+        if ascent_steps(self.perturbation) > 1:
             raise RuntimeError(
-                f"first_step() with {self.perturbation}: it climbs {climbs(self.perturbation)} times a step, and the "
+                f"first_step() with {self.perturbation}: it climbs {ascent_steps(self.perturbation)} times a step, and the "
                 "classic API has a place for one climb. Use passes() or step(closure)"
             )
-        at = self._engine.point_to_climb()
-        if self.cadence(self._engine.seen_by(self.cadence, at)):
-            self._climb(at)
-        self._stage = Stage.CLIMBED
+        point = self._engine.point_after_first_pass()
+        if self.cadence(self._engine.unscaled_view(self.cadence, point)):
+            self._perturb(point)
+        self._stage = Stage.PERTURBED
         if zero_grad:
             self.zero_grad()
 
@@ -385,7 +385,7 @@ class SAM(Optimizer):
         Raises:
             RuntimeError: no :meth:`first_step` is pending.
         """
-        if self._stage is not Stage.CLIMBED:
+        if self._stage is not Stage.PERTURBED:
             raise RuntimeError(
                 "second_step() was called before first_step(): there is no perturbation to come back from. Call "
                 "first_step() after the first backward, and second_step() after the second"
@@ -398,7 +398,7 @@ class SAM(Optimizer):
 
     def restore(self) -> None:
         """Give a pending step up: the weights are back at w, and the next pass is a first one."""
-        self._engine.give_up()
+        self._engine.abort()
         self._stage = Stage.AT_W
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -409,39 +409,39 @@ class SAM(Optimizer):
             self._stage = Stage.AT_W
             self._engine.protection.mark_generators()
 
-    def _climbs_ahead(self) -> bool:
+    def _is_single_pass(self) -> bool:
         """Whether nobody needs a pass at w."""
-        return not needs_gradient(self.perturbation) and not self.combination.needs_clean
+        return not needs_gradient(self.perturbation) and not self.combination.needs_unperturbed_gradient
 
-    def _ahead(self) -> Iterator["Walk"]:
+    def _ahead(self) -> Iterator["Pass"]:
         """The only pass of a step, at w + e or at w."""
-        at = self._engine.point_ahead()
-        yield from self._walk(Walk(self, at if self.cadence(at) else None, ahead=True, goes_down=True))
+        point = self._engine.point_before_passes()
+        yield from self._yield_pass(Pass(self, point if self.cadence(point) else None, ahead=True, is_last=True))
 
-    def _from_w(self) -> Iterator["Walk"]:
+    def _from_w(self) -> Iterator["Pass"]:
         """A pass at w, and one at the end of each climb."""
-        planned = None if needs_gradient(self.cadence) else self.cadence(self._engine.point_before())
-        yield from self._walk(Walk(self, goes_down=None if planned is None else not planned))
-        at: Point | None = self._engine.point_to_climb()
-        if planned is None and at is not None:
-            planned = self.cadence(self._engine.seen_by(self.cadence, at))
-        for left in reversed(range(climbs(self.perturbation) if planned else 0)):
-            walk = Walk(self, at or self._engine.point_further(), goes_down=left == 0)
-            at = None  # nothing here may keep the first gradient alive through the second pass
-            yield from self._walk(walk)
+        planned = None if needs_gradient(self.cadence) else self.cadence(self._engine.point_of_step())
+        yield from self._yield_pass(Pass(self, is_last=None if planned is None else not planned))
+        point: Point | None = self._engine.point_after_first_pass()
+        if planned is None and point is not None:
+            planned = self.cadence(self._engine.unscaled_view(self.cadence, point))
+        for left in reversed(range(ascent_steps(self.perturbation) if planned else 0)):
+            sam_pass = Pass(self, point or self._engine.point_after_ascent_step(), is_last=left == 0)
+            point = None  # nothing here may keep the first gradient alive through the second pass
+            yield from self._yield_pass(sam_pass)
 
     # What the three ways share.
 
     def _begin(self, caller: str) -> None:
-        if self._stage in (Stage.CLIMBED, Stage.WALKING):
+        if self._stage in (Stage.PERTURBED, Stage.IN_PASS):
             raise self._out_of_order(caller)
         self.restore()  # where a Ctrl-C hit the coming back itself
         if has_ours(self.base):  # our checkpoint was loaded into the base
-            self._engine.take_over()
+            self._engine.take_from_base()
         check_groups(self.param_groups, self.defaults)
         self._check_capture()
         self._engine.scale = self._loss_scale()
-        if self._climbs_ahead() and needs_gradient(self.cadence):
+        if self._is_single_pass() and needs_gradient(self.cadence):
             raise ValueError(
                 f"{self.cadence} asks for the gradient at w, and {self.perturbation} saves the pass that gives it: "
                 "take a cadence that looks at the step's number only, and says so with needs_gradient = False"
@@ -458,7 +458,7 @@ class SAM(Optimizer):
             raise RuntimeError(
                 f"CUDA graph capture with {self.cadence}: it decides on the host, and every replay would repeat this "
                 "step's decision. Capture a graph for each kind of step, in `with optimizer.recording():`, and replay "
-                "the one that optimizer.climbs_next asks for"
+                "the one that optimizer.perturbs_next asks for"
             )
         if self.replay_rng:
             raise RuntimeError(
@@ -481,24 +481,26 @@ class SAM(Optimizer):
             )
         if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint, which wants to see the names and shapes of a state before it loads one
-            self._template = self._will_remember()
+            self._template = self._empty_memory()
         elif not self._said_plain:
             self._said_plain = True
             warn(
                 "step() was called with neither passes behind it nor a closure: this is a plain step of "
-                f"{type(self.base).__name__}, without sharpness-aware minimisation. Give step() a closure, or run "
-                "the forward and backward in `for walk in optimizer.passes(): with walk: ...`"
+                f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
+                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
             )
         return self.base.step()
 
-    def _will_remember(self) -> Memory:
+    def _empty_memory(self) -> Memory:
         """What the rules will keep from step to step, with nothing in it yet; a checkpoint of step 0 is not heard."""
-        return self._engine.will_remember(self.perturbation, self.combination, self.cadence)
+        return self._engine.empty_memory(self.perturbation, self.combination, self.cadence)
 
-    def _climb(self, at: Point, *, ahead: bool = False) -> None:
-        self._engine.climb(at, self.perturbation, keep_clean=self.combination.needs_clean, ahead=ahead)
+    def _perturb(self, point: Point, *, ahead: bool = False) -> None:
+        self._engine.perturb(
+            point, self.perturbation, keep_unperturbed=self.combination.needs_unperturbed_gradient, ahead=ahead
+        )
 
-    def _go_down(self) -> bool:
+    def _base_step(self) -> bool:
         """Let the base step, unless a gradient is not finite; return whether it did (a method may override it)."""
         return self._engine.gradients.step_if_finite()
 
@@ -522,7 +524,7 @@ class SAM(Optimizer):
     def _take(self) -> None:
         """Step from w with what is in .grad."""
         self._stage = Stage.AT_W
-        if self._go_down():
+        if self._base_step():
             self._engine.steps += 1
 
     def _check_scale(self) -> None:
@@ -534,7 +536,9 @@ class SAM(Optimizer):
                 "scaler.step(optimizer), which unscales them, in the place of optimizer.step()"
             )
         rules = (self.perturbation, self.combination, self.cadence)
-        mixes = self._stage is Stage.CLIMBED and self.combination.needs_clean  # it has g scaled, and g_s unscaled
+        mixes = (
+            self._stage is Stage.PERTURBED and self.combination.needs_unperturbed_gradient
+        )  # it has g scaled, and g_s unscaled
         sized = [self.combination] if mixes else [rule for rule in rules if not scale_free(rule)]
         if scales and self._engine.scale is None and sized:
             raise RuntimeError(
@@ -551,15 +555,15 @@ class SAM(Optimizer):
         return self.scaler.scale(torch.ones((), device=anywhere.device))
 
     def _finish_classic(self) -> None:
-        self._engine.come_back()
+        self._engine.restore()
         self._engine.combine(self.combination)
 
     def _run(self, closure: Closure) -> Any:
         """The closure once a pass; the loss of the first."""
         losses: list[Any] = []
         outside = self._engine.gradients.accumulated_outside()
-        for walk in self.passes():
-            with walk, torch.enable_grad():
+        for sam_pass in self.passes():
+            with sam_pass, torch.enable_grad():
                 if not losses:
                     self._engine.gradients.put(outside)  # the closure is to clear them, as with any optimizer
                 losses.append(closure())
@@ -567,13 +571,13 @@ class SAM(Optimizer):
                 outside = {}
         return losses[0]
 
-    def _walk(self, walk: "Walk") -> Iterator["Walk"]:
-        yield walk
-        if not walk.done:
+    def _yield_pass(self, sam_pass: "Pass") -> Iterator["Pass"]:
+        yield sam_pass
+        if not sam_pass.done:
             self._stage = Stage.AT_W
             raise RuntimeError(
                 "a walk of passes() was not entered, so its pass has no protection and no perturbation: write "
-                "`for walk in optimizer.passes():` and, inside the loop, `with walk:` around forward and backward"
+                "`for sam_pass in optimizer.passes():` and, inside the loop, `with sam_pass:` around forward and backward"
             )
 
     # Checkpoints.
@@ -598,7 +602,7 @@ class SAM(Optimizer):
             RuntimeError: a step is pending.
             ValueError: the groups do not fit (from the base).
         """
-        if self._stage in (Stage.CLIMBED, Stage.WALKING):
+        if self._stage in (Stage.PERTURBED, Stage.IN_PASS):
             raise self._out_of_order("load_state_dict()")
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
@@ -628,20 +632,20 @@ def _apart(perturbation: Perturbation, cadence: Cadence) -> str:
     return f"per_rank=True: {why}. Leave per_rank out, or take other rules"
 
 
-class Walk:
+class Pass:
     """The context of one pass: the climb on entry (if it is not the first), and the way back, also on an exception."""
 
     def __init__(
-        self, optimizer: SAM, climb_from: Point | None = None, *, ahead: bool = False, goes_down: bool | None
+        self, optimizer: SAM, climb_from: Point | None = None, *, ahead: bool = False, is_last: bool | None
     ) -> None:
         self._optimizer = optimizer
         self._climb_from = climb_from
         self._ahead = ahead
-        self.climbs = climb_from is not None
+        self.is_perturbed = climb_from is not None
         """Whether this pass runs at w + e."""
-        self.first = ahead or climb_from is None
+        self.is_first = ahead or climb_from is None
         """Whether this is the step's first pass: at w, unless it climbs already."""
-        self.goes_down = goes_down
+        self.is_last = is_last
         """Whether its gradient is the step's last one; None where the cadence decides by that gradient."""
         self.done = False
         """Whether it was run."""
@@ -651,26 +655,26 @@ class Walk:
         if self.done:
             raise RuntimeError("this walk has been walked: each one that passes() yields is entered once")
         sam = self._optimizer
-        at, self._climb_from = self._climb_from, None
-        if at is not None:
-            sam._climb(at, ahead=self._ahead)
-            del at  # with it goes the first gradient
+        point, self._climb_from = self._climb_from, None
+        if point is not None:
+            sam._perturb(point, ahead=self._ahead)
+            del point  # with it goes the first gradient
         else:
             sam._engine.protection.first_pass()
         try:
             Optimizer.zero_grad(sam)
-            self._apart = sam._engine.ranks.pass_to(goes_down=self.goes_down)
+            self._apart = sam._engine.ranks.pass_to(is_last=self.is_last)
             self._apart.__enter__()
         except BaseException:  # a Ctrl-C here would find no __exit__ yet
-            sam._engine.come_back()
+            sam._engine.restore()
             raise
-        sam._stage, sam._walking = Stage.WALKING, self
+        sam._stage, sam._current_pass = Stage.IN_PASS, self
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
         self.done = True
         self._apart.__exit__(None, None, None)
         sam = self._optimizer
-        sam._walking = None
-        sam._engine.come_back()
-        sam._stage = Stage.BETWEEN if kind is None else Stage.AT_W
+        sam._current_pass = None
+        sam._engine.restore()
+        sam._stage = Stage.BETWEEN_PASSES if kind is None else Stage.AT_W

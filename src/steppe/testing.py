@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
-from steppe._tensors import random as draws
-from steppe.rules import climbs, needs_gradient
+from steppe._tensors import random as random_tensors
+from steppe.rules import ascent_steps, needs_gradient
 from steppe.rules.perturbed import Perturbed
 from steppe.sam import SAM
 
@@ -97,7 +97,7 @@ def rules_are_stateless(make: Make) -> None:
     model, other = _net(), _net(seed=5)
     optimizer = make(model)
     base = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
-    neighbour = SAM(
+    neighbor = SAM(
         base,
         0.3,
         model=other,
@@ -106,7 +106,7 @@ def rules_are_stateless(make: Make) -> None:
         cadence=optimizer.cadence,
     )
     for step in range(6):
-        _train(other, neighbour, 1, start=step + 50)
+        _train(other, neighbor, 1, start=step + 50)
         _train(model, optimizer, 1, start=step)
     _same_bits(alone, model, "a rule keeps state in itself: memory belongs into Point.memory_of(self)")
 
@@ -117,11 +117,11 @@ def weights_come_back_exactly(make: Make) -> None:
         model = _net().to(dtype)
         optimizer = make(model)
         _train(model, optimizer, 2)
-        for fail_in in (None, *range(climbs(optimizer.perturbation) + 1)):
+        for fail_in in (None, *range(ascent_steps(optimizer.perturbation) + 1)):
             before = _bits(model.parameters())
             try:
-                for number, walk in enumerate(optimizer.passes()):
-                    with walk:
+                for number, sam_pass in enumerate(optimizer.passes()):
+                    with sam_pass:
                         _loss(model, 7).backward()  # type: ignore[no-untyped-call]
                         if number == fail_in:
                             raise _InterruptedError
@@ -146,10 +146,10 @@ def surroundings_are_those_of_one_pass(make: Make) -> None:
         if network is twin:
             _loss(twin, 7)
         else:
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     _loss(model, 7).backward()  # type: ignore[no-untyped-call]
-                    climbed_only = walk.climbs and walk.first
+                    climbed_only = sam_pass.is_perturbed and sam_pass.is_first
         states.append(torch.get_rng_state())
     _expect(torch.equal(*states), "the random generators moved on by more than one pass")
     if not climbed_only:  # where the only pass is at w + e, its statistics are those of w + e
@@ -206,14 +206,18 @@ def what_is_not_finite_is_skipped(make: Make) -> None:
 
 def gradients_may_be_absent_or_zero(make: Make) -> None:
     """A parameter with a gradient in one pass only, or in none, and gradients that are zero, stay finite."""
-    for absent in ((lambda walk: walk.climbs), (lambda walk: not walk.climbs), (lambda walk: True)):
+    for absent in (
+        (lambda sam_pass: sam_pass.is_perturbed),
+        (lambda sam_pass: not sam_pass.is_perturbed),
+        (lambda sam_pass: True),
+    ):
         model = _net()
         optimizer = make(model)
         for step in range(4):
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     _loss(model, step).backward()  # type: ignore[no-untyped-call]
-                    if absent(walk):
+                    if absent(sam_pass):
                         model.layers[3].weight.grad = None
             optimizer.step()
         _expect(
@@ -242,7 +246,7 @@ def complex_parameters_work(make: Make) -> None:
 
 def nothing_waits_for_the_device(make: Make) -> None:
     """No value is read on the host: shown with fake CUDA tensors. A cadence that goes by the gradient has to."""
-    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(draws, "generator", return_value=None):
+    with FakeTensorMode(allow_non_fake_inputs=True), mock.patch.object(random_tensors, "generator", return_value=None):
         model = nn.Sequential(nn.Linear(3, 3, device="meta"), nn.LayerNorm(3, device="meta"))
         for layer in model:
             for name, p in layer.named_parameters():
@@ -354,7 +358,7 @@ class _Complex(nn.Module):
         super().__init__()
         start = torch.linspace(-1.0, 1.0, 6, dtype=torch.float64).reshape(3, 2)
         self.w = nn.Parameter(torch.view_as_complex(start) if as_complex else start)
-        self.norm = nn.LayerNorm(2, dtype=torch.float64)  # for rules on normalisation layers
+        self.norm = nn.LayerNorm(2, dtype=torch.float64)  # for rules on normalization layers
 
     def forward(self) -> Tensor:
         w = torch.view_as_real(self.w) if self.w.is_complex() else self.w

@@ -66,8 +66,8 @@ def test_the_plain_loop_is_sam():
     import steppe
 
     ours = steppe.SAM(torch.optim.SGD(layers[1].parameters(), lr=0.2), rho=0.1)
-    for walk in ours.passes():
-        with walk:
+    for sam_pass in ours.passes():
+        with sam_pass:
             layers[1](x).square().mean().backward()
     ours.step()
     for a, b in zip(layers[0].parameters(), layers[1].parameters(), strict=True):

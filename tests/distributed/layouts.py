@@ -89,7 +89,7 @@ def tensor_parallel(model: nn.Module) -> nn.Module:
 
 
 def sequence_parallel(model: nn.Module) -> nn.Module:
-    """The same, with the samples shared out where they are normalised: those gradients are still to be summed up."""
+    """The same, with the samples shared out where they are normalized: those gradients are still to be summed up."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     shared_out = ColwiseParallel(output_layouts=Shard(0), use_local_output=False)
     norm = SequenceParallel(sequence_dim=0)

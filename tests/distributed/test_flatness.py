@@ -95,7 +95,7 @@ def test_one_share_would_be_another_loss():
     assert abs(float(one_share() - objective().loss())) > 1e-3
 
 
-def normalised_net() -> nn.Module:
+def normalized_net() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
 
@@ -104,9 +104,9 @@ def estimated() -> dict[str, Tensor]:
     x, y = data()
     if dist.is_initialized():
         x, y = x.chunk(2)[dist.get_rank()], y.chunk(2)[dist.get_rank()]
-        o = Objective(DistributedDataParallel(normalised_net()), (x, y), loss=F.cross_entropy)
+        o = Objective(DistributedDataParallel(normalized_net()), (x, y), loss=F.cross_entropy)
     else:
-        o = Objective(normalised_net(), (x, y), loss=F.cross_entropy, batch_size=N // 2)
+        o = Objective(normalized_net(), (x, y), loss=F.cross_entropy, batch_size=N // 2)
     return {k: t for k, t in o.statistics().items() if "running" in k}
 
 

@@ -36,8 +36,8 @@ def batches(way, step, dtype=torch.float64):
 
 
 def walked(optimizer, loss):
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             loss()
 
 
@@ -75,9 +75,9 @@ def overflows(way):
     for step in range(3):
         x, y = batches(way, step, torch.float32)
         before = bits(weights(model))
-        for walk in optimizer.passes():
-            with walk:
-                bad = step == 1 and walk.climbs and dist.get_rank() == dist.get_world_size() - 1
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                bad = step == 1 and sam_pass.is_perturbed and dist.get_rank() == dist.get_world_size() - 1
                 scaler.scale(F.cross_entropy(model(x), y) * (float("inf") if bad else 1.0)).backward()
         scaler.step(optimizer)
         scaler.update()

@@ -92,8 +92,8 @@ def micro_batches_without_sync():
     optimizer = named("gsam")(model)
     x, y = mine(*samples(0))
     for _ in range(3):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 with model.no_sync():
                     (F.cross_entropy(model(x[:2]), y[:2]) / 2).backward()
                 (F.cross_entropy(model(x[2:]), y[2:]) / 2).backward()
@@ -111,7 +111,7 @@ def test_accumulation_with_no_sync_inside_a_walk_is_one_big_batch():
         close(found, weights(model))
 
 
-class SynchronisedNorm(nn.BatchNorm1d):
+class SynchronizedNorm(nn.BatchNorm1d):
     """SyncBatchNorm, which has no kernels for CPUs: the same statistics by two all-reduces."""
 
     def forward(self, x):
@@ -133,16 +133,16 @@ def normed(norm):
     return model
 
 
-def with_synchronised_norms():
-    model = ddp(normed(SynchronisedNorm))
+def with_synchronized_norms():
+    model = ddp(normed(SynchronizedNorm))
     run(model, named("sam")(model), range(4))
     return weights(model), list(model.buffers())
 
 
-def test_synchronised_batch_norm_sees_one_batch_and_is_moved_by_one_pass():
+def test_synchronized_batch_norm_sees_one_batch_and_is_moved_by_one_pass():
     model = normed(nn.BatchNorm1d)
     run(model, named("sam")(model), range(4))
-    for found, buffers in together()(with_synchronised_norms):
+    for found, buffers in together()(with_synchronized_norms):
         close(found, weights(model))
         close(buffers, list(model.buffers()))
         assert buffers[-1] == 4
@@ -274,9 +274,9 @@ def overflow_on_one_rank(per_rank, climbed):
     optimizer = named("wsam", per_rank=per_rank)(model)
     before = bits(model.parameters())
     x, y = mine(*samples(0))
-    for walk in optimizer.passes():
-        with walk:
-            bad = dist.get_rank() == 1 and walk.climbs == climbed
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            bad = dist.get_rank() == 1 and sam_pass.is_perturbed == climbed
             F.cross_entropy(model(x * float("nan") if bad else x), y).backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
@@ -305,8 +305,8 @@ def uneven_branches():
     optimizer = named("wsam", per_rank=True)(model)
     x, y = mine(*samples(0))
     for _ in range(3):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 F.cross_entropy(model(x, dist.get_rank() == 0), y).backward()
         optimizer.step()
     return bits(model.parameters())

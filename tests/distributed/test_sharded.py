@@ -77,16 +77,16 @@ def comes_back():
     before, places = bits(shards), [s.data_ptr() for s in shards]
     away = []
     x, y = mine(*samples(0))
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             away.append(bits(local(p.detach()) for p in model.parameters()) != before)
             F.cross_entropy(model(x), y).backward()
     optimizer.step()
     try:
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 F.cross_entropy(model(x), y).backward()
-                if walk.climbs:
+                if sam_pass.is_perturbed:
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
         away.append(bits(local(p.detach()) for p in model.parameters()) != before)
@@ -119,8 +119,8 @@ def micro_batches():
     optimizer = named("wsam")(model)
     x, y = mine(*samples(0))
     for _ in range(3):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 for last, part in enumerate((slice(2), slice(2, None))):
                     model.set_requires_gradient_sync(bool(last))
                     (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
@@ -147,8 +147,8 @@ def in_bfloat16(shard):
     optimizer = named("sam")(model)
     x, y = (t.float() if t.is_floating_point() else t for t in mine(*samples(0)))
     for _ in range(3):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 logits = (
                     model(x)
                     if shard
@@ -199,9 +199,9 @@ def nan_on_one_rank(climbed):
     optimizer = named("wsam")(model)
     before = bits(weights(model))
     x, y = mine(*samples(0))
-    for walk in optimizer.passes():
-        with walk:
-            bad = dist.get_rank() == 1 and walk.climbs == climbed
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            bad = dist.get_rank() == 1 and sam_pass.is_perturbed == climbed
             F.cross_entropy(model(x * float("nan") if bad else x), y).backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
@@ -218,8 +218,8 @@ def scaled(scaler):
     optimizer = named("friendly_sam", scaler=scaler)(model)
     for step in range(4):
         x, y = (t.float() if t.is_floating_point() else t for t in mine(*samples(step)))
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 loss = F.cross_entropy(model(x), y)
                 (scaler.scale(loss) if scaler else loss).backward()
         if scaler:

@@ -29,7 +29,7 @@ MEASURES = {
     "adaptive_lambda_max": 3.1,
     "adaptive_trace": 42.0,
     "relative_flatness": 900.0,
-    "normalised_sharpness": 0.011,
+    "normalized_sharpness": 0.011,
     "loss": 0.3,
     "weight_norm": 17.0,
     "lambda_min": -1.2,
@@ -63,8 +63,8 @@ def measure(made: RunFolder, recipe: Recipe, size: float = 0.5) -> None:
 
 def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
     """What one run's flatness.json holds; `sharp` scales all curvature."""
-    draws = random.Random(unit.name)
-    noisy = {name: value * sharp * math.exp(draws.gauss(0, 0.12)) for name, value in MEASURES.items()}
+    random_tensors = random.Random(unit.name)
+    noisy = {name: value * sharp * math.exp(random_tensors.gauss(0, 0.12)) for name, value in MEASURES.items()}
     top = noisy["lambda_max"]
     nodes = [[-0.05 * top, 0.0, 0.03 * top, 0.2 * top, 0.45 * top, top] for _ in range(3)]
     weights = [[4e-3, 0.975, 1.9e-2, 1.2e-3, 6e-4, 2e-4] for _ in range(3)]
@@ -95,13 +95,13 @@ def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
 
 
 def _records(unit: Unit) -> list[Record]:
-    """A contender later in the recipe trains slower, costs more and generalises better; seeds differ a little."""
-    place, draws = unit.recipe.methods.index(unit.method), random.Random(unit.name)
+    """A contender later in the recipe trains slower, costs more and generalizes better; seeds differ a little."""
+    place, random_tensors = unit.recipe.methods.index(unit.method), random.Random(unit.name)
     passes, records = 1.0 + place, []
     for epoch in unit.grid:
-        train, test = 96 - 30 / (epoch + 1) - 2 * place + draws.gauss(0, 0.1), 88 - 26 / (epoch + 1) + place
-        test += draws.gauss(0, 0.2)
-        own, seconds = epoch / passes, epoch * (2.0 + draws.random() / 10)
+        train, test = 96 - 30 / (epoch + 1) - 2 * place + random_tensors.gauss(0, 0.1), 88 - 26 / (epoch + 1) + place
+        test += random_tensors.gauss(0, 0.2)
+        own, seconds = epoch / passes, epoch * (2.0 + random_tensors.random() / 10)
         records.append(
             Record(
                 *(epoch, own, int(9 * own), 144.0 * epoch, passes),

@@ -293,7 +293,7 @@ def test_an_evaluation_of_ones_own_and_batches_of_any_form() -> None:
     go(data="dicts", evaluate="of_dicts", weights=weights(1))
     found = written("w1")
     assert found["measures"]["loss"]["value"] == pytest.approx(loss(1), rel=1e-6)
-    assert not any(name.startswith("normalised") for name in found["measures"])
+    assert not any(name.startswith("normalized") for name in found["measures"])
 
 
 @pytest.mark.parametrize(
@@ -306,13 +306,13 @@ def test_an_evaluation_of_ones_own_and_batches_of_any_form() -> None:
         ("two_classes", "in_two_classes", "torch.nn.functional:cross_entropy", False),
     ],
 )
-def test_normalised_logits_are_for_classes(
+def test_normalized_logits_are_for_classes(
     model: str, given: str, by: str, there: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: list[bool] = []
 
-    def measure(objective: Objective, effort: Effort, *, normalised: Objective | None) -> None:
-        seen.append(normalised is not None)
+    def measure(objective: Objective, effort: Effort, *, normalized: Objective | None) -> None:
+        seen.append(normalized is not None)
         raise ValueError("enough")
 
     monkeypatch.setattr(anybody, "measure", measure)

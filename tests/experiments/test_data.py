@@ -32,7 +32,7 @@ from hypothesis.extra import numpy as hnp
 
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data import fashion_mnist
-from steppe.experiments.data.datasets import CLASSES, DataError, load, normalise
+from steppe.experiments.data.datasets import CLASSES, DataError, load, normalize
 from steppe.experiments.data.fashion_mnist import IdxFile, parse_idx, unpack
 
 CLOSED_PORT = "http://127.0.0.1:9/"
@@ -599,9 +599,9 @@ def test_to_moves_both_splits_and_keeps_the_rest() -> None:
     assert len(moved.train) == 3000
 
 
-def test_normalise_is_the_formula_and_leaves_the_images_alone() -> None:
+def test_normalize_is_the_formula_and_leaves_the_images_alone() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
-    result = normalise(images)
+    result = normalize(images)
     expected = (np.arange(256) / 255 - 0.2860) / 0.3530
     assert result.dtype == torch.float32
     assert result.shape == images.shape
@@ -609,9 +609,9 @@ def test_normalise_is_the_formula_and_leaves_the_images_alone() -> None:
     assert images.flatten().tolist() == list(range(256))
 
 
-def test_normalise_twice_is_refused() -> None:
-    with pytest.raises(TypeError, match=r"torch.float32.*normalised before"):
-        normalise(normalise(torch.zeros(1, dtype=torch.uint8)))
+def test_normalize_twice_is_refused() -> None:
+    with pytest.raises(TypeError, match=r"torch.float32.*normalized before"):
+        normalize(normalize(torch.zeros(1, dtype=torch.uint8)))
 
 
 # --- the full set ---
@@ -641,7 +641,7 @@ def test_mean_and_std_are_those_of_the_training_pixels(full: data.Dataset) -> No
     std = np.sqrt((counts * (values - mean) ** 2).sum() / counts.sum())
     assert round(mean, 4) == data.MEAN
     assert round(std, 4) == data.STD
-    pixels = normalise(full.train.images[:5000])
+    pixels = normalize(full.train.images[:5000])
     assert abs(pixels.mean().item()) < 0.01
     assert abs(pixels.std().item() - 1) < 0.01
 

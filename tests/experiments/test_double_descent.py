@@ -76,7 +76,7 @@ def test_a_search_takes_one_width(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
-    assert command_line(words(out), draws=False) == 0  # the picture over the widths is drawn all the same
+    assert command_line(words(out), random_tensors=False) == 0  # the picture over the widths is drawn all the same
     return out
 
 
@@ -104,7 +104,7 @@ def test_it_goes_on_where_it_was_and_widths_may_be_added(trained: Path, tmp_path
     shutil.copytree(trained, out)
     before = {p: p.read_bytes() for p in out.glob("width-*/runs/*/metrics.jsonl")}
     shutil.rmtree(out / "width-2" / "runs" / "sam-seed0")
-    assert command_line(words(out, "3"), draws=False) == 0
+    assert command_line(words(out, "3"), random_tensors=False) == 0
     lost = out / "width-2" / "runs" / "sam-seed0" / METRICS
     assert all(p.read_bytes() == content for p, content in before.items() if p != lost)
     assert json.loads(lost.read_text())["train_loss"] == json.loads(before[lost])["train_loss"]
@@ -133,7 +133,7 @@ def test_a_run_that_fails_is_told_of_with_its_width_and_the_others_are_trained(
     shutil.copytree(trained, out)
     (out / "width-1" / "runs" / "sgd-seed0" / "checkpoint.pt").write_bytes(b"no checkpoint")
     shutil.rmtree(out / "width-2" / "runs")
-    assert command_line(words(out), draws=False) == 1
+    assert command_line(words(out), random_tensors=False) == 1
     assert "width 1: the checkpoint" in capsys.readouterr().err
     assert (out / "width-2" / "runs" / "sam-seed0" / METRICS).exists()
 
@@ -174,7 +174,7 @@ def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:
 
 
 def test_thresholds_peaks_and_differences(tmp_path: Path) -> None:
-    summary = double_descent.summarise(measured(tmp_path))
+    summary = double_descent.summarize(measured(tmp_path))
     assert summary.thresholds == {"sgd": 4, "sam": None}  # 1.0 is not below 1
     points = {(p.method, p.width): p for p in summary.points}
     assert points["sam", 2].test_error.mean == pytest.approx(36.0)
@@ -202,7 +202,7 @@ def test_thresholds_peaks_and_differences(tmp_path: Path) -> None:
 
 
 def test_a_peak_that_the_runs_do_not_show_is_none(tmp_path: Path) -> None:
-    unclear = double_descent.summarise(measured(tmp_path, wobble=20.0)).peaks[0]
+    unclear = double_descent.summarize(measured(tmp_path, wobble=20.0)).peaks[0]
     # differences 7 -+ 6 in three seeds: the interval [-7.9, 21.9] holds 0
     assert "[-7.90, +21.90]" in unclear.sentence()
     assert "which so few runs cannot tell from none" in unclear.sentence()
@@ -214,7 +214,7 @@ def test_what_is_missing_is_named_and_pairs_need_both(tmp_path: Path) -> None:
     stopped = tmp_path / "width-2" / "runs" / "sgd-seed1" / METRICS
     stopped.write_text(stopped.read_text().splitlines()[0] + "\n")  # it has come to the middle
     shutil.rmtree(tmp_path / "width-8")
-    summary = double_descent.summarise(given)
+    summary = double_descent.summarize(given)
     assert "width-2/sgd-seed1" in summary.unfinished
     assert len(summary.unfinished) == 1 + 6
     points = {(p.method, p.width): p for p in summary.points}
@@ -223,11 +223,11 @@ def test_what_is_missing_is_named_and_pairs_need_both(tmp_path: Path) -> None:
     assert points["sam", 2].against.n == 2
     assert (summary.peaks[0].above_widest or summary.peaks[1].above_widest) is not None
     assert summary.overall == {}
-    assert double_descent.summarise(wide(tmp_path / "nothing")).points == []
+    assert double_descent.summarize(wide(tmp_path / "nothing")).points == []
 
 
 def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
-    summary, out = double_descent.summarise(measured(tmp_path)), io.StringIO()
+    summary, out = double_descent.summarize(measured(tmp_path)), io.StringIO()
     summary.show(Console(width=110, file=out))
     text, markdown = out.getvalue(), summary.markdown()
     for point in summary.points:
@@ -255,7 +255,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
 
 def test_the_picture_shows_the_measurements(tmp_path: Path, drawn: list[Figure]) -> None:
     given = measured(tmp_path)
-    summary = double_descent.summarise(given)
+    summary = double_descent.summarize(given)
     double_descent_figure.draw(given, summary, tmp_path / "figures")
     errors, sharpness, eigenvalue = drawn[0].axes[:3]
     sizes = [sum(p.numel() for p in preact_resnet18(w, stem_stride=2).parameters()) for w in (1, 2, 4, 8)]
@@ -278,5 +278,5 @@ def test_the_picture_shows_the_measurements(tmp_path: Path, drawn: list[Figure])
 
 def test_without_sharpness_or_without_anything_there_is_still_a_picture(tmp_path: Path, drawn: list[Figure]) -> None:
     for given in (measured(tmp_path / "a", sharp=False), wide(tmp_path / "b")):
-        double_descent_figure.draw(given, double_descent.summarise(given), tmp_path / "figures")
+        double_descent_figure.draw(given, double_descent.summarize(given), tmp_path / "figures")
     assert [sum(axes.get_title(loc="left") != "" for axes in figure.axes) for figure in drawn] == [1, 1]

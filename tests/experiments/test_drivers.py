@@ -14,7 +14,7 @@ from steppe.experiments.config import contenders
 from steppe.experiments.config.contenders import CONTENDERS
 from steppe.experiments.config.recipe import Unit
 from steppe.experiments.data.batches import Batch, batches, order
-from steppe.experiments.data.datasets import normalise
+from steppe.experiments.data.datasets import normalize
 from steppe.experiments.training import evaluation
 from steppe.experiments.training.drivers import Forward
 from steppe.experiments.training.evaluation import evaluate
@@ -83,7 +83,7 @@ def test_a_term_of_the_loss_matters(method: str, tmp_path: Path) -> None:
 
 
 def test_micro_batches_pay_what_the_method_pays(tmp_path: Path) -> None:
-    whole, parts = run(unit("micro_sam:m=16"), tmp_path / "a"), run(unit("micro_sam:m=5"), tmp_path / "b")
+    whole, parts = run(unit("micro_batch_sam:m=16"), tmp_path / "a"), run(unit("micro_batch_sam:m=5"), tmp_path / "b")
     assert [r.passes for r in parts] == [2.0, 2.0]
     assert whole[-1].train_loss == pytest.approx(run(unit("sam"), tmp_path / "c")[-1].train_loss, rel=1e-4)
     assert whole[-1].train_loss != parts[-1].train_loss
@@ -105,7 +105,7 @@ def test_indices_say_which_images_they_are() -> None:
 def test_a_batch_is_gathered_when_it_is_asked_for() -> None:
     train = dataset().train
     batch = next(batches(train, 16, order(72, 0, 3), CPU))
-    assert torch.equal(batch.images, normalise(train.images[batch.indices]))
+    assert torch.equal(batch.images, normalize(train.images[batch.indices]))
     indices = batch.indices.flip(0)
     assert torch.equal(dataclasses.replace(batch, indices=indices).images, batch.images.flip(0))
 

@@ -63,11 +63,11 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_told_of_at_the_end(
 ) -> None:
     words = ["compare", "demo", *options(seeds=2, out=tmp_path / "run")]
     damaged = tmp_path / "run" / "runs" / "sgd-seed0" / "checkpoint.pt"
-    assert command_line(words, draws=False) == 0
+    assert command_line(words, random_tensors=False) == 0
     damaged.write_bytes(b"no checkpoint")
     (tmp_path / "run" / "runs" / "sam-seed1" / "checkpoint.pt").unlink()
     capsys.readouterr()
-    assert command_line(words, draws=False) == 1
+    assert command_line(words, random_tensors=False) == 1
     out, err = capsys.readouterr()
     assert "SAM seed 1  standardized epoch 4/4" in out
     assert "SAM against SGD" in out
@@ -417,7 +417,9 @@ def test_stopped_then_killed_it_goes_on_here(undisturbed: Path, tmp_path: Path) 
     process.kill()
     process.communicate(timeout=200)  # which reads until the last worker has gone as well
     assert len(torch.load(runs / "sam-seed0" / "checkpoint.pt", weights_only=True)["records"]) < 4  # at once
-    assert command_line(said.partition("steppe ")[2].replace("at-once 2", "at-once 1").split(), draws=False) == 0
+    assert (
+        command_line(said.partition("steppe ")[2].replace("at-once 2", "at-once 1").split(), random_tensors=False) == 0
+    )
     assert_same(runs, undisturbed)
 
 
@@ -443,5 +445,5 @@ def test_killed_on_ray_it_is_retried_and_stopped_there_it_goes_on_here(undisturb
     assert said.startswith("Stopped. To go on: steppe compare demo ")
     assert not list(out.glob(".stop*"))
     words = said.partition("steppe ")[2].split()
-    assert command_line(["here" if word == "ray" else word for word in words], draws=False) == 0
+    assert command_line(["here" if word == "ray" else word for word in words], random_tensors=False) == 0
     assert_same(runs, undisturbed)

@@ -26,7 +26,7 @@ from steppe.experiments.config.recipe import RECIPES, Recipe, Unit
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data import digits
 from steppe.experiments.data.batches import batches, count, order
-from steppe.experiments.data.datasets import MEAN, STD, DataError, Dataset, Split, load, normalise
+from steppe.experiments.data.datasets import MEAN, STD, DataError, Dataset, Split, load, normalize
 from steppe.experiments.data.few_shot import few_shot
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import Here
@@ -395,16 +395,16 @@ def test_what_is_pretrained_on_is_settled_and_said(
     monkeypatch.setattr(data, "SYSTEM", tmp_path / "nowhere")
     monkeypatch.delenv("STEPPE_DATA", raising=False)
     console = Console(width=500)
-    assert finetune.settled(recipe(pretrain_on="auto"), console).pretrain_on == "sample"
+    assert finetune.reduced(recipe(pretrain_on="auto"), console).pretrain_on == "sample"
     assert "is not on this machine, so the backbone is pretrained on the 3,000 images" in capsys.readouterr().out
-    assert finetune.settled(recipe(pretrain_on="auto", data_dir=tmp_path), console).pretrain_on == "fashion-mnist"
+    assert finetune.reduced(recipe(pretrain_on="auto", data_dir=tmp_path), console).pretrain_on == "fashion-mnist"
     folder = tmp_path / "steppe" / "fashion-mnist"
     folder.mkdir(parents=True)
     for file in (*data.fashion_mnist.TRAIN, *data.fashion_mnist.TEST):
-        assert finetune.settled(recipe(pretrain_on="auto"), console).pretrain_on == "sample"
+        assert finetune.reduced(recipe(pretrain_on="auto"), console).pretrain_on == "sample"
         (folder / f"{file.name}.gz").touch()
-    assert finetune.settled(recipe(pretrain_on="auto"), console).pretrain_on == "fashion-mnist"
-    assert finetune.settled(recipe(backbone="none", pretrain_on="auto"), console).pretrain_on == "auto"
+    assert finetune.reduced(recipe(pretrain_on="auto"), console).pretrain_on == "fashion-mnist"
+    assert finetune.reduced(recipe(backbone="none", pretrain_on="auto"), console).pretrain_on == "auto"
 
 
 # The recipe.
@@ -464,7 +464,7 @@ def test_the_title_says_where_runs_start() -> None:
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny image model of Hugging Face with three classes, randomly initialised, in a local folder."""
+    """A tiny image model of Hugging Face with three classes, randomly initialized, in a local folder."""
     from transformers import ResNetConfig, ResNetForImageClassification
 
     torch.manual_seed(1)
@@ -496,7 +496,7 @@ def test_a_hugging_face_folder_becomes_a_backbone(saved: Path) -> None:
     x = (x - torch.tensor([0.4, 0.5, 0.6]).view(1, 3, 1, 1)) / torch.tensor([0.2, 0.3, 0.4]).view(1, 3, 1, 1)
     with torch.no_grad():
         wanted = head(by_hand.resnet(x).pooler_output.flatten(1))
-        torch.testing.assert_close(network(normalise(images)), wanted, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(network(normalize(images)), wanted, rtol=1e-5, atol=1e-5)
     assert from_hub(f"hf:{saved}", 10, 48).size == 48
     assert from_hub(f"hf:{saved}", 10, None).digest() == backbone.digest()  # the new head is no part of it
     assert from_hub(f"hf:{saved}", 10, 48).digest() != backbone.digest()
@@ -517,8 +517,8 @@ def test_steppe_finetune_with_a_hugging_face_folder(cache: Path, saved: Path, tm
     drawn = few_shot(tiny_data("digits").train, 2, 0)
     assert (len(drawn), count(20, 10)) == (20, 2)
     for batch in batches(Split(drawn.images, drawn.labels), 10, order(20, 0, 0), CPU):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 F.cross_entropy(network(batch.images), batch.labels).backward()
         optimizer.step()
     ours = weights(out / "runs" / "sam-seed0")
@@ -526,7 +526,7 @@ def test_steppe_finetune_with_a_hugging_face_folder(cache: Path, saved: Path, tm
         torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6)
     network.eval()
     with torch.no_grad():
-        loss = F.cross_entropy(network(normalise(drawn.images)), drawn.labels)
+        loss = F.cross_entropy(network(normalize(drawn.images)), drawn.labels)
     assert records[1].train_loss == pytest.approx(loss.item(), rel=1e-5)
 
 
@@ -620,7 +620,7 @@ def test_a_timm_model_becomes_a_backbone(monkeypatch: pytest.MonkeyPatch) -> Non
     images = split(4, 3).images
     x = F.interpolate(images.float() / 255, (20, 20), mode="bilinear", antialias=True).expand(-1, 3, -1, -1)
     wanted = head(model.conv((x - 0.5) / 0.25).relu().mean((2, 3)))
-    torch.testing.assert_close(network(normalise(images)), wanted, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(network(normalize(images)), wanted, rtol=1e-5, atol=1e-6)
     assert [n for n, p in network.named_parameters() if p.requires_grad] == ["body.fc.weight", "body.fc.bias"]
 
 

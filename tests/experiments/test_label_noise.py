@@ -8,7 +8,7 @@ from tiny import CPU, dataset, recipe, run, split, untimed
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.recipe import RECIPES, Recipe
 from steppe.experiments.data.few_shot import few_shot
-from steppe.experiments.data.label_noise import mislabelled
+from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.evaluation import evaluate
@@ -18,7 +18,7 @@ from steppe.experiments.world import World
 
 def test_exactly_the_asked_share_is_wrong_and_more_noise_keeps_the_less() -> None:
     clean = split(200, 0)
-    small, large, other = mislabelled(clean, 0.1, 0), mislabelled(clean, 0.33, 0), mislabelled(clean, 0.33, 1)
+    small, large, other = mislabeled(clean, 0.1, 0), mislabeled(clean, 0.33, 0), mislabeled(clean, 0.33, 1)
     wrong = [noisy.labels != clean.labels for noisy in (small, large, other)]
     assert [int(w.sum()) for w in wrong] == [20, 66, 66]
     assert bool((wrong[0] <= wrong[1]).all())
@@ -26,12 +26,12 @@ def test_exactly_the_asked_share_is_wrong_and_more_noise_keeps_the_less() -> Non
     assert not torch.equal(wrong[1], wrong[2])
     assert torch.equal(large.images, clean.images)
     assert torch.equal(clean.labels, split(200, 0).labels)  # what was given is not written to
-    assert torch.equal(mislabelled(clean, 0.33, 0).labels, large.labels)
+    assert torch.equal(mislabeled(clean, 0.33, 0).labels, large.labels)
 
 
 def test_every_wrong_class_is_as_likely() -> None:
     zeros = type(split(1, 0))(torch.zeros(9000, 1, 1, 1, dtype=torch.uint8), torch.full((9000,), 7))
-    counts = torch.bincount(mislabelled(zeros, 0.999999, 3).labels, minlength=10)
+    counts = torch.bincount(mislabeled(zeros, 0.999999, 3).labels, minlength=10)
     assert counts[7] == 0
     assert counts[counts > 0].shape == (9,)
     assert ((counts[counts > 0] - 1000).abs() < 6 * 1000**0.5).all()
@@ -40,7 +40,7 @@ def test_every_wrong_class_is_as_likely() -> None:
 def test_the_draw_is_the_one_of_older_run_folders() -> None:
     # a run that goes on must find the labels that it was begun with
     assert split(20, 0).labels.tolist() == [4, 9, 3, 0, 3, 9, 7, 3, 7, 3, 1, 6, 6, 9, 8, 6, 6, 8, 4, 3]
-    noisy = mislabelled(split(20, 0), 0.5, 0)
+    noisy = mislabeled(split(20, 0), 0.5, 0)
     assert noisy.labels.tolist() == [4, 9, 3, 8, 4, 6, 2, 3, 8, 2, 1, 6, 5, 4, 5, 6, 6, 8, 4, 0]
 
 
@@ -62,7 +62,7 @@ def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_w
     assert all(map(torch.equal, noisy.network.state_dict().values(), clean.network.state_dict().values()))
     noisy.epoch, noisy.spent = 2, noisy.spent + 2 * noisy.images  # as if: a measurement is due
     (record,) = noisy.measure(lambda: None)
-    fitted = mislabelled(dataset().train, 0.5, 0)
+    fitted = mislabeled(dataset().train, 0.5, 0)
     score = evaluate(noisy.network, fitted, World(torch.device("cpu")), noisy.autocast, lambda: None)
     assert (record.train_loss, record.train_accuracy) == (score.loss, score.accuracy)
     assert record.gap == record.train_accuracy - record.test_accuracy

@@ -17,9 +17,9 @@ from tiny import CPU, dataset, recipe
 
 from steppe.experiments.config.recipe import Unit
 from steppe.experiments.data import datasets as data
-from steppe.experiments.data.datasets import Dataset, Split, load, normalise
+from steppe.experiments.data.datasets import Dataset, Split, load, normalize
 from steppe.experiments.data.few_shot import few_shot
-from steppe.experiments.data.label_noise import mislabelled
+from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import pool
 from steppe.experiments.execution.pool import Tell, pooled
@@ -103,11 +103,11 @@ def network(path: Path, unit: Unit) -> torch.nn.Module:
 
 
 def objective(path: Path, unit: Unit, split: Split) -> Objective:
-    return Objective(network(path, unit), (normalise(split.images), split.labels), loss=F.cross_entropy)
+    return Objective(network(path, unit), (normalize(split.images), split.labels), loss=F.cross_entropy)
 
 
 def trained_on(unit: Unit) -> Split:
-    return flatness_sample(mislabelled(few_shot(dataset().train, 4, unit.seed), 0.25, unit.seed), 24, unit.seed)
+    return flatness_sample(mislabeled(few_shot(dataset().train, 4, unit.seed), 0.25, unit.seed), 24, unit.seed)
 
 
 def same(path: Path, other: Path) -> bool:

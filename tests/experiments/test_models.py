@@ -143,7 +143,7 @@ def test_group_norm_treats_each_image_by_itself_and_batch_norm_does_not() -> Non
         assert torch.allclose(model(images)[:1], model(images[:1]), rtol=1e-9, atol=1e-9) == alone
 
 
-def test_initialisation_is_torchs_own() -> None:
+def test_initialization_is_torchs_own() -> None:
     torch.manual_seed(0)
     model = preact_resnet18(4)
     torch.manual_seed(0)

@@ -101,9 +101,9 @@ def test_labels_cover_neither_each_other_nor_points(n: int, seed: int) -> None:
     points = np.array([(chance.choice(columns), chance.uniform(20, 320)) for _ in range(n)])
     sizes = [(chance.uniform(25, 75), chance.choice([11.0, 23.0])) for _ in range(n)]
     inside = np.array([0.0, 0.0, 430.0, 340.0])
-    centres = np.array(place(points, sizes, inside, np.empty((0, 4))))
+    centers = np.array(place(points, sizes, inside, np.empty((0, 4))))
     half = np.array(sizes) / 2
-    low, high = centres - half, centres + half
+    low, high = centers - half, centers + half
     assert (low >= inside[:2]).all()
     assert (high <= inside[2:]).all()
     for i in range(n):
@@ -117,4 +117,4 @@ def test_every_contender_has_a_line_of_its_own_and_keeps_it() -> None:
     added = tuple(f"sam:rho={n}" for n in range(1, 19))
     few, more = recipe(methods=("sgd", "sam")), recipe(methods=("sgd", "sam", *added))
     assert {method: styles(more)[method] for method in few.methods} == styles(few)
-    assert len({(style.line, style.colour) for style in styles(more).values()}) == 20
+    assert len({(style.line, style.color) for style in styles(more).values()}) == 20

@@ -39,8 +39,8 @@ def test_demo_needs_no_download() -> None:
     [
         ("lr", 0.0, "learning rate"),
         ("lr", math.nan, "learning rate"),
-        ("rho", -0.1, "neighbourhood"),
-        ("rho", math.inf, "neighbourhood"),
+        ("rho", -0.1, "neighborhood"),
+        ("rho", math.inf, "neighborhood"),
         ("batch_size", 0, "optimizer step"),
         ("seeds", 0, "runs of each contender"),
         ("threads", 0, "CPU threads"),
@@ -113,8 +113,10 @@ def test_an_argument_reaches_the_method_and_the_plan() -> None:
     late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).units())
     optimizer = Run(late, dataset(), CPU).optimizer
     assert (optimizer.cadence.start, optimizer.cadence.steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
-    draws: Any = [Run(unit, dataset(), CPU).optimizer for unit in recipe(methods=("random_sam",), seeds=2).units()]
-    assert [optimizer.cadence.seed for optimizer in draws] == [0, 1]
+    random_tensors: Any = [
+        Run(unit, dataset(), CPU).optimizer for unit in recipe(methods=("random_sam",), seeds=2).units()
+    ]
+    assert [optimizer.cadence.seed for optimizer in random_tensors] == [0, 1]
 
 
 def test_every_variant_is_a_contender_and_can_be_built() -> None:

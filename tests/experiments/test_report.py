@@ -17,7 +17,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 from tiny import recipe
 
 from steppe.experiments import report
-from steppe.experiments.analysis.summary import summarise
+from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.config.recipe import Unit
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import pareto
@@ -32,7 +32,7 @@ NOTHING: tuple[dict[Unit, Flatness], list[Any]] = {}, []
 
 def write(folder: RunFolder) -> Path:
     of, results = made_up.results(folder)
-    summary = dataclasses.replace(summarise(of, results), flatness=verdicts(of, measured(folder, of)))
+    summary = dataclasses.replace(summarize(of, results), flatness=verdicts(of, measured(folder, of)))
     summary.write(folder)
     return report.write(folder, of, results, summary)
 
@@ -101,7 +101,7 @@ def test_what_a_verdict_adds_is_said(tmp_path: Path) -> None:
     assert "minimum flatter" in Page(write(folder)).text
     for unit in of.units():
         if unit.method == "sam":
-            change(folder, unit, measures={"loss": {"value": 100.0}, "normalised_sharpness": {"value": 100.0}})
+            change(folder, unit, measures={"loss": {"value": 100.0}, "normalized_sharpness": {"value": 100.0}})
     text = Page(write(folder)).text
     assert "flatness inconclusive" in text
     assert "cannot be told apart here" in text
@@ -118,7 +118,7 @@ def test_the_verdict_is_the_summary_s_and_no_file_s(tmp_path: Path) -> None:
     assert "An old sentence." not in text
     change(folder, next(of.units()), settings={"samples": 1})
     results = made_up.results(folder)[1]
-    report.write(folder, of, results, summarise(of, results))  # which has none, as the runs cannot be compared
+    report.write(folder, of, results, summarize(of, results))  # which has none, as the runs cannot be compared
     assert "flatness no verdict" in Page(folder.path / "report.html").text
 
 
@@ -374,14 +374,14 @@ def test_time_instead_of_compute(chrome: Chrome) -> None:
 
 @in_browser
 def test_the_theme_is_that_of_the_page_and_of_the_plots(chrome: Chrome) -> None:
-    colours = """return [getComputedStyle(document.body).backgroundColor, arguments[0]._fullLayout.font.color,
+    colors = """return [getComputedStyle(document.body).backgroundColor, arguments[0]._fullLayout.font.color,
         arguments[0].querySelector('.xtick text').style.fill, arguments[0].data.at(-1).line.color]"""
-    before = chrome.execute_script(colours, come_to(chrome, "#curve-gap"))
+    before = chrome.execute_script(colors, come_to(chrome, "#curve-gap"))
     press(chrome, "#theme")
-    after = chrome.execute_script(colours, come_to(chrome, "#curve-gap"))
+    after = chrome.execute_script(colors, come_to(chrome, "#curve-gap"))
     assert all(a != b for a, b in zip(before, after, strict=True))
     press(chrome, "#theme")
-    assert chrome.execute_script(colours, come_to(chrome, "#curve-gap")) == before
+    assert chrome.execute_script(colors, come_to(chrome, "#curve-gap")) == before
 
 
 @in_browser

@@ -57,9 +57,9 @@ def test_a_damaged_configuration_is_refused(content: str, folder: RunFolder) -> 
 
 def test_a_configuration_with_a_field_of_another_version_is_refused(folder: RunFolder) -> None:
     config = json.loads((folder.path / "config.json").read_text())
-    config["recipe"]["colour"] = "red"
+    config["recipe"]["color"] = "red"
     (folder.path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ExperimentError, match="colour"):
+    with pytest.raises(ExperimentError, match="color"):
         folder.recipe()
 
 

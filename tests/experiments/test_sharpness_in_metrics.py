@@ -12,8 +12,8 @@ from tiny import CPU, dataset, recipe, run, split, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.config.recipe import Recipe, Unit
-from steppe.experiments.data.datasets import normalise
-from steppe.experiments.data.label_noise import mislabelled
+from steppe.experiments.data.datasets import normalize
+from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures.pareto import after_epochs
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, Results, RunFolder
@@ -110,7 +110,7 @@ class Small(nn.Module):
 
 def test_values_are_those_of_slow_references() -> None:
     network, sample = Small().double(), split(60, 0)
-    images = normalise(sample.images).double()
+    images = normalize(sample.images).double()
     network.train()
     network(images)  # statistics that are not those of the sample, so that modes differ
     network.train()
@@ -283,5 +283,5 @@ def test_a_record_has_the_values_of_its_weights_on_the_noisy_sample(tmp_path: Pa
     *_, last = run(unit, tmp_path)
     again = Run(unit, dataset(), CPU)
     again.network.load_state_dict(torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"])
-    sample = flatness_sample(mislabelled(dataset().train, 0.5, 0), 11, 0)
+    sample = flatness_sample(mislabeled(dataset().train, 0.5, 0), 11, 0)
     assert measure_flatness(again.network, sample, 0.3, lambda: None) == {name: getattr(last, name) for name in FIELDS}

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 from tiny import recipe
 
-from steppe.experiments.analysis.summary import summarise
+from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.config.recipe import Recipe, Unit
 from steppe.experiments.figures import style as looks
 from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw
@@ -35,7 +35,7 @@ def results(of: Recipe, tests: dict[str, list[float]]) -> Results:
 
 def test_rows_differences_and_verdicts() -> None:
     three = recipe(seeds=3)
-    summary = summarise(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
+    summary = summarize(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
     assert [(row.method, row.standardized_epoch, row.gap.n) for row in summary.rows] == [("sgd", 4, 3), ("sam", 4, 3)]
     assert summary.rows[0].test_accuracy.mean == pytest.approx(85.0)
     assert summary.rows[0].test_accuracy.sd == pytest.approx(1.0)
@@ -48,21 +48,21 @@ def test_rows_differences_and_verdicts() -> None:
 
 def test_worse_and_not_distinguishable_are_said() -> None:
     three = recipe(seeds=3)
-    worse = summarise(three, results(three, {"sgd": [81.0, 82.1, 83.1], "sam": [80.0, 81.0, 82.0]}))
+    worse = summarize(three, results(three, {"sgd": [81.0, 82.1, 83.1], "sam": [80.0, 81.0, 82.0]}))
     assert next(worse.notes()).count(": worse") == 2
-    unclear = summarise(three, results(three, {"sgd": [81.0, 82.0, 83.0], "sam": [83.0, 81.0, 84.0]}))
+    unclear = summarize(three, results(three, {"sgd": [81.0, 82.0, 83.0], "sam": [83.0, 81.0, 84.0]}))
     assert next(unclear.notes()).count(": not distinguishable") == 2
 
 
 def test_one_run_gives_no_verdict() -> None:
-    summary = summarise(recipe(), results(recipe(), {"sgd": [80.0], "sam": [85.0]}))
+    summary = summarize(recipe(), results(recipe(), {"sgd": [80.0], "sam": [85.0]}))
     assert next(summary.notes()).count("+5.00 points (one run: no verdict)") == 1
     assert "better" not in summary.markdown()
 
 
 def test_further_epochs_are_a_row_and_no_part_of_the_verdict() -> None:
     more = recipe(extra_epochs=2)
-    summary = summarise(more, results(more, {"sgd": [80.0], "sam": [81.0]}))
+    summary = summarize(more, results(more, {"sgd": [80.0], "sam": [81.0]}))
     assert [(row.method, row.standardized_epoch) for row in summary.rows] == [("sgd", 4), ("sam", 4), ("sam", 6)]
     assert summary.differences[0].standardized_epoch == 4
 
@@ -71,15 +71,15 @@ def test_what_is_not_finished_is_named_and_not_paired() -> None:
     two = recipe(seeds=2)
     partial: dict[Unit, Any] = dict(results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}))
     partial[Unit(two, "sam", 1)] = partial[Unit(two, "sam", 1)][:1]
-    summary = summarise(two, partial)
+    summary = summarize(two, partial)
     assert summary.differences[0].gap.n == 1
     assert list(summary.notes())[-1].endswith("not come so far: sam-seed1.")
-    assert summarise(two, {unit: [] for unit in two.units()}).rows == []
+    assert summarize(two, {unit: [] for unit in two.units()}).rows == []
 
 
 def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
     three = recipe(seeds=3)
-    summary = summarise(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
+    summary = summarize(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
     console = Console(width=100, record=True, quiet=False, file=(tmp_path / "out").open("w"))
     summary.show(console)
     console.file.close()
@@ -96,7 +96,7 @@ def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
 
 def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1", "looksam"), seeds=3)
-    summary = summarise(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
+    summary = summarize(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
     assert list(summary.notes())[-1].startswith("Each of these 6 intervals is a 95 % one by itself")
     console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)
@@ -110,7 +110,7 @@ def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) ->
 @pytest.mark.parametrize("width", [60, 80])
 def test_a_narrow_terminal_shows_who_is_who(tmp_path: Path, width: int) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1"), seeds=3)
-    summary = summarise(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
+    summary = summarize(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
     console = Console(width=width, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)
     console.file.close()

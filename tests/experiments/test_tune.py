@@ -318,7 +318,7 @@ def test_a_trial_belongs_to_who_holds_it_and_is_taken_up_again(tmp_path: Path) -
     (space,) = spaces(recipe(methods=("sam",)), [], baseline=False)
 
     def study(storage: optuna.storages.BaseStorage) -> Study:
-        given = {"name": "one", "config": "{}", "maximise": True, "sampler": "tpe", "seed": 0, "trials": 3, "run": None}
+        given = {"name": "one", "config": "{}", "maximize": True, "sampler": "tpe", "seed": 0, "trials": 3, "run": None}
         return Study(space, storage, tmp_path, **given)  # type: ignore[arg-type]
 
     with opened(None, tmp_path) as storage, opened(None, tmp_path) as other:

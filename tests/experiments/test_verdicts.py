@@ -84,10 +84,10 @@ def test_only_where_both_kinds_agree_there_is_a_word(
     assert [found.json()[key] for key in ("raw", "adaptive", "verdict")] == list(words)
 
 
-def test_normalised_logits_may_object_and_the_context_may_not() -> None:
-    ours = {"trace": LOW, "adaptive_trace": LOW, "normalised_sharpness": (3.0, 3.1, 2.9), "weight_norm": LOW}
+def test_normalized_logits_may_object_and_the_context_may_not() -> None:
+    ours = {"trace": LOW, "adaptive_trace": LOW, "normalized_sharpness": (3.0, 3.1, 2.9), "weight_norm": LOW}
     found = verdict(ours, dict.fromkeys(ours, AT_TWO))
-    assert (found.word, found.family("normalised")) == ("inconclusive", "sharper")
+    assert (found.word, found.family("normalized")) == ("inconclusive", "sharper")
     assert found.rows[-1].word == ""
     assert found.json()["measures"][-1]["verdict"] == ""
 

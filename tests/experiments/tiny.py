@@ -70,16 +70,16 @@ def untimed(records: list[Record]) -> list[dict[str, object]]:
     return [{k: v for k, v in r.to_json().items() if k not in ("seconds", "images_per_second")} for r in records]
 
 
-def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
+def command_line(words: list[str] | None = None, *, random_tensors: bool = True) -> int:
     """Run the command line on the tiny data; without figures, which take longer than the runs, where nobody looks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
-        if not draws:
+        if not random_tensors:
             patch.setattr(figures, "draw", lambda recipe, results, folder: [])
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
         return main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(draws=False))
+    sys.exit(command_line(random_tensors=False))

@@ -10,7 +10,7 @@ from solutions import DOUBLE, Breaks, conv_net, formula, images, on_images, on_p
 from torch import nn
 from torch.func import functional_call
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.flatness import Objective
 from steppe.flatness.connect import connect
 from steppe.flatness.landscape import interpolation
@@ -64,7 +64,7 @@ def slow_reference(net, other, steps, lr, seed, train):
     for m in net:
         m.train(train and isinstance(m, nn.BatchNorm2d))
     for step in range(steps):
-        t = draws.uniform("connect", seed, step, [torch.empty(())])[0].double()
+        t = random_tensors.uniform("connect", seed, step, [torch.empty(())])[0].double()
         phi = (1 - t) ** 2 * w1.detach() + 2 * t * (1 - t) * theta + t**2 * w2.detach()
         parts = phi.split([p.numel() for p in net.parameters()])
         named = {k: v.view(p.shape) for (k, p), v in zip(net.named_parameters(), parts, strict=True)}

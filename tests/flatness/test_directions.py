@@ -51,7 +51,7 @@ def filters(name, w):
 def test_each_filter_is_as_long_as_the_weights_own_and_points_where_it_was_drawn():
     objective = unasked(zoo())
     w = by_name(objective, objective.weights)
-    for drawn, d in zip(random_directions(objective, 3, normalise=None), random_directions(objective, 3), strict=True):
+    for drawn, d in zip(random_directions(objective, 3, normalize=None), random_directions(objective, 3), strict=True):
         d, drawn = by_name(objective, d), by_name(objective, drawn)
         for name in objective.names:
             if w[name].dim() < 2:
@@ -65,7 +65,7 @@ def test_layers_and_single_weights():
     objective = unasked(zoo())
     w = by_name(objective, objective.weights)
     drawn, layer, each = (
-        by_name(objective, random_directions(objective, 1, normalise=n)[0]) for n in (None, "layer", "weights")
+        by_name(objective, random_directions(objective, 1, normalize=n)[0]) for n in (None, "layer", "weights")
     )
     for name, r in drawn.items():
         want = r * (w[name].norm() / r.norm()) if r.dim() > 1 else torch.zeros_like(r)
@@ -76,8 +76,8 @@ def test_layers_and_single_weights():
 def test_draws_are_gaussian_and_independent():
     # "random" directions that are nearly all ones have been seen in use
     model = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 200))
-    a, b = random_directions(unasked(model), normalise=None).double()
-    c = random_directions(unasked(model), 1, seed=1, normalise=None)[0].double()
+    a, b = random_directions(unasked(model), normalize=None).double()
+    c = random_directions(unasked(model), 1, seed=1, normalize=None)[0].double()
     first, second = a[: 200 * 100], a[-200 - 200 * 100 : -200]  # two parameters of as many entries
     assert abs(a.mean()) < 5 / len(a) ** 0.5
     assert abs(a.var() - 1) < 5 * (2 / len(a)) ** 0.5
@@ -121,11 +121,11 @@ def test_directions_that_cannot_be_drawn():
     objective = on_images(conv_net(), parameters=["7.bias"])
     with pytest.raises(ValueError, match="there are none among 7.bias: choose 'weights' or None"):
         random_directions(objective)
-    assert random_directions(objective, normalise=None).all()
+    assert random_directions(objective, normalize=None).all()
     with pytest.raises(ValueError, match="count=0"):
         random_directions(objective, 0)
-    with pytest.raises(ValueError, match="normalise='filters': choose"):
-        random_directions(objective, normalise="filters")
+    with pytest.raises(ValueError, match="normalize='filters': choose"):
+        random_directions(objective, normalize="filters")
 
 
 def test_the_way_to_another_solution():

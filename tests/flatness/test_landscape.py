@@ -45,14 +45,14 @@ def test_along_eigenvectors_the_landscape_of_a_quadratic_is_the_quadratic():
 def test_every_entry_is_the_loss_at_its_own_place():
     objective = on_points(relu_net())
     d1, d2 = random_directions(objective)
-    centre = torch.full_like(d1, 0.1)
-    surface = landscape(objective, torch.stack([d1, d2]), radius=0.7, points=5, centre=centre)
+    center = torch.full_like(d1, 0.1)
+    surface = landscape(objective, torch.stack([d1, d2]), radius=0.7, points=5, center=center)
     profile = landscape(objective, d2[None], radius=0.7, points=5)
     for i, a in enumerate(surface.axis.tolist()):
         assert profile.losses[i] == objective.loss(a * d2)
         for j, b in enumerate(surface.axis.tolist()):
-            assert surface.losses[i][j] == objective.loss(centre + (a * d1 + b * d2))
-    assert surface.centre == objective.loss(centre) == surface.losses[2, 2]
+            assert surface.losses[i][j] == objective.loss(center + (a * d1 + b * d2))
+    assert surface.center == objective.loss(center) == surface.losses[2, 2]
     assert surface.losses.unique().numel() == 25
 
 
@@ -65,12 +65,12 @@ def test_the_middle_is_the_models_own_loss_to_the_bit():
                 found = landscape(objective, d, points=p, radius=0.3)
                 middle = (p // 2,) * len(d)
                 assert found.axis[p // 2] == 0
-                assert found.losses[middle] == found.centre == float(objective.loss())
+                assert found.losses[middle] == found.center == float(objective.loss())
                 assert torch.equal(found.axis, -found.axis.flip(0))
                 assert found.axis[-1] == 0.3
     even = landscape(objective, random_directions(objective, 1), points=4, radius=3.0)
     torch.testing.assert_close(even.axis, torch.tensor([-3.0, -1.0, 1.0, 3.0], dtype=DOUBLE))
-    assert even.centre == float(objective.loss())
+    assert even.center == float(objective.loss())
 
 
 def test_one_pass_a_point():
@@ -126,12 +126,12 @@ def rescale_filters(net):
     [(relu_net, on_points, rescale_layers, True), (conv_net, on_images, rescale_filters, False)],
 )
 def test_rescaling_a_network_leaves_its_landscape_as_it_is(make, on, rescale, unmoved_by_layers):
-    def looks(net, normalise):
+    def looks(net, normalize):
         for m in net:
             if isinstance(m, nn.BatchNorm2d):
                 m.eps = 1e-200  # which is not rescaled
         objective = on(net)
-        return landscape(objective, random_directions(objective, seed=5, normalise=normalise), points=3).losses
+        return landscape(objective, random_directions(objective, seed=5, normalize=normalize), points=3).losses
 
     before, after = make(), make()
     rescale(after)
@@ -189,7 +189,7 @@ def test_statistics_are_estimated_anew_at_each_point():
         nn.utils.vector_to_parameters(objective.weights + t * d, there.parameters())
         torch.testing.assert_close(loss, estimated(there), rtol=1e-12, atol=0)
     assert found.statistics
-    assert found.centre == found.losses[1] != objective.loss()
+    assert found.center == found.losses[1] != objective.loss()
     assert not landscape(on_points(relu_net()), torch.ones(1, 51), points=3, statistics=True).statistics
 
 
@@ -280,7 +280,7 @@ def test_what_cannot_be_measured():
     with pytest.raises(ValueError, match="some entries are not finite"):
         landscape(objective, d / 0.0)
     with pytest.raises(ValueError, match=r"shape \(1,\) was given"):
-        landscape(objective, d, centre=torch.zeros(1))
+        landscape(objective, d, center=torch.zeros(1))
     for wrong in (
         {"points": 1},
         {"radius": 0.0},

@@ -19,7 +19,7 @@ from steppe.flatness import (
     average_sharpness,
     m_sharpness,
     measure,
-    normalised_logits,
+    normalized_logits,
     sharpness,
 )
 
@@ -30,8 +30,8 @@ SMALL = Effort(
 
 def measured(net, effort=SMALL, **options):
     x, y = samples()
-    normalised = Objective(net, (x, y), loss=normalised_logits(F.cross_entropy), **options)
-    return measure(objective(net, (x, y), **options), effort, normalised=normalised)
+    normalized = Objective(net, (x, y), loss=normalized_logits(F.cross_entropy), **options)
+    return measure(objective(net, (x, y), **options), effort, normalized=normalized)
 
 
 def test_every_name_is_measured_and_no_other():
@@ -39,7 +39,7 @@ def test_every_name_is_measured_and_no_other():
     assert set(found.measures) == {name for family in FAMILIES.values() for name in family.measures}
     assert all(math.isfinite(m.value) for m in found.measures.values())
     plain = measure(objective(relu_net()), SMALL)
-    assert set(plain.measures) == set(found.measures) - set(FAMILIES["normalised"].measures)
+    assert set(plain.measures) == set(found.measures) - set(FAMILIES["normalized"].measures)
     assert {k: v for k, v in found.measures.items() if k in plain.measures} == plain.measures
 
 
@@ -90,27 +90,27 @@ def test_rescaling_changes_the_raw_family_and_not_the_adaptive_one():
         assert other[name].value == pytest.approx(plain[name].value, rel=1e-6), name
     for name in FAMILIES["raw"].measures:
         assert other[name].value != pytest.approx(plain[name].value, rel=0.2), name
-    assert other["normalised_adaptive_sharpness"].value == pytest.approx(
-        plain["normalised_adaptive_sharpness"].value, rel=1e-6
+    assert other["normalized_adaptive_sharpness"].value == pytest.approx(
+        plain["normalized_adaptive_sharpness"].value, rel=1e-6
     )
     assert other["loss"].value == pytest.approx(plain["loss"].value, rel=1e-12)
 
 
-def test_a_network_that_is_surer_of_itself_is_no_flatter_by_normalised_logits():
+def test_a_network_that_is_surer_of_itself_is_no_flatter_by_normalized_logits():
     sure = tanh_net()
     with torch.no_grad():
         sure[-1].weight.mul_(3.0)
         sure[-1].bias.mul_(3.0)
     # a displacement relative to the weights turns both networks' logits in the same way
     plain, other = measured(tanh_net()).measures, measured(sure).measures
-    name = "normalised_adaptive_sharpness"
+    name = "normalized_adaptive_sharpness"
     assert other[name].value == pytest.approx(plain[name].value, rel=1e-6)
     assert other["adaptive_sharpness"].value != pytest.approx(plain["adaptive_sharpness"].value, rel=0.2)
 
 
-def test_normalised_logits_are_centred_and_of_length_one():
+def test_normalized_logits_are_centerd_and_of_length_one():
     seen = []
-    normalised_logits(lambda f, y: seen.append(f))(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]), None)
+    normalized_logits(lambda f, y: seen.append(f))(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]), None)
     expected = torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]]) / 14**0.5
     torch.testing.assert_close(seen[0], expected)
 
@@ -174,7 +174,7 @@ def same(a: Flatness, b: Flatness) -> None:
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine.losses, theirs.losses, rtol=0, atol=0, equal_nan=True)
             assert mine.what == theirs.what
-            assert mine.centre == pytest.approx(theirs.centre, rel=1e-6)
+            assert mine.center == pytest.approx(theirs.center, rel=1e-6)
 
 
 @pytest.mark.parametrize("points", [0, 3])

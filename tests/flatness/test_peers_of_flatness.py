@@ -5,7 +5,7 @@ import torch
 from oracles import DOUBLE, objective, samples, tanh_net
 from torch import nn
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.flatness import Hessian, density, eigenvalues, trace
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")
@@ -49,7 +49,7 @@ def test_the_moments_of_the_density_agree():
     dense = theirs @ torch.eye(ours.n, dtype=DOUBLE)
     found = density(ours, probes=2, steps=6)
     for probe in range(2):
-        (v,) = draws.normal("density", 0, probe, [torch.empty(ours.n, dtype=DOUBLE)])
+        (v,) = random_tensors.normal("density", 0, probe, [torch.empty(ours.n, dtype=DOUBLE)])
         v /= v.norm()
         power = v
         for degree in range(1, 12):  # Gauss: exact to degree 2 steps - 1

@@ -132,8 +132,8 @@ def test_the_one_step_point_is_where_the_optimizer_climbs(rule):
     found = sharpness(objective(net), 0.1, steps=1, restarts=1, **options)
     optimizer = steppe.SAM(torch.optim.SGD(net.parameters(), lr=0.0), rho=0.1, perturbation=perturbation)
     losses = []
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             losses.append(F.cross_entropy(net(x), y))
             losses[-1].backward()
     assert found.one_step == pytest.approx(float((losses[1] - losses[0]).detach()), rel=1e-10)

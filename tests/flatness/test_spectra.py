@@ -152,10 +152,10 @@ def test_the_density_of_a_known_spectrum():
 def test_the_quadrature_is_exact_for_its_own_probe():
     hessian, dense = net_and_dense()
     found = density(hessian, probes=2, steps=6)
-    from steppe._tensors import random as draws
+    from steppe._tensors import random as random_tensors
 
     for probe in range(2):
-        (v,) = draws.normal("density", 0, probe, [torch.empty(hessian.n, dtype=DOUBLE)])
+        (v,) = random_tensors.normal("density", 0, probe, [torch.empty(hessian.n, dtype=DOUBLE)])
         v /= v.norm()
         power = v
         for degree in range(1, 12):  # Gauss: exact to degree 2 steps - 1

@@ -13,8 +13,8 @@ def grows(curvature, lr, rho):
     """Whether the gradient is longer after a step of SAM from where it is 1, on the parabola of that curvature."""
     w = torch.nn.Parameter(torch.tensor([1 / curvature], dtype=torch.float64))
     optimizer = steppe.SAM(torch.optim.SGD([w], lr=lr), rho=rho)
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             (curvature / 2 * w.square().sum()).backward()
     optimizer.step()
     return abs(float(w.detach())) * curvature > 1

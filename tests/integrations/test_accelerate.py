@@ -61,8 +61,8 @@ def run(accelerator, model, optimizer, loader, scheduler, *, epochs=2, clip=1.0,
     for _ in range(epochs):
         for batches in windows(accelerator, loader):
             torch.manual_seed(step)
-            for walk in passes(accelerator, optimizer, len(batches)):
-                with walk:
+            for sam_pass in passes(accelerator, optimizer, len(batches)):
+                with sam_pass:
                     for x, y in batches:
                         with accelerator.accumulate(model):
                             accelerator.backward(F.cross_entropy(model(x), y))
@@ -83,8 +83,8 @@ def by_hand(*, k=1, method=steppe.SAM, rho=0.5, epochs=2, clip=1.0, amp=None, sc
     skipped = 0
     for step, window in enumerate([micro[i : i + k] for i in range(0, len(micro), k)] * epochs):
         torch.manual_seed(step)
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 for x, y in window:
                     with torch.autocast("cpu", amp) if amp else contextlib.nullcontext():
                         out = model(x).float()
@@ -108,8 +108,8 @@ def test_three_lines_in_a_raw_loop():
     model.train()
     for step, (x, y) in enumerate(loader):
         torch.manual_seed(step)
-        for walk in sam.passes():
-            with walk:
+        for sam_pass in sam.passes():
+            with sam_pass:
                 accelerator.backward(F.cross_entropy(model(x), y))
         accelerator.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
@@ -185,8 +185,8 @@ def test_a_perturbation_for_each_micro_batch():
             torch.manual_seed(step)
             step += 1
             with accelerator.accumulate(model):
-                for walk in passes(accelerator, optimizer, accumulate=True):
-                    with walk:
+                for sam_pass in passes(accelerator, optimizer, accumulate=True):
+                    with sam_pass:
                         accelerator.backward(F.cross_entropy(model(x), y))
                 optimizer.step()
                 scheduler.step()
@@ -197,8 +197,8 @@ def test_a_perturbation_for_each_micro_batch():
     micro = list(data()) * 2
     for step, (x, y) in enumerate(micro):
         torch.manual_seed(step)
-        for walk in sam.passes(accumulate=True):
-            with walk:
+        for sam_pass in sam.passes(accumulate=True):
+            with sam_pass:
                 (F.cross_entropy(twin(x), y) / 2).backward()
         if step in (1, 3, 4, 6, 8, 9):
             base.param_groups[0]["lr"] = 0.1 * 0.9 ** (1, 3, 4, 6, 8, 9).index(step)
@@ -215,7 +215,12 @@ def test_save_state_and_load_state_resume_bit_exactly(tmp_path):
             accelerator,
             seed=seed,
             method=lambda base, rho, model: steppe.SAM(
-                base, rho, perturbation=memory, combination=steppe.Reuse(), cadence=steppe.Every(2), model=model
+                base,
+                rho,
+                perturbation=memory,
+                combination=steppe.GradientReuse(),
+                cadence=steppe.Periodic(2),
+                model=model,
             ),
         )
 
@@ -245,12 +250,12 @@ def test_an_exception_between_two_micro_batches_leaves_w_and_the_next_window_who
     before = model_bits(model)
     first = next(windows(accelerator, loader))
     with pytest.raises(ZeroDivisionError):
-        for walk in passes(accelerator, optimizer, 2):
-            with walk:
+        for sam_pass in passes(accelerator, optimizer, 2):
+            with sam_pass:
                 for x, y in first:
                     with accelerator.accumulate(model):
                         accelerator.backward(F.cross_entropy(model(x), y))
-                        if walk.climbs:
+                        if sam_pass.is_perturbed:
                             1 / 0  # noqa: B018
     assert {k: v for k, v in model_bits(model).items() if "running" not in k and "num_" not in k} == {
         k: v for k, v in before.items() if "running" not in k and "num_" not in k
@@ -268,8 +273,8 @@ def test_passes_inside_accumulate_would_lose_micro_batches():
     model, optimizer, loader, _ = made(accelerator)
     x, y = next(iter(loader))
     with accelerator.accumulate(model), pytest.raises(RuntimeError, match="all but the last would be lost"):
-        for walk in passes(accelerator, optimizer):
-            with walk:
+        for sam_pass in passes(accelerator, optimizer):
+            with sam_pass:
                 accelerator.backward(F.cross_entropy(model(x), y))
 
 
@@ -279,8 +284,8 @@ def test_the_optimizers_own_passes_inside_accumulate_would_too():
     sam = unwrapped(optimizer)
     x, y = next(iter(loader))
     with accelerator.accumulate(model), pytest.raises(RuntimeError, match=r"accelerator\.accumulate\(\)"):
-        for walk in sam.passes():
-            with walk:
+        for sam_pass in sam.passes():
+            with sam_pass:
                 accelerator.backward(F.cross_entropy(model(x), y))
 
 
@@ -289,8 +294,8 @@ def test_another_number_of_micro_batches_than_was_said():
     model, optimizer, loader, _ = made(accelerator)
     batches = next(windows(accelerator, loader))
     with pytest.raises(RuntimeError, match=r"told of 1 .* saw 2"):
-        for walk in passes(accelerator, optimizer):
-            with walk:
+        for sam_pass in passes(accelerator, optimizer):
+            with sam_pass:
                 for x, y in batches:
                     with accelerator.accumulate(model):
                         accelerator.backward(F.cross_entropy(model(x), y))
@@ -315,7 +320,7 @@ def test_a_step_without_passes_is_said():
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         optimizer.step()
-    assert ["without sharpness-aware minimisation" in str(w.message) for w in caught] == [True]
+    assert ["without sharpness-aware minimization" in str(w.message) for w in caught] == [True]
 
 
 def test_an_optimizer_that_is_no_sam():
@@ -349,7 +354,7 @@ def test_parallelism_inside_one_model(plan):
         refuse_unsupported(fake)
 
 
-def test_a_perturbation_for_each_micro_batch_on_several_processes_needs_them_synchronised(monkeypatch):
+def test_a_perturbation_for_each_micro_batch_on_several_processes_needs_them_synchronized(monkeypatch):
     plugin = GradientAccumulationPlugin(num_steps=2)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
     _, optimizer, *_ = made(accelerator)

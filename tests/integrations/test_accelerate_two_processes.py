@@ -44,8 +44,8 @@ def test_all_micro_batches_in_every_pass(ranks):
     optimizer = sam(model)
     micro = list(torch.utils.data.DataLoader(samples(), batch_size=4))  # two processes with two samples each
     for window in (micro[:2], micro[2:]) * 2:
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 for x, y in window:
                     (F.cross_entropy(model(x), y) / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
@@ -57,8 +57,8 @@ def test_a_perturbation_for_each_micro_batch(ranks):
     model = mlp()
     optimizer = sam(model)
     for step, (x, y) in enumerate(torch.utils.data.DataLoader(samples(), batch_size=4)):
-        for walk in optimizer.passes(accumulate=True):
-            with walk:
+        for sam_pass in optimizer.passes(accumulate=True):
+            with sam_pass:
                 (F.cross_entropy(model(x), y) / 2).backward()
         if step in (1, 2):
             optimizer.step()
@@ -75,4 +75,4 @@ def test_the_trainer(ranks):
     for written, expected in zip(ranks[0]["logs"], logs, strict=False):
         assert written["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert written["grad_norm"] == pytest.approx(expected["norm"], rel=1e-6)
-        assert written["climbed_loss"] == pytest.approx(expected["climbed"], rel=1e-6)
+        assert written["perturbed_loss"] == pytest.approx(expected["climbed"], rel=1e-6)

@@ -82,8 +82,8 @@ def by_hand(
     """What a fit is to equal."""
     for _ in range(epochs):
         for start in range(0, n, k):
-            for walk in optimizer.passes():
-                with walk:
+            for sam_pass in optimizer.passes():
+                with sam_pass:
                     for i in range(start, min(start + k, n)):
                         torch.manual_seed(100 + i)
                         x, y = data(i)
@@ -98,7 +98,7 @@ METHODS = {
     "asam": partial(steppe.variants.asam, rho=0.5),
     "gsam": partial(steppe.variants.gsam, rho=0.5),
     "vasso": partial(steppe.variants.vasso, rho=0.5),
-    "twice": partial(steppe.SAM, rho=0.5, perturbation=steppe.Steps(steppe.L2(), 2)),
+    "twice": partial(steppe.SAM, rho=0.5, perturbation=steppe.AscentSteps(steppe.L2(), 2)),
     "looksam": partial(steppe.variants.looksam, rho=0.5, k=2),
     "aesam": partial(steppe.variants.aesam, rho=0.5, steps=10),
     "msam": partial(steppe.variants.msam, rho=0.5),
@@ -212,7 +212,7 @@ class Overflowing(Classifier):
 
     def training_step(self, batch, batch_idx):
         loss = super().training_step(batch, batch_idx)
-        here = (batch_idx, int(self.optimizers().walk.climbs))
+        here = (batch_idx, int(self.optimizers().current_pass.is_perturbed))
         return loss * float("inf") if here == (1, self.in_pass) else loss
 
     def on_train_batch_end(self, outputs, batch, batch_idx):

@@ -37,8 +37,8 @@ class Halves(pl.LightningModule):
         if self.automatic_optimization:
             return self.loss(batch, self.global_rank)
         opt = self.optimizers()
-        for walk in opt.passes():
-            with walk:
+        for sam_pass in opt.passes():
+            with sam_pass:
                 self.manual_backward(self.loss(batch, self.global_rank))
         opt.step()
 
@@ -70,8 +70,8 @@ def test_two_processes_equal_one(manual, per_rank, k, tmp_path, monkeypatch):
         window = [batch(i, dtype=torch.float64) for i in range(start, min(start + k, BATCHES))]
         optimizer.zero_grad()
         for ranks in [(0,), (1,)] if per_rank else [(0, 1)]:
-            for walk in optimizer.passes(accumulate=True):
-                with walk:
+            for sam_pass in optimizer.passes(accumulate=True):
+                with sam_pass:
                     for micro in window:
                         (sum(twin.loss(micro, rank) for rank in ranks) / 2 / k).backward()
         optimizer.step()

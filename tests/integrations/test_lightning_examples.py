@@ -29,8 +29,8 @@ def test_the_automatic_example():
     batches = list(loader)
     for micro_batches in zip(batches[::2], batches[1::2], strict=True):
         losses = []
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 losses.append(0.0)
                 for x, y in micro_batches:
                     loss = F.cross_entropy(twin.model(x), y) / 2
@@ -54,8 +54,8 @@ def test_the_manual_example():
     iter(torch.utils.data.DataLoader(batches))  # which draws a seed
     for noise in batches:
         real, fake = 4 + 0.5 * torch.randn_like(noise), twin.generator(noise).detach()
-        for walk in critic.passes():
-            with walk:
+        for sam_pass in critic.passes():
+            with sam_pass:
                 (F.softplus(-twin.judge(real)) + F.softplus(twin.judge(fake))).mean().backward()
         critic.step()
         generator.zero_grad()

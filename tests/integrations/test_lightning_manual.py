@@ -1,4 +1,4 @@
-"""SAMCallback in manual optimisation: closures, explicit passes, several optimizers."""
+"""SAMCallback in manual optimization: closures, explicit passes, several optimizers."""
 
 import pytest
 import torch
@@ -41,24 +41,24 @@ class Manual(Classifier):
         if self.form == "closure":
             loss = opt.step(closure)
         else:
-            for walk in opt.passes():
-                with walk:
+            for sam_pass in opt.passes():
+                with sam_pass:
                     value = closure()
-                    loss = value if walk.first else loss
+                    loss = value if sam_pass.is_first else loss
             assert opt.step() is None
         return loss
 
 
 @pytest.mark.parametrize("form", ["closure", "passes"])
 @pytest.mark.parametrize("method", ["gsam", "msam", "twice", "sampa"])
-def test_manual_optimisation_equals_a_loop_by_hand(method, form):
+def test_manual_optimization_equals_a_loop_by_hand(method, form):
     module, twin = Manual(form), net()
     trainer = fit(module, SAMCallback(METHODS[method]), max_epochs=1)
     optimizer, losses = METHODS[method](BASES["momentum"](twin.parameters()), model=twin), []
 
     def loss(output, y):
         value = F.cross_entropy(output, y)
-        if optimizer.walk.first:
+        if optimizer.current_pass.is_first:
             losses.append(value.detach())
         return value
 
@@ -85,7 +85,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["closure", "passes"])
-def test_a_loss_scaler_in_manual_optimisation(form):
+def test_a_loss_scaler_in_manual_optimization(form):
     module, twin = Manual(form, dropout=0.0), net(dropout=0.0)
     ours, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
     fit(module, SAMCallback(rho=0.5), plugins=[MixedPrecision("16-mixed", "cpu", ours)], max_epochs=1)
@@ -124,8 +124,8 @@ class Gan(Classifier):
         for player, opt in enumerate(optimizers):
             if player in self.sam:
                 with opt.toggle_model():
-                    for walk in opt.passes():
-                        with walk:
+                    for sam_pass in opt.passes():
+                        with sam_pass:
                             self.manual_backward(self.losses(batch)[player]())
                     opt.step()
             else:
@@ -160,8 +160,8 @@ def test_two_players(callbacks, radii):
             others = (twin.d, twin.g)[player]
             others.requires_grad_(False)
             if player in wrapped:
-                for walk in optimizer.passes():
-                    with walk:
+                for sam_pass in optimizer.passes():
+                    with sam_pass:
                         twin.losses(batch(i))[player]().backward()
             else:
                 optimizer.zero_grad()
@@ -190,7 +190,7 @@ class PlainManual(Classifier):
         opt.step()
 
 
-def test_a_plain_step_in_manual_optimisation_is_refused():
+def test_a_plain_step_in_manual_optimization_is_refused():
     with pytest.raises(RuntimeError, match=r"plain step of SGD, without.*opt.passes\(\).*SAMCallback\(optimizers="):
         fit(PlainManual(), SAMCallback(rho=0.5))
 
@@ -223,8 +223,8 @@ def test_a_step_that_the_scaler_skipped_is_not_taken_later():
         def training_step(self, batch, batch_idx):
             opt = self.optimizers()
             if batch_idx == 0:
-                for walk in opt.passes():
-                    with walk:
+                for sam_pass in opt.passes():
+                    with sam_pass:
                         self.manual_backward(Classifier.training_step(self, batch, batch_idx) * float("inf"))
             opt.step()
 

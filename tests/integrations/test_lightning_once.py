@@ -141,12 +141,12 @@ def test_the_log_says_what_the_climb_found(method, k):
     optimizer, expected, losses = METHODS[method](BASES["momentum"](twin.parameters()), model=twin), [], {}
 
     def loss(output, y):
-        value, climbs = F.cross_entropy(output, y), optimizer.walk.climbs
-        losses[climbs] = losses.get(climbs, 0) + value.item() / k
+        value, ascent_steps = F.cross_entropy(output, y), optimizer.current_pass.is_perturbed
+        losses[ascent_steps] = losses.get(ascent_steps, 0) + value.item() / k
         return value
 
     def after():
-        expected.append({"sam/loss_climbed": losses[True]} if True in losses else {})
+        expected.append({"sam/perturbed_loss": losses[True]} if True in losses else {})
         if losses.keys() == {False, True}:
             expected[-1]["sam/sharpness"] = losses[True] - losses[False]
         losses.clear()
@@ -166,7 +166,7 @@ def test_an_exception_in_the_second_pass_leaves_w(error, k, monkeypatch):
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
-            if batch_idx >= 2 and (walk := self.optimizers().walk) is not None and walk.climbs:
+            if batch_idx >= 2 and (sam_pass := self.optimizers().current_pass) is not None and sam_pass.is_perturbed:
                 assert bits(self.parameters()) != self.before
                 raise error
             return loss
@@ -196,8 +196,8 @@ def test_a_training_step_that_returns_none_skips_the_batch():
         fit(module, SAMCallback(rho=0.5), max_epochs=1)
     optimizer = steppe.SAM(BASES["sgd"](twin.parameters()), rho=0.5, model=twin)
     for i in (0, 2, 3, 4):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 torch.manual_seed(100 + i)
                 F.cross_entropy(twin(batch(i)[0]), batch(i)[1]).backward()
         optimizer.step()
@@ -239,7 +239,7 @@ def test_what_is_refused_says_why():
     refused("count from 0 to 0", error=ValueError, callback=SAMCallback(optimizers=[1]))
     manual = Classifier()
     manual.automatic_optimization = False
-    refused("in manual optimisation.*walk.climbs", manual, callback=SAMCallback(log=True))
+    refused("in manual optimization.*walk.is_perturbed", manual, callback=SAMCallback(log=True))
     refused(
         "argument 'model'.*which protects running statistics",
         error=TypeError,
@@ -279,8 +279,8 @@ def test_without_the_callback_explicit_passes_are_refused():
 
         def training_step(self, batch, batch_idx):
             opt = self.optimizers()
-            for walk in opt.passes():
-                with walk:
+            for sam_pass in opt.passes():
+                with sam_pass:
                     self.manual_backward(super().training_step(batch, batch_idx))
             opt.step()
 

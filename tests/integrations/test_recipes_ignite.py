@@ -108,6 +108,6 @@ def test_ignites_ready_made_trainer_is_heard():
     model = torch.nn.Linear(4, 2)
     optimizer = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
     trainer = create_supervised_trainer(model, optimizer, F.cross_entropy)
-    with pytest.warns(UserWarning, match="without sharpness-aware minimisation") as heard:
+    with pytest.warns(UserWarning, match="without sharpness-aware minimization") as heard:
         trainer.run([(torch.ones(2, 4), torch.tensor([0, 1]))] * 3, max_epochs=1)
     assert len(heard) == 1

@@ -152,7 +152,7 @@ def test_fit_is_sam_by_hand(base):
 
 
 def test_rho_zero_is_keras_bit_for_bit():
-    """With BatchNorm, dropout by Keras' seeds and by torch's generator, a regulariser and metrics in the model."""
+    """With BatchNorm, dropout by Keras' seeds and by torch's generator, a regularizer and metrics in the model."""
 
     class Zero(Net):
         method = staticmethod(functools.partial(steppe.SAM, rho=0.0))

@@ -151,7 +151,7 @@ def test_native_scaler_as_in_train_py_is_heard():
             optimizer.zero_grad()
             scaler(F.cross_entropy(model(x), y), optimizer, clip_grad=1.0, parameters=model.parameters())
 
-    with pytest.warns(UserWarning, match="without sharpness-aware minimisation") as heard:
+    with pytest.warns(UserWarning, match="without sharpness-aware minimization") as heard:
         as_in_train_py()
     assert len(heard) == 1
     for _ in range(3):
@@ -169,8 +169,8 @@ def test_native_scaler_makes_the_backwards_of_the_passes():
     scaler = NativeScaler(device="cpu")
     x, y = torch.ones(2, 4), torch.tensor([0, 1])
     for _ in range(3):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 scaler(F.cross_entropy(model(x), y), optimizer, need_update=False)
         scaler._scaler.step(optimizer)
         scaler._scaler.update()

@@ -285,8 +285,8 @@ RULES = {
         steppe.SAM,
         rho=0.1,
         perturbation=steppe.VarianceSuppressed(),
-        combination=steppe.Reuse(),
-        cadence=steppe.Every(2),
+        combination=steppe.GradientReuse(),
+        cadence=steppe.Periodic(2),
     ),
 }
 
@@ -320,7 +320,7 @@ class RunsOut(SAMTrainer):
     """Out of memory in the second pass of a batch of 4."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.walk.climbs and len(inputs["input_ids"]) > 3:
+        if self.current_pass.is_perturbed and len(inputs["input_ids"]) > 3:
             raise RuntimeError("CUDA out of memory. (simulated)")
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -336,7 +336,7 @@ def test_auto_find_batch_size_goes_on_from_w(tmp_path):
 
 class Interrupted(SAMTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
-        if self.walk.climbs and self.state.global_step == 1:
+        if self.current_pass.is_perturbed and self.state.global_step == 1:
             raise KeyboardInterrupt
         return super().compute_loss(model, inputs, *args, **kwargs)
 
@@ -426,10 +426,10 @@ def test_sharpness_is_logged_where_it_is_asked_for(tmp_path):
     trained = trainer(tmp_path, model, sam=METHODS["cadence"], log_sharpness=True, logging_steps=5)
     trained.train()
     logs = by_hand(twin, METHODS["cadence"](adamw(twin), model=twin))
-    climbs = [entry for step, entry in enumerate(logs) if step % 2 == 0]  # looksam climbs at every second step
-    for written, part in zip(trained.state.log_history, (climbs[:3], climbs[3:]), strict=False):
+    ascent_steps = [entry for step, entry in enumerate(logs) if step % 2 == 0]  # looksam climbs at every second step
+    for written, part in zip(trained.state.log_history, (ascent_steps[:3], ascent_steps[3:]), strict=False):
         climbed, at_w = (sum(entry[key] for entry in part) / len(part) for key in ("climbed", "loss"))
-        assert written["climbed_loss"] == pytest.approx(climbed, rel=1e-5)
+        assert written["perturbed_loss"] == pytest.approx(climbed, rel=1e-5)
         assert written["sharpness"] == pytest.approx(climbed - at_w, rel=1e-3)
         assert written["sharpness"] > 0
     silent = trainer(tmp_path, gpt(), rho=0.1)

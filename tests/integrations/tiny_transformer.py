@@ -103,8 +103,8 @@ def by_hand(
     for step, window in enumerate(windows * epochs):
         torch.manual_seed(step)
         losses = []
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 losses.append(0.0)
                 for batch in window:
                     with torch.autocast("cpu", amp) if amp else contextlib.nullcontext():

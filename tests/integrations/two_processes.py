@@ -43,8 +43,8 @@ def together() -> dict[str, torch.Tensor]:
     accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
     for _ in range(2):
         for batches in windows(accelerator, loader):
-            for walk in passes(accelerator, optimizer, len(batches)):
-                with walk:
+            for sam_pass in passes(accelerator, optimizer, len(batches)):
+                with sam_pass:
                     for x, y in batches:
                         with accelerator.accumulate(model):
                             accelerator.backward(F.cross_entropy(model(x), y))
@@ -59,15 +59,15 @@ def apart(**plugin) -> dict[str, torch.Tensor]:
     )
     for x, y in loader:
         with accelerator.accumulate(model):
-            for walk in passes(accelerator, optimizer, accumulate=True):
-                with walk:
+            for sam_pass in passes(accelerator, optimizer, accumulate=True):
+                with sam_pass:
                     accelerator.backward(F.cross_entropy(model(x), y))
             optimizer.step()
             optimizer.zero_grad()
     return accelerator.unwrap_model(model).state_dict()
 
 
-def apart_and_unsynchronised() -> str:
+def apart_and_unsynchronized() -> str:
     try:
         apart()
     except RuntimeError as refused:
@@ -86,7 +86,7 @@ def trainer(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    results = {"together": together(), "apart": apart(sync_each_batch=True), "refused": apart_and_unsynchronised()}
+    results = {"together": together(), "apart": apart(sync_each_batch=True), "refused": apart_and_unsynchronized()}
     results["trainer"], results["logs"] = trainer(folder)
     rank = torch.distributed.get_rank()
     torch.save(results, folder / f"rank{rank}.pt")

@@ -7,7 +7,7 @@ from problems import agree, loss, start, through_a_file, trained
 from reference_methods import bsam
 
 from checks import split
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods.bsam import BSAM
 from support import batch, bits, by_closure, model_bits, net, plain, train
 
@@ -16,7 +16,7 @@ THEIRS = {"alpha": 0.02, "N": 50, "rho": 0.1, "beta1": 0.8, "beta2": 0.9, "delta
 
 
 def noise(t):
-    drawn = draws.normal("BSAM/0", 4, t, split(start()))
+    drawn = random_tensors.normal("BSAM/0", 4, t, split(start()))
     return torch.cat([n.reshape(-1) for n in drawn])
 
 
@@ -46,8 +46,8 @@ def test_the_noise_has_the_posteriors_variance_and_depends_on_seed_and_step_alon
 
     def sampled(seed):
         optimizer = BSAM([w], 0.0, n_data=25, scale=4.0, seed=seed)
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 seen.append(w.detach().clone())
                 w.sum().backward()
         optimizer.step()
@@ -66,8 +66,8 @@ def test_the_noise_has_the_posteriors_variance_and_depends_on_seed_and_step_alon
     sampled(1)
     assert torch.equal(seen[2], seen[0])
     assert not torch.equal(seen[4], seen[0])
-    for walk in again.passes():
-        with walk:
+    for sam_pass in again.passes():
+        with sam_pass:
             seen.append(w.detach().clone())
             w.sum().backward()
     assert abs(torch.corrcoef(torch.stack([seen[6], seen[0]]))[0, 1]) < 0.05
@@ -77,7 +77,7 @@ def test_the_loss_is_that_at_the_sample_and_the_scale_grows_with_the_gradient():
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = BSAM([w], lr=0.0, n_data=10, betas=(0.9, 0.5), weight_decay=0.0, damping=0.0)
     got = by_closure(optimizer, lambda: (w * torch.tensor([4.0, 0.0])).sum())
-    n = draws.normal("BSAM/0", 0, 0, [w])[0] / 10**0.5
+    n = random_tensors.normal("BSAM/0", 0, 0, [w])[0] / 10**0.5
     assert got.item() == pytest.approx(4 * (1 + n[0].item()))
     torch.testing.assert_close(optimizer.state[w]["scale"], torch.tensor([0.5 + 0.5 * 4, 0.5]))
 
@@ -86,13 +86,13 @@ def test_accumulated_micro_batches_each_have_their_own_noise_and_climb():
     w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = BSAM([w], lr=0.1, n_data=10, rho=0.2, betas=(0.0, 0.5), weight_decay=0.0, damping=0.1)
     for i, a in enumerate((1.0, -2.0)):
-        for walk in optimizer.passes(accumulate=i > 0):
-            with walk:
+        for sam_pass in optimizer.passes(accumulate=i > 0):
+            with sam_pass:
                 (a * w**3 / 2).sum().backward()
     optimizer.step()
     g_e, size = 0.0, 0.0
     for i, a in enumerate((0.5, -1.0)):
-        n = draws.normal(f"BSAM/{i}", 0, 0, [w])[0].item() / 10**0.5
+        n = random_tensors.normal(f"BSAM/{i}", 0, 0, [w])[0].item() / 10**0.5
         g = 3 * a * (1 + n) ** 2
         size += abs(g)
         g_e += 3 * a * (1 + 0.2 * g) ** 2
@@ -130,9 +130,9 @@ def test_on_an_accelerator_a_bad_step_is_skipped_exactly():
     train(model, optimizer, by_closure, 2)
     before = bits(model.parameters()), bits(t for s in optimizer.state.values() for t in s.values())
     x, y = batch()
-    for walk in optimizer.passes():
-        with walk:
-            (F.cross_entropy(model(x), y) * (float("nan") if walk.climbs else 1)).backward()
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            (F.cross_entropy(model(x), y) * (float("nan") if sam_pass.is_perturbed else 1)).backward()
     gradients = optimizer._engine.gradients
     gradients._step_on_device(torch.tensor(False), gradients.of(gradients.holders()))  # what a device would do
     assert (bits(model.parameters()), bits(t for s in optimizer.state.values() for t in s.values())) == before

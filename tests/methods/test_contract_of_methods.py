@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
 from checks import resumes
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods.bsam import BSAM
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.sampa import SAMPa
@@ -281,8 +281,8 @@ def test_missing_gradients_are_no_trouble(name):
 
 
 @each
-def test_no_host_synchronisation(name, monkeypatch):
-    monkeypatch.setattr(draws, "generator", lambda device, key: None)  # there is no such device
+def test_no_host_synchronization(name, monkeypatch):
+    monkeypatch.setattr(random_tensors, "generator", lambda device, key: None)  # there is no such device
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = torch.nn.Sequential(torch.nn.Linear(3, 3, device="meta"), torch.nn.LayerNorm(3, device="meta"))
         for layer in model:
@@ -362,11 +362,11 @@ def test_a_pass_elsewhere_does_not_run_on_the_casts_of_w():
     optimizer = BSAM(model.parameters(), 0.0, n_data=1, model=model)
     x = torch.ones(2, 4)
     with torch.autocast("cpu", torch.bfloat16):
-        for walk in optimizer.passes():
+        for sam_pass in optimizer.passes():
             at_w = model(x)  # leaves casts of w in the region's cache
-            with walk:
+            with sam_pass:
                 out = model(x)
-                assert walk.climbs or not torch.equal(out, at_w)
+                assert sam_pass.is_perturbed or not torch.equal(out, at_w)
                 out.sum().backward()
 
 
@@ -376,9 +376,9 @@ def test_an_interrupt_between_the_move_and_the_first_pass_restores(name, monkeyp
     optimizer = METHODS[name]("sgd", model)
     train(model, optimizer, by_closure, 2)
     before = bits(model.parameters())
-    walk = next(optimizer.passes())
+    sam_pass = next(optimizer.passes())
     monkeypatch.setattr(optimizer._engine.protection, "first_pass", lambda: 1 / 0)
-    with pytest.raises(ZeroDivisionError), walk:
+    with pytest.raises(ZeroDivisionError), sam_pass:
         pass
     assert bits(model.parameters()) == before
 
@@ -391,15 +391,15 @@ def test_a_step_given_up_leaves_nothing_behind(name):
     twin, twin_optimizer = copy.deepcopy((model, optimizer))
     if name != "sampa":  # its base has stepped when the passes are over
         x, y = batch(7)
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 F.cross_entropy(model(x), y).backward()
         optimizer.zero_grad(set_to_none=False)  # as after a step that a loss scaler skipped
         optimizer.restore()
     for m, o in ((model, optimizer), (twin, twin_optimizer)):
         x, y = batch(8)
-        for walk in o.passes(accumulate=name == "decoupled_wsam"):
-            with walk:
+        for sam_pass in o.passes(accumulate=name == "decoupled_wsam"):
+            with sam_pass:
                 F.cross_entropy(m(x), y).backward()
         o.step()
     assert bits(model.parameters()) == bits(twin.parameters())
@@ -412,8 +412,8 @@ def test_a_loss_scaler_works_or_is_refused(name):
     scaler = torch.amp.GradScaler("cpu")
     before = bits(model.parameters())
     x, y = batch()
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             scaler.scale(F.cross_entropy(model(x), y)).backward()
     if name == "decoupled_wsam":
         scaler.step(optimizer)

@@ -6,7 +6,7 @@ from problems import CALM, agree, flat, loss, start, trained
 from reference_methods import decoupled_wsam
 
 import steppe
-from steppe.methods.wsam import DecoupledWSAM, Weighted
+from steppe.methods.wsam import DecoupledWSAM, WeightedSharpness
 from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
 
 RHO, GAMMA = 0.3, 0.7
@@ -31,14 +31,14 @@ def test_mutants_are_killed(base):
         lambda ps: DecoupledWSAM(CALM[base](ps), RHO, gamma=0.0),
     ]
     if base != "sgd":
-        mutants.append(lambda ps: steppe.SAM(CALM[base](ps), RHO, combination=Weighted(GAMMA)))
+        mutants.append(lambda ps: steppe.SAM(CALM[base](ps), RHO, combination=WeightedSharpness(GAMMA)))
     for mutant in mutants:
         with pytest.raises(AssertionError):
             agree(trained(mutant), want(base))
 
 
 def test_with_plain_sgd_it_is_the_coupled_form():
-    coupled = trained(lambda ps: steppe.SAM(CALM["sgd"](ps), RHO, combination=Weighted(GAMMA)))
+    coupled = trained(lambda ps: steppe.SAM(CALM["sgd"](ps), RHO, combination=WeightedSharpness(GAMMA)))
     agree(trained(lambda ps: DecoupledWSAM(CALM["sgd"](ps), RHO, gamma=GAMMA)), coupled)
 
 
@@ -89,8 +89,8 @@ def test_unscaling_between_the_passes_and_the_step_reaches_the_sharpness_too(bas
     params = [torch.nn.Parameter(p) for p in split(start())]
     optimizer = DecoupledWSAM(CALM[base](params), RHO, gamma=GAMMA)
     for t in range(20):
-        for walk in optimizer.passes():
-            with walk:
+        for sam_pass in optimizer.passes():
+            with sam_pass:
                 (1024 * loss(flat(params), t)).backward()
         for p in params:
             p.grad /= 1024
@@ -102,8 +102,8 @@ def test_accumulated_micro_batches_each_have_their_own_climb():
     w = torch.nn.Parameter(torch.tensor([3.0], dtype=torch.float64))
     optimizer = DecoupledWSAM(torch.optim.SGD([w], lr=0.1), rho=0.5, gamma=0.75)
     for i, a in enumerate((1.0, -2.0)):
-        for walk in optimizer.passes(accumulate=i > 0):
-            with walk:
+        for sam_pass in optimizer.passes(accumulate=i > 0):
+            with sam_pass:
                 (a * w**3 / 2).sum().backward()
     optimizer.step()
     g = lambda a, w: 3 * a * w**2 / 2  # noqa: E731
@@ -115,8 +115,8 @@ def test_accumulated_micro_batches_each_have_their_own_climb():
 def test_a_step_given_up_leaves_nothing_behind():
     w = torch.nn.Parameter(torch.tensor([3.0]))
     optimizer = DecoupledWSAM(torch.optim.SGD([w], lr=0.1), rho=0.5, gamma=0.75)
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             w.pow(4).sum().backward()
     optimizer.zero_grad()
     w.grad = torch.zeros(1)
@@ -127,7 +127,9 @@ def test_a_step_given_up_leaves_nothing_behind():
 
 def test_a_step_without_a_climb_is_the_bases():
     model, twin = net(), net()
-    optimizer = DecoupledWSAM(BASES["momentum"](model.parameters()), 0.3, cadence=steppe.Late(1.0, 100), model=model)
+    optimizer = DecoupledWSAM(
+        BASES["momentum"](model.parameters()), 0.3, cadence=steppe.LatePhase(1.0, 100), model=model
+    )
     torch.manual_seed(7)
     train(model, optimizer, by_passes, 3)
     torch.manual_seed(7)

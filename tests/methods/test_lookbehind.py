@@ -67,8 +67,8 @@ def test_the_climbs_go_on_from_each_other_and_the_base_steps_k_times():
     optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, k=3)
     steps, lengths = [], []
     optimizer.base.register_step_pre_hook(lambda *_: steps.append(w.grad.clone()))
-    for walk in optimizer.passes():
-        with walk:
+    for sam_pass in optimizer.passes():
+        with sam_pass:
             lengths.append(w.norm().item())
             w.square().sum().backward()
     assert lengths == pytest.approx([5, 6, 7, 8])
@@ -89,7 +89,7 @@ def test_asam_climbs_and_maximize():
 
 def test_a_step_without_a_climb_is_one_step_of_the_base():
     w = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), k=3, alpha=1.0, cadence=steppe.Late(1.0, 100))
+    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), k=3, alpha=1.0, cadence=steppe.LatePhase(1.0, 100))
     by_closure(optimizer, lambda: w.square().sum())
     assert w.item() == pytest.approx(0.8)
 
@@ -112,8 +112,8 @@ def test_every_pass_that_goes_down_says_so():
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, k=3)
     said = []
-    for walk in optimizer.passes():
-        with walk:
-            said.append(walk.goes_down)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            said.append(sam_pass.is_last)
             w.square().sum().backward()
     assert said == [False, True, True, True]

@@ -61,9 +61,9 @@ def test_each_pass_is_where_it_should_be():
     optimizer = SAMPa(torch.optim.SGD([w], lr=0.1), rho=0.5, lmbda=0.2)
     seen = []
     for _ in range(2):
-        for walk in optimizer.passes():
-            with walk:
-                seen.append((round(w.item(), 4), walk.climbs))
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                seen.append((round(w.item(), 4), sam_pass.is_perturbed))
                 w.square().sum().backward()
         assert w.grad is None
         optimizer.step()
@@ -118,7 +118,7 @@ def test_wrong_arguments_are_refused():
     with pytest.raises(ValueError, match="climbs once along the gradient"):
         SAMPa(sgd, perturbation=steppe.Momentum())
     with pytest.raises(TypeError, match="a cadence of its own"):
-        SAMPa(sgd, cadence=steppe.Every(2))
+        SAMPa(sgd, cadence=steppe.Periodic(2))
     with pytest.raises(RuntimeError, match=r"accumulate=True.*micro-batches inside"):
         next(SAMPa(sgd).passes(accumulate=True))
 

@@ -15,7 +15,7 @@ jax.config.update("jax_enable_x64", True)
 
 
 def sam(outer, rho: float = 0.05):
-    """Build SAM as the documentation shows: an adversarial optimizer of normalised gradients."""
+    """Build SAM as the documentation shows: an adversarial optimizer of normalized gradients."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     return optax.contrib.sam(outer, ascent, sync_period=2, opaque_mode=True)
 

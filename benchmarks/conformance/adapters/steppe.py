@@ -13,8 +13,8 @@ class SteppeSession(Session):
             return self.optimizer.step(self.closure(losses))
         clip, self.clip = self.clip, None
         first = None
-        for walk in self.optimizer.passes():
-            with walk:
+        for sam_pass in self.optimizer.passes():
+            with sam_pass:
                 for loss in losses:
                     value = loss() / len(losses)
                     value.backward()
@@ -28,8 +28,8 @@ class SteppeSession(Session):
 
     def scaled(self, scaler, loss):
         """The explicit passes, with the scaler between them and the step."""
-        for walk in self.optimizer.passes():
-            with walk:
+        for sam_pass in self.optimizer.passes():
+            with sam_pass:
                 scaler.scale(loss()).backward()
         scaler.step(self.optimizer)
         scaler.update()

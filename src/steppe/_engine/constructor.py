@@ -35,7 +35,7 @@ def check_rho(rho: float | Tensor) -> None:
     """Refuse a radius that is no radius.
 
     Raises:
-        ValueError: rho is negative or not finite. A tensor is taken as it is: reading it would synchronise.
+        ValueError: rho is negative or not finite. A tensor is taken as it is: reading it would synchronize.
         TypeError: rho is not a number.
     """
     if isinstance(rho, Tensor):
@@ -44,7 +44,7 @@ def check_rho(rho: float | Tensor) -> None:
     elif not isinstance(rho, int | float):
         raise TypeError(f"rho must be a number or a 0-dim tensor, got {type(rho).__name__}: it is a radius")
     elif not (math.isfinite(rho) and rho >= 0):
-        raise ValueError(f"rho must be finite and at least 0, got {rho}: it is the radius of the neighbourhood")
+        raise ValueError(f"rho must be finite and at least 0, got {rho}: it is the radius of the neighborhood")
 
 
 def check_groups(groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:

@@ -43,13 +43,13 @@ class Ranks:
                 "run; without it, all ranks climb together"
             )
 
-    def pass_to(self, *, goes_down: bool | None) -> AbstractContextManager[Any]:
+    def pass_to(self, *, is_last: bool | None) -> AbstractContextManager[Any]:
         """The context of one pass: a gradient that only says where to climb stays the rank's own.
 
         Raises:
             RuntimeError: a static graph that has seen no backward yet.
         """
-        if self._replica is None or goes_down:
+        if self._replica is None or is_last:
             return nullcontext()
         if self._replica.static_graph and not getattr(self._replica, "_static_graph_delay_allreduce_enqueued", True):
             raise RuntimeError(
@@ -66,7 +66,7 @@ class Ranks:
 
     def memory(self, shared: dict[str, Any]) -> dict[str, Any]:
         """What a rule that says where to climb may remember: nothing, where each rank climbs by itself."""
-        return shared if self._replica is None else OneForAll()
+        return shared if self._replica is None else SharedMemoryRefused()
 
     @torch.no_grad()
     def all(self, flag: Tensor) -> Tensor:
@@ -98,7 +98,7 @@ class Ranks:
             dist.all_reduce(gradient.div_(dist.get_world_size(group)), group=group)
 
 
-class OneForAll(dict[str, Any]):
+class SharedMemoryRefused(dict[str, Any]):
     """The memory of rules that climb on each rank by itself: there is none, because a checkpoint holds one for all."""
 
     def setdefault(self, rule: str, default: Any = None) -> NoReturn:

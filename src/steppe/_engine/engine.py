@@ -15,15 +15,25 @@ from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
 from steppe._engine.rounding import add_scaled_stochastically_, arrived, is_half
 from steppe._engine.side_effects import Protection
-from steppe._engine.state_dict import RHO, parameters, take_over
+from steppe._engine.state_dict import RHO, parameters, take_from_base
 from steppe._tensors.dtensor import local
-from steppe.rules import Ascent, Cadence, Combination, Memory, Perturbation, Point, climbs, needs_gradient, scale_free
+from steppe.rules import (
+    Cadence,
+    Combination,
+    Memory,
+    Perturbation,
+    Point,
+    ScaledDirection,
+    ascent_steps,
+    needs_gradient,
+    scale_free,
+)
 
 _T = TypeVar("_T")
 _MUCH_OF_A_CLIMB = 0.9
 
 
-class WhenAsked(Sequence[_T]):
+class LazySequence(Sequence[_T]):
     """A sequence that is made when somebody looks at it: most rules look at neither radii nor states."""
 
     def __init__(self, make: Callable[[], Sequence[_T]]) -> None:
@@ -58,8 +68,8 @@ class Engine:
     ) -> None:
         self._base = base
         self._displacement = Displacement()
-        self._climbers: list[Tensor] | None = None
-        self._climbed: Ascent | None = None
+        self._perturbed_parameters: list[Tensor] | None = None
+        self._ascent: ScaledDirection | None = None
         self._clean: list[Tensor] = []
         self.gradients = Gradients(base)
         self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
@@ -72,7 +82,7 @@ class Engine:
         """What a loss scaler has multiplied the gradients of this step by."""
         self.steps = 0
         """How many steps were taken."""
-        self.take_over()
+        self.take_from_base()
 
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         """Look after what a second pass must leave alone; again when the base has got more parameters."""
@@ -80,9 +90,9 @@ class Engine:
         self.ranks = Ranks(model, owned, per_rank=per_rank)
         self.protection = Protection(model, owned, replay_rng=replay_rng)
 
-    def take_over(self) -> None:
+    def take_from_base(self) -> None:
         """Take memory and step counter from a checkpoint that was loaded into the base."""
-        self.memory, self.steps = take_over(self._base)
+        self.memory, self.steps = take_from_base(self._base)
 
     def point(self, members: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
         """Where we stand; by default, with every parameter that has a gradient."""
@@ -92,8 +102,8 @@ class Engine:
         return Point(
             parameters=members,
             gradients=self.gradients.of(members) if gradients is None else gradients,
-            rho=WhenAsked(partial(self._radii, members)),
-            base_state=WhenAsked(partial(self._states, members)),
+            rho=LazySequence(partial(self._radii, members)),
+            base_state=LazySequence(partial(self._states, members)),
             step=self.steps,
             memory=self.memory,
             anchor=next(parameters(self._base), None),
@@ -107,86 +117,86 @@ class Engine:
         return [self._base.state.get(p, {}) for p in members]
 
     @torch.no_grad()
-    def point_to_climb(self) -> Point:
+    def point_after_first_pass(self) -> Point:
         """Where we stand after the first pass, for a rule that is to say where to climb."""
         members = self.ranks.holders(self.gradients.holders(), list(parameters(self._base)))
         self.gradients.fill(members)
         return replace(self.point(members), memory=self.ranks.memory(self.memory))
 
-    def point_ahead(self) -> Point:
+    def point_before_passes(self) -> Point:
         """Where we stand before any pass: with every trainable parameter, and no gradients."""
         members = dict.fromkeys(p for p in parameters(self._base) if p.requires_grad)
         return self.point(list(members), [])
 
     @torch.no_grad()
-    def will_remember(self, perturbation: Perturbation, combination: Combination, cadence: Cadence) -> Memory:
+    def empty_memory(self, perturbation: Perturbation, combination: Combination, cadence: Cadence) -> Memory:
         """What these rules keep from step to step, as they make it of gradients that are zero."""
-        at = self.point_ahead()
-        zeros = [torch.zeros_like(w) for w in at.weights]
-        at = replace(at, gradients=zeros, step=0, memory={})
-        cadence(at)
-        perturbation(at)
-        combination(at, zeros)
-        return at.memory
+        point = self.point_before_passes()
+        zeros = [torch.zeros_like(w) for w in point.weights]
+        point = replace(point, gradients=zeros, step=0, memory={})
+        cadence(point)
+        perturbation(point)
+        combination(point, zeros)
+        return point.memory
 
-    def point_before(self) -> Point:
+    def point_of_step(self) -> Point:
         """Where we stand for a rule that looks at nothing but the step's number."""
         return Point([], [], rho=[], base_state=[], step=self.steps)
 
     @torch.no_grad()
-    def seen_by(self, rule: Perturbation | Cadence, at: Point) -> Point:
+    def unscaled_view(self, rule: Perturbation | Cadence, point: Point) -> Point:
         """The same point for a rule that depends on the size of the gradients: without the loss scale."""
-        if self.scale is None or scale_free(rule) or not at.gradients:
-            return at
-        return replace(at, gradients=_times(at.gradients, self.scale.reciprocal()))
+        if self.scale is None or scale_free(rule) or not point.gradients:
+            return point
+        return replace(point, gradients=_times(point.gradients, self.scale.reciprocal()))
 
     @torch.no_grad()
-    def point_further(self) -> Point:
+    def point_after_ascent_step(self) -> Point:
         """Where we stand after the pass at w + e, when a further climb is to come: with those who climbed before."""
-        climbers, climbed = self._climbers or [], self._climbed
+        climbers, climbed = self._perturbed_parameters or [], self._ascent
         self.gradients.fill(climbers)
-        return replace(self.point(climbers), climbed=climbed, memory=self.ranks.memory(self.memory))
+        return replace(self.point(climbers), ascent_so_far=climbed, memory=self.ranks.memory(self.memory))
 
     @torch.no_grad()
-    def climb(self, at: Point, perturbation: Perturbation, *, keep_clean: bool, ahead: bool = False) -> None:
+    def perturb(self, point: Point, perturbation: Perturbation, *, keep_unperturbed: bool, ahead: bool = False) -> None:
         """Move the weights to w + e, and begin the pass there: the step's first one if ``ahead``, or a further one.
 
         If anything raises on the way, come back.
         """
-        further = self._climbers is not None
+        further = self._perturbed_parameters is not None
         if not further:
-            self._climbers, self._climbed = list(at.parameters), None
-            self._clean = [g.clone() for g in at.gradients] if keep_clean else []
+            self._perturbed_parameters, self._ascent = list(point.parameters), None
+            self._clean = [g.clone() for g in point.gradients] if keep_unperturbed else []
         try:
             if not ahead:
-                finite = self.gradients.note(self.ranks.all(at.gradient_norm.isfinite()), further=further)
+                finite = self.gradients.note(self.ranks.all(point.gradient_norm.isfinite()), further=further)
                 self.protection.second_pass()
                 if finite.is_cpu and not finite:
                     return  # this step will be skipped: no rule is to remember such a gradient
-            if at.parameters:
-                self.move(at, perturbation)
+            if point.parameters:
+                self.move(point, perturbation)
                 self.ranks.mean_(self._clean if not further else [])
         except BaseException:
-            self.come_back()
+            self.restore()
             raise
         self.moved()
 
-    def move(self, at: Point, perturbation: Perturbation) -> None:
+    def move(self, point: Point, perturbation: Perturbation) -> None:
         """Move the weights to w + e(at)."""
-        direction, scale = ascent = perturbation(self.seen_by(perturbation, at))
-        if climbs(perturbation) > 1:
-            self._climbed = ascent
-        along = {id(p): d for p, d in zip(at.parameters, direction, strict=True) if d is not None}
+        direction, scale = ascent = perturbation(self.unscaled_view(perturbation, point))
+        if ascent_steps(perturbation) > 1:
+            self._ascent = ascent
+        along = {id(p): d for p, d in zip(point.parameters, direction, strict=True) if d is not None}
         follows_gradient = needs_gradient(perturbation)  # what the base remembers is turned round by it already
         for group in self._base.param_groups:
             members = [p for p in group["params"] if id(p) in along]
             length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
-            alpha = length if isinstance(length, Tensor) else at.gradient_norm.new_full((), length)
+            alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
             self.displace(members, alpha, [along[id(p)] for p in members])
         self._rounding_checked = True
 
     def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
-        """Move some weights by alpha * direction, until :meth:`come_back`."""
+        """Move some weights by alpha * direction, until :meth:`restore`."""
         if not self.stochastic_rounding:
             self._displacement.move(members, alpha, direction)
             if not self._rounding_checked:
@@ -220,7 +230,7 @@ class Engine:
         self.scale = None
 
     @torch.no_grad()
-    def come_back(self) -> None:
+    def restore(self) -> None:
         """Bring the weights back to w, and end the second pass; without a climb before, do nothing."""
         self._displacement.restore()
         self.protection.end()
@@ -231,31 +241,31 @@ class Engine:
         torch.clear_autocast_cache()  # the casts of an open autocast region
         self.ranks.moved()
 
-    def give_up(self) -> None:
+    def abort(self) -> None:
         """Come back, and forget the step."""
-        self.come_back()
-        self._climbers, self._climbed, self._clean = None, None, []
+        self.restore()
+        self._perturbed_parameters, self._ascent, self._clean = None, None, []
 
     @torch.no_grad()
     def combine(self, combination: Combination) -> None:
         """Make ``.grad`` what goes down."""
-        climbers, self._climbers, self._climbed = self._climbers, None, None
+        climbers, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
         perturbed: list[Tensor] | None = None
         if climbers is None:
-            at = self.point()
-        elif combination.needs_clean:
+            point = self.point()
+        elif combination.needs_unperturbed_gradient:
             self.gradients.fill(climbers)
-            at, perturbed = self.point(climbers, self._clean), self.gradients.of(climbers)
+            point, perturbed = self.point(climbers, self._clean), self.gradients.of(climbers)
         else:
             members, perturbed = self.gradients.held()
-            at = self.point(members, [])
-        targets = at.gradients if perturbed is None else perturbed
+            point = self.point(members, [])
+        targets = point.gradients if perturbed is None else perturbed
         if self.scale is None or scale_free(combination):
-            down = combination(at, perturbed)
+            down = combination(point, perturbed)
         else:
             unscaled = perturbed if perturbed is None else _times(perturbed, self.scale.reciprocal())
-            at = replace(at, gradients=_times(at.gradients, self.scale.reciprocal()))
-            down = _times(combination(at, unscaled), self.scale)
+            point = replace(point, gradients=_times(point.gradients, self.scale.reciprocal()))
+            down = _times(combination(point, unscaled), self.scale)
         self.gradients.write(targets, down)
         self._clean = []
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
 from steppe._engine.state_dict import parameters
-from steppe._tensors.dtensor import all_plain, foreach, settled
+from steppe._tensors.dtensor import all_plain, foreach, reduced
 from steppe._tensors.ops import all_finite, copy_, real_views
 
 # Marks, on a gradient, the version at which our last step left it.
@@ -171,7 +171,7 @@ class Gradients:
 def _real(holders: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """Real views of ``.grad``, such that to write into them is to write into ``.grad``."""
     if not all_plain(gradients):
-        gradients = [settled(gradient) for gradient in gradients]
+        gradients = [reduced(gradient) for gradient in gradients]
         for p, gradient in zip(holders, gradients, strict=True):
             if p.grad is not gradient:
                 p.grad = gradient

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe._tensors.dtensor import local
 from steppe._tensors.ops import add_scaled_, as_real, dot
 
@@ -23,7 +23,7 @@ def add_scaled_stochastically_(
 ) -> None:
     """Add in place, targets += alpha * directions, and round up or down at random where a target is in half precision.
 
-    A sum between two neighbouring numbers a < x < b becomes b with probability (x - a) / (b - a), so that it is x on
+    A sum between two neighboring numbers a < x < b becomes b with probability (x - a) / (b - a), so that it is x on
     average, however small the summand. The draws depend on the step's number and the position alone.
 
     >>> w = [torch.ones(1000, dtype=torch.bfloat16)]
@@ -36,7 +36,7 @@ def add_scaled_stochastically_(
     for position, (target, direction) in enumerate(zip(targets, directions, strict=True)):
         if is_half(target):
             below = 1 << _DROPPED[target.dtype]
-            (noise,) = draws.integers(f"rounding {position}", 0, step, [target], below=below)
+            (noise,) = random_tensors.integers(f"rounding {position}", 0, step, [target], below=below)
             x = local(target).float() + local(direction, like=target).float() * alpha.to(target.device, torch.float32)
             x = (x.view(torch.int32) + local(noise)).bitwise_and_(-below).view(torch.float32)
             local(target).copy_(x)

@@ -36,7 +36,7 @@ class Buffers:
         copy_(list(self._values.values()), list(self._values))
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Make the buffers what they were when :meth:`take` was called: the same tensors with the same values."""
         for place, entries in self._places:
             if place.keys() != entries.keys() or any(place[k] is not t for k, t in entries.items()):
@@ -46,7 +46,7 @@ class Buffers:
             copy_([local(b) for b in self._values], list(self._values.values()))
 
     def forget(self) -> None:
-        """Make :meth:`put_back` do nothing until the next :meth:`take`."""
+        """Make :meth:`restore` do nothing until the next :meth:`take`."""
         self._places = []
 
 
@@ -76,7 +76,7 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
     try:
         yield
     finally:
-        buffers.put_back()
+        buffers.restore()
 
 
 class Generators:
@@ -95,7 +95,7 @@ class Generators:
             states[device] = torch.get_device_module(device).get_rng_state(device)
         return states
 
-    def put_back(self, states: dict[str | torch.device, Any]) -> None:
+    def restore(self, states: dict[str | torch.device, Any]) -> None:
         """Make the generators what they were when ``states`` were taken."""
         torch.set_rng_state(states["torch"])
         random.setstate(states["python"])
@@ -122,7 +122,7 @@ class Bystanders:
         for p in self._parameters:
             p.grad = None
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Give them the gradients that they had when :meth:`take` was called."""
         for p, gradient in zip(self._parameters, self._gradients, strict=True):
             p.grad = gradient
@@ -167,9 +167,9 @@ class Protection:
             self._bystanders.take()
         self._second = True  # from here on, whatever happens, end() undoes it
         if self._generators is not None and self._states_before is not None:
-            self._generators.put_back(self._states_before)
+            self._generators.restore(self._states_before)
         if self._before is not None and self._bystanders is not None:
-            self._before.put_back()
+            self._before.restore()
             self._bystanders.clear()
 
     def end(self) -> None:
@@ -177,8 +177,8 @@ class Protection:
         if not self._second:
             return
         if self._generators is not None and self._states_after is not None:
-            self._generators.put_back(self._states_after)
+            self._generators.restore(self._states_after)
         if self._after is not None and self._bystanders is not None:
-            self._after.put_back()
-            self._bystanders.put_back()
+            self._after.restore()
+            self._bystanders.restore()
         self._second = False

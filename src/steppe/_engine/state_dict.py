@@ -64,7 +64,7 @@ def has_ours(base: Optimizer) -> bool:
     return any(STEP in group for group in base.param_groups)
 
 
-def take_over(base: Optimizer) -> tuple[Memory, int]:
+def take_from_base(base: Optimizer) -> tuple[Memory, int]:
     """Take our part out of a base that has loaded it; return the rules' memory and the step counter."""
     step = max((group.pop(STEP, 0) for group in base.param_groups), default=0)
     memory: Memory = {}

@@ -51,15 +51,15 @@ def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
     return list(tensors) if all_plain(tensors) else [local(t) for t in tensors]
 
 
-def settled(tensor: Tensor) -> Tensor:
+def reduced(tensor: Tensor) -> Tensor:
     """Return it without pending sums: a gradient may still be the ranks' summands."""
     if not is_sharded(tensor) or not any(p.is_partial() for p in tensor.placements):  # type: ignore[attr-defined]
         return tensor
     from torch.distributed.tensor import Replicate
 
     to = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
-    settled: Tensor = tensor.redistribute(tensor.device_mesh, to)  # type: ignore[attr-defined]
-    return settled
+    reduced: Tensor = tensor.redistribute(tensor.device_mesh, to)  # type: ignore[attr-defined]
+    return reduced
 
 
 def whole(tensor: Tensor) -> Tensor:
@@ -68,7 +68,7 @@ def whole(tensor: Tensor) -> Tensor:
     return full
 
 
-def part_of(full: Tensor, like: Tensor) -> Tensor:
+def shard_like(full: Tensor, like: Tensor) -> Tensor:
     """Cut a tensor that every rank has, so that each keeps what it holds of ``like``; nothing is sent."""
     if not is_sharded(like):
         return full
@@ -109,7 +109,7 @@ def _laid_out(part: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def by_spread(tensors: Sequence[Tensor]) -> dict[Spread | None, list[int]]:
+def by_placement(tensors: Sequence[Tensor]) -> dict[Spread | None, list[int]]:
     """Return the positions of the tensors that are cut alike; under None, of those that every rank has whole."""
     kinds: dict[Spread | None, list[int]] = {}
     for position, tensor in enumerate(tensors):

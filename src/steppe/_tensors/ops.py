@@ -6,7 +6,16 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from steppe._tensors.dtensor import all_plain, by_spread, is_sharded, local, locals_of, over_ranks, part_of, settled
+from steppe._tensors.dtensor import (
+    all_plain,
+    by_placement,
+    is_sharded,
+    local,
+    locals_of,
+    over_ranks,
+    reduced,
+    shard_like,
+)
 
 # On a CPU one float32 sum over 50 M squares is off by 3 %; over so few it is right to 2e-7, whatever the entries.
 _PIECE = 256
@@ -36,8 +45,8 @@ def norm(tensors: Sequence[Tensor]) -> Tensor:
     """
     if all_plain(tensors) or not any(is_sharded(t) for t in tensors):
         return _norm_here(tensors)
-    tensors = [settled(t) for t in tensors]
-    kinds = by_spread(tensors)
+    tensors = [reduced(t) for t in tensors]
+    kinds = by_placement(tensors)
     parts = [over_ranks(_norm_here([local(tensors[i]) for i in at]).square(), kind) for kind, at in kinds.items()]
     return torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt()
 
@@ -55,7 +64,7 @@ def _norm_here(tensors: Sequence[Tensor]) -> Tensor:
         parts.append(torch.stack([n.to(home) for n in torch._foreach_norm(elsewhere, 2, dtype=wide)]))
     total = _norm_of_norms(parts, home, wide)
     if not elsewhere and not _SAFE[0] < float(total) < _SAFE[1]:
-        # Rare, and on a CPU the look at the value costs no synchronisation.
+        # Rare, and on a CPU the look at the value costs no synchronization.
         total = _norm_of_norms([torch.linalg.vector_norm(t, dtype=wide).reshape(1) for t in on_cpu], home, wide)
     return total
 
@@ -90,8 +99,8 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """
     if not any(is_sharded(x) for x in xs):
         return _dot_here(xs, ys)
-    xs, total = [settled(x) for x in xs], torch.zeros((), dtype=torch.float64)
-    for kind, at in by_spread(xs).items():
+    xs, total = [reduced(x) for x in xs], torch.zeros((), dtype=torch.float64)
+    for kind, at in by_placement(xs).items():
         part = _dot_here([local(xs[i]) for i in at], [local(ys[i], like=xs[i]) for i in at])
         total = total.to(part.device) + over_ranks(part, kind)
     return total
@@ -119,7 +128,7 @@ def accumulator(device: torch.device) -> torch.dtype:
 
 
 def reciprocal(length: Tensor) -> Tensor:
-    """Return 1 / length, and 0 where length is 0, so that a zero vector stays one when it is normalised.
+    """Return 1 / length, and 0 where length is 0, so that a zero vector stays one when it is normalized.
 
     Lengths under float32's smallest normal number count as 0: their reciprocal is not a float32.
 
@@ -199,7 +208,7 @@ def _alike(
 def _here(value: Tensor, target: Tensor) -> Tensor:
     """What this rank holds of a value, laid out as the target."""
     if is_sharded(target) and not is_sharded(value):
-        value = part_of(value, target)
+        value = shard_like(value, target)
     return local(value, like=target)
 
 
@@ -256,7 +265,7 @@ def as_real(tensor: Tensor) -> Tensor:
 
 
 def reuse(old: Tensor | None, like: Tensor) -> Tensor:
-    """Return ``old`` where it can hold a copy of ``like``, else a new uninitialised tensor that can."""
+    """Return ``old`` where it can hold a copy of ``like``, else a new uninitialized tensor that can."""
     if old is not None and old.shape == like.shape and old.dtype == like.dtype and old.device == like.device:
         return old
     return torch.empty_like(like, requires_grad=False)
@@ -288,7 +297,7 @@ def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
 
 
 def _runs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Neighbouring pairs together, as long as they have no more than ``_RUN`` entries."""
+    """Neighboring pairs together, as long as they have no more than ``_RUN`` entries."""
     run: list[tuple[Tensor, Tensor]] = []
     length = 0
     for pair in pairs:

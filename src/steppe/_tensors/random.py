@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from steppe._tensors.dtensor import is_sharded, part_of
+from steppe._tensors.dtensor import is_sharded, shard_like
 
 
 def normal(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
@@ -52,7 +52,9 @@ def _drawn(
     who: str, seed: int, step: int, like: Sequence[Tensor], draw: Callable[[Tensor, torch.Generator | None], Tensor]
 ) -> list[Tensor]:
     """What each position draws of a whole tensor, cut to what this rank holds."""
-    return [part_of(draw(t, generator(t.device, key(who, seed, step, position))), t) for position, t in enumerate(like)]
+    return [
+        shard_like(draw(t, generator(t.device, key(who, seed, step, position))), t) for position, t in enumerate(like)
+    ]
 
 
 def _empty(like: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ def _empty(like: Tensor) -> Tensor:
 
 
 def key(who: str, seed: int, step: int, position: int) -> int:
-    """Return 64 bits to seed a generator: a hash, so that neighbours draw independently, on every machine alike."""
+    """Return 64 bits to seed a generator: a hash, so that neighbors draw independently, on every machine alike."""
     text = f"{who}/{seed}/{step}/{position}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 

@@ -22,7 +22,7 @@ from steppe.experiments.tuning.tune import Options, again, is_tuning, tune
 
 __all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 
-_COMPARE = "Train contenders at equal compute and show who generalises better."
+_COMPARE = "Train contenders at equal compute and show who generalizes better."
 _FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."
 
 _FINETUNE_DETAILS = """
@@ -92,7 +92,7 @@ class Compare:
     where: Where = field(default_factory=Where)
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Train, summarise, draw."""
+        """Train, summarize, draw."""
         compare(self.recipe, command, console, self.where)
 
 
@@ -141,7 +141,7 @@ class Measure:
             raise ValueError("steppe measure: name one of two, a run folder or a --model with its --data")
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Measure what is not measured yet; summarise and draw again."""
+        """Measure what is not measured yet; summarize and draw again."""
         if self.folder is None:
             how = self.how
             measure_anybody(self.anybody, how.effort, how.sampling, console, processes=how.processes)
@@ -158,7 +158,7 @@ class Plot:
     """The run folder, for example runs/demo."""
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Summarise and draw again."""
+        """Summarize and draw again."""
         (again if is_tuning(self.folder) else plot)(self.folder, console)
 
 
@@ -196,7 +196,7 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
         | Annotated[Methods, tyro.conf.subcommand("methods", description=_METHODS)]
         | Annotated[Finetune, tyro.conf.subcommand("finetune", description=about_finetune)],
         prog="steppe",
-        description="Sharpness-aware minimisation: the experiments. Begin with `steppe compare`.",
+        description="Sharpness-aware minimization: the experiments. Begin with `steppe compare`.",
         args=words,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )

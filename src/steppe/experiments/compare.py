@@ -1,4 +1,4 @@
-"""The main job: train every unit of a recipe, and say who generalises better."""
+"""The main job: train every unit of a recipe, and say who generalizes better."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rich.console import Console
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.double_descent import DoubleDescent
-from steppe.experiments.analysis.summary import Summary, setting, summarise
+from steppe.experiments.analysis.summary import Summary, setting, summarize
 from steppe.experiments.analysis.verdicts import Verdict
 from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe
@@ -30,7 +30,7 @@ from steppe.experiments.report import page
 from steppe.experiments.storage.environment import describe
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.training.pretraining import settled, with_start
+from steppe.experiments.training.pretraining import reduced, with_start
 from steppe.experiments.training.stopping import on_signals
 
 __all__ = ["compare", "plot", "report", "sign"]
@@ -47,7 +47,7 @@ def compare(
     somebody asked to stop, and ExperimentError or DataError with one clear line; a run that failed does not end the
     others, and is told of at the end.
     """
-    recipe = settled(recipe, console)
+    recipe = reduced(recipe, console)
     runs = max(len(list(member.units())) for member in [recipe, *recipe.members()])
     with start(recipe, where, console, most=runs) as executor:
         summary, failed = _carry_out(executor.recipe, executor, command, console)
@@ -70,11 +70,11 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
     """Write and show the summary, and draw the figures."""
     summary: Summary | DoubleDescent
     if recipe.widths:
-        summary = double_descent.summarise(recipe)
+        summary = double_descent.summarize(recipe)
         double_descent_figure.draw(recipe, summary, folder.figures)
     else:
         results = folder.results(recipe)
-        summary = replace(summarise(recipe, results), flatness=_flatness(folder, recipe, console))
+        summary = replace(summarize(recipe, results), flatness=_flatness(folder, recipe, console))
         figures.draw(recipe, results, folder.figures)
         page.write(folder, recipe, results, summary)
     summary.write(folder)

@@ -35,7 +35,7 @@ def resolve(recipe: Recipe) -> Recipe:
         return filled(replace(recipe, device="cuda"))
     if launched() > 1 and recipe.norm == "batch":
         raise ExperimentError(
-            "norm=batch in several processes on CPUs: each would normalise by its own part of the batch, and the "
+            "norm=batch in several processes on CPUs: each would normalize by its own part of the batch, and the "
             "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
         )
     threads = recipe.threads or 1  # then every machine of a kind has the same bits, and runs fit beside each other
@@ -101,7 +101,7 @@ class World:
         """Wait for the others."""
         self.any(False)
 
-    def synchronise_norms(self, network: nn.Module) -> nn.Module:
+    def synchronize_norms(self, network: nn.Module) -> nn.Module:
         """Make BatchNorm see the whole batch; call it before the optimizer is made."""
         if self.size == 1:
             return network

@@ -5,7 +5,7 @@ from steppe.flatness.connect import Curve, connect
 from steppe.flatness.directions import between, random_directions
 from steppe.flatness.eigen import Eigenpairs, eigenvalues
 from steppe.flatness.landscape import Landscape, Line, interpolation, landscape
-from steppe.flatness.measure import FAMILIES, Effort, Family, Flatness, Measure, measure, normalised_logits
+from steppe.flatness.measure import FAMILIES, Effort, Family, Flatness, Measure, measure, normalized_logits
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Block, Hessian, Operator, Scaled
 from steppe.flatness.relative import relative_flatness
@@ -43,7 +43,7 @@ __all__ = [
     "landscape",
     "m_sharpness",
     "measure",
-    "normalised_logits",
+    "normalized_logits",
     "random_directions",
     "relative_flatness",
     "sam_edge_of_stability",

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from steppe._tensors import random as draws
-from steppe.flatness.climbs import finite, metric, rise
+from steppe._tensors import random as random_tensors
+from steppe.flatness.ascent import finite, metric, rise
 from steppe.flatness.objective import Objective
 from steppe.flatness.values import Estimate
 
@@ -57,7 +57,7 @@ def average_sharpness(
     loss, like = finite(objective.loss()), torch.empty(objective.n, dtype=objective.dtype, device=objective.device)
 
     def draw(pair: int) -> float:
-        (x,) = draws.normal("steppe.average_sharpness", seed, pair, [like])
+        (x,) = random_tensors.normal("steppe.average_sharpness", seed, pair, [like])
         e: Tensor = x * T * sigma
         return (rise(objective.loss(e), loss) + rise(objective.loss(-e), loss)) / 2
 

@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe._tensors.ops import dot
 from steppe.flatness.directions import Other, Solution, here, solution
 from steppe.flatness.landscape import Line, along, estimating, mixed
@@ -68,7 +68,7 @@ def connect(objective: Objective, other: Other, *, steps: int = 1000, lr: float 
 
     Two networks that were trained apart have a high loss between them on the straight line, and often a low one on
     such a curve. The bend starts in the middle of the line, and is trained by Adam, with a learning rate that falls
-    linearly to 0; a step draws one t, and takes one batch of the data, in turn. Meanwhile BatchNorm normalises with the
+    linearly to 0; a step draws one t, and takes one batch of the data, in turn. Meanwhile BatchNorm normalizes with the
     batch's own statistics, as in training.
 
     Args:
@@ -100,7 +100,7 @@ def connect(objective: Objective, other: Other, *, steps: int = 1000, lr: float 
     optimizer = torch.optim.Adam([bend], lr)
     objective.stage = "curve"
     for step, part in zip(range(steps), _in_turn(objective), strict=False):
-        (draw,) = draws.uniform("connect", seed, step, [torch.empty(())])
+        (draw,) = random_tensors.uniform("connect", seed, step, [torch.empty(())])
         t = float(draw)
         _, gradient = part.gradient(curve(t) - start.weights)
         gradient = objective.total(gradient) / objective.ranks

@@ -8,23 +8,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.flatness.objective import Objective
 
-Normalise: TypeAlias = Literal["filter", "layer", "weights"] | None
+Normalize: TypeAlias = Literal["filter", "layer", "weights"] | None
 """To what scale each part of a random direction is brought."""
 Other: TypeAlias = nn.Module | Mapping[str, Tensor] | Tensor
 """Another solution: a model, its state dict, or its weights as a vector (n,)."""
 
 
 def random_directions(
-    objective: Objective, count: int = 2, *, seed: int = 0, normalise: Normalise = "filter"
+    objective: Objective, count: int = 2, *, seed: int = 0, normalize: Normalize = "filter"
 ) -> Tensor:
     """Draw Gaussian directions d as long, filter by filter, as the weights: d_f <- d_f |w_f| / |d_f|.
 
     So the landscape does not change when the network is rescaled and its function is not: one layer against the next
     with a ReLU between them, or any filter before a BatchNorm. Parameters of fewer than two dimensions (biases,
-    normalisation layers) stay where they are, as in the paper.
+    normalization layers) stay where they are, as in the paper.
 
     A filter is what computes one output: w[i] for a weight of two dimensions and more (a row of a linear layer, a
     kernel of a convolution, the vector of one token in an embedding), and w[:, i], within its group, of a transposed
@@ -37,7 +37,7 @@ def random_directions(
         objective: the loss that is to be looked at.
         count: how many directions.
         seed: another one gives other directions.
-        normalise: "filter"; "layer", with whole tensors in the place of filters; "weights", d_i |w_i|, or None, as they
+        normalize: "filter"; "layer", with whole tensors in the place of filters; "weights", d_i |w_i|, or None, as they
             are drawn: both of these move all parameters.
 
     Returns:
@@ -58,21 +58,21 @@ def random_directions(
     """
     if count < 1:
         raise ValueError(f"count={count}: a landscape needs at least one direction")
-    if normalise not in ("filter", "layer", "weights", None):
-        raise ValueError(f"normalise={normalise!r}: choose 'filter', 'layer', 'weights' or None")
+    if normalize not in ("filter", "layer", "weights", None):
+        raise ValueError(f"normalize={normalize!r}: choose 'filter', 'layer', 'weights' or None")
     weights = objective.unflatten(objective.weights)
-    if normalise in ("filter", "layer") and all(w.dim() < 2 for w in weights):
+    if normalize in ("filter", "layer") and all(w.dim() < 2 for w in weights):
         raise ValueError(
-            f"normalise={normalise!r} moves parameters of two dimensions and more, and there are none among "
+            f"normalize={normalize!r} moves parameters of two dimensions and more, and there are none among "
             f"{', '.join(objective.names[:3])}: choose 'weights' or None"
         )
     groups = _transposed(objective.model)
-    shapes = [_filters(w, normalise, groups.get(name)) for name, w in zip(objective.names, weights, strict=True)]
+    shapes = [_filters(w, normalize, groups.get(name)) for name, w in zip(objective.names, weights, strict=True)]
     like = [torch.empty(w.shape) for w in weights]
     drawn = []
     for number in range(count):
-        parts = draws.normal("random_directions", seed, number, like)
-        scaled = (_scaled(d, w, normalise, s) for d, w, s in zip(parts, weights, shapes, strict=True))
+        parts = random_tensors.normal("random_directions", seed, number, like)
+        scaled = (_scaled(d, w, normalize, s) for d, w, s in zip(parts, weights, shapes, strict=True))
         drawn.append(objective.flatten([d.to(objective.dtype) for d in scaled]))
     return torch.stack(drawn)
 
@@ -135,19 +135,19 @@ def solution(objective: Objective, other: Other) -> Solution:
     return Solution(weights, {k: theirs[k].to(b) for k, b in objective.model.named_buffers() if k in theirs})
 
 
-def _filters(w: Tensor, normalise: Normalise, groups: int | None) -> tuple[int, ...]:
+def _filters(w: Tensor, normalize: Normalize, groups: int | None) -> tuple[int, ...]:
     """The shape in which the first and third of four dimensions number the filters."""
-    if normalise == "filter" and w.dim() > 1:
+    if normalize == "filter" and w.dim() > 1:
         return (groups, w.shape[0] // groups, w.shape[1], -1) if groups else (len(w), 1, 1, w[0].numel())
     return (1, 1, 1, w.numel())
 
 
-def _scaled(d: Tensor, w: Tensor, normalise: Normalise, shape: tuple[int, ...]) -> Tensor:
+def _scaled(d: Tensor, w: Tensor, normalize: Normalize, shape: tuple[int, ...]) -> Tensor:
     """A drawn tensor at the scale of the weights; in float64, where norms of long filters are right."""
-    if normalise is None:
+    if normalize is None:
         return d
     d, w = d.double(), w.to("cpu", torch.float64)
-    if normalise == "weights":
+    if normalize == "weights":
         return d * w.abs()
     if w.dim() < 2:
         return torch.zeros_like(d)

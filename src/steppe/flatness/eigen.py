@@ -6,7 +6,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe._tensors.ops import dot, norm
 from steppe.flatness.bases import lengths, orthogonalised, unit
 from steppe.flatness.operators import Operator
@@ -160,7 +160,7 @@ class _Space:
         return vectors.T.to(self._q) @ self._q[: self.size]
 
     def _fresh(self) -> Tensor:
-        (vector,) = draws.normal("eigenvalues", self._seed, self._drawn, [self._q[0]])
+        (vector,) = random_tensors.normal("eigenvalues", self._seed, self._drawn, [self._q[0]])
         self._drawn += 1
         rest, _ = orthogonalised(vector, self._q[: self.size + 1])
         return unit(rest, rest.new_zeros(()))[0]

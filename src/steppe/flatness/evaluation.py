@@ -74,7 +74,7 @@ def chosen(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
 
 @contextmanager
 def modes(model: nn.Module, *, norms: bool) -> Iterator[None]:
-    """Be in evaluation mode, with the normalisation layers in training mode if ``norms``."""
+    """Be in evaluation mode, with the normalization layers in training mode if ``norms``."""
     before = {m: m.training for m in model.modules()}
     try:
         for m in before:

@@ -19,8 +19,8 @@ class Landscape:
     axis: Tensor
     """(p,), float64: how far along a direction, in units of its length; the same for both."""
     losses: Tensor
-    """(p,) or (p, p), float64: losses[i][j] = L(centre + axis[i] d_1 + axis[j] d_2)."""
-    centre: float
+    """(p,) or (p, p), float64: losses[i][j] = L(center + axis[i] d_1 + axis[j] d_2)."""
+    center: float
     """L in the middle, where both steps are 0."""
     statistics: bool
     """Whether BatchNorm's statistics were estimated anew at each point."""
@@ -36,7 +36,7 @@ class Landscape:
         return {
             "axis": self.axis.tolist(),
             "losses": plain(self.losses),
-            "centre": plain(torch.tensor(self.centre, dtype=torch.float64)),
+            "center": plain(torch.tensor(self.center, dtype=torch.float64)),
             "statistics": self.statistics,
             "what": self.what,
         }
@@ -44,8 +44,8 @@ class Landscape:
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> "Landscape":
         """Read what :meth:`to_json` gave; null becomes NaN."""
-        centre = float(unplain(written["centre"]))
-        return cls(unplain(written["axis"]), unplain(written["losses"]), centre, written["statistics"], written["what"])
+        center = float(unplain(written["center"]))
+        return cls(unplain(written["axis"]), unplain(written["losses"]), center, written["statistics"], written["what"])
 
 
 @dataclass(frozen=True, eq=False)
@@ -89,11 +89,11 @@ def landscape(
     radius: float = 1.0,
     points: int = 21,
     axis: Tensor | Sequence[float] | None = None,
-    centre: Tensor | None = None,
+    center: Tensor | None = None,
     statistics: bool = False,
     what: str = "",
 ) -> Landscape:
-    """Measure the loss around w on a grid, losses[i][j] = L(w + centre + axis[i] d_1 + axis[j] d_2).
+    """Measure the loss around w on a grid, losses[i][j] = L(w + center + axis[i] d_1 + axis[j] d_2).
 
     One pass over the data a point, two with ``statistics``. With an odd number of points the middle one is exactly 0.
     Two models are compared on the same axis, with directions of the same seed.
@@ -104,7 +104,7 @@ def landscape(
         radius: the axis goes from -radius to radius, in units of the directions' lengths.
         points: p, how many points it has.
         axis: in place of both, any numbers, such as a range that lies to one side.
-        centre: (n,), where the middle is, from w; None is w itself.
+        center: (n,), where the middle is, from w; None is w itself.
         statistics: estimate BatchNorm's statistics anew at each point, with :meth:`Objective.statistics`, instead of
             taking the model's. The middle is then L with its own estimate, too.
         what: what the directions are, for the reader of the result: "random, by filter, seed 0".
@@ -127,7 +127,7 @@ def landscape(
     ts = _axis(radius, points) if axis is None else torch.as_tensor(axis, dtype=torch.float64, device="cpu").clone()
     if ts.dim() != 1 or not len(ts) or not ts.isfinite().all():
         raise ValueError("axis: finite numbers are needed, in one dimension")
-    origin = torch.zeros_like(ds[0]) if centre is None else objective.flatten(objective.unflatten(centre))
+    origin = torch.zeros_like(ds[0]) if center is None else objective.flatten(objective.unflatten(center))
     statistics, objective.stage = statistics and estimable(objective), "landscape"
 
     def loss(*steps: float) -> float:

@@ -60,12 +60,12 @@ FAMILIES: Mapping[str, Family] = {
             "relative_flatness": "relative flatness (last layer)",
         },
     ),
-    "normalised": Family(
-        "Normalised logits",
+    "normalized": Family(
+        "Normalized logits",
         "The loss sees logits of one size, so a network that is only surer of itself does not look flatter.",
         {
-            "normalised_sharpness": "sharpness, normalised logits",
-            "normalised_adaptive_sharpness": "adaptive sharpness, normalised logits",
+            "normalized_sharpness": "sharpness, normalized logits",
+            "normalized_adaptive_sharpness": "adaptive sharpness, normalized logits",
         },
     ),
     "context": Family(
@@ -101,7 +101,7 @@ class Flatness:
     """|H u - lambda u| of each."""
     density: Density
     landscape: Landscape | None
-    """In two random filter-normalised directions."""
+    """In two random filter-normalized directions."""
     eigen_landscape: Landscape | None
     """Along the first two eigenvectors."""
     seconds: float
@@ -191,26 +191,26 @@ class Effort:
     """Of everything that is drawn; solutions are compared with the same draws."""
 
 
-def normalised_logits(loss: Loss) -> Loss:
-    """Make a loss that sees the logits f centred and at length 1, (f - mean f) / |f - mean f|.
+def normalized_logits(loss: Loss) -> Loss:
+    """Make a loss that sees the logits f centerd and at length 1, (f - mean f) / |f - mean f|.
 
     Where every sample is classified, larger logits lower the cross-entropy and all its derivatives, and a network that
     is only surer of itself looks flatter. Andriushchenko et al. 2023, https://arxiv.org/abs/2302.07011.
 
-    >>> loss = normalised_logits(torch.nn.functional.cross_entropy)
+    >>> loss = normalized_logits(torch.nn.functional.cross_entropy)
     >>> y = torch.tensor([0])
     >>> torch.equal(loss(torch.tensor([[2.0, 0.0]]), y), loss(torch.tensor([[200.0, 100.0]]), y))
     True
     """
 
     def of(outputs: Tensor, targets: Tensor) -> Tensor:
-        centred = outputs - outputs.mean(-1, keepdim=True)
-        return loss(centred / centred.norm(dim=-1, keepdim=True).clamp_min(1e-10), targets)
+        centerd = outputs - outputs.mean(-1, keepdim=True)
+        return loss(centerd / centerd.norm(dim=-1, keepdim=True).clamp_min(1e-10), targets)
 
     return of
 
 
-def measure(objective: Objective, effort: Effort | None = None, *, normalised: Objective | None = None) -> Flatness:
+def measure(objective: Objective, effort: Effort | None = None, *, normalized: Objective | None = None) -> Flatness:
     """Measure how flat the loss is at w, by every measure of ``FAMILIES``.
 
     No single number says whether a minimum is flat. Those of the raw family, S(w), lambda_max, Tr H, change when the
@@ -220,7 +220,7 @@ def measure(objective: Objective, effort: Effort | None = None, *, normalised: O
     Args:
         objective: the loss over the data, at the weights as they are.
         effort: radii, steps, probes; by default ``Effort()``.
-        normalised: the same loss by :func:`normalised_logits`, for the measures that need it; without it they are left
+        normalized: the same loss by :func:`normalized_logits`, for the measures that need it; without it they are left
             out.
 
     Raises:
@@ -236,8 +236,8 @@ def measure(objective: Objective, effort: Effort | None = None, *, normalised: O
     effort = effort or Effort()
     begun = time.perf_counter()
     worst, measures = _sharpnesses(objective, effort)
-    if normalised is not None:
-        measures |= _normalised(normalised, effort)
+    if normalized is not None:
+        measures |= _normalized(normalized, effort)
     hessian = Hessian(objective)
     top = _spectral(objective, hessian, effort, measures)
     objective.stage = "spectral density"
@@ -278,14 +278,14 @@ def _sharpnesses(objective: Objective, effort: Effort) -> tuple[float, dict[str,
     }
 
 
-def _normalised(objective: Objective, effort: Effort) -> dict[str, Measure]:
+def _normalized(objective: Objective, effort: Effort) -> dict[str, Measure]:
     climb: dict[str, Any] = {"steps": effort.steps, "restarts": effort.restarts, "seed": effort.seed}
-    objective.stage = "sharpness, normalised logits"
+    objective.stage = "sharpness, normalized logits"
     worst = sharpness(objective, effort.rho, **climb)
     adaptive = sharpness(objective, effort.adaptive_rho, adaptive=True, **climb)
     return {
-        "normalised_sharpness": Measure(worst.value, note=_climbs(worst.restarts)),
-        "normalised_adaptive_sharpness": Measure(adaptive.value, note=_climbs(adaptive.restarts)),
+        "normalized_sharpness": Measure(worst.value, note=_climbs(worst.restarts)),
+        "normalized_adaptive_sharpness": Measure(adaptive.value, note=_climbs(adaptive.restarts)),
     }
 
 

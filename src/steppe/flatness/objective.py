@@ -29,9 +29,9 @@ class Objective:
     ``named_parameters()``. Nothing of the model is changed: weights, buffers, ``.grad``, modes and generators are what
     they were. Batches of different sizes count by their samples, and one batch is in memory at a time.
 
-    **BatchNorm.** By default every module is in evaluation mode, so that BatchNorm normalises with its running
+    **BatchNorm.** By default every module is in evaluation mode, so that BatchNorm normalizes with its running
     statistics: this is the function that is used later, a sample's loss is its own, and nothing depends on how the
-    data are cut into batches. ``batch_norm="train"`` normalises with the statistics of each batch, as in training: it
+    data are cut into batches. ``batch_norm="train"`` normalizes with the statistics of each batch, as in training: it
     is another function with another Hessian, and depends on ``batch_size``. Dropout is off either way.
 
     Args:
@@ -136,7 +136,7 @@ class Objective:
     def samples(self) -> int:
         """N, on all ranks together; where no pass has been made yet, one is, without the model."""
         if self._fingerprint is None:
-            for _ in self._walk():
+            for _ in self._yield_pass():
                 pass
         assert self._fingerprint is not None
         return int(self.total(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
@@ -192,7 +192,7 @@ class Objective:
         loss, gradient = self.average(of)
         return loss, gradient
 
-    def linearised(self, batch: Any) -> Callable[[Tensor], Tensor]:
+    def linearized(self, batch: Any) -> Callable[[Tensor], Tensor]:
         """Return v -> H v for vectors v (k, n), with H the Hessian of the batch's mean loss at w.
 
         The gradient's graph is made once, and lives as long as what is returned.
@@ -227,7 +227,7 @@ class Objective:
     def average(self, of: Callable[[Any], list[Tensor]]) -> list[Tensor]:
         """Make a pass: average over all samples what ``of`` a batch gives as means over its own."""
         totals: list[Tensor] = []
-        for index, (batch, size) in enumerate(self._walk()):
+        for index, (batch, size) in enumerate(self._yield_pass()):
             with self._quietly(index):
                 parts = [part.mul_(size) for part in of(batch)]
             totals = [t.add_(p) for t, p in zip(totals, parts, strict=True)] if totals else parts
@@ -244,7 +244,7 @@ class Objective:
         """
         if m < 1:
             raise ValueError(f"m={m}: a part needs at least one sample")
-        for batch, _ in self._walk():
+        for batch, _ in self._yield_pass():
             for part in self._batches.parts(batch, m):
                 objective = copy.copy(self)
                 objective.group, objective._fingerprint, objective._batches = None, None, self._batches.only(part)
@@ -299,7 +299,7 @@ class Objective:
             raise ValueError(f"the loss of a batch is {got}, and its mean is needed, a 0-dim tensor")
         return loss
 
-    def _walk(self) -> Iterator[tuple[Any, int]]:
+    def _yield_pass(self) -> Iterator[tuple[Any, int]]:
         """Make a pass: each batch, on the weights' device, with its size."""
         seen, batches = Fingerprint(), None
         for index in count():

@@ -61,7 +61,7 @@ class Hessian:
             self._kept, self._version = None, self.objective.version
 
         def of(batch: object) -> list[Tensor]:
-            product = self._kept or self.objective.linearised(batch)
+            product = self._kept or self.objective.linearized(batch)
             if self.objective.in_one_batch:
                 self._kept = product
             return [product(vectors)]

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steppe._tensors import ops as tensors
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.flatness.operators import Hessian
 from steppe.flatness.values import Estimate
 
@@ -74,7 +74,7 @@ def relative_flatness(
 def _probes(W: Tensor, probes: int, seed: int) -> Iterator[Tensor]:
     """(W a) z' for random signs a and z."""
     for probe in range(probes):
-        bits = draws.integers("steppe.relative_flatness", seed, probe, [W[0], W[0]], below=2)
+        bits = random_tensors.integers("steppe.relative_flatness", seed, probe, [W[0], W[0]], below=2)
         a, z = (bit.to(W.dtype) * 2 - 1 for bit in bits)
         yield torch.outer(W @ a, z)
 

@@ -9,8 +9,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steppe._tensors import ops as tensors
-from steppe._tensors import random as draws
-from steppe.flatness.climbs import Ball, Norm, Seen, Surface, climb, finite, highest, metric
+from steppe._tensors import random as random_tensors
+from steppe.flatness.ascent import Ball, Norm, Seen, Surface, ascend, finite, highest, metric
 from steppe.flatness.objective import Objective
 from steppe.flatness.values import Estimate
 
@@ -108,13 +108,13 @@ def sharpness(
     g = surface.upward(T * gradient, 0.0)
 
     here = Seen(0.0, torch.zeros_like(gradient))
-    along = climb(surface, ball, here, g, steps)
+    along = ascend(surface, ball, here, g, steps)
     one_step = next(along, here)
     best = [highest(chain((here, one_step), along))]
     for restart in range(1, restarts):
-        (x,) = draws.normal("steppe.sharpness", seed, restart, [gradient])
+        (x,) = random_tensors.normal("steppe.sharpness", seed, restart, [gradient])
         start, g_there = surface(x * (rho / ball.length(x)))
-        best.append(highest(chain((start,), climb(surface, ball, start, g_there, steps - 1))))
+        best.append(highest(chain((start,), ascend(surface, ball, start, g_there, steps - 1))))
     found = highest(best)
     return Sharpness(
         value=found.rise,
@@ -146,7 +146,7 @@ def m_sharpness(
 
     Each part has an e of its own, as each batch has in training, so S_m(w) >= S(w), and m = N is S(w). Parts count by
     their samples, and lie within one batch: its last one may be smaller. In a ``DistributedDataParallel`` model the
-    mean is over the parts of all ranks. With ``batch_norm="train"``, a part is normalised by its own statistics.
+    mean is over the parts of all ranks. With ``batch_norm="train"``, a part is normalized by its own statistics.
 
     Args:
         objective: the loss over the data.

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe._tensors.ops import dot
 from steppe.flatness.bases import lengths, orthogonalised, unit
 from steppe.flatness.eigen import Eigenpairs
@@ -129,7 +129,8 @@ def trace(operator: Operator, *, probes: int = 32, top: Eigenpairs | None = None
     found: list[float] = []
     for begin in range(0, probes, _TOGETHER):
         signs = [
-            draws.integers("trace", seed, i, [like], below=2)[0] for i in range(begin, min(begin + _TOGETHER, probes))
+            random_tensors.integers("trace", seed, i, [like], below=2)[0]
+            for i in range(begin, min(begin + _TOGETHER, probes))
         ]
         vs = torch.stack(signs).to(operator.dtype) * 2 - 1
         if top is not None:
@@ -142,7 +143,7 @@ def trace(operator: Operator, *, probes: int = 32, top: Eigenpairs | None = None
 
 def _starts(operator: Operator, seed: int, first: int, end: int) -> Tensor:
     like = torch.empty(operator.n, dtype=operator.dtype, device=operator.device)
-    vs = (draws.normal("density", seed, i, [like])[0] for i in range(first, end))
+    vs = (random_tensors.normal("density", seed, i, [like])[0] for i in range(first, end))
     return torch.stack([unit(v, v.new_zeros(()))[0] for v in vs])
 
 

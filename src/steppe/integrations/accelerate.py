@@ -1,7 +1,7 @@
 """Accelerate: the passes of a step in a raw loop, and its gradient accumulation in every one of them.
 
 Without accumulation nothing of this is needed: ``model, optimizer, loader = accelerator.prepare(model, sam, loader)``,
-``for walk in sam.passes(): with walk: accelerator.backward(loss)``, and ``optimizer.step()``. With it, beware of
+``for sam_pass in sam.passes(): with sam_pass: accelerator.backward(loss)``, and ``optimizer.step()``. With it, beware of
 ``optimizer.step(closure)`` inside ``accelerator.accumulate()``: Accelerate drops the call, and with it the closure and
 its micro-batch, until the last one.
 """
@@ -10,7 +10,7 @@ from collections.abc import Iterable, Iterator
 from itertools import islice
 from typing import Any, TypeVar
 
-from steppe.sam import SAM, Walk
+from steppe.sam import SAM, Pass
 
 try:
     from accelerate import Accelerator  # type: ignore[import-untyped]
@@ -100,10 +100,10 @@ def windows(accelerator: Accelerator, loader: Iterable[_Batch]) -> Iterator[list
 
 def passes(
     accelerator: Accelerator, optimizer: Any, micro_batches: int = 1, *, accumulate: bool = False
-) -> Iterator[Walk]:
-    """Yield the passes of one step, each over all its micro-batches, so that accelerate synchronises in each.
+) -> Iterator[Pass]:
+    """Yield the passes of one step, each over all its micro-batches, so that accelerate synchronizes in each.
 
-    Inside a walk, run every micro-batch in its own ``with accelerator.accumulate(model):``; the last one synchronises
+    Inside a walk, run every micro-batch in its own ``with accelerator.accumulate(model):``; the last one synchronizes
     the processes, also in a window that is not full. ``accelerator.backward`` divides by
     ``gradient_accumulation_steps`` as ever, also there.
 
@@ -124,8 +124,8 @@ def passes(
     >>> sam = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)  # doctest: +SKIP
     >>> model, optimizer, loader = accelerator.prepare(model, sam, loader)  # doctest: +SKIP
     >>> for batches in windows(accelerator, loader):  # doctest: +SKIP
-    ...     for walk in passes(accelerator, optimizer, len(batches)):
-    ...         with walk:
+    ...     for sam_pass in passes(accelerator, optimizer, len(batches)):
+    ...         with sam_pass:
     ...             for x, y in batches:
     ...                 with accelerator.accumulate(model):
     ...                     accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
@@ -136,7 +136,7 @@ def passes(
     sam, steps = unwrapped(optimizer), accelerator.gradient_accumulation_steps
     know_scaler(sam, accelerator)
     if accumulate:
-        _refuse_unsynchronised(accelerator, steps)
+        _refuse_unsynchronized(accelerator, steps)
         yield from sam.passes(accumulate=True)
         return
     if not accelerator.sync_gradients:
@@ -153,25 +153,25 @@ def passes(
         )
     start = steps - micro_batches
     try:
-        for walk in sam.passes():
-            accelerator.step = start  # so that accumulate() synchronises at the last one
-            yield walk
+        for sam_pass in sam.passes():
+            accelerator.step = start  # so that accumulate() synchronizes at the last one
+            yield sam_pass
             if accelerator.step not in (start, steps, 0):
                 raise RuntimeError(
                     f"a walk ended in the middle of an accumulation: passes() was told of {micro_batches} "
                     f"micro-batches, and accelerator.accumulate() saw {accelerator.step - start}, so the gradients "
-                    "would not be synchronised or optimizer.step() do nothing. Call passes(accelerator, optimizer, "
+                    "would not be synchronized or optimizer.step() do nothing. Call passes(accelerator, optimizer, "
                     "len(batches))"
                 )
     finally:
         accelerator.sync_gradients = True  # an exception may have come between two micro-batches
 
 
-def _refuse_unsynchronised(accelerator: Accelerator, steps: int) -> None:
+def _refuse_unsynchronized(accelerator: Accelerator, steps: int) -> None:
     each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
     if accelerator.use_distributed and steps > 1 and not each:
         raise RuntimeError(
-            "passes(accumulate=True) on several processes: accelerator.accumulate() synchronises the last micro-batch "
+            "passes(accumulate=True) on several processes: accelerator.accumulate() synchronizes the last micro-batch "
             "only, so the gradients of the others would stay each process's own, and the replicas drift apart. Pass "
             "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True) to Accelerator, or run all micro-batches "
             "in each walk"

@@ -43,7 +43,7 @@ class Attributes:
                 self._look_into(member)
 
     @torch.no_grad()
-    def put_back(self) -> None:
+    def restore(self) -> None:
         """Make them what they were: the same objects, with the same contents."""
         for place, attributes in self._attributes:
             for name in place.keys() - attributes.keys():

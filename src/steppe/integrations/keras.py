@@ -27,7 +27,7 @@ if keras.config.backend() != "torch":
 
 
 class SharpnessAware:
-    """Sharpness-aware minimisation in any Keras model: put it first, ``class Net(SharpnessAware, keras.Model)``.
+    """Sharpness-aware minimization in any Keras model: put it first, ``class Net(SharpnessAware, keras.Model)``.
 
     The optimizer of ``compile`` is the base, so its schedules, clipping, weight decay and accumulation go on (with
     ``gradient_accumulation_steps``, each batch gets a climb of its own). ``fit``, callbacks, ``save`` and
@@ -84,12 +84,12 @@ class SharpnessAware:
         """All passes of one step."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
         logs = None
-        for walk in self.sam.passes():
-            with walk:
+        for sam_pass in self.sam.passes():
+            with sam_pass:
                 y_pred = self(x, training=True) if self._call_has_training_arg else self(x)  # type: ignore[operator]
                 loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
                 self.optimizer.scale_loss(loss).backward()
-                if walk.first:
+                if sam_pass.is_first:
                     with torch.no_grad():
                         self._loss_tracker.update_state(loss, sample_weight=len(keras.tree.flatten(x)[0]))
                         logs = self.compute_metrics(x, y, y_pred, sample_weight)

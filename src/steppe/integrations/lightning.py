@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 from steppe._engine.side_effects import Buffers, Generators
 from steppe._engine.state_dict import parameters
 from steppe.integrations.attributes import Attributes
-from steppe.sam import SAM, Stage, Walk
+from steppe.sam import SAM, Pass, Stage
 
 if TYPE_CHECKING:
     import lightning.pytorch as pl
@@ -30,7 +30,7 @@ else:  # the package whose Trainer it is: of the two, the one that is there alre
 
 
 class SAMCallback(pl.Callback):
-    """Train with sharpness-aware minimisation: ``Trainer(callbacks=[SAMCallback(rho=0.05)])``.
+    """Train with sharpness-aware minimization: ``Trainer(callbacks=[SAMCallback(rho=0.05)])``.
 
     Each optimizer that ``configure_optimizers`` returns is wrapped, its schedulers as they are; one that is a
     :class:`steppe.SAM` already stays what it is. The first pass of a step is Lightning's own. The further ones run
@@ -41,7 +41,7 @@ class SAMCallback(pl.Callback):
     gradient that goes down, once, unscaled. Out of reach are calls past ``self.log`` (a logger's own methods, print)
     and objects that are neither modules nor plain containers.
 
-    In manual optimisation, ``opt = self.optimizers()`` gives a SAM that Lightning counts and scales: write
+    In manual optimization, ``opt = self.optimizers()`` gives a SAM that Lightning counts and scales: write
     ``opt.step(closure)`` with the usual closure (``opt.zero_grad()``, forward, ``self.manual_backward(loss)``), or
     the passes, and everything that is to act on the gradient that goes down after them::
 
@@ -54,9 +54,9 @@ class SAMCallback(pl.Callback):
         method: called as ``method(base, model=module, **options)``: :class:`steppe.SAM`, one of
             :mod:`steppe.variants`, or a function of your own. With DDP, ``module`` is the ``DistributedDataParallel``.
         optimizers: the indices of those to wrap; all by default.
-        log: log ``sam/loss_climbed``, the loss at the end of the climb, and ``sam/sharpness``, L(w + e) - L(w), at
+        log: log ``sam/perturbed_loss``, the loss at the end of the climb, and ``sam/sharpness``, L(w + e) - L(w), at
             each step that climbs, of the samples of this process; nothing waits for the device. In automatic
-            optimisation only.
+            optimization only.
         options: of the method: ``rho=0.05``, ...
 
     Raises:
@@ -96,8 +96,8 @@ class SAMCallback(pl.Callback):
             _refuse(trainer, pl_module)
             if self._logs and not pl_module.automatic_optimization:
                 raise RuntimeError(
-                    "SAMCallback(log=True) in manual optimisation: the losses of the passes are in your training_step, "
-                    "and unknown here. Log them there, with walk.climbs to tell them apart"
+                    "SAMCallback(log=True) in manual optimization: the losses of the passes are in your training_step, "
+                    "and unknown here. Log them there, with walk.is_perturbed to tell them apart"
                 )
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
@@ -213,9 +213,9 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
 
     # Lightning gives this object SAM's methods, which must act on the SAM.
 
-    def passes(self, *, accumulate: bool = False) -> Iterator["Walk | _StillWalk"]:
-        for walk in self._sam.passes(accumulate=accumulate):
-            yield walk if walk.first else _StillWalk(walk, _still(self._trainer, self._still))
+    def passes(self, *, accumulate: bool = False) -> Iterator["Pass | _StillWalk"]:
+        for sam_pass in self._sam.passes(accumulate=accumulate):
+            yield sam_pass if sam_pass.is_first else _StillWalk(sam_pass, _still(self._trainer, self._still))
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._sam.zero_grad(set_to_none)
@@ -240,8 +240,8 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
         if closure is None and sam._stage is not Stage.READY:
             raise RuntimeError(
                 "step() was called with neither passes behind it nor a closure: this would be a plain step of "
-                f"{type(sam.base).__name__}, without sharpness-aware minimisation. Run forward and manual_backward in "
-                "`for walk in opt.passes(): with walk: ...`, or call opt.step(closure); an optimizer that is not for "
+                f"{type(sam.base).__name__}, without sharpness-aware minimization. Run forward and manual_backward in "
+                "`for sam_pass in opt.passes(): with sam_pass: ...`, or call opt.step(closure); an optimizer that is not for "
                 "SAM is left out with SAMCallback(optimizers=[...])"
             )
 
@@ -265,12 +265,12 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
         outside = gradients.accumulated_outside()
         earlier = window is not None and window.continues()
         loss = None
-        for walk in self.passes():
-            with walk, torch.enable_grad():
-                if not walk.first:
-                    closure() if window is None else window.repeat_all(climbs=walk.climbs)
+        for sam_pass in self.passes():
+            with sam_pass, torch.enable_grad():
+                if not sam_pass.is_first:
+                    closure() if window is None else window.repeat_all(ascent_steps=sam_pass.is_perturbed)
                     continue
-                at_w = type(walk) is Walk and not walk.climbs
+                at_w = type(sam_pass) is Pass and not sam_pass.is_perturbed
                 if window is not None and earlier and not at_w:  # Lightning has made them at w
                     with _still(self._trainer, self._still):
                         window.repeat_earlier()
@@ -278,7 +278,7 @@ class _Driver(pl.core.optimizer.LightningOptimizer):
                     gradients.put(outside)
                 loss = closure()
                 if window is not None:
-                    window.first_pass(at_w=at_w, climbs=walk.climbs)
+                    window.first_pass(at_w=at_w, ascent_steps=sam_pass.is_perturbed)
                 if not earlier:
                     gradients.refuse_if_kept(outside)
         if window is not None:
@@ -346,17 +346,17 @@ class _Window:
             self._batches.append(self._latest)
             self._latest = None
 
-    def first_pass(self, *, at_w: bool, climbs: bool) -> None:
+    def first_pass(self, *, at_w: bool, ascent_steps: bool) -> None:
         """Note the loss of the first pass."""
         loss = _sum(micro.loss for micro in self._batches)
         self._at_w = loss if at_w else None
-        self.losses = {"sam/loss_climbed": loss} if climbs and loss is not None else {}
+        self.losses = {"sam/perturbed_loss": loss} if ascent_steps and loss is not None else {}
 
-    def repeat_all(self, *, climbs: bool) -> None:
+    def repeat_all(self, *, ascent_steps: bool) -> None:
         """Make a further pass, over all micro-batches of the step."""
         loss = _sum(self._repeat())
-        if climbs and loss is not None:
-            self.losses = {"sam/loss_climbed": loss}
+        if ascent_steps and loss is not None:
+            self.losses = {"sam/perturbed_loss": loss}
             if self._at_w is not None:
                 self.losses["sam/sharpness"] = loss - self._at_w
 
@@ -364,19 +364,19 @@ class _Window:
         """Make the first pass over the micro-batches before the last, where it is not one at w."""
         now = self._generators.take()
         losses = self._repeat(all_there=False)
-        self._generators.put_back(now)
+        self._generators.restore(now)
         self._batches = [micro._replace(loss=loss) for micro, loss in zip(self._batches, losses, strict=True)]
 
     def _repeat(self, *, all_there: bool = True) -> list[Tensor | None]:
         """Run the micro-batches again, with the buffers and generators that they saw; return their losses."""
         strategy, losses = self._trainer.strategy, []
         if self._buffers is not None and self._batches and self._batches[0].generators is not None:
-            self._buffers.put_back()
+            self._buffers.restore()
         for micro in self._batches:
             waits = micro is not self._batches[-1] or not all_there
             with _unsynced(strategy) if waits else nullcontext():
                 if micro.generators is not None and self._sam.replay_rng:
-                    self._generators.put_back(micro.generators)
+                    self._generators.restore(micro.generators)
                 loss = self._loss(self._training_step(*micro.args, **micro.kwargs))
                 losses.append(None if loss is None else loss.detach())
                 if loss is not None:
@@ -403,16 +403,16 @@ def _unsynced(strategy: Any) -> AbstractContextManager[Any]:
 class _StillWalk:
     """A further pass, which only the gradients are to know of."""
 
-    def __init__(self, walk: Walk, stillness: AbstractContextManager[None]) -> None:
-        self._walk, self._stillness = walk, stillness
+    def __init__(self, sam_pass: Pass, stillness: AbstractContextManager[None]) -> None:
+        self._yield_pass, self._stillness = sam_pass, stillness
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self._walk, name)
+        return getattr(self._yield_pass, name)
 
     def __enter__(self) -> Self:
         with ExitStack() as stack:
             stack.enter_context(self._stillness)
-            stack.enter_context(self._walk)
+            stack.enter_context(self._yield_pass)
             self._exits = stack.pop_all()
         return self
 
@@ -431,7 +431,7 @@ def _still(trainer: "pl.Trainer", state: Attributes) -> Iterator[None]:
     try:
         yield
     finally:
-        state.put_back()
+        state.restore()
         trainer.callbacks = callbacks  # type: ignore[attr-defined]
 
 

@@ -28,22 +28,22 @@ else:
 
 
 class SAMTrainerMixin(_Trainer):
-    """Sharpness-aware minimisation in any Trainer: put it first, ``class Mine(SAMTrainerMixin, Seq2SeqTrainer)``.
+    """Sharpness-aware minimization in any Trainer: put it first, ``class Mine(SAMTrainerMixin, Seq2SeqTrainer)``.
 
     A step runs all micro-batches of its accumulation window in each pass, when the last of them arrives; ``.grad`` is
     then what goes down, and the Trainer unscales, clips, logs and steps as ever. The logged loss is that at w (of a
     method whose only pass climbs, that at w + e), and its gradient norm that of what goes down.
 
     ``compute_loss`` and ``training_step`` run once a micro-batch *and pass*. What they count themselves is counted
-    that often: ask :attr:`walk`. Callbacks, logs, token counts, schedulers and checkpoints see one step.
+    that often: ask :attr:`sam_pass`. Callbacks, logs, token counts, schedulers and checkpoints see one step.
 
     Args:
         *args: as for the Trainer.
-        rho: the neighbourhood radius; 0.05 if neither this nor ``sam`` is given.
+        rho: the neighborhood radius; 0.05 if neither this nor ``sam`` is given.
         sam: instead of rho, makes the optimizer from the Trainer's own: ``partial(steppe.variants.asam, rho=0.5)``.
             Or pass a ready-made one as ``optimizers=(sam, None)``; or ``optimizer_cls_and_kwargs=(steppe.SAM,
             {"base_class": torch.optim.AdamW, "rho": 0.05, "lr": 5e-5})``.
-        log_sharpness: log ``climbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to the loss: their means
+        log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to the loss: their means
             over the steps that climbed from a pass at w.
         **kwargs: as for the Trainer.
 
@@ -76,7 +76,7 @@ class SAMTrainerMixin(_Trainer):
         self._log_sharpness = log_sharpness
         self._window: list[Any] = []
         self._climbs = 0
-        self._climbed: Tensor | float = 0.0
+        self._ascent: Tensor | float = 0.0
         super().__init__(*args, **kwargs)
         _refuse(self)
         if (rho is not None or sam is not None) and isinstance(self.optimizer, SAM):
@@ -86,9 +86,9 @@ class SAMTrainerMixin(_Trainer):
             )
 
     @property
-    def walk(self) -> Any:
-        """The pass that runs now, for a ``compute_loss`` that wants to know: ``walk.first``; None outside of one."""
-        return None if self.optimizer is None else unwrapped(self.optimizer).walk
+    def current_pass(self) -> Any:
+        """The pass that runs now, for a ``compute_loss`` that wants to know: ``sam_pass.is_first``; None outside of one."""
+        return None if self.optimizer is None else unwrapped(self.optimizer).current_pass
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Make the Trainer's own optimizer, and wrap it unless it is a :class:`steppe.SAM` already."""
@@ -112,19 +112,19 @@ class SAMTrainerMixin(_Trainer):
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
         losses: list[Tensor] = []
         at_w = climbed = False
-        for walk in unwrapped(self.optimizer).passes():
-            with walk:
+        for sam_pass in unwrapped(self.optimizer).passes():
+            with sam_pass:
                 losses.append(self._pass(model, window, num_items_in_batch))
-            at_w, climbed = at_w or not walk.climbs, walk.climbs
-            if not walk.first:
+            at_w, climbed = at_w or not sam_pass.is_perturbed, sam_pass.is_perturbed
+            if not sam_pass.is_first:
                 self.current_flos += sum(float(self.floating_point_ops(inputs)) for inputs in window)  # type: ignore[assignment]
         if self._log_sharpness and at_w and climbed:
             self._climbs += 1
-            self._climbed = self._climbed + torch.stack([losses[-1], losses[0]])
+            self._ascent = self._ascent + torch.stack([losses[-1], losses[0]])
         return losses[0]
 
     def _pass(self, model: nn.Module, window: list[Any], num_items_in_batch: Any) -> Tensor:
-        """Forward and backward over all micro-batches; the processes are synchronised at the last."""
+        """Forward and backward over all micro-batches; the processes are synchronized at the last."""
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         losses: list[Tensor] = []
         for left, inputs in zip(reversed(range(len(window))), window, strict=True):
@@ -134,11 +134,11 @@ class SAMTrainerMixin(_Trainer):
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
         """Log, and beside the loss what ``log_sharpness`` asks for."""
-        if "loss" in logs and isinstance(self._climbed, Tensor):
-            both = self.accelerator.gather(self._climbed.unsqueeze(0)).mean(0) / self._climbs
+        if "loss" in logs and isinstance(self._ascent, Tensor):
+            both = self.accelerator.gather(self._ascent.unsqueeze(0)).mean(0) / self._climbs
             climbed, at_w = both.tolist()
-            logs = {**logs, "climbed_loss": climbed, "sharpness": climbed - at_w}
-            self._climbs, self._climbed = 0, 0.0
+            logs = {**logs, "perturbed_loss": climbed, "sharpness": climbed - at_w}
+            self._climbs, self._ascent = 0, 0.0
         super().log(logs, *args, **kwargs)
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from steppe._engine.callers import called_by_scaler
 from steppe.rules import Memory
-from steppe.sam import SAM, Walk
+from steppe.sam import SAM, Pass
 
 
 class Method(SAM):
@@ -29,7 +29,7 @@ class Method(SAM):
     def __getstate__(self) -> dict[str, Any]:
         return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._own}}
 
-    def _will_remember(self) -> Memory:
+    def _empty_memory(self) -> Memory:
         return {}
 
     def _refuse(self, what: str, why: str) -> NoReturn:
@@ -54,11 +54,11 @@ class Method(SAM):
             self._refuse("scaler.step(optimizer)", why)
 
 
-class Elsewhere(Walk):
+class PassAtPoint(Pass):
     """A step's ordinary pass, as buffers and generators see it, but at another point than w."""
 
-    def __init__(self, optimizer: SAM, move: Callable[[], None], *, goes_down: bool) -> None:
-        super().__init__(optimizer, goes_down=goes_down)
+    def __init__(self, optimizer: SAM, move: Callable[[], None], *, is_last: bool) -> None:
+        super().__init__(optimizer, is_last=is_last)
         self._move = move
 
     def __enter__(self) -> Self:
@@ -68,5 +68,5 @@ class Elsewhere(Walk):
                 self._optimizer._engine.moved()
             return super().__enter__()
         except BaseException:
-            self._optimizer._engine.come_back()
+            self._optimizer._engine.restore()
             raise

@@ -15,16 +15,16 @@ def backward(optimizer: SAM, value: Tensor) -> None:
     loss.backward()  # type: ignore[no-untyped-call]
 
 
-def goes_down(optimizer: SAM) -> bool:
-    walk = optimizer.walk
-    if walk is None:
+def is_last(optimizer: SAM) -> bool:
+    sam_pass = optimizer.current_pass
+    if sam_pass is None:
         return True
-    if walk.goes_down is None:
+    if sam_pass.is_last is None:
         raise RuntimeError(
             f"{optimizer.cadence} decides by the gradient at w whether to climb, so nobody knows yet whether this pass "
             "will go down, and a part of the batch must not: take a cadence that goes by the step's number"
         )
-    return walk.goes_down
+    return sam_pass.is_last
 
 
 def check_share(name: str, value: float) -> float:

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from steppe.rules import Perturbation
-from steppe.rules.ascent_steps import Steps
-from steppe.rules.subsets import Only
+from steppe.rules.ascent_steps import AscentSteps
+from steppe.rules.subsets import ParameterSubset
 
 Rho = float | Tensor
 
@@ -27,5 +27,5 @@ class Options(Surroundings, total=False):
 
 
 def modified(rule: Perturbation, steps: int, only: Iterable[Tensor] | None) -> Perturbation:
-    rule = rule if steps == 1 else Steps(rule, steps)
-    return rule if only is None else Only(rule, only)
+    rule = rule if steps == 1 else AscentSteps(rule, steps)
+    return rule if only is None else ParameterSubset(rule, only)

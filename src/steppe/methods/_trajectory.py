@@ -17,7 +17,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 eager: Callable[[_F], _F] = torch.compiler.disable
 
 
-def divergence(past: Tensor, now: Tensor, tau: float) -> Tensor:
+def kl_divergence(past: Tensor, now: Tensor, tau: float) -> Tensor:
     """KL(softmax(past / tau) || softmax(now / tau)) over dimension 1, in float32 or wider."""
     wide = torch.promote_types(now.dtype, torch.float32)
     p, q = (F.log_softmax(y.to(wide) / tau, dim=1) for y in (past, now))

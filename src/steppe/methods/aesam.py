@@ -24,7 +24,7 @@ AE_SAM_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class GradientNorm:
+class GradientNormThreshold:
     """Climb where the gradient is unusually large (AE-SAM): when |g|^2 >= mu + c sigma.
 
     mu <- delta mu + (1 - delta) |g|^2 and sigma^2 <- delta sigma^2 + (1 - delta) (|g|^2 - mu)^2, both from 0, are the
@@ -35,7 +35,7 @@ class GradientNorm:
     depends on values can avoid. A gradient that is not finite does not climb, and is not remembered. No code of
     the authors was found to compare with.
 
-    >>> w, cadence, memory = torch.zeros(1), GradientNorm(steps=4), {}
+    >>> w, cadence, memory = torch.zeros(1), GradientNormThreshold(steps=4), {}
     >>> for step, g in enumerate([3.0, 1.0, 2.0, 0.5, 0.5]):
     ...     print(step, cadence(Point([w], [torch.tensor([g])], [0.05], [{}], step, memory)))
     0 True
@@ -64,16 +64,16 @@ class GradientNorm:
         if not 0 <= self.delta < 1:
             raise ValueError(f"delta must be at least 0 and less than 1, got {self.delta}: it is the old mean's share")
 
-    def __call__(self, at: Point) -> bool:
-        square = at.gradient_norm.double().square()
-        own = at.shared_memory_of(self)
+    def __call__(self, point: Point) -> bool:
+        square = point.gradient_norm.double().square()
+        own = point.shared_memory_of(self)
         if not bool(square.isfinite()):
             return False
         zero = torch.zeros_like(square)
         mu = torch.lerp(own.get("mu", zero).to(square.device), square, 1 - self.delta)
         variance = torch.lerp(own.get("variance", zero).to(square.device), (square - mu).square(), 1 - self.delta)
         own["mu"], own["variance"] = mu, variance
-        done = min(at.step / self.steps, 1.0)
+        done = min(point.step / self.steps, 1.0)
         c = done * self.lambda_1 + (1 - done) * self.lambda_2
         return bool(square >= mu + c * variance.sqrt())
 
@@ -94,7 +94,7 @@ def aesam(
 
     Source: Jiang et al., An Adaptive Policy to Employ Sharpness-Aware Minimization, arXiv 2304.14647.
     """
-    return SAM(base_optimizer, rho, **options, cadence=GradientNorm(steps, lambda_1, lambda_2, delta))
+    return SAM(base_optimizer, rho, **options, cadence=GradientNormThreshold(steps, lambda_1, lambda_2, delta))
 
 
 CARD = MethodCard(
@@ -109,7 +109,7 @@ CARD = MethodCard(
     passes=None,
     memory=COPY,
     when="To spend the second passes where the gradient is unusually large.",
-    when_not="On a GPU that must not wait: the decision reads the norm on the host. With `climb_fraction`.",
+    when_not="On a GPU that must not wait: the decision reads the norm on the host. With `fraction_sam`.",
     usual={
         "rho": "SAM's",
         "steps": LENGTH,

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho, modified
 from steppe.papers import ICML, Paper
-from steppe.rules import Ascent, Point
+from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import foreach, norm, reciprocal
 from steppe.sam import SAM
 
@@ -29,7 +29,7 @@ ASAM_PAPER = Paper(
 class Adaptive:
     """Climb in proportion to the weights (ASAM): e = rho T^2 g / |T g|, T = diag(|w| + eta).
 
-    The neighbourhood |T^-1 e| <= rho does not change when a network is rescaled without changing its function, so
+    The neighborhood |T^-1 e| <= rho does not change when a network is rescaled without changing its function, so
     rho is larger than SAM's: the paper uses 0.5 to 2. The authors' code takes T = 1 for parameters that are not called
     "weight"; here, as in the paper's formula, T is the same for all.
 
@@ -54,12 +54,12 @@ class Adaptive:
                 f"eta must be finite and not negative, got {self.eta}: it is added to |w| in T = |w| + eta"
             )
 
-    def __call__(self, at: Point) -> Ascent:
-        T = foreach(torch._foreach_abs, at.weights)
+    def __call__(self, point: Point) -> ScaledDirection:
+        T = foreach(torch._foreach_abs, point.weights)
         foreach(torch._foreach_add_, T, scalar=self.eta)
-        Tg = foreach(torch._foreach_mul, T, at.gradients)
+        Tg = foreach(torch._foreach_mul, T, point.gradients)
         foreach(torch._foreach_mul_, T, Tg)  # T^2 g, in the place of T
-        return Ascent(T, reciprocal(norm(Tg)))
+        return ScaledDirection(T, reciprocal(norm(Tg)))
 
 
 def asam(
@@ -89,12 +89,12 @@ CARD = MethodCard(
     name="asam",
     function=asam,
     label="ASAM",
-    about="Its neighbourhood does not change when a network is rescaled without changing its function.",
+    about="Its neighborhood does not change when a network is rescaled without changing its function.",
     equation="e = rho T^2 g / |T g|,   T = diag(|w| + eta)",
     cost="1 + steps",
     passes=lambda steps: 1 + steps,
     memory=COPY,
-    when="Where layers can be rescaled without changing the function, as before a normalisation layer.",
+    when="Where layers can be rescaled without changing the function, as before a normalization layer.",
     when_not="With SAM's rho: this one is in units of the weights, and wants about ten times more.",
     usual={"rho": "0.5 to 2", "eta": "0.01", "steps": "1", "only": "all parameters"},
     checked="The official code, https://github.com/SamsungLabs/ASAM: weights agree (2e-16). Theirs takes T = 1 for "

@@ -10,13 +10,13 @@ from torch.optim import Optimizer
 
 from steppe._engine.state_dict import parameters
 from steppe._tensors.random import normal
-from steppe.methods._base import Elsewhere, Method
+from steppe.methods._base import Method, PassAtPoint
 from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Rho
 from steppe.papers import ICLR, Paper
-from steppe.rules import Ascent, Point
+from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import as_real, foreach
-from steppe.sam import SAM, Closure, Params, Stage, Walk
+from steppe.sam import SAM, Closure, Params, Pass, Stage
 
 BSAM_PAPER = Paper(
     "moellenhoff2023bsam",
@@ -32,25 +32,27 @@ BSAM_PAPER = Paper(
 class Natural:
     """Climb in proportion to the variance: e = rho g / s, and no norm."""
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the climb from w."""
-        return Ascent(foreach(torch._foreach_div, at.gradients, [state["scale"] for state in at.base_state]))
+        return ScaledDirection(
+            foreach(torch._foreach_div, point.gradients, [state["scale"] for state in point.base_state])
+        )
 
 
 @dataclass(frozen=True)
 class Curved:
     """Go down with g_e, and keep |g| of the sampled point for the scale."""
 
-    needs_clean: ClassVar[bool] = True
+    needs_unperturbed_gradient: ClassVar[bool] = True
 
     sizes: dict[Tensor, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """|g| by parameter, summed over the passes that accumulate."""
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         """Return g_e."""
-        for p, g in zip(at.parameters, at.gradients, strict=True):
+        for p, g in zip(point.parameters, point.gradients, strict=True):
             self.sizes[p] = self.sizes[p] + g.abs() if p in self.sizes else g.abs()
-        return at.gradients if perturbed is None else perturbed
+        return point.gradients if perturbed is None else perturbed
 
 
 class Posterior(Optimizer):
@@ -197,7 +199,7 @@ class BSAM(Method):
         super().__setstate__(state)
         self._micro_batch = 0
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Walk]:
+    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
         """Yield the two passes of a step: at a sample w + n, and at w + e.
 
         Args:
@@ -209,9 +211,9 @@ class BSAM(Method):
         self._micro_batch = self._micro_batch + 1 if accumulate else 0
         if not accumulate:
             self.combination.sizes.clear()
-        yield from self._walk(Elsewhere(self, self._move_to_sample, goes_down=False))
-        walk = Walk(self, self._engine.point(), goes_down=True)
-        yield from self._walk(walk)
+        yield from self._yield_pass(PassAtPoint(self, self._move_to_sample, is_last=False))
+        sam_pass = Pass(self, self._engine.point(), is_last=True)
+        yield from self._yield_pass(sam_pass)
         self._engine.combine(self.combination)
         self._engine.gradients.add(before)
         self._stage = Stage.READY
@@ -228,9 +230,9 @@ class BSAM(Method):
             "Use step(closure) or passes()",
         )
 
-    def _go_down(self) -> bool:
+    def _base_step(self) -> bool:
         try:
-            return super()._go_down()
+            return super()._base_step()
         finally:
             self.combination.sizes.clear()
 

@@ -9,14 +9,14 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods._card import COPY, LENGTH, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.methods.sparse_sam import SSAM_PAPER
 from steppe.papers import Paper
-from steppe.rules import Ascent, Perturbation, Point
+from steppe.rules import Perturbation, Point, ScaledDirection
 from steppe.rules.l2 import L2
-from steppe.rules.masks import check_sparse, is_due, kept, largest, masked, masks_of, remember
+from steppe.rules.masks import check_sparse, is_due, largest, masked, masks_of, num_kept, remember
 from steppe.rules.subsets import Modifier
 from steppe.sam import SAM
 
@@ -28,7 +28,7 @@ class DynamicSparse(Modifier):
     e = m * e(rule), with m random at first. At the climbs of the steps ``every``, 2 ``every``, ..., a share
     drop (1 + cos(pi t / steps)) / 2 of its coordinates, those of the smallest |g|, is exchanged for random ones of the
     others; m always has the same number of coordinates. As in the authors' code, the rule is masked after its
-    normalisation: rho is its radius before the masking. A bool a coordinate is kept; the draws depend on the seed and
+    normalization: rho is its radius before the masking. A bool a coordinate is kept; the draws depend on the seed and
     the step alone.
 
     The authors' code climbs with the new mask from the next step on, and here this one does already.
@@ -68,22 +68,22 @@ class DynamicSparse(Modifier):
         if self.steps < 1:
             raise ValueError(f"steps must be 1 or more, got {self.steps}: it is the length of the training in steps")
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's climb, masked."""
-        memory = at.memory_of(self)
+        memory = point.memory_of(self)
         if any("mask" not in own for own in memory):
-            scores = draws.uniform("DynamicSparse", self.seed, at.step, at.gradients)
-            remember(at, memory, largest(scores, kept(scores, self.sparsity)))
-        elif is_due(at, self.every):
-            remember(at, memory, self._exchanged(at, masks_of(memory)))
-        return masked(self.rule(at), masks_of(memory))
+            scores = random_tensors.uniform("DynamicSparse", self.seed, point.step, point.gradients)
+            remember(point, memory, largest(scores, num_kept(scores, self.sparsity)))
+        elif is_due(point, self.every):
+            remember(point, memory, self._exchanged(point, masks_of(memory)))
+        return masked(self.rule(point), masks_of(memory))
 
-    def _exchanged(self, at: Point, masks: Sequence[Tensor]) -> list[Tensor]:
-        kept = kept(masks, self.sparsity)
-        share = self.drop * (1 + math.cos(math.pi * min(at.step / self.steps, 1))) / 2
+    def _exchanged(self, point: Point, masks: Sequence[Tensor]) -> list[Tensor]:
+        kept = num_kept(masks, self.sparsity)
+        share = self.drop * (1 + math.cos(math.pi * min(point.step / self.steps, 1))) / 2
         number = int(min(share * kept, sum(m.numel() for m in masks) - kept))
-        chance = draws.uniform("DynamicSparse", self.seed, at.step, at.gradients)
-        flatness = [torch.where(m, g.abs(), -1.0) for m, g in zip(masks, at.gradients, strict=True)]
+        chance = random_tensors.uniform("DynamicSparse", self.seed, point.step, point.gradients)
+        flatness = [torch.where(m, g.abs(), -1.0) for m, g in zip(masks, point.gradients, strict=True)]
         stay = largest(flatness, kept - number)
         come = largest([torch.where(m, -1.0, c) for m, c in zip(masks, chance, strict=True)], number)
         return [s | c for s, c in zip(stay, come, strict=True)]

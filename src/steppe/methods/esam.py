@@ -9,16 +9,16 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, backward, check_share, count_samples
 from steppe.methods._options import Options, Rho
 from steppe.methods._step_function import Batch, Forward, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import ICLR, Paper, cites
-from steppe.rules import Ascent, Perturbation, Point
+from steppe.rules import Perturbation, Point, ScaledDirection
 from steppe.rules.l2 import L2
-from steppe.rules.masks import check_climbs, masked
+from steppe.rules.masks import check_single_ascent_step, masked
 from steppe.rules.subsets import Modifier, restricted
 from steppe.sam import SAM
 
@@ -45,7 +45,7 @@ class Stochastic(Modifier):
     """Climb with a random share of the weights at each step (ESAM's SWP): e = m * e(rule) / beta, P(m_i = 1) = beta.
 
     So e is the rule's on average, and longer than rho. The draw depends on the seed and the step alone, as
-    :class:`~steppe.Randomly`'s.
+    :class:`~steppe.Bernoulli`'s.
 
     The authors' code draws whole tensors, and what makes it cheaper, leaves them out of the next first pass, and so of
     the norm; ``whole=True`` draws so and has the rule see the chosen tensors only, but both passes are whole. ESAM's
@@ -74,22 +74,24 @@ class Stochastic(Modifier):
     """Whether a tensor climbs as a whole or not at all."""
 
     def __post_init__(self) -> None:
-        check_climbs(self.rule, "Stochastic")
+        check_single_ascent_step(self.rule, "Stochastic")
         if not 0 < self.beta <= 1:
             raise ValueError(
                 f"beta must be more than 0 and at most 1, got {self.beta}: it is each weight's probability to climb"
             )
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's climb, thinned out."""
         if self.whole:
-            chances = [draws.key("Stochastic", self.seed, at.step, i) / 2**64 for i in range(len(at.parameters))]
+            chances = [
+                random_tensors.key("Stochastic", self.seed, point.step, i) / 2**64 for i in range(len(point.parameters))
+            ]
             chosen = [i for i, chance in enumerate(chances) if chance < self.beta]
-            climb = restricted(self.rule, at, chosen)
+            climb = restricted(self.rule, point, chosen)
         else:
-            chance = draws.uniform("Stochastic", self.seed, at.step, at.weights)
-            climb = masked(self.rule(at), [c < self.beta for c in chance])
-        return Ascent(climb.direction, climb.scale / self.beta)
+            chance = random_tensors.uniform("Stochastic", self.seed, point.step, point.weights)
+            climb = masked(self.rule(point), [c < self.beta for c in chance])
+        return ScaledDirection(climb.direction, climb.scale / self.beta)
 
 
 @cites(ESAM_PAPER)
@@ -144,7 +146,7 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        if optimizer.walk is None or not optimizer.walk.climbs:
+        if optimizer.current_pass is None or not optimizer.current_pass.is_perturbed:
             values = evaluate(batch, samples)
             at_w[:] = [values.detach()]
         elif not at_w:

@@ -9,14 +9,14 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import ICML, Paper
-from steppe.rules import Ascent, Point
-from steppe.rules.ops import dot, foreach, reciprocal, wide
+from steppe.rules import Point, ScaledDirection
+from steppe.rules.ops import dot, foreach, reciprocal, to_wide
 from steppe.sam import SAM
 
 FISHER_SAM_PAPER = Paper(
     "kim2022fisher",
     ("Minyoung Kim", "Da Li", "Shell Xu Hu", "Timothy M. Hospedales"),
-    "{Fisher SAM}: Information Geometry and Sharpness Aware Minimisation",
+    "{Fisher SAM}: Information Geometry and Sharpness Aware Minimization",
     "2206.04920",
     2022,
     ICML,
@@ -33,7 +33,7 @@ class Fisher:
     A zero gradient gives e = 0.
 
     No code of the authors was found, and of the paper no more than the abstract could be read. Three independent
-    implementations agree on g^2 and on 1 / (1 + eta f), but not on the normalisation: one has it as here, one in each
+    implementations agree on g^2 and on 1 / (1 + eta f), but not on the normalization: one has it as here, one in each
     tensor by itself, and one makes |e| = rho.
 
     >>> w, g = torch.zeros(2), torch.tensor([1.0, 3.0])
@@ -41,7 +41,7 @@ class Fisher:
     >>> direction[0]
     tensor([0.5000, 0.3000])
 
-    Source: Kim et al., Fisher SAM: Information Geometry and Sharpness Aware Minimisation, arXiv 2206.04920.
+    Source: Kim et al., Fisher SAM: Information Geometry and Sharpness Aware Minimization, arXiv 2206.04920.
     """
 
     paper: ClassVar[Paper] = FISHER_SAM_PAPER
@@ -55,20 +55,20 @@ class Fisher:
                 f"eta must be finite and not negative, got {self.eta}: it weighs the Fisher information in 1 + eta f"
             )
 
-    def __call__(self, at: Point) -> Ascent:
-        g = [wide(part) for part in at.gradients]  # in float16 the squares of gradients from 256 on are infinite
+    def __call__(self, point: Point) -> ScaledDirection:
+        g = [to_wide(part) for part in point.gradients]  # in float16 the squares of gradients from 256 on are infinite
         F = foreach(torch._foreach_mul, g, g)
         foreach(torch._foreach_mul_, F, scalar=self.eta)
         foreach(torch._foreach_add_, F, scalar=1.0)
         d = foreach(torch._foreach_div, g, F)
-        direction = [part.to(like.dtype) for part, like in zip(d, at.gradients, strict=True)]
-        return Ascent(direction, reciprocal(dot(g, d).sqrt()))
+        direction = [part.to(like.dtype) for part, like in zip(d, point.gradients, strict=True)]
+        return ScaledDirection(direction, reciprocal(dot(g, d).sqrt()))
 
 
 def fisher_sam(base_optimizer: Optimizer, rho: Rho = 0.1, *, eta: float = 1.0, **options: Unpack[Options]) -> SAM:
     """Fisher SAM: climb in the metric of the Fisher information's diagonal, 1 + eta g^2. Two passes a step.
 
-    Source: Kim et al., Fisher SAM: Information Geometry and Sharpness Aware Minimisation, arXiv 2206.04920.
+    Source: Kim et al., Fisher SAM: Information Geometry and Sharpness Aware Minimization, arXiv 2206.04920.
     """
     return SAM(base_optimizer, rho, **options, perturbation=Fisher(eta))
 
@@ -87,7 +87,7 @@ CARD = MethodCard(
     usual={"rho": "unverified", "eta": "1 in three third-party implementations; the paper's unknown"},
     checked="No code of the authors was found, and only the paper's abstract was read: its eta, rho and estimate "
     "of F are unverified. Three third-party implementations agree on g^2 and 1 / (1 + eta g^2), but not on the "
-    "normalisation: one has it over all parameters, as here, one in each tensor, and one makes the length of e "
+    "normalization: one has it over all parameters, as here, one in each tensor, and one makes the length of e "
     "rho.",
     caveats=("g^2 of a batch's gradient stands for the Fisher information: one batch, no average.",),
     comparison=Comparison(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._closures import Loss, backward, check_share, count_samples, goes_down
+from steppe.methods._closures import Loss, backward, check_share, count_samples, is_last
 from steppe.methods._step_function import Batch, Forward, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import Paper, cites
@@ -63,7 +63,7 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
 
     def closure() -> Tensor:
         optimizer.zero_grad()
-        value = loss(*(batch if goes_down(optimizer) else [t[:n] for t in batch]))
+        value = loss(*(batch if is_last(optimizer) else [t[:n] for t in batch]))
         backward(optimizer, value)
         return value
 

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import CVPR, Paper
-from steppe.rules import Ascent, Point
+from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import foreach, norm, reciprocal, where_finite
 from steppe.sam import SAM
 
@@ -62,16 +62,16 @@ class Friendly:
                 f"lmbda must be between 0 and 1, got {self.lmbda}: it is the share of the old mean in the new one"
             )
 
-    def __call__(self, at: Point) -> Ascent:
-        memory = at.memory_of(self)
-        for own, g in zip(memory, at.gradients, strict=True):
+    def __call__(self, point: Point) -> ScaledDirection:
+        memory = point.memory_of(self)
+        for own, g in zip(memory, point.gradients, strict=True):
             if "m" not in own:
                 own["m"] = torch.zeros_like(g)
         m = [own["m"] for own in memory]
-        trusted = where_finite(at.gradient_norm, at.gradients, m)
+        trusted = where_finite(point.gradient_norm, point.gradients, m)
         foreach(torch._foreach_lerp_, m, trusted, weight=1 - self.lmbda)
-        d = foreach(torch._foreach_sub, at.gradients, m, alpha=self.sigma)
-        return Ascent(d, reciprocal(norm(d)))
+        d = foreach(torch._foreach_sub, point.gradients, m, alpha=self.sigma)
+        return ScaledDirection(d, reciprocal(norm(d)))
 
 
 def friendly_sam(

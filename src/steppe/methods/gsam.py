@@ -55,7 +55,7 @@ class SurrogateGap:
     """
 
     paper: ClassVar[Paper] = GSAM_PAPER
-    needs_clean: ClassVar[bool] = True
+    needs_unperturbed_gradient: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     alpha: float = 0.2
@@ -64,10 +64,10 @@ class SurrogateGap:
     def __post_init__(self) -> None:
         check_weight("alpha", self.alpha, "it weighs the part of g orthogonal to g_s")
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:
-            return at.gradients
-        g, g_s = at.gradients, list(perturbed)
+            return point.gradients
+        g, g_s = point.gradients, list(perturbed)
         down = orthogonal(g, g_s)
         foreach(torch._foreach_mul_, down, scalar=-self.alpha)
         foreach(torch._foreach_add_, down, g_s)

@@ -22,13 +22,13 @@ LATE_SAM_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class Late:
+class LatePhase:
     """Climb only late in training, from a fraction ``start`` of its steps on; before, plain steps of the base.
 
     A step costs 2 - start passes on average. Steps beyond ``steps`` climb. The momentum of the base goes on at the
     switch; the authors' code changes there to a second optimizer, whose momentum begins at zero.
 
-    >>> cadence = Late(start=0.75, steps=4)
+    >>> cadence = LatePhase(start=0.75, steps=4)
     >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
     [False, False, False, True, True, True]
 
@@ -51,8 +51,8 @@ class Late:
         if self.steps < 1:
             raise ValueError(f"steps must be 1 or more, got {self.steps}: it is the length of the training in steps")
 
-    def __call__(self, at: Point) -> bool:
-        return at.step / self.steps >= self.start
+    def __call__(self, point: Point) -> bool:
+        return point.step / self.steps >= self.start
 
 
 def late_sam(
@@ -63,7 +63,7 @@ def late_sam(
     Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, arXiv
     2410.10373.
     """
-    return SAM(base_optimizer, rho, **options, cadence=Late(start, steps))
+    return SAM(base_optimizer, rho, **options, cadence=LatePhase(start, steps))
 
 
 CARD = MethodCard(

@@ -9,8 +9,8 @@ from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.methods.looksam import LOOKSAM_PAPER
 from steppe.papers import Paper
-from steppe.rules import Ascent, Point
-from steppe.rules.ops import norm, reciprocal, scaled
+from steppe.rules import Point, ScaledDirection
+from steppe.rules.ops import norm, reciprocal, scaled_by
 from steppe.sam import SAM
 
 
@@ -22,7 +22,7 @@ class LayerWise:
     all scales climb alike, as LARS and LAMB let them step; layers at zero stay there, and so do those whose gradient
     is zero. With ``relative=False``, e_l = rho g_l / |g_l|, and for L layers |e| = rho sqrt(L).
 
-    Which of the two the paper means is not settled: no code of the authors was found, of the paper no more than the
+    Which of the two the paper means is not reduced: no code of the authors was found, of the paper no more than the
     abstract could be read, and of two implementations one has the second form, and one divides twice by the gradient,
     rho |w_l| g_l / |g_l|^2, and so climbs the farther the smaller that is.
 
@@ -39,11 +39,11 @@ class LayerWise:
     relative: bool = True
     """Whether rho is relative to the norm of each layer's weights."""
 
-    def __call__(self, at: Point) -> Ascent:
-        lengths = [reciprocal(norm([g])) for g in at.gradients]
+    def __call__(self, point: Point) -> ScaledDirection:
+        lengths = [reciprocal(norm([g])) for g in point.gradients]
         if self.relative:
-            lengths = [norm([w]) * length for w, length in zip(at.weights, lengths, strict=True)]
-        return Ascent([scaled(g, length) for g, length in zip(at.gradients, lengths, strict=True)])
+            lengths = [norm([w]) * length for w, length in zip(point.weights, lengths, strict=True)]
+        return ScaledDirection([scaled_by(g, length) for g, length in zip(point.gradients, lengths, strict=True)])
 
 
 def layerwise_sam(
@@ -67,7 +67,7 @@ CARD = MethodCard(
     passes=2,
     memory=COPY,
     when="Where layers differ much in scale, and one radius does not fit all.",
-    when_not="To reproduce a paper: which form it means is not settled.",
+    when_not="To reproduce a paper: which form it means is not reduced.",
     usual={"rho": "unverified", "relative": "unverified"},
     checked="No code of the authors was found, and only the paper's abstract was read. Two third-party "
     "implementations disagree: one has rho g_l / |g_l|, one rho |w_l| g_l / |g_l|^2, which climbs the farther the "

@@ -13,10 +13,10 @@ from steppe.methods._base import Method
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import ICML, Paper
-from steppe.rules import Ascent, Perturbation, Point, climbs, needs_gradient
+from steppe.rules import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient
 from steppe.rules.l2 import L2
 from steppe.rules.ops import accumulator, add_scaled_, as_real, norm
-from steppe.sam import SAM, Walk
+from steppe.sam import SAM, Pass
 
 LOOKBEHIND_PAPER = Paper(
     "mordido2024lookbehind",
@@ -39,23 +39,23 @@ class Onward:
     k: int
 
     @property
-    def climbs(self) -> int:
+    def ascent_steps(self) -> int:
         """How many climbs a step makes."""
         return self.k
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the whole climb from w, in units of rho."""
-        direction, scale = self.rule(at)
+        direction, scale = self.rule(point)
         if self.k == 1:
-            return Ascent(direction, scale)
-        before = at.climbed.direction if at.climbed is not None else [None] * len(direction)
+            return ScaledDirection(direction, scale)
+        before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
         e = [
             None if d is None else torch.zeros_like(d) if old is None else old.clone()
             for d, old in zip(direction, before, strict=True)
         ]
-        alpha = scale if isinstance(scale, Tensor) else at.gradient_norm.new_full((), scale)
+        alpha = scale if isinstance(scale, Tensor) else point.gradient_norm.new_full((), scale)
         add_scaled_([t for t in e if t is not None], alpha, [d for d in direction if d is not None])
-        return Ascent(e)
+        return ScaledDirection(e)
 
 
 class Lookbehind(Method):
@@ -130,7 +130,7 @@ class Lookbehind(Method):
                 f"alpha must be between 0 and 1, or None to choose it at each step, got {alpha}: it is the share of "
                 "the way from the slow to the fast weights"
             )
-        if not needs_gradient(perturbation) or climbs(perturbation) > 1:
+        if not needs_gradient(perturbation) or ascent_steps(perturbation) > 1:
             raise ValueError(
                 f"Lookbehind climbs {k} times by itself, each time along a gradient, and {perturbation} does not: give "
                 "a perturbation that climbs once along the gradient"
@@ -142,7 +142,7 @@ class Lookbehind(Method):
         super().__setstate__(state)
         self._earlier: list[dict[Tensor, Tensor]] = []
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Walk]:
+    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
         """Yield the 1 + k passes of a step: at w, and at each of the k climbs.
 
         Raises:
@@ -155,23 +155,23 @@ class Lookbehind(Method):
                 "micro-batches inside each walk",
             )
         self._earlier = []
-        for walk in super().passes():
-            last = walk.goes_down
-            walk.goes_down = last or walk.climbs
-            yield walk
-            if walk.climbs and not last:
+        for sam_pass in super().passes():
+            last = sam_pass.is_last
+            sam_pass.is_last = last or sam_pass.is_perturbed
+            yield sam_pass
+            if sam_pass.is_perturbed and not last:
                 self._earlier.append(self._engine.gradients.copies())
 
     @torch.no_grad()
-    def _go_down(self) -> bool:
+    def _base_step(self) -> bool:
         gradients, earlier = self._engine.gradients, self._earlier
         self._earlier = []
         if not earlier and self.alpha == 1:
-            return super()._go_down()
+            return super()._base_step()
         last = {p: p.grad for p in gradients.holders() if p.grad is not None}
         finite = norm(gradients.of(last)).isfinite()
         if finite.is_cpu and not finite:
-            return super()._go_down()  # it says so, and counts
+            return super()._base_step()  # it says so, and counts
         slow = {p: p.detach().clone() for p in parameters(self.base) if p.requires_grad} if self.alpha != 1 else {}
         first: dict[Tensor, Tensor] = {}
         skipped = gradients.skipped
@@ -180,12 +180,12 @@ class Lookbehind(Method):
                 for g in gradient.values():
                     g.masked_fill_(finite.logical_not().to(g.device), float("nan"))
             self._put(gradient)
-            super()._go_down()
+            super()._base_step()
             if self.alpha is None and not first:
                 first = {p: p.detach().clone() for p in slow}
         gradients.skipped = skipped  # a step of ours is counted once, by the last of the base's
         self._put(last)
-        went = super()._go_down()
+        went = super()._base_step()
         for p, start in slow.items():
             alpha = self.alpha if self.alpha is not None else _alignment(first.get(p, p), p, start)
             as_real(p.detach()).lerp_(as_real(start), 1 - alpha)

@@ -11,8 +11,8 @@ from steppe.methods._card import COPY_AND_G, NO_CODE, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point
-from steppe.rules.every import Every
 from steppe.rules.ops import add_scaled_, check_weight, copy_, norm, orthogonal, reciprocal, where_finite
+from steppe.rules.periodic import Periodic
 from steppe.sam import SAM
 
 LOOKSAM_PAPER = Paper(
@@ -26,12 +26,12 @@ LOOKSAM_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class Reuse:
+class GradientReuse:
     """Remember where g_s points away from g, and go there between climbs too (LookSAM): g + alpha |g|/|g_v| g_v.
 
     At a climb, go down with g_s and remember g_v = g_s - (g.g_s / |g|^2) g, its part orthogonal to g; norms and
     products run over all parameters together. Before the first climb, and where g_v = 0, go down with g. Combine it
-    with :class:`~steppe.Every`: ``Every(5)`` costs 1.2 passes a step. It keeps one more copy of the gradient.
+    with :class:`~steppe.Periodic`: ``Periodic(5)`` costs 1.2 passes a step. It keeps one more copy of the gradient.
 
     A g_v that is not finite is not remembered: the one before it stays. No code of the authors was found to compare
     with. The implementation in pytorch_optimizer projects and scales each tensor on its own.
@@ -39,14 +39,14 @@ class Reuse:
     >>> w, g = torch.zeros(2), torch.tensor([3.0, 0.0])
     >>> climb = Point([w], [g], rho=[0.05], base_state=[{}], step=0)
     >>> between = Point([w], [g], rho=[0.05], base_state=[{}], step=1, memory=climb.memory)
-    >>> Reuse(alpha=0.5)(climb, [torch.tensor([3.0, 0.1])]), Reuse(alpha=0.5)(between, None)
+    >>> GradientReuse(alpha=0.5)(climb, [torch.tensor([3.0, 0.1])]), GradientReuse(alpha=0.5)(between, None)
     ([tensor([3.0000, 0.1000])], [tensor([3.0000, 1.5000])])
 
     Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714.
     """
 
     paper: ClassVar[Paper] = LOOKSAM_PAPER
-    needs_clean: ClassVar[bool] = True
+    needs_unperturbed_gradient: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     alpha: float = 0.7
@@ -55,19 +55,19 @@ class Reuse:
     def __post_init__(self) -> None:
         check_weight("alpha", self.alpha, "it is the length of the remembered part in units of |g|")
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if perturbed is not None:
-            self._remember(at, orthogonal(perturbed, at.gradients))
+            self._remember(point, orthogonal(perturbed, point.gradients))
             return perturbed
-        down = [g.clone() for g in at.gradients]
-        reused = [(d, own["g_v"]) for d, own in zip(down, at.memory_of(self), strict=True) if "g_v" in own]
+        down = [g.clone() for g in point.gradients]
+        reused = [(d, own["g_v"]) for d, own in zip(down, point.memory_of(self), strict=True) if "g_v" in own]
         g_v = [v for _, v in reused]
-        length = self.alpha * at.gradient_norm
+        length = self.alpha * point.gradient_norm
         add_scaled_([d for d, _ in reused], length * reciprocal(norm(g_v)).to(length.device), g_v)
         return down
 
-    def _remember(self, at: Point, g_v: Sequence[Tensor]) -> None:
-        memory = at.memory_of(self)
+    def _remember(self, point: Point, g_v: Sequence[Tensor]) -> None:
+        memory = point.memory_of(self)
         trusted = where_finite(norm(g_v), g_v, [own.get("g_v", 0.0) for own in memory])
         # in place: a CUDA graph knows tensors, and no dictionaries
         copy_([own.setdefault("g_v", v) for own, v in zip(memory, trusted, strict=True)], trusted)
@@ -80,7 +80,7 @@ def looksam(
 
     Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714.
     """
-    return SAM(base_optimizer, rho, **options, combination=Reuse(alpha), cadence=Every(k))
+    return SAM(base_optimizer, rho, **options, combination=GradientReuse(alpha), cadence=Periodic(k))
 
 
 CARD = MethodCard(

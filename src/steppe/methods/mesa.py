@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from steppe._engine.callers import warn
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._step_function import Batch, Forward
-from steppe.methods._trajectory import WithTerm, check, check_epoch, divergence, eager, zero
+from steppe.methods._trajectory import WithTerm, check, check_epoch, eager, kl_divergence, zero
 from steppe.methods.saf import SAF_PAPER
 from steppe.papers import Paper
 from steppe.rules.ops import (
@@ -134,7 +134,7 @@ class MESA(nn.Module):
                 f"{tuple(logits.shape)}: the term compares the two, class by class. Give the inputs that the logits "
                 "were made from, and a model that returns a tensor of shape (n, classes, ...)"
             )
-        return self.lmbda * self.tau**2 * divergence(average, logits, self.tau).mean()
+        return self.lmbda * self.tau**2 * kl_divergence(average, logits, self.tau).mean()
 
     def update(self) -> None:
         """Average the weights, v = beta v + (1 - beta) w; to be called after every step, at w.

@@ -59,11 +59,11 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
     for start in range(0, samples, m):
         part = [t[start : start + m] for t in batch]
         weight = len(part[0]) / samples
-        for walk in optimizer.passes():
-            with walk, torch.enable_grad():
+        for sam_pass in optimizer.passes():
+            with sam_pass, torch.enable_grad():
                 value = loss(*part)
                 backward(optimizer, value)
-                if walk.first:
+                if sam_pass.is_first:
                     at_w.append(weight * value.detach())
         _add(down, weight, optimizer)
     for p, gradient in down.items():

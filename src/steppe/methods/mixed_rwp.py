@@ -7,7 +7,7 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.methods.pgn import PenalizedNorm
-from steppe.methods.rwp import Random
+from steppe.methods.rwp import GaussianNoise
 from steppe.papers import Paper
 from steppe.sam import SAM
 
@@ -37,7 +37,7 @@ def mixed_rwp(
 
     Source: Li et al., Revisiting Random Weight Perturbation for Efficiently Improving Generalization, arXiv 2404.00357.
     """
-    noise = Random(filterwise=True, seed=seed, paper=MIXED_RWP_PAPER)
+    noise = GaussianNoise(filterwise=True, seed=seed, paper=MIXED_RWP_PAPER)
     return SAM(base_optimizer, rho, **options, perturbation=noise, combination=PenalizedNorm(alpha))
 
 

@@ -8,7 +8,7 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, FIRST_GUESS, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
-from steppe.rules import Ascent, Point
+from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import as_real, norm, reciprocal
 from steppe.sam import SAM
 
@@ -43,15 +43,15 @@ class Momentum:
     needs_gradient: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
 
-    def __call__(self, at: Point) -> Ascent:
-        v = [state.get("momentum_buffer", state.get("exp_avg")) for state in at.base_state]
+    def __call__(self, point: Point) -> ScaledDirection:
+        v = [state.get("momentum_buffer", state.get("exp_avg")) for state in point.base_state]
         known = [as_real(b) for b in v if b is not None]
-        if at.step > 0 and not known:
+        if point.step > 0 and not known:
             raise ValueError(
                 "the base optimizer keeps no momentum, so there is nothing to climb along, and every step would be a "
                 "plain one: give SGD a momentum, or take Adam or AdamW"
             )
-        return Ascent([None if b is None else as_real(b) for b in v], -reciprocal(norm(known)))
+        return ScaledDirection([None if b is None else as_real(b) for b in v], -reciprocal(norm(known)))
 
 
 def msam(base_optimizer: Optimizer, rho: Rho = 3.0, **options: Unpack[Options]) -> SAM:

@@ -27,7 +27,7 @@ PGN_PAPER = Paper(
 
 @dataclass(frozen=True)
 class PenalizedNorm:
-    """Penalise the gradient's norm, L(w) + lambda |g(w)| (PGN): (1 - alpha) g + alpha g_s.
+    """Penalize the gradient's norm, L(w) + lambda |g(w)| (PGN): (1 - alpha) g + alpha g_s.
 
     With the radius rho as the paper's r, alpha = lambda / r; alpha = 1 is SAM. At a step that did not climb, g.
 
@@ -43,7 +43,7 @@ class PenalizedNorm:
     """
 
     paper: ClassVar[Paper] = PGN_PAPER
-    needs_clean: ClassVar[bool] = True
+    needs_unperturbed_gradient: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     alpha: float = 0.8
@@ -52,14 +52,14 @@ class PenalizedNorm:
     def __post_init__(self) -> None:
         check_weight("alpha", self.alpha, "it is lambda / r, the share of g_s")
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:
-            return at.gradients
-        return foreach(torch._foreach_lerp, at.gradients, perturbed, weight=self.alpha)
+            return point.gradients
+        return foreach(torch._foreach_lerp, point.gradients, perturbed, weight=self.alpha)
 
 
 def pgn(base_optimizer: Optimizer, rho: Rho = 0.1, *, alpha: float = 0.8, **options: Unpack[Options]) -> SAM:
-    """PGN: penalise the gradient's norm, go down with (1 - alpha) g + alpha g_s. Two passes a step.
+    """PGN: penalize the gradient's norm, go down with (1 - alpha) g + alpha g_s. Two passes a step.
 
     Source: Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
     2202.03599.
@@ -83,6 +83,6 @@ CARD = MethodCard(
     "|g| in the place of g in the first term; here, as in the paper's formula, it is g.",
     caveats=("rho and alpha act together: the penalty is lambda = alpha rho.",),
     comparison=Comparison(
-        summary=f"penalises the gradient's norm, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True
+        summary=f"penalizes the gradient's norm, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True
     ),
 )

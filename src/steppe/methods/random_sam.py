@@ -22,14 +22,14 @@ RST_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class Randomly:
+class Bernoulli:
     """Climb with probability p at each step (RST); the others are plain steps of the base. A step costs 1 + p passes.
 
     The draw of a step depends on the seed and on the step's number alone. So a resumed run goes on with the same
     draws, all workers draw alike, and no global random generator is touched or needed. In the paper's terms this is
     RST with the constant scheduling function; its other scheduling functions are not here.
 
-    >>> cadence = Randomly(p=0.5, seed=1)
+    >>> cadence = Bernoulli(p=0.5, seed=1)
     >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
     [False, True, True, True, False, True]
 
@@ -50,9 +50,9 @@ class Randomly:
         if not 0 <= self.p <= 1:
             raise ValueError(f"p must be between 0 and 1, got {self.p}: it is the probability of a climb")
 
-    def __call__(self, at: Point) -> bool:
-        # A string is hashed with SHA-512: neighbouring steps get independent draws, the same on every machine.
-        return random.Random(f"{self.seed}/{at.step}").random() < self.p
+    def __call__(self, point: Point) -> bool:
+        # A string is hashed with SHA-512: neighboring steps get independent draws, the same on every machine.
+        return random.Random(f"{self.seed}/{point.step}").random() < self.p
 
 
 def random_sam(
@@ -63,7 +63,7 @@ def random_sam(
     Source: Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning,
     arXiv 2203.09962.
     """
-    return SAM(base_optimizer, rho, **options, cadence=Randomly(p, seed))
+    return SAM(base_optimizer, rho, **options, cadence=Bernoulli(p, seed))
 
 
 CARD = MethodCard(

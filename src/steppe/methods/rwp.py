@@ -6,12 +6,12 @@ from typing import ClassVar, Unpack
 import torch
 from torch.optim import Optimizer
 
-from steppe._tensors import random as draws
+from steppe._tensors import random as random_tensors
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
-from steppe.rules import Ascent, Point
-from steppe.rules.ops import norm, reciprocal, scaled, wide
+from steppe.rules import Point, ScaledDirection
+from steppe.rules.ops import norm, reciprocal, scaled_by, to_wide
 from steppe.sam import SAM
 
 RWP_PAPER = Paper(
@@ -24,7 +24,7 @@ RWP_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class Random:
+class GaussianNoise:
     """Climb in a random direction, in one pass a step (RWP): e = rho r / |r|, r Gaussian.
 
     With ``filterwise``, e = rho |w_f| r: every entry has a standard deviation of rho times the norm of the filter that
@@ -38,7 +38,7 @@ class Random:
     passes, is this with :class:`~steppe.PenalizedNorm` (alpha=0.5).
 
     >>> at = Point([torch.zeros(100)], [], rho=[0.05], base_state=[{}], step=7)
-    >>> direction, scale = Random()(at)
+    >>> direction, scale = GaussianNoise()(at)
     >>> (0.05 * scale * direction[0]).norm()
     tensor(0.0500)
 
@@ -57,15 +57,15 @@ class Random:
     paper: Paper = field(default=RWP_PAPER, repr=False)
     """Whose use of it this is, for :func:`steppe.citation`."""
 
-    def __call__(self, at: Point) -> Ascent:
-        r = draws.normal("Random", self.seed, at.step, at.weights)
+    def __call__(self, point: Point) -> ScaledDirection:
+        r = random_tensors.normal("Random", self.seed, point.step, point.weights)
         if not self.filterwise:
-            return Ascent(r, reciprocal(norm(r)))
+            return ScaledDirection(r, reciprocal(norm(r)))
         filters = [
             torch.linalg.vector_norm(w, dim=list(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
-            for w in map(wide, at.weights)
+            for w in map(to_wide, point.weights)
         ]
-        return Ascent([scaled(part, lengths) for part, lengths in zip(r, filters, strict=True)])
+        return ScaledDirection([scaled_by(part, lengths) for part, lengths in zip(r, filters, strict=True)])
 
 
 def rwp(
@@ -80,7 +80,7 @@ def rwp(
 
     Source: Li et al., Efficient Generalization Improvement Guided by Random Weight Perturbation, arXiv 2211.11489.
     """
-    return SAM(base_optimizer, rho, **options, perturbation=Random(filterwise, seed))
+    return SAM(base_optimizer, rho, **options, perturbation=GaussianNoise(filterwise, seed))
 
 
 CARD = MethodCard(
@@ -101,7 +101,7 @@ CARD = MethodCard(
         "filterwise": "True (official code)",
     },
     checked="The official code, https://github.com/nblt/RWP and https://github.com/nblt/mARWP, was read: the same "
-    "filter-wise Gaussian, never normalised to rho. The form of norm rho (filterwise=False) is ours. The bodies of "
+    "filter-wise Gaussian, never normalized to rho. The form of norm rho (filterwise=False) is ours. The bodies of "
     "the papers were not read.",
     caveats=(
         "Filter-wise, the length of e in a filter of n entries is about rho sqrt(n) times the filter's norm.",

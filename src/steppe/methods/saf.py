@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from steppe._engine.callers import warn
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._step_function import Batch, Forward
-from steppe.methods._trajectory import WithTerm, beside, check, check_epoch, divergence, eager, zero
+from steppe.methods._trajectory import WithTerm, beside, check, check_epoch, eager, kl_divergence, zero
 from steppe.papers import NEURIPS, Paper
 
 SAF_PAPER = Paper(
@@ -124,7 +124,7 @@ class SAF(nn.Module):
                 yields them, they are checked for free.
             epoch: the number of the epoch, counted from 0.
             record: whether to remember the logits. Not in a pass at w + e that shows samples which the step's pass at
-                w did not: give ``record=not optimizer.walk.climbs`` with :func:`steppe.fraction`.
+                w did not: give ``record=not optimizer.current_pass.is_perturbed`` with :func:`steppe.fraction`.
 
         Returns:
             A 0-dim tensor, float32 or wider; zero without a graph where the term is not there yet.
@@ -138,7 +138,7 @@ class SAF(nn.Module):
         if epoch >= max(self.start, self.epochs_ago):
             outputs, epochs = self._rows(epoch - self.epochs_ago)
             known = epochs.index_select(0, indices) == epoch - self.epochs_ago
-            divergence = divergence(outputs.index_select(0, indices), logits, self.tau)
+            divergence = kl_divergence(outputs.index_select(0, indices), logits, self.tau)
             term = self.lmbda * self.tau**2 * torch.where(beside(divergence, known), divergence, 0.0).mean()
         if record and self.training:
             self._record(*self._of_all(logits.detach().to(self.outputs.dtype), indices), epoch)

@@ -38,7 +38,7 @@ CARD = MethodCard(
     name="sam",
     function=sam,
     label="SAM",
-    about="It leads to flat minima, which generalise better.",
+    about="It leads to flat minima, which generalize better.",
     equation="e = rho g / |g|              g = gradient at w, |.| over all parameters that climb\n"
     "w <- Base(w, g_s)            g_s = gradient at w + e",
     cost="1 + steps",
@@ -46,7 +46,7 @@ CARD = MethodCard(
     memory=COPY,
     when="First: the others change this one, and are compared with it.",
     when_not="Where a second pass is too dear: `msam` and `rwp` make one, `looksam`, `late_sam`, `random_sam`, "
-    "`aesam` and `climb_fraction` fewer than two.",
+    "`aesam` and `fraction_sam` fewer than two.",
     usual={
         "rho": "0.05 is the usual start",
         "steps": "1; more climbs: the card `steps`",

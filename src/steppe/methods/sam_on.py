@@ -9,7 +9,7 @@ from steppe.methods._card import FIRST_GUESS, Comparison, MethodCard
 from steppe.methods._options import Rho, Surroundings
 from steppe.papers import NEURIPS, Paper
 from steppe.rules.l2 import L2
-from steppe.rules.subsets import Only, norm_layers
+from steppe.rules.subsets import ParameterSubset, norm_layers
 from steppe.sam import SAM
 
 SAM_ON_PAPER = Paper(
@@ -23,11 +23,11 @@ SAM_ON_PAPER = Paper(
 
 
 def sam_on(base_optimizer: Optimizer, rho: Rho, *, model: nn.Module, **options: Unpack[Surroundings]) -> SAM:
-    """SAM-ON: climb with the normalisation layers only, with a radius of their own. Two passes a step.
+    """SAM-ON: climb with the normalization layers only, with a radius of their own. Two passes a step.
 
     Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, arXiv 2306.04226.
     """
-    perturbation = Only(L2(), norm_layers(model), SAM_ON_PAPER)
+    perturbation = ParameterSubset(L2(), norm_layers(model), SAM_ON_PAPER)
     return SAM(base_optimizer, rho, model=model, **options, perturbation=perturbation)
 
 
@@ -36,19 +36,19 @@ CARD = MethodCard(
     function=sam_on,
     label="SAM-ON",
     about="The rest of the weights is neither copied nor moved.",
-    equation="e = rho g / |g| on the parameters of normalisation layers, 0 elsewhere",
+    equation="e = rho g / |g| on the parameters of normalization layers, 0 elsewhere",
     cost="2",
     passes=2,
-    memory="a copy of the normalisation layers' weights",
-    when="For networks with normalisation layers, where a copy of all weights is too much.",
-    when_not="To save time: the passes are whole. For networks without normalisation layers: that is an error.",
+    memory="a copy of the normalization layers' weights",
+    when="For networks with normalization layers, where a copy of all weights is too much.",
+    when_not="To save time: the passes are whole. For networks without normalization layers: that is an error.",
     usual={"rho": "unverified; tune it"},
     checked="The author confirms in https://github.com/mueller-mp/SAM-ON/issues/1 that the norm runs over the "
     "climbing layers only, as here.",
     caveats=("rho has no default: it is not SAM's, and the paper's values were not verified.",),
     required={"rho": 0.1},
     comparison=Comparison(
-        summary=f"climbs with the normalisation layers only, at 2 x rho ({FIRST_GUESS})",
+        summary=f"climbs with the normalization layers only, at 2 x rho ({FIRST_GUESS})",
         rho_factor=2.0,
         capturable=True,
     ),

@@ -9,14 +9,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._engine.state_dict import parameters
-from steppe.methods._base import Elsewhere, Method
+from steppe.methods._base import Method, PassAtPoint
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import NEURIPS, Paper
-from steppe.rules import Memory, Perturbation, Point, climbs, needs_gradient
+from steppe.rules import Memory, Perturbation, Point, ascent_steps, needs_gradient
 from steppe.rules.l2 import L2
 from steppe.rules.ops import accumulator, as_real, foreach, norm
-from steppe.sam import SAM, Stage, Walk
+from steppe.sam import SAM, Pass, Stage
 
 SAMPA_PAPER = Paper(
     "xie2024sampa",
@@ -108,7 +108,7 @@ class SAMPa(Method):
     ) -> None:
         if not 0 <= lmbda <= 1:
             raise ValueError(f"lmbda must be between 0 and 1, got {lmbda}: it is the share of the gradient at y")
-        if not needs_gradient(perturbation) or climbs(perturbation) > 1:
+        if not needs_gradient(perturbation) or ascent_steps(perturbation) > 1:
             raise ValueError(
                 f"SAMPa climbs once a step along the gradient at y, and {perturbation} does not: give a perturbation "
                 "that climbs once along the gradient"
@@ -138,7 +138,7 @@ class SAMPa(Method):
 
     # Driving it.
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Walk]:
+    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
         """Yield the passes of a step: in one process at y and at x~, in two the one of this rank.
 
         Raises:
@@ -165,17 +165,17 @@ class SAMPa(Method):
             "its first pass is at y, so the backward before first_step() would be lost. Use step(closure) or passes()",
         )
 
-    def _go_down(self) -> bool:
-        return self._went if self.group is None else super()._go_down()
+    def _base_step(self) -> bool:
+        return self._went if self.group is None else super()._base_step()
 
     # In one process.
 
-    def _in_turn(self) -> Iterator[Walk]:
+    def _in_turn(self) -> Iterator[Pass]:
         """At y_{t+1} on this batch; then the base steps; then at x~_{t+1} on the same batch."""
-        yield from self._walk(Elsewhere(self, self._move_to_y, goes_down=True))
+        yield from self._yield_pass(PassAtPoint(self, self._move_to_y, is_last=True))
         at = self._descend()
         self._memory.clear()
-        yield from self._walk(Walk(self, at, goes_down=True))
+        yield from self._yield_pass(Pass(self, at, is_last=True))
         self._remember(at)
 
     @torch.no_grad()
@@ -192,28 +192,28 @@ class SAMPa(Method):
                 for p, g in zip(members, gradients.of(members), strict=True)
             ]
             self._mix([x for x, _ in both], [y for _, y in both], members)
-        self._went = super()._go_down()
+        self._went = super()._base_step()
         return self._engine.point(list(g_y), _or_nothing(list(g_y.values())))
 
     @torch.no_grad()
-    def _remember(self, at: Point) -> None:
+    def _remember(self, point: Point) -> None:
         gradients = self._engine.gradients
-        self._engine.give_up()
-        gradients.fill(at.parameters)
+        self._engine.abort()
+        gradients.fill(point.parameters)
         members = gradients.holders()
         self._memory.update({p: {_G_X: g.clone()} for p, g in zip(members, gradients.of(members), strict=True)})
-        for p, g in zip(at.parameters, at.gradients, strict=True):
+        for p, g in zip(point.parameters, point.gradients, strict=True):
             self._memory[p][_G_Y] = g
         torch.optim.Optimizer.zero_grad(self)  # it waits for the next step, and is nothing to step with now
 
     # In two processes.
 
-    def _at_once(self) -> Iterator[Walk]:
+    def _at_once(self) -> Iterator[Pass]:
         """At x~_t on the batch before on one rank, and at y_{t+1} on this batch on the other."""
-        climbs = dist.get_rank(self.group) == _CLIMBS
-        walk = Elsewhere(self, self._move_up if climbs else self._move_to_y, goes_down=True)
-        walk.climbs = climbs
-        yield from self._walk(walk)
+        ascent_steps = dist.get_rank(self.group) == _CLIMBS
+        sam_pass = PassAtPoint(self, self._move_up if ascent_steps else self._move_to_y, is_last=True)
+        sam_pass.is_perturbed = ascent_steps
+        yield from self._yield_pass(sam_pass)
         self._exchange()
 
     @torch.no_grad()
@@ -250,7 +250,7 @@ class SAMPa(Method):
     def _memory(self) -> dict[Tensor, dict[str, Tensor]]:
         return self._engine.memory.setdefault("SAMPa", {})
 
-    def _will_remember(self) -> Memory:
+    def _empty_memory(self) -> Memory:
         keys = (_G_X, _G_Y) if self.group is None else (_G_Y,)
         trained = [p for p in parameters(self.base) if p.requires_grad]
         return {"SAMPa": {p: {key: torch.zeros_like(as_real(p.detach())) for key in keys} for p in trained}}

@@ -9,9 +9,9 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import NEURIPS, Paper
-from steppe.rules import Ascent, Perturbation, Point
+from steppe.rules import Perturbation, Point, ScaledDirection
 from steppe.rules.l2 import L2
-from steppe.rules.masks import check_sparse, is_due, kept, largest, masked, masks_of, remember
+from steppe.rules.masks import check_sparse, is_due, largest, masked, masks_of, num_kept, remember
 from steppe.rules.ops import foreach
 from steppe.rules.subsets import Modifier
 from steppe.sam import SAM
@@ -32,7 +32,7 @@ class Sparse(Modifier):
 
     m is chosen over all parameters together, at the first climb and at those of the steps ``every``, 2 ``every``, ...;
     with a cadence, let ``every`` be a multiple of its interval. As in the authors' code, the rule is masked after its
-    normalisation: rho is its radius before the masking. A bool a coordinate is kept.
+    normalization: rho is its radius before the masking. A bool a coordinate is kept.
 
     The authors' code sums the squared gradients of single samples (16 to 1024 of them), once an epoch or every five
     epochs, and climbs with no coordinate before its first mask; a rule sees the batch's gradient only, so here it is
@@ -59,13 +59,13 @@ class Sparse(Modifier):
     def __post_init__(self) -> None:
         check_sparse(self.rule, self.sparsity, self.every, type(self).__name__)
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's climb, masked."""
-        memory = at.memory_of(self)
-        if is_due(at, self.every) or any("mask" not in own for own in memory):
-            scores = foreach(torch._foreach_abs, at.gradients)
-            remember(at, memory, largest(scores, kept(scores, self.sparsity)))
-        return masked(self.rule(at), masks_of(memory))
+        memory = point.memory_of(self)
+        if is_due(point, self.every) or any("mask" not in own for own in memory):
+            scores = foreach(torch._foreach_abs, point.gradients)
+            remember(point, memory, largest(scores, num_kept(scores, self.sparsity)))
+        return masked(self.rule(point), masks_of(memory))
 
 
 def sparse_sam(
@@ -100,7 +100,7 @@ CARD = MethodCard(
         "every": "once an epoch, or every five epochs, in the official code",
     },
     checked="The official code, https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization, was read: it masks "
-    "after normalising, as here. Its scores are summed squared gradients of single samples (16 to 128 in the "
+    "after normalizing, as here. Its scores are summed squared gradients of single samples (16 to 128 in the "
     "examples), and before its first mask it does not climb; here they are the squared gradient of the batch.",
     caveats=(
         "rho is the radius before the masking: the length of e is less.",

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import NEURIPS, Paper
-from steppe.rules import Ascent, Point
+from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import foreach, norm, reciprocal, where_finite
 from steppe.sam import SAM
 
@@ -53,12 +53,12 @@ class VarianceSuppressed:
                 "the mean"
             )
 
-    def __call__(self, at: Point) -> Ascent:
-        memory = at.memory_of(self)
-        g = where_finite(at.gradient_norm, at.gradients, [own.get("d", 0.0) for own in memory])
+    def __call__(self, point: Point) -> ScaledDirection:
+        memory = point.memory_of(self)
+        g = where_finite(point.gradient_norm, point.gradients, [own.get("d", 0.0) for own in memory])
         d = [own.setdefault("d", first) for own, first in zip(memory, g, strict=True)]
         foreach(torch._foreach_lerp_, d, g, weight=self.theta)
-        return Ascent(d, reciprocal(norm(d)))
+        return ScaledDirection(d, reciprocal(norm(d)))
 
 
 def vasso(base_optimizer: Optimizer, rho: Rho = 0.05, *, theta: float = 0.9, **options: Unpack[Options]) -> SAM:

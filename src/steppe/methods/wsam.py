@@ -14,7 +14,7 @@ from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
 from steppe.rules.ops import add_scaled_, as_real, foreach, norm, reciprocal
-from steppe.sam import SAM, Walk
+from steppe.sam import SAM, Pass
 
 WSAM_PAPER = Paper(
     "yue2023wsam",
@@ -27,7 +27,7 @@ WSAM_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class Weighted:
+class WeightedSharpness:
     """Weigh the sharpness L(w + e) - L(w) against the loss (WSAM, coupled): g + gamma / (1 - gamma) (g_s - g).
 
     gamma = 0 is the base, 1/2 is SAM, and more looks further for flatness. At a step that did not climb, g.
@@ -37,7 +37,7 @@ class Weighted:
     clips both gradients to norm 1 by default, which the paper does not.
 
     >>> at = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
-    >>> Weighted(gamma=0.75)(at, [torch.tensor([2.0])])
+    >>> WeightedSharpness(gamma=0.75)(at, [torch.tensor([2.0])])
     [tensor([4.])]
 
     Source: Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, arXiv
@@ -45,7 +45,7 @@ class Weighted:
     """
 
     paper: ClassVar[Paper] = WSAM_PAPER
-    needs_clean: ClassVar[bool] = True
+    needs_unperturbed_gradient: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     gamma: float = 0.9
@@ -58,10 +58,10 @@ class Weighted:
                 f"gamma / (1 - gamma); 0.5 is SAM"
             )
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:
-            return at.gradients
-        g, g_s = list(at.gradients), list(perturbed)
+            return point.gradients
+        g, g_s = list(point.gradients), list(perturbed)
         sharpness = foreach(torch._foreach_sub, g_s, g)
         foreach(torch._foreach_mul_, sharpness, scalar=self.gamma / (1 - self.gamma))
         foreach(torch._foreach_add_, sharpness, g)
@@ -69,19 +69,19 @@ class Weighted:
 
 
 @dataclass(frozen=True)
-class Apart(Weighted):
+class Apart(WeightedSharpness):
     """Give the base g alone, and keep g_s - g apart; a g_s that is not finite is marked in g."""
 
     sharpness: dict[Tensor, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
     """g_s - g of the last climb, by parameter; empty after a step that did not climb."""
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         """Return g."""
         self.sharpness.clear()
         if not perturbed:
-            return at.gradients
-        g, g_s = list(at.gradients), list(perturbed)
-        self.sharpness.update(zip(at.parameters, foreach(torch._foreach_sub, g_s, g), strict=True))
+            return point.gradients
+        g, g_s = list(point.gradients), list(perturbed)
+        self.sharpness.update(zip(point.parameters, foreach(torch._foreach_sub, g_s, g), strict=True))
         smallest = min(range(len(g)), key=lambda i: g[i].numel())
         bad = norm(g_s).isfinite().logical_not()
         g[smallest] = g[smallest].masked_fill(bad.to(g[smallest].device), float("nan"))
@@ -93,7 +93,7 @@ class DecoupledWSAM(Method):
 
     The base steps with g, so that its momentum and its second moments describe the loss alone; then the gradient of
     the sharpness L(w + e) - L(w) is subtracted, with each group's own current learning rate. gamma = 0 is the base;
-    1/2 with plain SGD is SAM, and with plain SGD this is the coupled form, :class:`~steppe.methods.wsam.Weighted`.
+    1/2 with plain SGD is SAM, and with plain SGD this is the coupled form, :class:`~steppe.methods.wsam.WeightedSharpness`.
     Two passes a step. It keeps a copy of w, one of g and g_s - g between the passes, and nothing from step to step.
 
     Between :meth:`passes` and :meth:`step`, ``.grad`` holds g. What changes its length as a whole there, a loss scaler
@@ -114,8 +114,8 @@ class DecoupledWSAM(Method):
 
     >>> w = torch.nn.Parameter(torch.tensor([1.0]))
     >>> optimizer = DecoupledWSAM(torch.optim.SGD([w], lr=0.1), rho=0.5, gamma=0.75)
-    >>> for walk in optimizer.passes():
-    ...     with walk:
+    >>> for sam_pass in optimizer.passes():
+    ...     with sam_pass:
     ...         w.square().sum().backward()
     >>> w.grad
     tensor([2.])
@@ -137,7 +137,7 @@ class DecoupledWSAM(Method):
             if "lr" not in group:
                 raise ValueError(
                     f"group {index} of {type(self.base).__name__} has no 'lr', and the sharpness term is subtracted "
-                    f"with the group's learning rate: take the coupled form, combination=Weighted({gamma})"
+                    f"with the group's learning rate: take the coupled form, combination=WeightedSharpness({gamma})"
                 )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -145,7 +145,7 @@ class DecoupledWSAM(Method):
         self._sharpness: dict[Tensor, Tensor] = {}
         self._length = torch.zeros(())
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Walk]:
+    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
         """Yield the two passes of a step, as :meth:`steppe.SAM.passes` does; ``.grad`` is g after them."""
         before = {p: s for p, s in self._sharpness.items() if p.grad is not None} if accumulate else {}
         yield from super().passes(accumulate=accumulate)
@@ -168,12 +168,12 @@ class DecoupledWSAM(Method):
         now.clear()
 
     @torch.no_grad()
-    def _go_down(self) -> bool:
+    def _base_step(self) -> bool:
         sharpness, self._sharpness = self._sharpness, {}
         sharpness = {p: s for p, s in sharpness.items() if p.grad is not None}
         length = norm(self._engine.gradients.of(sharpness))
         finite = length.isfinite()
-        went = super()._go_down()
+        went = super()._base_step()
         if not (went and sharpness and self.combination.gamma):
             return went
         factor = torch.where(finite, length * reciprocal(self._length), 0.0)
@@ -207,14 +207,14 @@ def wsam(
     """
     if decoupled:
         return DecoupledWSAM(base_optimizer, rho, gamma=gamma, **options)
-    return SAM(base_optimizer, rho, **options, combination=Weighted(gamma))
+    return SAM(base_optimizer, rho, **options, combination=WeightedSharpness(gamma))
 
 
 CARD = MethodCard(
     name="wsam",
     function=wsam,
     label="WSAM",
-    about="The sharpness becomes a regulariser with a weight: gamma = 0 is the base, 1/2 is SAM.",
+    about="The sharpness becomes a regularizer with a weight: gamma = 0 is the base, 1/2 is SAM.",
     equation="e = rho g / |g|\n"
     "w <- Base(w, g + gamma / (1 - gamma) (g_s - g))\n"
     "w <- Base(w, g) - lr gamma / (1 - gamma) (g_s - g)        with decoupled=True",

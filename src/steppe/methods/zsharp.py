@@ -11,8 +11,8 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
-from steppe.rules import Ascent, Point
-from steppe.rules.ops import norm, part_of, reciprocal, whole
+from steppe.rules import Point, ScaledDirection
+from steppe.rules.ops import norm, reciprocal, shard_like, whole
 from steppe.sam import SAM
 
 ZSHARP_PAPER = Paper(
@@ -57,9 +57,9 @@ class ZScore:
                 "tensor that does not climb, 0.95 for the top 5 %"
             )
 
-    def __call__(self, at: Point) -> Ascent:
-        filtered = [part_of(self._filter(whole(g)), g) if g.dim() > 1 and g.numel() else g for g in at.gradients]
-        return Ascent(filtered, reciprocal(norm(filtered)))
+    def __call__(self, point: Point) -> ScaledDirection:
+        filtered = [shard_like(self._filter(whole(g)), g) if g.dim() > 1 and g.numel() else g for g in point.gradients]
+        return ScaledDirection(filtered, reciprocal(norm(filtered)))
 
     def _filter(self, g: Tensor) -> Tensor:
         # |z| > q holds for the same entries without std, and with the next |z| below q in place of q: one selection.

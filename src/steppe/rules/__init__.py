@@ -1,41 +1,41 @@
 """The extension interface: what a rule sees, the three protocols, and the rules that methods share."""
 
 from steppe.rules import ops
-from steppe.rules.ascent_steps import Steps
-from steppe.rules.every import Every
+from steppe.rules.ascent_steps import AscentSteps
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
+from steppe.rules.periodic import Periodic
 from steppe.rules.perturbed import Perturbed
 from steppe.rules.protocols import (
-    Ascent,
     Cadence,
     Combination,
     Memory,
     Perturbation,
     Point,
-    climbs,
+    ScaledDirection,
+    ascent_steps,
     needs_gradient,
     scale_free,
 )
-from steppe.rules.subsets import Modifier, Only, last_layers, layers, norm_layers
+from steppe.rules.subsets import Modifier, ParameterSubset, last_layers, layers, norm_layers
 
 __all__ = [
     "L2",
-    "Ascent",
+    "AscentSteps",
     "Cadence",
     "Combination",
-    "Every",
     "LInf",
     "Masked",
     "Memory",
     "Modifier",
-    "Only",
+    "ParameterSubset",
+    "Periodic",
     "Perturbation",
     "Perturbed",
     "Point",
-    "Steps",
-    "climbs",
+    "ScaledDirection",
+    "ascent_steps",
     "last_layers",
     "layers",
     "needs_gradient",

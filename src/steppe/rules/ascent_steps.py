@@ -10,11 +10,11 @@ from steppe import papers
 from steppe.papers import Paper
 from steppe.rules.l2 import L2
 from steppe.rules.ops import add_scaled_, norm, reciprocal
-from steppe.rules.protocols import Ascent, Perturbation, Point, climbs, needs_gradient
+from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient
 
 
 @dataclass(frozen=True)
-class Steps:
+class AscentSteps:
     """Climb K times, each time along the rule at the point reached: e_k = P(e_{k-1} + alpha rho d(g(w + e_{k-1}))).
 
     d is the rule's climb for rho = 1, and P the projection onto the ball |e| <= rho. A step that climbs costs 1 + K
@@ -26,17 +26,17 @@ class Steps:
 
     >>> import steppe
     >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
-    >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.2, perturbation=Steps(steppe.L2(), k=2))
+    >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.2, perturbation=AscentSteps(steppe.L2(), k=2))
     >>> seen = []
-    >>> for walk in optimizer.passes():
-    ...     with walk:
+    >>> for sam_pass in optimizer.passes():
+    ...     with sam_pass:
     ...         seen.append(round(w[0].item(), 2))
     ...         w.square().sum().backward()
     >>> seen
     [1.0, 1.1, 1.2]
 
     Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412, whose
-    appendix compares several steps of the inner maximisation with one.
+    appendix compares several steps of the inner maximization with one.
     """
 
     paper: ClassVar[Paper] = papers.SAM
@@ -55,8 +55,8 @@ class Steps:
             raise ValueError(
                 f"{self.rule} does not look at the gradient, so that further passes would change nothing: climb once"
             )
-        if climbs(self.rule) > 1:
-            raise ValueError(f"{self.rule} climbs {climbs(self.rule)} times a step already: give its k instead")
+        if ascent_steps(self.rule) > 1:
+            raise ValueError(f"{self.rule} climbs {ascent_steps(self.rule)} times a step already: give its k instead")
         if self.alpha is not None and not 0 < self.alpha < float("inf"):
             raise ValueError(f"alpha must be finite and more than 0, got {self.alpha}: it is the length of one climb")
         if self._projects and not isinstance(self.rule, L2):
@@ -66,7 +66,7 @@ class Steps:
             )
 
     @property
-    def climbs(self) -> int:
+    def ascent_steps(self) -> int:
         """How many climbs a step makes."""
         return self.k
 
@@ -74,10 +74,10 @@ class Steps:
     def _projects(self) -> bool:
         return self.alpha is not None and self.alpha * self.k > 1
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the whole climb from w, in units of rho."""
-        direction, scale = self.rule(at)
-        before = at.climbed.direction if at.climbed is not None else [None] * len(direction)
+        direction, scale = self.rule(point)
+        before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
         e = [
             None if d is None else torch.zeros_like(d) if old is None else old.clone()
             for d, old in zip(direction, before, strict=True)
@@ -85,10 +85,10 @@ class Steps:
         length = (1 / self.k if self.alpha is None else self.alpha) * scale
         members = [(t, d) for t, d in zip(e, direction, strict=True) if t is not None and d is not None]
         moved = [t for t, _ in members]
-        alpha = length if isinstance(length, Tensor) else at.gradient_norm.new_full((), length)
+        alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
         add_scaled_(moved, alpha, [d for _, d in members])
         if self._projects:
             inside = reciprocal(norm(moved)).clamp(max=1.0)
             for t in moved:
                 t.mul_(inside.to(t.device))
-        return Ascent(e)
+        return ScaledDirection(e)

@@ -6,7 +6,7 @@ from typing import ClassVar
 from steppe import papers
 from steppe.papers import Paper
 from steppe.rules.ops import reciprocal
-from steppe.rules.protocols import Ascent, Point
+from steppe.rules.protocols import Point, ScaledDirection
 
 
 @dataclass(frozen=True)
@@ -26,5 +26,5 @@ class L2:
     paper: ClassVar[Paper] = papers.SAM
     scale_free: ClassVar[bool] = True
 
-    def __call__(self, at: Point) -> Ascent:
-        return Ascent(at.gradients, reciprocal(at.gradient_norm))
+    def __call__(self, point: Point) -> ScaledDirection:
+        return ScaledDirection(point.gradients, reciprocal(point.gradient_norm))

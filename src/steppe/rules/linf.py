@@ -8,7 +8,7 @@ import torch
 from steppe import papers
 from steppe.papers import Paper
 from steppe.rules.ops import foreach
-from steppe.rules.protocols import Ascent, Point
+from steppe.rules.protocols import Point, ScaledDirection
 
 
 @dataclass(frozen=True)
@@ -30,5 +30,5 @@ class LInf:
     paper: ClassVar[Paper] = papers.SAM
     scale_free: ClassVar[bool] = True
 
-    def __call__(self, at: Point) -> Ascent:
-        return Ascent(foreach(torch._foreach_sign, at.gradients))
+    def __call__(self, point: Point) -> ScaledDirection:
+        return ScaledDirection(foreach(torch._foreach_sign, point.gradients))

@@ -6,8 +6,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steppe.rules.ops import part_of, where_finite, whole
-from steppe.rules.protocols import Ascent, Perturbation, Point, climbs, needs_gradient
+from steppe.rules.ops import shard_like, where_finite, whole
+from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient
 from steppe.rules.subsets import Modifier
 
 
@@ -16,7 +16,7 @@ class Masked(Modifier):
     """Climb with some of the coordinates only: e = m * e(rule), entry by entry, for masks m that stay as they are.
 
     The rule does not know of the masks: rho is its radius before the masking. Parameters without a mask climb with all
-    their coordinates; :class:`Only` leaves parameters out.
+    their coordinates; :class:`ParameterSubset` leaves parameters out.
 
     >>> import steppe
     >>> w, g = torch.zeros(2), torch.tensor([3.0, 4.0])
@@ -39,16 +39,16 @@ class Masked(Modifier):
                 )
         object.__setattr__(self, "masks", dict(self.masks))
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's climb, masked."""
-        masks = [self.masks.get(p) for p in at.parameters]
-        pairs = zip(at.parameters, masks, strict=True)
-        return masked(self.rule(at), [m if m is None or not p.is_complex() else m.unsqueeze(-1) for p, m in pairs])
+        masks = [self.masks.get(p) for p in point.parameters]
+        pairs = zip(point.parameters, masks, strict=True)
+        return masked(self.rule(point), [m if m is None or not p.is_complex() else m.unsqueeze(-1) for p, m in pairs])
 
 
-def masked(climb: Ascent, masks: Sequence[Tensor | None]) -> Ascent:
+def masked(climb: ScaledDirection, masks: Sequence[Tensor | None]) -> ScaledDirection:
     pairs = zip(climb.direction, masks, strict=True)
-    return Ascent([d if d is None or m is None else d * m.to(d.device) for d, m in pairs], climb.scale)
+    return ScaledDirection([d if d is None or m is None else d * m.to(d.device) for d, m in pairs], climb.scale)
 
 
 def masks_of(memory: Sequence[dict[str, Tensor]]) -> list[Tensor]:
@@ -58,14 +58,14 @@ def masks_of(memory: Sequence[dict[str, Tensor]]) -> list[Tensor]:
     return [own["mask"] for own in memory]
 
 
-def remember(at: Point, memory: Sequence[dict[str, Tensor]], masks: Sequence[Tensor]) -> None:
+def remember(point: Point, memory: Sequence[dict[str, Tensor]], masks: Sequence[Tensor]) -> None:
     """Keep new masks; those before stay where g is not finite, and the step will be skipped."""
     before = [own.get("mask", mask).bool() for own, mask in zip(memory, masks, strict=True)]
-    for own, mask in zip(memory, where_finite(at.gradient_norm, masks, before), strict=True):
+    for own, mask in zip(memory, where_finite(point.gradient_norm, masks, before), strict=True):
         own["mask"] = mask
 
 
-def kept(tensors: Sequence[Tensor], sparsity: float) -> int:
+def num_kept(tensors: Sequence[Tensor], sparsity: float) -> int:
     """How many coordinates climb."""
     n = sum(t.numel() for t in tensors)
     return min(n, max(1, n - round(n * sparsity)))
@@ -81,24 +81,24 @@ def largest(scores: Sequence[Tensor], number: int) -> list[Tensor]:
     top = line.topk(number, sorted=False).indices
     mask = torch.zeros_like(line, dtype=torch.bool).scatter_(0, top, True)
     parts = torch.split(mask, [s.numel() for s in scores])
-    return [part_of(part.reshape(s.shape).to(s.device), s) for part, s in zip(parts, scores, strict=True)]
+    return [shard_like(part.reshape(s.shape).to(s.device), s) for part, s in zip(parts, scores, strict=True)]
 
 
-def is_due(at: Point, every: int) -> bool:
+def is_due(point: Point, every: int) -> bool:
     """Whether a new mask is to be chosen: once a step, however many climbs that has."""
-    return at.step % every == 0 and at.climbed is None
+    return point.step % every == 0 and point.ascent_so_far is None
 
 
-def check_climbs(rule: Perturbation, modifier: str) -> None:
-    if climbs(rule) > 1:
+def check_single_ascent_step(rule: Perturbation, modifier: str) -> None:
+    if ascent_steps(rule) > 1:
         raise ValueError(
-            f"{rule} climbs {climbs(rule)} times, and would be thinned out anew at each: turn them round, as in "
-            f"Steps({modifier}(L2()))"
+            f"{rule} climbs {ascent_steps(rule)} times, and would be thinned out anew at each: turn them round, as in "
+            f"AscentSteps({modifier}(L2()))"
         )
 
 
 def check_sparse(rule: Perturbation, sparsity: float, every: int, modifier: str) -> None:
-    check_climbs(rule, modifier)
+    check_single_ascent_step(rule, modifier)
     if not needs_gradient(rule):
         raise ValueError(f"{rule} needs no gradient at w, and there is none then to choose a mask by: take Stochastic")
     if not 0 <= sparsity < 1:

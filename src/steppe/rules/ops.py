@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from steppe._tensors.dtensor import foreach, is_sharded, local, part_of, whole
+from steppe._tensors.dtensor import foreach, is_sharded, local, shard_like, whole
 from steppe._tensors.ops import (
     accumulator,
     add_scaled_,
@@ -35,14 +35,14 @@ __all__ = [
     "norm",
     "normal",
     "orthogonal",
-    "part_of",
     "real_views",
     "reciprocal",
-    "scaled",
+    "scaled_by",
+    "shard_like",
+    "to_wide",
     "uniform",
     "where_finite",
     "whole",
-    "wide",
 ]
 
 
@@ -60,12 +60,12 @@ def check_weight(name: str, value: float, what: str) -> None:
         raise ValueError(f"{name} must be finite and not negative, got {value}: {what}")
 
 
-def wide(x: Tensor) -> Tensor:
+def to_wide(x: Tensor) -> Tensor:
     """Where squares of x fit: float32 for half precision."""
     return x.float() if x.dtype.itemsize <= 2 else x
 
 
-def scaled(x: Tensor, factor: Tensor) -> Tensor:
+def scaled_by(x: Tensor, factor: Tensor) -> Tensor:
     """x times a factor that may not fit into x's own dtype."""
-    wide = wide(x)
+    wide = to_wide(x)
     return (wide * factor.to(wide)).to(x.dtype)

@@ -24,8 +24,8 @@ class Perturbed:
     """
 
     paper: ClassVar[Paper] = papers.SAM
-    needs_clean: ClassVar[bool] = False
+    needs_unperturbed_gradient: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        return at.gradients if perturbed is None else perturbed
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        return point.gradients if perturbed is None else perturbed

@@ -25,16 +25,16 @@ class Point:
     """The parameters themselves (w, or w + e while the second pass has not come back)."""
     gradients: Sequence[Tensor]
     """g, the gradient of the first pass: real, of the shapes of ``weights``. It is empty where nobody needs it: for
-    a perturbation with ``needs_gradient = False``, and after a climb for a combination without ``needs_clean``."""
+    a perturbation with ``needs_gradient = False``, and after a climb for a combination without ``needs_unperturbed_gradient``."""
     rho: Sequence[float | Tensor]
-    """The neighbourhood radius of each parameter's group."""
+    """The neighborhood radius of each parameter's group."""
     base_state: Sequence[Mapping[str, Any]]
     """The base optimizer's state of each parameter (momentum buffers, ...), to be read only."""
     step: int
     """How many steps were taken before this one."""
     memory: Memory = field(default_factory=dict)
     """The tensors that rules keep from step to step; a rule asks for its own with :meth:`memory_of`."""
-    climbed: "Ascent | None" = None
+    ascent_so_far: "ScaledDirection | None" = None
     """The climb at whose end the gradients were taken, within a step of several climbs; None for gradients at w."""
     anchor: Tensor | None = None
     """A parameter that is always the same one, for what a rule keeps once and not for each parameter."""
@@ -52,7 +52,8 @@ class Point:
             gradients=[self.gradients[i] for i in to] if self.gradients else [],
             rho=[self.rho[i] for i in to],
             base_state=[self.base_state[i] for i in to],
-            climbed=self.climbed and Ascent([self.climbed.direction[i] for i in to], self.climbed.scale),
+            ascent_so_far=self.ascent_so_far
+            and ScaledDirection([self.ascent_so_far.direction[i] for i in to], self.ascent_so_far.scale),
         )
 
     def memory_of(self, rule: object) -> list[dict[str, Tensor]]:
@@ -71,7 +72,7 @@ class Point:
         return norm(self.gradients)
 
 
-class Ascent(NamedTuple):
+class ScaledDirection(NamedTuple):
     """The climb of a perturbation, without its length: e = rho * scale * direction."""
 
     direction: Sequence[Tensor | None]
@@ -81,17 +82,17 @@ class Ascent(NamedTuple):
 
 
 class Perturbation(Protocol):
-    """Which way up: Point -> e, given as an :class:`Ascent`.
+    """Which way up: Point -> e, given as an :class:`ScaledDirection`.
 
     A rule that does not look at the gradient may say so with a class attribute ``needs_gradient = False``. A step that
     climbs is then one pass, at w + e, unless the combination wants g too; its Point has every trainable parameter, and
-    no gradients. A rule that climbs K times says ``climbs = K``: it is asked K times, each time with the gradient at
-    the end of the climb before and that climb as ``at.climbed``, and answers with the whole climb from w. One whose e
+    no gradients. A rule that climbs K times says ``ascent_steps = K``: it is asked K times, each time with the gradient at
+    the end of the climb before and that climb as ``point.ascent_so_far``, and answers with the whole climb from w. One whose e
     is the same for any multiple of the gradient may say ``scale_free = True``, which saves a copy of the gradient where
     a loss scaler is in use.
     """
 
-    def __call__(self, at: Point, /) -> Ascent:
+    def __call__(self, point: Point, /) -> ScaledDirection:
         """Return the climb from w."""
 
 
@@ -100,9 +101,9 @@ def needs_gradient(rule: "Perturbation | Cadence") -> bool:
     return bool(getattr(rule, "needs_gradient", True))
 
 
-def climbs(perturbation: Perturbation) -> int:
+def ascent_steps(perturbation: Perturbation) -> int:
     """How many climbs, each with a pass at its end, a step makes that climbs."""
-    return int(getattr(perturbation, "climbs", 1))
+    return int(getattr(perturbation, "ascent_steps", 1))
 
 
 def scale_free(rule: "Perturbation | Combination | Cadence") -> bool:
@@ -118,10 +119,10 @@ class Combination(Protocol):
     """Which gradient goes down: (clean, perturbed) -> what the base optimizer gets."""
 
     @property
-    def needs_clean(self) -> bool:
+    def needs_unperturbed_gradient(self) -> bool:
         """Whether g is needed after the second pass; it costs one copy of the gradient."""
 
-    def __call__(self, at: Point, perturbed: Sequence[Tensor] | None, /) -> Sequence[Tensor]:
+    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None, /) -> Sequence[Tensor]:
         """Return one gradient a parameter; ``perturbed`` is None at a step that did not climb."""
 
 
@@ -132,5 +133,5 @@ class Cadence(Protocol):
     then asked before the first pass, so that it is known what that pass is for.
     """
 
-    def __call__(self, at: Point, /) -> bool:
+    def __call__(self, point: Point, /) -> bool:
         """Return whether to climb."""

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from steppe.papers import Paper
-from steppe.rules.protocols import Ascent, Perturbation, Point, climbs, needs_gradient, scale_free
+from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient, scale_free
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
@@ -24,9 +24,9 @@ class Modifier:
         return needs_gradient(self.rule)
 
     @property
-    def climbs(self) -> int:
+    def ascent_steps(self) -> int:
         """How many climbs the modified rule makes in a step."""
-        return climbs(self.rule)
+        return ascent_steps(self.rule)
 
     @property
     def scale_free(self) -> bool:
@@ -35,7 +35,7 @@ class Modifier:
 
 
 @dataclass(frozen=True, eq=False)
-class Only(Modifier):
+class ParameterSubset(Modifier):
     """Climb with some of the parameters only: e is the rule's on them, and 0 on the others.
 
     The rule sees nothing of the others, so rho is the radius among those that climb. Parameters that stay are neither
@@ -43,9 +43,9 @@ class Only(Modifier):
 
     >>> import torch, steppe
     >>> a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
-    >>> optimizer = steppe.SAM(torch.optim.SGD([a, b], lr=0.1), rho=1.0, perturbation=Only(steppe.L2(), [a]))
-    >>> for walk in optimizer.passes():
-    ...     with walk:
+    >>> optimizer = steppe.SAM(torch.optim.SGD([a, b], lr=0.1), rho=1.0, perturbation=ParameterSubset(steppe.L2(), [a]))
+    >>> for sam_pass in optimizer.passes():
+    ...     with sam_pass:
     ...         seen = a.tolist(), b.tolist()
     ...         (3 * a[0] + 4 * a[1] + 100 * b).sum().backward()
     >>> seen
@@ -65,14 +65,14 @@ class Only(Modifier):
             raise ValueError("no parameter is to climb, so this would be the plain base optimizer at twice the price")
         object.__setattr__(self, "parameters", chosen)
 
-    def __call__(self, at: Point) -> Ascent:
+    def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's climb at the restricted point."""
         chosen = set(self.parameters)
-        return restricted(self.rule, at, [i for i, p in enumerate(at.parameters) if p in chosen])
+        return restricted(self.rule, point, [i for i, p in enumerate(point.parameters) if p in chosen])
 
 
 def norm_layers(model: nn.Module) -> list[Tensor]:
-    """The parameters of a model's normalisation layers, for :class:`Only` (SAM-ON).
+    """The parameters of a model's normalization layers, for :class:`ParameterSubset` (SAM-ON).
 
     Batch, instance, layer, group and RMS norm count, in all their forms.
 
@@ -85,7 +85,7 @@ def norm_layers(model: nn.Module) -> list[Tensor]:
 
 
 def layers(model: nn.Module, *patterns: str) -> list[Tensor]:
-    """The parameters of the modules whose names match a pattern, for :class:`Only`.
+    """The parameters of the modules whose names match a pattern, for :class:`ParameterSubset`.
 
     Names are those of ``model.named_modules()``; ``*`` stands for any characters, dots included. A module comes with
     all that it contains.
@@ -109,7 +109,7 @@ def layers(model: nn.Module, *patterns: str) -> list[Tensor]:
 
 
 def last_layers(model: nn.Module, k: int) -> list[Tensor]:
-    """The parameters of the last k modules that have parameters of their own, for :class:`Only`.
+    """The parameters of the last k modules that have parameters of their own, for :class:`ParameterSubset`.
 
     They count in the order in which the model lists them, which is as a rule that of the forward pass.
 
@@ -126,10 +126,10 @@ def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
 
 
-def restricted(rule: Perturbation, at: Point, inside: Sequence[int]) -> Ascent:
+def restricted(rule: Perturbation, point: Point, inside: Sequence[int]) -> ScaledDirection:
     """The climb of a rule that sees some of the parameters only, given by their positions."""
     if not inside:
-        return Ascent([None] * len(at.parameters))
-    direction, scale = rule(at.restricted(inside))
+        return ScaledDirection([None] * len(point.parameters))
+    direction, scale = rule(point.restricted(inside))
     where = dict(zip(inside, direction, strict=True))
-    return Ascent([where.get(i) for i in range(len(at.parameters))], scale)
+    return ScaledDirection([where.get(i) for i in range(len(point.parameters))], scale)

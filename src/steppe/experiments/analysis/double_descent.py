@@ -24,7 +24,7 @@ from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.evaluation import Record
 
-__all__ = ["INTERPOLATES", "DoubleDescent", "Peak", "Point", "parameters", "summarise"]
+__all__ = ["INTERPOLATES", "DoubleDescent", "Peak", "Point", "parameters", "summarize"]
 
 INTERPOLATES = 1.0
 """Percent: a contender interpolates from the smallest width on whose mean training error is below it."""
@@ -178,8 +178,8 @@ def parameters(recipe: Recipe) -> int:
     return sum(p.numel() for p in network.parameters())
 
 
-def summarise(recipe: Recipe) -> DoubleDescent:
-    """Summarise what the members' folders hold; a run counts where it has spent the compute that all contenders get.
+def summarize(recipe: Recipe) -> DoubleDescent:
+    """Summarize what the members' folders hold; a run counts where it has spent the compute that all contenders get.
 
     Raises ExperimentError when a file is damaged.
     """

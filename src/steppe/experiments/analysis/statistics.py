@@ -55,7 +55,7 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Summarise at least one value.
+    """Summarize at least one value.
 
     >>> estimate([1.0, 2.0, 3.0])
     Estimate(n=3, mean=2.0, sd=1.0)

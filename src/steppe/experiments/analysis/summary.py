@@ -19,7 +19,7 @@ from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.experiments.training.evaluation import Record
 
-__all__ = ["Difference", "Row", "Summary", "setting", "summarise"]
+__all__ = ["Difference", "Row", "Summary", "setting", "summarize"]
 
 _HEADINGS = (
     "method",
@@ -200,8 +200,8 @@ def _network(recipe: Recipe) -> str:
     return f"PreAct ResNet-18 ({width})"
 
 
-def summarise(recipe: Recipe, results: Results) -> Summary:
-    """Summarise what there is: a unit counts where it was measured at the standardized epoch of the row."""
+def summarize(recipe: Recipe, results: Results) -> Summary:
+    """Summarize what there is: a unit counts where it was measured at the standardized epoch of the row."""
     rows = [row for method in recipe.methods for row in _rows(recipe, method, results)]
     reference, *others = recipe.methods
     differences = [d for d in (_difference(recipe, m, reference, results) for m in others) if d is not None]

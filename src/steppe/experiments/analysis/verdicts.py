@@ -29,7 +29,7 @@ CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change; it can be surer of itself, "
     "and all that see its logits do. Only where every kind of measure agrees is a minimum called flatter or sharper.",
     "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
-    "Flatter does not mean better: sharpness often does not track generalisation (arXiv 2302.07011). Look at the test "
+    "Flatter does not mean better: sharpness often does not track generalization (arXiv 2302.07011). Look at the test "
     "accuracies and the gap beside it.",
 )
 
@@ -88,8 +88,8 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """The verdict: what raw and adaptive measures say, and normalised logits where measured, if it is the same."""
-        said = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalised"}
+        """The verdict: what raw and adaptive measures say, and normalized logits where measured, if it is the same."""
+        said = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalized"}
         return said.pop() if len(said) == 1 and "mixed" not in said else "inconclusive"
 
     def sentence(self) -> str:

@@ -33,7 +33,7 @@ _AT_LEAST: Mapping[str, tuple[float, str]] = MappingProxyType(
         "first_seed": (0, "the first run's seed"),
         "momentum": (0, "SGD's momentum"),
         "weight_decay": (0, "the base optimizer's weight decay"),
-        "rho": (0, "the radius of SAM's neighbourhood"),
+        "rho": (0, "the radius of SAM's neighborhood"),
         "checkpoint_seconds": (0, "seconds from one checkpoint within an epoch to the next"),
     }
 )
@@ -75,7 +75,7 @@ def _check_flatness(recipe: Recipe) -> None:
         )
     if recipe.rho == 0:
         raise ValueError(
-            "rho=0: sharpness is a maximum over the neighbourhood of that radius, which holds a single point. Say "
+            "rho=0: sharpness is a maximum over the neighborhood of that radius, which holds a single point. Say "
             "--rho 0.05, or leave --flatness-every out"
         )
 

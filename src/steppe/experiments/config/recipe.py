@@ -85,7 +85,7 @@ class Recipe:
     weight_decay: float = 0.0
     """Weight decay of the base optimizer."""
     rho: float = 0.05
-    """Radius of SAM's neighbourhood; a method takes its usual multiple of it, unless its spec gives a rho."""
+    """Radius of SAM's neighborhood; a method takes its usual multiple of it, unless its spec gives a rho."""
     batch_size: int = 64
     """Images in one step at most, over all devices together: an epoch is cut into batches of nearly the same size."""
     epochs: int = 20
@@ -100,7 +100,7 @@ class Recipe:
     stem_stride: int = 2
     """Stride of its first convolution: 1 as in the article, 2 for a quarter of the work."""
     norm: Literal["batch", "group"] = "batch"
-    """Its normalisation layers. Several processes on CPUs need group."""
+    """Its normalization layers. Several processes on CPUs need group."""
     seeds: int = 3
     """Runs of each contender. Raise it later to add runs to the same folder; one run gives no verdict."""
     first_seed: int = 0

@@ -1,4 +1,4 @@
-"""Batches of a split that lies on its device as bytes: shuffled, cut and normalised there."""
+"""Batches of a split that lies on its device as bytes: shuffled, cut and normalized there."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from numpy.random import SeedSequence
 from torch import Tensor
 
-from steppe.experiments.data.datasets import Split, normalise
+from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.world import World
 
 __all__ = ["Batch", "batches", "count", "order", "start"]
@@ -29,7 +29,7 @@ class Batch:
     @cached_property
     def images(self) -> Tensor:
         """float32 (n, 1, 28, 28), gathered when they are first asked for."""
-        return normalise(self.split.images[self.indices])
+        return normalize(self.split.images[self.indices])
 
     @cached_property
     def labels(self) -> Tensor:

@@ -26,7 +26,7 @@ from torch import Tensor
 from steppe.experiments.data import digits, fashion_mnist
 from steppe.experiments.data.fashion_mnist import DataError, IdxFile
 
-if TYPE_CHECKING:  # a backbone normalises its images in its own way, and ours is known here
+if TYPE_CHECKING:  # a backbone normalizes its images in its own way, and ours is known here
     from steppe.experiments.models.backbones import Backbone
 
 __all__ = [
@@ -40,7 +40,7 @@ __all__ = [
     "cache_home",
     "is_here",
     "load",
-    "normalise",
+    "normalize",
 ]
 
 DatasetName = Literal["sample", "fashion-mnist", "digits"]
@@ -127,15 +127,15 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     return _load_sample()
 
 
-def normalise(images: Tensor) -> Tensor:
+def normalize(images: Tensor) -> Tensor:
     """Return (x / 255 - mean) / std in float32, for uint8 images x of any shape, on their device.
 
-    >>> normalise(torch.tensor([0, 255], dtype=torch.uint8))
+    >>> normalize(torch.tensor([0, 255], dtype=torch.uint8))
     tensor([-0.8102,  2.0227])
     """
     if images.dtype != torch.uint8:
         raise TypeError(
-            f"normalise() was given {images.dtype} and not torch.uint8: the images were probably normalised "
+            f"normalize() was given {images.dtype} and not torch.uint8: the images were probably normalized "
             "before, and doing it twice would shift them. Pass the images as they were loaded."
         )
     return images.float().div_(255.0).sub_(MEAN).div_(STD)

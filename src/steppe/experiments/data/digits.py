@@ -1,4 +1,4 @@
-"""Scikit-learn's handwritten digits: 1,797 grey images of 8 x 8 pixels, enlarged to the size of the other data sets.
+"""Scikit-learn's handwritten digits: 1,797 gray images of 8 x 8 pixels, enlarged to the size of the other data sets.
 
 E. Alpaydin and C. Kaynak 1998, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
 https://doi.org/10.24432/C50P49 (its test set, which scikit-learn comes with).

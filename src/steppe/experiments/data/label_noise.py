@@ -7,18 +7,18 @@ from numpy.random import SeedSequence
 
 from steppe.experiments.data.datasets import CLASSES, Split
 
-__all__ = ["mislabelled"]
+__all__ = ["mislabeled"]
 
 _DRAW = 0x401E  # apart from the shuffling and the few shots of the same seed
 
 
-def mislabelled(split: Split, share: float, seed: int) -> Split:
+def mislabeled(split: Split, share: float, seed: int) -> Split:
     """Give `share` of the images, to the nearest image, a wrong class by `seed`, each of the nine with the same chance.
 
     The wrong labels of one seed are among those of a larger share.
 
     >>> split = Split(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
-    >>> (mislabelled(split, 0.2, seed=0).labels != split.labels).sum()
+    >>> (mislabeled(split, 0.2, seed=0).labels != split.labels).sum()
     tensor(2)
     """
     n = len(split)

@@ -126,7 +126,7 @@ def _edge(axes: Axes, method: str, style: Style, recipe: Recipe, results: Result
             )
             points.setdefault(record.standardized_epoch, []).append(float(edge))
     x = sorted(points)
-    axes.plot(x, [statistics.fmean(points[e]) for e in x], style.line, color=style.colour, linewidth=3, alpha=0.3)
+    axes.plot(x, [statistics.fmean(points[e]) for e in x], style.line, color=style.color, linewidth=3, alpha=0.3)
     return bool(x)
 
 
@@ -159,13 +159,13 @@ def _line(axes: Axes, quantity: Quantity, extent: Extent, style: Style, points: 
     mean = [statistics.fmean(v) for v in values]
     several = any(len(v) > 1 for v in values)
     width = 2.0 if several else 1.2
-    axes.plot(x, mean, style.line, color=style.colour, linewidth=width, marker="o", markersize=3, label=style.label)
+    axes.plot(x, mean, style.line, color=style.color, linewidth=width, marker="o", markersize=3, label=style.label)
     if several:
         sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
         # mean - sd may lie below 0, where a logarithmic axis ends: the band then ends at the smallest value
         low = [max(m - s, min(v)) if quantity.log else m - s for m, s, v in zip(mean, sd, values, strict=True)]
         high = [m + s for m, s in zip(mean, sd, strict=True)]
-        axes.fill_between(x, low, high, color=style.colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
 
 
 def _beside(recipe: Recipe) -> float:

@@ -85,14 +85,14 @@ def _line(
     if not points:
         return
     x, mean = [p.parameters for p in points], [v.mean for v in values]
-    look = {"color": style.colour, "linewidth": 1.2 if dashed else 2.0, "marker": "o", "markersize": 3}
+    look = {"color": style.color, "linewidth": 1.2 if dashed else 2.0, "marker": "o", "markersize": 3}
     axes.plot(x, mean, ":" if dashed else style.line, label=label, **look)  # type: ignore[arg-type]
     if any(v.sd is not None for v in values):
         sd = [v.sd or 0.0 for v in values]
         # mean - sd may lie below 0, where a logarithmic axis ends
         low = [max(m - s, m / 10) if log else max(m - s, 0.0) for m, s in zip(mean, sd, strict=True)]
         high = [m + s for m, s in zip(mean, sd, strict=True)]
-        axes.fill_between(x, low, high, color=style.colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
 
 
 def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:
@@ -123,7 +123,7 @@ def _thresholds(rows: Sequence[Axes], recipe: Recipe, summary: DoubleDescent) ->
         style = styles(recipe)[method]
         at = sizes[width] * math.exp(0.02 * shift)
         for axes in rows:
-            axes.axvline(at, color=style.colour, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+            axes.axvline(at, color=style.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
         right = at > math.sqrt(min(sizes.values()) * max(sizes.values()))
         rows[0].annotate(
             f" {style.label}'s threshold ",
@@ -132,7 +132,7 @@ def _thresholds(rows: Sequence[Axes], recipe: Recipe, summary: DoubleDescent) ->
             va="top",
             ha="right" if right else "left",
             fontsize=8,
-            color=style.colour,
+            color=style.color,
         )
     if any(width is not None for width in summary.thresholds.values()):
         rows[0].axhline(INTERPOLATES, color=GREY, linewidth=0.6)

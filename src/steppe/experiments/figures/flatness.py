@@ -30,7 +30,7 @@ Groups = Mapping[str, Sequence[Flatness]]
 def draw(groups: Groups, folder: Path, told: str) -> list[Path]:
     """Draw `spectra`, `landscapes` and `eigen_landscapes`, where there are any, as PNG and SVG; return the files.
 
-    `told` is what was measured, in a line. A contender of which nothing was measured keeps its colour free.
+    `told` is what was measured, in a line. A contender of which nothing was measured keeps its color free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     styles = dict(zip(groups, in_turn(list(groups)), strict=True))
@@ -59,7 +59,7 @@ def draw_lines(lines: Sequence[Mapping[str, Any]], styles: Mapping[str, Style], 
                 style, first = styles[line["b"]], line["seed"] == lines[0]["seed"]
                 losses = [math.nan if loss is None else loss for loss in line[split]]
                 label = f"{styles[line['a']].label} (0) to {style.label} (1)" if first else None
-                axes.plot(line["axis"], losses, style.line, color=style.colour, linewidth=1.2, label=label)
+                axes.plot(line["axis"], losses, style.line, color=style.color, linewidth=1.2, label=label)
             axes.set_title(f"{'Training' if split == 'train' else 'Test'} loss on the straight line")
             axes.set_xlabel("t, of the way from one solution to the other")
             axes.set_ylabel("cross-entropy")
@@ -81,11 +81,11 @@ def _spectra(groups: Groups, styles: Mapping[str, Style], told: str) -> Figure:
         mean, spread = _density([one.density for one in of], x, bandwidth)
         greatest = max(greatest, float(mean.max()))
         style = styles[label]
-        axes.plot(x, mean, style.line, color=style.colour, linewidth=1.6, label=style.label)
-        axes.fill_between(x, (mean - spread).clamp_min(0), mean + spread, color=style.colour, alpha=0.18, linewidth=0)
+        axes.plot(x, mean, style.line, color=style.color, linewidth=1.6, label=style.label)
+        axes.fill_between(x, (mean - spread).clamp_min(0), mean + spread, color=style.color, alpha=0.18, linewidth=0)
         for one in of:
             tops = one.eigenvalues.tolist()
-            axes.plot(tops, [_LEAST * greatest * 1.6] * len(tops), "|", color=style.colour, markersize=9)
+            axes.plot(tops, [_LEAST * greatest * 1.6] * len(tops), "|", color=style.color, markersize=9)
     axes.set_yscale("log")
     axes.set_ylim(_LEAST * greatest, 3 * greatest)
     axes.axvline(0.0, color=GREY, linewidth=0.8)
@@ -107,7 +107,7 @@ def _density(densities: Sequence[Density], x: Tensor, bandwidth: float) -> tuple
 
 
 def _landscapes(surfaces: Mapping[str, Landscape], title: str, unit: str, told: str) -> Figure:
-    """Contours side by side, on the same axes and colours; what is not finite stays white."""
+    """Contours side by side, on the same axes and colors; what is not finite stays white."""
     figure = Figure(figsize=(_WIDTH * len(surfaces) + 0.9, _WIDTH + 0.5), layout="constrained")
     panels = figure.subplots(1, len(surfaces), squeeze=False, sharex=True, sharey=True)[0]
     finite = torch.cat([s.losses[s.losses.isfinite()].flatten() for s in surfaces.values()])

@@ -44,12 +44,12 @@ def label(axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequ
     ends = axes.transData.transform(np.asarray(lines, dtype=float).reshape(-1, 2)).reshape(-1, 2, 2)
     thin = np.concatenate([ends.min(1) - 1, ends.max(1) + 1], axis=1)
     inside = np.asarray(axes.get_window_extent(renderer).extents)
-    for text, point, pixel, centre, size in zip(texts, points, at, place(at, sizes, inside, thin), sizes, strict=True):
-        gap = np.abs(centre - pixel) - np.array(size) / 2
+    for text, point, pixel, center, size in zip(texts, points, at, place(at, sizes, inside, thin), sizes, strict=True):
+        gap = np.abs(center - pixel) - np.array(size) / 2
         axes.annotate(
             text,
             point,
-            (centre - pixel) * 72 / figure.dpi,
+            (center - pixel) * 72 / figure.dpi,
             textcoords="offset points",
             ha="center",
             va="center",
@@ -61,7 +61,7 @@ def label(axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequ
 
 
 def place(points: Boxes, sizes: Sequence[tuple[float, float]], inside: Boxes, thin: Boxes) -> list[Boxes]:
-    """Choose the centres of boxes of `sizes` near `points`, all in pixels, `inside` a box, rather not over `thin` ones.
+    """Choose the centers of boxes of `sizes` near `points`, all in pixels, `inside` a box, rather not over `thin` ones.
 
     Each takes the cheapest of a few hundred places while the others stay; after a few rounds nothing moves any more.
     """
@@ -88,10 +88,10 @@ def place(points: Boxes, sizes: Sequence[tuple[float, float]], inside: Boxes, th
 
 
 def _around(point: Boxes, size: tuple[float, float]) -> Boxes:
-    """Centres of a box so that its edge is at each of the distances, in each of the directions."""
+    """Centers of a box so that its edge is at each of the distances, in each of the directions."""
     angles = np.arange(_DIRECTIONS) * 2 * math.pi / _DIRECTIONS
     towards = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    # how far the centre is from the edge of the box in that direction, for a box of half this size
+    # how far the center is from the edge of the box in that direction, for a box of half this size
     with np.errstate(divide="ignore"):
         reach = np.min(np.array(size) / 2 / np.abs(towards).clip(1e-9), axis=1)
     return np.concatenate([point + towards * (ring + reach)[:, None] for ring in _RINGS])

@@ -107,7 +107,7 @@ def draw(recipe: Recipe, results: Results) -> Figure:
 
 def _explain(planned: Sequence[str]) -> Iterator[str]:
     yield (
-        "Left is cheaper. Filled and on the grey line: the Pareto front, no contender is both cheaper and better (by "
+        "Left is cheaper. Filled and on the gray line: the Pareto front, no contender is both cheaper and better (by "
         "the means; bars are standard deviations). Between two measurements values are interpolated."
     )
     if planned:
@@ -136,7 +136,7 @@ def _draw_panel(axes: Axes, panel: _Panel, field: str, recipe: Recipe, *, better
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
     axes.add_collection(LineCollection(lines, colors="#BBBBBB", linewidths=3, capstyle="round", zorder=1))
     for index, (method, (x, y), cost, value) in enumerate(zip(panel.reached, points, costs, values, strict=True)):
-        colour = look[method].colour
+        color = look[method].color
         axes.errorbar(
             x,
             y,
@@ -144,8 +144,8 @@ def _draw_panel(axes: Axes, panel: _Panel, field: str, recipe: Recipe, *, better
             yerr=value.sd,
             fmt="o",
             markersize=8,
-            color=colour,
-            markerfacecolor=colour if index in on_front else "white",
+            color=color,
+            markerfacecolor=color if index in on_front else "white",
             markeredgewidth=1.6,
             elinewidth=0.8,
             zorder=3,

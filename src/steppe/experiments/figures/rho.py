@@ -102,7 +102,7 @@ def _series(axes: Axes, space: Space, style: Style, results: Sequence[Result], n
         mean,
         yerr=sd if any(sd) else None,
         linestyle=line,
-        color=style.colour,
+        color=style.color,
         linewidth=1.0,
         elinewidth=0.9,
         capsize=2.5,
@@ -116,7 +116,7 @@ def _series(axes: Axes, space: Space, style: Style, results: Sequence[Result], n
             diverged,
             [0.03] * len(diverged),
             "x",
-            color=style.colour,
+            color=style.color,
             transform=axes.get_xaxis_transform(),
             label=f"{space.spec.label}: diverged",
         )
@@ -126,7 +126,7 @@ def _mark(axes: Axes, style: Style, best: Best, name: str, field: str) -> None:
     value = best.result.values[name]
     x, y = float(value), statistics.fmean(_values(best.result.runs, field))
     label = f"{best.space.spec.label}, best: {name} {value:g}"
-    axes.plot([x], [y], "*", color=style.colour, markersize=15, markeredgecolor="white", zorder=5, label=label)
+    axes.plot([x], [y], "*", color=style.color, markersize=15, markeredgecolor="white", zorder=5, label=label)
 
 
 def _level(axes: Axes, style: Style, values: Sequence[float]) -> None:

@@ -22,7 +22,7 @@ __all__ = ["GREY", "Style", "caption", "freeze", "in_turn", "look", "save", "sty
 
 GREY = "#888888"
 
-# Okabe and Ito's palette, which colour-blind readers can tell apart, without its yellow: too pale for a line.
+# Okabe and Ito's palette, which color-blind readers can tell apart, without its yellow: too pale for a line.
 _COLOURS = ("#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _LINES = tuple(product(("-", "--", ":", "-."), _COLOURS))
 _SUFFIXES = ("png", "svg")
@@ -58,7 +58,7 @@ class Style:
 
     label: str
     line: str
-    colour: str
+    color: str
 
 
 def styles(recipe: Recipe) -> Mapping[str, Style]:

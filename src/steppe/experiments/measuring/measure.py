@@ -18,7 +18,7 @@ from steppe.experiments.analysis.verdicts import Verdict, compared
 from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe, Unit
 from steppe.experiments.data import datasets as data
-from steppe.experiments.data.datasets import Dataset, Split, normalise
+from steppe.experiments.data.datasets import Dataset, Split, normalize
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.executor import Where, start
@@ -30,7 +30,7 @@ from steppe.experiments.training.pretraining import with_start
 from steppe.experiments.training.run import Run, owner
 from steppe.experiments.training.sharpness import flatness_sample
 from steppe.experiments.world import World
-from steppe.flatness import Effort, Flatness, Objective, interpolation, measure, normalised_logits
+from steppe.flatness import Effort, Flatness, Objective, interpolation, measure, normalized_logits
 
 __all__ = ["FLATNESS", "Measuring", "Sampling", "lines_of", "measure_run", "measured", "objectives", "verdicts"]
 
@@ -212,9 +212,9 @@ def _read(path: Path) -> Flatness | None:
 def _measure(job: _Job, tell: Tell) -> None:
     """Measure a run, and write it down."""
     run = _restored(job, job.unit)
-    plain, normalised = objectives(run.network, _sample(job, run), job.how.sampling, tell)
+    plain, normalized = objectives(run.network, _sample(job, run), job.how.sampling, tell)
     try:
-        found = measure(plain, job.how.effort, normalised=normalised)
+        found = measure(plain, job.how.effort, normalized=normalized)
     except (FloatingPointError, ValueError, RuntimeError) as error:
         raise ExperimentError(f"{job.name}: {' '.join(str(error).split())}") from error
     written = found.to_json()
@@ -264,10 +264,10 @@ def _sample(job: _Job, run: Run) -> Split:
 
 
 def objectives(network: nn.Module, sample: Split, sampling: Sampling, tell: Tell) -> tuple[Objective, Objective]:
-    """A network's mean cross-entropy on a sample: of its logits, and of its logits normalised."""
-    losses = F.cross_entropy, normalised_logits(F.cross_entropy)
-    plain, normalised = (_objective(network, sample, sampling, loss, tell) for loss in losses)
-    return plain, normalised
+    """A network's mean cross-entropy on a sample: of its logits, and of its logits normalized."""
+    losses = F.cross_entropy, normalized_logits(F.cross_entropy)
+    plain, normalized = (_objective(network, sample, sampling, loss, tell) for loss in losses)
+    return plain, normalized
 
 
 def _objective(
@@ -275,7 +275,7 @@ def _objective(
 ) -> Objective:
     return Objective(
         network,
-        (normalise(sample.images), sample.labels),
+        (normalize(sample.images), sample.labels),
         loss=loss,
         batch_norm=sampling.batch_norm,
         batch_size=sampling.batch_size,

@@ -24,7 +24,7 @@ from steppe.experiments.measuring.user_data import digest_of_data, first_length,
 from steppe.experiments.measuring.weights import digest, digest_of_model, load_weights
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.flatness import Effort, Flatness, Objective, measure, normalised_logits
+from steppe.flatness import Effort, Flatness, Objective, measure, normalized_logits
 
 __all__ = ["Anybody", "measure_anybody"]
 
@@ -231,7 +231,7 @@ def _measure(job: _Job, tell: Tell) -> None:
         how: dict[str, Any] = {"batch_norm": job.sampling.batch_norm, "batch_size": job.sampling.batch_size}
         return Objective(network, data, loss=loss, evaluate=evaluate, **how, seed=effort.seed, progress=tell)
 
-    normalised = None
+    normalized = None
     try:
         if options.evaluate is not None:
             plain = objective(None, _function("evaluate", options.evaluate))
@@ -240,14 +240,14 @@ def _measure(job: _Job, tell: Tell) -> None:
             loss = _function("loss", options.loss)
             plain = objective(loss)
             if _classifies(objective, loss):
-                normalised = objective(normalised_logits(loss))
+                normalized = objective(normalized_logits(loss))
     except ExperimentError:
         raise
     except Exception as error:  # it is their code that runs here
         raise ExperimentError(f"{job.name}: the loss of {options.model} on {options.data}: {reason(error)}") from error
     effort = replace(effort, m=min(effort.m, first_length(data, job.sampling.batch_size)))
     try:
-        found = measure(plain, effort, normalised=normalised)
+        found = measure(plain, effort, normalized=normalized)
     except (FloatingPointError, ValueError, RuntimeError) as error:
         raise ExperimentError(f"{job.name}: {' '.join(str(error).split())}") from error
     written = found.to_json()

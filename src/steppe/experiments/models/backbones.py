@@ -32,7 +32,7 @@ class Backbone:
     source: str
     """Where it comes from, in words."""
     mean: Sequence[float] = (MEAN,)
-    """What its images were normalised with, for each channel: of pixels scaled to [0, 1]."""
+    """What its images were normalized with, for each channel: of pixels scaled to [0, 1]."""
     std: Sequence[float] = (STD,)
     size: int | None = None
     """Height and width of its images; None: as they come."""
@@ -52,9 +52,9 @@ class Backbone:
 
 
 class FineTuned(nn.Module):
-    """A backbone's network on images (n, 1, h, w) as `data.normalise` gives them.
+    """A backbone's network on images (n, 1, h, w) as `data.normalize` gives them.
 
-    They are resized to (size, size), grey becomes as many channels as it wants, and the normalisation becomes its own.
+    They are resized to (size, size), gray becomes as many channels as it wants, and the normalization becomes its own.
     A frozen backbone stays in evaluation mode, so that its running statistics stay as they are too.
     """
 
@@ -166,7 +166,7 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
             f"the checkpoint hf:{name} lacks {len(missing)} of the network's weights ({', '.join(sorted(missing)[:3])}"
             "...), which would be random: name a checkpoint of an image classifier"
         )
-    mean, std = _normalisation(f"hf:{name}", processor)
+    mean, std = _normalization(f"hf:{name}", processor)
     size = image_size or _size(processor) or getattr(model.config, "image_size", None)
     if not isinstance(size, int):
         raise ExperimentError(f"hf:{name} does not say the size of its images: give it with --image-size")
@@ -184,7 +184,7 @@ def _last_layer(model: nn.Module, classes: int) -> str | None:
     return names[-1] if names else None
 
 
-def _normalisation(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
+def _normalization(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
     factor = processor.get("rescale_factor", 1 / 255)
     if not processor.get("do_rescale", True) or processor.get("rescale_offset") or abs(factor * 255 - 1) > 1e-3:
         raise ExperimentError(
@@ -197,7 +197,7 @@ def _normalisation(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[fl
     if "image_mean" not in processor or "image_std" not in processor:
         raise ExperimentError(
             f"{name}: its preprocessor_config.json has no image_mean and image_std, so its images could not be "
-            "normalised as they were in pretraining. Take another checkpoint, or add them to a local copy"
+            "normalized as they were in pretraining. Take another checkpoint, or add them to a local copy"
         )
     return processor["image_mean"], processor["image_std"]
 

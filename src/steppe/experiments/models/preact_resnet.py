@@ -29,10 +29,10 @@ def preact_resnet18(
 
     `width` is the number of channels of the first of the four stages; each further stage has twice as many.
     `stem_stride=2` halves the height and width of all features. `norm="group"` is for training in several
-    processes on CPUs, where there is no SyncBatchNorm: each image is normalised by itself, so it does not
+    processes on CPUs, where there is no SyncBatchNorm: each image is normalized by itself, so it does not
     matter which process has it.
 
-    Weights keep torch's default initialisation. Raises ValueError when a size is below 1 or `norm` unknown.
+    Weights keep torch's default initialization. Raises ValueError when a size is below 1 or `norm` unknown.
 
     >>> sum(p.numel() for p in preact_resnet18().parameters())
     11171018

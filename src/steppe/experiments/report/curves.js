@@ -9,10 +9,10 @@ function curve(field) {
     const common = {meta: method.name, visible: shown(method.name)};
     if (line.several) {
       traces.push({...common, x: [...x, ...[...x].reverse()], y: [...line.high, ...[...line.low].reverse()],
-        type: "scatter", mode: "lines", fill: "toself", fillcolor: faint(colourOf(method), 0.16), line: {width: 0}, hoverinfo: "skip"});
+        type: "scatter", mode: "lines", fill: "toself", fillcolor: faint(colorOf(method), 0.16), line: {width: 0}, hoverinfo: "skip"});
     }
     traces.push({...common, x, y: line.mean, type: "scatter", mode: "lines+markers", name: method.label,
-      line: {color: colourOf(method), dash: method.dash, width: line.several ? 2.2 : 1.4}, marker: {size: 5},
+      line: {color: colorOf(method), dash: method.dash, width: line.several ? 2.2 : 1.4}, marker: {size: 5},
       text: line.mean.map((mean, i) => `${short(mean)}${line.sd[i] === null ? "" : ` ± ${short(line.sd[i])}`}`),
       hovertemplate: "%{fullData.name}: %{text}<extra></extra>"});
   }
@@ -32,11 +32,11 @@ function cost(field) {
     mode: "lines", line: {shape: "hv", color: faint("#888888", 0.55), width: 3}, hoverinfo: "skip"}];
   panel.methods.forEach((name, i) => {
     const method = methodNamed(name);
-    const bar = (sd) => ({type: "data", array: [sd ?? 0], visible: sd !== null, thickness: 1, width: 4, color: colourOf(method)});
+    const bar = (sd) => ({type: "data", array: [sd ?? 0], visible: sd !== null, thickness: 1, width: 4, color: colorOf(method)});
     traces.push({x: [panel.cost[i].mean], y: [values[i].mean], error_x: bar(panel.cost[i].sd), error_y: bar(values[i].sd),
       type: "scatter", mode: "markers+text", text: [method.label], textposition: "top right", name: method.label,
       textfont: {color: ink().ink}, cliponaxis: false, meta: name, visible: shown(name),
-      marker: {size: 11, symbol: front.includes(i) ? "circle" : "circle-open", color: colourOf(method), line: {width: 2, color: colourOf(method)}},
+      marker: {size: 11, symbol: front.includes(i) ? "circle" : "circle-open", color: colorOf(method), line: {width: 2, color: colorOf(method)}},
       hovertemplate: "%{fullData.name}<br>%{x:.4g}, %{y:.4g}<extra></extra>"});
   });
   const all = panel.cost.flatMap((value) => [value.mean - (value.sd ?? 0), value.mean + (value.sd ?? 0)]);

@@ -9,7 +9,7 @@ function gapOver() {
     const runs = runsOf(method).filter((run) => (run.values[name] ?? null) !== null && run.gap !== null);
     return {x: runs.map((run) => run.values[name]), y: runs.map((run) => run.gap), text: runs.map((run) => `seed ${run.seed}`),
       type: "scatter", mode: "markers", name: method.label, meta: method.name, visible: shown(method.name),
-      marker: {size: 11, color: colourOf(method), opacity: 0.85, line: {width: 1, color: ink().card}},
+      marker: {size: 11, color: colorOf(method), opacity: 0.85, line: {width: 1, color: ink().card}},
       hovertemplate: "%{fullData.name}, %{text}<br>%{x:.4g}, gap %{y:.2f}<extra></extra>"};
   });
   return {data: traces, layout: layout({
@@ -55,12 +55,12 @@ function spectrum() {
     if (points.length) {
       const y = x.map((at) => points.reduce((sum, [node, weight]) => sum + weight * one * Math.exp(-0.5 * ((at - node) / sigma) ** 2), 0));
       top = Math.max(top, ...y);
-      traces.push({...common, x, y: y.map((value) => value || null), mode: "lines", line: {color: colourOf(method), dash: method.dash, width: 2.2},
+      traces.push({...common, x, y: y.map((value) => value || null), mode: "lines", line: {color: colorOf(method), dash: method.dash, width: 2.2},
         hovertemplate: "%{fullData.name}: %{y:.3g}<extra></extra>"});
     }
     const ticks = runsOf(method).flatMap((run) => run.eigenvalues?.values ?? []).filter(Number.isFinite);
     traces.push({...common, x: ticks, y: ticks.map(() => -place), yaxis: "y2", mode: "markers",
-      marker: {symbol: "line-ns", size: 12, line: {width: 1.6, color: faint(colourOf(method), 0.75)}},
+      marker: {symbol: "line-ns", size: 12, line: {width: 1.6, color: faint(colorOf(method), 0.75)}},
       hovertemplate: "%{fullData.name}: eigenvalue %{x:.4g}<extra></extra>"});
   });
   // a single eigenvalue of n weighs 1/n: what lies below is no eigenvalue
@@ -80,7 +80,7 @@ function ranks() {
     for (const run of runs) {
       traces.push({x: run.eigenvalues.values.map((_, i) => i + 1), y: run.eigenvalues.values, type: "scatter", mode: "lines+markers",
         name: method.label, text: run.eigenvalues.values.map(() => `seed ${run.seed}`), meta: method.name, visible: shown(method.name),
-        line: {color: faint(colourOf(method), 0.45), width: 1.2}, marker: {size: 7, color: colourOf(method)},
+        line: {color: faint(colorOf(method), 0.45), width: 1.2}, marker: {size: 7, color: colorOf(method)},
         hovertemplate: "%{fullData.name}, %{text}: %{y:.4g}<extra></extra>"});
     }
   }

@@ -45,7 +45,7 @@ function surface(method) {
         lighting: {ambient: 0.72, diffuse: 0.55, specular: 0.06, roughness: 0.9},
         hovertemplate: "%{x:.3g}, %{y:.3g}<br>loss %{customdata:.4g}<extra></extra>"},
       {type: "scatter3d", meta: method.name, visible: shown(method.name) && here !== null, x: [grid.axis[middle]], y: [grid.axis[middle]],
-        z: [here], mode: "markers", marker: {size: 4.5, color: colourOf(method), line: {color: "#ffffff", width: 1}},
+        z: [here], mode: "markers", marker: {size: 4.5, color: colorOf(method), line: {color: "#ffffff", width: 1}},
         hovertemplate: "the trained weights<extra></extra>"},
     ],
     layout: {...layout(), margin: {l: 0, r: 0, t: 0, b: 0}, uirevision: "camera",
@@ -54,7 +54,7 @@ function surface(method) {
   };
 }
 
-// A logarithmic axis is drawn as exponents, so that colours and lines are even; its labels are losses.
+// A logarithmic axis is drawn as exponents, so that colors and lines are even; its labels are losses.
 function tickLabels([low, high]) {
   if (state.scale === "linear") return {};
   const step = Math.max(1, Math.ceil((high - low) / 4));
@@ -78,7 +78,7 @@ function contours(method) {
         contours: {start: low, end: high, size: (high - low) / 16 || 1, coloring: "heatmap"},
         hovertemplate: "%{x:.3g}, %{y:.3g}<br>loss %{customdata:.4g}<extra></extra>"},
       {type: "scatter", meta: method.name, visible: shown(method.name), x: [0], y: [0], mode: "markers",
-        marker: {size: 9, color: colourOf(method), line: {color: "#ffffff", width: 1.5}}, hovertemplate: "the trained weights<extra></extra>"},
+        marker: {size: 9, color: colorOf(method), line: {color: "#ffffff", width: 1.5}}, hovertemplate: "the trained weights<extra></extra>"},
     ],
     layout: layout({
       xaxis: {range: [-size, size], constrain: "domain", showgrid: false, zeroline: false},
@@ -191,7 +191,7 @@ function legend() {
   const [from, bar, to] = byId("legend").children;
   from.textContent = short(low);
   to.textContent = `${short(high)} loss${state.scale === "log" ? ", logarithmic" : ""}`;
-  bar.style.background = `linear-gradient(90deg, ${SCALE.map(([at, colour]) => `${colour} ${100 * at}%`).join(", ")})`;
+  bar.style.background = `linear-gradient(90deg, ${SCALE.map(([at, color]) => `${color} ${100 * at}%`).join(", ")})`;
   byId("landscape-axes").textContent = state.kind === "landscape"
     ? "Both axes are random directions whose filters are as long as the weights' own, so 1 is the size of the weights."
     : "Both axes are the two leading eigenvectors of the Hessian, each of length 1: the steepest ways out.";

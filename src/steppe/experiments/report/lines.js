@@ -15,9 +15,9 @@ function profile() {
       const low = at.map((values, i) => (mean[i] === null ? null : Math.max(mean[i] - sd[i], Math.min(...values))));
       traces.push({...common, x: axis, y: low, line: {width: 0}, hoverinfo: "skip"});
       traces.push({...common, x: axis, y: mean.map((value, i) => (value === null ? null : value + sd[i])), line: {width: 0}, fill: "tonexty",
-        fillcolor: faint(colourOf(method), 0.16), hoverinfo: "skip"});
+        fillcolor: faint(colorOf(method), 0.16), hoverinfo: "skip"});
     }
-    traces.push({...common, x: axis, y: mean, name: method.label, line: {color: colourOf(method), dash: method.dash, width: 2.2},
+    traces.push({...common, x: axis, y: mean, name: method.label, line: {color: colorOf(method), dash: method.dash, width: 2.2},
       hovertemplate: "%{fullData.name}: %{y:.4g}<extra></extra>"});
   }
   return {data: traces, layout: layout({hovermode: "x unified", xaxis: {title: "length along the direction"}, yaxis: lossAxis(traces)})};
@@ -33,7 +33,7 @@ function between() {
       if (!line[split]) continue;
       traces.push({x: line.axis, y: line[split], type: "scatter", mode: "lines", connectgaps: false, meta: line.b,
         visible: shown(line.a) && shown(line.b), opacity: line.reestimated ? 1 : 0.6,
-        name: `${ends}, ${split}`, line: {color: other ? colourOf(other) : ink().soft, dash, width: 2.2},
+        name: `${ends}, ${split}`, line: {color: other ? colorOf(other) : ink().soft, dash, width: 2.2},
         hovertemplate: "%{fullData.name}: %{y:.4g}<extra></extra>"});
     }
   }

@@ -1,6 +1,6 @@
 "use strict";
 
-// What the page shows, the colours of its theme, and the one way in which everything is drawn again.
+// What the page shows, the colors of its theme, and the one way in which everything is drawn again.
 const data = JSON.parse(document.getElementById("payload").textContent);
 const byId = (id) => document.getElementById(id);
 
@@ -15,12 +15,12 @@ let chosenTheme = null;
 let printing = false;
 
 const isDark = () => !printing && (chosenTheme ?? (darkDevice.matches ? "dark" : "light")) === "dark";
-const colourOf = (method) => (isDark() ? method.dark : method.light);
+const colorOf = (method) => (isDark() ? method.dark : method.light);
 const shown = (name) => !state.hidden.has(name);
 const methodNamed = (name) => data.methods.find((method) => method.name === name);
 
-function faint(colour, alpha) {
-  const parts = [1, 3, 5].map((i) => parseInt(colour.slice(i, i + 2), 16));
+function faint(color, alpha) {
+  const parts = [1, 3, 5].map((i) => parseInt(color.slice(i, i + 2), 16));
   return `rgba(${parts.join(",")},${alpha})`;
 }
 

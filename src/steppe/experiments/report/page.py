@@ -61,7 +61,7 @@ def _page(
         # only these two scripts may run: one that comes in as text cannot
         hashes=f"{_hash(plotly)} {_hash(script)}",
         icon=_ICON,
-        title=join(f"{recipe.name}: flatness and generalisation"),
+        title=join(f"{recipe.name}: flatness and generalization"),
         name=join(recipe.name),
         setting=join(setting(recipe)),
         css=_file("page.css"),

@@ -22,7 +22,7 @@ __all__ = ["dumps", "on_dark", "payload", "tracked"]
 
 _DASHES: Mapping[str, str] = {"-": "solid", "--": "dash", ":": "dot", "-.": "dashdot"}
 _DRAWN = ("density", "eigenvalues", "landscape", "eigen_landscape")
-_LIGHTER = 0.28  # of white in a colour on a dark page
+_LIGHTER = 0.28  # of white in a color on a dark page
 
 
 def payload(
@@ -36,8 +36,8 @@ def payload(
             {
                 "name": method,
                 "label": style.label,
-                "light": style.colour,
-                "dark": on_dark(style.colour),
+                "light": style.color,
+                "dark": on_dark(style.color),
                 "dash": _DASHES[style.line],
             }
             for method, style in look.items()
@@ -85,15 +85,15 @@ def dumps(value: Any) -> str:
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
 
 
-def on_dark(colour: str) -> str:
-    """Lighten a colour for a dark page; black would not be seen there at all.
+def on_dark(color: str) -> str:
+    """Lighten a color for a dark page; black would not be seen there at all.
 
     >>> on_dark("#000000"), on_dark("#0072B2")
     ('#E6E6E6', '#4799C8')
     """
-    if colour == "#000000":
+    if color == "#000000":
         return "#E6E6E6"
-    parts = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
+    parts = (int(color[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(part + (255 - part) * _LIGHTER):02X}" for part in parts)
 
 

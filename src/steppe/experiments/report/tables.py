@@ -86,7 +86,7 @@ def summary_table(recipe: Recipe, summary: Summary) -> Markup:
 
 
 def flatness_table(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Flatness]) -> Markup:
-    """Every measure of every contender, its difference to the reference, and what generalised beside it."""
+    """Every measure of every contender, its difference to the reference, and what generalized beside it."""
     reference = recipe.methods[0]
     look = styles(recipe)
     head = element(
@@ -108,7 +108,7 @@ def flatness_table(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Fla
         for family in FAMILIES.values()
         if there & set(family.measures)
     ]
-    groups.append(_generalisation(recipe, summary))
+    groups.append(_generalization(recipe, summary))
     note = element(
         "p",
         f"Mean ± standard deviation over the runs; then the difference to {parse(reference).label}, paired by seed, "
@@ -155,7 +155,7 @@ def _measure(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Flatness]
     return _row(recipe, name, join(label, *(element("small", note) for note in notes)), values, changes)
 
 
-def _generalisation(recipe: Recipe, summary: Summary) -> Markup:
+def _generalization(recipe: Recipe, summary: Summary) -> Markup:
     """Test gap and accuracy, in the manner of the measures."""
     rows = {row.method: row for row in summary.rows if row.standardized_epoch == recipe.epochs}
     differences = {difference.method: difference for difference in summary.differences}
@@ -167,8 +167,8 @@ def _generalisation(recipe: Recipe, summary: Summary) -> Markup:
         changes = {m: _Change(e.mean, e.half_width, word(e, better=better)) for m, e in paired.items()}
         lines.append(_row(recipe, field, label, values, changes))
     about = "What flatness is wanted for: measured, not concluded from it."
-    first = element("tr", _group("Generalisation", about, len(recipe.methods) + 1))
-    return element("tbody", first, *lines, data_family="Generalisation")
+    first = element("tr", _group("Generalization", about, len(recipe.methods) + 1))
+    return element("tbody", first, *lines, data_family="Generalization")
 
 
 def _row(recipe: Recipe, name: str, label: str, values: Mapping[str, str], changes: Mapping[str, _Change]) -> Markup:
@@ -237,6 +237,6 @@ def _unit(unit: str) -> Iterator[Markup]:
 
 
 def _swatch(style: Style) -> Markup:
-    """A dot in the contender's colour, hollow where its line is not solid."""
-    colours = f"--light:{style.colour};--dark:{on_dark(style.colour)}"
-    return element("i", class_="swatch" if style.line == "-" else "swatch hollow", style=colours, aria_hidden="true")
+    """A dot in the contender's color, hollow where its line is not solid."""
+    colors = f"--light:{style.color};--dark:{on_dark(style.color)}"
+    return element("i", class_="swatch" if style.line == "-" else "swatch hollow", style=colors, aria_hidden="true")

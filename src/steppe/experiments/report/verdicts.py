@@ -18,7 +18,7 @@ _UNMEASURED, _NO_VERDICT = "not measured", "no verdict"
 
 
 def headlines(summary: Summary, *, measured: bool) -> list[Markup]:
-    """The verdict on generalisation and, if `measured`, flatness: a sentence for all of which the same can be said."""
+    """The verdict on generalization and, if `measured`, flatness: a sentence for all of which the same can be said."""
     if not summary.rows:
         return [join("Nothing has been measured yet.")]
     if not summary.differences:
@@ -49,7 +49,7 @@ def word(value: Estimate, *, better: int) -> str:
 
 
 def word_of(text: str) -> Markup:
-    """Set a verdict's word so that it is seen, in a colour as well as in words."""
+    """Set a verdict's word so that it is seen, in a color as well as in words."""
     return element("b", text, class_=f"word {_KINDS.get(text, 'open')}")
 
 

@@ -99,7 +99,7 @@ class _Kind(NamedTuple):
 
     size: int
     """Images of the batch."""
-    climbs: bool | None
+    ascent_steps: bool | None
     """Whether it climbs; None of an optimizer that has nowhere to climb."""
 
 
@@ -125,7 +125,7 @@ class Graphs:
 
     def __call__(self, batch: Batch) -> Step:
         """Take one step; ExperimentError when it cannot be recorded."""
-        kind = _Kind(len(batch), None if self._sam is None else self._sam.climbs_next)
+        kind = _Kind(len(batch), None if self._sam is None else self._sam.perturbs_next)
         graph = self._graphs.get(kind)
         if graph is not None:
             if self._sam is not None:

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steppe.experiments.data.datasets import Split, normalise
+from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.world import World
 
 __all__ = ["Record", "Score", "evaluate", "read_records", "write_records"]
@@ -84,7 +84,7 @@ def evaluate(
             for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
                 pause()
                 with autocast():
-                    logits = network(normalise(x))
+                    logits = network(normalize(x))
                 sums[0] += F.cross_entropy(logits.float(), y, reduction="sum")
                 sums[1] += (logits.argmax(1) == y).sum()
     finally:

@@ -27,10 +27,10 @@ from steppe.experiments.training.run import owner
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.world import World
 
-__all__ = ["pretraining", "settled", "with_start"]
+__all__ = ["pretraining", "reduced", "with_start"]
 
 
-def settled(recipe: Recipe, console: Console) -> Recipe:
+def reduced(recipe: Recipe, console: Console) -> Recipe:
     """Say what `pretrain_on=auto` means here."""
     if recipe.backbone != "own" or recipe.pretrain_on != "auto":
         return recipe
@@ -63,7 +63,7 @@ def with_start(dataset: Dataset, executor: Executor, path: Path, console: Consol
         and any(isinstance(m, _BatchNorm) for m in backbone.model.modules())
     ):
         raise ExperimentError(
-            f"{recipe.backbone} has BatchNorm layers, and in several processes on CPUs each would normalise by its own "
+            f"{recipe.backbone} has BatchNorm layers, and in several processes on CPUs each would normalize by its own "
             "part of the batch: start it without torchrun, with --on ray for many runs at a time, or take a checkpoint "
             "without BatchNorm"
         )
@@ -92,7 +92,7 @@ def _claim(file: Path, backbone: Backbone, console: Console) -> None:
 
 
 def pretraining(recipe: Recipe) -> Recipe:
-    """The recipe of the backbone that `recipe`, which is resolved and settled, starts from."""
+    """The recipe of the backbone that `recipe`, which is resolved and reduced, starts from."""
     assert recipe.pretrain_on != "auto"
     return Recipe(
         name="backbone",

@@ -19,7 +19,7 @@ from steppe.experiments.config.recipe import Unit
 from steppe.experiments.data.batches import Batch, batches, count, order, start
 from steppe.experiments.data.datasets import CLASSES, Dataset
 from steppe.experiments.data.few_shot import few_shot
-from steppe.experiments.data.label_noise import mislabelled
+from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.progress import Reporter
 from steppe.experiments.models.backbones import FineTuned
@@ -49,12 +49,12 @@ class Run:
         if recipe.shots is not None:
             data = replace(data, train=few_shot(data.train, recipe.shots, unit.seed))
         if recipe.label_noise:
-            data = replace(data, train=mislabelled(data.train, recipe.label_noise, unit.seed))
+            data = replace(data, train=mislabeled(data.train, recipe.label_noise, unit.seed))
         self.unit, self.data, self.world = unit, data, world
         torch.manual_seed(unit.seed)
         network = _network(unit, data)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
-        network = world.synchronise_norms(network.to(world.device).to(memory_format=layout))  # type: ignore[call-overload]
+        network = world.synchronize_norms(network.to(world.device).to(memory_format=layout))  # type: ignore[call-overload]
         self.network = network
         self.model = world.wrap(network)
         if recipe.compile:

@@ -11,7 +11,7 @@ from numpy.random import SeedSequence
 from torch import nn
 
 from steppe import flatness
-from steppe.experiments.data.datasets import Split, normalise
+from steppe.experiments.data.datasets import Split, normalize
 
 __all__ = ["flatness_sample", "measure_flatness"]
 
@@ -35,7 +35,7 @@ def measure_flatness(network: nn.Module, sample: Split, rho: float, pause: Calla
     """
     objective = flatness.Objective(
         network,
-        (normalise(sample.images), sample.labels),
+        (normalize(sample.images), sample.labels),
         loss=F.cross_entropy,
         progress=lambda what, passes: pause(),
     )

@@ -118,7 +118,7 @@ class Study:
         *,
         name: str,
         config: str,
-        maximise: bool,
+        maximize: bool,
         sampler: Sampler,
         seed: int,
         trials: int,
@@ -139,7 +139,7 @@ class Study:
         self._study = optuna.create_study(
             study_name=name,
             storage=storage,
-            direction="maximize" if maximise else "minimize",
+            direction="maximize" if maximize else "minimize",
             load_if_exists=True,
             sampler=_sampler(sampler, seed, space.usual(), combinations),
         )

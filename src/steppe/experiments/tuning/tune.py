@@ -25,7 +25,7 @@ from steppe.experiments.execution.executor import Executor, Job, Outcome, Where,
 from steppe.experiments.figures.rho import draw
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.training.evaluation import Record
-from steppe.experiments.training.pretraining import settled, with_start
+from steppe.experiments.training.pretraining import reduced, with_start
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.tuning.result import Findings, Tuning, find
 from steppe.experiments.tuning.search_space import spaces
@@ -91,7 +91,7 @@ def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Cons
             "steppe tune under torchrun: trials are independent runs, and need no processes that train one together. "
             "Start it without torchrun, with --on ray for many at a time, or several times in one run folder"
         )
-    recipe, path = settled(recipe, console), folder(recipe)
+    recipe, path = reduced(recipe, console), folder(recipe)
     # trials may have the same units, whose logs would be written over each other
     plain = replace(recipe, tensorboard=False)
     with (
@@ -109,7 +109,7 @@ def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Cons
                     path,
                     name=f"{recipe.name}/{space.spec}",
                     config=json.dumps(_depends_on(executor.recipe, options), sort_keys=True),
-                    maximise=options.objective == "accuracy",
+                    maximize=options.objective == "accuracy",
                     sampler=options.sampler,
                     seed=options.sampler_seed,
                     trials=options.budget,

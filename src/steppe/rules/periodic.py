@@ -7,10 +7,10 @@ from steppe.rules.protocols import Point
 
 
 @dataclass(frozen=True)
-class Every:
+class Periodic:
     """Climb at the steps 0, k, 2k, ...; the others are plain steps of the base. A step costs 1 + 1/k passes.
 
-    >>> [Every(3)(Point([], [], rho=[], base_state=[], step=step)) for step in range(5)]
+    >>> [Periodic(3)(Point([], [], rho=[], base_state=[], step=step)) for step in range(5)]
     [True, False, False, True, False]
     """
 
@@ -24,5 +24,5 @@ class Every:
         if self.k < 1:
             raise ValueError(f"k must be 1 or more, got {self.k}: the climb comes at every k-th step")
 
-    def __call__(self, at: Point) -> bool:
-        return at.step % self.k == 0
+    def __call__(self, point: Point) -> bool:
+        return point.step % self.k == 0

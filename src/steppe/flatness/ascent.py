@@ -117,7 +117,7 @@ class Surface:
         return seen, self.upward(self._T * gradient, seen.rise)
 
     def upward(self, g: Tensor, height: float) -> Tensor:
-        """The gradient, which must say where upward is, unless one can climb no higher."""
+        """The gradient, which must say where upward is, unless one can ascend no higher."""
         if height < math.inf and not g.isfinite().all():
             raise FloatingPointError(
                 "The gradient has an entry that is not finite where the loss is finite, so no way leads upward: "
@@ -127,10 +127,10 @@ class Surface:
         return g
 
 
-def climb(surface: Surface, ball: Ball, at: Seen, g: Tensor, steps: int) -> Iterator[Seen]:
+def ascend(surface: Surface, ball: Ball, at: Seen, g: Tensor, steps: int) -> Iterator[Seen]:
     """Climb from a place with gradient g, and yield every place that is looked at, as it comes.
 
-    A step may lead down, which Barzilai and Borwein's length needs, but not below where the climb began: then it is
+    A step may lead down, which Barzilai and Borwein's length needs, but not below where the ascend began: then it is
     shortened, to the top of the parabola through its ends.
     """
     start, d = at.rise, ball.furthest(g) - at.z
