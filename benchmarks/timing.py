@@ -1,4 +1,4 @@
-"""Contenders timed in turns, so that a machine whose speed drifts is the same for all; what to quote are the ratios."""
+"""Methods timed in turns, so that a machine whose speed drifts is the same for all; what to quote are the ratios."""
 
 import statistics
 import time
@@ -10,7 +10,7 @@ Times = dict[str, list[float]]
 
 
 def in_turns(
-    contenders: Mapping[str, Callable[[], object]],
+    methods: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
     device: str = "cpu",
@@ -20,21 +20,21 @@ def in_turns(
     """Seconds of one call of each, round by round, in an order that turns from round to round.
 
     Args:
-        contenders: functions without arguments.
+        methods: functions without arguments.
         rounds: how often each is timed.
         device: "cuda" waits for the device before each look at the clock.
         repeat: calls in one timing.
         warmup: calls before the first round.
     """
-    for function in contenders.values():
+    for function in methods.values():
         for _ in range(warmup):
             function()
-    times: Times = {name: [] for name in contenders}
-    names = list(contenders)
+    times: Times = {name: [] for name in methods}
+    names = list(methods)
     for turn in range(rounds):
         first = turn % len(names)
         for name in names[first:] + names[:first]:
-            times[name].append(seconds(contenders[name], device=device, repeat=repeat))
+            times[name].append(seconds(methods[name], device=device, repeat=repeat))
     return times
 
 
@@ -49,7 +49,7 @@ def seconds(function: Callable[[], object], *, device: str = "cpu", repeat: int 
 
 
 def spread(times: Sequence[float], beside: Sequence[float]) -> dict[str, float]:
-    """Median and range of the times, and of how many times those of another contender they are, round by round.
+    """Median and range of the times, and of how many times those of another method they are, round by round.
 
     >>> spread([2.0, 3.0, 8.0], [1.0, 2.0, 2.0])["ratio"]
     2.0

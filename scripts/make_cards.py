@@ -21,8 +21,8 @@ from typing import Any
 
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.summary import Summary, setting, summarize
-from steppe.experiments.config.contenders import CONTENDERS
 from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
@@ -31,7 +31,7 @@ from steppe.methods import cards
 from steppe.methods.registry import CARDS
 
 ROOT = Path(__file__).parents[1]
-MEASURED = ROOT / "src" / "steppe" / "measured.json"
+MEASURED = ROOT / "src" / "steppe" / "methods" / "measured.json"
 PAGES = ROOT / "docs" / "methods"
 
 _ENVIRONMENT = ("date", "steppe", "commit", "python", "torch", "cpu", "gpu", "threads")
@@ -86,14 +86,14 @@ def comparison(path: Path) -> dict[str, Any]:
 
 
 def _sam(recipe: Recipe) -> str | None:
-    """The contender that is SAM itself."""
+    """The method that is SAM itself."""
     found = [m for m in recipe.methods if CARDS["sam"].covers(m)]
     return min(found, key=len) if found else None
 
 
 def _rho(method: str, recipe: Recipe) -> float | None:
     spec = parse(method)
-    return spec.rho(recipe.rho) if "rho" in CONTENDERS[spec.name].arguments else None
+    return spec.rho(recipe.rho) if "rho" in METHODS[spec.name].arguments else None
 
 
 def _differences(summary: Summary) -> Iterator[dict[str, Any]]:

@@ -12,8 +12,9 @@ import torch.nn.functional as F
 from torch import nn
 
 import steppe
-from steppe import cards, closures, papers, variants
-from steppe.experiments.config.contenders import CONTENDERS
+from steppe import closures, papers, variants
+from steppe.methods import cards
+from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
 from steppe.experiments.training.evaluation import Record, write_records
@@ -26,7 +27,7 @@ sys.path[:0] = [str(ROOT / "benchmarks"), str(ROOT / "scripts")]
 import make_cards  # noqa: E402
 import memory  # noqa: E402
 
-EXTRA = {"steps", "fraction_sam", "micro_batches"}
+EXTRA = {"ascent_steps", "fraction_sam", "micro_batch_sam"}
 each = pytest.mark.parametrize("name", CARDS)
 
 # What a short training has to be told, and what a test's data are like.
@@ -65,10 +66,10 @@ def test_every_variant_has_a_card():
 
 
 def test_every_contender_belongs_to_one_card_and_has_its_label():
-    for name, contender in CONTENDERS.items():
+    for name, method in METHODS.items():
         cards = [method for method in CARDS.values() if method.covers(name)]
-        assert len(cards) == (0 if contender.plain else 1)
-        assert all(method.label == contender.label for method in cards)
+        assert len(cards) == (0 if method.plain else 1)
+        assert all(method.label == method.label for method in cards)
     assert CARDS["ascent_steps"].covers("asam:rho=0.5,steps=3")
 
 
@@ -97,9 +98,9 @@ def test_the_cost_is_what_is_counted(name):
 @each
 def test_the_cost_is_what_the_experiments_plan(name):
     method = CARDS[name]
-    for key, contender in CONTENDERS.items():
+    for key, method in METHODS.items():
         if method.covers(key) and method.passes is not None:
-            assert method.cost_with() == pytest.approx(float(contender.cost({})), abs=1e-4)
+            assert method.cost_with() == pytest.approx(float(method.cost({})), abs=1e-4)
 
 
 @each
@@ -182,11 +183,11 @@ def run_folder(path: Path, tests: dict[str, list[float]], **fields) -> Path:
     path.mkdir()
     folder = RunFolder(path)
     folder.claim(recipe, 1)
-    for unit in recipe.units():
-        test = tests[unit.method][unit.seed]
+    for run in recipe.runs():
+        test = tests[run.method][run.seed]
         records = [Record(e, e, 10, 100, 1.5, 0.1, 99.0, 1.0, test, 99.0 - test, 30.0 * e, 100.0) for e in (2, 4)]
-        folder.unit(unit).mkdir(parents=True)
-        (folder.unit(unit) / METRICS).write_bytes(write_records(records))
+        folder.run(run).mkdir(parents=True)
+        (folder.run(run) / METRICS).write_bytes(write_records(records))
     session = {"date": "2026-11-22T10:00:00+00:00", "steppe": "0.1.0", "torch": "2.13.0", "cpu": "A CPU", "threads": 2}
     (path / "environment.json").write_text(json.dumps([session]))
     return path

@@ -29,7 +29,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         (["compare", "artcle"], "Available subcommands: demo, article"),
         (["compare", "--methods", "samm"], "'samm' is unknown; did you mean 'sam'?"),
         (["compare", "--device", "gpu"], "Expected one of ('auto', 'cpu', 'cuda')"),
-        (["compare", "--epochs", "0"], "the compute that each contender gets"),
+        (["compare", "--epochs", "0"], "the compute that each method gets"),
         (["compare", "--epochs", "ten"], "--epochs: invalid literal"),
         (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighborhood"),
         (["comprae"], "Available subcommands: compare, tune, measure, plot, methods"),

@@ -6,7 +6,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import steppe
-from steppe import modifiers, testing
+from steppe import rules, testing
+from steppe.methods.esam import Stochastic
 
 share = st.floats(0.05, 0.95)
 perturbations = st.one_of(
@@ -37,8 +38,8 @@ cadences = st.one_of(
 PARTS = {
     "all": lambda rule, model: rule,
     "norm layers": lambda rule, model: steppe.ParameterSubset(rule, steppe.norm_layers(model)),
-    "last layers": lambda rule, model: steppe.ParameterSubset(rule, modifiers.last_layers(model, 2)),
-    "half the weights": lambda rule, model: modifiers.Stochastic(rule, 0.5),
+    "last layers": lambda rule, model: steppe.ParameterSubset(rule, rules.last_layers(model, 2)),
+    "half the weights": lambda rule, model: Stochastic(rule, 0.5),
     "two climbs": lambda rule, model: steppe.AscentSteps(rule, 2) if steppe.rules.needs_gradient(rule) else rule,
 }
 

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 import steppe
-from steppe.experiments.config.contenders import CONTENDERS
+from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.training.run import train as train_unit
@@ -111,7 +111,7 @@ def test_a_replay_counts_what_it_skips():
 
 # The experiments' steps, by graphs and one by one: 72 images in batches of 14 and of 15.
 
-CAPTURABLE = [name for name, contender in CONTENDERS.items() if contender.capturable]
+CAPTURABLE = [name for name, method in METHODS.items() if method.capturable]
 
 
 def images(n: int, seed: int) -> Split:
@@ -126,12 +126,12 @@ def experiment(folder: Path, method: str, *, stops: tuple[int, ...] = (), **fiel
     base = "adamw" if method == "adamw" else "sgd"
     options = {"width": 8, "batch_size": 16, "epochs": 8, "seeds": 1, "base": base, "lr": 0.01, "amp": False}
     recipe = Recipe(methods=(method,), device="cuda", **{**options, **fields})
-    unit, data = next(recipe.units()), Dataset("made", images(72, 0), images(50, 1), "made for tests")
+    run, data = next(recipe.runs()), Dataset("made", images(72, 0), images(50, 1), "made for tests")
     with join(recipe) as world:
         for steps in stops:
             with pytest.raises(Stopped):
-                train_unit(unit, folder, data.to("cuda"), world, stop=StopAfter(steps))
-        train_unit(unit, folder, data.to("cuda"), world)
+                train_unit(run, folder, data.to("cuda"), world, stop=StopAfter(steps))
+        train_unit(run, folder, data.to("cuda"), world)
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 

@@ -32,14 +32,14 @@ def test_a_sum_is_rounded_to_a_neighbor_and_right_on_average(dtype):
     e = torch.randn(50) * 10.0 ** torch.randint(-4, 0, (50,))
     exact = w.double() + e.double() * 0.5
     below, above = neighbors(exact.float(), dtype)
-    total, random_tensors = torch.zeros(50, dtype=torch.float64), 4000
-    for step in range(random_tensors):
+    total, num_draws = torch.zeros(50, dtype=torch.float64), 4000
+    for step in range(num_draws):
         target = w.clone()
         add_scaled_stochastically_([target], torch.tensor(0.5), [e], step=step)
         assert ((target == below) | (target == above)).all()
         total += target.double()
-    deviation = (above - below) / 2 / random_tensors**0.5
-    assert ((total / random_tensors - exact).abs() <= 5 * deviation + 1e-7 * exact.abs()).all()
+    deviation = (above - below) / 2 / num_draws**0.5
+    assert ((total / num_draws - exact).abs() <= 5 * deviation + 1e-7 * exact.abs()).all()
     assert ((w.double() + (e * 0.5).to(dtype).double()).to(dtype) == w).sum() > 5, "rounding to nearest loses some"
 
 

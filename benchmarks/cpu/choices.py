@@ -8,8 +8,8 @@ from typing import Any
 import torch
 import torch._dynamo
 import torch.nn.functional as F
+from epoch.methods import Problem
 
-from epoch.contenders import Problem
 from timing import in_turns, seconds, spread
 
 Row = dict[str, Any]

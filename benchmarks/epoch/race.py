@@ -1,4 +1,4 @@
-"""Contenders timed in turns, each right beside its base."""
+"""Methods timed in turns, each right beside its base."""
 
 import gc
 import math
@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from epoch.methods import MOMENTUM, SGD, Method, Problem
 
-from epoch.contenders import MOMENTUM, SGD, Contender, Problem
 from memory import Step
 from timing import in_turns, spread
 
@@ -20,9 +20,9 @@ WARM = 3  # steps before the first timing: what remembers has begun to, what is 
 
 @dataclass(frozen=True)
 class Runner:
-    """A contender, ready to be timed."""
+    """A method, ready to be timed."""
 
-    contender: Contender
+    method: Method
     call: Callable[[], None]
     steps: int
     """Steps in a call."""
@@ -35,38 +35,38 @@ class Times:
     own: list[float] = field(default_factory=list)
     base: list[float] = field(default_factory=list)
 
-    def row(self, contender: Contender, batch: int) -> dict[str, Any]:
+    def row(self, method: Method, batch: int) -> dict[str, Any]:
         """What the results say."""
         ratios = [own / base for own, base in zip(self.own, self.base, strict=True)]
         low, _, high = statistics.quantiles(ratios, n=4, method="inclusive")
         found = {**spread(self.own, self.base), "ratio_low": low, "ratio_high": high}
         return {
-            "passes": round(contender.passes, 4),
+            "passes": round(method.passes, 4),
             "images_per_second": round(batch / found["seconds"], 1),
             **{name: float(f"{value:.5g}") for name, value in found.items()},
             "timings": len(ratios),
-            "momentum": contender.momentum,
-            **({} if contender.target is None else {"target": contender.target}),
+            "momentum": method.momentum,
+            **({} if method.target is None else {"target": method.target}),
         }
 
 
 def race(
-    contenders: Sequence[Contender], problem: Problem, *, seconds: float, least: int, most: int = 100
+    methods: Sequence[Method], problem: Problem, *, seconds: float, least: int, most: int = 100
 ) -> tuple[dict[str, Any], dict[str, str]]:
-    """Time contenders for some seconds; return what was found of each, and why some could not be timed.
+    """Time methods for some seconds; return what was found of each, and why some could not be timed.
 
-    In a round each contender takes its steps twice, once after those of its base and once before them: what slows the
+    In a round each method takes its steps twice, once after those of its base and once before them: what slows the
     machine down then slows both down. Of a cadence, a timing is a whole period.
 
     Args:
-        contenders: each around SGD, with or without momentum.
+        methods: each around SGD, with or without momentum.
         problem: what is trained.
         seconds: no round begins later, beyond the least number of rounds.
         least: rounds that are made in any case.
         most: rounds that are enough.
     """
     gc.collect()  # the networks of the race before
-    runners, failed = _ready(contenders, problem)
+    runners, failed = _ready(methods, problem)
     bases = {0.0: _runner(SGD, problem), MOMENTUM.momentum: _runner(MOMENTUM, problem)}
     times = [Times() for _ in runners]
     end = time.monotonic() + seconds
@@ -75,8 +75,8 @@ def race(
             break
         for place in range(len(runners)):
             at = (turn + place) % len(runners)
-            _time(runners[at], bases[runners[at].contender.momentum], times[at], problem.device)
-    rows = {r.contender.name: t.row(r.contender, problem.batch) for r, t in zip(runners, times, strict=True)}
+            _time(runners[at], bases[runners[at].method.momentum], times[at], problem.device)
+    rows = {r.method.name: t.row(r.method, problem.batch) for r, t in zip(runners, times, strict=True)}
     return rows, failed
 
 
@@ -86,17 +86,17 @@ def _time(runner: Runner, base: Runner, times: Times, device: str) -> None:
     times.base += [seconds / base.steps for seconds in found["base"]]
 
 
-def _ready(contenders: Sequence[Contender], problem: Problem) -> tuple[list[Runner], dict[str, str]]:
+def _ready(methods: Sequence[Method], problem: Problem) -> tuple[list[Runner], dict[str, str]]:
     """Make them, and the reasons why not: one that fails does not lose the others."""
     runners, failed = [], {}
-    for contender in contenders:
-        if problem.graphs and not contender.capturable:
-            failed[contender.name] = "not one CUDA graph: its steps differ"
+    for method in methods:
+        if problem.graphs and not method.capturable:
+            failed[method.name] = "not one CUDA graph: its steps differ"
             continue
         try:
-            runners.append(_runner(contender, problem))
+            runners.append(_runner(method, problem))
         except Exception as error:  # (whatever it is, it is told)
-            failed[contender.name] = reason(error)
+            failed[method.name] = reason(error)
     return runners, failed
 
 
@@ -105,12 +105,12 @@ def reason(error: Exception) -> str:
     return f"{type(error).__name__}: {str(error).partition(chr(10))[0][:200]}"
 
 
-def _runner(contender: Contender, problem: Problem) -> Runner:
-    step = contender.step(problem)
+def _runner(method: Method, problem: Problem) -> Runner:
+    step = method.step(problem)
     if problem.graphs:
         step = captured(step)
     least = ON_GPU if problem.device == "cuda" else 1
-    steps = contender.period * math.ceil(least / contender.period)
+    steps = method.period * math.ceil(least / method.period)
 
     def call() -> None:
         for _ in range(steps):
@@ -118,7 +118,7 @@ def _runner(contender: Contender, problem: Problem) -> Runner:
 
     for _ in range(math.ceil(WARM / steps)):
         call()
-    return Runner(contender, call, steps)
+    return Runner(method, call, steps)
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ the demo's (width 16, 64 images, a stem of stride 2), in float32; on a GPU the a
 bfloat16 autocast. Images and convolutions lie channels-last, but not with several threads of a CPU, where torch 2.13's
 backward of a strided 1x1 convolution writes beyond its memory in that layout.
 
-Each contender is timed right beside its base, in turns, in one run: quote the ratios. They are medians over the
+Each method is timed right beside its base, in turns, in one run: quote the ratios. They are medians over the
 timings. The base is SGD; that of MSAM, which climbs along the momentum, is SGD with momentum. Methods whose steps
 differ are timed over whole periods, so that the mean is that of a training. What a ratio is above the planned passes
 is the overhead: of the climb itself, of small batches, of Python.
@@ -26,7 +26,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from epoch.contenders import MSAM, QUARTER, SHARP, Problem, everybody
+from epoch.methods import MSAM, QUARTER, SHARP, Problem, everybody
+
 from epoch.race import race, reason
 from epoch.table import render
 from results import add_arguments, read, save

@@ -34,7 +34,7 @@ sys.path.insert(0, str(HERE.parent))
 
 from flatness.problem import Problem, exact, problem  # noqa: E402
 from flatness.table import render  # noqa: E402
-from flatness.tools import TOOLS, Contender, version  # noqa: E402
+from flatness.tools import TOOLS, Method, version  # noqa: E402
 from timing import spread  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -88,17 +88,17 @@ def measured(case: str, repeat: int, peers: list[Path]) -> dict[str, Any]:
     return memory(peers)
 
 
-def contenders(defaults: bool) -> list[Contender]:
+def methods(defaults: bool) -> list[Method]:
     """All tools that are here with tuned settings, and by default as they come."""
     here = [name for name, tool in TOOLS.items() if version(tool()) is not None]
-    found = [Contender(TOOLS[name](), TUNED[name], tuned=True) for name in here]
-    return found + [Contender(TOOLS[name]()) for name in here] * defaults
+    found = [Method(TOOLS[name](), TUNED[name], tuned=True) for name in here]
+    return found + [Method(TOOLS[name]()) for name in here] * defaults
 
 
 def eigenvalue(width: int, batches: int, repeat: int) -> dict[str, Any]:
     """The largest eigenvalue, in turns; as they come, the tools are asked where there is one batch."""
     at = problem(width, batches)
-    true, rows = exact(at), contenders(defaults=batches == 1)
+    true, rows = exact(at), methods(defaults=batches == 1)
     times, errors, products = ([[] for _ in rows] for _ in range(3))
     for turn in range(repeat):
         for i, row in enumerate(rows):
@@ -124,7 +124,7 @@ def eigenvalue(width: int, batches: int, repeat: int) -> dict[str, Any]:
 def densities(width: int, batches: int, probes: int, steps: int, repeat: int) -> dict[str, Any]:
     """The spectral density with as many probes and steps, in turns."""
     at, rows, failed = problem(width, batches), [], []
-    for row in contenders(defaults=False):
+    for row in methods(defaults=False):
         try:
             row.tool.density(at, 0, 1, 2)
             rows.append(row)

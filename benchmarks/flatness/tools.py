@@ -208,7 +208,7 @@ class Curvlinops:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Method:
     """A tool with what it is told."""
 
     tool: Tool

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from presets.contender import register
+from presets.method import register
+
 from results import Result
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.training.evaluation import Record
 from steppe.flatness import Flatness
 
@@ -16,8 +17,8 @@ class Comparison:
     """All seeds of a recipe that were trained on a device."""
 
     recipe: Recipe
-    results: Mapping[Unit, list[Record]]
-    flatness: Mapping[tuple[Unit, int], Flatness]
+    results: Mapping[Run, list[Record]]
+    flatness: Mapping[tuple[Run, int], Flatness]
     """By run and standardized epoch."""
     failed: Sequence[str]
     """What could not be trained or measured, and why."""
@@ -32,16 +33,16 @@ def comparison(found: Sequence[Result], way: str = "") -> Comparison:
     recipe = replace(recipe, first_seed=seeds[0], seeds=len(seeds))
     results, flatness, failed = {}, {}, []
     for run in runs:
-        unit = Unit(recipe, run["method"], run["seed"])
+        run = Run(recipe, run["method"], run["seed"])
         if "failed" in run:
-            failed.append(f"{unit.name}: {run['failed']}")
+            failed.append(f"{run.name}: {run['failed']}")
         else:
-            results[unit] = [Record(**record) for record in run["records"]]
+            results[run] = [Record(**record) for record in run["records"]]
         for epoch, measured in run.get("flatness", {}).items():
             if "failed" in measured:
-                failed.append(f"flatness of {unit.name} after {epoch} standardized epochs: {measured['failed']}")
+                failed.append(f"flatness of {run.name} after {epoch} standardized epochs: {measured['failed']}")
             else:
-                flatness[unit, int(epoch)] = Flatness.from_json(measured)
+                flatness[run, int(epoch)] = Flatness.from_json(measured)
     return Comparison(recipe, results, flatness, failed)
 
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.measuring.measure import Sampling, objectives
 from steppe.experiments.models.preact_resnet import preact_resnet18
@@ -13,12 +13,12 @@ from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.training.run import owner
 from steppe.experiments.training.sharpness import flatness_sample
 from steppe.experiments.training.stopping import Stop, Stopped
-from steppe.flatness import Effort, measure
+from steppe.flatness import Budget, measure
 
-_TINY = Effort(m=16, steps=2, restarts=1, pairs=2, top=1, tol=0.5, probes=2, density_probes=1, density_steps=4)
+_TINY = Budget(m=16, steps=2, restarts=1, pairs=2, top=1, tol=0.5, probes=2, density_probes=1, density_steps=4)
 
 
-def flatness(unit: Unit, folder: Path, images: Dataset, stop: Stop, *, tiny: bool) -> dict[str, Any]:
+def flatness(run: Run, folder: Path, images: Dataset, stop: Stop, *, tiny: bool) -> dict[str, Any]:
     """Measure the run's checkpoint as `steppe measure` does, without landscapes; what failed says why.
 
     Raises Stopped when that was asked for.
@@ -28,15 +28,15 @@ def flatness(unit: Unit, folder: Path, images: Dataset, stop: Stop, *, tiny: boo
         if stop:
             raise Stopped(stop.signal)
 
-    recipe = unit.recipe
+    recipe = run.recipe
     network = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
-    network.load_state_dict(checkpoints.load(folder / CHECKPOINT, owner(unit, 1, None))["model"])
+    network.load_state_dict(checkpoints.load(folder / CHECKPOINT, owner(run, 1, None))["model"])
     network.to(images.train.images.device)
     sampling = Sampling(samples=32) if tiny else Sampling()
-    sample = flatness_sample(images.train, sampling.samples, unit.seed)
+    sample = flatness_sample(images.train, sampling.samples, run.seed)
     plain, normalized = objectives(network, sample, sampling, pause)
     try:
-        found = measure(plain, replace(_TINY if tiny else Effort(), points=0), normalized=normalized)
+        found = measure(plain, replace(_TINY if tiny else Budget(), points=0), normalized=normalized)
     except (FloatingPointError, ValueError, RuntimeError) as error:  # the run's accuracies are worth more than this
         return {"failed": " ".join(str(error).split())}
     return {k: v for k, v in found.to_json().items() if "landscape" not in k}

@@ -9,7 +9,7 @@ from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.analysis.verdicts import CAVEATS, compared
 from steppe.experiments.config.method_spec import parse
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 
 _PRECISION = "| method | test %, bfloat16 | float32 | difference | gap, bfloat16 | float32 | difference | runs |"
 
@@ -85,10 +85,10 @@ def _flatness(known: Comparison) -> list[str]:
         for at, words in (("epochs", "at equal compute"), ("standardized_epochs", "at the ends of all runs")):
             pairs = [
                 (known.flatness[ours], known.flatness[theirs])
-                for unit in known.results
-                if unit.method == method
-                and (ours := (unit, _epoch(unit, at))) in known.flatness
-                and (theirs := (other := Unit(known.recipe, reference, unit.seed), _epoch(other, at))) in known.flatness
+                for run in known.results
+                if run.method == method
+                and (ours := (run, _epoch(run, at))) in known.flatness
+                and (theirs := (other := Run(known.recipe, reference, run.seed), _epoch(other, at))) in known.flatness
             ]
             verdict = compared(method, reference, labels, pairs)
             if verdict is not None:
@@ -97,13 +97,13 @@ def _flatness(known: Comparison) -> list[str]:
     return [*lines, *(f"- {caveat}" for caveat in CAVEATS)]
 
 
-def _epoch(unit: Unit, at: str) -> int:
-    return unit.recipe.epochs if at == "epochs" else unit.standardized_epochs
+def _epoch(run: Run, at: str) -> int:
+    return run.recipe.epochs if at == "epochs" else run.standardized_epochs
 
 
 def _ends(known: Comparison, method: str, name: str) -> dict[int, float]:
     """A field of the last record of each run, by seed."""
-    return {unit.seed: getattr(records[-1], name) for unit, records in known.results.items() if unit.method == method}
+    return {run.seed: getattr(records[-1], name) for run, records in known.results.items() if run.method == method}
 
 
 def _both(value: Estimate) -> str:

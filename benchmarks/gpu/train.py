@@ -22,13 +22,14 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "src")]
 
+from presets.method import register  # noqa: E402
+
 import results  # noqa: E402
 from gpu.flatness import flatness  # noqa: E402
 from gpu.place import Place, add_arguments  # noqa: E402
 from gpu.plan import Training, pieces  # noqa: E402
-from presets.contender import register  # noqa: E402
 from steppe.experiments import data  # noqa: E402
-from steppe.experiments.config.recipe import RECIPES, Recipe, Unit  # noqa: E402
+from steppe.experiments.config.recipe import RECIPES, Recipe, Run  # noqa: E402
 from steppe.experiments.data.datasets import Dataset, Split  # noqa: E402
 from steppe.experiments.errors import ExperimentError  # noqa: E402
 from steppe.experiments.execution.progress import Lines  # noqa: E402
@@ -55,9 +56,9 @@ class Watch(Lines):
     cut: bool = False
     """Be asked to stop after the first measurement, as a rehearsal of it."""
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Say it; stop where the weights are wanted, with a checkpoint of exactly these."""
-        super().measured(unit, record)
+        super().measured(run, record)
         if self.cut:
             os.kill(os.getpid(), signal.SIGTERM)
         if record.standardized_epoch in self.due:
@@ -92,11 +93,11 @@ class Runs:
         for way, fields in self.training.ways.items():
             yield way, resolve(replace(recipe, **{**self.begun["configuration"], **fields}))
 
-    def units(self) -> Iterator[tuple[str, Unit, Path]]:
+    def runs(self) -> Iterator[tuple[str, Run, Path]]:
         """Each run, with the way that it is trained in and its folder."""
         for way, recipe in self.recipes():
-            for unit in recipe.units():
-                yield way, unit, self.folder / "runs" / f"{way}-{unit.name}".removeprefix("-")
+            for run in recipe.runs():
+                yield way, run, self.folder / "runs" / f"{way}-{run.name}".removeprefix("-")
 
     def dataset(self) -> Dataset:
         """The images, on the CPU."""
@@ -112,9 +113,9 @@ class Runs:
         began = time.monotonic()
         try:
             with on_signals() as stop:
-                for way, unit, folder in self.units():
+                for way, run, folder in self.runs():
                     if not (folder / "outcome.json").exists():
-                        self._one(way, unit, folder, images, stop, cut)
+                        self._one(way, run, folder, images, stop, cut)
         finally:
             self.begun["wall"] += time.monotonic() - began
             self.begun["calls"] += 1
@@ -123,36 +124,36 @@ class Runs:
     def result(self) -> dict[str, Any]:
         """What came out."""
         recipes = {way: replace(recipe, data_dir=None).to_json() for way, recipe in self.recipes()}
-        outcomes = [json.loads((folder / "outcome.json").read_text()) for *_, folder in self.units()]
+        outcomes = [json.loads((folder / "outcome.json").read_text()) for *_, folder in self.runs()]
         return {**self.begun, "recipes": recipes, "runs": outcomes}
 
-    def _one(self, way: str, unit: Unit, folder: Path, images: Dataset, stop: Stop, cut: bool) -> None:
-        with join(unit.recipe) as world:
+    def _one(self, way: str, run: Run, folder: Path, images: Dataset, stop: Stop, cut: bool) -> None:
+        with join(run.recipe) as world:
             try:
-                found = {"records": [r.to_json() for r in self._trained(unit, folder, images, world, stop, cut)]}
+                found = {"records": [r.to_json() for r in self._trained(run, folder, images, world, stop, cut)]}
             except ExperimentError as error:
                 found = {"failed": str(error)}
         measured = folder / "flatness.json"
         if measured.exists():
             found["flatness"] = json.loads(measured.read_text())
-        write_json(folder / "outcome.json", {"way": way, "method": unit.method, "seed": unit.seed, **found})
+        write_json(folder / "outcome.json", {"way": way, "method": run.method, "seed": run.seed, **found})
         (folder / CHECKPOINT).unlink(missing_ok=True)
 
-    def _trained(self, unit: Unit, folder: Path, images: Dataset, world: World, stop: Stop, cut: bool) -> list[Record]:
+    def _trained(self, run: Run, folder: Path, images: Dataset, world: World, stop: Stop, cut: bool) -> list[Record]:
         """Train a run, with a rest wherever its flatness is measured; return its records."""
         file = folder / "flatness.json"
-        ends = {unit.recipe.epochs, unit.standardized_epochs} if self.training.flatness else set()
+        ends = {run.recipe.epochs, run.standardized_epochs} if self.training.flatness else set()
         while True:
             known = json.loads(file.read_text()) if file.exists() else {}
             due = frozenset(end for end in ends if str(end) not in known)
             here = _point(folder)
             if here in due and (folder / CHECKPOINT).exists():  # there may have been no room for it on the way here
                 print(f"flatness after {here} standardized epochs", flush=True)
-                found = flatness(unit, folder, images, stop, tiny=self.place.arguments.tiny)
+                found = flatness(run, folder, images, stop, tiny=self.place.arguments.tiny)
                 write_json(file, {**known, str(here): found})
                 continue
             try:
-                return train(unit, folder, images, world, Watch(due=due, cut=cut), stop)
+                return train(run, folder, images, world, Watch(due=due, cut=cut), stop)
             except Stopped:
                 if stop:
                     raise

@@ -10,7 +10,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from steppe.experiments.config.contenders import BASES
+from steppe.experiments.config.methods import BASES
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.batches import Batch, batches, order
 from steppe.experiments.data.datasets import Dataset
@@ -84,7 +84,7 @@ class Ours:
         recipe = replace(recipe, methods=(method,), **choice.fields)
         self._choice, self._world = choice, World(torch.device(recipe.device))
         with self._kernels(), mock.patch.object(training, "BASES", BASES if choice.fused else _unfused()):
-            self.run = training.Run(next(recipe.units()), data, self._world)
+            self.run = training.Training(next(recipe.runs()), data, self._world)
         self._batches = self._for_ever()
         self._total = torch.zeros((), dtype=torch.float64, device=self._world.device)
 
@@ -104,8 +104,8 @@ class Ours:
     def _for_ever(self) -> Iterator[Batch]:
         run = self.run
         for epoch in count():
-            indices = order(run.images, run.unit.seed, epoch)
-            yield from batches(run.data.train, run.unit.recipe.batch_size, indices, self._world, epoch=epoch)
+            indices = order(run.images, run.run.seed, epoch)
+            yield from batches(run.data.train, run.run.recipe.batch_size, indices, self._world, epoch=epoch)
 
 
 def _unfused() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Contenders that are made one by one and then timed in turns; what fails is told, and loses nothing of the others."""
+"""Methods that are made one by one and then timed in turns; what fails is told, and loses nothing of the others."""
 
 import time
 from collections.abc import Callable, Mapping

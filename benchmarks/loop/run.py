@@ -49,7 +49,7 @@ METHODS = {"sgd": 1, "sam": 2}  # passes a step
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What is trained, and how much of it is timed."""
 
     recipe: Recipe
@@ -66,17 +66,17 @@ class Setting:
         return count(len(self.dataset.train), self.recipe.batch_size)
 
 
-def setting(args: argparse.Namespace) -> Setting:
+def setting(args: argparse.Namespace) -> RunContext:
     """The article's, or a tiny one."""
     recipe = replace(RECIPES["article"][0], seeds=1, device=args.device, threads=1)
     if args.tiny:
         recipe = replace(recipe, width=2, stem_stride=2, batch_size=16)
-        return Setting(recipe, random_images(88, 32), warm=8, chunk=2, rounds=2, workers=(0,))
+        return RunContext(recipe, random_images(88, 32), warm=8, chunk=2, rounds=2, workers=(0,))
     dataset = data.load("fashion-mnist", args.data) if args.data is not None else random_images(60_000, 10_000)
     if args.device == "cpu":
         recipe = replace(recipe, width=16, stem_stride=2)
-        return Setting(recipe, dataset, warm=4, chunk=4, rounds=3, workers=(0, 1))
-    return Setting(recipe, dataset, warm=75, chunk=60, rounds=5, workers=(4, 0))
+        return RunContext(recipe, dataset, warm=4, chunk=4, rounds=3, workers=(0, 1))
+    return RunContext(recipe, dataset, warm=75, chunk=60, rounds=5, workers=(4, 0))
 
 
 def random_images(train: int, test: int) -> Dataset:
@@ -92,7 +92,7 @@ def random_images(train: int, test: int) -> Dataset:
     return Dataset("random", *splits, "random images")
 
 
-def contenders(at: Setting, on_device: Dataset, args: argparse.Namespace) -> dict[Key, Callable[[], AscentSteps]]:
+def methods(at: RunContext, on_device: Dataset, args: argparse.Namespace) -> dict[Key, Callable[[], AscentSteps]]:
     """How each is made, what matters most first."""
     sam = classic(args.classic)
     found: dict[Key, Callable[[], AscentSteps]] = {}
@@ -127,7 +127,7 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     }
     del network
     race = Race(args.device, at.warm, at.chunk)
-    race.enter(contenders(at, on_device, args), begin + 0.6 * span)
+    race.enter(methods(at, on_device, args), begin + 0.6 * span)
     race.rounds(at.rounds, begin + 0.75 * span)
     found |= summary(race, at, choices(args.device, tiny=args.tiny), args.device)
     save("loop", found, args)
@@ -139,18 +139,18 @@ def measured(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def training_network(at: Setting, device: str) -> torch.nn.Module:
+def training_network(at: RunContext, device: str) -> torch.nn.Module:
     """The network, to count by."""
     return Ours(replace(at.recipe, device="cpu"), "sgd", at.dataset, Choice()).run.network.to(device)
 
 
-def _batch(at: Setting, on_device: Dataset) -> tuple[torch.Tensor, int]:
+def _batch(at: RunContext, on_device: Dataset) -> tuple[torch.Tensor, int]:
     images = data.normalize(on_device.train.images[: at.recipe.batch_size])
     return images, len(at.dataset.train)
 
 
-def summary(race: Race, at: Setting, known: dict[str, Choice], device: str) -> dict[str, Any]:
-    """A row a contender, in seconds a pass; and which choice of a recipe is fastest, both methods together."""
+def summary(race: Race, at: RunContext, known: dict[str, Choice], device: str) -> dict[str, Any]:
+    """A row a method, in seconds a pass; and which choice of a recipe is fastest, both methods together."""
     rows: list[dict[str, Any]] = []
     passes = {key: [step * at.steps / METHODS[key[1]] for step in steps] for key, steps in race.times.items()}
     beside = {method: _theirs(passes, method) for method in METHODS}
@@ -175,7 +175,7 @@ def _theirs(passes: dict[Key, list[float]], method: str) -> list[float] | None:
     return min(theirs, key=min, default=None)
 
 
-def whole(best: dict[str, Any], at: Setting, device: str) -> dict[str, Any]:
+def whole(best: dict[str, Any], at: RunContext, device: str) -> dict[str, Any]:
     """Two whole passes of the best, an evaluation and a checkpoint of it; and the experiment in minutes."""
     run = best["sam"].run
     epochs = {method: 2 // METHODS[method] for method in METHODS}
@@ -193,17 +193,17 @@ def whole(best: dict[str, Any], at: Setting, device: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         save_it = partial(checkpoints.save, Path(folder) / "checkpoint.pt", "benchmark")
         saving = seconds(lambda: save_it(run.state_dict()), device=device)
-    units = {unit.method: unit for unit in replace(at.recipe, methods=tuple(METHODS)).units()}
+    runs = {run.method: run for run in replace(at.recipe, methods=tuple(METHODS)).runs()}
     minutes = {
-        "training": sum(min(made[m]) * unit.standardized_epochs for m, unit in units.items()) / 60,
-        "evaluation": sum(len(unit.grid) for unit in units.values()) * look / 60,
-        "checkpoints": sum(unit.standardized_epochs / METHODS[m] for m, unit in units.items()) * saving / 60,
+        "training": sum(min(made[m]) * run.standardized_epochs for m, run in runs.items()) / 60,
+        "evaluation": sum(len(run.grid) for run in runs.values()) * look / 60,
+        "checkpoints": sum(run.standardized_epochs / METHODS[m] for m, run in runs.items()) * saving / 60,
     }
     return {
         "whole_passes": made,
         "evaluation": look,
         "checkpoint": saving,
-        "experiment_passes": {m: unit.standardized_epochs for m, unit in units.items()},
+        "experiment_passes": {m: run.standardized_epochs for m, run in runs.items()},
         "experiment_minutes": {**minutes, "together": sum(minutes.values())},
     }
 

@@ -23,11 +23,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
+from presets.method import register  # noqa: E402
+
 import results  # noqa: E402
-from presets.contender import register  # noqa: E402
 from presets.table import render  # noqa: E402
 from steppe.experiments import data  # noqa: E402
-from steppe.experiments.config.recipe import RECIPES, Recipe, Unit  # noqa: E402
+from steppe.experiments.config.recipe import RECIPES, Recipe, Run  # noqa: E402
 from steppe.experiments.data.datasets import Dataset, Split  # noqa: E402
 from steppe.experiments.training.run import train  # noqa: E402
 from steppe.experiments.world import join, resolve  # noqa: E402
@@ -38,7 +39,7 @@ RADII = (0.05, 0.1, 0.2)
 
 
 def candidates() -> Iterator[str]:
-    """Every contender of the search; SGD and SAM first."""
+    """Every method of the search; SGD and SAM first."""
     yield "sgd"
     for rho in RADII:
         yield f"sam:rho={rho}"
@@ -112,22 +113,22 @@ def recipe(stage: Stage, methods: Sequence[str], *, amp: bool, tiny: bool) -> Re
     return replace(RECIPES["demo"][0], **made, eval_every=epochs, width=width, threads=1, device="cpu", amp=amp)
 
 
-def one(job: tuple[Unit, Dataset]) -> dict[str, Any]:
+def one(job: tuple[Run, Dataset]) -> dict[str, Any]:
     """Train a run; return what it came to."""
-    unit, dataset = job
+    run, dataset = job
     register()
-    with join(unit.recipe) as world, tempfile.TemporaryDirectory() as folder:
-        last = train(unit, Path(folder), dataset, world)[-1]
-    return {"method": unit.method, "seed": unit.seed, **{name: getattr(last, name) for name in KEPT}}
+    with join(run.recipe) as world, tempfile.TemporaryDirectory() as folder:
+        last = train(run, Path(folder), dataset, world)[-1]
+    return {"method": run.method, "seed": run.seed, **{name: getattr(last, name) for name in KEPT}}
 
 
 def main() -> None:
     """Parse the arguments and make the runs that are not made yet."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stage", choices=STAGES)
-    parser.add_argument("specs", nargs="*", help="contenders; the search has a list of its own")
+    parser.add_argument("specs", nargs="*", help="methods; the search has a list of its own")
     parser.add_argument("--data", type=Path, help="the folder of the full Fashion-MNIST")
-    parser.add_argument("--seeds", type=int, help="runs of each contender, in the place of the stage's number")
+    parser.add_argument("--seeds", type=int, help="runs of each method, in the place of the stage's number")
     parser.add_argument("--amp", action="store_true", help="compute in bfloat16")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time, of one thread each")
     results.add_arguments(parser, device="cpu")
@@ -144,11 +145,11 @@ def main() -> None:
         "runs": results.kept(name, args).get("runs", []),
     }
     known = {(run["method"], run["seed"]) for run in found["runs"]}
-    units = [unit for unit in at.units() if (unit.method, unit.seed) not in known]
-    if units:
+    runs = [run for run in at.runs() if (run.method, run.seed) not in known]
+    if runs:
         dataset = stage.dataset(args.data)
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:
-            for run in pool.imap_unordered(one, [(unit, dataset) for unit in units]):
+            for run in pool.imap_unordered(one, [(run, dataset) for run in runs]):
                 found["runs"].append(run)
                 results.save(name, found, args)
                 print(

@@ -5,7 +5,7 @@ from typing import Any
 from results import Result
 from steppe.experiments.analysis.statistics import Estimate, estimate
 
-_HEADS = "| contender | passes a step | test % | gap, points | test beside SAM | gap beside SAM | runs |"
+_HEADS = "| method | passes a step | test % | gap, points | test beside SAM | gap beside SAM | runs |"
 _LINE = "|---|---:|---:|---:|---:|---:|---:|"
 
 

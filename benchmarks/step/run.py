@@ -9,8 +9,8 @@
 one that was measured), ``--peers`` a folder of
 ``pip install --no-deps --target DIR pytorch_optimizer==4.1.0``.
 
-The base is SGD; the gradients are put by hand, twice a step. In every round each contender is built, warmed up, timed
-and dropped, in turns; so no two of them hold memory at a time. A contender's time is its step's minus the base's in the
+The base is SGD; the gradients are put by hand, twice a step. In every round each method is built, warmed up, timed
+and dropped, in turns; so no two of them hold memory at a time. A method's time is its step's minus the base's in the
 same round, which has the same two puttings and one ``zero_grad``. With one thread on a CPU it is processor time, else
 wall time; on a GPU after waiting for it. Steppe's look for NaN and inf in the gradient that goes down (1N more) is part
 of its time; the others have none.
@@ -38,8 +38,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import results  # noqa: E402
-from step.contenders import Build, Floor, Put, Step, found, tensors  # noqa: E402
 from step.counting import Counted, kernels  # noqa: E402
+from step.implementations import Build, Floor, Put, Step, found, tensors  # noqa: E402
 from step.shapes import CASES, TITLES, Shapes, toy, weights  # noqa: E402
 from step.table import render  # noqa: E402
 from timing import spread  # noqa: E402
@@ -61,19 +61,19 @@ def main() -> None:
     parser.add_argument("--name", default="step", help="of the result")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    contenders, versions = found(arguments.classic, arguments.peers)
+    methods, versions = found(arguments.classic, arguments.peers)
     names = arguments.case or (list(CASES) if arguments.device == "cuda" else ["resnet18", "vit_b16"])
     data = {
-        "cases": [_case(name, contenders, arguments) for name in names],
-        "host": [row for name in CASES for row in _host(name, contenders, arguments)],
+        "cases": [_case(name, methods, arguments) for name in names],
+        "host": [row for name in CASES for row in _host(name, methods, arguments)],
     }
     path = results.save(arguments.name, data, arguments, **versions)
     print(render(results.read(path)))
     print(path)
 
 
-def _case(name: str, contenders: dict[str, Build], arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time, and what is counted, of all contenders with one network's tensors."""
+def _case(name: str, methods: dict[str, Build], arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time, and what is counted, of all methods with one network's tensors."""
     shapes = toy(name) if arguments.tiny else CASES[name]()
     size, dtype = weights(shapes), getattr(torch, arguments.dtype)
     parameters, put = _putting(shapes, arguments.device, dtype)
@@ -85,7 +85,7 @@ def _case(name: str, contenders: dict[str, Build], arguments: argparse.Namespace
     def copy(_: object) -> Step:
         return Floor(part, arguments.device, dtype).copy
 
-    turns = {**contenders, "floor": floor, "copy": copy}
+    turns = {**methods, "floor": floor, "copy": copy}
     rounds = 2 if arguments.tiny else arguments.rounds
     repeat = arguments.repeat or (1 if arguments.tiny else max(3, min(20, 100_000_000 // size)))
     clock = _clock(arguments)
@@ -99,7 +99,7 @@ def _case(name: str, contenders: dict[str, Build], arguments: argparse.Namespace
             _forget(parameters)
     beside_base = _beside_base(times)
     beside_base["floor"] = [t * size / part for t in times["floor"]]
-    base = _counts(contenders["base"], parameters, put, arguments.device)
+    base = _counts(methods["base"], parameters, put, arguments.device)
     rows = []
     for key, own in beside_base.items():
         counts = _counts(turns[key], parameters, put, arguments.device)
@@ -113,7 +113,7 @@ def _case(name: str, contenders: dict[str, Build], arguments: argparse.Namespace
                 counts[memory] /= size * dtype.itemsize
         rows.append(
             {
-                "contender": key,
+                "method": key,
                 "time": spread(own, beside_base["steppe"]),
                 "bytes": in_bytes,
                 "traffic": in_bytes / dtype.itemsize,
@@ -135,10 +135,10 @@ def _case(name: str, contenders: dict[str, Build], arguments: argparse.Namespace
     }
 
 
-def _host(name: str, contenders: dict[str, Build], arguments: argparse.Namespace) -> list[dict[str, Any]]:
+def _host(name: str, methods: dict[str, Build], arguments: argparse.Namespace) -> list[dict[str, Any]]:
     """The time in which the host is done, with as many tensors as the network has and hardly a weight in them."""
     parameters, put = _putting(toy(name), arguments.device, torch.float32)
-    steps = {key: build(parameters) for key, build in contenders.items()}
+    steps = {key: build(parameters) for key, build in methods.items()}
     repeat, rounds = (1, 2) if arguments.tiny else (50, max(arguments.rounds, 7))
     times: dict[str, list[float]] = {key: [] for key in steps}
     for _ in range(rounds):
@@ -146,7 +146,7 @@ def _host(name: str, contenders: dict[str, Build], arguments: argparse.Namespace
             times[key].append(_seconds(step, put, repeat, time.process_time if arguments.device == "cpu" else None))
     own = _beside_base(times)
     return [
-        {"contender": key, "tensors": len(parameters), "time": spread(values, own["steppe"])}
+        {"method": key, "tensors": len(parameters), "time": spread(values, own["steppe"])}
         for key, values in own.items()
     ]
 
@@ -163,7 +163,7 @@ def _putting(shapes: Shapes, device: str, dtype: torch.dtype) -> tuple[list[torc
 
 
 def _forget(parameters: list[torch.nn.Parameter]) -> None:
-    """Leave nothing of a contender behind but the weights."""
+    """Leave nothing of a method behind but the weights."""
     for p in parameters:
         p.grad = None
     gc.collect()
@@ -195,7 +195,7 @@ def _seconds(step: Step, put: Put, repeat: int, clock: Callable[[], float] | Non
 
 
 def _beside_base(times: dict[str, list[float]]) -> dict[str, list[float]]:
-    """The contenders' own time, round by round."""
+    """The methods' own time, round by round."""
     others = [key for key in times if key not in ("base", "floor", "copy")]
     return {key: [t - b for t, b in zip(times[key], times["base"], strict=True)] for key in others}
 

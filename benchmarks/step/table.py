@@ -41,7 +41,7 @@ def _case(case: dict[str, Any], on_gpu: bool) -> list[str]:
 def _cells(row: dict[str, Any], on_gpu: bool) -> list[str]:
     time = row["time"]
     cells = [
-        _NAMES[row["contender"]],
+        _NAMES[row["method"]],
         f"{1e3 * time['seconds']:.3g} ({1e3 * time['fastest']:.3g} to {1e3 * time['slowest']:.3g})",
         f"{time['ratio']:.2f} ({time['ratio_least']:.2f} to {time['ratio_most']:.2f})",
         f"{row['operations']}",
@@ -58,7 +58,7 @@ def _host(rows: list[dict[str, Any]]) -> list[str]:
     counts = sorted({row["tensors"] for row in rows})
     by_name: dict[str, dict[int, dict[str, float]]] = {}
     for row in rows:
-        by_name.setdefault(row["contender"], {})[row["tensors"]] = row["time"]
+        by_name.setdefault(row["method"], {})[row["tensors"]] = row["time"]
     return [
         "**The host's time** for the same numbers of tensors with hardly an entry each, ms",
         "",

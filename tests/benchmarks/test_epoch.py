@@ -13,14 +13,15 @@ from torch.nn.modules.module import register_module_forward_pre_hook
 ROOT = Path(__file__).parents[2]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
+from epoch.methods import MOMENTUM, MSAM, QUARTER, SGD, SHARP, Problem, everybody  # noqa: E402
+
 import results  # noqa: E402
 import timing  # noqa: E402
-from epoch import contenders, figure, race, run, table  # noqa: E402
-from epoch.contenders import MOMENTUM, MSAM, QUARTER, SGD, SHARP, Problem, everybody  # noqa: E402
+from epoch import figure, methods, race, run, table  # noqa: E402
 from steppe.experiments.models.preact_resnet import PreActResNet18  # noqa: E402
 
 TINY = Problem(8, 1, 2)
-each = pytest.mark.parametrize("contender", everybody(TINY), ids=lambda contender: contender.name)
+each = pytest.mark.parametrize("method", everybody(TINY), ids=lambda method: method.name)
 
 
 @pytest.fixture
@@ -43,7 +44,7 @@ def clock(passes, monkeypatch):
     monkeypatch.setattr(timing, "time", SimpleNamespace(perf_counter=lambda: passes[0]))
 
 
-def trained(contender, problem, monkeypatch, steps):
+def trained(method, problem, monkeypatch, steps):
     """The weights after some steps."""
     networks = []
 
@@ -54,7 +55,7 @@ def trained(contender, problem, monkeypatch, steps):
     made = Problem.network
     with monkeypatch.context() as patch:
         patch.setattr(Problem, "network", network)
-        step = contender.step(problem)
+        step = method.step(problem)
     for _ in range(steps):
         torch.manual_seed(0)
         step()
@@ -65,7 +66,7 @@ def trained(contender, problem, monkeypatch, steps):
 def test_where_only_passes_take_time_everybody_costs_the_planned_ones():
     rows, failed = race.race(everybody(TINY), TINY, seconds=0.0, least=1)
     assert not failed
-    assert list(rows) == [contender.name for contender in everybody(TINY)]
+    assert list(rows) == [method.name for method in everybody(TINY)]
     for name, row in rows.items():
         assert row["ratio_least"] == pytest.approx(row["passes"], abs=1e-3), name
         assert row["ratio_most"] == pytest.approx(row["passes"], abs=1e-3), name
@@ -74,11 +75,11 @@ def test_where_only_passes_take_time_everybody_costs_the_planned_ones():
 
 
 @each
-def test_nobody_is_the_base_in_disguise(contender, monkeypatch):
-    base = MOMENTUM if contender.momentum else SGD
-    steps = max(contender.period, 3)
-    found, alone = (trained(who, TINY, monkeypatch, steps) for who in (contender, base))
-    assert torch.equal(found, alone) == (contender.name == base.name)
+def test_nobody_is_the_base_in_disguise(method, monkeypatch):
+    base = MOMENTUM if method.momentum else SGD
+    steps = max(method.period, 3)
+    found, alone = (trained(who, TINY, monkeypatch, steps) for who in (method, base))
+    assert torch.equal(found, alone) == (method.name == base.name)
 
 
 def test_the_base_is_sgd_on_the_batch(monkeypatch):
@@ -97,7 +98,7 @@ def test_msam_stands_beside_sgd_with_momentum(monkeypatch):
     timed = []
     monkeypatch.setattr(race, "_time", lambda runner, base, times, device: timed.append((runner, base)) or _full(times))
     race.race([SHARP, MSAM], TINY, seconds=0.0, least=1)
-    assert [(r.contender.name, b.contender.name) for r, b in timed] == [
+    assert [(r.method.name, b.method.name) for r, b in timed] == [
         (SHARP.name, SGD.name),
         (MSAM.name, MOMENTUM.name),
     ]
@@ -125,13 +126,13 @@ def test_with_graphs_only_whole_steps_are_captured_and_the_rest_is_left_out(monk
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
-@pytest.mark.parametrize("contender", [SGD, SHARP, QUARTER, MSAM], ids=lambda contender: contender.name)
-def test_a_captured_step_is_the_step(contender, monkeypatch):
+@pytest.mark.parametrize("method", [SGD, SHARP, QUARTER, MSAM], ids=lambda method: method.name)
+def test_a_captured_step_is_the_step(method, monkeypatch):
     problem = Problem(8, 4, 2, device="cuda", graphs=True)
-    eager = trained(contender, problem, monkeypatch, race.WARM + 4)
-    make = contenders.Contender.step
-    monkeypatch.setattr(contenders.Contender, "step", lambda self, problem: race.captured(make(self, problem)))
-    torch.testing.assert_close(trained(contender, problem, monkeypatch, 4), eager)
+    eager = trained(method, problem, monkeypatch, race.WARM + 4)
+    make = methods.Method.step
+    monkeypatch.setattr(methods.Method, "step", lambda self, problem: race.captured(make(self, problem)))
+    torch.testing.assert_close(trained(method, problem, monkeypatch, 4), eager)
 
 
 def result(**changed) -> results.Result:

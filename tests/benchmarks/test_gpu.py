@@ -139,10 +139,10 @@ def test_a_run_that_cannot_be_trained_does_not_stop_the_others(tmp_path, monkeyp
     runs = train.Runs("two", train.tiny(Training(("sgd", "sam"))), place.Place(arguments(tmp_path)))
     real = train.train
 
-    def fails(unit, *args):
-        if unit.method == "sgd":
+    def fails(run, *args):
+        if run.method == "sgd":
             raise ExperimentError("it diverged")
-        return real(unit, *args)
+        return real(run, *args)
 
     monkeypatch.setattr(train, "train", fails)
     runs.train()

@@ -125,7 +125,7 @@ def test_on_a_gpu_everything_alone_and_together():
 
 
 def test_the_fastest_is_one_that_a_recipe_can_ask_for(tiny):
-    at = run.Setting(tiny, run.random_images(32, 8), warm=1, chunk=1, rounds=1, workers=(0,))
+    at = run.RunContext(tiny, run.random_images(32, 8), warm=1, chunk=1, rounds=1, workers=(0,))
     known = choices("cuda")
     timed = race.Race("cpu", 1, 1)
     for name, step in {

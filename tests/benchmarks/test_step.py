@@ -11,9 +11,10 @@ import torch
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+from step.implementations import Floor, base, ours  # noqa: E402
+
 import results  # noqa: E402
 from step import run  # noqa: E402
-from step.contenders import Floor, base, ours  # noqa: E402
 from step.counting import Counted  # noqa: E402
 from step.shapes import CASES, resnet18, toy, vit_b16, weights  # noqa: E402
 from step.table import render  # noqa: E402
@@ -86,7 +87,7 @@ def test_a_tiny_run_writes_a_result_and_a_table(tmp_path, monkeypatch, capsys):
     assert result.tiny
     assert results.load("step", tmp_path) == [], "a rehearsal is no result"
     (case,) = result.data["cases"]
-    assert [row["contender"] for row in case["rows"]] == ["steppe", "floor"]
+    assert [row["method"] for row in case["rows"]] == ["steppe", "floor"]
     assert {row["tensors"] for row in result.data["host"]} == {62, 152, 292}
     table = render(result)
     assert table in capsys.readouterr().out

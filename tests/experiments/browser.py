@@ -12,7 +12,7 @@ import pytest
 import torch
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import METRICS, Results, RunFolder
 from steppe.experiments.training.evaluation import Record, write_records
@@ -47,31 +47,31 @@ def folder(path: Path, recipe: Recipe, *, measured: bool = True, command: str = 
     path.mkdir(parents=True)
     made.claim(recipe, 1)
     write_json(path / "environment.json", [{"date": "2026-01-01", "command": command, "torch": "2.13.0"}])
-    for unit in recipe.units():
-        write_atomically(made.unit(unit) / METRICS, write_records(_records(unit)))
+    for run in recipe.runs():
+        write_atomically(made.run(run) / METRICS, write_records(_records(run)))
     if measured:
         measure(made, recipe)
     return made
 
 
 def measure(made: RunFolder, recipe: Recipe, size: float = 0.5) -> None:
-    """Write flatness.json of every run, in which each contender is flatter than the one before; and the lines."""
-    for unit in recipe.units():
-        write_json(made.unit(unit) / "flatness.json", flatness(unit, size ** recipe.methods.index(unit.method)))
+    """Write flatness.json of every run, in which each method is flatter than the one before; and the lines."""
+    for run in recipe.runs():
+        write_json(made.run(run) / "flatness.json", flatness(run, size ** recipe.methods.index(run.method)))
     write_json(made.path / "flatness.json", _lines(recipe))
 
 
-def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
+def flatness(run: Run, sharp: float) -> dict[str, Any]:
     """What one run's flatness.json holds; `sharp` scales all curvature."""
-    random_tensors = random.Random(unit.name)
-    noisy = {name: value * sharp * math.exp(random_tensors.gauss(0, 0.12)) for name, value in MEASURES.items()}
+    draws = random.Random(run.name)
+    noisy = {name: value * sharp * math.exp(draws.gauss(0, 0.12)) for name, value in MEASURES.items()}
     top = noisy["lambda_max"]
     nodes = [[-0.05 * top, 0.0, 0.03 * top, 0.2 * top, 0.45 * top, top] for _ in range(3)]
     weights = [[4e-3, 0.975, 1.9e-2, 1.2e-3, 6e-4, 2e-4] for _ in range(3)]
     axis = [-1 + 2 * i / (POINTS - 1) for i in range(POINTS)]
 
     def loss(a: float, b: float) -> float:
-        b *= 1 + unit.seed / 10
+        b *= 1 + run.seed / 10
         bowl = sharp * (3.2 * a * a + 1.9 * b * b + 0.8 * a * b)
         return 0.25 + bowl + 0.35 * sharp * (1 - math.cos(5 * a)) * (1 + 0.4 * math.sin(4 * b)) + 0.9 * sharp * a**4
 
@@ -94,14 +94,14 @@ def flatness(unit: Unit, sharp: float) -> dict[str, Any]:
     ).to_json()
 
 
-def _records(unit: Unit) -> list[Record]:
-    """A contender later in the recipe trains slower, costs more and generalizes better; seeds differ a little."""
-    place, random_tensors = unit.recipe.methods.index(unit.method), random.Random(unit.name)
+def _records(run: Run) -> list[Record]:
+    """A method later in the recipe trains slower, costs more and generalizes better; seeds differ a little."""
+    place, draws = run.recipe.methods.index(run.method), random.Random(run.name)
     passes, records = 1.0 + place, []
-    for epoch in unit.grid:
-        train, test = 96 - 30 / (epoch + 1) - 2 * place + random_tensors.gauss(0, 0.1), 88 - 26 / (epoch + 1) + place
-        test += random_tensors.gauss(0, 0.2)
-        own, seconds = epoch / passes, epoch * (2.0 + random_tensors.random() / 10)
+    for epoch in run.grid:
+        train, test = 96 - 30 / (epoch + 1) - 2 * place + draws.gauss(0, 0.1), 88 - 26 / (epoch + 1) + place
+        test += draws.gauss(0, 0.2)
+        own, seconds = epoch / passes, epoch * (2.0 + draws.random() / 10)
         records.append(
             Record(
                 *(epoch, own, int(9 * own), 144.0 * epoch, passes),
@@ -128,8 +128,8 @@ def results(made: RunFolder) -> tuple[Recipe, Results]:
 @contextmanager
 def chromium(profile: Path) -> Iterator[Chrome]:
     """A browser without a window; skips the test where there is none."""
-    binary, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if binary is None or driver is None:
+    binary, step_function = shutil.which("chromium"), shutil.which("chromedriver")
+    if binary is None or step_function is None:
         pytest.skip("the page is looked at in a browser: apt-get install chromium chromium-driver")
     options = ChromeOptions()
     options.binary_location = binary
@@ -141,7 +141,7 @@ def chromium(profile: Path) -> Iterator[Chrome]:
         *("use-angle=swiftshader", "enable-unsafe-swiftshader"),  # WebGL without a GPU
     ):
         options.add_argument(f"--{word}")
-    browser = Chrome(options, ChromeService(driver))
+    browser = Chrome(options, ChromeService(step_function))
     browser.set_script_timeout(PATIENCE)
     browser.set_page_load_timeout(PATIENCE)
     try:

@@ -21,12 +21,12 @@ from steppe.experiments.figures import flatness as flatness_figures
 from steppe.experiments.measuring import entry_points as named
 from steppe.experiments.measuring import user_model as anybody
 from steppe.experiments.measuring.measure import Sampling
-from steppe.experiments.measuring.solutions import Solutions
+from steppe.experiments.measuring.table import Solutions
 from steppe.experiments.measuring.user_model import Anybody, measure_anybody
 from steppe.experiments.measuring.weights import load_weights
-from steppe.flatness import FAMILIES, Effort, Objective
+from steppe.flatness import FAMILIES, Budget, Objective
 
-EFFORT = Effort(
+EFFORT = Budget(
     m=4, steps=1, restarts=1, pairs=2, top=2, tol=0.5, probes=2, density_probes=1, density_steps=3, points=0
 )
 
@@ -285,7 +285,7 @@ def test_samples_are_drawn_by_the_seed_from_tensors_and_from_a_dataset_alike() -
 def test_a_part_is_no_larger_than_a_batch() -> None:
     console = Console(quiet=True)
     options = Anybody("theirs:net", "theirs:loader", weights=weights(1))
-    measure_anybody(options, Effort(**{**vars(EFFORT), "m": 64}), Sampling(), console)
+    measure_anybody(options, Budget(**{**vars(EFFORT), "m": 64}), Sampling(), console)
     assert written("w1")["settings"]["m"] == 7
 
 
@@ -311,7 +311,7 @@ def test_normalized_logits_are_for_classes(
 ) -> None:
     seen: list[bool] = []
 
-    def measure(objective: Objective, effort: Effort, *, normalized: Objective | None) -> None:
+    def measure(objective: Objective, budget: Budget, *, normalized: Objective | None) -> None:
         seen.append(normalized is not None)
         raise ValueError("enough")
 

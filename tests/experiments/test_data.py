@@ -129,14 +129,14 @@ def server(tiny: Tiny, monkeypatch: pytest.MonkeyPatch) -> Iterator[Server]:
         def log_message(self, *_: Any) -> None:
             pass
 
-    listener = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    thread = threading.Thread(target=listener.serve_forever, kwargs={"poll_interval": 0.01})
+    event_reader = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=event_reader.serve_forever, kwargs={"poll_interval": 0.01})
     thread.start()
-    monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{listener.server_port}/")
+    monkeypatch.setattr(fashion_mnist, "URL", f"http://127.0.0.1:{event_reader.server_port}/")
     yield state
-    listener.shutdown()
+    event_reader.shutdown()
     thread.join()
-    listener.server_close()
+    event_reader.server_close()
 
 
 def assert_is_the_stand_in(loaded: data.Dataset, tiny: Tiny) -> None:

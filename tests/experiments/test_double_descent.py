@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from tiny import command_line, options, recipe, run
+from tiny import command_line, options, recipe, train_run
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.summary import setting
@@ -35,12 +35,12 @@ def test_the_recipe_goes_on_the_command_line_and_into_json() -> None:
     assert given.threads == 1
     assert not given.channels_last
     assert Recipe.from_json(json.loads(json.dumps(given.to_json()))) == given
-    assert all(unit.flatness_grid == {given.epochs} for member in given.members() for unit in member.units())
+    assert all(run.flatness_grid == {given.epochs} for member in given.members() for run in member.runs())
 
 
 def test_members_are_ordinary_comparisons_in_folders_of_their_own(tmp_path: Path) -> None:
     given = wide(tmp_path, (4, 1))
-    assert list(given.units()) == []
+    assert list(given.runs()) == []
     assert list(given.members()) == [recipe(width=w, out=tmp_path / f"width-{w}") for w in (1, 4)]
     assert list(recipe().members()) == []
     # widths may be added to a folder, but one comparison is no part of several
@@ -76,7 +76,7 @@ def test_a_search_takes_one_width(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("trained") / "run"
-    assert command_line(words(out), random_tensors=False) == 0  # the picture over the widths is drawn all the same
+    assert command_line(words(out), draws=False) == 0  # the picture over the widths is drawn all the same
     return out
 
 
@@ -88,10 +88,10 @@ def words(out: Path, *more: str) -> list[str]:
 def test_each_width_has_the_bits_of_a_comparison_by_itself(trained: Path, tmp_path: Path) -> None:
     timed = ("seconds", "images_per_second")
     for width in (1, 2):
-        for unit in recipe(width=width, epochs=2, channels_last=True).units():
-            lines = (trained / f"width-{width}" / "runs" / unit.name / METRICS).read_text().splitlines()
+        for run in recipe(width=width, epochs=2, channels_last=True).runs():
+            lines = (trained / f"width-{width}" / "runs" / run.name / METRICS).read_text().splitlines()
             found = [{k: v for k, v in json.loads(line).items() if k not in timed} for line in lines]
-            alone = [record.to_json() for record in run(unit, tmp_path / f"{width}" / unit.name)]
+            alone = [record.to_json() for record in train_run(run, tmp_path / f"{width}" / run.name)]
             assert found == [{k: v for k, v in record.items() if k not in timed} for record in alone]
     values = json.loads((trained / "summary.json").read_text())
     assert [(p["width"], p["method"]) for p in values["points"]] == [(1, "sgd"), (1, "sam"), (2, "sgd"), (2, "sam")]
@@ -104,7 +104,7 @@ def test_it_goes_on_where_it_was_and_widths_may_be_added(trained: Path, tmp_path
     shutil.copytree(trained, out)
     before = {p: p.read_bytes() for p in out.glob("width-*/runs/*/metrics.jsonl")}
     shutil.rmtree(out / "width-2" / "runs" / "sam-seed0")
-    assert command_line(words(out, "3"), random_tensors=False) == 0
+    assert command_line(words(out, "3"), draws=False) == 0
     lost = out / "width-2" / "runs" / "sam-seed0" / METRICS
     assert all(p.read_bytes() == content for p, content in before.items() if p != lost)
     assert json.loads(lost.read_text())["train_loss"] == json.loads(before[lost])["train_loss"]
@@ -133,7 +133,7 @@ def test_a_run_that_fails_is_told_of_with_its_width_and_the_others_are_trained(
     shutil.copytree(trained, out)
     (out / "width-1" / "runs" / "sgd-seed0" / "checkpoint.pt").write_bytes(b"no checkpoint")
     shutil.rmtree(out / "width-2" / "runs")
-    assert command_line(words(out), random_tensors=False) == 1
+    assert command_line(words(out), draws=False) == 1
     assert "width 1: the checkpoint" in capsys.readouterr().err
     assert (out / "width-2" / "runs" / "sam-seed0" / METRICS).exists()
 
@@ -164,12 +164,12 @@ def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:
     """A folder with these errors; the seeds differ by the same at every width, and by `wobble` at the peak's."""
     given = wide(out, (1, 2, 4, 8), seeds=3)
     for member in given.members():
-        for unit in member.units():
-            off = OFF[unit.seed] * (1 + wobble * (member.width == 2))
-            test = TEST[unit.method][member.width] + off
+        for run in member.runs():
+            off = OFF[run.seed] * (1 + wobble * (member.width == 2))
+            test = TEST[run.method][member.width] + off
             early = replace(record(50.0, 50.0, None), standardized_epoch=2)
-            one = record(TRAIN[unit.method][member.width], test, (1 + unit.seed) / member.width if sharp else None)
-            write_atomically(RunFolder(member.folder).unit(unit) / METRICS, write_records([early, one]))
+            one = record(TRAIN[run.method][member.width], test, (1 + run.seed) / member.width if sharp else None)
+            write_atomically(RunFolder(member.folder).run(run) / METRICS, write_records([early, one]))
     return given
 
 

@@ -7,17 +7,17 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, dataset, recipe, run, untimed
+from tiny import CPU, dataset, recipe, train_run, untimed
 from torch import Tensor, nn
 
-from steppe.experiments.config import contenders
-from steppe.experiments.config.contenders import CONTENDERS
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config import methods
+from steppe.experiments.config.methods import METHODS
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch, batches, order
 from steppe.experiments.data.datasets import normalize
 from steppe.experiments.training import evaluation
-from steppe.experiments.training.drivers import Forward
 from steppe.experiments.training.evaluation import evaluate
+from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
 from steppe.methods._step_function import StepFunction
@@ -31,27 +31,27 @@ class Forgetful(StepFunction):
 
 @pytest.fixture(autouse=True)
 def forgetful(monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = dataclasses.replace(CONTENDERS["sgd"], label="Forgetful", driver=Forgetful)
-    monkeypatch.setattr(contenders, "CONTENDERS", {**CONTENDERS, "forgetful": mine})
+    mine = dataclasses.replace(METHODS["sgd"], label="Forgetful", step_function=Forgetful)
+    monkeypatch.setattr(methods, "METHODS", {**METHODS, "forgetful": mine})
 
 
-def unit(method: str, **fields: object) -> Unit:
-    return next(recipe(methods=(method,), **fields).units())
+def make_run(method: str, **fields: object) -> Run:
+    return next(recipe(methods=(method,), **fields).runs())
 
 
 def test_a_climb_on_a_fraction_pays_for_a_fraction(tmp_path: Path) -> None:
-    records = run(unit("fraction_sam:fraction=0.5", eval_every=1, batch_size=12), tmp_path)
+    records = train_run(make_run("fraction_sam:fraction=0.5", eval_every=1, batch_size=12), tmp_path)
     assert records[0].gradient_evaluations == 12 * 1.5 * 4
     assert [r.passes for r in records] == pytest.approx([1.5] * 4)
 
 
 def test_a_climb_on_the_whole_batch_is_sam(tmp_path: Path) -> None:
-    whole = run(unit("fraction_sam:fraction=1.0"), tmp_path / "fraction")
-    assert untimed(whole) == untimed(run(unit("sam"), tmp_path / "sam"))
+    whole = train_run(make_run("fraction_sam:fraction=1.0"), tmp_path / "fraction")
+    assert untimed(whole) == untimed(train_run(make_run("sam"), tmp_path / "sam"))
 
 
 def test_a_pass_without_backward_counts_a_third(tmp_path: Path) -> None:
-    records = run(unit("esam", eval_every=1, batch_size=12), tmp_path)
+    records = train_run(make_run("esam", eval_every=1, batch_size=12), tmp_path)
     assert [r.passes for r in records] == pytest.approx([1 + 1 / 3 + 1 / 2] * 4)
     assert all(r.standardized_epoch * 72 <= r.gradient_evaluations < r.standardized_epoch * 72 + 22 for r in records)
 
@@ -62,19 +62,22 @@ AVERAGE = "mesa:beta=0.5,start=1,lmbda={}"
 
 @pytest.mark.parametrize("method", [PAST.format(2), AVERAGE.format(2), "esam", "fraction_sam", "aesam", "bsam"])
 def test_a_drivers_state_is_in_the_checkpoint(method: str, tmp_path: Path) -> None:
-    given = unit(method)
-    whole = run(given, tmp_path / "whole")
+    given = make_run(method)
+    whole = train_run(given, tmp_path / "whole")
     with pytest.raises(Stopped):
-        run(given, tmp_path / "parts", stop=StopAfter(8))
-    assert untimed(run(given, tmp_path / "parts")) == untimed(whole)
+        train_run(given, tmp_path / "parts", stop=StopAfter(8))
+    assert untimed(train_run(given, tmp_path / "parts")) == untimed(whole)
 
 
 @pytest.mark.parametrize("method", [PAST, AVERAGE])
 def test_a_term_of_the_loss_matters(method: str, tmp_path: Path) -> None:
-    with_it, without = run(unit(method.format(2)), tmp_path / "a"), run(unit(method.format(0)), tmp_path / "b")
+    with_it, without = (
+        train_run(make_run(method.format(2)), tmp_path / "a"),
+        train_run(make_run(method.format(0)), tmp_path / "b"),
+    )
     assert with_it[-1].train_loss != without[-1].train_loss
     if method == PAST:
-        plain = untimed(run(unit("sgd"), tmp_path / "c"))
+        plain = untimed(train_run(make_run("sgd"), tmp_path / "c"))
         assert untimed(without) == [pytest.approx(r, rel=1e-4) for r in plain]
     else:  # the averaged weights' passes, from epoch 1 on
         assert [r.gradient_evaluations for r in with_it] == pytest.approx(
@@ -83,15 +86,18 @@ def test_a_term_of_the_loss_matters(method: str, tmp_path: Path) -> None:
 
 
 def test_micro_batches_pay_what_the_method_pays(tmp_path: Path) -> None:
-    whole, parts = run(unit("micro_batch_sam:m=16"), tmp_path / "a"), run(unit("micro_batch_sam:m=5"), tmp_path / "b")
+    whole, parts = (
+        train_run(make_run("micro_batch_sam:m=16"), tmp_path / "a"),
+        train_run(make_run("micro_batch_sam:m=5"), tmp_path / "b"),
+    )
     assert [r.passes for r in parts] == [2.0, 2.0]
-    assert whole[-1].train_loss == pytest.approx(run(unit("sam"), tmp_path / "c")[-1].train_loss, rel=1e-4)
+    assert whole[-1].train_loss == pytest.approx(train_run(make_run("sam"), tmp_path / "c")[-1].train_loss, rel=1e-4)
     assert whole[-1].train_loss != parts[-1].train_loss
 
 
 def test_a_driver_that_counts_nothing_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Forgetful took a step without .* never end"):
-        run(unit("forgetful"), tmp_path)
+        train_run(make_run("forgetful"), tmp_path)
 
 
 def test_indices_say_which_images_they_are() -> None:

@@ -22,13 +22,13 @@ import torch
 from rich.console import Console
 from tiny import CPU, Told, command_line, dataset, options, recipe, untimed
 
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution import ray as on_ray
 from steppe.experiments.execution.cpus import available
-from steppe.experiments.execution.events import EVENTS, Listener, Teller
-from steppe.experiments.execution.executor import Here, Job, Outcome, Where, failures
+from steppe.experiments.execution.events import EVENTS, EventReader, EventWriter
+from steppe.experiments.execution.executor import ExecutionOptions, InProcess, Job, Outcome, failures
 from steppe.experiments.execution.executor import start as begin
 from steppe.experiments.execution.local import Processes
 from steppe.experiments.training.evaluation import read_records
@@ -40,7 +40,7 @@ needs_ray = pytest.mark.skipif(importlib.util.find_spec("ray") is None, reason="
 
 
 def jobs(folder: Path, **fields: object) -> Iterator[Job]:
-    return (Job(unit, folder / unit.name) for unit in recipe(**fields).units())
+    return (Job(run, folder / run.name) for run in recipe(**fields).runs())
 
 
 def test_here_takes_the_next_job_only_when_the_last_one_has_ended(tmp_path: Path) -> None:
@@ -48,14 +48,14 @@ def test_here_takes_the_next_job_only_when_the_last_one_has_ended(tmp_path: Path
 
     def watched() -> Iterator[Job]:
         for job in jobs(tmp_path, seeds=2, epochs=2):
-            taken.append(job.unit.name)
+            taken.append(job.run.name)
             yield job
 
-    outcomes = Here(recipe(), CPU).run(watched(), dataset(), tmp_path, Told(), Stop())
+    outcomes = InProcess(recipe(), CPU).run(watched(), dataset(), tmp_path, Told(), Stop())
     assert taken == []
-    assert next(outcomes).job.unit.name == "sgd-seed0"
+    assert next(outcomes).job.run.name == "sgd-seed0"
     assert taken == ["sgd-seed0"]
-    assert [outcome.job.unit.name for outcome in outcomes] == ["sam-seed0", "sgd-seed1", "sam-seed1"]
+    assert [outcome.job.run.name for outcome in outcomes] == ["sam-seed0", "sgd-seed1", "sam-seed1"]
 
 
 def test_a_run_that_fails_does_not_end_the_others_and_is_told_of_at_the_end(
@@ -63,11 +63,11 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_told_of_at_the_end(
 ) -> None:
     words = ["compare", "demo", *options(seeds=2, out=tmp_path / "run")]
     damaged = tmp_path / "run" / "runs" / "sgd-seed0" / "checkpoint.pt"
-    assert command_line(words, random_tensors=False) == 0
+    assert command_line(words, draws=False) == 0
     damaged.write_bytes(b"no checkpoint")
     (tmp_path / "run" / "runs" / "sam-seed1" / "checkpoint.pt").unlink()
     capsys.readouterr()
-    assert command_line(words, random_tensors=False) == 1
+    assert command_line(words, draws=False) == 1
     out, err = capsys.readouterr()
     assert "SAM seed 1  standardized epoch 4/4" in out
     assert "SAM against SGD" in out
@@ -76,7 +76,7 @@ def test_a_run_that_fails_does_not_end_the_others_and_is_told_of_at_the_end(
 
 
 def test_several_failures_are_counted_and_told() -> None:
-    one, two, three = (Job(unit, Path()) for unit in recipe(methods=("sgd", "sam", "asam")).units())
+    one, two, three = (Job(run, Path()) for run in recipe(methods=("sgd", "sam", "asam")).runs())
     assert failures([Outcome(one), Outcome(two)]) is None
     assert failures([Outcome(one), Outcome(two, "no luck")]) == "no luck"
     told = failures([Outcome(one, "no luck"), Outcome(two), Outcome(three, "no disk")])
@@ -89,7 +89,7 @@ def test_several_failures_are_counted_and_told() -> None:
 )
 def test_a_wrong_room_is_named_with_its_meaning(field: str, value: float, meaning: str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}={value}: .*{meaning}"):
-        Where(**{field: value})  # type: ignore[arg-type]
+        ExecutionOptions(**{field: value})  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_torchrun_and_several_runs_at_a_time_do_not_mix(
 
 def test_runs_at_once_are_not_for_ray() -> None:
     with pytest.raises(ValueError, match="say how much a run takes"):
-        Where("ray", runs_at_once=2)
+        ExecutionOptions("ray", runs_at_once=2)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_as_many_at_a_time_as_the_cpus_have_room_for(
     said: int | None, threads: int, most: int | None, wanted: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(cpus, "available", lambda: 4)
-    with begin(recipe(threads=threads), Where(runs_at_once=said), Console(), most=most) as executor:
+    with begin(recipe(threads=threads), ExecutionOptions(runs_at_once=said), Console(), most=most) as executor:
         assert executor.together == (wanted > 1)
         assert not isinstance(executor, Processes) or executor._room() == wanted
 
@@ -158,39 +158,39 @@ class Heard(Told):
         super().__init__()
         self.all: list[tuple[object, ...]] = []
 
-    def begin(self, unit: Unit, *rest: object) -> None:
-        self.all.append(("begin", unit, *rest))
+    def begin(self, run: Run, *rest: object) -> None:
+        self.all.append(("begin", run, *rest))
 
-    def step(self, unit: Unit, *rest: object) -> None:
-        self.all.append(("step", unit, *rest))
+    def step(self, run: Run, *rest: object) -> None:
+        self.all.append(("step", run, *rest))
 
-    def measured(self, unit: Unit, *rest: object) -> None:
-        self.all.append(("measured", unit, *rest))
+    def measured(self, run: Run, *rest: object) -> None:
+        self.all.append(("measured", run, *rest))
 
-    def end(self, unit: Unit, *rest: object) -> None:
-        self.all.append(("end", unit, *rest))
+    def end(self, run: Run, *rest: object) -> None:
+        self.all.append(("end", run, *rest))
 
 
 def test_what_a_worker_tells_is_heard_word_for_word(tmp_path: Path) -> None:
-    unit = next(recipe().units())
+    run = next(recipe().runs())
     direct, relayed = Heard(), Heard()
     (tmp_path / EVENTS).write_text('{"what": "end", "records": []}\n')  # of an earlier session
-    listener = Listener(unit, tmp_path, relayed)
+    event_reader = EventReader(run, tmp_path, relayed)
 
-    class Both(Teller):
+    class Both(EventWriter):
         def step(self, *told: object) -> None:
             super().step(*told)  # type: ignore[arg-type]
             direct.step(*told)  # type: ignore[arg-type]
-            listener.poll()
+            event_reader.poll()
 
-    records = train(unit, tmp_path, dataset(), CPU, Both(tmp_path, 0.0))
+    records = train(run, tmp_path, dataset(), CPU, Both(tmp_path, 0.0))
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"what": "st')  # killed while it wrote
-    listener.poll()
-    assert relayed.all[0] == ("begin", unit, 0.0, [])
+    event_reader.poll()
+    assert relayed.all[0] == ("begin", run, 0.0, [])
     assert [told for told in relayed.all if told[0] == "step"] == direct.all
     assert [told[2] for told in relayed.all if told[0] == "measured"] == records
-    assert relayed.all[-1] == ("end", unit, records)
+    assert relayed.all[-1] == ("end", run, records)
 
 
 # --- on a Ray that is made up, for what a real one does not do on demand ---
@@ -229,7 +229,7 @@ class MadeUp:
         return references[:1], references[1:]
 
     def get(self, reference: "partial[object]") -> object:
-        name = re.sub(r"\W", "_", reference.args[0].job.unit.name) if reference.args else ""
+        name = re.sub(r"\W", "_", reference.args[0].job.run.name) if reference.args else ""
         if self.deaths.get(name, 0):
             self.deaths[name] -= 1
             raise DeadError("The worker was killed.\nAnd much more.")
@@ -242,7 +242,7 @@ class MadeUp:
 def on(ray: MadeUp, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **where: Any) -> tuple[list[Outcome], str]:
     monkeypatch.setitem(sys.modules, "ray", ray)
     console = Console(file=io.StringIO(), width=300)
-    with begin(recipe(epochs=2, seeds=2), Where("ray", **where), console) as executor:
+    with begin(recipe(epochs=2, seeds=2), ExecutionOptions("ray", **where), console) as executor:
         work = jobs(tmp_path, epochs=2, seeds=2)
         outcomes = list(executor.run(work, dataset(), tmp_path, Told(), Stop()))
     return outcomes, console.file.getvalue()  # type: ignore[attr-defined]
@@ -254,9 +254,9 @@ def test_a_worker_that_dies_again_and_again_is_given_up_and_the_others_go_on(
     ray = MadeUp(sam_seed0=4, sgd_seed1=3)
     outcomes, told = on(ray, tmp_path, monkeypatch)
     assert ray.most == 2
-    assert sorted(outcome.job.unit.name for outcome in outcomes) == ["sam-seed0", "sam-seed1", "sgd-seed0", "sgd-seed1"]
+    assert sorted(outcome.job.run.name for outcome in outcomes) == ["sam-seed0", "sam-seed1", "sgd-seed0", "sgd-seed1"]
     (failed,) = [outcome for outcome in outcomes if outcome.error is not None]
-    assert failed.job.unit.name == "sam-seed0"
+    assert failed.job.run.name == "sam-seed0"
     assert "its worker died 4 times, the last time because The worker was killed." in str(failed.error)
     assert told.count("its worker died (The worker was killed)") == 6
     assert (
@@ -282,7 +282,7 @@ def test_what_is_faster_is_asked_where_the_runs_will_be(monkeypatch: pytest.Monk
     monkeypatch.setitem(sys.modules, "ray", MadeUp())
     for answer in (True, False):
         monkeypatch.setattr(on_ray, "has_bfloat16", lambda *, on_gpu, answer=answer: answer and not on_gpu)
-        with begin(recipe(amp=None), Where("ray"), Console()) as executor:
+        with begin(recipe(amp=None), ExecutionOptions("ray"), Console()) as executor:
             assert executor.recipe.amp is answer
 
 
@@ -296,18 +296,20 @@ DEMO = {"channels_last": True}
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    for _ in Here(recipe(**FIELDS, **DEMO), CPU).run(jobs(folder, **FIELDS, **DEMO), dataset(), folder, Told(), Stop()):
+    for _ in InProcess(recipe(**FIELDS, **DEMO), CPU).run(
+        jobs(folder, **FIELDS, **DEMO), dataset(), folder, Told(), Stop()
+    ):
         pass
     return folder
 
 
 def assert_same(runs: Path, wanted: Path) -> None:
-    for unit in ("sgd-seed0", "sam-seed0"):
-        ours, theirs = (read_records((path / unit / "metrics.jsonl").read_text()) for path in (runs, wanted))
-        assert len(theirs) == (2 if unit == "sgd-seed0" else 4)
+    for run in ("sgd-seed0", "sam-seed0"):
+        ours, theirs = (read_records((path / run / "metrics.jsonl").read_text()) for path in (runs, wanted))
+        assert len(theirs) == (2 if run == "sgd-seed0" else 4)
         assert untimed(ours) == untimed(theirs)
         weights, others = (
-            torch.load(path / unit / "checkpoint.pt", weights_only=True)["model"] for path in (runs, wanted)
+            torch.load(path / run / "checkpoint.pt", weights_only=True)["model"] for path in (runs, wanted)
         )
         assert all(map(torch.equal, weights.values(), others.values()))
 
@@ -326,15 +328,15 @@ class Killer(Heard):
         self.folder, self.killed = folder, 0
         self.workers: set[int] = set()
 
-    def begin(self, unit: Unit, *rest: object) -> None:
-        super().begin(unit, *rest)
-        self.workers.add(worker(self.folder / unit.name))
+    def begin(self, run: Run, *rest: object) -> None:
+        super().begin(run, *rest)
+        self.workers.add(worker(self.folder / run.name))
 
-    def step(self, unit: Unit, *rest: object) -> None:
-        super().step(unit, *rest)
-        steps = sum(told[:2] == ("step", unit) for told in self.all)
-        if unit.name == "sam-seed0" and steps == 2 and not self.killed:
-            self.killed = worker(self.folder / unit.name)
+    def step(self, run: Run, *rest: object) -> None:
+        super().step(run, *rest)
+        steps = sum(told[:2] == ("step", run) for told in self.all)
+        if run.name == "sam-seed0" and steps == 2 and not self.killed:
+            self.killed = worker(self.folder / run.name)
             os.kill(self.killed, signal.SIGKILL)
 
 
@@ -345,7 +347,7 @@ def test_several_at_a_time_have_the_bits_of_one_and_one_that_is_killed_is_retrie
     given = {**FIELDS, **DEMO, "seeds": 2, "checkpoint_seconds": 0.0}
     console, killer = Console(file=io.StringIO(), width=300), Killer(tmp_path)
     before = set(multiprocessing.active_children())  # other tests keep theirs
-    with begin(recipe(**given), Where(runs_at_once=2), console) as executor:
+    with begin(recipe(**given), ExecutionOptions(runs_at_once=2), console) as executor:
         outcomes = list(executor.run(jobs(tmp_path, **given), dataset(), tmp_path, killer, Stop()))
         (tmp_path / "sgd-seed1" / "checkpoint.pt").write_bytes(b"no checkpoint")
         again = list(executor.run(jobs(tmp_path, **given), dataset(), tmp_path, Told(), Stop()))
@@ -358,7 +360,7 @@ def test_several_at_a_time_have_the_bits_of_one_and_one_that_is_killed_is_retrie
     (*_, gone_on) = (told for told in killer.all if told[0] == "begin" and told[1].name == "sam-seed0")  # type: ignore[attr-defined]
     assert gone_on[2] > 0  # type: ignore[operator]
     assert len(killer.workers) == 3  # for five beginnings: a process takes one run after the other
-    assert [outcome.job.unit.name for outcome in again if outcome.error] == ["sgd-seed1"]
+    assert [outcome.job.run.name for outcome in again if outcome.error] == ["sgd-seed1"]
     assert_same(tmp_path, undisturbed)
     assert not list(tmp_path.glob(".stop*"))
     assert {path.name for path in (tmp_path / "sam-seed0").iterdir()} == {".lock", "checkpoint.pt", "metrics.jsonl"}
@@ -371,7 +373,7 @@ def test_a_mistake_in_a_worker_arrives_with_its_traceback(tmp_path: Path) -> Non
     before = set(multiprocessing.active_children())
     with (
         pytest.raises(RuntimeError, match=r"a worker failed:(.|\n)*train\("),
-        begin(recipe(), Where(runs_at_once=2), Console()) as executor,
+        begin(recipe(), ExecutionOptions(runs_at_once=2), Console()) as executor,
     ):
         list(executor.run(jobs(tmp_path), broken, tmp_path, Told(), Stop()))
     assert set(multiprocessing.active_children()) <= before
@@ -417,9 +419,7 @@ def test_stopped_then_killed_it_goes_on_here(undisturbed: Path, tmp_path: Path) 
     process.kill()
     process.communicate(timeout=200)  # which reads until the last worker has gone as well
     assert len(torch.load(runs / "sam-seed0" / "checkpoint.pt", weights_only=True)["records"]) < 4  # at once
-    assert (
-        command_line(said.partition("steppe ")[2].replace("at-once 2", "at-once 1").split(), random_tensors=False) == 0
-    )
+    assert command_line(said.partition("steppe ")[2].replace("at-once 2", "at-once 1").split(), draws=False) == 0
     assert_same(runs, undisturbed)
 
 
@@ -445,5 +445,5 @@ def test_killed_on_ray_it_is_retried_and_stopped_there_it_goes_on_here(undisturb
     assert said.startswith("Stopped. To go on: steppe compare demo ")
     assert not list(out.glob(".stop*"))
     words = said.partition("steppe ")[2].split()
-    assert command_line(["here" if word == "ray" else word for word in words], random_tensors=False) == 0
+    assert command_line(["here" if word == "ray" else word for word in words], draws=False) == 0
     assert_same(runs, undisturbed)

@@ -21,15 +21,15 @@ import steppe
 from steppe.cli import main
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.commands import parse
-from steppe.experiments.config.contenders import CONTENDERS
-from steppe.experiments.config.recipe import RECIPES, Recipe, Unit
+from steppe.experiments.config.methods import METHODS
+from steppe.experiments.config.recipe import RECIPES, Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data import digits
 from steppe.experiments.data.batches import batches, count, order
 from steppe.experiments.data.datasets import MEAN, STD, DataError, Dataset, Split, load, normalize
 from steppe.experiments.data.few_shot import few_shot
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import Here
+from steppe.experiments.execution.executor import InProcess
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.models import backbones
 from steppe.experiments.models.backbones import Backbone, from_hub
@@ -37,7 +37,7 @@ from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.training import pretraining as finetune
 from steppe.experiments.training.evaluation import Record
-from steppe.experiments.training.run import Run, train
+from steppe.experiments.training.run import Training, train
 from steppe.experiments.training.stopping import Stop, Stopped
 from stops import StopAfter
 
@@ -139,8 +139,8 @@ def test_few_shots_are_stratified_drawn_by_the_seed_and_nested(whole: Dataset) -
 
 
 def test_contenders_of_a_seed_share_images_and_head_and_seeds_do_not() -> None:
-    units = list(recipe(shots=2, seeds=2).units())
-    runs = [Run(unit, dataset(), CPU) for unit in units]
+    runs = list(recipe(shots=2, seeds=2).runs())
+    runs = [Training(run, dataset(), CPU) for run in runs]
     sgd, sam, other = runs[:3]
     assert sgd.images == 20
     assert torch.equal(sgd.data.train.images, sam.data.train.images)
@@ -194,7 +194,7 @@ def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Da
 @pytest.mark.parametrize("fields", [{}, {"head_lr": 0.1}, {"freeze": True}], ids=str)
 def test_a_run_is_a_plain_loop(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
     r = recipe(norm="batch", **fields)
-    train(Unit(r, method, 3), tmp_path, dataset(), CPU)
+    train(Run(r, method, 3), tmp_path, dataset(), CPU)
     ours = {k.removeprefix("body."): v for k, v in weights(tmp_path).items()}
     theirs = plain_loop(method, r, 3, pretrained(), dataset()).state_dict()
     before = pretrained().model.state_dict()
@@ -206,13 +206,13 @@ def test_a_run_is_a_plain_loop(method: str, fields: dict[str, Any], tmp_path: Pa
 
 
 def test_every_contender_protects_the_network_that_it_trains() -> None:
-    for method in (name for name, contender in CONTENDERS.items() if not contender.plain):
-        run = Run(Unit(recipe(methods=("sgd", method)), method, 0), dataset(), CPU)
+    for method in (name for name, method in METHODS.items() if not method.plain):
+        run = Training(Run(recipe(methods=("sgd", method)), method, 0), dataset(), CPU)
         assert getattr(run.optimizer, "model", run.network) is run.network, method
 
 
 def test_sam_is_not_sgd_and_a_climb_is_counted(tmp_path: Path) -> None:
-    ends = {m: train(Unit(recipe(), m, 0), tmp_path / m, dataset(), CPU)[-1] for m in ("sgd", "sam")}
+    ends = {m: train(Run(recipe(), m, 0), tmp_path / m, dataset(), CPU)[-1] for m in ("sgd", "sam")}
     assert (ends["sgd"].passes, ends["sam"].passes) == (1, 2)
     assert ends["sgd"].gradient_evaluations == ends["sam"].gradient_evaluations == 144
     assert not torch.equal(weights(tmp_path / "sgd")["body.head.weight"], weights(tmp_path / "sam")["body.head.weight"])
@@ -220,31 +220,31 @@ def test_sam_is_not_sgd_and_a_climb_is_counted(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("fields", [{}, {"freeze": True, "shots": 3, "head_lr": 0.1}], ids=str)
 def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(fields: dict[str, Any], tmp_path: Path) -> None:
-    unit = Unit(recipe(**fields), "sam", 0)
-    whole = train(unit, tmp_path / "whole", dataset(), CPU)
+    run = Run(recipe(**fields), "sam", 0)
+    whole = train(run, tmp_path / "whole", dataset(), CPU)
     with pytest.raises(Stopped):
-        train(unit, tmp_path / "parts", dataset(), CPU, stop=StopAfter(2))
+        train(run, tmp_path / "parts", dataset(), CPU, stop=StopAfter(2))
     torch.manual_seed(99)
-    assert untimed(train(unit, tmp_path / "parts", dataset(), CPU)) == untimed(whole)
+    assert untimed(train(run, tmp_path / "parts", dataset(), CPU)) == untimed(whole)
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_a_run_that_started_from_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
-    unit = Unit(recipe(), "sgd", 0)
-    train(unit, tmp_path, dataset(), CPU)
+    run = Run(recipe(), "sgd", 0)
+    train(run, tmp_path, dataset(), CPU)
     with pytest.raises(ExperimentError, match="belongs to another run or another configuration"):
-        train(unit, tmp_path, dataset(pretrained(6)), CPU)
+        train(run, tmp_path, dataset(pretrained(6)), CPU)
 
 
 def test_a_run_without_its_backbone_is_a_mistake_and_not_a_run_from_scratch() -> None:
     with pytest.raises(RuntimeError, match=r"backbone=own, but the data came with None"):
-        Run(Unit(recipe(), "sgd", 0), dataclasses.replace(dataset(), start=None), CPU)
+        Training(Run(recipe(), "sgd", 0), dataclasses.replace(dataset(), start=None), CPU)
 
 
 def test_from_scratch_is_compares_own_network() -> None:
     r = recipe(backbone="none", pretrain_on="auto")
-    network = Run(Unit(r, "sgd", 4), dataclasses.replace(dataset(), start=None), CPU).network
+    network = Training(Run(r, "sgd", 4), dataclasses.replace(dataset(), start=None), CPU).network
     torch.manual_seed(4)
     assert torch.equal(network.state_dict()["head.weight"], preact_resnet18(2, stem_stride=2).head.weight)
 
@@ -258,7 +258,7 @@ def test_from_scratch_is_compares_own_network() -> None:
 )
 def test_what_would_be_ignored_is_refused(method: str, fields: dict[str, Any], meaning: str) -> None:
     with pytest.raises(ExperimentError, match=meaning):
-        Run(Unit(recipe(methods=("sgd", method), **fields), method, 0), dataset(), CPU)
+        Training(Run(recipe(methods=("sgd", method), **fields), method, 0), dataset(), CPU)
 
 
 # The own backbone.
@@ -292,7 +292,7 @@ def test_the_backbone_is_pretrained_once_and_taken_from_the_cache(
     content = {p: p.read_bytes() for p in kept.rglob("*") if p.is_file()}
     # what was pretrained is what an ordinary run of that recipe gives, and the runs start from it
     pretraining = finetune.pretraining(recipe(momentum=0.9))
-    train(Unit(pretraining, "sgd", 0), tmp_path / "by hand", tiny_data("sample"), CPU)
+    train(Run(pretraining, "sgd", 0), tmp_path / "by hand", tiny_data("sample"), CPU)
     by_hand = Backbone(preact_resnet18(2, stem_stride=2), "head", "")
     by_hand.model.load_state_dict(weights(tmp_path / "by hand"))
     named = json.loads((tmp_path / "a" / "backbone.json").read_text())
@@ -366,19 +366,19 @@ def test_a_folder_takes_no_runs_from_another_backbone_of_the_same_name(
 def test_stopped_pretraining_goes_on_to_the_same_bits(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    unit = Unit(finetune.pretraining(recipe()), "sgd", 0)
+    run = Run(finetune.pretraining(recipe()), "sgd", 0)
     whole = tmp_path / "whole"
-    train(unit, whole, tiny_data("sample"), CPU)
-    executor = Here(recipe(), CPU)
-    real = Here.run
+    train(run, whole, tiny_data("sample"), CPU)
+    executor = InProcess(recipe(), CPU)
+    real = InProcess.run
 
-    def stopped(self: Here, jobs: Any, images: Dataset, control: Path, reporter: Any, stop: Stop) -> Any:
+    def stopped(self: InProcess, jobs: Any, images: Dataset, control: Path, reporter: Any, stop: Stop) -> Any:
         return real(self, jobs, images, control, reporter, StopAfter(2))
 
     console = Console(quiet=True)
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(Here, "run", stopped)
+        patch.setattr(InProcess, "run", stopped)
         with pytest.raises(Stopped):
             finetune.with_start(tiny_data("digits"), executor, tmp_path / "run", console)
     (kept,) = cache.glob(f"*/runs/*/{CHECKPOINT}")

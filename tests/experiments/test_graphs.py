@@ -9,13 +9,13 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from tiny import CPU, dataset, recipe, run
+from tiny import CPU, dataset, recipe, train_run
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
-from steppe.experiments.config.contenders import BASES, CONTENDERS, Base
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.methods import BASES, METHODS, Base
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch, batches, order
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
@@ -23,13 +23,13 @@ from steppe.experiments.training import cuda_graphs as graphs
 from steppe.experiments.training import run as training
 from steppe.experiments.training.cuda_graphs import Graphs, recorder
 from steppe.experiments.training.evaluation import evaluate
-from steppe.experiments.training.run import Run, _network
+from steppe.experiments.training.run import Training, _network
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
 from stops import StopAfter
 
 T = TypeVar("T")
-CAPTURABLE = [name for name, contender in CONTENDERS.items() if contender.capturable]
+CAPTURABLE = [name for name, method in METHODS.items() if method.capturable]
 # of the methods that do not climb at every step, so that both kinds of step are recorded in a short run
 AT_SOME_STEPS = {"looksam": "looksam:k=2", "late_sam": "late_sam:start=0.5", "random_sam": "random_sam:p=0.5"}
 
@@ -107,19 +107,19 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     return StandIn
 
 
-def unit(method: str, **fields: object) -> Unit:
+def make_run(method: str, **fields: object) -> Run:
     base = "adamw" if method == "adamw" else "sgd"
     given = {"base": base, "epochs": 8, "eval_every": 2, "cuda_graphs": True, **fields}
-    return next(recipe(methods=(method,), **given).units())
+    return next(recipe(methods=(method,), **given).runs())
 
 
-def small(unit: Unit, data: Dataset) -> nn.Module:
+def small(run: Run, data: Dataset) -> nn.Module:
     """A network with all kinds of layers that the real one has."""
     convolution = nn.Conv2d(1, 4, 3, stride=3, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9 * 9, 10))
 
 
-def one_by_one(given: Unit) -> Unit:
+def one_by_one(given: Run) -> Run:
     return dataclasses.replace(given, recipe=dataclasses.replace(given.recipe, cuda_graphs=False))
 
 
@@ -142,10 +142,10 @@ def assert_same(found: Any, wanted: Any) -> None:
 def test_graphs_take_the_same_steps(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
     """Two sizes of batch, a measurement between replays, and all that the checkpoint knows."""
     kinds = 4 if method in AT_SOME_STEPS else 2
-    given = unit(AT_SOME_STEPS.get(method, method), epochs=6 * kinds)
-    run(one_by_one(given), tmp_path / "eager")
+    given = make_run(AT_SOME_STEPS.get(method, method), epochs=6 * kinds)
+    train_run(one_by_one(given), tmp_path / "eager")
     assert not stand_in.made
-    records = run(given, tmp_path / "graphs")
+    records = train_run(given, tmp_path / "graphs")
     (recorder,) = stand_in.made
     assert (recorder.warmed, recorder.recorded) == (3 * kinds, kinds)
     assert recorder.replayed == records[-1].steps - 3 * kinds
@@ -154,12 +154,12 @@ def test_graphs_take_the_same_steps(method: str, tmp_path: Path, stand_in: type[
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam:fraction=0.5", "friendly_sam", "looksam:k=2"])
 def test_a_stopped_run_goes_on_with_graphs(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
-    given = unit(method, epochs=12, checkpoint_seconds=0)
-    run(one_by_one(given), tmp_path / "eager")
+    given = make_run(method, epochs=12, checkpoint_seconds=0)
+    train_run(one_by_one(given), tmp_path / "eager")
     for steps in (2, 19):  # before the first graph, and after replays in the middle of an epoch
         with pytest.raises(Stopped):
-            run(given, tmp_path / "graphs", stop=StopAfter(steps))
-    run(given, tmp_path / "graphs")
+            train_run(given, tmp_path / "graphs", stop=StopAfter(steps))
+    train_run(given, tmp_path / "graphs")
     assert [bool(recorder.replayed) for recorder in stand_in.made] == [False, True, True]
     assert_same(kept(tmp_path / "graphs"), kept(tmp_path / "eager"))
 
@@ -168,9 +168,9 @@ def test_the_real_network_under_autocast(
     tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training, "_network", _network)
-    given = unit("sam", amp=True, channels_last=True, epochs=4)
-    run(one_by_one(given), tmp_path / "eager")
-    run(given, tmp_path / "graphs")
+    given = make_run("sam", amp=True, channels_last=True, epochs=4)
+    train_run(one_by_one(given), tmp_path / "eager")
+    train_run(given, tmp_path / "graphs")
     assert stand_in.made[0].replayed
     assert_same(kept(tmp_path / "graphs"), kept(tmp_path / "eager"))
 
@@ -178,8 +178,8 @@ def test_the_real_network_under_autocast(
 def test_a_further_size_and_a_look_between(stand_in: type[StandIn]) -> None:
     """A few steps of a size that has no graph, amid replays; measuring changes modes and runs other shapes."""
     weights, losses = [], []
-    for given in (unit("sam"), one_by_one(unit("sam"))):
-        moving, train = Run(given, dataset(), CPU), dataset().train
+    for given in (make_run("sam"), one_by_one(make_run("sam"))):
+        moving, train = Training(given, dataset(), CPU), dataset().train
         cut = [0, *range(7, 71, 8)]  # of 7 and of 8
         found: list[float] = []
         for epoch in range(4):
@@ -195,7 +195,7 @@ def test_a_further_size_and_a_look_between(stand_in: type[StandIn]) -> None:
 
 
 def test_the_step_counter_is_that_of_all_steps(stand_in: type[StandIn]) -> None:
-    moving = Run(unit("sam"), dataset(), CPU)
+    moving = Training(make_run("sam"), dataset(), CPU)
     for epoch in range(3):
         for batch in batches(dataset().train, 16, order(72, 0, epoch), CPU, epoch=epoch):
             moving.step(batch)
@@ -205,17 +205,17 @@ def test_the_step_counter_is_that_of_all_steps(stand_in: type[StandIn]) -> None:
 
 
 def test_who_gets_graphs(stand_in: type[StandIn]) -> None:
-    assert recorder(unit("sam"), CPU) is not None
-    assert recorder(unit("sam", cuda_graphs=True), CPU) is not None
-    assert recorder(unit("sam", cuda_graphs=False), CPU) is None
-    assert recorder(unit("sam"), World(CPU.device, 0, 2)) is None
-    assert recorder(unit("sam", backbone="timm:resnet18"), CPU) is None
+    assert recorder(make_run("sam"), CPU) is not None
+    assert recorder(make_run("sam", cuda_graphs=True), CPU) is not None
+    assert recorder(make_run("sam", cuda_graphs=False), CPU) is None
+    assert recorder(make_run("sam"), World(CPU.device, 0, 2)) is None
+    assert recorder(make_run("sam", backbone="timm:resnet18"), CPU) is None
     for host in ("aesam", "rwp", "sparse_sam", "mesa"):
-        assert recorder(unit(host), CPU) is None
+        assert recorder(make_run(host), CPU) is None
 
 
 def test_no_graphs_on_a_cpu() -> None:
-    assert recorder(unit("sam"), CPU) is None
+    assert recorder(make_run("sam"), CPU) is None
 
 
 def test_a_capture_that_fails_says_what_to_do() -> None:

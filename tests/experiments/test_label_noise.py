@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, dataset, recipe, run, split, untimed
+from tiny import CPU, dataset, recipe, split, train_run, untimed
 
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.recipe import RECIPES, Recipe
@@ -12,7 +12,7 @@ from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.evaluation import evaluate
-from steppe.experiments.training.run import Run
+from steppe.experiments.training.run import Training
 from steppe.experiments.world import World
 
 
@@ -45,8 +45,8 @@ def test_the_draw_is_the_one_of_older_run_folders() -> None:
 
 
 def test_contenders_of_a_seed_are_fitted_to_the_same_wrong_labels_and_tested_on_right_ones() -> None:
-    units = list(recipe(label_noise=0.25, shots=3, seeds=2).units())
-    sgd, sam, other, _ = (Run(unit, dataset(), CPU) for unit in units)
+    runs = list(recipe(label_noise=0.25, shots=3, seeds=2).runs())
+    sgd, sam, other, _ = (Training(run, dataset(), CPU) for run in runs)
     few = few_shot(dataset().train, 3, 0)
     assert torch.equal(sgd.data.train.images, few.images)  # the noise leaves the draw of the images alone
     assert int((sgd.data.train.labels != few.labels).sum()) == 8  # of 30, to the nearest image
@@ -56,9 +56,9 @@ def test_contenders_of_a_seed_are_fitted_to_the_same_wrong_labels_and_tested_on_
 
 
 def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_what_is_fitted(tmp_path: Path) -> None:
-    (unit,) = recipe(methods=("sgd",), label_noise=0.5).units()
-    (plain,) = recipe(methods=("sgd",)).units()
-    noisy, clean = Run(unit, dataset(), CPU), Run(plain, dataset(), CPU)
+    (run,) = recipe(methods=("sgd",), label_noise=0.5).runs()
+    (plain,) = recipe(methods=("sgd",)).runs()
+    noisy, clean = Training(run, dataset(), CPU), Training(plain, dataset(), CPU)
     assert all(map(torch.equal, noisy.network.state_dict().values(), clean.network.state_dict().values()))
     noisy.epoch, noisy.spent = 2, noisy.spent + 2 * noisy.images  # as if: a measurement is due
     (record,) = noisy.measure(lambda: None)
@@ -66,7 +66,7 @@ def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_w
     score = evaluate(noisy.network, fitted, World(torch.device("cpu")), noisy.autocast, lambda: None)
     assert (record.train_loss, record.train_accuracy) == (score.loss, score.accuracy)
     assert record.gap == record.train_accuracy - record.test_accuracy
-    assert untimed(run(unit, tmp_path / "a")) != untimed(run(plain, tmp_path / "b"))
+    assert untimed(train_run(run, tmp_path / "a")) != untimed(train_run(plain, tmp_path / "b"))
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 20.0, float("nan")])

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from tiny import CPU, dataset, recipe
 
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split, load, normalize
 from steppe.experiments.data.few_shot import few_shot
@@ -31,9 +31,9 @@ from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training.pretraining import with_start
 from steppe.experiments.training.run import train
 from steppe.experiments.training.sharpness import flatness_sample
-from steppe.flatness import FAMILIES, Effort, Objective
+from steppe.flatness import FAMILIES, Budget, Objective
 
-EFFORT = Effort(
+EFFORT = Budget(
     m=8, steps=1, restarts=1, pairs=2, top=2, tol=0.5, probes=2, density_probes=1, density_steps=3, points=3
 )
 HOW = Measuring(Sampling(samples=24), EFFORT, processes=1)
@@ -45,8 +45,8 @@ def trained_folder(path: Path, images: Dataset, **fields: object) -> RunFolder:
     ours, folder = recipe(**OPTIONS | fields), RunFolder(path)
     with folder.locked():
         folder.claim(ours, 1)
-    for unit in ours.units():
-        train(unit, folder.unit(unit), images, CPU)
+    for run in ours.runs():
+        train(run, folder.run(run), images, CPU)
     return folder
 
 
@@ -74,12 +74,12 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def line(job: Any, tell: Tell) -> dict[str, Any]:
         names.append(job.name)
-        return {"a": job.other.method, "b": job.unit.method, "seed": job.unit.seed, "new": True}
+        return {"a": job.other.method, "b": job.run.method, "seed": job.run.seed, "new": True}
 
     def run(job: Any, tell: Tell) -> None:
         names.append(job.name)
         time.sleep(0.01)
-        (RunFolder(job.path).unit(job.unit) / FLATNESS).touch()
+        (RunFolder(job.path).run(job.run) / FLATNESS).touch()
 
     monkeypatch.setattr(measure, "_measure", run)
     monkeypatch.setattr(measure, "_line", line)
@@ -94,20 +94,20 @@ def written(path: Path, *names: str) -> dict[str, Any]:
     return json.loads(path.joinpath(*names, FLATNESS).read_text())  # type: ignore[no-any-return]
 
 
-def network(path: Path, unit: Unit) -> torch.nn.Module:
+def network(path: Path, run: Run) -> torch.nn.Module:
     """As its checkpoint has it, read without the code under test."""
-    made = preact_resnet18(unit.recipe.width, stem_stride=unit.recipe.stem_stride, norm=unit.recipe.norm)
-    state = torch.load(RunFolder(path).unit(unit) / CHECKPOINT, weights_only=True)
+    made = preact_resnet18(run.recipe.width, stem_stride=run.recipe.stem_stride, norm=run.recipe.norm)
+    state = torch.load(RunFolder(path).run(run) / CHECKPOINT, weights_only=True)
     made.load_state_dict(state["model"])
     return made
 
 
-def objective(path: Path, unit: Unit, split: Split) -> Objective:
-    return Objective(network(path, unit), (normalize(split.images), split.labels), loss=F.cross_entropy)
+def objective(path: Path, run: Run, split: Split) -> Objective:
+    return Objective(network(path, run), (normalize(split.images), split.labels), loss=F.cross_entropy)
 
 
-def trained_on(unit: Unit) -> Split:
-    return flatness_sample(mislabeled(few_shot(dataset().train, 4, unit.seed), 0.25, unit.seed), 24, unit.seed)
+def trained_on(run: Run) -> Split:
+    return flatness_sample(mislabeled(few_shot(dataset().train, 4, run.seed), 0.25, run.seed), 24, run.seed)
 
 
 def same(path: Path, other: Path) -> bool:
@@ -151,24 +151,24 @@ def test_contenders_are_compared_run_by_run(path: Path) -> None:
 
 
 def test_it_is_measured_on_what_was_trained_on(path: Path) -> None:
-    for unit in RunFolder(path).recipe().units():
-        loss = float(objective(path, unit, trained_on(unit)).loss())
-        assert written(path, "runs", unit.name)["measures"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
-        clean = flatness_sample(few_shot(dataset().train, 4, unit.seed), 24, unit.seed)
-        assert float(objective(path, unit, clean).loss()) != pytest.approx(loss, rel=1e-5)
+    for run in RunFolder(path).recipe().runs():
+        loss = float(objective(path, run, trained_on(run)).loss())
+        assert written(path, "runs", run.name)["measures"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
+        clean = flatness_sample(few_shot(dataset().train, 4, run.seed), 24, run.seed)
+        assert float(objective(path, run, clean).loss()) != pytest.approx(loss, rel=1e-5)
 
 
 def test_a_line_ends_at_the_losses_of_its_two_networks(path: Path) -> None:
-    units = {unit.name: unit for unit in RunFolder(path).recipe().units()}
+    runs = {run.name: run for run in RunFolder(path).recipe().runs()}
     for line in written(path)["lines"]:
         assert line["reestimated"]
         assert (line["axis"][0], line["axis"][-1], len(line["axis"])) == (0.0, 1.0, len(line["train"]))
         for end, method in ((0, "sgd"), (-1, "sam")):
-            unit = units[f"{method}-seed{line['seed']}"]
-            for split, on in (("train", trained_on(unit)), ("test", flatness_sample(dataset().test, 24, 0))):
-                there = objective(path, unit, on)
+            run = runs[f"{method}-seed{line['seed']}"]
+            for split, on in (("train", trained_on(run)), ("test", flatness_sample(dataset().test, 24, 0))):
+                there = objective(path, run, on)
                 loss = float(there.loss(buffers=there.statistics()))
-                assert line[split][end] == pytest.approx(loss, rel=1e-6), (unit.name, split)
+                assert line[split][end] == pytest.approx(loss, rel=1e-6), (run.name, split)
 
 
 def test_what_is_measured_is_not_measured_again(path: Path, once: Path, asked: list[str]) -> None:
@@ -181,7 +181,7 @@ def test_with_other_settings_it_is_and_its_lines_too(path: Path, asked: list[str
     for how in (
         dataclasses.replace(HOW, sampling=Sampling(samples=20)),
         dataclasses.replace(HOW, sampling=Sampling(samples=24, batch_norm="train")),
-        dataclasses.replace(HOW, effort=dataclasses.replace(EFFORT, rho=0.1)),
+        dataclasses.replace(HOW, budget=dataclasses.replace(EFFORT, rho=0.1)),
     ):
         asked.clear()
         quietly(path, how)
@@ -211,7 +211,7 @@ def test_lines_begin_at_the_reference_of_now(path: Path, asked: list[str]) -> No
     assert asked == ["sam-seed0 to sgd-seed0", "sam-seed1 to sgd-seed1"]
     assert [(line["a"], line["b"]) for line in written(path)["lines"]] == [("sam", "sgd")] * 2
     found = written(path)
-    found["lines"][0]["a"] = "asam"  # the reference of before, with three contenders
+    found["lines"][0]["a"] = "asam"  # the reference of before, with three methods
     write_json(path / FLATNESS, found)
     asked.clear()
     quietly(path)
@@ -283,10 +283,10 @@ def test_what_cannot_be_measured_is_one_clear_line(
 
 
 def test_fewer_images_than_were_asked_for_are_said_to_be_fewer(path: Path) -> None:
-    for unit in RunFolder(path).recipe().units():
-        if unit.name != "sgd-seed0":
-            shutil.rmtree(RunFolder(path).unit(unit))
-    how = dataclasses.replace(HOW, sampling=Sampling(), effort=dataclasses.replace(EFFORT, m=64, points=0))
+    for run in RunFolder(path).recipe().runs():
+        if run.name != "sgd-seed0":
+            shutil.rmtree(RunFolder(path).run(run))
+    how = dataclasses.replace(HOW, sampling=Sampling(), budget=dataclasses.replace(EFFORT, m=64, points=0))
     quietly(path, how)
     found = written(path, "runs", "sgd-seed0")
     assert (found["settings"]["samples"], found["settings"]["m"]) == (40, 40)
@@ -320,11 +320,11 @@ def own_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ru
     ours = recipe(backbone="own", pretrain_on="sample", pretrain_epochs=1, dataset="digits", width=1, epochs=1)
     ours = dataclasses.replace(ours, methods=("sgd",), channels_last=True, eval_every=1)
     folder = RunFolder(tmp_path / "run")
-    with folder.locked(), measure.start(ours, measure.Where(), Console(quiet=True)) as executor:
+    with folder.locked(), measure.start(ours, measure.ExecutionOptions(), Console(quiet=True)) as executor:
         folder.claim(ours, 1)
         images = with_start(dataset(), executor, folder.path, Console(quiet=True))
-    (unit,) = ours.units()
-    train(unit, folder.unit(unit), images, CPU)
+    (run,) = ours.runs()
+    train(run, folder.run(run), images, CPU)
     yield folder
     torch.set_num_threads(1)
 
@@ -335,16 +335,16 @@ def test_a_backbone_is_the_one_that_was_trained_from_on_any_number_of_threads(
     restored: list[torch.nn.Module] = []
 
     def restore(job: Any, tell: Tell) -> None:
-        restored.append(measure._restored(job, job.unit).network)
-        shutil.copy(once / "runs" / "sgd-seed0" / FLATNESS, RunFolder(job.path).unit(job.unit) / FLATNESS)
+        restored.append(measure._restored(job, job.run).network)
+        shutil.copy(once / "runs" / "sgd-seed0" / FLATNESS, RunFolder(job.path).run(job.run) / FLATNESS)
 
     monkeypatch.setattr(measure, "_measure", restore)
     torch.set_num_threads(2)
     console = Console(file=io.StringIO(), width=200)
     measure_run(own_backbone.path, HOW, console)
     assert "Pretraining" not in console.file.getvalue()  # type: ignore[attr-defined]
-    (unit,) = own_backbone.recipe().units()
-    state = torch.load(own_backbone.unit(unit) / CHECKPOINT, weights_only=True)["model"]
+    (run,) = own_backbone.recipe().runs()
+    state = torch.load(own_backbone.run(run) / CHECKPOINT, weights_only=True)["model"]
     assert all(torch.equal(tensor, state[name]) for name, tensor in restored[0].state_dict().items())
 
 

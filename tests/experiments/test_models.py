@@ -18,8 +18,8 @@ def slow_batch_norm(x: Tensor, weights: dict[str, Tensor], name: str, training: 
     else:
         mean, var = weights[f"{name}.running_mean"], weights[f"{name}.running_var"]
     shape = (1, -1, 1, 1)
-    unit = (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt()
-    return unit * weights[f"{name}.weight"].view(shape) + weights[f"{name}.bias"].view(shape)
+    run = (x - mean.view(shape)) / (var.view(shape) + 1e-5).sqrt()
+    return run * weights[f"{name}.weight"].view(shape) + weights[f"{name}.bias"].view(shape)
 
 
 def slow_group_norm(x: Tensor, weights: dict[str, Tensor], name: str, groups: int) -> Tensor:

@@ -47,13 +47,13 @@ def made_up(of: Recipe) -> Results:
     def records(passes: float, grid: list[int]) -> list[Record]:
         return measured([point / passes for point in grid], passes)
 
-    return {unit: records(float(unit.spec.passes), unit.grid) for unit in of.units()}
+    return {run: records(float(run.spec.passes), run.grid) for run in of.runs()}
 
 
 def test_all_are_looked_at_after_the_epochs_that_the_most_expensive_one_makes() -> None:
     ours = recipe(methods=("sgd", "looksam", "sam"), epochs=6, eval_every=1, extra_epochs=2)
     assert common_epochs(ours, made_up(ours)) == 3.0
-    unfinished = {unit: records[:2] if unit.method == "sam" else records for unit, records in made_up(ours).items()}
+    unfinished = {run: records[:2] if run.method == "sam" else records for run, records in made_up(ours).items()}
     assert common_epochs(ours, unfinished) == 5.0
     assert common_epochs(ours, {}) == 0.0
 

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import recipe, run
+from tiny import recipe, train_run
 
 from steppe.experiments.execution.progress import Bars, Lines, Reporter, TensorBoard, Together, reporter
 
@@ -22,16 +22,16 @@ def test_bars_show_loss_accuracies_speed_and_time(tmp_path: Path) -> None:
     bars = Bars(two, Console(file=file, force_terminal=True, width=160))
     bars.interval = 0.0
     with bars:
-        for unit in two.units():
-            records = run(unit, tmp_path / unit.name, reporter=bars)
+        for run in two.runs():
+            records = train_run(run, tmp_path / run.name, reporter=bars)
             bars._bars.refresh()
     shown = file.getvalue()
     for part in ("SGD seed 0", "SAM seed 0", "all runs", f"{records[-1].test_accuracy:.2f} %", "8/8"):
         assert part in shown
     begin = Bars(two, Console(file=io.StringIO(), force_terminal=True, width=160))
-    unit = next(two.units())
-    begin.begin(unit, 1.0, [])
-    begin.step(unit, 1.5, 0.789, 1234.0)
+    run = next(two.runs())
+    begin.begin(run, 1.0, [])
+    begin.step(run, 1.5, 0.789, 1234.0)
     (task,) = [task for task in begin._bars.tasks if task.description == "SGD seed 0"]
     assert task.completed == 1.5
     assert "loss 0.789" in task.fields["detail"]
@@ -39,8 +39,8 @@ def test_bars_show_loss_accuracies_speed_and_time(tmp_path: Path) -> None:
 
 
 def test_lines_are_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    unit = next(recipe().units())
-    records = run(unit, tmp_path, reporter=Lines())
+    run = next(recipe().runs())
+    records = train_run(run, tmp_path, reporter=Lines())
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(records) == 2
     assert lines[-1].startswith("SGD seed 0  standardized epoch 4/4  loss ")
@@ -51,10 +51,10 @@ def test_lines_are_plain(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> 
 def test_tensorboard_gets_every_measurement(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    unit = next(recipe().units())
+    run = next(recipe().runs())
     with TensorBoard(tmp_path / "tensorboard") as board:
-        records = run(unit, tmp_path / "run", reporter=board)
-    log = EventAccumulator(str(tmp_path / "tensorboard" / unit.name)).Reload()
+        records = train_run(run, tmp_path / "run", reporter=board)
+    log = EventAccumulator(str(tmp_path / "tensorboard" / run.name)).Reload()
     assert [(event.step, event.value) for event in log.Scalars("gap")] == [
         (r.standardized_epoch, pytest.approx(r.gap, rel=1e-5)) for r in records
     ]

@@ -10,10 +10,10 @@ import torch
 from tiny import CPU, dataset, recipe
 
 from steppe import variants
-from steppe.experiments.config.contenders import CONTENDERS
 from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import RECIPES, Recipe
-from steppe.experiments.training.run import Run
+from steppe.experiments.training.run import Training
 from steppe.experiments.world import resolve
 
 
@@ -26,8 +26,8 @@ def test_article_is_the_article() -> None:
     }  # fmt: skip
     assert {k: getattr(article, k) for k in wanted} == wanted
     assert "does not give the batch size" in help_text
-    assert [unit.steps(60_000) for unit in article.units()][:2] == [150 * 469, 75 * 469]
-    assert [unit.standardized_epochs for unit in article.units()][:2] == [150, 200]
+    assert [run.steps(60_000) for run in article.runs()][:2] == [150 * 469, 75 * 469]
+    assert [run.standardized_epochs for run in article.runs()][:2] == [150, 200]
 
 
 def test_demo_needs_no_download() -> None:
@@ -42,11 +42,11 @@ def test_demo_needs_no_download() -> None:
         ("rho", -0.1, "neighborhood"),
         ("rho", math.inf, "neighborhood"),
         ("batch_size", 0, "optimizer step"),
-        ("seeds", 0, "runs of each contender"),
+        ("seeds", 0, "runs of each method"),
         ("threads", 0, "CPU threads"),
         ("name", "a/b", "names a folder"),
         ("name", "", "names a folder"),
-        ("methods", (), "at least one contender"),
+        ("methods", (), "at least one method"),
         ("methods", ("sgd", "sgd"), "each of them once"),
         ("methods", ("sgd", "samm"), "did you mean 'sam'"),
         ("methods", ("sam:rho=0.1", "sam:rho=.10"), "each of them once"),
@@ -88,9 +88,9 @@ def test_a_climb_along_the_momentum_gets_one_and_so_does_everybody() -> None:
 def test_a_spec_has_one_way_to_be_written() -> None:
     methods = ("sam:rho=.10", "late_sam:start=5e-1,rho=1", "looksam")
     assert recipe(methods=methods).methods == ("sam:rho=0.1", "late_sam:rho=1.0,start=0.5", "looksam")
-    names = [unit.name for unit in recipe(methods=methods).units()]
+    names = [run.name for run in recipe(methods=methods).runs()]
     assert names == ["sam-rho=0.1-seed0", "late_sam-rho=1.0-start=0.5-seed0", "looksam-seed0"]
-    labels = [unit.spec.label for unit in recipe(methods=methods).units()]
+    labels = [run.spec.label for run in recipe(methods=methods).runs()]
     assert labels == ["SAM (rho 0.1)", "Late SAM (rho 1.0, start 0.5)", "LookSAM"]
 
 
@@ -107,41 +107,39 @@ def test_an_argument_reaches_the_method_and_the_plan() -> None:
         "random_sam:p=0.1": 1.1,
     }
     assert {spec: parse(spec).passes for spec in planned} == {k: Fraction(str(v)) for k, v in planned.items()}
-    look = next(recipe(methods=("looksam:k=2,alpha=0.3",)).units())
-    optimizer: Any = Run(look, dataset(), CPU).optimizer
+    look = next(recipe(methods=("looksam:k=2,alpha=0.3",)).runs())
+    optimizer: Any = Training(look, dataset(), CPU).optimizer
     assert (optimizer.cadence.k, optimizer.combination.alpha, optimizer.rho) == (2, 0.3, 0.05)
-    late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).units())
-    optimizer = Run(late, dataset(), CPU).optimizer
+    late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).runs())
+    optimizer = Training(late, dataset(), CPU).optimizer
     assert (optimizer.cadence.start, optimizer.cadence.steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
-    random_tensors: Any = [
-        Run(unit, dataset(), CPU).optimizer for unit in recipe(methods=("random_sam",), seeds=2).units()
-    ]
-    assert [optimizer.cadence.seed for optimizer in random_tensors] == [0, 1]
+    draws: Any = [Training(run, dataset(), CPU).optimizer for run in recipe(methods=("random_sam",), seeds=2).runs()]
+    assert [optimizer.cadence.seed for optimizer in draws] == [0, 1]
 
 
 def test_every_variant_is_a_contender_and_can_be_built() -> None:
     public = {n for n, f in vars(variants).items() if inspect.isfunction(f) and f.__module__ == variants.__name__}
     public = {name for name in public if not name.startswith("_")}
-    assert public <= set(CONTENDERS), "add an entry to steppe.experiments.config.contenders.CONTENDERS"
-    for name, contender in CONTENDERS.items():
-        base = contender.plain or "sgd"
-        (unit,) = recipe(methods=(name,), base=base).units()
-        run = Run(unit, dataset(), CPU)
+    assert public <= set(METHODS), "add an entry to steppe.experiments.config.methods.METHODS"
+    for name, method in METHODS.items():
+        base = method.plain or "sgd"
+        (run,) = recipe(methods=(name,), base=base).runs()
+        run = Training(run, dataset(), CPU)
         assert isinstance(run.optimizer, torch.optim.Optimizer)
-        assert 1 <= unit.spec.passes <= 6
-        assert "_" not in unit.spec.label
+        assert 1 <= run.spec.passes <= 6
+        assert "_" not in run.spec.label
 
 
 def test_units_are_paired_and_who_pays_for_climbing_gets_further_epochs() -> None:
-    units = list(recipe(seeds=2, first_seed=3, epochs=4, extra_epochs=1, methods=("sgd", "looksam")).units())
-    assert [unit.name for unit in units] == ["sgd-seed3", "looksam-seed3", "sgd-seed4", "looksam-seed4"]
-    assert [unit.standardized_epochs for unit in units[:2]] == [4, 5]
+    runs = list(recipe(seeds=2, first_seed=3, epochs=4, extra_epochs=1, methods=("sgd", "looksam")).runs())
+    assert [run.name for run in runs] == ["sgd-seed3", "looksam-seed3", "sgd-seed4", "looksam-seed4"]
+    assert [run.standardized_epochs for run in runs[:2]] == [4, 5]
 
 
 def test_measurements_fall_on_the_same_standardized_epochs() -> None:
-    sgd, sam = recipe(epochs=8, extra_epochs=2, eval_every=4).units()
+    sgd, sam = recipe(epochs=8, extra_epochs=2, eval_every=4).runs()
     assert (sgd.grid, sam.grid) == ([4, 8], [4, 8, 10])
-    sgd, sam = recipe(epochs=8, eval_every=3).units()
+    sgd, sam = recipe(epochs=8, eval_every=3).runs()
     assert sgd.grid == sam.grid == [3, 6, 8]
 
 

@@ -18,7 +18,7 @@ from tiny import recipe
 
 from steppe.experiments import report
 from steppe.experiments.analysis.summary import summarize
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import pareto
 from steppe.experiments.measuring.measure import measured, verdicts
@@ -27,7 +27,7 @@ from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Flatness
 
 NASTY = """steppe compare '</script><script>broken = 1</script><img src=x onerror=alert(1)>' "&amp;" """
-NOTHING: tuple[dict[Unit, Flatness], list[Any]] = {}, []
+NOTHING: tuple[dict[Run, Flatness], list[Any]] = {}, []
 
 
 def write(folder: RunFolder) -> Path:
@@ -37,9 +37,9 @@ def write(folder: RunFolder) -> Path:
     return report.write(folder, of, results, summary)
 
 
-def change(folder: RunFolder, unit: Unit, **parts: dict[str, Any]) -> None:
+def change(folder: RunFolder, run: Run, **parts: dict[str, Any]) -> None:
     """Change parts of what was measured of a run."""
-    file = folder.unit(unit) / "flatness.json"
+    file = folder.run(run) / "flatness.json"
     written = json.loads(file.read_text())
     file.write_text(json.dumps(written | {name: written[name] | part for name, part in parts.items()}))
 
@@ -84,8 +84,8 @@ def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
 def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
     of = recipe(seeds=2, name="<b onclick=alert(1)>")
     folder = made_up.folder(tmp_path / "run", of, command=NASTY)
-    for unit in of.units():
-        change(folder, unit, measures={name: {"value": 1.0, "note": NASTY} for name in ("sharpness", "loss")})
+    for run in of.runs():
+        change(folder, run, measures={name: {"value": 1.0, "note": NASTY} for name in ("sharpness", "loss")})
     page = Page(write(folder))
     assert page.tags.count("script") == 3, "the payload, plotly and the page's own"
     assert "img" not in page.tags
@@ -99,9 +99,9 @@ def test_what_a_verdict_adds_is_said(tmp_path: Path) -> None:
     of = recipe(seeds=3)
     folder = made_up.folder(tmp_path / "run", of)
     assert "minimum flatter" in Page(write(folder)).text
-    for unit in of.units():
-        if unit.method == "sam":
-            change(folder, unit, measures={"loss": {"value": 100.0}, "normalized_sharpness": {"value": 100.0}})
+    for run in of.runs():
+        if run.method == "sam":
+            change(folder, run, measures={"loss": {"value": 100.0}, "normalized_sharpness": {"value": 100.0}})
     text = Page(write(folder)).text
     assert "flatness inconclusive" in text
     assert "cannot be told apart here" in text
@@ -116,7 +116,7 @@ def test_the_verdict_is_the_summary_s_and_no_file_s(tmp_path: Path) -> None:
     text = Page(write(folder)).text
     assert "minimum flatter" in text
     assert "An old sentence." not in text
-    change(folder, next(of.units()), settings={"samples": 1})
+    change(folder, next(of.runs()), settings={"samples": 1})
     results = made_up.results(folder)[1]
     report.write(folder, of, results, summarize(of, results))  # which has none, as the runs cannot be compared
     assert "flatness no verdict" in Page(folder.path / "report.html").text
@@ -152,11 +152,11 @@ def test_verdicts_are_said_as_they_are(tmp_path: Path) -> None:
     assert "SAM and ASAM against SGD: test accuracy and generalization gap better; minima flatter." in text
     for sentence in json.loads((tmp_path / "run" / "summary.json").read_text())["differences"]:
         assert re.sub(r"-(?=\d)", "−", sentence["verdict"]) in text
-    sgd, sam, _ = (made_up.results(folder)[1][unit] for unit in list(many.units())[:3])
+    sgd, sam, _ = (made_up.results(folder)[1][run] for run in list(many.runs())[:3])
     folder = made_up.folder(tmp_path / "same", recipe(seeds=2), measured=False)
-    for unit in recipe(seeds=2).units():  # two contenders of which each is better once
-        best = (unit.method == "sam") == (unit.seed == 0)
-        (folder.unit(unit) / "metrics.jsonl").write_text(json.dumps((sam if best else sgd)[-1].to_json()) + "\n")
+    for run in recipe(seeds=2).runs():  # two methods of which each is better once
+        best = (run.method == "sam") == (run.seed == 0)
+        (folder.run(run) / "metrics.jsonl").write_text(json.dumps((sam if best else sgd)[-1].to_json()) + "\n")
     text = Page(write(folder)).text
     assert "SAM against SGD: test accuracy and generalization gap not distinguishable; flatness not measured." in text
     assert "better" not in text.partition("Training")[0]
@@ -164,7 +164,7 @@ def test_verdicts_are_said_as_they_are(tmp_path: Path) -> None:
 
 def test_one_run_gives_no_verdict_and_has_no_spread(tmp_path: Path) -> None:
     page = Page(write(made_up.folder(tmp_path / "run", recipe())))
-    assert "One run of each contender gives no verdict" in page.text
+    assert "One run of each method gives no verdict" in page.text
     assert "±" not in page.text.partition("Flat is not one thing")[2].partition("Mean ±")[0], "no spread in the table"
     assert all(sd is None for curve in page.payload["curves"] for sd in curve["sd"])
     assert not any(curve["several"] for curve in page.payload["curves"])
@@ -180,10 +180,10 @@ def test_a_run_folder_with_nothing_in_it_has_a_page(tmp_path: Path) -> None:
 
 def test_a_hole_in_a_landscape_stays_one(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
-    unit, (i, j) = next(recipe().units()), made_up.HOLE
-    losses = json.loads((folder.unit(unit) / "flatness.json").read_text())["landscape"]["losses"]
+    run, (i, j) = next(recipe().runs()), made_up.HOLE
+    losses = json.loads((folder.run(run) / "flatness.json").read_text())["landscape"]["losses"]
     losses[i][j] = float("nan")  # as another JSON writer might
-    change(folder, unit, landscape={"losses": losses})
+    change(folder, run, landscape={"losses": losses})
     first = Page(write(folder)).payload["runs"][0]
     assert [(a, b) for a, row in enumerate(first["landscape"]["losses"]) for b, v in enumerate(row) if v is None] == [
         (i, j)
@@ -201,7 +201,7 @@ def test_the_profile_is_the_landscape_s_middle(tmp_path: Path) -> None:
 def test_a_damaged_file_is_named_and_the_old_page_stays(tmp_path: Path, content: str) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
     before = write(folder).read_bytes()
-    file = folder.unit(next(recipe().units())) / "flatness.json"
+    file = folder.run(next(recipe().runs())) / "flatness.json"
     file.write_text(content)
     with pytest.raises(ExperimentError, match=f"{re.escape(str(file))} is damaged.*steppe measure"):
         write(folder)
@@ -229,8 +229,8 @@ def test_sharpness_while_training_is_drawn_where_it_was_measured(tmp_path: Path)
     of, results = made_up.results(made_up.folder(tmp_path / "run", recipe(), measured=False))
     assert not {"sharpness", "lambda_max"} & set(payload(of, results, *NOTHING)["quantities"])
     some = {
-        unit: [dataclasses.replace(r, lambda_max=3.0 if unit.method == "sam" else None) for r in records]
-        for unit, records in results.items()
+        run: [dataclasses.replace(r, lambda_max=3.0 if run.method == "sam" else None) for r in records]
+        for run, records in results.items()
     }
     shown = [curve for curve in payload(of, some, *NOTHING)["curves"] if curve["field"] == "lambda_max"]
     assert [(curve["method"], curve["mean"]) for curve in shown] == [("sam", [3.0, 3.0])]

@@ -83,7 +83,7 @@ def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
     assert names == {
         *(".lock", "config.json", "environment.json", "summary.md", "summary.json", "report.html"),
         *(f"figures/{figure}.{suffix}" for figure in figures for suffix in ("png", "svg")),
-        *(f"runs/{unit}/{file}" for unit in ("sgd-seed0", "sam-seed0") for file in ("metrics.jsonl", "checkpoint.pt")),
+        *(f"runs/{run}/{file}" for run in ("sgd-seed0", "sam-seed0") for file in ("metrics.jsonl", "checkpoint.pt")),
     }
     (session,) = json.loads((undisturbed / "environment.json").read_text())
     assert session["torch"] == torch.__version__
@@ -103,7 +103,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(undisturbed: Path, tmp_
         assert process.poll() is None, process.communicate()
     kill(process)
     assert any(batches(out)), "the kill came within an epoch"
-    assert command_line(command(out), random_tensors=False) == 0
+    assert command_line(command(out), draws=False) == 0
     assert_same(out, undisturbed)
 
 
@@ -117,7 +117,7 @@ def test_stopped_it_says_how_to_go_on(undisturbed: Path, tmp_path: Path) -> None
     assert "Traceback" not in errors
     words = errors.strip().splitlines()[-1].removeprefix("Stopped. To go on: steppe ").split()
     assert words == command(out)
-    assert command_line(words, random_tensors=False) == 0
+    assert command_line(words, draws=False) == 0
     assert_same(out, undisturbed)
 
 
@@ -125,7 +125,7 @@ def test_the_same_command_again_trains_nothing_and_seeds_can_be_added(
     undisturbed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shutil.copytree(undisturbed, out := tmp_path / "run")
-    assert command_line(command(out, seeds=2), random_tensors=False) == 0
+    assert command_line(command(out, seeds=2), draws=False) == 0
     assert "SGD seed 0: is finished" in capsys.readouterr().out
     assert "2 paired runs" in (out / "summary.md").read_text()
     assert len(content(out)[0]) == 2 * len(content(undisturbed)[0])
@@ -156,7 +156,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
     # a small step keeps rounding from growing; 72 images are 4 * 15 + 12, and 15 are shared as 7 + 8
     fields = {"norm": "group", "width": 4, "batch_size": 15, "lr": 0.01, "epochs": 4, "eval_every": 2}
     fields["methods"] = "sam looksam"
-    assert command_line(command(tmp_path / "one", **fields), random_tensors=False) == 0
+    assert command_line(command(tmp_path / "one", **fields), draws=False) == 0
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(TINY)]
     words = [*torchrun, *command(tmp_path / "two", **fields)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

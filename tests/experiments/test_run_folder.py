@@ -3,7 +3,7 @@ import os
 from pathlib import Path
 
 import pytest
-from tiny import recipe, run
+from tiny import recipe, train_run
 
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import write_atomically
@@ -71,10 +71,10 @@ def test_two_cannot_work_in_one_folder(folder: RunFolder) -> None:
 
 
 def test_results_are_read_back_and_a_damaged_line_is_an_error(folder: RunFolder) -> None:
-    sgd, sam = recipe().units()
-    records = run(sgd, folder.unit(sgd))
+    sgd, sam = recipe().runs()
+    records = train_run(sgd, folder.run(sgd))
     assert folder.results(recipe()) == {sgd: records, sam: []}
-    (folder.unit(sgd) / "metrics.jsonl").write_text('{"epoch": 1')
+    (folder.run(sgd) / "metrics.jsonl").write_text('{"epoch": 1')
     with pytest.raises(ExperimentError, match=r"metrics.jsonl is damaged"):
         folder.results(recipe())
 

@@ -8,10 +8,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tiny import CPU, dataset, recipe, run, split, untimed
+from tiny import CPU, dataset, recipe, train_run, split, untimed
 from torch import Tensor, nn
 
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.datasets import normalize
 from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.figures import curves as figures
@@ -19,7 +19,7 @@ from steppe.experiments.figures.pareto import after_epochs
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, Results, RunFolder
 from steppe.experiments.training import run as training
 from steppe.experiments.training.evaluation import Record, read_records, write_records
-from steppe.experiments.training.run import Run
+from steppe.experiments.training.run import Training
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
 
@@ -41,8 +41,8 @@ def test_measuring_changes_no_bit_of_the_training_and_adds_to_the_records(
     method: str, size: int, every: int, tmp_path: Path
 ) -> None:
     fields = {"methods": (method,), "eval_every": 1, "momentum": 0.9, "flatness_samples": 16, "batch_size": size}
-    (without,), (with_it,) = (list(recipe(**fields, flatness_every=f).units()) for f in (None, every))
-    plain, measured = run(without, tmp_path / "plain"), run(with_it, tmp_path / "measured")
+    (without,), (with_it,) = (list(recipe(**fields, flatness_every=f).runs()) for f in (None, every))
+    plain, measured = train_run(without, tmp_path / "plain"), train_run(with_it, tmp_path / "measured")
     a, b = weights(tmp_path / "plain"), weights(tmp_path / "measured")
     assert a.keys() == b.keys()
     assert all(torch.equal(a[k], b[k]) for k in a)
@@ -85,12 +85,12 @@ def test_a_run_that_was_stopped_measures_the_same(tmp_path: Path, monkeypatch: p
         return dict.fromkeys(FIELDS, float(sum(p.detach().double().norm() for p in network.parameters())))
 
     monkeypatch.setattr(training, "measure_flatness", length)  # in less time
-    (unit,) = recipe(methods=("sgd",), flatness_every=2).units()
-    whole = run(unit, tmp_path / "whole")
+    (run,) = recipe(methods=("sgd",), flatness_every=2).runs()
+    whole = train_run(run, tmp_path / "whole")
     with pytest.raises(Stopped):
-        run(unit, tmp_path / "stopped", stop=Soon())
+        train_run(run, tmp_path / "stopped", stop=Soon())
     assert (tmp_path / "stopped" / METRICS).read_text().count("lambda_max") == 1
-    assert untimed(run(unit, tmp_path / "stopped")) == untimed(whole)
+    assert untimed(train_run(run, tmp_path / "stopped")) == untimed(whole)
 
 
 class Small(nn.Module):
@@ -179,8 +179,8 @@ def slow_sharpness(at: Any, w: Tensor, rho: float) -> float:
 
 
 def test_the_sample_is_of_the_fitted_images_and_always_the_same() -> None:
-    units = list(recipe(seeds=2, label_noise=0.5, shots=4, flatness_every=2).units())
-    sgd, sam, other, _ = (Run(unit, dataset(), CPU).data.train for unit in units)
+    runs = list(recipe(seeds=2, label_noise=0.5, shots=4, flatness_every=2).runs())
+    sgd, sam, other, _ = (Training(run, dataset(), CPU).data.train for run in runs)
     first, again = flatness_sample(sgd, 15, 0), flatness_sample(sam, 15, 0)
     assert torch.equal(first.images, again.images)
     assert torch.equal(first.labels, again.labels)
@@ -216,22 +216,22 @@ def test_a_wrong_value_is_named_with_its_meaning(fields: dict[str, object], mean
 
 
 def test_more_than_all_compute_is_the_end_only() -> None:
-    (unit,) = recipe(methods=("sgd",), epochs=7, flatness_every=100).units()
-    assert unit.flatness_grid == {7}
+    (run,) = recipe(methods=("sgd",), epochs=7, flatness_every=100).runs()
+    assert run.flatness_grid == {7}
 
 
 # The figure.
 
 
 def results(of: Recipe, sharp: bool) -> Results:
-    def records(unit: Unit) -> list[Record]:
+    def records(run: Run) -> list[Record]:
         flat = [(0.1 * e, 4.0 * e, 0.5 * e) if sharp and e > 2 else (None, None, None) for e in (2, 4)]
         return [
             Record(e, e, 10, 100, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0, *f)
             for e, f in zip((2, 4), flat, strict=True)
         ]
 
-    return {unit: records(unit) for unit in of.units()}
+    return {run: records(run) for run in of.runs()}
 
 
 @pytest.fixture
@@ -279,9 +279,9 @@ def test_between_two_measurements_only_what_both_have_is_interpolated() -> None:
 
 
 def test_a_record_has_the_values_of_its_weights_on_the_noisy_sample(tmp_path: Path) -> None:
-    (unit,) = recipe(methods=("sgd",), label_noise=0.5, flatness_every=4, flatness_samples=11, rho=0.3, seeds=1).units()
-    *_, last = run(unit, tmp_path)
-    again = Run(unit, dataset(), CPU)
+    (run,) = recipe(methods=("sgd",), label_noise=0.5, flatness_every=4, flatness_samples=11, rho=0.3, seeds=1).runs()
+    *_, last = train_run(run, tmp_path)
+    again = Training(run, dataset(), CPU)
     again.network.load_state_dict(torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"])
     sample = flatness_sample(mislabeled(dataset().train, 0.5, 0), 11, 0)
     assert measure_flatness(again.network, sample, 0.3, lambda: None) == {name: getattr(last, name) for name in FIELDS}

@@ -11,7 +11,7 @@ from rich.console import Console
 from tiny import recipe
 
 from steppe.experiments.analysis.summary import summarize
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import style as looks
 from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw
 from steppe.experiments.storage.run_folder import Results, RunFolder
@@ -25,12 +25,12 @@ def record(epoch: float, train: float, test: float) -> Record:
 def results(of: Recipe, tests: dict[str, list[float]]) -> Results:
     """Two measurements of each unit, at half of its compute and at `epochs`, and one at the end of further ones."""
 
-    def records(unit: Unit) -> list[Record]:
-        test = tests[unit.method][unit.seed]
-        points = sorted({2, of.epochs, unit.standardized_epochs})
+    def records(run: Run) -> list[Record]:
+        test = tests[run.method][run.seed]
+        points = sorted({2, of.epochs, run.standardized_epochs})
         return [record(epoch, 90.0 + epoch, test + epoch) for epoch in points]
 
-    return {unit: records(unit) for unit in of.units()}
+    return {run: records(run) for run in of.runs()}
 
 
 def test_rows_differences_and_verdicts() -> None:
@@ -69,12 +69,12 @@ def test_further_epochs_are_a_row_and_no_part_of_the_verdict() -> None:
 
 def test_what_is_not_finished_is_named_and_not_paired() -> None:
     two = recipe(seeds=2)
-    partial: dict[Unit, Any] = dict(results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}))
-    partial[Unit(two, "sam", 1)] = partial[Unit(two, "sam", 1)][:1]
+    partial: dict[Run, Any] = dict(results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}))
+    partial[Run(two, "sam", 1)] = partial[Run(two, "sam", 1)][:1]
     summary = summarize(two, partial)
     assert summary.differences[0].gap.n == 1
     assert list(summary.notes())[-1].endswith("not come so far: sam-seed1.")
-    assert summarize(two, {unit: [] for unit in two.units()}).rows == []
+    assert summarize(two, {run: [] for run in two.runs()}).rows == []
 
 
 def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
@@ -149,7 +149,7 @@ def test_figures_show_the_measurements(tmp_path: Path, monkeypatch: pytest.Monke
     for name, changes in {"test_accuracy": True, "gap_seconds": True, "pareto": True, "train_loss": False}.items():
         a, b = ((tmp_path / folder / f"{name}.svg").read_bytes() for folder in "ab")
         assert (a != b) is changes
-    draw(recipe(), {unit: [] for unit in recipe().units()}, tmp_path / "c")  # nothing measured yet: empty axes
+    draw(recipe(), {run: [] for run in recipe().runs()}, tmp_path / "c")  # nothing measured yet: empty axes
 
 
 def test_records_are_one_json_line_each() -> None:

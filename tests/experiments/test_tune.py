@@ -18,13 +18,13 @@ from tiny import CPU, command_line, dataset, options, recipe, untimed
 
 from steppe.cli import main
 from steppe.experiments.commands import Compare, parse
-from steppe.experiments.config.contenders import Value
+from steppe.experiments.config.methods import Value
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.data.validation import hold_out
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import Here, Job, Outcome
+from steppe.experiments.execution.executor import InProcess, Job, Outcome
 from steppe.experiments.training.evaluation import Record, read_records
 from steppe.experiments.tuning import tune
 from steppe.experiments.tuning.result import Findings, Tuning, find
@@ -275,7 +275,7 @@ def test_trials_run_on_ray_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert trials(tmp_path / "ray") == trials(tmp_path / "here")
 
 
-class Eager(Here):
+class Eager(InProcess):
     """Takes all the jobs that it may before it trains the first."""
 
     def __init__(self, recipe: Recipe, most: int, console: object) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from steppe.cli import main
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.execution import cpus
@@ -54,15 +54,15 @@ class Told(Reporter):
     steps: list[float] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
-    def step(self, unit: Unit, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         self.steps.append(loss)
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         self.records.append(record)
 
 
-def run(unit: Unit, folder: Path, **kwargs: object) -> list[Record]:
-    return train(unit, folder, dataset(), CPU, **kwargs)  # type: ignore[arg-type]
+def train_run(run: Run, folder: Path, **kwargs: object) -> list[Record]:
+    return train(run, folder, dataset(), CPU, **kwargs)  # type: ignore[arg-type]
 
 
 def untimed(records: list[Record]) -> list[dict[str, object]]:
@@ -70,16 +70,16 @@ def untimed(records: list[Record]) -> list[dict[str, object]]:
     return [{k: v for k, v in r.to_json().items() if k not in ("seconds", "images_per_second")} for r in records]
 
 
-def command_line(words: list[str] | None = None, *, random_tensors: bool = True) -> int:
+def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
     """Run the command line on the tiny data; without figures, which take longer than the runs, where nobody looks."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
-        if not random_tensors:
+        if not draws:
             patch.setattr(figures, "draw", lambda recipe, results, folder: [])
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
         return main(words)
 
 
 if __name__ == "__main__":
-    sys.exit(command_line(random_tensors=False))
+    sys.exit(command_line(draws=False))

@@ -12,7 +12,7 @@ from torch import nn
 
 from steppe.flatness import (
     FAMILIES,
-    Effort,
+    Budget,
     Flatness,
     Measure,
     Objective,
@@ -23,15 +23,15 @@ from steppe.flatness import (
     sharpness,
 )
 
-SMALL = Effort(
+SMALL = Budget(
     m=5, steps=4, restarts=2, pairs=4, top=2, tol=1e-6, probes=4, density_probes=2, density_steps=8, points=3
 )
 
 
-def measured(net, effort=SMALL, **options):
+def measured(net, budget=SMALL, **options):
     x, y = samples()
     normalized = Objective(net, (x, y), loss=normalized_logits(F.cross_entropy), **options)
-    return measure(objective(net, (x, y), **options), effort, normalized=normalized)
+    return measure(objective(net, (x, y), **options), budget, normalized=normalized)
 
 
 def test_every_name_is_measured_and_no_other():

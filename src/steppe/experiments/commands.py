@@ -11,9 +11,9 @@ import tyro
 from rich.console import Console
 
 from steppe.experiments.compare import compare, plot
-from steppe.experiments.config.contenders import CONTENDERS, Contender
+from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.recipe import RECIPES, Recipe
-from steppe.experiments.execution.executor import Where
+from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.measuring.measure import Measuring, measure_run
 from steppe.experiments.measuring.user_model import Anybody, measure_anybody
 from steppe.experiments.methods_table import methods
@@ -22,7 +22,7 @@ from steppe.experiments.tuning.tune import Options, again, is_tuning, tune
 
 __all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 
-_COMPARE = "Train contenders at equal compute and show who generalizes better."
+_COMPARE = "Train methods at equal compute and show who generalizes better."
 _FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."
 
 _FINETUNE_DETAILS = """
@@ -68,7 +68,7 @@ goes on where it was stopped or killed, and ends with the same bits. Raise --see
 On several devices: torchrun --nproc-per-node 2 -m steppe compare ...
 On CPUs, as many runs are trained at a time as there is room for (--runs-at-once); on many machines: --on ray
 
-The contenders are named by --methods, with arguments where you want others than the usual ones:
+The methods are named by --methods, with arguments where you want others than the usual ones:
 `--methods sgd sam sam:rho=0.1 looksam:k=2,rho=0.1`. They are, with their arguments in brackets:
 """
 
@@ -89,7 +89,7 @@ class Compare:
     """`steppe compare`."""
 
     recipe: AnyRecipe
-    where: Where = field(default_factory=Where)
+    where: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def run(self, command: Sequence[str], console: Console) -> None:
         """Train, summarize, draw."""
@@ -109,7 +109,7 @@ class Tune:
 
     recipe: AnyRecipe
     options: Options = field(default_factory=Options)
-    where: Where = field(default_factory=Where)
+    where: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def __post_init__(self) -> None:
         if self.recipe.widths:
@@ -144,7 +144,7 @@ class Measure:
         """Measure what is not measured yet; summarize and draw again."""
         if self.folder is None:
             how = self.how
-            measure_anybody(self.anybody, how.effort, how.sampling, console, processes=how.processes)
+            measure_anybody(self.anybody, how.budget, how.sampling, console, processes=how.processes)
         else:
             measure_run(self.folder, self.how, console)
             plot(self.folder, console)
@@ -182,9 +182,9 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
     Raises SystemExit: with 0 after --help, and with 2 after saying what was meant when it does not understand.
     """
     words = _said_open(words)
-    contenders = "\n".join(_line(name, contender) for name, contender in CONTENDERS.items())
+    methods = "\n".join(_line(name, method) for name, method in METHODS.items())
     # tyro shows a description in the list of verbs too, where one line is enough
-    about = f"{_COMPARE}\n{_DETAILS}{contenders}" if words[:1] == ["compare"] else _COMPARE
+    about = f"{_COMPARE}\n{_DETAILS}{methods}" if words[:1] == ["compare"] else _COMPARE
     about_tune = f"{_TUNE}\n{_TUNE_DETAILS}" if words[:1] == ["tune"] else _TUNE
     about_measure = f"{_MEASURE}\n{_MEASURE_DETAILS}" if words[:1] == ["measure"] else _MEASURE
     about_finetune = f"{_FINETUNE}\n{_FINETUNE_DETAILS}" if words[:1] == ["finetune"] else _FINETUNE
@@ -215,6 +215,6 @@ def _said_open(words: Sequence[str]) -> list[str]:
     return said
 
 
-def _line(name: str, contender: Contender) -> str:
-    arguments = f" ({', '.join(contender.arguments)})" if contender.arguments else ""
-    return f"  {name}: {contender.summary}{arguments}"
+def _line(name: str, method: Method) -> str:
+    arguments = f" ({', '.join(method.arguments)})" if method.arguments else ""
+    return f"  {name}: {method.summary}{arguments}"

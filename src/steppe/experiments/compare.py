@@ -19,7 +19,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data import datasets as data
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.board import board
-from steppe.experiments.execution.executor import Executor, Job, Where, failures, start
+from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, failures, start
 from steppe.experiments.execution.progress import reporter
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures import double_descent as double_descent_figure
@@ -35,11 +35,11 @@ from steppe.experiments.training.stopping import on_signals
 
 __all__ = ["compare", "plot", "report", "sign"]
 
-_HERE = Where()
+_HERE = ExecutionOptions()
 
 
 def compare(
-    recipe: Recipe, command: Sequence[str], console: Console, where: Where = _HERE
+    recipe: Recipe, command: Sequence[str], console: Console, where: ExecutionOptions = _HERE
 ) -> Summary | DoubleDescent | None:
     """Train what is not trained yet, then write and show the summary and the figures.
 
@@ -48,7 +48,7 @@ def compare(
     others, and is told of at the end.
     """
     recipe = reduced(recipe, console)
-    runs = max(len(list(member.units())) for member in [recipe, *recipe.members()])
+    runs = max(len(list(member.runs())) for member in [recipe, *recipe.members()])
     with start(recipe, where, console, most=runs) as executor:
         summary, failed = _carry_out(executor.recipe, executor, command, console)
     if failed and summary is not None:
@@ -88,7 +88,7 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
 def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:
     """Draw what was measured of flatness, if anything was, and say what it allows to say."""
     found = measured(folder, recipe)
-    groups = {parse(m).label: [flat for unit, flat in found.items() if unit.method == m] for m in recipe.methods}
+    groups = {parse(m).label: [flat for run, flat in found.items() if run.method == m] for m in recipe.methods}
     flatness_figures.draw(groups, folder.figures, setting(recipe))
     if lines := lines_of(folder):
         flatness_figures.draw_lines(lines, styles(recipe), folder.figures, setting(recipe))
@@ -128,12 +128,12 @@ def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Conso
     if world.rank == 0:
         world.barrier()
     dataset = with_start(dataset, executor, folder.path, console)
-    units = list(recipe.units())
+    runs = list(recipe.runs())
     if executor.together:
-        teller = board(sum(unit.standardized_epochs for unit in units), console)
+        teller = board(sum(run.standardized_epochs for run in runs), console)
     else:
         teller = reporter(recipe, speaks=world.rank == 0, console=console)
-    jobs = [Job(unit, folder.unit(unit)) for unit in units]
+    jobs = [Job(run, folder.run(run)) for run in runs]
     with teller, on_signals() as stop:
         return failures(list(executor.run(jobs, dataset, folder.path, teller, stop)))
 

@@ -5,7 +5,7 @@ from steppe.flatness.connect import Curve, connect
 from steppe.flatness.directions import between, random_directions
 from steppe.flatness.eigen import Eigenpairs, eigenvalues
 from steppe.flatness.landscape import Landscape, Line, interpolation, landscape
-from steppe.flatness.measure import FAMILIES, Effort, Family, Flatness, Measure, measure, normalized_logits
+from steppe.flatness.measure import FAMILIES, Budget, Family, Flatness, Measure, measure, normalized_logits
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Block, Hessian, Operator, Scaled
 from steppe.flatness.relative import relative_flatness
@@ -17,9 +17,9 @@ from steppe.flatness.values import Estimate
 __all__ = [
     "FAMILIES",
     "Block",
+    "Budget",
     "Curve",
     "Density",
-    "Effort",
     "Eigenpairs",
     "Estimate",
     "Family",

@@ -152,7 +152,7 @@ class Flatness:
 
 
 @dataclass(frozen=True)
-class Effort:
+class Budget:
     """How far to look, and how much to spend on it."""
 
     rho: float = 0.05
@@ -210,7 +210,7 @@ def normalized_logits(loss: Loss) -> Loss:
     return of
 
 
-def measure(objective: Objective, effort: Effort | None = None, *, normalized: Objective | None = None) -> Flatness:
+def measure(objective: Objective, budget: Budget | None = None, *, normalized: Objective | None = None) -> Flatness:
     """Measure how flat the loss is at w, by every measure of ``FAMILIES``.
 
     No single number says whether a minimum is flat. Those of the raw family, S(w), lambda_max, Tr H, change when the
@@ -219,7 +219,7 @@ def measure(objective: Objective, effort: Effort | None = None, *, normalized: O
 
     Args:
         objective: the loss over the data, at the weights as they are.
-        effort: radii, steps, probes; by default ``Effort()``.
+        budget: radii, steps, probes; by default ``Budget()``.
         normalized: the same loss by :func:`normalized_logits`, for the measures that need it; without it they are left
             out.
 
@@ -229,48 +229,48 @@ def measure(objective: Objective, effort: Effort | None = None, *, normalized: O
     >>> _ = torch.manual_seed(0)
     >>> model = nn.Sequential(nn.Linear(2, 4), nn.Tanh(), nn.Linear(4, 2))
     >>> data = torch.randn(32, 2), torch.randint(2, (32,))
-    >>> found = measure(Objective(model, data, loss=nn.functional.cross_entropy), Effort(m=16, points=0))
+    >>> found = measure(Objective(model, data, loss=nn.functional.cross_entropy), Budget(m=16, points=0))
     >>> found.measures["sharpness"].value > found.measures["average_sharpness"].value > 0
     True
     """
-    effort = effort or Effort()
+    budget = budget or Budget()
     begun = time.perf_counter()
-    worst, measures = _sharpnesses(objective, effort)
+    worst, measures = _sharpnesses(objective, budget)
     if normalized is not None:
-        measures |= _normalized(normalized, effort)
+        measures |= _normalized(normalized, budget)
     hessian = Hessian(objective)
-    top = _spectral(objective, hessian, effort, measures)
+    top = _spectral(objective, hessian, budget, measures)
     objective.stage = "spectral density"
-    spectrum = density(hessian, probes=effort.density_probes, steps=effort.density_steps, seed=effort.seed)
+    spectrum = density(hessian, probes=budget.density_probes, steps=budget.density_steps, seed=budget.seed)
     hessian.forget()
-    random, eigen = _landscapes(objective, top, effort)
+    random, eigen = _landscapes(objective, top, budget)
     measures |= {"loss": Measure(worst), "weight_norm": Measure(float(norm([objective.weights])))}
     settings = {
         "samples": objective.samples,
         "batch_norm": objective.batch_norm,
         "parameters": objective.n,
         "dtype": str(objective.dtype).removeprefix("torch."),
-        **asdict(effort),
+        **asdict(budget),
     }
     seconds = time.perf_counter() - begun
     return Flatness(settings, measures, top.values, top.residuals, spectrum, random, eigen, seconds)
 
 
-def _sharpnesses(objective: Objective, effort: Effort) -> tuple[float, dict[str, Measure]]:
+def _sharpnesses(objective: Objective, budget: Budget) -> tuple[float, dict[str, Measure]]:
     """The measures that need no second derivative, and the loss."""
-    climb: dict[str, Any] = {"steps": effort.steps, "restarts": effort.restarts, "seed": effort.seed}
-    draw: dict[str, Any] = {"pairs": effort.pairs, "seed": effort.seed}
+    climb: dict[str, Any] = {"steps": budget.steps, "restarts": budget.restarts, "seed": budget.seed}
+    draw: dict[str, Any] = {"pairs": budget.pairs, "seed": budget.seed}
     objective.stage = "sharpness"
-    worst = sharpness(objective, effort.rho, **climb)
-    adaptive = sharpness(objective, effort.adaptive_rho, adaptive=True, **climb)
-    parts = m_sharpness(objective, effort.rho, effort.m, **climb)
+    worst = sharpness(objective, budget.rho, **climb)
+    adaptive = sharpness(objective, budget.adaptive_rho, adaptive=True, **climb)
+    parts = m_sharpness(objective, budget.rho, budget.m, **climb)
     objective.stage = "average-case sharpness"
-    average = average_sharpness(objective, effort.sigma, **draw)
-    adaptive_average = average_sharpness(objective, effort.adaptive_sigma, adaptive=True, **draw)
+    average = average_sharpness(objective, budget.sigma, **draw)
+    adaptive_average = average_sharpness(objective, budget.adaptive_sigma, adaptive=True, **draw)
     return worst.loss, {
         "sharpness": Measure(worst.value, note=_climbs(worst.restarts)),
         "first_order": Measure(worst.first_order),
-        "m_sharpness": _measure(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {effort.m} samples"),
+        "m_sharpness": _measure(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {budget.m} samples"),
         "average_sharpness": _measure(average),
         "gradient_norm": Measure(worst.gradient_norm),
         "adaptive_sharpness": Measure(adaptive.value, note=_climbs(adaptive.restarts)),
@@ -278,25 +278,25 @@ def _sharpnesses(objective: Objective, effort: Effort) -> tuple[float, dict[str,
     }
 
 
-def _normalized(objective: Objective, effort: Effort) -> dict[str, Measure]:
-    climb: dict[str, Any] = {"steps": effort.steps, "restarts": effort.restarts, "seed": effort.seed}
+def _normalized(objective: Objective, budget: Budget) -> dict[str, Measure]:
+    climb: dict[str, Any] = {"steps": budget.steps, "restarts": budget.restarts, "seed": budget.seed}
     objective.stage = "sharpness, normalized logits"
-    worst = sharpness(objective, effort.rho, **climb)
-    adaptive = sharpness(objective, effort.adaptive_rho, adaptive=True, **climb)
+    worst = sharpness(objective, budget.rho, **climb)
+    adaptive = sharpness(objective, budget.adaptive_rho, adaptive=True, **climb)
     return {
         "normalized_sharpness": Measure(worst.value, note=_climbs(worst.restarts)),
         "normalized_adaptive_sharpness": Measure(adaptive.value, note=_climbs(adaptive.restarts)),
     }
 
 
-def _spectral(objective: Objective, hessian: Hessian, effort: Effort, measures: dict[str, Measure]) -> Eigenpairs:
+def _spectral(objective: Objective, hessian: Hessian, budget: Budget, measures: dict[str, Measure]) -> Eigenpairs:
     """Add the measures of the Hessian to the others; return its largest eigenvalues."""
     scaled = Scaled(hessian, objective.weights.abs())
-    k = min(effort.top, objective.n)
+    k = min(budget.top, objective.n)
 
     def ends(what: str, operator: Operator, **options: Any) -> Eigenpairs:
         objective.stage = what
-        return eigenvalues(operator, **options, tol=effort.tol, seed=effort.seed)
+        return eigenvalues(operator, **options, tol=budget.tol, seed=budget.seed)
 
     top = ends("largest eigenvalues", hessian, k=k)
     bottom = ends("smallest eigenvalue", hessian, which="smallest")
@@ -306,28 +306,28 @@ def _spectral(objective: Objective, hessian: Hessian, effort: Effort, measures: 
         measures[name] = Measure(float(pairs.values[0]), float(pairs.residuals[0]), note)
     objective.stage = "traces"
     for name, operator, known in (("trace", hessian, top), ("adaptive_trace", scaled, adaptive_top)):
-        measures[name] = _measure(trace(operator, probes=effort.probes, top=known, seed=effort.seed))
+        measures[name] = _measure(trace(operator, probes=budget.probes, top=known, seed=budget.seed))
     last = [f"{k}.weight" if k else "weight" for k, m in objective.model.named_modules() if isinstance(m, nn.Linear)]
     if last and last[-1] in objective.names:
         layer = Hessian(objective.within([last[-1]]))
         measures["relative_flatness"] = _measure(
-            relative_flatness(layer, last[-1], probes=effort.probes, seed=effort.seed), last[-1]
+            relative_flatness(layer, last[-1], probes=budget.probes, seed=budget.seed), last[-1]
         )
     return top
 
 
-def _landscapes(objective: Objective, top: Eigenpairs, effort: Effort) -> tuple[Landscape | None, Landscape | None]:
-    if not effort.points:
+def _landscapes(objective: Objective, top: Eigenpairs, budget: Budget) -> tuple[Landscape | None, Landscape | None]:
+    if not budget.points:
         return None, None
     random = None
     if any(len(shape) > 1 for shape in objective.shapes):
-        directions = random_directions(objective, seed=effort.seed)
-        what = f"random, by filter, seed {effort.seed}"
-        random = landscape(objective, directions, points=effort.points, radius=effort.radius, what=what)
+        directions = random_directions(objective, seed=budget.seed)
+        what = f"random, by filter, seed {budget.seed}"
+        random = landscape(objective, directions, points=budget.points, radius=budget.radius, what=what)
     eigen = None
     if len(top.vectors) > 1:
         directions, what = _oriented(top.vectors[:2]), "the first two eigenvectors"
-        eigen = landscape(objective, directions, points=effort.points, radius=effort.eigen_radius, what=what)
+        eigen = landscape(objective, directions, points=budget.points, radius=budget.eigen_radius, what=what)
     return random, eigen
 
 

@@ -17,12 +17,12 @@ class Estimate:
     n: int
 
     @classmethod
-    def of(cls, random_tensors: Sequence[float] | Tensor) -> "Estimate":
+    def of(cls, samples: Sequence[float] | Tensor) -> "Estimate":
         """Estimate from draws of equal weight.
 
         >>> Estimate.of([1.0, 2.0, 3.0])
         Estimate(value=2.0, error=0.5773502691896258, n=3)
         """
-        x = torch.as_tensor(random_tensors, dtype=torch.float64)
+        x = torch.as_tensor(samples, dtype=torch.float64)
         error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
         return cls(float(x.mean()), error, len(x))

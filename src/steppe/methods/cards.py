@@ -24,7 +24,7 @@ _WIDTH = 120
 @cache
 def measured() -> Mapping[str, Any]:
     """What was measured here: ``memory``, and ``comparisons`` on Fashion-MNIST; scripts/make_cards.py writes it."""
-    found: dict[str, Any] = json.loads((resources.files("steppe") / "measured.json").read_text(encoding="utf-8"))
+    found: dict[str, Any] = json.loads((resources.files("steppe.methods") / "measured.json").read_text(encoding="utf-8"))
     return MappingProxyType(found)
 
 

@@ -27,7 +27,7 @@ from steppe.experiments.training.evaluation import Record
 __all__ = ["INTERPOLATES", "DoubleDescent", "Peak", "Point", "parameters", "summarize"]
 
 INTERPOLATES = 1.0
-"""Percent: a contender interpolates from the smallest width on whose mean training error is below it."""
+"""Percent: a method interpolates from the smallest width on whose mean training error is below it."""
 
 _HEADINGS = (
     "width",
@@ -42,12 +42,12 @@ _HEADINGS = (
 )
 
 Runs = Mapping[tuple[int, str], Mapping[int, Record]]
-"""By width and method, and then by seed: the measurement at the compute that all contenders get."""
+"""By width and method, and then by seed: the measurement at the compute that all methods get."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """A contender at one width; errors are percent, `against` is test error minus the first contender's, by seed."""
+    """A method at one width; errors are percent, `against` is test error minus the first method's, by seed."""
 
     width: int
     parameters: int
@@ -73,7 +73,7 @@ class Point:
 
 @dataclass(frozen=True)
 class Peak:
-    """The highest of a contender's mean test errors, and how far it is above those at both ends, paired by seed."""
+    """The highest of a method's mean test errors, and how far it is above those at both ends, paired by seed."""
 
     method: str
     width: int
@@ -114,7 +114,7 @@ class DoubleDescent:
     """For each method the smallest width that interpolates, None where none does."""
     peaks: Sequence[Peak]
     overall: Mapping[str, Estimate]
-    """For each further contender its test error minus the first one's, averaged over the widths, by seed."""
+    """For each further method its test error minus the first one's, averaged over the widths, by seed."""
     unfinished: Sequence[str]
 
     def notes(self) -> Iterator[str]:
@@ -179,7 +179,7 @@ def parameters(recipe: Recipe) -> int:
 
 
 def summarize(recipe: Recipe) -> DoubleDescent:
-    """Summarize what the members' folders hold; a run counts where it has spent the compute that all contenders get.
+    """Summarize what the members' folders hold; a run counts where it has spent the compute that all methods get.
 
     Raises ExperimentError when a file is damaged.
     """
@@ -201,12 +201,12 @@ def _read(recipe: Recipe) -> tuple[Runs, list[str]]:
     runs: dict[tuple[int, str], dict[int, Record]] = {}
     unfinished = []
     for member in recipe.members():
-        for unit, records in RunFolder(member.folder).results(member).items():
+        for run, records in RunFolder(member.folder).results(member).items():
             record = next((r for r in records if r.standardized_epoch == recipe.epochs), None)
             if record is None:
-                unfinished.append(f"width-{member.width}/{unit.name}")
+                unfinished.append(f"width-{member.width}/{run.name}")
             else:
-                runs.setdefault((member.width, unit.method), {})[unit.seed] = record
+                runs.setdefault((member.width, run.method), {})[run.seed] = record
     return runs, unfinished
 
 

@@ -1,4 +1,4 @@
-"""The summary of a comparison: a row for each contender, the paired differences, and what they allow to say."""
+"""The summary of a comparison: a row for each method, the paired differences, and what they allow to say."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from rich.table import Table
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import parse
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.experiments.training.evaluation import Record
@@ -44,7 +44,7 @@ _MANY = 6  # verdicts, from which on a reader must be told that some will be wro
 
 @dataclass(frozen=True)
 class Row:
-    """One contender after so many standardized epochs: mean and standard deviation over its runs."""
+    """One method after so many standardized epochs: mean and standard deviation over its runs."""
 
     method: str
     standardized_epoch: int
@@ -70,7 +70,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Difference:
-    """A contender minus the first one, paired by seed, at equal compute: percentage points."""
+    """A method minus the first one, paired by seed, at equal compute: percentage points."""
 
     method: str
     reference: str
@@ -179,8 +179,8 @@ def setting(recipe: Recipe) -> str:
         base += f" (head {recipe.head_lr:g})"
     if recipe.base_momentum:
         base += f", momentum {recipe.base_momentum:g}"
-    # a rho that every contender replaces by its own would only mislead
-    takes_it = any("rho" in s.contender.arguments and "rho" not in dict(s.given) for s in map(parse, recipe.methods))
+    # a rho that every method replaces by its own would only mislead
+    takes_it = any("rho" in s.method.arguments and "rho" not in dict(s.given) for s in map(parse, recipe.methods))
     rho = f", rho {recipe.rho:g}" if takes_it else ""
     return f"{_network(recipe)} on {data}: {base}, batch {recipe.batch_size}{rho}"
 
@@ -209,15 +209,15 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
     return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished)
 
 
-def _at(results: Results, unit: Unit, standardized_epoch: int) -> Record | None:
-    return next((r for r in results.get(unit, []) if r.standardized_epoch == standardized_epoch), None)
+def _at(results: Results, run: Run, standardized_epoch: int) -> Record | None:
+    return next((r for r in results.get(run, []) if r.standardized_epoch == standardized_epoch), None)
 
 
 def _rows(recipe: Recipe, method: str, results: Results) -> Iterator[Row]:
-    """The row at equal compute, and one after the further epochs of a contender that has them."""
-    units = [unit for unit in results if unit.method == method]
-    for epoch in sorted({recipe.epochs} | {unit.standardized_epochs for unit in units}):
-        records = [record for unit in units if (record := _at(results, unit, epoch)) is not None]
+    """The row at equal compute, and one after the further epochs of a method that has them."""
+    runs = [run for run in results if run.method == method]
+    for epoch in sorted({recipe.epochs} | {run.standardized_epochs for run in runs}):
+        records = [record for run in runs if (record := _at(results, run, epoch)) is not None]
         if records:
             names = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
             yield Row(method, epoch, *(estimate([getattr(r, name) for r in records]) for name in names))
@@ -227,10 +227,10 @@ def _difference(recipe: Recipe, method: str, reference: str, results: Results) -
     """Pair the runs by seed: initial weights and the order of the images are then the same in both."""
     pairs = [
         (ours, theirs)
-        for unit in results
-        if unit.method == method
-        and (ours := _at(results, unit, recipe.epochs)) is not None
-        and (theirs := _at(results, Unit(recipe, reference, unit.seed), recipe.epochs)) is not None
+        for run in results
+        if run.method == method
+        and (ours := _at(results, run, recipe.epochs)) is not None
+        and (theirs := _at(results, Run(recipe, reference, run.seed), recipe.epochs)) is not None
     ]
     if not pairs:
         return None

@@ -1,4 +1,4 @@
-"""Is a contender's minimum flatter? What its runs and the reference's allow to say, measure by measure."""
+"""Is a method's minimum flatter? What its runs and the reference's allow to say, measure by measure."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ CAVEATS = (
 
 @dataclass(frozen=True)
 class Row:
-    """A measure of a contender and of the reference, and their difference, paired."""
+    """A measure of a method and of the reference, and their difference, paired."""
 
     name: str
     family: str
@@ -62,12 +62,12 @@ class Row:
 
 @dataclass(frozen=True)
 class Verdict:
-    """A contender against the reference."""
+    """A method against the reference."""
 
     method: str
     reference: str
     labels: tuple[str, str]
-    """What they are called, the contender first."""
+    """What they are called, the method first."""
     rows: Sequence[Row]
     further: str = ""
     """What else a reader must know."""

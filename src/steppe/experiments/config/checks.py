@@ -8,7 +8,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING
 
-from steppe.experiments.config.contenders import BASES, unknown
+from steppe.experiments.config.methods import BASES, unknown
 
 if TYPE_CHECKING:  # a recipe checks itself
     from steppe.experiments.config.recipe import Recipe
@@ -22,14 +22,14 @@ _AT_LEAST: Mapping[str, tuple[float, str]] = MappingProxyType(
         "label_noise": (0, "the share of training images with a wrong label"),
         "pretrain_epochs": (1, "the epochs that the backbone is pretrained for"),
         "image_size": (1, "height and width of the images that a checkpoint gets"),
-        "epochs": (1, "the compute that each contender gets"),
-        "extra_epochs": (0, "further compute for the contenders that pay more than one pass a step"),
+        "epochs": (1, "the compute that each method gets"),
+        "extra_epochs": (0, "further compute for the methods that pay more than one pass a step"),
         "eval_every": (1, "standardized epochs from one measurement to the next"),
         "width": (1, "channels of the network's first stage"),
         "flatness_every": (1, "standardized epochs from one measurement of flatness to the next"),
         "flatness_samples": (1, "training images that flatness is measured on"),
         "stem_stride": (1, "the stride of the network's first convolution"),
-        "seeds": (1, "runs of each contender"),
+        "seeds": (1, "runs of each method"),
         "first_seed": (0, "the first run's seed"),
         "momentum": (0, "SGD's momentum"),
         "weight_decay": (0, "the base optimizer's weight decay"),

@@ -1,4 +1,4 @@
-"""Specs: a contender as it is written in a recipe, `sam`, `sam:rho=0.1`, `late_sam:start=0.5,rho=0.1`."""
+"""Specs: a method as it is written in a recipe, `sam`, `sam:rho=0.1`, `late_sam:start=0.5,rho=0.1`."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from fractions import Fraction
 from torch import nn
 from torch.optim import Optimizer
 
-from steppe.experiments.config import contenders
-from steppe.experiments.config.contenders import BASES, Contender, Setting, Value, unknown
+from steppe.experiments.config import methods
+from steppe.experiments.config.methods import BASES, Method, RunContext, Value, unknown
 from steppe.methods._step_function import StepFunction
 
-__all__ = ["Spec", "parse"]
+__all__ = ["MethodSpec", "parse"]
 
 _WAY = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
 _WORDS: Mapping[str, bool] = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
-class Spec:
-    """A contender with the arguments that are given for it; the others keep their defaults."""
+class MethodSpec:
+    """A method with the arguments that are given for it; the others keep their defaults."""
 
     name: str
     given: tuple[tuple[str, Value], ...] = ()
 
     @property
-    def contender(self) -> Contender:
+    def method(self) -> Method:
         """The method's entry in the registry."""
-        return contenders.CONTENDERS[self.name]
+        return methods.METHODS[self.name]
 
     @property
     def label(self) -> str:
@@ -41,7 +41,7 @@ class Spec:
         'Late SAM (rho 0.1, start 0.5)'
         """
         given = ", ".join(f"{key} {_write(value)}" for key, value in self.given)
-        return f"{self.contender.label} ({given})" if given else self.contender.label
+        return f"{self.method.label} ({given})" if given else self.method.label
 
     @property
     def folder(self) -> str:
@@ -55,26 +55,26 @@ class Spec:
     @property
     def passes(self) -> Fraction:
         """The planned gradient evaluations for an image in a step."""
-        return self.contender.cost(dict(self.given))
+        return self.method.cost(dict(self.given))
 
     def rho(self, recipe_rho: float) -> float:
         """The method's radius, in absolute terms."""
-        return float(dict(self.given).get("rho", self.contender.rho_factor * recipe_rho))
+        return float(dict(self.given).get("rho", self.method.rho_factor * recipe_rho))
 
-    def optimizer(self, base: Optimizer, setting: Setting) -> Optimizer:
-        """Build the contender's optimizer."""
-        return self.contender.optimizer(base, setting, dict(self.given))
+    def optimizer(self, base: Optimizer, setting: RunContext) -> Optimizer:
+        """Build the method's optimizer."""
+        return self.method.optimizer(base, setting, dict(self.given))
 
-    def driver(self, optimizer: Optimizer, setting: Setting) -> StepFunction:
+    def step_function(self, optimizer: Optimizer, setting: RunContext) -> StepFunction:
         """Make what takes its steps."""
-        return self.contender.steps_by(optimizer, setting, dict(self.given))
+        return self.method.steps_by(optimizer, setting, dict(self.given))
 
     def check(self, base: str, recipe_rho: float) -> None:
         """Build it once around nearly nothing: ValueError when a value is out of the method's range."""
         model = nn.Sequential(nn.BatchNorm1d(1))  # it draws no random numbers, and sam_on has something to climb with
-        setting = Setting(self.rho(recipe_rho), model, steps=1, images=1, classes=2, seed=0)
+        setting = RunContext(self.rho(recipe_rho), model, steps=1, images=1, classes=2, seed=0)
         try:
-            self.driver(self.optimizer(BASES[base].build(model.parameters(), 0.1, 0.0, 0.0), setting), setting)
+            self.step_function(self.optimizer(BASES[base].build(model.parameters(), 0.1, 0.0, 0.0), setting), setting)
             if self.passes <= 0:
                 raise ValueError(f"a step would cost {self.passes} passes, and the run would never end")
         except (ValueError, ArithmeticError) as error:
@@ -85,16 +85,16 @@ class Spec:
         return f"{self.name}:{given}" if given else self.name
 
 
-def parse(text: str) -> Spec:
+def parse(text: str) -> MethodSpec:
     """Read a spec; ValueError that names what is wrong. Two ways to write the same one give equal specs.
 
     >>> str(parse("late_sam:start=.50,rho=1e-1"))
     'late_sam:rho=0.1,start=0.5'
     """
     name, colon, rest = text.partition(":")
-    if name not in contenders.CONTENDERS:
-        raise ValueError(unknown("methods", name, contenders.CONTENDERS))
-    known = contenders.CONTENDERS[name].arguments
+    if name not in methods.METHODS:
+        raise ValueError(unknown("methods", name, methods.METHODS))
+    known = methods.METHODS[name].arguments
     given: dict[str, Value] = {}
     for part in rest.split(",") if colon else []:
         key, equals, value = part.partition("=")
@@ -105,7 +105,7 @@ def parse(text: str) -> Spec:
         if key in given:
             raise ValueError(f"methods: {text}: {key} is given twice, and only one of them can be meant")
         given[key] = _read(text, key, value, known[key])
-    return Spec(name, tuple((key, given[key]) for key in known if key in given))
+    return MethodSpec(name, tuple((key, given[key]) for key in known if key in given))
 
 
 def _read(text: str, key: str, value: str, kind: type[Value]) -> Value:

@@ -10,12 +10,12 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 from steppe.experiments.config.checks import check
-from steppe.experiments.config.contenders import BASES
-from steppe.experiments.config.method_spec import Spec, parse
+from steppe.experiments.config.method_spec import MethodSpec, parse
+from steppe.experiments.config.methods import BASES
 from steppe.experiments.data.batches import count
 from steppe.experiments.data.datasets import DatasetName
 
-__all__ = ["LATER", "RECIPES", "Recipe", "Unit"]
+__all__ = ["LATER", "RECIPES", "Recipe", "Run"]
 
 # Fields that say which runs there are, or how they are watched and kept; every other field changes a run's result.
 _FREE = frozenset(
@@ -75,13 +75,13 @@ class Recipe:
     data_dir: Path | None = None
     """Folder of the full Fashion-MNIST; else $STEPPE_DATA, the system's package, the user's cache, or a download."""
     methods: tuple[str, ...] = ("sgd", "sam")
-    """The contenders, each as NAME or NAME:KEY=VALUE,... (looksam:k=2). The others are compared with the first."""
+    """The methods, each as NAME or NAME:KEY=VALUE,... (looksam:k=2). The others are compared with the first."""
     base: Literal["sgd", "adamw"] = "sgd"
     """The base optimizer, plain and inside SAM."""
     lr: float = 0.05
     """Learning rate, constant."""
     momentum: float | None = None
-    """Momentum of SGD; by default 0, or 0.9 for all contenders when one of them (msam) climbs along it."""
+    """Momentum of SGD; by default 0, or 0.9 for all methods when one of them (msam) climbs along it."""
     weight_decay: float = 0.0
     """Weight decay of the base optimizer."""
     rho: float = 0.05
@@ -89,10 +89,10 @@ class Recipe:
     batch_size: int = 64
     """Images in one step at most, over all devices together: an epoch is cut into batches of nearly the same size."""
     epochs: int = 20
-    """Standardized epochs: the compute that each contender gets. One is as many gradient evaluations as there are
+    """Standardized epochs: the compute that each method gets. One is as many gradient evaluations as there are
     training images, so an epoch of SAM (two passes) counts as 2."""
     extra_epochs: int = 0
-    """Further standardized epochs for contenders with more than one pass a step; they have rows of their own."""
+    """Further standardized epochs for methods with more than one pass a step; they have rows of their own."""
     width: int = 16
     """Width of the PreAct ResNet-18: channels of its first stage; the full network has 64."""
     widths: tuple[int, ...] = ()
@@ -102,9 +102,9 @@ class Recipe:
     norm: Literal["batch", "group"] = "batch"
     """Its normalization layers. Several processes on CPUs need group."""
     seeds: int = 3
-    """Runs of each contender. Raise it later to add runs to the same folder; one run gives no verdict."""
+    """Runs of each method. Raise it later to add runs to the same folder; one run gives no verdict."""
     first_seed: int = 0
-    """Seed of the first run. Contenders of one seed share initial weights and the order of the images."""
+    """Seed of the first run. Methods of one seed share initial weights and the order of the images."""
     eval_every: int = 2
     """Standardized epochs from one measurement on the whole training and test set to the next."""
     flatness_every: int | None = None
@@ -142,30 +142,30 @@ class Recipe:
         # one way to write each, so that the same method is found again in its folder
         object.__setattr__(self, "methods", tuple(str(spec) for spec in specs))
         if not specs or len(set(specs)) < len(specs):
-            raise ValueError(f"methods={' '.join(self.methods)!r}: name at least one contender, each of them once")
+            raise ValueError(f"methods={' '.join(self.methods)!r}: name at least one method, each of them once")
         for spec in specs:
             spec.check(self.base, self.rho)
-            if spec.contender.plain not in (None, self.base):
+            if spec.method.plain not in (None, self.base):
                 raise ValueError(
-                    f"methods: {spec} is {spec.contender.summary}, but base={self.base}: a difference would mix two "
-                    f"effects. Say --base {spec.contender.plain}, or {self.base} among the methods"
+                    f"methods: {spec} is {spec.method.summary}, but base={self.base}: a difference would mix two "
+                    f"effects. Say --base {spec.method.plain}, or {self.base} among the methods"
                 )
-            if spec.contender.needs_momentum and BASES[self.base].has_momentum and self.momentum == 0:
+            if spec.method.needs_momentum and BASES[self.base].has_momentum and self.momentum == 0:
                 raise ValueError(
                     f"momentum={self.momentum}: {spec} climbs along the base's momentum, and without one each of its "
-                    "steps would be a plain one. Say --momentum 0.9, or leave it out: it is 0.9 for all contenders then"
+                    "steps would be a plain one. Say --momentum 0.9, or leave it out: it is 0.9 for all methods then"
                 )
 
     @property
     def base_momentum(self) -> float:
-        """The momentum of every contender's base.
+        """The momentum of every method's base.
 
         >>> Recipe().base_momentum, Recipe(methods=("sgd", "msam")).base_momentum
         (0.0, 0.9)
         """
         if self.momentum is not None:
             return self.momentum
-        needed = BASES[self.base].has_momentum and any(parse(m).contender.needs_momentum for m in self.methods)
+        needed = BASES[self.base].has_momentum and any(parse(m).method.needs_momentum for m in self.methods)
         return 0.9 if needed else 0.0
 
     @property
@@ -173,8 +173,8 @@ class Recipe:
         """The run folder."""
         return self.out if self.out is not None else Path("runs") / self.name
 
-    def units(self) -> Iterator[Unit]:
-        """Every run of the comparison; the contenders of one seed follow each other, so pairs are soon complete.
+    def runs(self) -> Iterator[Run]:
+        """Every run of the comparison; the methods of one seed follow each other, so pairs are soon complete.
 
         With `widths` there are none: each member has its own.
         """
@@ -182,7 +182,7 @@ class Recipe:
             return
         for seed in range(self.first_seed, self.first_seed + self.seeds):
             for method in self.methods:
-                yield Unit(self, method, seed)
+                yield Run(self, method, seed)
 
     def members(self) -> Iterator[Recipe]:
         """The comparison at each of `widths`, in a folder of its own within this one.
@@ -219,8 +219,8 @@ class Recipe:
 
 
 @dataclass(frozen=True)
-class Unit:
-    """One run: a contender of a recipe from one seed. It can be trained without knowing of the others."""
+class Run:
+    """One run: a method of a recipe from one seed. It can be trained without knowing of the others."""
 
     recipe: Recipe
     method: str
@@ -232,7 +232,7 @@ class Unit:
         return f"{self.spec.folder}-seed{self.seed}"
 
     @property
-    def spec(self) -> Spec:
+    def spec(self) -> MethodSpec:
         """The method with its arguments."""
         return parse(self.method)
 
@@ -245,7 +245,7 @@ class Unit:
     def grid(self) -> list[int]:
         """The standardized epochs at which to measure: every `eval_every`, and at `epochs` and the end.
 
-        >>> sgd, sam = Recipe(epochs=10, extra_epochs=3, eval_every=4, seeds=1).units()
+        >>> sgd, sam = Recipe(epochs=10, extra_epochs=3, eval_every=4, seeds=1).runs()
         >>> sgd.grid, sam.grid
         ([4, 8, 10], [4, 8, 10, 12, 13])
         """
@@ -256,7 +256,7 @@ class Unit:
     def flatness_grid(self) -> frozenset[int]:
         """The points of the grid at which flatness is measured: every `flatness_every`, and at `epochs` and the end.
 
-        >>> sgd, sam = Recipe(epochs=10, extra_epochs=2, eval_every=2, flatness_every=4, seeds=1).units()
+        >>> sgd, sam = Recipe(epochs=10, extra_epochs=2, eval_every=2, flatness_every=4, seeds=1).runs()
         >>> sorted(sgd.flatness_grid), sorted(sam.flatness_grid)
         ([4, 8, 10], [4, 8, 10, 12])
         """
@@ -267,11 +267,11 @@ class Unit:
         return frozenset(point for point in self.grid if point % every == 0 or point in ends)
 
     def steps(self, images: int) -> int:
-        """How many steps it will make until the compute that all contenders get is spent, as planned.
+        """How many steps it will make until the compute that all methods get is spent, as planned.
 
         A schedule ends there: further compute (`extra_epochs`) goes on with what it ends with.
 
-        >>> sgd, late = Recipe(methods=("sgd", "late_sam:start=0.75"), epochs=10, batch_size=64, seeds=1).units()
+        >>> sgd, late = Recipe(methods=("sgd", "late_sam:start=0.75"), epochs=10, batch_size=64, seeds=1).runs()
         >>> sgd.steps(3000), late.steps(3000)
         (470, 376)
         """

@@ -48,7 +48,7 @@ class Batch:
 def order(n: int, seed: int, epoch: int) -> Tensor:
     """The order of `n` images in an epoch, int64 (n,): it depends on nothing but these three.
 
-    So a run can be resumed anywhere, and every contender of a seed sees the same batches.
+    So a run can be resumed anywhere, and every method of a seed sees the same batches.
     """
     # torch's CPU generator keeps 32 bits of its seed: (seed << 32) + epoch would shuffle every seed alike
     mixed = int(SeedSequence((seed, epoch)).generate_state(1)[0])

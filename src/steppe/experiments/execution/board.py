@@ -9,7 +9,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.execution.progress import Lines, Reporter
 from steppe.experiments.training.evaluation import Record
 
@@ -31,9 +31,9 @@ class Board(Reporter):
             expand=True,
         )
         self._all = self._bars.add_task("all runs", total=total, detail="standardized epochs")
-        self._tasks: dict[Unit, TaskID] = {}
-        self._come: dict[Unit, float] = {}
-        self._scored: dict[Unit, str] = {}
+        self._tasks: dict[Run, TaskID] = {}
+        self._come: dict[Run, float] = {}
+        self._scored: dict[Run, str] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -45,35 +45,35 @@ class Board(Reporter):
         """Leave the terminal as it was."""
         self._bars.stop()
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Show the unit's bar; a unit that begins again after its process died goes back on it."""
-        self._scored[unit] = _scores(records[-1], self._measure) if records else ""
-        if unit not in self._tasks:
-            self._tasks[unit] = self._bars.add_task(_title(unit), total=unit.standardized_epochs, detail="")
-        self._move(unit, standardized_epoch, self._scored[unit])
+        self._scored[run] = _scores(records[-1], self._measure) if records else ""
+        if run not in self._tasks:
+            self._tasks[run] = self._bars.add_task(_title(run), total=run.standardized_epochs, detail="")
+        self._move(run, standardized_epoch, self._scored[run])
 
-    def step(self, unit: Unit, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         """Move its bar and that of all."""
-        detail = f"loss {loss:.3f}  {self._scored.get(unit, '')}  {images_per_second:,.0f} images/s"
-        self._move(unit, standardized_epoch, detail)
+        detail = f"loss {loss:.3f}  {self._scored.get(run, '')}  {images_per_second:,.0f} images/s"
+        self._move(run, standardized_epoch, detail)
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Show the new accuracies."""
-        self._scored[unit] = _scores(record, self._measure)
-        self._move(unit, record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scored[unit]}")
+        self._scored[run] = _scores(record, self._measure)
+        self._move(run, record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scored[run]}")
 
-    def end(self, unit: Unit, records: Sequence[Record]) -> None:
+    def end(self, run: Run, records: Sequence[Record]) -> None:
         """Turn the unit's bar into a line."""
-        self._move(unit, unit.standardized_epochs, "")
-        if unit in self._tasks:
-            self._bars.remove_task(self._tasks.pop(unit))
+        self._move(run, run.standardized_epochs, "")
+        if run in self._tasks:
+            self._bars.remove_task(self._tasks.pop(run))
         scores = _scores(records[-1], self._measure)
-        self._bars.console.print(f"{_title(unit)}: {scores}  in {records[-1].seconds:.0f} s", soft_wrap=True)
+        self._bars.console.print(f"{_title(run)}: {scores}  in {records[-1].seconds:.0f} s", soft_wrap=True)
 
-    def _move(self, unit: Unit, standardized_epoch: float, detail: str) -> None:
-        self._come[unit] = standardized_epoch
-        if unit in self._tasks:
-            self._bars.update(self._tasks[unit], completed=standardized_epoch, detail=detail)
+    def _move(self, run: Run, standardized_epoch: float, detail: str) -> None:
+        self._come[run] = standardized_epoch
+        if run in self._tasks:
+            self._bars.update(self._tasks[run], completed=standardized_epoch, detail=detail)
         self._bars.update(self._all, completed=sum(self._come.values()))
 
 
@@ -83,10 +83,10 @@ class PlainLines(Lines):
     def __init__(self, measure: str) -> None:
         self._measure = measure
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Print the measurement."""
         print(
-            f"{_title(unit)}  standardized epoch {record.standardized_epoch}/{unit.standardized_epochs}  "
+            f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
             f"loss {record.train_loss:.4f}  {_scores(record, self._measure)}",
             flush=True,
         )
@@ -99,8 +99,8 @@ def board(total: int, console: Console, measure: str = "test") -> Reporter:
     return Lines() if measure == "test" else PlainLines(measure)
 
 
-def _title(unit: Unit) -> str:
-    return f"{unit.spec.label} seed {unit.seed}"
+def _title(run: Run) -> str:
+    return f"{run.spec.label} seed {run.seed}"
 
 
 def _scores(record: Record, measure: str) -> str:

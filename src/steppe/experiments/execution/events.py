@@ -10,36 +10,36 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.execution.progress import Reporter
 from steppe.experiments.training.evaluation import Record
 
-__all__ = ["EVENTS", "Listener", "Teller"]
+__all__ = ["EVENTS", "EventReader", "EventWriter"]
 
 EVENTS = ".events.jsonl"
 
 
-class Teller(Reporter):
+class EventWriter(Reporter):
     """Writes what it is told into a run's folder, a line an event."""
 
     def __init__(self, folder: Path, interval: float) -> None:
         self._path = folder / EVENTS
         self.interval = interval
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Write where the unit starts, and in which process."""
         who = {"host": platform.node(), "pid": os.getpid()}
         self._write("begin", at=standardized_epoch, records=[asdict(r) for r in records], **who)
 
-    def step(self, unit: Unit, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         """Write how it trains."""
         self._write("step", at=standardized_epoch, loss=loss, speed=images_per_second)
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Write the measurement."""
         self._write("measured", record=asdict(record))
 
-    def end(self, unit: Unit, records: Sequence[Record]) -> None:
+    def end(self, run: Run, records: Sequence[Record]) -> None:
         """Write that it is finished."""
         self._write("end", records=[asdict(r) for r in records])
 
@@ -50,11 +50,11 @@ class Teller(Reporter):
             file.write(json.dumps({"what": what, **values}) + "\n")
 
 
-class Listener:
-    """Tells a reporter what a unit's `Teller` wrote since it was last asked."""
+class EventReader:
+    """Tells a reporter what a unit's `EventWriter` wrote since it was last asked."""
 
-    def __init__(self, unit: Unit, folder: Path, reporter: Reporter) -> None:
-        self._unit, self._path, self._reporter = unit, folder / EVENTS, reporter
+    def __init__(self, run: Run, folder: Path, reporter: Reporter) -> None:
+        self._unit, self._path, self._reporter = run, folder / EVENTS, reporter
         self._read = 0
         self.close()  # what an earlier session left is no news
 
@@ -80,13 +80,13 @@ class Listener:
         self._path.unlink(missing_ok=True)
 
     def _tell(self, event: dict[str, Any]) -> None:
-        unit, to = self._unit, self._reporter
+        run, to = self._unit, self._reporter
         match event["what"]:
             case "begin":
-                to.begin(unit, event["at"], [Record(**values) for values in event["records"]])
+                to.begin(run, event["at"], [Record(**values) for values in event["records"]])
             case "step":
-                to.step(unit, event["at"], event["loss"], event["speed"])
+                to.step(run, event["at"], event["loss"], event["speed"])
             case "measured":
-                to.measured(unit, Record(**event["record"]))
+                to.measured(run, Record(**event["record"]))
             case "end":
-                to.end(unit, [Record(**values) for values in event["records"]])
+                to.end(run, [Record(**values) for values in event["records"]])

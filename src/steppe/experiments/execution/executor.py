@@ -11,7 +11,7 @@ from typing import Literal
 
 from rich.console import Console
 
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
@@ -20,11 +20,11 @@ from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop
 from steppe.experiments.world import World, join, launched, resolve
 
-__all__ = ["Executor", "Here", "Job", "Outcome", "Where", "failures", "start"]
+__all__ = ["Executor", "InProcess", "Job", "Outcome", "ExecutionOptions", "failures", "start"]
 
 
 @dataclass(frozen=True)
-class Where:
+class ExecutionOptions:
     """Where the runs are trained, and how many at a time; no run's result depends on it."""
 
     on: Literal["here", "ray"] = "here"
@@ -61,7 +61,7 @@ class Where:
 class Job:
     """A unit of a resolved recipe, and the folder where it keeps its metrics and its checkpoint."""
 
-    unit: Unit
+    run: Run
     folder: Path
 
 
@@ -92,7 +92,7 @@ class Executor(ABC):
         """
 
 
-class Here(Executor):
+class InProcess(Executor):
     """One after the other, in this process, or in all of torchrun's together."""
 
     def __init__(self, recipe: Recipe, world: World) -> None:
@@ -105,7 +105,7 @@ class Here(Executor):
         data = data.to(self.world.device)
         for job in jobs:
             try:
-                train(job.unit, job.folder, data, self.world, reporter, stop)
+                train(job.run, job.folder, data, self.world, reporter, stop)
             except ExperimentError as error:
                 if self.world.size > 1:  # the others may not have met it, and would wait for this one for ever
                     raise
@@ -115,7 +115,7 @@ class Here(Executor):
 
 
 @contextmanager
-def start(recipe: Recipe, where: Where, console: Console, *, most: int | None = None) -> Iterator[Executor]:
+def start(recipe: Recipe, where: ExecutionOptions, console: Console, *, most: int | None = None) -> Iterator[Executor]:
     """Set up what trains `recipe`, for the length of the context; `most` is how many runs there are to train at a time.
 
     Raises ExperimentError when that cannot be had here.
@@ -125,7 +125,7 @@ def start(recipe: Recipe, where: Where, console: Console, *, most: int | None = 
         at_once = _at_once(recipe, where, most)
         with join(recipe) as world:
             if at_once == 1:
-                yield Here(recipe, world)
+                yield InProcess(recipe, world)
                 return
             from steppe.experiments.execution.local import Processes  # which is an executor itself
 
@@ -142,7 +142,7 @@ def start(recipe: Recipe, where: Where, console: Console, *, most: int | None = 
         yield executor
 
 
-def _at_once(recipe: Recipe, where: Where, most: int | None) -> int:
+def _at_once(recipe: Recipe, where: ExecutionOptions, most: int | None) -> int:
     """How many runs of a resolved recipe to train at a time on this machine."""
     said = where.runs_at_once
     if launched() > 1:

@@ -21,7 +21,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.progress import TensorBoard
-from steppe.experiments.execution.workers import TICK, Died, Task, Workers, work
+from steppe.experiments.execution.workers import TICK, Task, WorkerDied, Workers, work
 
 __all__ = ["Processes"]
 
@@ -65,7 +65,7 @@ class _Process:
         try:
             kind, said = self.pipe.recv()
         except (EOFError, OSError):
-            raise Died(self._how()) from None
+            raise WorkerDied(self._how()) from None
         if kind == "mistake":
             raise RuntimeError(f"a worker failed:\n{said}")
         return None if said is None else str(said)

@@ -11,7 +11,7 @@ from typing import Self
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.training.evaluation import Record
 
@@ -24,16 +24,16 @@ class Reporter(AbstractContextManager["Reporter"]):
     interval = 0.5
     """Seconds between two calls of `step`: each waits for the device."""
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """A unit starts, or goes on from where its checkpoint was."""
 
-    def step(self, unit: Unit, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         """The unit trains."""
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """The unit was measured."""
 
-    def end(self, unit: Unit, records: Sequence[Record]) -> None:
+    def end(self, run: Run, records: Sequence[Record]) -> None:
         """The unit is finished."""
 
     def __exit__(
@@ -42,8 +42,8 @@ class Reporter(AbstractContextManager["Reporter"]):
         """Stop telling."""
 
 
-def _title(unit: Unit) -> str:
-    return f"{unit.spec.label} seed {unit.seed}"
+def _title(run: Run) -> str:
+    return f"{run.spec.label} seed {run.seed}"
 
 
 def _scores(record: Record) -> str:
@@ -55,16 +55,16 @@ class Lines(Reporter):
 
     interval = float("inf")
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Say where the unit goes on, if it does not begin."""
         if standardized_epoch:
-            done = "is finished" if standardized_epoch >= unit.standardized_epochs else "goes on"
-            print(f"{_title(unit)}: {done} at standardized epoch {standardized_epoch:.2f}", flush=True)
+            done = "is finished" if standardized_epoch >= run.standardized_epochs else "goes on"
+            print(f"{_title(run)}: {done} at standardized epoch {standardized_epoch:.2f}", flush=True)
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Print the measurement."""
         print(
-            f"{_title(unit)}  standardized epoch {record.standardized_epoch}/{unit.standardized_epochs}  "
+            f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
             f"loss {record.train_loss:.4f}  {_scores(record)}  {record.images_per_second:,.0f} images/s",
             flush=True,
         )
@@ -84,7 +84,7 @@ class Bars(Reporter):
             expand=True,
         )
         self._before = 0.0
-        total = sum(unit.standardized_epochs for unit in recipe.units())
+        total = sum(run.standardized_epochs for run in recipe.runs())
         self._all = self._bars.add_task("all runs", total=total, detail="standardized epochs")
         self._one: TaskID | None = None
         self._scores = ""
@@ -99,31 +99,31 @@ class Bars(Reporter):
         """Leave the terminal as it was."""
         self._bars.stop()
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Show the unit's bar."""
         self._scores = _scores(records[-1]) if records else ""
         self._one = self._bars.add_task(
-            _title(unit), total=unit.standardized_epochs, completed=int(standardized_epoch), detail=self._scores
+            _title(run), total=run.standardized_epochs, completed=int(standardized_epoch), detail=self._scores
         )
         self._move(standardized_epoch, self._scores)
 
-    def step(self, unit: Unit, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         """Move both bars."""
         self._move(standardized_epoch, f"loss {loss:.3f}  {self._scores}  {images_per_second:,.0f} images/s")
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Show the new accuracies."""
         self._scores = _scores(record)
         self._move(record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scores}")
 
-    def end(self, unit: Unit, records: Sequence[Record]) -> None:
+    def end(self, run: Run, records: Sequence[Record]) -> None:
         """Turn the unit's bar into a line."""
         if self._one is not None:
             self._bars.remove_task(self._one)
         self._one = None
-        self._before += unit.standardized_epochs
+        self._before += run.standardized_epochs
         self._bars.update(self._all, completed=self._before)
-        self._bars.console.print(f"{_title(unit)}: {_scores(records[-1])}  in {records[-1].seconds:.0f} s")
+        self._bars.console.print(f"{_title(run)}: {_scores(records[-1])}  in {records[-1].seconds:.0f} s")
 
     def _move(self, standardized_epoch: float, detail: str) -> None:
         if self._one is not None:
@@ -146,12 +146,12 @@ class TensorBoard(Reporter):
         self._folder, self._make = folder, SummaryWriter
         self._writer: SummaryWriter | None = None
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Open the unit's log; what was logged after the point where it goes on is dropped."""
         self._close()
-        self._writer = self._make(str(self._folder / unit.name), purge_step=int(standardized_epoch) + 1)
+        self._writer = self._make(str(self._folder / run.name), purge_step=int(standardized_epoch) + 1)
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Log every number of the record over the standardized epochs."""
         assert self._writer is not None  # begin() comes first
         for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "gap", "images_per_second"):
@@ -180,25 +180,25 @@ class Together(Reporter):
             one.__enter__()
         return self
 
-    def begin(self, unit: Unit, standardized_epoch: float, records: Sequence[Record]) -> None:
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Tell all."""
         for one in self._reporters:
-            one.begin(unit, standardized_epoch, records)
+            one.begin(run, standardized_epoch, records)
 
-    def step(self, unit: Unit, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         """Tell all."""
         for one in self._reporters:
-            one.step(unit, standardized_epoch, loss, images_per_second)
+            one.step(run, standardized_epoch, loss, images_per_second)
 
-    def measured(self, unit: Unit, record: Record) -> None:
+    def measured(self, run: Run, record: Record) -> None:
         """Tell all."""
         for one in self._reporters:
-            one.measured(unit, record)
+            one.measured(run, record)
 
-    def end(self, unit: Unit, records: Sequence[Record]) -> None:
+    def end(self, run: Run, records: Sequence[Record]) -> None:
         """Tell all."""
         for one in self._reporters:
-            one.end(unit, records)
+            one.end(run, records)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -17,8 +17,8 @@ from rich.console import Console
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import Where
-from steppe.experiments.execution.workers import TICK, Died, Task, Workers, work
+from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.execution.workers import TICK, Task, WorkerDied, Workers, work
 from steppe.experiments.world import filled, has_bfloat16, resolve
 
 __all__ = ["OnRay"]
@@ -27,7 +27,7 @@ __all__ = ["OnRay"]
 class OnRay(Workers[Any]):
     """Hands jobs to Ray, as many at a time as its machines have room for. Use it as a context manager."""
 
-    def __init__(self, recipe: Recipe, where: Where, console: Console) -> None:
+    def __init__(self, recipe: Recipe, where: ExecutionOptions, console: Console) -> None:
         super().__init__(recipe, console)
         self._where = where
         self._cpus, self._gpus = 1, 0.0
@@ -73,7 +73,7 @@ class OnRay(Workers[Any]):
         except self._ray.exceptions.RayTaskError:
             raise  # a mistake in the program, with the worker's traceback
         except self._ray.exceptions.RayError as died:
-            raise Died(_reason(died)) from died
+            raise WorkerDied(_reason(died)) from died
         return result
 
     def _drop(self, worker: Any) -> None:

@@ -19,7 +19,7 @@ from rich.console import Console
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.events import Listener, Teller
+from steppe.experiments.execution.events import EventReader, EventWriter
 from steppe.experiments.execution.executor import Executor, Job, Outcome
 from steppe.experiments.execution.progress import Reporter, TensorBoard, Together
 from steppe.experiments.storage.run_folder import RunFolder
@@ -27,7 +27,7 @@ from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World, join
 
-__all__ = ["TICK", "Died", "Task", "Workers", "work"]
+__all__ = ["TICK", "WorkerDied", "Task", "Workers", "work"]
 
 _RETRIES = 3
 TICK = 0.25
@@ -38,7 +38,7 @@ _STOPPED = "stopped"
 W = TypeVar("W")
 
 
-class Died(Exception):  # noqa: N818 (it says what happened)
+class WorkerDied(Exception):  # noqa: N818 (it says what happened)
     """A worker ended before its run did; the message says how."""
 
 
@@ -58,7 +58,7 @@ class Task:
 class _Running:
     job: Job
     task: Task
-    listener: Listener
+    event_reader: EventReader
     retries: int = 0
 
 
@@ -109,8 +109,8 @@ class Workers(Executor, Generic[W]):
                         more = False
                         break
                     task = self._task(job, control, stopping, reporter)
-                    listener = Listener(job.unit, job.folder, reporter)
-                    running[self._begin(task)] = _Running(job, task, listener)
+                    event_reader = EventReader(job.run, job.folder, reporter)
+                    running[self._begin(task)] = _Running(job, task, event_reader)
                 if not running:
                     if stop or not more:
                         break
@@ -120,19 +120,19 @@ class Workers(Executor, Generic[W]):
                     stopping.touch()
                 done = self._wait(list(running))
                 for one in running.values():
-                    one.listener.poll()
+                    one.event_reader.poll()
                 for worker in done:
                     one = running.pop(worker)
                     try:
                         error = self._end(worker)
-                    except Died as died:
+                    except WorkerDied as died:
                         if one.retries < _RETRIES and not stop:
                             self._tell_of_retry(one, died)
                             running[self._begin(one.task)] = replace(one, retries=one.retries + 1)
                             continue
                         error = _given_up(one, died)
-                    one.listener.poll()  # its last words may have come between the look and the end
-                    one.listener.close()
+                    one.event_reader.poll()  # its last words may have come between the look and the end
+                    one.event_reader.close()
                     if error != _STOPPED:
                         yield Outcome(one.job, error)
         finally:
@@ -148,9 +148,9 @@ class Workers(Executor, Generic[W]):
         job = replace(job, folder=job.folder.absolute())
         return Task(job, stopping, board, reporter.interval, torch.__version__)
 
-    def _tell_of_retry(self, one: _Running, died: Died) -> None:
+    def _tell_of_retry(self, one: _Running, died: WorkerDied) -> None:
         self._console.print(
-            f"{one.job.unit.name}: its worker died ({died}); it goes on from its checkpoint in another, "
+            f"{one.job.run.name}: its worker died ({died}); it goes on from its checkpoint in another, "
             f"retry {one.retries + 1} of {_RETRIES}",
             highlight=False,
             markup=False,
@@ -166,12 +166,12 @@ def work(task: Task, data: Dataset) -> str | None:
                 f"a worker has torch {torch.__version__} and the command {task.torch}, so its results could differ: "
                 "install the same version on all machines"
             )
-        with _alone(task.job.folder), join(task.job.unit.recipe) as world:
-            reporter: Reporter = Teller(task.job.folder, task.interval)
+        with _alone(task.job.folder), join(task.job.run.recipe) as world:
+            reporter: Reporter = EventWriter(task.job.folder, task.interval)
             if task.tensorboard is not None:
                 reporter = Together(reporter, TensorBoard(task.tensorboard))
             with reporter:
-                train(task.job.unit, task.job.folder, data.to(world.device), world, reporter, _Asked(task.stop))
+                train(task.job.run, task.job.folder, data.to(world.device), world, reporter, _Asked(task.stop))
     except Stopped:
         return _STOPPED
     except ExperimentError as error:
@@ -211,9 +211,9 @@ def _alone(folder: Path) -> Iterator[None]:
         yield
 
 
-def _given_up(one: _Running, died: Died) -> str:
+def _given_up(one: _Running, died: WorkerDied) -> str:
     return (
-        f"{one.job.unit.name} did not finish: its worker died {one.retries + 1} times, the last time because "
+        f"{one.job.run.name} did not finish: its worker died {one.retries + 1} times, the last time because "
         f"{died}. Its checkpoint is kept, and the same command goes on; if memory is short, let fewer run at a time: "
         "--runs-at-once 1, or on Ray a larger --cpus-per-run"
     )

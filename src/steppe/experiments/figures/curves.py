@@ -21,7 +21,7 @@ from steppe.experiments.training.evaluation import Record
 
 __all__ = ["EXTENTS", "FLATNESS", "QUANTITIES", "Extent", "Quantity", "draw"]
 
-_BESIDE = 4  # contenders, from which on the legend is beside the curves and not among them
+_BESIDE = 4  # methods, from which on the legend is beside the curves and not among them
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Quantity:
 
     field: str
     title: str
-    unit: str
+    run: str
     log: bool = False
 
 
@@ -112,12 +112,12 @@ def _sharpness(recipe: Recipe, results: Results) -> Figure:
 
 
 def _edge(axes: Axes, method: str, style: Style, recipe: Recipe, results: Results) -> bool:
-    """Draw where a contender's edge of stability lies, if it is one whose edge is known."""
+    """Draw where a method's edge of stability lies, if it is one whose edge is known."""
     spec = parse(method)
     if spec.name not in ("sgd", "sam"):
         return False
     points: dict[int, list[float]] = {}
-    for record in (record for unit, records in results.items() if unit.method == method for record in records):
+    for record in (record for run, records in results.items() if run.method == method for record in records):
         if record.gradient_norm is not None:
             edge = (
                 flatness.edge_of_stability(recipe.lr)
@@ -133,14 +133,14 @@ def _edge(axes: Axes, method: str, style: Style, recipe: Recipe, results: Result
 def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, results: Results) -> None:
     for method, style in styles(recipe).items():
         points: dict[int, list[Record]] = {}
-        for record in (record for unit, records in results.items() if unit.method == method for record in records):
+        for record in (record for run, records in results.items() if run.method == method for record in records):
             if getattr(record, quantity.field) is not None:
                 points.setdefault(record.standardized_epoch, []).append(record)
         if points:
             _line(axes, quantity, extent, style, [points[epoch] for epoch in sorted(points)])
     axes.set_title(quantity.title)
     axes.set_xlabel(extent.title)
-    axes.set_ylabel(quantity.unit)
+    axes.set_ylabel(quantity.run)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if quantity.log:
@@ -153,7 +153,7 @@ def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, result
 
 
 def _line(axes: Axes, quantity: Quantity, extent: Extent, style: Style, points: Sequence[Sequence[Record]]) -> None:
-    """One contender: the records of its runs, together for each point of the grid."""
+    """One method: the records of its runs, together for each point of the grid."""
     x = [statistics.fmean(getattr(record, extent.field) for record in records) for records in points]
     values = [[getattr(record, quantity.field) for record in records] for records in points]
     mean = [statistics.fmean(v) for v in values]

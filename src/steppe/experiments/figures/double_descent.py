@@ -1,4 +1,4 @@
-"""Errors and sharpness over the number of parameters, with each contender's interpolation threshold."""
+"""Errors and sharpness over the number of parameters, with each method's interpolation threshold."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:
 
 
 def _thresholds(rows: Sequence[Axes], recipe: Recipe, summary: DoubleDescent) -> None:
-    """A line at each contender's interpolation threshold; two at the same width stand beside each other."""
+    """A line at each method's interpolation threshold; two at the same width stand beside each other."""
     sizes = {point.width: point.parameters for point in summary.points}
     taken: dict[int, int] = {}
     for method, width in summary.thresholds.items():

@@ -24,13 +24,13 @@ _LEVELS = 14
 _WIDTH = 4.2  # inches a landscape
 
 Groups = Mapping[str, Sequence[Flatness]]
-"""What was measured of each contender, a solution a seed, by its label; in the order that gives them their looks."""
+"""What was measured of each method, a solution a seed, by its label; in the order that gives them their looks."""
 
 
 def draw(groups: Groups, folder: Path, told: str) -> list[Path]:
     """Draw `spectra`, `landscapes` and `eigen_landscapes`, where there are any, as PNG and SVG; return the files.
 
-    `told` is what was measured, in a line. A contender of which nothing was measured keeps its color free.
+    `told` is what was measured, in a line. A method of which nothing was measured keeps its color free.
     """
     folder.mkdir(parents=True, exist_ok=True)
     styles = dict(zip(groups, in_turn(list(groups)), strict=True))
@@ -39,13 +39,13 @@ def draw(groups: Groups, folder: Path, told: str) -> list[Path]:
         return []
     with look():
         files = save(_spectra(groups, styles, told), folder / "spectra")
-        for stem, title, unit in (
+        for stem, title, run in (
             ("landscape", "Loss around the first run's solution, two random directions", "filter norms"),
             ("eigen_landscape", "Loss around the first run's solution, its two top eigenvectors", "|e|"),
         ):
             surfaces = {label: surface for label, of in groups.items() if (surface := getattr(of[0], stem)) is not None}
             if surfaces:
-                files += save(_landscapes(surfaces, title, unit, told), folder / f"{stem}s")
+                files += save(_landscapes(surfaces, title, run, told), folder / f"{stem}s")
     return files
 
 
@@ -106,7 +106,7 @@ def _density(densities: Sequence[Density], x: Tensor, bandwidth: float) -> tuple
     return every.mean(0), every.std(0) / math.sqrt(len(every))
 
 
-def _landscapes(surfaces: Mapping[str, Landscape], title: str, unit: str, told: str) -> Figure:
+def _landscapes(surfaces: Mapping[str, Landscape], title: str, run: str, told: str) -> Figure:
     """Contours side by side, on the same axes and colors; what is not finite stays white."""
     figure = Figure(figsize=(_WIDTH * len(surfaces) + 0.9, _WIDTH + 0.5), layout="constrained")
     panels = figure.subplots(1, len(surfaces), squeeze=False, sharex=True, sharey=True)[0]
@@ -121,9 +121,9 @@ def _landscapes(surfaces: Mapping[str, Landscape], title: str, unit: str, told: 
         axes.plot(0, 0, "+", color="white", markersize=9)
         axes.set_title(label)
         axes.set_aspect("equal")
-        axes.set_xlabel(f"first direction, in {unit}")
+        axes.set_xlabel(f"first direction, in {run}")
         axes.grid(visible=False)
-    panels[0].set_ylabel(f"second direction, in {unit}")
+    panels[0].set_ylabel(f"second direction, in {run}")
     assert drawn is not None
     figure.colorbar(drawn, ax=list(panels), label="loss", shrink=0.85, format="%.2g")
     tell(figure, told, title)

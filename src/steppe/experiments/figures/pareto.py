@@ -47,14 +47,14 @@ class _Panel:
 
 
 def draw(recipe: Recipe, results: Results) -> Figure:
-    """Draw costs against test accuracy and gap, one point a contender, with the front of the means.
+    """Draw costs against test accuracy and gap, one point a method, with the front of the means.
 
-    At equal compute all contenders have spent the same gradient evaluations, so their cost shows where they have made
+    At equal compute all methods have spent the same gradient evaluations, so their cost shows where they have made
     the same number of epochs: as many as the most expensive one reaches. There, and in the time that equal compute
     took, is cheaper better.
     """
     epochs = common_epochs(recipe, results)
-    planned = [m for m in recipe.methods if parse(m).contender.follows_plan]
+    planned = [m for m in recipe.methods if parse(m).method.follows_plan]
     same_epochs = {
         method: runs
         for method in recipe.methods
@@ -63,7 +63,7 @@ def draw(recipe: Recipe, results: Results) -> Figure:
     same_compute = {
         method: runs for method in recipe.methods if (runs := _runs(results, method, lambda r: _at(r, recipe.epochs)))
     }
-    base = next((m for m in same_epochs if parse(m).contender.plain), next(iter(same_epochs), ""))
+    base = next((m for m in same_epochs if parse(m).method.plain), next(iter(same_epochs), ""))
     base_seconds = estimate([r.seconds for r in same_epochs[base]]).mean if base else 1.0
     panels = (
         _Panel(
@@ -107,7 +107,7 @@ def draw(recipe: Recipe, results: Results) -> Figure:
 
 def _explain(planned: Sequence[str]) -> Iterator[str]:
     yield (
-        "Left is cheaper. Filled and on the gray line: the Pareto front, no contender is both cheaper and better (by "
+        "Left is cheaper. Filled and on the gray line: the Pareto front, no method is both cheaper and better (by "
         "the means; bars are standard deviations). Between two measurements values are interpolated."
     )
     if planned:
@@ -163,7 +163,7 @@ def _draw_panel(axes: Axes, panel: _Panel, field: str, recipe: Recipe, *, better
 
 
 def common_epochs(recipe: Recipe, results: Results) -> float:
-    """How many epochs of its own every contender has made when equal compute is spent."""
+    """How many epochs of its own every method has made when equal compute is spent."""
     ends = (_at(records, recipe.epochs) for records in results.values())
     return min((float(record.epoch) for record in ends if record is not None), default=0.0)
 
@@ -189,5 +189,5 @@ def _at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
 
 
 def _runs(results: Results, method: str, choose: Callable[[Sequence[Record]], Record | None]) -> list[Record]:
-    chosen = (choose(records) for unit, records in results.items() if unit.method == method)
+    chosen = (choose(records) for run, records in results.items() if run.method == method)
     return [record for record in chosen if record is not None]

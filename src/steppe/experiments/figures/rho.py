@@ -44,7 +44,7 @@ def _figure(tuning: Tuning, results: Sequence[Result], findings: Findings, name:
     first = _ACCURACY if tuning.objective == "accuracy" else _LOSS
     names = [space.spec.label for space in tuning.spaces]
     looks = {str(space.spec): style for space, style in zip(tuning.spaces, _styles(tuning), strict=True)}
-    for axes, (field, title, unit) in zip(panels, (first, _GAP), strict=True):
+    for axes, (field, title, run) in zip(panels, (first, _GAP), strict=True):
         if _is_log(tuning, results, name):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
@@ -61,9 +61,9 @@ def _figure(tuning: Tuning, results: Sequence[Result], findings: Findings, name:
                 _level(axes, style, [getattr(run, field) for run in best.result.runs])
         axes.set_title(title)
         axes.set_xlabel(name)
-        axes.set_ylabel(unit)
+        axes.set_ylabel(run)
     handles, labels = panels[0].get_legend_handles_labels()
-    # matplotlib puts error bars last; here each contender comes with its best
+    # matplotlib puts error bars last; here each method comes with its best
     order = sorted(zip(labels, handles, strict=True), key=lambda entry: _rank(entry[0], names))
     panels[0].legend([handle for _, handle in order], [text for text, _ in order])
     caption(figure, tuning.recipe, f"equal compute; validation: one in {tuning.hold_out} training images, held out")
@@ -71,12 +71,12 @@ def _figure(tuning: Tuning, results: Sequence[Result], findings: Findings, name:
 
 
 def _rank(text: str, names: Sequence[str]) -> tuple[int, int]:
-    """The place of a legend entry: its contender's, and within it the shorter one first."""
+    """The place of a legend entry: its method's, and within it the shorter one first."""
     return names.index(re.sub(r"(, best: .*|: diverged)$", "", text)), len(text)
 
 
 def _styles(tuning: Tuning) -> list[Style]:
-    """One for each contender, by its place, as in a comparison."""
+    """One for each method, by its place, as in a comparison."""
     methods = tuple(str(space.spec) for space in tuning.spaces)
     return list(styles(replace(tuning.recipe, methods=methods)).values())
 

@@ -54,7 +54,7 @@ _LOOK: Mapping[Any, Any] = MappingProxyType(
 
 @dataclass(frozen=True)
 class Style:
-    """A contender's look in every figure of a comparison."""
+    """A method's look in every figure of a comparison."""
 
     label: str
     line: str
@@ -62,7 +62,7 @@ class Style:
 
 
 def styles(recipe: Recipe) -> Mapping[str, Style]:
-    """Give each contender a line of its own, by its place: contenders that are added leave the others theirs."""
+    """Give each method a line of its own, by its place: methods that are added leave the others theirs."""
     return dict(zip(recipe.methods, in_turn([parse(method).label for method in recipe.methods]), strict=True))
 
 

@@ -19,12 +19,12 @@ from steppe.experiments.execution.pool import Tell, pooled
 from steppe.experiments.figures.flatness import draw
 from steppe.experiments.measuring.entry_points import called, check_name, named, reason
 from steppe.experiments.measuring.measure import Sampling
-from steppe.experiments.measuring.solutions import TITLE, Solutions
+from steppe.experiments.measuring.table import TITLE, Solutions
 from steppe.experiments.measuring.user_data import digest_of_data, first_length, ready
 from steppe.experiments.measuring.weights import digest, digest_of_model, load_weights
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.flatness import Effort, Flatness, Objective, measure, normalized_logits
+from steppe.flatness import Budget, Flatness, Objective, measure, normalized_logits
 
 __all__ = ["Anybody", "measure_anybody"]
 
@@ -84,7 +84,7 @@ class _Job:
     weights_sha256: str
     data_sha256: str
     options: Anybody
-    effort: Effort
+    budget: Budget
     sampling: Sampling
 
     @property
@@ -95,11 +95,11 @@ class _Job:
         """What the numbers depend on."""
         named = {option: getattr(self.options, option) for option in ("model", "data", "loss", "evaluate")}
         digests = {"weights_sha256": self.weights_sha256, "data_sha256": self.data_sha256}
-        return {**named, **digests, **asdict(self.sampling), **asdict(self.effort)}
+        return {**named, **digests, **asdict(self.sampling), **asdict(self.budget)}
 
 
 def measure_anybody(
-    options: Anybody, effort: Effort, sampling: Sampling, console: Console, *, processes: int | None = None
+    options: Anybody, budget: Budget, sampling: Sampling, console: Console, *, processes: int | None = None
 ) -> None:
     """Measure each file of weights that is not measured yet; write down and show what they allow to say.
 
@@ -110,7 +110,7 @@ def measure_anybody(
     with RunFolder(options.out).locked():
         if summary.exists() and not summary.read_text(errors="replace").startswith(TITLE):
             raise ExperimentError(f"{summary} is not of steppe measure and would be lost: choose another --out")
-        jobs = _jobs(options, effort, sampling)
+        jobs = _jobs(options, budget, sampling)
         todo = [job for job in jobs if _known(job) is None]
         most = processes or (1 if torch.cuda.is_available() else cpus.available())
         pooled(_measure, [(job.name, job) for job in todo], most, console)
@@ -126,9 +126,9 @@ def _setting(options: Anybody) -> str:
     return f"{options.data}, {options.evaluate or options.loss}"
 
 
-def _jobs(options: Anybody, effort: Effort, sampling: Sampling) -> list[_Job]:
+def _jobs(options: Anybody, budget: Budget, sampling: Sampling) -> list[_Job]:
     """What there is to measure; all that can be wrong with a file is found before the first one is measured."""
-    network = _network(options, effort.seed)
+    network = _network(options, budget.seed)
     paths = [*options.weights, *options.against]
     digests = [digest(path) for path in paths] or [digest_of_model(network)]
     for path in paths:
@@ -139,11 +139,11 @@ def _jobs(options: Anybody, effort: Effort, sampling: Sampling) -> list[_Job]:
                 f"{paths[i]} is the same as {paths[digests.index(sha)]}: a run that counts twice makes a verdict "
                 "surer than it is"
             )
-    _, data = _data(options, effort, sampling)
+    _, data = _data(options, budget, sampling)
     names = _names(paths) or [options.model.partition(":")[2]]
     given: list[Path | None] = [*paths] or [None]
     return [
-        _Job(name, path, sha, data, options, effort, sampling)
+        _Job(name, path, sha, data, options, budget, sampling)
         for name, path, sha in zip(names, given, digests, strict=True)
     ]
 
@@ -176,13 +176,13 @@ def _network(options: Anybody, seed: int) -> nn.Module:
     return found
 
 
-def _data(options: Anybody, effort: Effort, sampling: Sampling) -> tuple[Any, str]:
+def _data(options: Anybody, budget: Budget, sampling: Sampling) -> tuple[Any, str]:
     """The data as they are measured on, and what tells them from others."""
     found = named("data", options.data)
     pairs = options.evaluate is None
-    with _seeded(effort.seed):
+    with _seeded(budget.seed):
         given = called("data", options.data, found) if callable(found) else found
-        data = ready(given, options.data, sampling.samples, sampling.batch_size, effort.seed, pairs=pairs)
+        data = ready(given, options.data, sampling.samples, sampling.batch_size, budget.seed, pairs=pairs)
         try:
             return data, digest_of_data(data)
         except Exception as error:
@@ -223,13 +223,13 @@ def _known(job: _Job) -> Flatness | None:
 
 def _measure(job: _Job, tell: Tell) -> None:
     """Measure one, and write it down."""
-    options, effort = job.options, job.effort
+    options, budget = job.options, job.budget
     network, data = _same(job)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
 
     def objective(loss: Callable[..., Tensor] | None, evaluate: Callable[..., Tensor] | None = None) -> Objective:
         how: dict[str, Any] = {"batch_norm": job.sampling.batch_norm, "batch_size": job.sampling.batch_size}
-        return Objective(network, data, loss=loss, evaluate=evaluate, **how, seed=effort.seed, progress=tell)
+        return Objective(network, data, loss=loss, evaluate=evaluate, **how, seed=budget.seed, progress=tell)
 
     normalized = None
     try:
@@ -245,9 +245,9 @@ def _measure(job: _Job, tell: Tell) -> None:
         raise
     except Exception as error:  # it is their code that runs here
         raise ExperimentError(f"{job.name}: the loss of {options.model} on {options.data}: {reason(error)}") from error
-    effort = replace(effort, m=min(effort.m, first_length(data, job.sampling.batch_size)))
+    budget = replace(budget, m=min(budget.m, first_length(data, job.sampling.batch_size)))
     try:
-        found = measure(plain, effort, normalized=normalized)
+        found = measure(plain, budget, normalized=normalized)
     except (FloatingPointError, ValueError, RuntimeError) as error:
         raise ExperimentError(f"{job.name}: {' '.join(str(error).split())}") from error
     written = found.to_json()
@@ -257,12 +257,12 @@ def _measure(job: _Job, tell: Tell) -> None:
 
 def _same(job: _Job) -> tuple[nn.Module, Any]:
     """The network with its weights, and the data, that were looked at before anything was measured."""
-    network = _network(job.options, job.effort.seed)
+    network = _network(job.options, job.budget.seed)
     if job.weights is not None:
         load_weights(network, job.weights)
     elif digest_of_model(network) != job.weights_sha256:
         raise ExperimentError(f"--model {job.options.model} gives another network each time: seed what it draws")
-    data, sha256 = _data(job.options, job.effort, job.sampling)
+    data, sha256 = _data(job.options, job.budget, job.sampling)
     if sha256 != job.data_sha256:
         raise ExperimentError(
             f"--data {job.options.data} gives other samples each time, and what is compared must be measured on the "

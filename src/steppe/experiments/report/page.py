@@ -15,7 +15,7 @@ from typing import Any
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from steppe.experiments.analysis.summary import Summary, setting
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.measuring.measure import lines_of, measured
 from steppe.experiments.report import tables, verdicts
 from steppe.experiments.report.markup import Markup, element, join
@@ -51,7 +51,7 @@ def _page(
     recipe: Recipe,
     results: Results,
     summary: Summary,
-    flatness: Mapping[Unit, Flatness],
+    flatness: Mapping[Run, Flatness],
     lines: Sequence[Mapping[str, Any]],
     sessions: Sequence[Mapping[str, Any]],
 ) -> str:
@@ -83,7 +83,7 @@ def _page(
         unmeasured_only="hidden" if flatness else "",
         tracked_only="" if tracked(results) else "hidden",
         tracked=join(
-            *(_figure(f"curve-{quantity.field}", quantity.title, quantity.unit) for quantity in tracked(results))
+            *(_figure(f"curve-{quantity.field}", quantity.title, quantity.run) for quantity in tracked(results))
         ),
         commands=_commands(recipe, sessions),
         configuration=tables.configuration(recipe),
@@ -92,8 +92,8 @@ def _page(
     )
 
 
-def _figure(identity: str, title: str, unit: str) -> Markup:
-    caption = element("figcaption", element("b", title), " ", element("small", unit))
+def _figure(identity: str, title: str, run: str) -> Markup:
+    caption = element("figcaption", element("b", title), " ", element("small", run))
     return element("figure", caption, element("div", id=identity, class_="plot", role="img", aria_label=title))
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.config.method_spec import parse
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import pareto
 from steppe.experiments.figures.curves import EXTENTS, FLATNESS, QUANTITIES, Quantity
 from steppe.experiments.figures.style import styles
@@ -26,7 +26,7 @@ _LIGHTER = 0.28  # of white in a color on a dark page
 
 
 def payload(
-    recipe: Recipe, results: Results, flatness: Mapping[Unit, Flatness], lines: Sequence[Mapping[str, Any]]
+    recipe: Recipe, results: Results, flatness: Mapping[Run, Flatness], lines: Sequence[Mapping[str, Any]]
 ) -> dict[str, Any]:
     """Everything that the page's script reads."""
     look = styles(recipe)
@@ -43,9 +43,9 @@ def payload(
             for method, style in look.items()
         ],
         "epochs": recipe.epochs,
-        "further": any(unit.standardized_epochs > recipe.epochs for unit in results),
+        "further": any(run.standardized_epochs > recipe.epochs for run in results),
         "extents": [{"field": extent.field, "title": extent.title} for extent in EXTENTS],
-        "quantities": {q.field: {"title": q.title, "unit": q.unit, "log": q.log} for q in quantities},
+        "quantities": {q.field: {"title": q.title, "unit": q.run, "log": q.log} for q in quantities},
         "curves": [
             {"method": method, "field": quantity.field, **curve}
             for method in recipe.methods
@@ -56,14 +56,14 @@ def payload(
         "measures": {name: label for family in FAMILIES.values() for name, label in family.measures.items()},
         "runs": [
             {
-                "method": unit.method,
-                "seed": unit.seed,
-                "gap": results[unit][-1].gap if results[unit] else None,
+                "method": run.method,
+                "seed": run.seed,
+                "gap": results[run][-1].gap if results[run] else None,
                 "values": {name: measure.value for name, measure in flat.measures.items()},
                 "profile": flat.landscape and _profile(flat.landscape),
                 **{k: v for k, v in flat.to_json().items() if k in _DRAWN},
             }
-            for unit, flat in flatness.items()
+            for run, flat in flatness.items()
         ],
         "lines": list(lines),
     }
@@ -106,9 +106,9 @@ def _finite(value: Any) -> Any:
 
 
 def _curve(results: Results, method: str, quantity: Quantity) -> dict[str, Any] | None:
-    """One contender's line over both extents, as in the figures; None where nothing was measured."""
+    """One method's line over both extents, as in the figures; None where nothing was measured."""
     points: dict[int, list[Record]] = {}
-    for record in (record for unit, records in results.items() if unit.method == method for record in records):
+    for record in (record for run, records in results.items() if run.method == method for record in records):
         if getattr(record, quantity.field) is not None:
             points.setdefault(record.standardized_epoch, []).append(record)
     if not points:
@@ -138,13 +138,13 @@ def _profile(landscape: Landscape) -> dict[str, Any] | None:
 def _pareto(recipe: Recipe, results: Results) -> Iterator[dict[str, Any]]:
     """The panels of the Pareto picture: costs with what they reach, and the front of the means."""
     epochs = pareto.common_epochs(recipe, results)
-    planned = [method for method in recipe.methods if parse(method).contender.follows_plan]
+    planned = [method for method in recipe.methods if parse(method).method.follows_plan]
     after = _chosen(recipe, results, lambda records: pareto.after_epochs(records, epochs))
     same_epochs = {method: runs for method, runs in after.items() if method not in planned}
     same_compute = _chosen(
         recipe, results, lambda r: next((x for x in r if x.standardized_epoch == recipe.epochs), None)
     )
-    base = next((m for m in same_epochs if parse(m).contender.plain), next(iter(same_epochs), ""))
+    base = next((m for m in same_epochs if parse(m).method.plain), next(iter(same_epochs), ""))
     seconds = max(estimate([r.seconds for r in same_epochs[base]]).mean, 1e-9) if base else 1.0
     cheap = f"after the same number of epochs ({epochs:.3g})"
     yield _panel("passes a step", "gradient evaluations an image and epoch", cheap, same_epochs, lambda r: r.passes)
@@ -157,9 +157,9 @@ def _pareto(recipe: Recipe, results: Results) -> Iterator[dict[str, Any]]:
 def _chosen(
     recipe: Recipe, results: Results, choose: Callable[[Sequence[Record]], Record | None]
 ) -> dict[str, list[Record]]:
-    """By contender, the record of each run that is looked for; contenders without one are left out."""
+    """By method, the record of each run that is looked for; methods without one are left out."""
     found = {
-        method: [record for unit in results if unit.method == method and (record := choose(results[unit])) is not None]
+        method: [record for run in results if run.method == method and (record := choose(results[run])) is not None]
         for method in recipe.methods
     }
     return {method: records for method, records in found.items() if records}

@@ -11,7 +11,7 @@ from typing import Any
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import Summary
 from steppe.experiments.config.method_spec import parse
-from steppe.experiments.config.recipe import Recipe, Unit
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures.style import Style, styles
 from steppe.experiments.report.markup import Markup, change, element, join, spread
 from steppe.experiments.report.payload import on_dark
@@ -21,7 +21,7 @@ from steppe.flatness import FAMILIES, Flatness
 __all__ = ["chips", "configuration", "environment", "flatness_table", "summary_table"]
 
 _HEADINGS = (
-    ("contender", ""),
+    ("method", ""),
     ("standardized epochs", ""),
     ("passes a step", ""),
     ("train accuracy", "%"),
@@ -32,7 +32,7 @@ _HEADINGS = (
     ("runs", ""),
 )
 
-_FEW = 2  # contenders, up to which a line has room for all that is said of a measure
+_FEW = 2  # methods, up to which a line has room for all that is said of a measure
 _BAR = (112.0, 14.0)  # width and height of an interval's picture
 
 
@@ -53,7 +53,7 @@ class _Change:
 
 
 def chips(recipe: Recipe) -> Markup:
-    """A button for each contender, that switches it on and off in the whole page."""
+    """A button for each method, that switches it on and off in the whole page."""
     return join(
         *(
             element("button", _swatch(style), style.label, type="button", class_="chip", data_chip=method)
@@ -63,11 +63,11 @@ def chips(recipe: Recipe) -> Markup:
 
 
 def summary_table(recipe: Recipe, summary: Summary) -> Markup:
-    """The contenders with mean ± standard deviation."""
+    """The methods with mean ± standard deviation."""
     if not summary.rows:
         return element("p", "Nothing has been measured yet.", class_="empty")
     look = styles(recipe)
-    head = element("tr", *(element("th", name, *_unit(unit), scope="col") for name, unit in _HEADINGS))
+    head = element("tr", *(element("th", name, *_unit(run), scope="col") for name, run in _HEADINGS))
     rows = (
         element(
             "tr",
@@ -81,12 +81,12 @@ def summary_table(recipe: Recipe, summary: Summary) -> Markup:
         for row in summary.rows
     )
     table = element("table", element("thead", head), element("tbody", *rows), id="summary-table")
-    note = element("p", "Mean ± standard deviation over the runs of each contender.", class_="aside")
+    note = element("p", "Mean ± standard deviation over the runs of each method.", class_="aside")
     return join(_scrolling("Summary", table), note)
 
 
-def flatness_table(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Flatness]) -> Markup:
-    """Every measure of every contender, its difference to the reference, and what generalized beside it."""
+def flatness_table(recipe: Recipe, summary: Summary, flatness: Mapping[Run, Flatness]) -> Markup:
+    """Every measure of every method, its difference to the reference, and what generalized beside it."""
     reference = recipe.methods[0]
     look = styles(recipe)
     head = element(
@@ -137,14 +137,14 @@ def environment(sessions: Sequence[Mapping[str, Any]]) -> Markup:
     )
 
 
-def _measure(recipe: Recipe, summary: Summary, flatness: Mapping[Unit, Flatness], name: str, label: str) -> Markup:
+def _measure(recipe: Recipe, summary: Summary, flatness: Mapping[Run, Flatness], name: str, label: str) -> Markup:
     changes = {
         verdict.method: _Change(row.difference.mean, row.difference.half_width, row.word)
         for verdict in summary.flatness
         for row in verdict.rows
         if row.name == name
     }
-    measures = [(unit.method, flat.measures[name]) for unit, flat in flatness.items() if name in flat.measures]
+    measures = [(run.method, flat.measures[name]) for run, flat in flatness.items() if name in flat.measures]
     finite: dict[str, list[float]] = {}
     for method, measure in measures:
         if math.isfinite(measure.value):
@@ -172,7 +172,7 @@ def _generalization(recipe: Recipe, summary: Summary) -> Markup:
 
 
 def _row(recipe: Recipe, name: str, label: str, values: Mapping[str, str], changes: Mapping[str, _Change]) -> Markup:
-    """One measure: a cell for each contender; the row's intervals are drawn on one scale."""
+    """One measure: a cell for each method; the row's intervals are drawn on one scale."""
     reach = max((abs(c.mean) + (c.half or 0.0) for c in changes.values()), default=0.0) or 1.0
     cells = (
         element(
@@ -231,12 +231,12 @@ def _scrolling(label: str, table: Markup) -> Markup:
     return element("div", table, class_="scrolling", tabindex="0", role="region", aria_label=f"{label}, table")
 
 
-def _unit(unit: str) -> Iterator[Markup]:
-    if unit:
-        yield element("small", f" {unit}")
+def _unit(run: str) -> Iterator[Markup]:
+    if run:
+        yield element("small", f" {run}")
 
 
 def _swatch(style: Style) -> Markup:
-    """A dot in the contender's color, hollow where its line is not solid."""
+    """A dot in the method's color, hollow where its line is not solid."""
     colors = f"--light:{style.color};--dark:{on_dark(style.color)}"
     return element("i", class_="swatch" if style.line == "-" else "swatch hollow", style=colors, aria_hidden="true")

@@ -22,9 +22,9 @@ def headlines(summary: Summary, *, measured: bool) -> list[Markup]:
     if not summary.rows:
         return [join("Nothing has been measured yet.")]
     if not summary.differences:
-        return [join("There is one contender so far, and nothing to compare it with.")]
+        return [join("There is one method so far, and nothing to compare it with.")]
     if all(difference.gap.n == 1 for difference in summary.differences):
-        return [join("One run of each contender gives ", word_of(_NO_VERDICT), ": it could have come out either way.")]
+        return [join("One run of each method gives ", word_of(_NO_VERDICT), ": it could have come out either way.")]
     flatness = {verdict.method: verdict.word for verdict in summary.flatness}
     alike: dict[tuple[str, str, str], list[Difference]] = {}
     for difference in summary.differences:

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.config.recipe import LATER, Recipe, Unit
+from steppe.experiments.config.recipe import LATER, Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.training.evaluation import Record, read_records
@@ -20,7 +20,7 @@ CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 _FORMAT = "steppe run folder, version 2"
 
-Results = Mapping[Unit, list[Record]]
+Results = Mapping[Run, list[Record]]
 """The measurements of every unit of a recipe; an empty list for one that has none yet."""
 
 
@@ -38,9 +38,9 @@ class RunFolder:
         """Where the figures are."""
         return self.path / "figures"
 
-    def unit(self, unit: Unit) -> Path:
+    def run(self, run: Run) -> Path:
         """Where a unit keeps its metrics and its checkpoint."""
-        return self.path / "runs" / unit.name
+        return self.path / "runs" / run.name
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -63,7 +63,7 @@ class RunFolder:
         """Make this the folder of a resolved recipe, or see that it is already.
 
         Raises ExperimentError when it belongs to another configuration, listing what differs, or to something else.
-        Contenders and seeds may be added: they are runs of their own and change nothing of those that are there.
+        Methods and seeds may be added: they are runs of their own and change nothing of those that are there.
         """
         config = self.path / "config.json"
         if config.exists():
@@ -85,7 +85,7 @@ class RunFolder:
 
     def results(self, recipe: Recipe) -> Results:
         """Read the measurements of every unit; ExperimentError when a file is damaged."""
-        return {unit: self._records(self.unit(unit) / METRICS) for unit in recipe.units()}
+        return {run: self._records(self.run(run) / METRICS) for run in recipe.runs()}
 
     def _config(self) -> tuple[Recipe, int]:
         config = self.path / "config.json"

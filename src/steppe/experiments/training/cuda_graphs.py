@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe import SAM
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.world import World
@@ -82,10 +82,10 @@ RECORDERS: Mapping[str, Callable[[torch.device], Recorder]] = MappingProxyType({
 """What records steps, by the type of the device."""
 
 
-def recorder(unit: Unit, world: World) -> Recorder | None:
+def recorder(run: Run, world: World) -> Recorder | None:
     """Make what records the unit's steps; None where each step is taken as it comes."""
-    recipe = unit.recipe
-    if recipe.cuda_graphs is False or not unit.spec.contender.capturable or world.size > 1:
+    recipe = run.recipe
+    if recipe.cuda_graphs is False or not run.spec.method.capturable or world.size > 1:
         return None
     # a foreign checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
     if recipe.backbone not in ("none", "own"):

@@ -1,4 +1,4 @@
-"""What is measured: loss and accuracy over a whole split in eval mode, the same for every contender."""
+"""What is measured: loss and accuracy over a whole split in eval mode, the same for every method."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ class Record:
     """One line of metrics.jsonl. Accuracies are percent, `gap` is percentage points."""
 
     standardized_epoch: int
-    """The point of the grid, the same for every contender; it is measured after the step that reached it."""
+    """The point of the grid, the same for every method; it is measured after the step that reached it."""
     epoch: int | float
     """The run's own epochs: images seen, an image once however many passes were made over it, in training sets."""
     steps: int

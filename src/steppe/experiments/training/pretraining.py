@@ -118,9 +118,9 @@ _SHARED = (
 def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
     """Pretrain the network, or take it from where it was kept."""
     recipe, world = pretraining(executor.recipe), executor.world
-    (unit,) = recipe.units()
+    (run,) = recipe.runs()
     folder = RunFolder(_kept(recipe, world, path))
-    checkpoint, whose = folder.unit(unit) / CHECKPOINT, owner(unit, world.size, None)
+    checkpoint, whose = folder.run(run) / CHECKPOINT, owner(run, world.size, None)
     if not _finished(checkpoint, whose, recipe.epochs):
         with folder.locked() if world.rank == 0 else nullcontext():
             if world.rank == 0:
@@ -132,7 +132,7 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
             if world.rank == 0:
                 world.barrier()
             with reporter(recipe, speaks=world.rank == 0, console=console) as teller, on_signals() as stop:
-                failed = failures(list(executor.run([Job(unit, folder.unit(unit))], images, folder.path, teller, stop)))
+                failed = failures(list(executor.run([Job(run, folder.run(run))], images, folder.path, teller, stop)))
             if failed is not None:
                 raise ExperimentError(failed)
     state = checkpoints.load(checkpoint, whose)

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe.experiments.config.contenders import BASES, Setting
-from steppe.experiments.config.recipe import Unit
+from steppe.experiments.config.methods import BASES, RunContext
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch, batches, count, order, start
 from steppe.experiments.data.datasets import CLASSES, Dataset
 from steppe.experiments.data.few_shot import few_shot
@@ -28,8 +28,8 @@ from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.cuda_graphs import Graphs, Step, recorder
-from steppe.experiments.training.drivers import Forward
 from steppe.experiments.training.evaluation import Record, evaluate, write_records
+from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
@@ -41,18 +41,18 @@ _HOPELESS = 1e4
 _ASK_EVERY = 8  # batches between two questions to the other processes whether to stop
 
 
-class Run:
+class Training:
     """A unit in motion: its network and optimizer, and how far they have come."""
 
-    def __init__(self, unit: Unit, data: Dataset, world: World) -> None:
-        recipe = unit.recipe
+    def __init__(self, run: Run, data: Dataset, world: World) -> None:
+        recipe = run.recipe
         if recipe.shots is not None:
-            data = replace(data, train=few_shot(data.train, recipe.shots, unit.seed))
+            data = replace(data, train=few_shot(data.train, recipe.shots, run.seed))
         if recipe.label_noise:
-            data = replace(data, train=mislabeled(data.train, recipe.label_noise, unit.seed))
-        self.unit, self.data, self.world = unit, data, world
-        torch.manual_seed(unit.seed)
-        network = _network(unit, data)
+            data = replace(data, train=mislabeled(data.train, recipe.label_noise, run.seed))
+        self.run, self.data, self.world = run, data, world
+        torch.manual_seed(run.seed)
+        network = _network(run, data)
         layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
         network = world.synchronize_norms(network.to(world.device).to(memory_format=layout))  # type: ignore[call-overload]
         self.network = network
@@ -62,19 +62,19 @@ class Run:
         trained = network.groups(recipe.head_lr) if isinstance(network, FineTuned) else network.parameters()
         on_gpu = world.device.type == "cuda"
         base = BASES[recipe.base].build(trained, recipe.lr, recipe.base_momentum, recipe.weight_decay, on_gpu=on_gpu)
-        self._recorder = recorder(unit, world)
-        setting = Setting(
-            rho=unit.spec.rho(recipe.rho),
+        self._recorder = recorder(run, world)
+        setting = RunContext(
+            rho=run.spec.rho(recipe.rho),
             model=network,
-            steps=unit.steps(self.images),
+            steps=run.steps(self.images),
             images=self.images,
             classes=len(CLASSES),
-            seed=unit.seed,
+            seed=run.seed,
             replay_rng=self._recorder is None,
         )
-        self.optimizer = unit.spec.optimizer(base, setting)
-        _check(unit, self.optimizer)
-        self.driver = unit.spec.driver(self.optimizer, setting)
+        self.optimizer = run.spec.optimizer(base, setting)
+        _check(run, self.optimizer)
+        self.step_function = run.spec.step_function(self.optimizer, setting)
         self._take = self._way()
         self.epoch = 0
         """Finished epochs."""
@@ -85,7 +85,7 @@ class Run:
         self.spent = Fraction(0)
         """Gradient evaluations of all processes together."""
         self.records: list[Record] = []
-        self._grid = unit.grid
+        self._grid = run.grid
 
     @property
     def images(self) -> int:
@@ -95,7 +95,7 @@ class Run:
     @property
     def batches(self) -> int:
         """Batches in an epoch."""
-        return count(self.images, self.unit.recipe.batch_size)
+        return count(self.images, self.run.recipe.batch_size)
 
     @property
     def seen(self) -> int:
@@ -105,7 +105,7 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the compute is spent."""
-        return self.spent >= self.unit.standardized_epochs * self.images
+        return self.spent >= self.run.standardized_epochs * self.images
 
     @property
     def standardized_epoch(self) -> float:
@@ -123,7 +123,7 @@ class Run:
         """The precision of a forward pass."""
         # a graph must not find copies of the weights that were made outside of it
         cached = self._recorder is None
-        amp = bool(self.unit.recipe.amp)
+        amp = bool(self.run.recipe.amp)
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=amp, cache_enabled=cached)
 
     def step(self, batch: Batch) -> Tensor:
@@ -131,7 +131,7 @@ class Run:
         loss, cost = self._take(batch)
         if not cost:
             raise RuntimeError(
-                f"{type(self.driver).__name__} took a step without evaluating the network through the `forward` it was "
+                f"{type(self.step_function).__name__} took a step without evaluating the network through the `forward` it was "
                 "given: nothing was counted, so the run would never end. Use it for every pass"
             )
         self.spent += cost
@@ -146,7 +146,7 @@ class Run:
 
     def _launch(self, batch: Batch) -> Step:
         forward = Forward(self.model, batch, self.world, self.autocast)
-        loss = self.driver.step(forward, batch).detach()
+        loss = self.step_function.step(forward, batch).detach()
         return Step(loss, forward.cost())
 
     def measure(self, pause: Callable[[], None]) -> list[Record]:
@@ -156,11 +156,11 @@ class Run:
             for split in (self.data.train, self.data.test)
         )
         flatness: dict[str, float] = {}
-        if not self.unit.flatness_grid.isdisjoint(self.due):
-            recipe = self.unit.recipe
-            sample = flatness_sample(self.data.train, recipe.flatness_samples, self.unit.seed)
+        if not self.run.flatness_grid.isdisjoint(self.due):
+            recipe = self.run.recipe
+            sample = flatness_sample(self.data.train, recipe.flatness_samples, self.run.seed)
             flatness = measure_flatness(self.network, sample, recipe.rho, pause)
-        # a step that crosses several points gives each its record: contenders are compared point by point
+        # a step that crosses several points gives each its record: methods are compared point by point
         return [
             Record(
                 standardized_epoch=point,
@@ -175,7 +175,7 @@ class Run:
                 gap=train.accuracy - test.accuracy,
                 seconds=round(self.seconds, 3),
                 images_per_second=round(self.seen / max(self.seconds, 1e-9), 1),
-                **(flatness if point in self.unit.flatness_grid else {}),
+                **(flatness if point in self.run.flatness_grid else {}),
             )
             for point in self.due
         ]
@@ -186,7 +186,7 @@ class Run:
         return {
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
-            "driver": self.driver.state_dict(),
+            "driver": self.step_function.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.world.device) if on_gpu else None,
             "epoch": self.epoch,
@@ -201,7 +201,7 @@ class Run:
         """Go on from what `state_dict` gave."""
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
-        self.driver.load_state_dict(state["driver"])
+        self.step_function.load_state_dict(state["driver"])
         self._take = self._way()  # a graph writes to the tensors that were there before
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
@@ -212,37 +212,37 @@ class Run:
 
 
 def train(
-    unit: Unit, folder: Path, data: Dataset, world: World, reporter: Reporter | None = None, stop: Stop | None = None
+    run: Run, folder: Path, data: Dataset, world: World, reporter: Reporter | None = None, stop: Stop | None = None
 ) -> list[Record]:
-    """Train `unit` to its end and return its measurements; go on from `folder`'s checkpoint if there is one.
+    """Train `run` to its end and return its measurements; go on from `folder`'s checkpoint if there is one.
 
     `data` lies on the device of `world`, and the unit's recipe is resolved. Raises Stopped when `stop` was asked for,
     and ExperimentError when the loss diverges, or when the checkpoint is damaged or belongs to another unit or
     configuration; the folder can be used again after each of them.
     """
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
-    keeper = _Keeper(folder, unit, world, None if data.start is None else data.start.digest())
-    run = Run(unit, data, world)
-    keeper.restore(run)
-    reporter.begin(unit, run.standardized_epoch, run.records)
+    manager = CheckpointManager(folder, run, world, None if data.start is None else data.start.digest())
+    training = Training(run, data, world)
+    manager.restore(training)
+    reporter.begin(run, training.standardized_epoch, training.records)
     pause = _pause(stop, world)
     try:
-        while run.due or not run.finished:
-            if not run.due:
-                _train_on(run, keeper, reporter, stop)
-            if run.due:
-                run.records += run.measure(pause)
-                reporter.measured(unit, run.records[-1])
-            keeper.save(run)
+        while training.due or not training.finished:
+            if not training.due:
+                _train_on(training, manager, reporter, stop)
+            if training.due:
+                training.records += training.measure(pause)
+                reporter.measured(run, training.records[-1])
+            manager.save(training)
     except Stopped:
-        keeper.save(run)
+        manager.save(training)
         raise
-    reporter.end(unit, run.records)
-    return run.records
+    reporter.end(run, training.records)
+    return training.records
 
 
-def _network(unit: Unit, data: Dataset) -> nn.Module:
-    recipe = unit.recipe
+def _network(run: Run, data: Dataset) -> nn.Module:
+    recipe = run.recipe
     if (data.start is None) != (recipe.backbone == "none"):
         raise RuntimeError(f"backbone={recipe.backbone}, but the data came with {data.start}: use finetune.with_start")
     if data.start is not None:
@@ -250,27 +250,27 @@ def _network(unit: Unit, data: Dataset) -> nn.Module:
     return preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
 
 
-def _check(unit: Unit, optimizer: torch.optim.Optimizer) -> None:
+def _check(run: Run, optimizer: torch.optim.Optimizer) -> None:
     """Refuse what a fine-tuning would silently do without: ExperimentError."""
-    recipe = unit.recipe
+    recipe = run.recipe
     climbing = getattr(getattr(optimizer, "perturbation", None), "parameters", ())
     if climbing and not any(p.requires_grad for p in climbing):
         raise ExperimentError(
-            f"{unit.name} climbs with weights that --freeze keeps as they are, so it would be the plain base optimizer "
+            f"{run.name} climbs with weights that --freeze keeps as they are, so it would be the plain base optimizer "
             "at twice the price: leave --freeze or this method out"
         )
     if recipe.head_lr is not None and all(group["lr"] != recipe.head_lr for group in optimizer.param_groups):
         raise ExperimentError(
-            f"{unit.name} has one learning rate of its own, and head_lr={recipe.head_lr} would be ignored: leave "
+            f"{run.name} has one learning rate of its own, and head_lr={recipe.head_lr} would be ignored: leave "
             "--head-lr or this method out"
         )
 
 
-def owner(unit: Unit, processes: int, start: str | None) -> str:
+def owner(run: Run, processes: int, start: str | None) -> str:
     """Whose a checkpoint is: everything that the run's result depends on, with the digest of what it starts from."""
     begun = {} if start is None else {"start": start}
-    depends_on = json.dumps(unit.recipe.result() | {"processes": processes} | begun, sort_keys=True)
-    return f"{unit.name} of {depends_on}"
+    depends_on = json.dumps(run.recipe.result() | {"processes": processes} | begun, sort_keys=True)
+    return f"{run.name} of {depends_on}"
 
 
 def _pause(stop: Stop, world: World) -> Callable[[], None]:
@@ -286,65 +286,65 @@ def _number(value: Fraction) -> int | float:
     return value.numerator if value.denominator == 1 else float(value)
 
 
-def _train_on(run: Run, keeper: _Keeper, reporter: Reporter, stop: Stop) -> None:
+def _train_on(training: Training, manager: CheckpointManager, reporter: Reporter, stop: Stop) -> None:
     """Train to the end of the epoch in progress, or to a measurement within it."""
-    unit, world = run.unit, run.world
-    epoch, steps, seen, before = run.epoch, run.steps, run.seen, run.seconds
-    indices = order(run.images, unit.seed, epoch)
+    run, world = training.run, training.world
+    epoch, steps, seen, before = training.epoch, training.steps, training.seen, training.seconds
+    indices = order(training.images, run.seed, epoch)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     begun, told = time.perf_counter(), time.perf_counter()
-    for batch in batches(run.data.train, unit.recipe.batch_size, indices, world, run.batch, epoch):
-        loss = run.step(batch)
+    for batch in batches(training.data.train, run.recipe.batch_size, indices, world, training.batch, epoch):
+        loss = training.step(batch)
         total += loss
         now = time.perf_counter()
-        run.seconds = before + now - begun
+        training.seconds = before + now - begun
         if now - told > reporter.interval:
             told = now
-            speed = (run.seen - seen) / (now - begun)
-            reporter.step(unit, run.standardized_epoch, float(loss), speed)
-        if (world.size == 1 or run.batch % _ASK_EVERY == 0) and world.any(bool(stop)):
+            speed = (training.seen - seen) / (now - begun)
+            reporter.step(run, training.standardized_epoch, float(loss), speed)
+        if (world.size == 1 or training.batch % _ASK_EVERY == 0) and world.any(bool(stop)):
             raise Stopped(stop.signal or 2)
-        if run.due:
+        if training.due:
             break
-        if keeper.due(run):
+        if manager.due(training):
             float(loss)  # wait for the device: what it still computes is training, and saving is not
             saving = time.perf_counter()
-            keeper.save(run)
+            manager.save(training)
             begun += time.perf_counter() - saving
-    mean = float(world.total(total)) / world.size / (run.steps - steps)
-    run.seconds = before + time.perf_counter() - begun  # on a GPU, the work ends here
+    mean = float(world.total(total)) / world.size / (training.steps - steps)
+    training.seconds = before + time.perf_counter() - begun  # on a GPU, the work ends here
     if not mean < _HOPELESS:  # nor is NaN
         raise ExperimentError(
-            f"{unit.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "
-            f"compare. Try a smaller --lr (it was {unit.recipe.lr}) or --rho ({unit.recipe.rho}), and another folder "
+            f"{run.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "
+            f"compare. Try a smaller --lr (it was {run.recipe.lr}) or --rho ({run.recipe.rho}), and another folder "
             "with --out: this one keeps its other runs"
         )
 
 
-class _Keeper:
+class CheckpointManager:
     """Keeps a run's checkpoint and metrics in its folder; only the first process writes."""
 
-    def __init__(self, folder: Path, unit: Unit, world: World, start: str | None) -> None:
+    def __init__(self, folder: Path, run: Run, world: World, start: str | None) -> None:
         self._folder, self._world = folder, world
-        self._owner = owner(unit, world.size, start)
+        self._owner = owner(run, world.size, start)
         self._saved = time.monotonic()
 
-    def restore(self, run: Run) -> None:
-        """Take `run` to where the checkpoint is, and cut the metrics to what it knows."""
+    def restore(self, training: Training) -> None:
+        """Take `training` to where the checkpoint is, and cut the metrics to what it knows."""
         path = self._folder / CHECKPOINT
         if path.exists():
-            run.load_state_dict(checkpoints.load(path, self._owner))
+            training.load_state_dict(checkpoints.load(path, self._owner))
         if self._world.rank == 0:
-            write_atomically(self._folder / METRICS, write_records(run.records))
+            write_atomically(self._folder / METRICS, write_records(training.records))
         self._world.barrier()
 
-    def save(self, run: Run) -> None:
+    def save(self, training: Training) -> None:
         """Save a checkpoint, and the metrics that belong to it."""
         if self._world.rank == 0:
-            checkpoints.save(self._folder / CHECKPOINT, self._owner, run.state_dict())
-            write_atomically(self._folder / METRICS, write_records(run.records))
+            checkpoints.save(self._folder / CHECKPOINT, self._owner, training.state_dict())
+            write_atomically(self._folder / METRICS, write_records(training.records))
         self._saved = time.monotonic()
 
-    def due(self, run: Run) -> bool:
+    def due(self, training: Training) -> bool:
         """Whether the last time was `checkpoint_seconds` ago; the epoch's end saves anyway."""
-        return run.batch > 0 and time.monotonic() - self._saved >= run.unit.recipe.checkpoint_seconds
+        return training.batch > 0 and time.monotonic() - self._saved >= training.run.recipe.checkpoint_seconds

@@ -1,4 +1,4 @@
-"""What tuning found: the best values of each contender, how sure that is, and how to confirm it on the test set."""
+"""What tuning found: the best values of each method, how sure that is, and how to confirm it on the test set."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from steppe.experiments.tuning.studies import Result
 
 __all__ = ["Findings", "Tuning", "command_line", "find"]
 
-_SHOWN = 5  # trials of a contender on the terminal; the files have them all
+_SHOWN = 5  # trials of a method on the terminal; the files have them all
 _NAMED = 6  # values within one standard error, from which on only their ends are named
 _CONFIRMING = 3  # runs that a verdict needs at least
 
@@ -50,7 +50,7 @@ class Tuning:
 
     def label(self, space: Space, result: Result) -> str:
         """A trial in words: the method with its values, those of the recipe too."""
-        known = space.spec.contender.arguments
+        known = space.spec.method.arguments
         rest = [
             f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.values.items() if k not in known
         ]
@@ -59,7 +59,7 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Best:
-    """The best trial of a contender."""
+    """The best trial of a method."""
 
     space: Space
     result: Result
@@ -77,14 +77,14 @@ class Findings:
     title: str
     tuning: Tuning
     ranked: Mapping[str, Sequence[Result]]
-    """The complete trials of each contender, the best first."""
+    """The complete trials of each method, the best first."""
     best: Sequence[Best]
     notes: Sequence[str]
     warnings: Sequence[str]
     commands: Sequence[str]
 
     def rows(self, most: int | None = None) -> Iterator[list[str]]:
-        """The table, at most so many trials of a contender."""
+        """The table, at most so many trials of a method."""
         for space in self.tuning.spaces:
             for result in self.ranked[str(space.spec)][:most]:
                 columns = ("test_accuracy", "test_loss", "train_accuracy", "gap")
@@ -204,10 +204,10 @@ def _notes(tuning: Tuning, best: Sequence[Best], results: Sequence[Result]) -> I
 
 
 def _verdict(tuning: Tuning, best: Best) -> str:
-    unit = " %" if tuning.objective == "accuracy" else ""
+    run = " %" if tuning.objective == "accuracy" else ""
     points = " points" if tuning.objective == "accuracy" else ""
     digits = 2 if tuning.objective == "accuracy" else 4
-    text = f"{tuning.label(best.space, best.result)}: {_text(estimate(tuning.goal(best.result)), digits)}{unit}"
+    text = f"{tuning.label(best.space, best.result)}: {_text(estimate(tuning.goal(best.result)), digits)}{run}"
     if not best.space.dimensions:
         return f"{text}."
     text += f", the best of {best.complete} trial{'s'[: best.complete > 1]} (trial {best.result.number})."
@@ -230,7 +230,7 @@ def _verdict(tuning: Tuning, best: Best) -> str:
 
 
 def _against(tuning: Tuning, best: Sequence[Best]) -> Iterator[str]:
-    """Each contender's best against that of the first, paired by seed."""
+    """Each method's best against that of the first, paired by seed."""
     if len(best) < 2:
         return
     reference, *others = best

@@ -8,8 +8,8 @@ from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import Any, get_args, get_origin, get_type_hints
 
-from steppe.experiments.config.contenders import Value, unknown
-from steppe.experiments.config.method_spec import Spec, parse
+from steppe.experiments.config.method_spec import MethodSpec, parse
+from steppe.experiments.config.methods import Value, unknown
 from steppe.experiments.config.recipe import Recipe
 
 __all__ = ["Dimension", "Listed", "Range", "Space", "Values", "grid", "read", "spaces"]
@@ -85,28 +85,28 @@ Dimension = Range | Listed
 
 @dataclass(frozen=True)
 class Space:
-    """A contender and what is searched of it; nothing for one that is only trained as it is."""
+    """A method and what is searched of it; nothing for one that is only trained as it is."""
 
     recipe: Recipe
-    """The recipe with this contender alone."""
+    """The recipe with this method alone."""
     dimensions: tuple[Dimension, ...]
 
     @property
-    def spec(self) -> Spec:
-        """The contender, before anything is chosen."""
+    def spec(self) -> MethodSpec:
+        """The method, before anything is chosen."""
         return parse(self.recipe.methods[0])
 
     def at(self, values: Values) -> Recipe:
-        """The recipe with the contender at these values; ValueError when it cannot take them."""
-        known = self.spec.contender.arguments
+        """The recipe with the method at these values; ValueError when it cannot take them."""
+        known = self.spec.method.arguments
         given = {**dict(self.spec.given), **{k: v for k, v in values.items() if k in known}}
-        spec = Spec(self.spec.name, tuple((key, given[key]) for key in known if key in given))
+        spec = MethodSpec(self.spec.name, tuple((key, given[key]) for key in known if key in given))
         rest: dict[str, Any] = {k: v for k, v in values.items() if k not in known}
         return replace(self.recipe, methods=(str(spec),), **rest)
 
     def usual(self) -> Values | None:
         """The values that the recipe has by itself, where all of them are searched; None where one of them is not."""
-        known, given = self.spec.contender.arguments, dict(self.spec.given)
+        known, given = self.spec.method.arguments, dict(self.spec.given)
         values: dict[str, Value] = {}
         for dimension in self.dimensions:
             name = dimension.name
@@ -126,14 +126,14 @@ class Space:
 
 
 def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Space]:
-    """What is searched of each contender of `recipe`, the baseline first; ValueError that says what is wrong.
+    """What is searched of each method of `recipe`, the baseline first; ValueError that says what is wrong.
 
     Without words it is rho, from a tenth of the method's usual value to ten times that.
     """
-    # one base for all contenders: a recipe whose methods are looked at one by one would give some of them momentum
+    # one base for all methods: a recipe whose methods are looked at one by one would give some of them momentum
     recipe = replace(recipe, momentum=recipe.base_momentum, extra_epochs=0)
     methods = list(recipe.methods)
-    if baseline and not any(parse(method).contender.plain for method in methods):
+    if baseline and not any(parse(method).method.plain for method in methods):
         methods.insert(0, recipe.base)
     found = [_space(replace(recipe, methods=(method,)), words, methods) for method in methods]
     for word in words:
@@ -142,7 +142,7 @@ def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Spac
             _check(word, methods)
     if not any(space.dimensions for space in found):
         raise ValueError(
-            f"search: none of {' '.join(methods)} has a rho, so there is nothing to tune: name contenders with "
+            f"search: none of {' '.join(methods)} has a rho, so there is nothing to tune: name methods with "
             "--methods, or what to search with --search"
         )
     for space in found:
@@ -195,7 +195,7 @@ def read(word: str, kind: type[Value]) -> Dimension:
 
 
 def _space(recipe: Recipe, words: Sequence[str], methods: Sequence[str]) -> Space:
-    known = parse(recipe.methods[0]).contender.arguments
+    known = parse(recipe.methods[0]).method.arguments
     if not words:
         return Space(recipe, _usual_range(recipe) if "rho" in known else ())
     dimensions: list[Dimension] = []
@@ -221,7 +221,7 @@ def _usual_range(recipe: Recipe) -> tuple[Dimension, ...]:
 def _check(word: str, methods: Sequence[str]) -> None:
     """Say why nothing can be searched under this name."""
     name, equals, _ = word.partition("=")
-    arguments = {key for method in methods for key in parse(method).contender.arguments}
+    arguments = {key for method in methods for key in parse(method).method.arguments}
     if not equals:
         raise ValueError(f"search: {word!r} says not what to try: {_WAY}")
     if name in {field.name for field in fields(Recipe)} - {"rho"} and name not in _fields():

@@ -1,4 +1,4 @@
-"""The trials of one contender, in an Optuna study: which values come next, which trials are somebody's, what came out.
+"""The trials of one method, in an Optuna study: which values come next, which trials are somebody's, what came out.
 
 A trial belongs to who holds the lock of its folder. One whose holder died is taken up again, from its checkpoints.
 """
@@ -59,7 +59,7 @@ class Trial:
 
     number: int
     recipe: Recipe
-    """The recipe with the contender at the trial's values."""
+    """The recipe with the method at the trial's values."""
     folder: RunFolder
     lock: ExitStack = field(repr=False)
 

@@ -21,7 +21,7 @@ from steppe.experiments.data import datasets as data
 from steppe.experiments.data.validation import hold_out
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.board import board
-from steppe.experiments.execution.executor import Executor, Job, Outcome, Where, start
+from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, Outcome, start
 from steppe.experiments.figures.rho import draw
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.training.evaluation import Record
@@ -47,7 +47,7 @@ class Options:
     one) or NAME=VALUE,VALUE,...: rho=0.01..1 lr=0.02,0.05,0.1 k=2..8. A name is an argument of a method or an option
     of the recipe. By default rho, from a tenth of each method's usual value to ten times that."""
     trials: int | None = None
-    """Trials of each contender; by default 20, or the whole of a grid. Raise it later to add some."""
+    """Trials of each method; by default 20, or the whole of a grid. Raise it later to add some."""
     sampler: Sampler = "tpe"
     """tpe looks where earlier trials were good, so it trains one at a time, unless told otherwise by --runs-at-once or
     --on ray; random does not; grid tries all combinations of values."""
@@ -73,7 +73,7 @@ class Options:
 
     @property
     def budget(self) -> int:
-        """The most trials of a contender."""
+        """The most trials of a method."""
         return self.trials or (10**9 if self.sampler == "grid" else _TRIALS)
 
     def result(self) -> dict[str, Any]:
@@ -81,7 +81,9 @@ class Options:
         return {k: v for k, v in asdict(self).items() if k not in ("trials", "storage")} | {"search": [*self.search]}
 
 
-def tune(recipe: Recipe, options: Options, command: Sequence[str], console: Console, where: Where) -> Findings:
+def tune(
+    recipe: Recipe, options: Options, command: Sequence[str], console: Console, where: ExecutionOptions
+) -> Findings:
     """Train the trials that are not trained yet, then say what was found and draw it.
 
     Raises Stopped, ExperimentError and DataError as `compare` does, and ValueError when the search makes no sense.
@@ -174,7 +176,7 @@ class _Open:
     errors: list[str]
 
 
-def _in_turn(options: Options, where: Where) -> bool:
+def _in_turn(options: Options, where: ExecutionOptions) -> bool:
     """Whether a trial waits for the one before, and only its own runs share the machine.
 
     tpe proposes by what is known, so that with several in progress what it tries would depend on who ends first.
@@ -216,7 +218,7 @@ def _trials(studies: Sequence[Study], path: Path, in_progress: dict[Path, _Open]
                 trial = study.take()
             if trial is None:
                 break
-            jobs = [Job(unit, trial.folder.unit(unit)) for unit in trial.recipe.units()]
+            jobs = [Job(run, trial.folder.run(run)) for run in trial.recipe.runs()]
             folders = {job.folder for job in jobs}  # two trials may have the same units: they differ in these
             in_progress.update(dict.fromkeys(folders, _Open(study, trial, folders, [])))
             yield jobs

@@ -1,4 +1,4 @@
-"""The contenders: one step of SAM around SGD each, whose two gradients are put by hand; the plain base; the floor."""
+"""The methods: one step of SAM around SGD each, whose two gradients are put by hand; the plain base; the floor."""
 
 import hashlib
 import importlib
@@ -67,20 +67,20 @@ def first_and_second(cls: Callable[..., Any]) -> Build:
 
 def found(classic: Path | None, peers: Path | None) -> tuple[dict[str, Build], dict[str, str | None]]:
     """Those that are given, the base first, and the versions of the others."""
-    contenders, versions = {"base": base, "steppe": ours}, {}
+    methods, versions = {"base": base, "steppe": ours}, {}
     if classic is not None:
         spec = importlib.util.spec_from_file_location("classic_sam", classic)
         if spec is None or spec.loader is None:
             raise SystemExit(f"--classic {classic}: no Python file; give the sam.py of github.com/davda54/sam")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-        contenders["classic"] = first_and_second(module.SAM)
+        methods["classic"] = first_and_second(module.SAM)
         versions["classic sam.py"] = f"git blob {_blob(classic)}"
     if peers is not None:
         sys.path.append(str(peers))
-        contenders["pytorch_optimizer"] = first_and_second(importlib.import_module("pytorch_optimizer").SAM)
+        methods["pytorch_optimizer"] = first_and_second(importlib.import_module("pytorch_optimizer").SAM)
         versions["pytorch_optimizer"] = importlib.metadata.version("pytorch_optimizer")
-    return contenders, versions
+    return methods, versions
 
 
 def _blob(file: Path) -> str:

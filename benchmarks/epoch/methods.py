@@ -1,4 +1,4 @@
-"""The contenders: methods of the catalogue, and how each takes whole training steps."""
+"""The methods: methods of the catalogue, and how each takes whole training steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -84,7 +84,7 @@ class Repeated:
 
 
 @dataclass(frozen=True)
-class Contender:
+class Method:
     """A method at one setting."""
 
     name: str
@@ -162,41 +162,41 @@ def _with(name: str, make: Callable[..., tuple[Any, ...]], passes: Any = None) -
 
 
 _BASE = replace(_with("sam", _alone, passes=1.0), name="sgd", label="SGD")
-SGD = Contender("SGD", _BASE, capturable=True)
-MOMENTUM = Contender("SGD, momentum 0.9", _BASE, momentum=0.9, capturable=True)
-SHARP = Contender("SAM", CARDS["sam"], target=2.02, capturable=True)
-QUARTER = Contender("SAM, a quarter climbs", CARDS["fraction_sam"], fraction=0.25, target=1.3, capturable=True)
-MSAM = Contender("MSAM", CARDS["msam"], momentum=0.9, target=1.05, capturable=True)
+SGD = Method("SGD", _BASE, capturable=True)
+MOMENTUM = Method("SGD, momentum 0.9", _BASE, momentum=0.9, capturable=True)
+SHARP = Method("SAM", CARDS["sam"], target=2.02, capturable=True)
+QUARTER = Method("SAM, a quarter climbs", CARDS["fraction_sam"], fraction=0.25, target=1.3, capturable=True)
+MSAM = Method("MSAM", CARDS["msam"], momentum=0.9, target=1.05, capturable=True)
 
 
-def everybody(problem: Problem) -> Sequence[Contender]:
-    """All contenders, the cheaper ones first; those of the catalogue have its defaults.
+def everybody(problem: Problem) -> Sequence[Method]:
+    """All methods, the cheaper ones first; those of the catalogue have its defaults.
 
     AE-SAM is missing: the gradients decide what it costs, and those of one batch say nothing.
     """
     saf = {"samples": problem.batch, "classes": CLASSES, "epochs_ago": 1, "start": 0}
     # of the eight steps drawn with this seed, four climb
     randomly = {"p": 0.5, "seed": 8, "period": 8}
-    plain = {name: Contender(CARDS[name].label, CARDS[name]) for name in CARDS}
+    plain = {name: Method(CARDS[name].label, CARDS[name]) for name in CARDS}
     graphs = {name: replace(plain[name], capturable=True) for name in ("sam_on", "asam", "gsam")}
     return [
         SGD,
         MOMENTUM,
         MSAM,
         plain["rwp"],
-        Contender("SAF", _with("saf", _saf), saf),
-        Contender("LookSAM, k = 5", CARDS["looksam"], {"k": 5}, period=5),
-        Contender("SAM at every 5th step", _with("sam", _every, passes=lambda k: 1 + 1 / k), {"k": 5}, period=5),
-        Contender("Late SAM, the last quarter", _with("late_sam", _late), {"start": 0.75, "steps": 8}, period=8),
+        Method("SAF", _with("saf", _saf), saf),
+        Method("LookSAM, k = 5", CARDS["looksam"], {"k": 5}, period=5),
+        Method("SAM at every 5th step", _with("sam", _every, passes=lambda k: 1 + 1 / k), {"k": 5}, period=5),
+        Method("Late SAM, the last quarter", _with("late_sam", _late), {"start": 0.75, "steps": 8}, period=8),
         QUARTER,
-        Contender("MESA", CARDS["mesa"], {"start": 0}),
-        Contender("RST, p = 0.5", _with("random_sam", _randomly), randomly, period=8),
+        Method("MESA", CARDS["mesa"], {"start": 0}),
+        Method("RST, p = 0.5", _with("random_sam", _randomly), randomly, period=8),
         plain["esam"],
         SHARP,
         graphs["sam_on"],
         graphs["asam"],
         graphs["gsam"],
         plain["sampa"],
-        plain["micro_batches"],
-        Contender("Lookbehind, k = 2", CARDS["lookbehind_sam"], {"k": 2}),
+        plain["micro_batch_sam"],
+        Method("Lookbehind, k = 2", CARDS["lookbehind_sam"], {"k": 2}),
     ]

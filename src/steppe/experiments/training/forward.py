@@ -1,6 +1,6 @@
-"""Drivers: how a contender turns a batch into one optimizer step. Nearly all of them need only the plain closure.
+"""Drivers: how a method turns a batch into one optimizer step. Nearly all of them need only the plain closure.
 
-An added way is a subclass of `Driver`. With a builder of `steppe.closures` its `step` is one line:
+An added way is a subclass of `StepFunction`. With a builder of `steppe.closures` its `step` is one line:
 
     return self.optimizer.step(closures.fraction(self.optimizer, forward, batch.tensors, fraction=0.25))
 """

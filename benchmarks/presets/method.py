@@ -1,4 +1,4 @@
-"""The cheap climbs of the family in one contender, so that they can be combined: ``preset:k=2,fraction=0.25,...``."""
+"""The cheap climbs of the family in one method, so that they can be combined: ``preset:k=2,fraction=0.25,...``."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -8,8 +8,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from steppe import L2, SAM, Adaptive, ParameterSubset
-from steppe.experiments.config import contenders
-from steppe.experiments.config.contenders import Contender
+from steppe.experiments.config import methods
+from steppe.experiments.config.methods import Method
 from steppe.methods.fraction_sam import OnAFraction
 from steppe.methods.looksam import GradientReuse
 from steppe.rules import Point
@@ -67,5 +67,5 @@ class OnAPart(OnAFraction):
 
 def register() -> None:
     """Let recipes name it."""
-    own = Contender("Preset", "cheap climbs together", preset, passes=passes, driver=OnAPart)
-    contenders.CONTENDERS = {**contenders.CONTENDERS, "preset": own}
+    own = Method("Preset", "cheap climbs together", preset, passes=passes, step_function=OnAPart)
+    methods.METHODS = {**methods.METHODS, "preset": own}

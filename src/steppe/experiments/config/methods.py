@@ -1,6 +1,6 @@
-"""The contenders of a comparison: a name -> how its optimizer is built, and what one of its steps costs.
+"""The methods of a comparison: a name -> how its optimizer is built, and what one of its steps costs.
 
-An added method is one added entry of `CONTENDERS`; nothing else looks at a name.
+An added method is one added entry of `METHODS`; nothing else looks at a name.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from steppe.methods._card import MethodCard, plain_base
 from steppe.methods._step_function import StepFunction
 from steppe.methods.registry import CARDS
 
-__all__ = ["BASES", "CONTENDERS", "Base", "Contender", "Setting", "unknown"]
+__all__ = ["BASES", "METHODS", "Base", "Method", "RunContext", "unknown"]
 
 T = TypeVar("T")
 Value = bool | int | float | str
@@ -30,7 +30,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 
 @dataclass(frozen=True)
-class Setting:
+class RunContext:
     """What a run gives to a method: a required parameter of the same name, and rho, model and seed, are filled."""
 
     rho: float
@@ -46,17 +46,17 @@ class Setting:
     """Whether the passes of a step draw the same random numbers, which no CUDA graph can do."""
 
 
-_FROM_SETTING = frozenset(field.name for field in fields(Setting))
+_FROM_SETTING = frozenset(field.name for field in fields(RunContext))
 # also where they have a default; `steps=1` is a number of climbs
 _ALWAYS = frozenset({"rho", "model", "seed", "replay_rng"})
 
 
 @dataclass(frozen=True)
-class Contender:
+class Method:
     """One method: `label` in tables and figures, one line of `summary`, and how it is made.
 
-    `build` and `driver` take an optimizer first, the base and the built one. Their further parameters are filled by
-    their names: from `Setting`, and the rest, with rho, are the arguments that a spec can give, else their defaults.
+    `build` and `step_function` take an optimizer first, the base and the built one. Their further parameters are filled by
+    their names: from `RunContext`, and the rest, with rho, are the arguments that a spec can give, else their defaults.
     """
 
     label: str
@@ -65,11 +65,11 @@ class Contender:
     """Make the optimizer around a base optimizer, as the functions of `steppe.variants` do; it may be the base."""
     passes: Fraction | float | Callable[..., Fraction | float] = 2
     """Planned gradient evaluations for an image in a step; a function takes arguments of the spec by name."""
-    driver: Callable[..., StepFunction] = StepFunction
+    step_function: Callable[..., StepFunction] = StepFunction
     rho_factor: float = 1.0
     """Turns the recipe's rho (SAM's) into the method's own, where the spec gives none: radii are not measured alike."""
     plain: str | None = None
-    """The base optimizer that the contender *is*; None means that it wraps the recipe's base."""
+    """The base optimizer that the method *is*; None means that it wraps the recipe's base."""
     needs_momentum: bool = False
     """Whether it climbs along the base's momentum."""
     capturable: bool = False
@@ -81,7 +81,7 @@ class Contender:
         """What a spec can give: the names, in order, and their types."""
         found = {
             name: kind
-            for function in (self.build, self.driver)
+            for function in (self.build, self.step_function)
             for name, parameter in _parameters(function).items()
             if (name == "rho" or not _is_filled(parameter)) and (kind := _kind(parameter.annotation))
         }
@@ -90,26 +90,26 @@ class Contender:
     @property
     def follows_plan(self) -> bool:
         """Whether it follows a schedule over the planned steps, so that a part of its run says little."""
-        filled = {**_parameters(self.build), **_parameters(self.driver)}
+        filled = {**_parameters(self.build), **_parameters(self.step_function)}
         return "steps" in filled and _is_filled(filled["steps"])
 
     def cost(self, given: Mapping[str, Value]) -> Fraction:
         """The planned gradient evaluations for an image in a step, with the arguments of a spec."""
         cost = self.passes
         if callable(cost):
-            defaults = {k: p.default for f in (self.build, self.driver) for k, p in _parameters(f).items()}
+            defaults = {k: p.default for f in (self.build, self.step_function) for k, p in _parameters(f).items()}
             values = {**defaults, **given}
             cost = cost(**{name: values[name] for name in inspect.signature(cost).parameters})
         # a decimal or a third is meant, not the binary number next to it
         return Fraction(cost).limit_denominator(10_000)
 
-    def optimizer(self, base: Optimizer, setting: Setting, given: Mapping[str, Value]) -> Optimizer:
+    def optimizer(self, base: Optimizer, setting: RunContext, given: Mapping[str, Value]) -> Optimizer:
         """Build the optimizer around `base`."""
         return _fill(self.build, setting, given, base)
 
-    def steps_by(self, optimizer: Optimizer, setting: Setting, given: Mapping[str, Value]) -> StepFunction:
+    def steps_by(self, optimizer: Optimizer, setting: RunContext, given: Mapping[str, Value]) -> StepFunction:
         """Make the driver of what `optimizer` built."""
-        return _fill(self.driver, setting, given, optimizer)
+        return _fill(self.step_function, setting, given, optimizer)
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
@@ -131,7 +131,7 @@ def _is_filled(parameter: inspect.Parameter) -> bool:
     return parameter.name in _ALWAYS or (required and parameter.name in _FROM_SETTING)
 
 
-def _fill(function: Callable[..., T], setting: Setting, given: Mapping[str, Value], optimizer: Optimizer) -> T:
+def _fill(function: Callable[..., T], setting: RunContext, given: Mapping[str, Value], optimizer: Optimizer) -> T:
     """Call `function` with what the run and the spec give for its parameters."""
     parameters = _parameters(function)
     from_run = {name: getattr(setting, name) for name, parameter in parameters.items() if _is_filled(parameter)}
@@ -169,28 +169,28 @@ BASES: Mapping[str, Base] = MappingProxyType(
 )
 
 
-def _of_card(card: MethodCard) -> Contender:
+def _of_card(card: MethodCard) -> Method:
     """Make the entry of a method from its card."""
     how = card.comparison
     assert how is not None
     passes = how.passes if how.passes is not None else card.passes
     assert passes is not None  # where the gradients decide, the comparison plans with a number
-    return Contender(
+    return Method(
         card.label,
         how.summary,
         how.build or card.function,
         passes=passes,
-        driver=how.step_function,
+        step_function=how.step_function,
         rho_factor=how.rho_factor,
         needs_momentum=how.needs_momentum,
         capturable=how.capturable,
     )
 
 
-CONTENDERS: Mapping[str, Contender] = MappingProxyType(
+METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "sgd": Contender("SGD", "plain SGD", plain_base, passes=1, plain="sgd", capturable=True),
-        "adamw": Contender("AdamW", "plain AdamW", plain_base, passes=1, plain="adamw", capturable=True),
+        "sgd": Method("SGD", "plain SGD", plain_base, passes=1, plain="sgd", capturable=True),
+        "adamw": Method("AdamW", "plain AdamW", plain_base, passes=1, plain="adamw", capturable=True),
         **{name: _of_card(card) for name, card in CARDS.items() if card.comparison is not None},
     }
 )
