@@ -5,10 +5,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from presets.method import register
-
 from results import Result
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 from steppe.flatness import Flatness
 
 

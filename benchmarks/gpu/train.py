@@ -22,20 +22,19 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parents[1] / "src")]
 
-from presets.method import register  # noqa: E402
-
 import results  # noqa: E402
 from gpu.flatness import flatness  # noqa: E402
 from gpu.place import Place, add_arguments  # noqa: E402
 from gpu.plan import Training, pieces  # noqa: E402
+from presets.method import register  # noqa: E402
 from steppe.experiments import data  # noqa: E402
 from steppe.experiments.config.recipe import RECIPES, Recipe, Run  # noqa: E402
 from steppe.experiments.data.datasets import Dataset, Split  # noqa: E402
 from steppe.experiments.errors import ExperimentError  # noqa: E402
 from steppe.experiments.execution.progress import Lines  # noqa: E402
 from steppe.experiments.storage.files import write_json  # noqa: E402
+from steppe.experiments.storage.records import Record, read_records  # noqa: E402
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS  # noqa: E402
-from steppe.experiments.training.evaluation import Record, read_records  # noqa: E402
 from steppe.experiments.training.run import train  # noqa: E402
 from steppe.experiments.training.stopping import Stop, Stopped, on_signals  # noqa: E402
 from steppe.experiments.world import World, join, resolve  # noqa: E402

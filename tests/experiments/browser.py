@@ -14,8 +14,8 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import METRICS, Results, RunFolder
-from steppe.experiments.training.evaluation import Record, write_records
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
 MEASURES = {

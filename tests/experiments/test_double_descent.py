@@ -17,8 +17,8 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.files import write_atomically
+from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
-from steppe.experiments.training.evaluation import Record, write_records
 from steppe.experiments.world import resolve
 
 PLAIN = {"width": 16}  # Recipe's own, which --widths replaces

@@ -31,7 +31,7 @@ from steppe.experiments.execution.events import EVENTS, EventReader, EventWriter
 from steppe.experiments.execution.executor import ExecutionOptions, InProcess, Job, Outcome, failures
 from steppe.experiments.execution.executor import start as begin
 from steppe.experiments.execution.local import Processes
-from steppe.experiments.training.evaluation import read_records
+from steppe.experiments.storage.records import read_records
 from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop
 

@@ -34,9 +34,9 @@ from steppe.experiments.figures import curves as figures
 from steppe.experiments.models import backbones
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.training import pretraining as finetune
-from steppe.experiments.training.evaluation import Record
 from steppe.experiments.training.run import Training, train
 from steppe.experiments.training.stopping import Stop, Stopped
 from stops import StopAfter

@@ -13,8 +13,8 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.label_placement import place
 from steppe.experiments.figures.pareto import after_epochs, common_epochs, draw, front
 from steppe.experiments.figures.style import look, styles
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
-from steppe.experiments.training.evaluation import Record
 
 # few values, so that there are ties
 coordinates = st.integers(0, 6).map(float)

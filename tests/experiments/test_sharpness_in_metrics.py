@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
-from tiny import CPU, dataset, recipe, train_run, split, untimed
+from tiny import CPU, dataset, recipe, split, train_run, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.config.recipe import Recipe, Run
@@ -16,9 +16,9 @@ from steppe.experiments.data.datasets import normalize
 from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures.pareto import after_epochs
+from steppe.experiments.storage.records import Record, read_records, write_records
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, Results, RunFolder
 from steppe.experiments.training import run as training
-from steppe.experiments.training.evaluation import Record, read_records, write_records
 from steppe.experiments.training.run import Training
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped

@@ -14,8 +14,8 @@ from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import style as looks
 from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw
+from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import Results, RunFolder
-from steppe.experiments.training.evaluation import Record, write_records
 
 
 def record(epoch: float, train: float, test: float) -> Record:

@@ -15,7 +15,7 @@ from steppe.experiments.execution import cpus
 from steppe.experiments.execution.progress import Reporter
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.report import page
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 from steppe.experiments.training.run import train
 from steppe.experiments.world import World
 

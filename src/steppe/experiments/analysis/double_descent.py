@@ -21,8 +21,8 @@ from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.training.evaluation import Record
 
 __all__ = ["INTERPOLATES", "DoubleDescent", "Peak", "Point", "parameters", "summarize"]
 

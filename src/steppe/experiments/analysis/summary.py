@@ -16,8 +16,8 @@ from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results, RunFolder
-from steppe.experiments.training.evaluation import Record
 
 __all__ = ["Difference", "Row", "Summary", "setting", "summarize"]
 

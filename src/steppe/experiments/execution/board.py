@@ -11,7 +11,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemaining
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.execution.progress import Lines, Reporter
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 
 __all__ = ["Board", "board"]
 

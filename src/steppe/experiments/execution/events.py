@@ -12,7 +12,7 @@ from typing import Any
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.execution.progress import Reporter
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 
 __all__ = ["EVENTS", "EventReader", "EventWriter"]
 

@@ -13,7 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextC
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 
 __all__ = ["Bars", "Lines", "Reporter", "TensorBoard", "Together", "reporter"]
 

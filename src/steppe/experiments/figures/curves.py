@@ -16,8 +16,8 @@ from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures import pareto
 from steppe.experiments.figures.style import GREY, Style, caption, look, save, styles
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
-from steppe.experiments.training.evaluation import Record
 
 __all__ = ["EXTENTS", "FLATNESS", "QUANTITIES", "Extent", "Quantity", "draw"]
 

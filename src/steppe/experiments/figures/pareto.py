@@ -15,8 +15,8 @@ from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.label_placement import Point, label
 from steppe.experiments.figures.style import GREY, caption, freeze, styles
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
-from steppe.experiments.training.evaluation import Record
 
 __all__ = ["after_epochs", "common_epochs", "draw", "front"]
 

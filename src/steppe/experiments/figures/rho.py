@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
 from steppe.experiments.figures.style import GREY, Style, caption, look, save, styles
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 from steppe.experiments.tuning.result import Best, Findings, Tuning
 from steppe.experiments.tuning.search_space import Range, Space
 from steppe.experiments.tuning.studies import Result

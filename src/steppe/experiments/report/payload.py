@@ -14,8 +14,8 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import pareto
 from steppe.experiments.figures.curves import EXTENTS, FLATNESS, QUANTITIES, Quantity
 from steppe.experiments.figures.style import styles
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
-from steppe.experiments.training.evaluation import Record
 from steppe.flatness import FAMILIES, Flatness, Landscape
 
 __all__ = ["dumps", "on_dark", "payload", "tracked"]

@@ -12,7 +12,7 @@ from typing import Any
 from steppe.experiments.config.recipe import LATER, Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import write_json
-from steppe.experiments.training.evaluation import Record, read_records
+from steppe.experiments.storage.records import Record, read_records
 
 __all__ = ["CHECKPOINT", "METRICS", "Results", "RunFolder"]
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +13,7 @@ from torch import nn
 from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.world import World
 
-__all__ = ["Record", "Score", "evaluate", "read_records", "write_records"]
+__all__ = ["Score", "evaluate"]
 
 # Images in one forward pass: it changes no result but the last bits, only memory and speed.
 _CHUNK, _CHUNK_ON_A_GPU = 500, 5000
@@ -27,40 +25,6 @@ class Score:
 
     loss: float
     accuracy: float
-
-
-@dataclass(frozen=True)
-class Record:
-    """One line of metrics.jsonl. Accuracies are percent, `gap` is percentage points."""
-
-    standardized_epoch: int
-    """The point of the grid, the same for every method; it is measured after the step that reached it."""
-    epoch: int | float
-    """The run's own epochs: images seen, an image once however many passes were made over it, in training sets."""
-    steps: int
-    """Optimizer steps."""
-    gradient_evaluations: int | float
-    """Images times passes, as they happened; a pass without backward counts a third."""
-    passes: float
-    """Gradient evaluations by images seen: what a step cost on average."""
-    train_loss: float
-    train_accuracy: float
-    test_loss: float
-    test_accuracy: float
-    gap: float
-    seconds: float
-    """Time spent training, without measuring and saving."""
-    images_per_second: float
-    """Images seen by that time."""
-    sharpness: float | None = None
-    """S(w) at the recipe's rho; this and the following where flatness was measured."""
-    lambda_max: float | None = None
-    """The largest eigenvalue of the Hessian."""
-    gradient_norm: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The record as JSON has it, without what was not measured."""
-        return {k: v for k, v in asdict(self).items() if v is not None}
 
 
 def evaluate(
@@ -91,13 +55,3 @@ def evaluate(
         network.train()
     loss, correct = (world.total(sums) / len(split)).tolist()
     return Score(loss, 100.0 * correct)
-
-
-def write_records(records: Iterable[Record]) -> bytes:
-    """Turn records into JSON lines."""
-    return "".join(json.dumps(record.to_json()) + "\n" for record in records).encode()
-
-
-def read_records(text: str) -> list[Record]:
-    """Turn JSON lines into records; ValueError or TypeError when they are none."""
-    return [Record(**json.loads(line)) for line in text.splitlines()]

@@ -26,9 +26,10 @@ from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_atomically
+from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.cuda_graphs import Graphs, Step, recorder
-from steppe.experiments.training.evaluation import Record, evaluate, write_records
+from steppe.experiments.training.evaluation import evaluate
 from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
@@ -66,8 +67,8 @@ class Training:
         setting = RunContext(
             rho=run.spec.rho(recipe.rho),
             model=network,
-            steps=run.steps(self.images),
-            images=self.images,
+            total_steps=run.steps(self.images),
+            samples=self.images,
             classes=len(CLASSES),
             seed=run.seed,
             replay_rng=self._recorder is None,

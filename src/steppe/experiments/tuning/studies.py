@@ -18,8 +18,8 @@ from numpy.random import SeedSequence
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.training.evaluation import Record
 from steppe.experiments.tuning.search_space import Listed, Range, Space, Values, grid
 
 if TYPE_CHECKING:

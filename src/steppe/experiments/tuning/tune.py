@@ -24,7 +24,7 @@ from steppe.experiments.execution.board import board
 from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, Outcome, start
 from steppe.experiments.figures.rho import draw
 from steppe.experiments.storage.files import write_atomically, write_json
-from steppe.experiments.training.evaluation import Record
+from steppe.experiments.storage.records import Record
 from steppe.experiments.training.pretraining import reduced, with_start
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.tuning.result import Findings, Tuning, find
