@@ -70,7 +70,7 @@ def test_demo_is_the_default(words: list[str], monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: seen.append(recipe))
     assert main(words) == 0
     (recipe,) = seen
-    assert (recipe.name, recipe.rho) == ("demo", 0.1 if "--rho" in words else 0.05)  # type: ignore[attr-defined]
+    assert (recipe.name, recipe.training.rho) == ("demo", 0.1 if "--rho" in words else 0.05)  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_what_may_be_left_open_is_said_like_any_other_option(
     seen: list[Recipe] = []
     monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: seen.append(recipe))
     assert main(["compare", *words]) == 0
-    assert (seen[0].amp, seen[0].cuda_graphs) == (amp, graphs)
+    assert (seen[0].hardware.amp, seen[0].hardware.cuda_graphs) == (amp, graphs)
 
 
 def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

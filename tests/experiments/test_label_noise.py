@@ -1,4 +1,3 @@
-import json
 from pathlib import Path
 
 import pytest
@@ -6,7 +5,7 @@ import torch
 from tiny import CPU, dataset, recipe, split, train_run, untimed
 
 from steppe.experiments.analysis.summary import setting
-from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.data.few_shot import few_shot
 from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.errors import ExperimentError
@@ -75,20 +74,14 @@ def test_a_share_that_is_none_is_refused(share: float) -> None:
         recipe(label_noise=share)
 
 
-def test_noise_is_part_of_a_run_and_older_folders_have_none(tmp_path: Path) -> None:
+def test_label_noise_is_part_of_a_runs_configuration(tmp_path: Path) -> None:
     demo = RECIPES["demo"][0]
-    assert "label_noise" not in demo.result()
     assert recipe(label_noise=0.1).result()["label_noise"] == 0.1
-    younger = {"label_noise", "widths", "flatness_every", "flatness_samples"}
-    old = {k: v for k, v in demo.to_json().items() if k not in younger}
-    assert Recipe.from_json(old) == demo
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
-    config = {"format": "steppe run folder, version 2", "recipe": old, "processes": 1}
-    (folder.path / "config.json").write_text(json.dumps(config))
     folder.claim(demo, 1)
     with pytest.raises(ExperimentError, match=r"label_noise was 0\.0 and is 0\.3"):
-        folder.claim(recipe(**{**demo.to_json(), "label_noise": 0.3, "methods": demo.methods, "widths": ()}), 1)
+        folder.claim(demo.replace(label_noise=0.3), 1)
 
 
 def test_the_title_says_it() -> None:

@@ -1,4 +1,3 @@
-import dataclasses
 import inspect
 import json
 import math
@@ -10,11 +9,12 @@ import torch
 from tiny import CPU, dataset, recipe
 
 from steppe import variants
-from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS
-from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.resolve import resolve
 from steppe.experiments.training.run import Training
-from steppe.experiments.world import resolve
 
 
 def test_article_is_the_article() -> None:
@@ -24,14 +24,14 @@ def test_article_is_the_article() -> None:
         "weight_decay": 0.0, "rho": 0.05, "batch_size": 128, "epochs": 150, "extra_epochs": 50, "width": 64,
         "stem_stride": 1, "norm": "batch",
     }  # fmt: skip
-    assert {k: getattr(article, k) for k in wanted} == wanted
+    assert {k: article.options()[k] for k in wanted} | {"methods": tuple(map(str, article.comparison.methods))} == wanted
     assert "does not give the batch size" in help_text
     assert [run.steps(60_000) for run in article.runs()][:2] == [150 * 469, 75 * 469]
     assert [run.standardized_epochs for run in article.runs()][:2] == [150, 200]
 
 
 def test_demo_needs_no_download() -> None:
-    assert RECIPES["demo"][0].dataset == "sample"
+    assert RECIPES["demo"][0].data.dataset == "sample"
 
 
 @pytest.mark.parametrize(
@@ -54,12 +54,12 @@ def test_demo_needs_no_download() -> None:
         ("methods", ("sam:",), "'' is not an argument"),
         ("methods", ("sam:row=0.1",), "arguments of sam: 'row' is unknown; did you mean 'rho'"),
         ("methods", ("sgd:rho=0.1",), "'rho' is unknown. Known: none"),
-        ("methods", ("late_sam:steps=9",), "'steps' is unknown. Known: rho, start"),
-        ("methods", ("looksam:k=2.5",), "k='2.5', which must be a whole number"),
-        ("methods", ("looksam:k=2,k=3",), "k is given twice"),
+        ("methods", ("late_sam:total_steps=9",), "'total_steps' is unknown. Known: rho, start"),
+        ("methods", ("looksam:interval=2.5",), "interval='2.5', which must be a whole number"),
+        ("methods", ("looksam:interval=2,interval=3",), "interval is given twice"),
         ("methods", ("sam:rho=nan",), "rho='nan', which must be a finite number"),
         ("methods", ("sam:rho=-1",), "methods: sam:rho=-1.0: rho"),
-        ("methods", ("looksam:k=0",), "methods: looksam:k=0: k must be 1 or more"),
+        ("methods", ("looksam:interval=0",), "methods: looksam:interval=0: interval must be 1 or more"),
         ("methods", ("late_sam:start=2",), "start must be between 0 and 1"),
         ("methods", ("adamw", "sam"), "mix two effects"),
     ],
@@ -87,27 +87,27 @@ def test_a_climb_along_the_momentum_gets_one_and_so_does_everybody() -> None:
 
 def test_a_spec_has_one_way_to_be_written() -> None:
     methods = ("sam:rho=.10", "late_sam:start=5e-1,rho=1", "looksam")
-    assert recipe(methods=methods).methods == ("sam:rho=0.1", "late_sam:rho=1.0,start=0.5", "looksam")
+    assert tuple(map(str, recipe(methods=methods).comparison.methods)) == ("sam:rho=0.1", "late_sam:rho=1.0,start=0.5", "looksam")
     names = [run.name for run in recipe(methods=methods).runs()]
     assert names == ["sam-rho=0.1-seed0", "late_sam-rho=1.0-start=0.5-seed0", "looksam-seed0"]
-    labels = [run.spec.label for run in recipe(methods=methods).runs()]
+    labels = [run.method.label for run in recipe(methods=methods).runs()]
     assert labels == ["SAM (rho 0.1)", "Late SAM (rho 1.0, start 0.5)", "LookSAM"]
 
 
 def test_an_argument_reaches_the_method_and_the_plan() -> None:
-    assert parse("sam:rho=0.3").rho(0.05) == 0.3
-    assert parse("asam").rho(0.05) == 0.5
-    assert parse("asam:rho=0.3").rho(0.05) == 0.3
+    assert MethodSpec.parse("sam:rho=0.3").rho(0.05) == 0.3
+    assert MethodSpec.parse("asam").rho(0.05) == 0.5
+    assert MethodSpec.parse("asam:rho=0.3").rho(0.05) == 0.3
     planned = {
         "sgd": 1,
         "sam": 2,
         "looksam": 1.2,
-        "looksam:k=2": 1.5,
+        "looksam:interval=2": 1.5,
         "late_sam:start=0.9": 1.1,
         "random_sam:p=0.1": 1.1,
     }
-    assert {spec: parse(spec).passes for spec in planned} == {k: Fraction(str(v)) for k, v in planned.items()}
-    look = next(recipe(methods=("looksam:k=2,alpha=0.3",)).runs())
+    assert {spec: MethodSpec.parse(spec).passes for spec in planned} == {k: Fraction(str(v)) for k, v in planned.items()}
+    look = next(recipe(methods=("looksam:interval=2,alpha=0.3",)).runs())
     optimizer: Any = Training(look, dataset(), CPU).optimizer
     assert (optimizer.cadence.k, optimizer.combination.alpha, optimizer.rho) == (2, 0.3, 0.05)
     late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).runs())
@@ -126,8 +126,8 @@ def test_every_variant_is_a_contender_and_can_be_built() -> None:
         (run,) = recipe(methods=(name,), base=base).runs()
         run = Training(run, dataset(), CPU)
         assert isinstance(run.optimizer, torch.optim.Optimizer)
-        assert 1 <= run.spec.passes <= 6
-        assert "_" not in run.spec.label
+        assert 1 <= run.method.passes <= 6
+        assert "_" not in run.method.label
 
 
 def test_units_are_paired_and_who_pays_for_climbing_gets_further_epochs() -> None:
@@ -145,7 +145,7 @@ def test_measurements_fall_on_the_same_standardized_epochs() -> None:
 
 def test_json_is_a_round_trip() -> None:
     for given, _ in RECIPES.values():
-        given = dataclasses.replace(given, out=given.folder, methods=("sgd", "asam:rho=0.5"))
+        given = given.replace(out=given.folder, methods=("sgd", "asam:rho=0.5"))
         assert Recipe.from_json(json.loads(json.dumps(given.to_json()))) == given
     with pytest.raises(ValueError, match="learning_rate"):
         Recipe.from_json({"learning_rate": 1})
@@ -162,16 +162,16 @@ def test_what_a_result_depends_on() -> None:
 def test_what_is_left_open_is_what_is_faster_here(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True, raising=False)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
-    given = Recipe(device="cpu")
-    assert (given.amp, given.cuda_graphs, given.threads) == (None, None, None)
+    given = Recipe().replace(device="cpu")
+    assert (given.hardware.amp, given.hardware.cuda_graphs, given.hardware.threads) == (None, None, None)
     found = resolve(given)
-    assert (found.amp, found.cuda_graphs, found.threads) == (True, False, 1)
+    assert (found.hardware.amp, found.hardware.cuda_graphs, found.hardware.threads) == (True, False, 1)
     assert resolve(found) == found
-    assert resolve(dataclasses.replace(given, amp=False)).amp is False
+    assert resolve(given.replace(amp=False)).hardware.amp is False
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: False)
-    assert resolve(given).amp is False
+    assert resolve(given).hardware.amp is False
     monkeypatch.delattr("torch.cpu._is_avx512_bf16_supported")  # a torch that does not say
-    assert resolve(given).amp is False
+    assert resolve(given).hardware.amp is False
 
 
 @pytest.mark.parametrize("has", [True, False])
@@ -179,10 +179,4 @@ def test_what_is_left_open_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool) 
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *, including_emulation: has and not including_emulation)
     found = resolve(Recipe())
-    assert (found.device, found.amp, found.cuda_graphs, found.threads) == ("cuda", has, True, None)
-
-
-def test_folders_that_are_older_than_cuda_graphs_are_known_again() -> None:
-    old = resolve(recipe()).to_json()
-    del old["cuda_graphs"]
-    assert Recipe.from_json(old).result() == resolve(recipe()).result()
+    assert (found.hardware.device, found.hardware.amp, found.hardware.cuda_graphs, found.hardware.threads) == ("cuda", has, True, None)

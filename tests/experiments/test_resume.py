@@ -16,8 +16,8 @@ import torch
 from tiny import command_line, options, recipe
 
 from steppe.cli import main
+from steppe.experiments.config.resolve import resolve
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.world import resolve
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -177,7 +177,7 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
 
 def test_batch_norm_in_two_processes_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert resolve(recipe(norm="group")).norm == "group"
+    assert resolve(recipe(norm="group")).model.norm == "group"
     with pytest.raises(ExperimentError, match=r"SyncBatchNorm .* say --norm group"):
         resolve(recipe(norm="batch"))
 
@@ -186,7 +186,7 @@ def test_batch_norm_in_two_processes_on_cpus_is_refused(monkeypatch: pytest.Monk
 def test_a_layout_in_which_torch_writes_beyond_its_memory_is_refused(width: int, threads: int, fits: bool) -> None:
     asked = recipe(width=width, threads=threads, channels_last=True)
     if fits:
-        assert resolve(asked).channels_last
+        assert resolve(asked).hardware.channels_last
     else:
         with pytest.raises(ExperimentError, match="--threads 1"):
             resolve(asked)

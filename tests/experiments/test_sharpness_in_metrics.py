@@ -198,7 +198,7 @@ def test_how_often_and_on_what_is_no_part_of_the_result_and_may_change(tmp_path:
     with folder.locked():
         folder.claim(recipe(), 1)
         folder.claim(recipe(flatness_every=4), 1)
-    assert folder.recipe().flatness_every == 4
+    assert folder.recipe().evaluation.flatness_every == 4
 
 
 @pytest.mark.parametrize(

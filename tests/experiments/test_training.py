@@ -13,6 +13,7 @@ from tiny import CPU, Told, dataset, recipe, train_run, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.config import methods
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import batches, count, order
@@ -82,7 +83,7 @@ def test_compute_is_exactly_equal_where_it_divides(
     method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     counted = Counted(monkeypatch)
-    records = train_run(Run(recipe(methods=(method,), eval_every=2), method, 0), tmp_path)
+    records = train_run(Run(recipe(methods=(method,), eval_every=2), MethodSpec.parse(method), 0), tmp_path)
     assert counted.images == 4 * 72
     assert [(r.standardized_epoch, r.gradient_evaluations) for r in records] == [(2, 2 * 72), (4, 4 * 72)]
 
@@ -91,19 +92,19 @@ def test_compute_is_exactly_equal_where_it_divides(
 def test_compute_is_equal_within_one_step(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(monkeypatch)
     base = METHODS[method].plain or "sgd"
-    run = Run(recipe(methods=(method,), base=base, epochs=3, eval_every=2, batch_size=20), method, 0)
+    run = Run(recipe(methods=(method,), base=base, epochs=3, eval_every=2, batch_size=20), MethodSpec.parse(method), 0)
     records = train_run(run, tmp_path)
     assert counted.images == pytest.approx(records[-1].gradient_evaluations)
     assert [r.standardized_epoch for r in records] == [2, 3]
     for r in records:
-        step = 20 * max(2, math.ceil(run.spec.passes))
+        step = 20 * max(2, math.ceil(run.method.passes))
         assert r.standardized_epoch * 72 <= r.gradient_evaluations < r.standardized_epoch * 72 + step
         assert r.passes == pytest.approx(r.gradient_evaluations / (r.epoch * 72))
         assert r.steps == pytest.approx(r.epoch * 4, abs=0.7)
 
 
 def test_a_run_ends_in_the_middle_of_an_epoch_where_its_compute_is_spent(tmp_path: Path) -> None:
-    run = Run(recipe(methods=("looksam",), epochs=4, eval_every=1), "looksam", 0)
+    run = Run(recipe(methods=("looksam",), epochs=4, eval_every=1), MethodSpec.parse("looksam"), 0)
     records = train_run(run, tmp_path)
     # 14, 14, 15, 14 and 15 images a step; every fifth step pays twice, which is the first of an epoch
     assert [r.gradient_evaluations for r in records] == [86, 157, 229, 300]
@@ -113,14 +114,14 @@ def test_a_run_ends_in_the_middle_of_an_epoch_where_its_compute_is_spent(tmp_pat
 
 
 def test_a_step_that_crosses_two_points_is_measured_at_both(tmp_path: Path) -> None:
-    records = train_run(Run(recipe(batch_size=72, epochs=4, eval_every=1), "sam", 0), tmp_path)
+    records = train_run(Run(recipe(batch_size=72, epochs=4, eval_every=1), MethodSpec.parse("sam"), 0), tmp_path)
     assert [(r.standardized_epoch, r.gradient_evaluations) for r in records] == [(1, 144), (2, 144), (3, 288), (4, 288)]
     assert records[0].test_loss == records[1].test_loss
 
 
 def test_late_sam_climbs_in_the_last_part_of_its_compute(tmp_path: Path) -> None:
     late = "late_sam:start=0.5"
-    records = train_run(Run(recipe(methods=(late,), epochs=6, eval_every=1), late, 0), tmp_path)
+    records = train_run(Run(recipe(methods=(late,), epochs=6, eval_every=1), MethodSpec.parse(late), 0), tmp_path)
     assert [r.passes for r in records][:2] == [1.0, 1.0]
     assert records[-1].passes == pytest.approx(1.5, abs=0.03)  # 10 plain epochs of 20: 6 = 2 + 2 * 2
     assert records[-1].steps == 20
@@ -128,7 +129,7 @@ def test_late_sam_climbs_in_the_last_part_of_its_compute(tmp_path: Path) -> None
 
 def test_the_same_seed_gives_the_same_bits_and_sam_is_not_sgd(tmp_path: Path) -> None:
     for method in ("sgd", "sam"):
-        run = Run(recipe(), method, 0)
+        run = Run(recipe(), MethodSpec.parse(method), 0)
         first, second = train_run(run, tmp_path / "a" / method), train_run(run, tmp_path / "b" / method)
         assert untimed(first) == untimed(second)
         assert same(weights(tmp_path / "a" / method), weights(tmp_path / "b" / method))
@@ -136,7 +137,7 @@ def test_the_same_seed_gives_the_same_bits_and_sam_is_not_sgd(tmp_path: Path) ->
 
 
 def test_metrics_are_those_of_the_whole_sets(tmp_path: Path) -> None:
-    run = Run(recipe(), "sgd", 0)
+    run = Run(recipe(), MethodSpec.parse("sgd"), 0)
     data, last = dataset(), train_run(run, tmp_path)[-1]
     network = Training(run, data, CPU).network
     network.load_state_dict(weights(tmp_path))
@@ -151,7 +152,7 @@ def test_metrics_are_those_of_the_whole_sets(tmp_path: Path) -> None:
 
 def test_training_learns(tmp_path: Path) -> None:
     told = Told()
-    train_run(Run(recipe(epochs=12, width=4), "sgd", 0), tmp_path, reporter=told)
+    train_run(Run(recipe(epochs=12, width=4), MethodSpec.parse("sgd"), 0), tmp_path, reporter=told)
     assert told.records[-1].train_loss < 0.8 * told.records[0].train_loss
     assert told.steps[0] == pytest.approx(math.log(10), abs=0.6)  # the loss at w of a step, as a mean over images
 
@@ -159,7 +160,7 @@ def test_training_learns(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore:a step was skipped:RuntimeWarning")
 @pytest.mark.parametrize("method", ["sgd", "sam"])
 def test_a_diverging_run_names_itself_and_leaves_a_usable_folder(method: str, tmp_path: Path) -> None:
-    run = Run(recipe(lr=1e18), method, 0)
+    run = Run(recipe(lr=1e18), MethodSpec.parse(method), 0)
     with pytest.raises(ExperimentError, match=rf"{method}-seed0 diverged in epoch 1: .* smaller --lr"):
         train_run(run, tmp_path)
     assert (tmp_path / METRICS).read_text() == ""
@@ -167,10 +168,10 @@ def test_a_diverging_run_names_itself_and_leaves_a_usable_folder(method: str, tm
         train_run(run, tmp_path)
 
 
-@pytest.mark.parametrize("method", ["sgd", "sam", "looksam:k=3", "late_sam:start=0.4", "random_sam", "friendly_sam"])
+@pytest.mark.parametrize("method", ["sgd", "sam", "looksam:interval=3", "late_sam:start=0.4", "random_sam", "friendly_sam"])
 @pytest.mark.parametrize("asked", [0, 4, 5, 7])  # at the first batch, at an epoch's last one, in the next epoch
 def test_stopped_anywhere_it_goes_on_to_the_same_bits(method: str, asked: int, tmp_path: Path) -> None:
-    run = Run(recipe(momentum=0.9, methods=(method,), eval_every=1), method, 0)
+    run = Run(recipe(momentum=0.9, methods=(method,), eval_every=1), MethodSpec.parse(method), 0)
     whole = train_run(run, tmp_path / "whole")
     with pytest.raises(Stopped):
         train_run(run, tmp_path / "parts", stop=StopAfter(asked))
@@ -180,7 +181,7 @@ def test_stopped_anywhere_it_goes_on_to_the_same_bits(method: str, asked: int, t
 
 
 def test_a_finished_run_is_not_trained_again_and_its_metrics_are_restored(tmp_path: Path) -> None:
-    run = Run(recipe(), "sam", 0)
+    run = Run(recipe(), MethodSpec.parse("sam"), 0)
     first = train_run(run, tmp_path)
     (tmp_path / METRICS).write_text("half a li")
     told = Told()
@@ -190,7 +191,7 @@ def test_a_finished_run_is_not_trained_again_and_its_metrics_are_restored(tmp_pa
 
 
 def test_time_is_kept_across_a_stop(tmp_path: Path) -> None:
-    run = Run(recipe(), "sgd", 0)
+    run = Run(recipe(), MethodSpec.parse("sgd"), 0)
     with pytest.raises(Stopped):
         train_run(run, tmp_path, stop=StopAfter(6))
     state = torch.load(tmp_path / CHECKPOINT, weights_only=True)
@@ -202,7 +203,7 @@ def test_time_is_kept_across_a_stop(tmp_path: Path) -> None:
 def test_checkpoints_are_written_within_an_epoch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     saved: list[tuple[int, int]] = []
     monkeypatch.setattr(checkpoints, "save", lambda path, owner, state: saved.append((state["epoch"], state["batch"])))
-    train_run(Run(recipe(epochs=2, checkpoint_seconds=0), "sgd", 0), tmp_path)
+    train_run(Run(recipe(epochs=2, checkpoint_seconds=0), MethodSpec.parse("sgd"), 0), tmp_path)
     assert saved == [(0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (1, 2), (1, 3), (1, 4), (2, 0)]
 
 
@@ -225,7 +226,7 @@ def flip_a_weight(content: bytes) -> bytes:
     ],
 )
 def test_a_damaged_checkpoint_is_refused(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
-    run = Run(recipe(), "sgd", 0)
+    run = Run(recipe(), MethodSpec.parse("sgd"), 0)
     train_run(run, tmp_path)
     path = tmp_path / CHECKPOINT
     path.write_bytes(spoil(path.read_bytes()))
@@ -234,19 +235,19 @@ def test_a_damaged_checkpoint_is_refused(spoil: Callable[[bytes], bytes], tmp_pa
 
 
 def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
-    train_run(Run(recipe(), "sgd", 0), tmp_path)
+    train_run(Run(recipe(), MethodSpec.parse("sgd"), 0), tmp_path)
     with pytest.raises(ExperimentError, match="belongs to another run"):
-        train_run(Run(recipe(), "sgd", 1), tmp_path)
+        train_run(Run(recipe(), MethodSpec.parse("sgd"), 1), tmp_path)
     torch.save({"weights": torch.ones(2)}, tmp_path / CHECKPOINT)
     with pytest.raises(ExperimentError, match="is not a checkpoint of an experiment"):
-        train_run(Run(recipe(), "sgd", 0), tmp_path)
+        train_run(Run(recipe(), MethodSpec.parse("sgd"), 0), tmp_path)
 
 
 def test_bfloat16_and_adamw_and_channels_last_train(tmp_path: Path) -> None:
     odd = recipe(base="adamw", methods=("adamw", "sam"), lr=1e-3, amp=True, channels_last=True, norm="group", epochs=2)
     precise = dataclasses.replace(odd, amp=False)
-    for method in odd.methods:
-        (rounded,), (exact,) = (train_run(Run(r, method, 0), tmp_path / f"{method}{r.amp}") for r in (odd, precise))
+    for method in odd.comparison.methods:
+        (rounded,), (exact,) = (train_run(Run(r, method, 0), tmp_path / f"{method}{r.hardware.amp}") for r in (odd, precise))
         assert rounded.train_loss != exact.train_loss
         assert rounded.train_loss == pytest.approx(exact.train_loss, rel=0.1)
 
@@ -255,5 +256,5 @@ def test_registry_is_all_there_is_to_a_method(tmp_path: Path, monkeypatch: pytes
     mine = Method("Mine", "a method of my own", METHODS["sam"].build, rho_factor=2.0)
     monkeypatch.setattr(methods, "METHODS", {**METHODS, "mine": mine})
     double, plain = recipe(methods=("mine",)), recipe(methods=("sam",), rho=0.1)
-    ours, theirs = train_run(Run(double, "mine", 0), tmp_path / "a"), train_run(Run(plain, "sam", 0), tmp_path / "b")
+    ours, theirs = train_run(Run(double, MethodSpec.parse("mine"), 0), tmp_path / "a"), train_run(Run(plain, MethodSpec.parse("sam"), 0), tmp_path / "b")
     assert untimed(ours) == untimed(theirs)

@@ -25,7 +25,7 @@ RESOLVED = {"cuda_graphs": False}
 
 
 def recipe(**fields: object) -> Recipe:
-    return Recipe(**(OPTIONS | RESOLVED | fields))  # type: ignore[arg-type]
+    return Recipe().replace(**(OPTIONS | RESOLVED | fields))
 
 
 def options(**fields: object) -> list[str]:

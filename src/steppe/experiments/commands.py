@@ -12,7 +12,8 @@ from rich.console import Console
 
 from steppe.experiments.compare import compare, plot
 from steppe.experiments.config.methods import METHODS, Method
-from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.measuring.measure import Measuring, measure_run
 from steppe.experiments.measuring.user_model import Anybody, measure_anybody
@@ -69,7 +70,7 @@ On several devices: torchrun --nproc-per-node 2 -m steppe compare ...
 On CPUs, as many runs are trained at a time as there is room for (--runs-at-once); on many machines: --on ray
 
 The methods are named by --methods, with arguments where you want others than the usual ones:
-`--methods sgd sam sam:rho=0.1 looksam:k=2,rho=0.1`. They are, with their arguments in brackets:
+`--methods sgd sam sam:rho=0.1 looksam:interval=2,rho=0.1`. They are, with their arguments in brackets:
 """
 
 # Options that are yes, no or left open.
@@ -112,8 +113,8 @@ class Tune:
     where: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def __post_init__(self) -> None:
-        if self.recipe.widths:
-            widths = " ".join(map(str, self.recipe.widths))
+        if self.recipe.comparison.widths:
+            widths = " ".join(map(str, self.recipe.comparison.widths))
             raise ValueError(
                 f"widths={widths}: trials can be compared at one width only. Say --widths without a number, and --width"
             )

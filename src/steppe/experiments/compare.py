@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -14,26 +13,25 @@ from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.double_descent import DoubleDescent
 from steppe.experiments.analysis.summary import Summary, setting, summarize
 from steppe.experiments.analysis.verdicts import Verdict
-from steppe.experiments.config.method_spec import parse
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data import datasets as data
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.board import board
-from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, failures, start
-from steppe.experiments.execution.progress import reporter
+from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, failures
+from steppe.experiments.execution.launch import start_executor
+from steppe.experiments.execution.progress import RunProgress
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.figures import flatness as flatness_figures
 from steppe.experiments.figures.style import styles
 from steppe.experiments.measuring.measure import lines_of, measured, verdicts
 from steppe.experiments.report import page
-from steppe.experiments.storage.environment import describe
-from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.pretraining import reduced, with_start
+from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import on_signals
 
-__all__ = ["compare", "plot", "report", "sign"]
+__all__ = ["compare", "plot", "report"]
 
 _HERE = ExecutionOptions()
 
@@ -49,7 +47,7 @@ def compare(
     """
     recipe = reduced(recipe, console)
     runs = max(len(list(member.runs())) for member in [recipe, *recipe.members()])
-    with start(recipe, where, console, most=runs) as executor:
+    with start_executor(recipe, where, console, max_runs=runs) as executor:
         summary, failed = _carry_out(executor.recipe, executor, command, console)
     if failed and summary is not None:
         raise ExperimentError("; ".join(failed))
@@ -59,7 +57,7 @@ def compare(
 def plot(path: Path, console: Console) -> Summary | DoubleDescent:
     """Draw the figures and write the summary of a run folder again, from what is in it."""
     folder = RunFolder(path)
-    recipe = replace(folder.recipe(), out=path)  # it may have been moved
+    recipe = folder.recipe().replace(out=path)  # it may have been moved
     for member in recipe.members():
         if member.folder.exists():
             report(RunFolder(member.folder), member, console)
@@ -69,7 +67,7 @@ def plot(path: Path, console: Console) -> Summary | DoubleDescent:
 def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | DoubleDescent:
     """Write and show the summary, and draw the figures."""
     summary: Summary | DoubleDescent
-    if recipe.widths:
+    if recipe.comparison.widths:
         summary = double_descent.summarize(recipe)
         double_descent_figure.draw(recipe, summary, folder.figures)
     else:
@@ -80,7 +78,7 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
     summary.write(folder)
     summary.show(console)
     console.print(f"Figures: {folder.figures}", highlight=False, markup=False, soft_wrap=True)
-    if not recipe.widths:
+    if not recipe.comparison.widths:
         console.print(f"Report: {folder.path / page.FILE}", highlight=False, markup=False, soft_wrap=True)
     return summary
 
@@ -88,10 +86,12 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
 def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:
     """Draw what was measured of flatness, if anything was, and say what it allows to say."""
     found = measured(folder, recipe)
-    groups = {parse(m).label: [flat for run, flat in found.items() if run.method == m] for m in recipe.methods}
+    groups = {m.label: [flat for run, flat in found.items() if run.method == m] for m in recipe.comparison.methods}
     flatness_figures.draw(groups, folder.figures, setting(recipe))
     if lines := lines_of(folder):
-        flatness_figures.draw_lines(lines, styles(recipe), folder.figures, setting(recipe))
+        flatness_figures.draw_lines(
+            lines, {str(method): style for method, style in styles(recipe).items()}, folder.figures, setting(recipe)
+        )
     try:
         return verdicts(recipe, found)
     except ExperimentError as error:
@@ -107,13 +107,13 @@ def _carry_out(
     with folder.locked() if world.rank == 0 else nullcontext():
         if world.rank == 0:
             folder.claim(recipe, world.size)
-            sign(folder.path / "environment.json", command, console)
+            record_session(folder.path / "environment.json", command, console)
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():
             _, reasons = _carry_out(member, executor, command, console)
-            failed += [f"width {member.width}: {reason}" for reason in reasons]
-        if not recipe.widths:
+            failed += [f"width {member.model.width}: {reason}" for reason in reasons]
+        if not recipe.comparison.widths:
             reason = _train(recipe, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed
@@ -124,29 +124,13 @@ def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Conso
     world = executor.world
     if world.rank > 0:
         world.barrier()  # the first process downloads, if it must; the others find what it got
-    dataset = data.load(recipe.dataset, recipe.data_dir)
+    dataset = data.load(recipe.data.dataset, recipe.data.data_dir)
     if world.rank == 0:
         world.barrier()
     dataset = with_start(dataset, executor, folder.path, console)
     runs = list(recipe.runs())
-    if executor.together:
-        teller = board(sum(run.standardized_epochs for run in runs), console)
-    else:
-        teller = reporter(recipe, speaks=world.rank == 0, console=console)
+    total = sum(run.standardized_epochs for run in runs)
+    progress = RunProgress(console, total) if world.rank == 0 else Reporter()
     jobs = [Job(run, folder.run(run)) for run in runs]
-    with teller, on_signals() as stop:
-        return failures(list(executor.run(jobs, dataset, folder.path, teller, stop)))
-
-
-def sign(path: Path, command: Sequence[str], console: Console) -> None:
-    """Add this session to the folder's record of where it was run, and note when the software changed."""
-    now = describe(command)
-    try:
-        sessions = json.loads(path.read_text()) if path.exists() else []
-    except ValueError:  # it is only a record: a damaged one is begun again
-        sessions = []
-    before = sessions[-1] if sessions else now
-    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in ("steppe", "torch", "cpu", "gpu") if before.get(k) != now[k]]
-    if changed:
-        console.print(f"Note: since this folder's last session: {', '.join(changed)}. Bits may differ.")
-    write_json(path, [*sessions, now])
+    with progress, on_signals() as stop:
+        return failures(list(executor.run(jobs, dataset, folder.path, progress, stop)))

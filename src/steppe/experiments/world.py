@@ -5,56 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steppe.experiments.errors import ExperimentError
-
-if TYPE_CHECKING:  # a recipe names drivers, and drivers work in a world
-    from steppe.experiments.config.recipe import Recipe
-
-__all__ = ["World", "filled", "has_bfloat16", "join", "launched", "resolve"]
-
-
-def resolve(recipe: Recipe) -> Recipe:
-    """Say what is left open here: the device, the precision, CUDA graphs and, on CPUs, the number of threads.
-
-    Raises ExperimentError when the recipe asks for a GPU and there is none, or for layers that cannot work.
-    """
-    if recipe.device == "cuda" and not torch.cuda.is_available():
-        raise ExperimentError(
-            f"device=cuda, but torch {torch.__version__} finds no CUDA device here: check its build and the driver, "
-            "or say --device cpu"
-        )
-    if recipe.device == "cuda" or (recipe.device == "auto" and torch.cuda.is_available()):
-        return filled(replace(recipe, device="cuda"))
-    if launched() > 1 and recipe.norm == "batch":
-        raise ExperimentError(
-            "norm=batch in several processes on CPUs: each would normalize by its own part of the batch, and the "
-            "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
-        )
-    threads = recipe.threads or 1  # then every machine of a kind has the same bits, and runs fit beside each other
-    narrow = [width for width in recipe.widths or (recipe.width,) if width % 16]
-    if recipe.channels_last and threads > 1 and narrow:
-        raise ExperimentError(
-            f"channels_last with width={narrow[0]} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
-            "convolution then writes beyond its memory (seen with torch 2.13.0, wherever the number of channels is no "
-            "multiple of 16 and that of images is odd). Say --threads 1, or a width that is a multiple of 16, or "
-            "--no-channels-last"
-        )
-    return filled(replace(recipe, device="cpu", threads=threads))
-
-
-def filled(recipe: Recipe) -> Recipe:
-    """Say what is left open of precision and CUDA graphs, for a recipe whose device is known."""
-    on_gpu = recipe.device == "cuda"
-    amp = has_bfloat16(on_gpu=on_gpu) if recipe.amp is None else recipe.amp
-    return replace(recipe, amp=amp, cuda_graphs=on_gpu if recipe.cuda_graphs is None else recipe.cuda_graphs)
+__all__ = ["World", "has_bfloat16", "join", "launched"]
 
 
 def has_bfloat16(*, on_gpu: bool) -> bool:
@@ -116,17 +74,17 @@ class World:
 
 
 @contextmanager
-def join(recipe: Recipe) -> Iterator[World]:
-    """Set this process up for a resolved recipe (threads, determinism), and join the others if there are any."""
-    if recipe.threads is not None:
-        torch.set_num_threads(recipe.threads)
-    # a run that is resumed must end with the same bits: the fastest kernels of cuDNN do not promise it
+def join(device: str, threads: int | None) -> Iterator[World]:
+    """Set up this process (threads, determinism), and join the others if there are any."""
+    if threads is not None:
+        torch.set_num_threads(threads)
+    # a resumed run must end with the same bits, which cuDNN's fastest kernels do not guarantee
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
         if launched() == 1:
-            yield World(torch.device(recipe.device))
+            yield World(torch.device(device))
         else:
-            yield from _join_others(torch.device(recipe.device))
+            yield from _join_others(torch.device(device))
 
 
 def _join_others(device: torch.device) -> Iterator[World]:

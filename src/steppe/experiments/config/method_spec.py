@@ -1,4 +1,4 @@
-"""Specs: a method as it is written in a recipe, `sam`, `sam:rho=0.1`, `late_sam:start=0.5,rho=0.1`."""
+"""Method specs: a method as it is written in a recipe, `sam`, `sam:rho=0.1`, `late_sam:start=0.5,rho=0.1`."""
 
 from __future__ import annotations
 
@@ -15,103 +15,110 @@ from steppe.experiments.config import methods
 from steppe.experiments.config.methods import BASES, Method, RunContext, Value, unknown
 from steppe.methods._step_function import StepFunction
 
-__all__ = ["MethodSpec", "parse"]
+__all__ = ["MethodSpec"]
 
-_WAY = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
-_WORDS: Mapping[str, bool] = {"true": True, "false": False}
+_SYNTAX = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
+_BOOLEANS: Mapping[str, bool] = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method with the arguments that are given for it; the others keep their defaults."""
+    """A method and the arguments that differ from its defaults."""
 
     name: str
-    given: tuple[tuple[str, Value], ...] = ()
+    overrides: tuple[tuple[str, Value], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> MethodSpec:
+        """Read a spec; two ways to write the same one give equal specs.
+
+        Raises ValueError that names what is wrong.
+
+        >>> str(MethodSpec.parse("late_sam:start=.50,rho=1e-1"))
+        'late_sam:rho=0.1,start=0.5'
+        """
+        name, colon, rest = text.partition(":")
+        if name not in methods.METHODS:
+            raise ValueError(unknown("methods", name, methods.METHODS))
+        known = methods.METHODS[name].arguments
+        overrides: dict[str, Value] = {}
+        for part in rest.split(",") if colon else []:
+            key, equals, value = part.partition("=")
+            if not equals:
+                raise ValueError(f"methods: {text}: {part!r} is not an argument: {_SYNTAX}")
+            if key not in known:
+                raise ValueError(unknown(f"methods: arguments of {name}", key, known))
+            if key in overrides:
+                raise ValueError(f"methods: {text}: {key} is given twice, and only one of them can be meant")
+            overrides[key] = _read(text, key, value, known[key])
+        return cls(name).override(overrides)
+
+    def override(self, values: Mapping[str, Value]) -> MethodSpec:
+        """Return a spec with further overrides, in the order of the method's arguments."""
+        merged = {**dict(self.overrides), **values}
+        return MethodSpec(self.name, tuple((key, merged[key]) for key in self.definition.arguments if key in merged))
 
     @property
-    def method(self) -> Method:
+    def definition(self) -> Method:
         """The method's entry in the registry."""
         return methods.METHODS[self.name]
 
     @property
     def label(self) -> str:
-        """What it is called in tables and figures.
+        """The name in tables and figures.
 
-        >>> parse("late_sam:start=0.5,rho=.1").label
+        >>> MethodSpec.parse("late_sam:start=0.5,rho=.1").label
         'Late SAM (rho 0.1, start 0.5)'
         """
-        given = ", ".join(f"{key} {_write(value)}" for key, value in self.given)
-        return f"{self.method.label} ({given})" if given else self.method.label
+        overrides = ", ".join(f"{key} {_write(value)}" for key, value in self.overrides)
+        return f"{self.definition.label} ({overrides})" if overrides else self.definition.label
 
     @property
     def folder(self) -> str:
-        """Its part of a folder's name.
+        """The spec's part of a folder's name.
 
-        >>> parse("late_sam:start=0.5,rho=.1").folder
+        >>> MethodSpec.parse("late_sam:start=0.5,rho=.1").folder
         'late_sam-rho=0.1-start=0.5'
         """
-        return "-".join([self.name, *(f"{key}={_write(value)}" for key, value in self.given)])
+        return "-".join([self.name, *(f"{key}={_write(value)}" for key, value in self.overrides)])
 
     @property
     def passes(self) -> Fraction:
         """The planned gradient evaluations for an image in a step."""
-        return self.method.cost(dict(self.given))
+        return self.definition.cost(dict(self.overrides))
 
     def rho(self, recipe_rho: float) -> float:
-        """The method's radius, in absolute terms."""
-        return float(dict(self.given).get("rho", self.method.rho_factor * recipe_rho))
+        """Return the method's radius, in absolute terms."""
+        return float(dict(self.overrides).get("rho", self.definition.rho_factor * recipe_rho))
 
-    def optimizer(self, base: Optimizer, setting: RunContext) -> Optimizer:
+    def optimizer(self, base: Optimizer, context: RunContext) -> Optimizer:
         """Build the method's optimizer."""
-        return self.method.optimizer(base, setting, dict(self.given))
+        return self.definition.optimizer(base, context, dict(self.overrides))
 
-    def step_function(self, optimizer: Optimizer, setting: RunContext) -> StepFunction:
-        """Make what takes its steps."""
-        return self.method.steps_by(optimizer, setting, dict(self.given))
+    def step_function(self, optimizer: Optimizer, context: RunContext) -> StepFunction:
+        """Build the method's step function."""
+        return self.definition.make_step_function(optimizer, context, dict(self.overrides))
 
     def check(self, base: str, recipe_rho: float) -> None:
-        """Build it once around nearly nothing: ValueError when a value is out of the method's range."""
-        model = nn.Sequential(nn.BatchNorm1d(1))  # it draws no random numbers, and sam_on has something to climb with
-        setting = RunContext(self.rho(recipe_rho), model, steps=1, images=1, classes=2, seed=0)
+        """Build it once around a tiny model: ValueError when a value is out of the method's range."""
+        model = nn.Sequential(nn.BatchNorm1d(1))  # draws no random numbers, and has norm layers for sam_on to perturb
+        context = RunContext(self.rho(recipe_rho), model, total_steps=1, samples=1, classes=2, seed=0)
         try:
-            self.step_function(self.optimizer(BASES[base].build(model.parameters(), 0.1, 0.0, 0.0), setting), setting)
+            self.step_function(self.optimizer(BASES[base].build(model.parameters(), 0.1, 0.0, 0.0), context), context)
             if self.passes <= 0:
                 raise ValueError(f"a step would cost {self.passes} passes, and the run would never end")
         except (ValueError, ArithmeticError) as error:
             raise ValueError(f"methods: {self}: {error}") from error
 
     def __str__(self) -> str:
-        given = ",".join(f"{key}={_write(value)}" for key, value in self.given)
-        return f"{self.name}:{given}" if given else self.name
-
-
-def parse(text: str) -> MethodSpec:
-    """Read a spec; ValueError that names what is wrong. Two ways to write the same one give equal specs.
-
-    >>> str(parse("late_sam:start=.50,rho=1e-1"))
-    'late_sam:rho=0.1,start=0.5'
-    """
-    name, colon, rest = text.partition(":")
-    if name not in methods.METHODS:
-        raise ValueError(unknown("methods", name, methods.METHODS))
-    known = methods.METHODS[name].arguments
-    given: dict[str, Value] = {}
-    for part in rest.split(",") if colon else []:
-        key, equals, value = part.partition("=")
-        if not equals:
-            raise ValueError(f"methods: {text}: {part!r} is not an argument: {_WAY}")
-        if key not in known:
-            raise ValueError(unknown(f"methods: arguments of {name}", key, known))
-        if key in given:
-            raise ValueError(f"methods: {text}: {key} is given twice, and only one of them can be meant")
-        given[key] = _read(text, key, value, known[key])
-    return MethodSpec(name, tuple((key, given[key]) for key in known if key in given))
+        overrides = ",".join(f"{key}={_write(value)}" for key, value in self.overrides)
+        return f"{self.name}:{overrides}" if overrides else self.name
 
 
 def _read(text: str, key: str, value: str, kind: type[Value]) -> Value:
-    """Turn the text of a value into its type."""
+    """Convert the text of a value to its type."""
     try:
-        read = _WORDS[value] if kind is bool else kind(value)
+        read = _BOOLEANS[value] if kind is bool else kind(value)
     except (KeyError, ValueError):
         read = math.nan
     if (isinstance(read, float) and not math.isfinite(read)) or (kind is str and not re.fullmatch(r"[\w.+]+", value)):

@@ -36,18 +36,18 @@ class RunContext:
     rho: float
     """The radius: the spec's own, or else `rho_factor` times the recipe's."""
     model: nn.Module
-    steps: int
-    """How many steps the method makes until equal compute is spent, as planned: for what follows a schedule."""
-    images: int
-    """How many training images there are."""
+    total_steps: int
+    """The planned number of optimizer steps until equal compute is spent; the length of schedules."""
+    samples: int
+    """The number of training samples."""
     classes: int
     seed: int
     replay_rng: bool = True
     """Whether the passes of a step draw the same random numbers, which no CUDA graph can do."""
 
 
-_FROM_SETTING = frozenset(field.name for field in fields(RunContext))
-# also where they have a default; `steps=1` is a number of climbs
+_FROM_CONTEXT = frozenset(field.name for field in fields(RunContext))
+# filled even where they have a default
 _ALWAYS = frozenset({"rho", "model", "seed", "replay_rng"})
 
 
@@ -91,7 +91,7 @@ class Method:
     def follows_plan(self) -> bool:
         """Whether it follows a schedule over the planned steps, so that a part of its run says little."""
         filled = {**_parameters(self.build), **_parameters(self.step_function)}
-        return "steps" in filled and _is_filled(filled["steps"])
+        return "total_steps" in filled and _is_filled(filled["total_steps"])
 
     def cost(self, given: Mapping[str, Value]) -> Fraction:
         """The planned gradient evaluations for an image in a step, with the arguments of a spec."""
@@ -103,13 +103,15 @@ class Method:
         # a decimal or a third is meant, not the binary number next to it
         return Fraction(cost).limit_denominator(10_000)
 
-    def optimizer(self, base: Optimizer, setting: RunContext, given: Mapping[str, Value]) -> Optimizer:
+    def optimizer(self, base: Optimizer, context: RunContext, overrides: Mapping[str, Value]) -> Optimizer:
         """Build the optimizer around `base`."""
-        return _fill(self.build, setting, given, base)
+        return _fill(self.build, context, overrides, base)
 
-    def steps_by(self, optimizer: Optimizer, setting: RunContext, given: Mapping[str, Value]) -> StepFunction:
-        """Make the driver of what `optimizer` built."""
-        return _fill(self.step_function, setting, given, optimizer)
+    def make_step_function(
+        self, optimizer: Optimizer, context: RunContext, overrides: Mapping[str, Value]
+    ) -> StepFunction:
+        """Build the step function of an optimizer that `optimizer` built."""
+        return _fill(self.step_function, context, overrides, optimizer)
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
@@ -128,14 +130,15 @@ def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Paramet
 def _is_filled(parameter: inspect.Parameter) -> bool:
     """Whether the run gives it, and not the spec."""
     required = parameter.default is parameter.empty
-    return parameter.name in _ALWAYS or (required and parameter.name in _FROM_SETTING)
+    return parameter.name in _ALWAYS or (required and parameter.name in _FROM_CONTEXT)
 
 
-def _fill(function: Callable[..., T], setting: RunContext, given: Mapping[str, Value], optimizer: Optimizer) -> T:
-    """Call `function` with what the run and the spec give for its parameters."""
+def _fill(function: Callable[..., T], context: RunContext, overrides: Mapping[str, Value], optimizer: Optimizer) -> T:
+    """Call `function` with the values of the run and of the spec for its parameters."""
     parameters = _parameters(function)
-    from_run = {name: getattr(setting, name) for name, parameter in parameters.items() if _is_filled(parameter)}
-    return function(optimizer, **from_run, **{k: v for k, v in given.items() if k in parameters and k not in from_run})
+    from_run = {name: getattr(context, name) for name, parameter in parameters.items() if _is_filled(parameter)}
+    from_spec = {k: v for k, v in overrides.items() if k in parameters and k not in from_run}
+    return function(optimizer, **from_run, **from_spec)
 
 
 def _kind(annotation: Any) -> type[Value] | None:

@@ -85,10 +85,10 @@ RECORDERS: Mapping[str, Callable[[torch.device], Recorder]] = MappingProxyType({
 def recorder(run: Run, world: World) -> Recorder | None:
     """Make what records the unit's steps; None where each step is taken as it comes."""
     recipe = run.recipe
-    if recipe.cuda_graphs is False or not run.spec.method.capturable or world.size > 1:
+    if recipe.hardware.cuda_graphs is False or not run.method.definition.capturable or world.size > 1:
         return None
     # a foreign checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
-    if recipe.backbone not in ("none", "own"):
+    if recipe.model.backbone not in ("none", "own"):
         return None
     make = RECORDERS.get(world.device.type)
     return None if make is None else make(world.device)

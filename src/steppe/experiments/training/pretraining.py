@@ -17,12 +17,13 @@ from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import CLASSES, DataError, Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import Executor, Job, failures
-from steppe.experiments.execution.progress import reporter
+from steppe.experiments.execution.progress import RunProgress
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import owner
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.world import World
@@ -32,16 +33,16 @@ __all__ = ["pretraining", "reduced", "with_start"]
 
 def reduced(recipe: Recipe, console: Console) -> Recipe:
     """Say what `pretrain_on=auto` means here."""
-    if recipe.backbone != "own" or recipe.pretrain_on != "auto":
+    if recipe.model.backbone != "own" or recipe.model.pretrain_on != "auto":
         return recipe
-    if data.is_here(recipe.data_dir):
-        return replace(recipe, pretrain_on="fashion-mnist")
+    if data.is_here(recipe.data.data_dir):
+        return recipe.replace(pretrain_on="fashion-mnist")
     _say(
         console,
         "Note: the full Fashion-MNIST is not on this machine, so the backbone is pretrained on the 3,000 images of the "
         "sample, and will be a weaker one. `--pretrain-on fashion-mnist` downloads it; --data-dir names a folder.",
     )
-    return replace(recipe, pretrain_on="sample")
+    return recipe.replace(pretrain_on="sample")
 
 
 def with_start(dataset: Dataset, executor: Executor, path: Path, console: Console) -> Dataset:
@@ -51,19 +52,19 @@ def with_start(dataset: Dataset, executor: Executor, path: Path, console: Consol
     then goes on where it was.
     """
     recipe, world = executor.recipe, executor.world
-    if recipe.backbone == "none":
+    if recipe.model.backbone == "none":
         return dataset
-    if recipe.backbone == "own":
+    if recipe.model.backbone == "own":
         backbone = _pretrained(executor, path, console)
     else:
-        backbone = from_hub(recipe.backbone, len(CLASSES), recipe.image_size)
+        backbone = from_hub(recipe.model.backbone, len(CLASSES), recipe.model.image_size)
     if (
         world.size > 1
         and world.device.type == "cpu"
         and any(isinstance(m, _BatchNorm) for m in backbone.model.modules())
     ):
         raise ExperimentError(
-            f"{recipe.backbone} has BatchNorm layers, and in several processes on CPUs each would normalize by its own "
+            f"{recipe.model.backbone} has BatchNorm layers, and in several processes on CPUs each would normalize by its own "
             "part of the batch: start it without torchrun, with --on ray for many runs at a time, or take a checkpoint "
             "without BatchNorm"
         )
@@ -93,19 +94,20 @@ def _claim(file: Path, backbone: Backbone, console: Console) -> None:
 
 def pretraining(recipe: Recipe) -> Recipe:
     """The recipe of the backbone that `recipe`, which is resolved and reduced, starts from."""
-    assert recipe.pretrain_on != "auto"
-    return Recipe(
+    assert recipe.model.pretrain_on != "auto"
+    options = recipe.options()
+    return Recipe().replace(
         name="backbone",
-        dataset=recipe.pretrain_on,
-        data_dir=recipe.data_dir if recipe.pretrain_on == "fashion-mnist" else None,
+        dataset=recipe.model.pretrain_on,
+        data_dir=recipe.data.data_dir if recipe.model.pretrain_on == "fashion-mnist" else None,
         methods=("sgd",),
         momentum=0.9,
         lr=0.05,
         batch_size=128,
-        epochs=recipe.pretrain_epochs,
-        eval_every=recipe.pretrain_epochs,
+        epochs=recipe.model.pretrain_epochs,
+        eval_every=recipe.model.pretrain_epochs,
         seeds=1,
-        **{name: getattr(recipe, name) for name in _SHARED},
+        **{name: options[name] for name in _SHARED},
     )
 
 
@@ -121,35 +123,36 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
     (run,) = recipe.runs()
     folder = RunFolder(_kept(recipe, world, path))
     checkpoint, whose = folder.run(run) / CHECKPOINT, owner(run, world.size, None)
-    if not _finished(checkpoint, whose, recipe.epochs):
+    if not _finished(checkpoint, whose, recipe.comparison.epochs):
         with folder.locked() if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 folder.claim(recipe, world.size)
                 _say(console, f"Pretraining the backbone, once: it is kept in {folder.path}")
             if world.rank > 0:
                 world.barrier()
-            images = data.load(recipe.dataset, recipe.data_dir)
+            images = data.load(recipe.data.dataset, recipe.data.data_dir)
             if world.rank == 0:
                 world.barrier()
-            with reporter(recipe, speaks=world.rank == 0, console=console) as teller, on_signals() as stop:
-                failed = failures(list(executor.run([Job(run, folder.run(run))], images, folder.path, teller, stop)))
+            progress = RunProgress(console, run.standardized_epochs) if world.rank == 0 else Reporter()
+            with progress, on_signals() as stop:
+                failed = failures(list(executor.run([Job(run, folder.run(run))], images, folder.path, progress, stop)))
             if failed is not None:
                 raise ExperimentError(failed)
     state = checkpoints.load(checkpoint, whose)
     # its weights are overwritten: the generator of whoever calls must not notice that they were drawn
     with torch.random.fork_rng(devices=[]):
-        model = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+        model = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
     model.load_state_dict(state["model"])
-    name = "the sample of Fashion-MNIST" if recipe.dataset == "sample" else "Fashion-MNIST"
+    name = "the sample of Fashion-MNIST" if recipe.data.dataset == "sample" else "Fashion-MNIST"
     test = state["records"][-1]["test_accuracy"]
-    source = f"PreAct ResNet-18 (width {recipe.width}), {recipe.epochs} epochs on {name}, {test:.2f} % there"
+    source = f"PreAct ResNet-18 (width {recipe.model.width}), {recipe.comparison.epochs} epochs on {name}, {test:.2f} % there"
     return Backbone(model, "head", source)
 
 
 def _kept(recipe: Recipe, world: World, path: Path) -> Path:
     """The folder of a backbone: in the user's cache, by its whole configuration; else in the run folder."""
     whole = json.dumps(recipe.result() | {"processes": world.size, "torch": torch.__version__}, sort_keys=True)
-    key = f"width{recipe.width}-{recipe.dataset}-{recipe.epochs}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
+    key = f"width{recipe.model.width}-{recipe.data.dataset}-{recipe.comparison.epochs}-{hashlib.sha256(whole.encode()).hexdigest()[:16]}"
     try:
         return data.cache_home() / "steppe" / "backbones" / key
     except DataError:  # a container's user may have no home

@@ -21,7 +21,6 @@ from steppe.experiments.data.datasets import CLASSES, Dataset
 from steppe.experiments.data.few_shot import few_shot
 from steppe.experiments.data.label_noise import mislabeled
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.progress import Reporter
 from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage import checkpoints
@@ -31,6 +30,7 @@ from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.cuda_graphs import Graphs, Step, recorder
 from steppe.experiments.training.evaluation import evaluate
 from steppe.experiments.training.forward import Forward
+from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
@@ -47,25 +47,27 @@ class Training:
 
     def __init__(self, run: Run, data: Dataset, world: World) -> None:
         recipe = run.recipe
-        if recipe.shots is not None:
-            data = replace(data, train=few_shot(data.train, recipe.shots, run.seed))
-        if recipe.label_noise:
-            data = replace(data, train=mislabeled(data.train, recipe.label_noise, run.seed))
+        if recipe.data.shots is not None:
+            data = replace(data, train=few_shot(data.train, recipe.data.shots, run.seed))
+        if recipe.data.label_noise:
+            data = replace(data, train=mislabeled(data.train, recipe.data.label_noise, run.seed))
         self.run, self.data, self.world = run, data, world
         torch.manual_seed(run.seed)
         network = _network(run, data)
-        layout = torch.channels_last if recipe.channels_last else torch.contiguous_format
+        layout = torch.channels_last if recipe.hardware.channels_last else torch.contiguous_format
         network = world.synchronize_norms(network.to(world.device).to(memory_format=layout))  # type: ignore[call-overload]
         self.network = network
         self.model = world.wrap(network)
-        if recipe.compile:
+        if recipe.hardware.compile:
             self.model.compile(dynamic=False)
-        trained = network.groups(recipe.head_lr) if isinstance(network, FineTuned) else network.parameters()
+        trained = network.groups(recipe.training.head_lr) if isinstance(network, FineTuned) else network.parameters()
         on_gpu = world.device.type == "cuda"
-        base = BASES[recipe.base].build(trained, recipe.lr, recipe.base_momentum, recipe.weight_decay, on_gpu=on_gpu)
+        base = BASES[recipe.training.base].build(
+            trained, recipe.training.lr, recipe.base_momentum, recipe.training.weight_decay, on_gpu=on_gpu
+        )
         self._recorder = recorder(run, world)
         setting = RunContext(
-            rho=run.spec.rho(recipe.rho),
+            rho=run.method.rho(recipe.training.rho),
             model=network,
             total_steps=run.steps(self.images),
             samples=self.images,
@@ -73,9 +75,9 @@ class Training:
             seed=run.seed,
             replay_rng=self._recorder is None,
         )
-        self.optimizer = run.spec.optimizer(base, setting)
+        self.optimizer = run.method.optimizer(base, setting)
         _check(run, self.optimizer)
-        self.step_function = run.spec.step_function(self.optimizer, setting)
+        self.step_function = run.method.step_function(self.optimizer, setting)
         self._take = self._way()
         self.epoch = 0
         """Finished epochs."""
@@ -96,7 +98,7 @@ class Training:
     @property
     def batches(self) -> int:
         """Batches in an epoch."""
-        return count(self.images, self.run.recipe.batch_size)
+        return count(self.images, self.run.recipe.training.batch_size)
 
     @property
     def seen(self) -> int:
@@ -124,7 +126,7 @@ class Training:
         """The precision of a forward pass."""
         # a graph must not find copies of the weights that were made outside of it
         cached = self._recorder is None
-        amp = bool(self.run.recipe.amp)
+        amp = bool(self.run.recipe.hardware.amp)
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=amp, cache_enabled=cached)
 
     def step(self, batch: Batch) -> Tensor:
@@ -159,8 +161,8 @@ class Training:
         flatness: dict[str, float] = {}
         if not self.run.flatness_grid.isdisjoint(self.due):
             recipe = self.run.recipe
-            sample = flatness_sample(self.data.train, recipe.flatness_samples, self.run.seed)
-            flatness = measure_flatness(self.network, sample, recipe.rho, pause)
+            sample = flatness_sample(self.data.train, recipe.evaluation.flatness_samples, self.run.seed)
+            flatness = measure_flatness(self.network, sample, recipe.training.rho, pause)
         # a step that crosses several points gives each its record: methods are compared point by point
         return [
             Record(
@@ -244,11 +246,13 @@ def train(
 
 def _network(run: Run, data: Dataset) -> nn.Module:
     recipe = run.recipe
-    if (data.start is None) != (recipe.backbone == "none"):
-        raise RuntimeError(f"backbone={recipe.backbone}, but the data came with {data.start}: use finetune.with_start")
+    if (data.start is None) != (recipe.model.backbone == "none"):
+        raise RuntimeError(
+            f"backbone={recipe.model.backbone}, but the data came with {data.start}: use finetune.with_start"
+        )
     if data.start is not None:
-        return data.start.network(freeze=recipe.freeze)
-    return preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+        return data.start.network(freeze=recipe.model.freeze)
+    return preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
 
 
 def _check(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -260,9 +264,11 @@ def _check(run: Run, optimizer: torch.optim.Optimizer) -> None:
             f"{run.name} climbs with weights that --freeze keeps as they are, so it would be the plain base optimizer "
             "at twice the price: leave --freeze or this method out"
         )
-    if recipe.head_lr is not None and all(group["lr"] != recipe.head_lr for group in optimizer.param_groups):
+    if recipe.training.head_lr is not None and all(
+        group["lr"] != recipe.training.head_lr for group in optimizer.param_groups
+    ):
         raise ExperimentError(
-            f"{run.name} has one learning rate of its own, and head_lr={recipe.head_lr} would be ignored: leave "
+            f"{run.name} has one learning rate of its own, and head_lr={recipe.training.head_lr} would be ignored: leave "
             "--head-lr or this method out"
         )
 
@@ -294,7 +300,7 @@ def _train_on(training: Training, manager: CheckpointManager, reporter: Reporter
     indices = order(training.images, run.seed, epoch)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     begun, told = time.perf_counter(), time.perf_counter()
-    for batch in batches(training.data.train, run.recipe.batch_size, indices, world, training.batch, epoch):
+    for batch in batches(training.data.train, run.recipe.training.batch_size, indices, world, training.batch, epoch):
         loss = training.step(batch)
         total += loss
         now = time.perf_counter()
@@ -317,7 +323,7 @@ def _train_on(training: Training, manager: CheckpointManager, reporter: Reporter
     if not mean < _HOPELESS:  # nor is NaN
         raise ExperimentError(
             f"{run.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "
-            f"compare. Try a smaller --lr (it was {run.recipe.lr}) or --rho ({run.recipe.rho}), and another folder "
+            f"compare. Try a smaller --lr (it was {run.recipe.training.lr}) or --rho ({run.recipe.training.rho}), and another folder "
             "with --out: this one keeps its other runs"
         )
 
@@ -348,4 +354,4 @@ class CheckpointManager:
 
     def due(self, training: Training) -> bool:
         """Whether the last time was `checkpoint_seconds` ago; the epoch's end saves anyway."""
-        return training.batch > 0 and time.monotonic() - self._saved >= training.run.recipe.checkpoint_seconds
+        return training.batch > 0 and time.monotonic() - self._saved >= training.run.recipe.output.checkpoint_seconds
