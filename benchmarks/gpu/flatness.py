@@ -1,4 +1,4 @@
-"""How flat the weights of a checkpoint are."""
+"""Measure the flatness of the weights in a checkpoint."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -6,7 +6,8 @@ from typing import Any
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.measuring.measure import Sampling, objectives
+from steppe.experiments.measuring.measure_runs import objectives
+from steppe.experiments.measuring.options import Sampling
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.run_folder import CHECKPOINT
@@ -15,28 +16,38 @@ from steppe.experiments.training.sharpness import flatness_sample
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.flatness import Budget, measure
 
-_TINY = Budget(m=16, steps=2, restarts=1, pairs=2, top=1, tol=0.5, probes=2, density_probes=1, density_steps=4)
+_TINY = Budget(
+    m=16,
+    ascent_steps=2,
+    restarts=1,
+    pairs=2,
+    num_eigenvalues=1,
+    tol=0.5,
+    probes=2,
+    density_probes=1,
+    density_iterations=4,
+)
 
 
 def flatness(run: Run, folder: Path, images: Dataset, stop: Stop, *, tiny: bool) -> dict[str, Any]:
-    """Measure the run's checkpoint as `steppe measure` does, without landscapes; what failed says why.
+    """Measure a run's checkpoint as `steppe measure` does, without landscapes; a failure is returned as text.
 
-    Raises Stopped when that was asked for.
+    Raises Stopped when `stop` is set.
     """
 
-    def pause(what: str, passes: int) -> None:
+    def raise_if_stopped(what: str, passes: int) -> None:
         if stop:
             raise Stopped(stop.signal)
 
     recipe = run.recipe
-    network = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+    network = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
     network.load_state_dict(checkpoints.load(folder / CHECKPOINT, owner(run, 1, None))["model"])
     network.to(images.train.images.device)
     sampling = Sampling(samples=32) if tiny else Sampling()
     sample = flatness_sample(images.train, sampling.samples, run.seed)
-    plain, normalized = objectives(network, sample, sampling, pause)
+    plain, normalized = objectives(network, sample, sampling, raise_if_stopped)
     try:
         found = measure(plain, replace(_TINY if tiny else Budget(), points=0), normalized=normalized)
-    except (FloatingPointError, ValueError, RuntimeError) as error:  # the run's accuracies are worth more than this
+    except (FloatingPointError, ValueError, RuntimeError) as error:  # the run's accuracies must not be lost
         return {"failed": " ".join(str(error).split())}
     return {k: v for k, v in found.to_json().items() if "landscape" not in k}

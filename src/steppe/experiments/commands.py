@@ -15,8 +15,9 @@ from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.execution.executor import ExecutionOptions
-from steppe.experiments.measuring.measure import Measuring, measure_run
-from steppe.experiments.measuring.user_model import Anybody, measure_anybody
+from steppe.experiments.measuring.measure_runs import measure_runs
+from steppe.experiments.measuring.options import MeasuringOptions
+from steppe.experiments.measuring.user_model import UserModel, measure_user_model
 from steppe.experiments.methods_table import methods
 from steppe.experiments.tuning.search_space import grid, spaces
 from steppe.experiments.tuning.tune import Options, again, is_tuning, tune
@@ -134,20 +135,19 @@ class Measure:
 
     folder: tyro.conf.Positional[Path | None] = None
     """The run folder, for example runs/demo; or none, and --model with --data."""
-    how: Measuring = field(default_factory=Measuring)
-    anybody: Anybody = field(default_factory=Anybody)
+    options: MeasuringOptions = field(default_factory=MeasuringOptions)
+    model: UserModel = field(default_factory=UserModel)
 
     def __post_init__(self) -> None:
-        if (self.folder is None) != bool(self.anybody.model):
+        if (self.folder is None) != bool(self.model.model):
             raise ValueError("steppe measure: name one of two, a run folder or a --model with its --data")
 
     def run(self, command: Sequence[str], console: Console) -> None:
         """Measure what is not measured yet; summarize and draw again."""
         if self.folder is None:
-            how = self.how
-            measure_anybody(self.anybody, how.budget, how.sampling, console, processes=how.processes)
+            measure_user_model(self.model, self.options, console)
         else:
-            measure_run(self.folder, self.how, console)
+            measure_runs(self.folder, self.options, console)
             plot(self.folder, console)
 
 

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.double_descent import DoubleDescent
+from steppe.experiments.analysis.flatness import read_flatness, read_lines, verdicts
 from steppe.experiments.analysis.summary import Summary, setting, summarize
 from steppe.experiments.analysis.verdicts import Verdict
 from steppe.experiments.config.recipe import Recipe
@@ -23,7 +24,6 @@ from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.figures import flatness as flatness_figures
 from steppe.experiments.figures.style import styles
-from steppe.experiments.measuring.measure import lines_of, measured, verdicts
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import RunFolder
@@ -85,10 +85,10 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
 
 def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:
     """Draw what was measured of flatness, if anything was, and say what it allows to say."""
-    found = measured(folder, recipe)
+    found = read_flatness(folder, recipe)
     groups = {m.label: [flat for run, flat in found.items() if run.method == m] for m in recipe.comparison.methods}
     flatness_figures.draw(groups, folder.figures, setting(recipe))
-    if lines := lines_of(folder):
+    if lines := read_lines(folder):
         flatness_figures.draw_lines(
             lines, {str(method): style for method, style in styles(recipe).items()}, folder.figures, setting(recipe)
         )

@@ -1,4 +1,4 @@
-"""How many CPUs this process may use: a container or a batch system often gives fewer than the machine has."""
+"""The number of CPUs for this process: containers and batch systems often give fewer than the machine has."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ __all__ = ["available"]
 
 
 def available(groups: Path = Path("/sys/fs/cgroup")) -> int:
-    """The CPUs that this process may run on, less what a limit on its share takes away; at least 1.
+    """Return the number of CPUs that this process may use, within the limit of its control group; at least 1.
 
-    `groups` is where Linux keeps such limits, of either version of its control groups.
+    `groups` is the folder of Linux's control groups, of either version.
     """
     # Python 3.13 has os.process_cpu_count
     allowed = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -19,13 +19,13 @@ def available(groups: Path = Path("/sys/fs/cgroup")) -> int:
 
 
 def _share(groups: Path) -> float:
-    """The limit in CPUs; as good as none where there is none."""
+    """Return the limit in CPUs, or a huge number where there is none."""
     try:
         if (both := groups / "cpu.max").exists():
             quota, period = both.read_text().split()
         else:
             quota, period = ((groups / "cpu" / f"cpu.cfs_{what}_us").read_text() for what in ("quota", "period"))
         share = float(quota) / float(period)
-    except (OSError, ValueError, ZeroDivisionError):  # no Linux, or "max"
+    except (OSError, ValueError, ZeroDivisionError):  # not Linux, or "max"
         return 1e9
     return share if share > 0 else 1e9

@@ -1,4 +1,4 @@
-"""How a run in another process tells how it goes: a file of events beside its metrics, and somebody who reads it."""
+"""Progress of a run in another process: a file of events in its folder, written there and read here."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.execution.progress import Reporter
 from steppe.experiments.storage.records import Record
+from steppe.experiments.training.reporter import Reporter
 
 __all__ = ["EVENTS", "EventReader", "EventWriter"]
 
@@ -20,73 +20,73 @@ EVENTS = ".events.jsonl"
 
 
 class EventWriter(Reporter):
-    """Writes what it is told into a run's folder, a line an event."""
+    """Writes the progress into the run's folder, a line for each event."""
 
     def __init__(self, folder: Path, interval: float) -> None:
         self._path = folder / EVENTS
         self.interval = interval
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Write where the unit starts, and in which process."""
-        who = {"host": platform.node(), "pid": os.getpid()}
-        self._write("begin", at=standardized_epoch, records=[asdict(r) for r in records], **who)
+        """Write where the run starts, and in which process."""
+        process = {"host": platform.node(), "pid": os.getpid()}
+        self._write("begin", epoch=standardized_epoch, records=[asdict(r) for r in records], **process)
 
     def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """Write how it trains."""
-        self._write("step", at=standardized_epoch, loss=loss, speed=images_per_second)
+        """Write the state of the training."""
+        self._write("step", epoch=standardized_epoch, loss=loss, speed=images_per_second)
 
     def measured(self, run: Run, record: Record) -> None:
         """Write the measurement."""
         self._write("measured", record=asdict(record))
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
-        """Write that it is finished."""
+        """Write that the run is finished."""
         self._write("end", records=[asdict(r) for r in records])
 
-    def _write(self, what: str, **values: Any) -> None:
+    def _write(self, event: str, **values: Any) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
-        # opened anew for each line: on a network file system that is what makes others see it
+        # opened anew for each line: on a network file system, other machines see a line when the file is closed
         with self._path.open("a") as file:
-            file.write(json.dumps({"what": what, **values}) + "\n")
+            file.write(json.dumps({"event": event, **values}) + "\n")
 
 
 class EventReader:
-    """Tells a reporter what a unit's `EventWriter` wrote since it was last asked."""
+    """Forwards the events of a run's `EventWriter` to a reporter."""
 
     def __init__(self, run: Run, folder: Path, reporter: Reporter) -> None:
-        self._unit, self._path, self._reporter = run, folder / EVENTS, reporter
-        self._read = 0
-        self.close()  # what an earlier session left is no news
+        self._run, self._path, self._reporter = run, folder / EVENTS, reporter
+        self._offset = 0
+        self.close()  # drop the events of an earlier session
 
     def poll(self) -> None:
-        """Tell what is new."""
+        """Forward the events that were written since the last call."""
         try:
             with self._path.open("rb") as file:
-                file.seek(self._read)
+                file.seek(self._offset)
                 content = file.read()
         except FileNotFoundError:
             return
-        lines, _, _ = content.rpartition(b"\n")  # the last line may not be whole yet
-        self._read += len(lines) + 1 if lines else 0
+        lines, _, _ = content.rpartition(b"\n")  # the last line may be incomplete
+        self._offset += len(lines) + 1 if lines else 0
         for line in lines.splitlines():
             try:
                 event = json.loads(line)
-            except ValueError:  # the half line of a process that was killed: it is only news
+            except ValueError:  # the partial line of a killed process; it held no result
                 continue
-            self._tell(event)
+            self._forward(event)
 
     def close(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
 
-    def _tell(self, event: dict[str, Any]) -> None:
-        run, to = self._unit, self._reporter
-        match event["what"]:
+    def _forward(self, event: dict[str, Any]) -> None:
+        run, reporter = self._run, self._reporter
+        match event["event"]:
             case "begin":
-                to.begin(run, event["at"], [Record(**values) for values in event["records"]])
+                reporter.begin(run, event["epoch"], [Record(**values) for values in event["records"]])
             case "step":
-                to.step(run, event["at"], event["loss"], event["speed"])
+                reporter.step(run, event["epoch"], event["loss"], event["speed"])
             case "measured":
-                to.measured(run, Record(**event["record"]))
+                reporter.measured(run, Record(**event["record"]))
             case "end":
-                to.end(run, [Record(**values) for values in event["records"]])
+                reporter.end(run, [Record(**values) for values in event["records"]])

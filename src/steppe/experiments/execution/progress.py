@@ -1,93 +1,49 @@
-"""How a comparison tells how it goes: live bars on a terminal, plain lines elsewhere, TensorBoard if asked."""
+"""The progress display of all commands: bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import time
+from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.text import Text
 
-from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.records import Record
+from steppe.experiments.training.reporter import Reporter
 
-__all__ = ["Bars", "Lines", "Reporter", "TensorBoard", "Together", "reporter"]
-
-
-class Reporter(AbstractContextManager["Reporter"]):
-    """Is told how the units go; this one keeps silent. Use it as a context manager."""
-
-    interval = 0.5
-    """Seconds between two calls of `step`: each waits for the device."""
-
-    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """A unit starts, or goes on from where its checkpoint was."""
-
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """The unit trains."""
-
-    def measured(self, run: Run, record: Record) -> None:
-        """The unit was measured."""
-
-    def end(self, run: Run, records: Sequence[Record]) -> None:
-        """The unit is finished."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Stop telling."""
+__all__ = ["JobProgress", "ProgressDisplay", "RunProgress"]
 
 
-def _title(run: Run) -> str:
-    return f"{run.spec.label} seed {run.seed}"
+class _TimeColumn(TimeRemainingColumn):
+    """Remaining time, or elapsed time where the total is unknown."""
+
+    def render(self, task: Task) -> Text:
+        return TimeElapsedColumn().render(task) if task.total is None else super().render(task)
 
 
-def _scores(record: Record) -> str:
-    return f"train {record.train_accuracy:6.2f} %  test {record.test_accuracy:5.2f} %  gap {record.gap:5.2f}"
+class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
+    """A bar for each task in progress and one for all tasks; without a terminal, only printed lines appear."""
 
-
-class Lines(Reporter):
-    """One plain line for each measurement."""
-
-    interval = float("inf")
-
-    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Say where the unit goes on, if it does not begin."""
-        if standardized_epoch:
-            done = "is finished" if standardized_epoch >= run.standardized_epochs else "goes on"
-            print(f"{_title(run)}: {done} at standardized epoch {standardized_epoch:.2f}", flush=True)
-
-    def measured(self, run: Run, record: Record) -> None:
-        """Print the measurement."""
-        print(
-            f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
-            f"loss {record.train_loss:.4f}  {_scores(record)}  {record.images_per_second:,.0f} images/s",
-            flush=True,
-        )
-
-
-class Bars(Reporter):
-    """A bar for the unit in progress and one for the whole comparison; finished units leave a line."""
-
-    def __init__(self, recipe: Recipe, console: Console) -> None:
+    def __init__(self, console: Console, title: str, total: float, detail: str) -> None:
         self._bars = Progress(
             TextColumn("{task.description}"),
             BarColumn(bar_width=None),
-            MofNCompleteColumn(),
+            TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[detail]}"),
-            TimeRemainingColumn(),
+            _TimeColumn(),
             console=console,
             expand=True,
+            disable=not console.is_terminal,
         )
-        self._before = 0.0
-        total = sum(run.standardized_epochs for run in recipe.runs())
-        self._all = self._bars.add_task("all runs", total=total, detail="standardized epochs")
-        self._one: TaskID | None = None
-        self._scores = ""
+        self._all = self._bars.add_task(title, total=total, count=f"0/{total:.0f}", detail=detail)
+        self._total = total
+        self._tasks: dict[Hashable, TaskID] = {}
+        self._completed: dict[Hashable, float] = {}
 
     def __enter__(self) -> Self:
         self._bars.start()
@@ -99,118 +55,108 @@ class Bars(Reporter):
         """Leave the terminal as it was."""
         self._bars.stop()
 
-    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Show the unit's bar."""
-        self._scores = _scores(records[-1]) if records else ""
-        self._one = self._bars.add_task(
-            _title(run), total=run.standardized_epochs, completed=int(standardized_epoch), detail=self._scores
-        )
-        self._move(standardized_epoch, self._scores)
+    def update(self, key: Hashable, title: str, completed: float, total: float | None, detail: str) -> None:
+        """Move the bar of a task, or add one; a task without a total counts only when it is finished."""
+        if key not in self._tasks:
+            self._tasks[key] = self._bars.add_task(title, total=total, count="", detail=detail)
+        count = "" if total is None else f"{completed:.0f}/{total:.0f}"
+        self._bars.update(self._tasks[key], completed=completed, count=count, detail=detail)
+        self._complete(key, completed)
 
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """Move both bars."""
-        self._move(standardized_epoch, f"loss {loss:.3f}  {self._scores}  {images_per_second:,.0f} images/s")
+    def finish(self, key: Hashable, completed: float) -> None:
+        """Remove the bar of a task that has completed so much."""
+        if key in self._tasks:
+            self._bars.remove_task(self._tasks.pop(key))
+        self._complete(key, completed)
 
-    def measured(self, run: Run, record: Record) -> None:
-        """Show the new accuracies."""
-        self._scores = _scores(record)
-        self._move(record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scores}")
+    def print(self, line: str) -> None:
+        """Print a line above the bars."""
+        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
-    def end(self, run: Run, records: Sequence[Record]) -> None:
-        """Turn the unit's bar into a line."""
-        if self._one is not None:
-            self._bars.remove_task(self._one)
-        self._one = None
-        self._before += run.standardized_epochs
-        self._bars.update(self._all, completed=self._before)
-        self._bars.console.print(f"{_title(run)}: {_scores(records[-1])}  in {records[-1].seconds:.0f} s")
-
-    def _move(self, standardized_epoch: float, detail: str) -> None:
-        if self._one is not None:
-            self._bars.update(self._one, completed=standardized_epoch, detail=detail)
-        self._bars.update(self._all, completed=self._before + standardized_epoch)
+    def _complete(self, key: Hashable, completed: float) -> None:
+        self._completed[key] = completed
+        done = sum(self._completed.values())
+        self._bars.update(self._all, completed=done, count=f"{done:.0f}/{self._total:.0f}")
 
 
-class TensorBoard(Reporter):
-    """Writes the measurements for TensorBoard; raises ExperimentError when that is not installed."""
+class RunProgress(Reporter):
+    """Displays runs, of `total` standardized epochs; `split` is the name of the images in place of the test set."""
 
-    interval = float("inf")
-
-    def __init__(self, folder: Path) -> None:
-        try:
-            from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ExperimentError(
-                "--tensorboard needs TensorBoard, which is not installed: pip install 'steppe[tensorboard]'"
-            ) from error
-        self._folder, self._make = folder, SummaryWriter
-        self._writer: SummaryWriter | None = None
-
-    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Open the unit's log; what was logged after the point where it goes on is dropped."""
-        self._close()
-        self._writer = self._make(str(self._folder / run.name), purge_step=int(standardized_epoch) + 1)
-
-    def measured(self, run: Run, record: Record) -> None:
-        """Log every number of the record over the standardized epochs."""
-        assert self._writer is not None  # begin() comes first
-        for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "gap", "images_per_second"):
-            self._writer.add_scalar(name, getattr(record, name), int(record.standardized_epoch))
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Write out what is left."""
-        self._close()
-
-    def _close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-
-
-class Together(Reporter):
-    """Several reporters as one."""
-
-    def __init__(self, *reporters: Reporter) -> None:
-        self._reporters = reporters
-        self.interval = min(reporter.interval for reporter in reporters)
+    def __init__(self, console: Console, total: int, split: str = "test") -> None:
+        self._display = ProgressDisplay(console, "all runs", total, "standardized epochs")
+        self._terminal = console.is_terminal
+        self.interval = 0.5 if self._terminal else float("inf")
+        self._split = split
+        self._scores: dict[Run, str] = {}
 
     def __enter__(self) -> Self:
-        for one in self._reporters:
-            one.__enter__()
+        self._display.__enter__()
         return self
-
-    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Tell all."""
-        for one in self._reporters:
-            one.begin(run, standardized_epoch, records)
-
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """Tell all."""
-        for one in self._reporters:
-            one.step(run, standardized_epoch, loss, images_per_second)
-
-    def measured(self, run: Run, record: Record) -> None:
-        """Tell all."""
-        for one in self._reporters:
-            one.measured(run, record)
-
-    def end(self, run: Run, records: Sequence[Record]) -> None:
-        """Tell all."""
-        for one in self._reporters:
-            one.end(run, records)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Tell all."""
-        for one in reversed(self._reporters):
-            one.__exit__(kind, error, trace)
+        """Close the display."""
+        self._display.__exit__(kind, error, trace)
+
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
+        """Show the run's bar; a run that begins again after its worker died moves back on it."""
+        self._scores[run] = self._text(records[-1]) if records else ""
+        self._update(run, standardized_epoch, self._scores[run])
+        if standardized_epoch and not self._terminal:
+            state = "is finished" if standardized_epoch >= run.standardized_epochs else "resumes"
+            self._display.print(f"{_title(run)}: {state} at standardized epoch {standardized_epoch:.2f}")
+
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+        """Move the bars."""
+        detail = f"loss {loss:.3f}  {self._scores.get(run, '')}  {images_per_second:,.0f} images/s"
+        self._update(run, standardized_epoch, detail)
+
+    def measured(self, run: Run, record: Record) -> None:
+        """Show the new accuracies; without a terminal, on a line."""
+        self._scores[run] = self._text(record)
+        self._update(run, record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scores[run]}")
+        if not self._terminal:
+            self._display.print(
+                f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
+                f"loss {record.train_loss:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} images/s"
+            )
+
+    def end(self, run: Run, records: Sequence[Record]) -> None:
+        """Replace the run's bar by a line."""
+        self._display.finish(run, run.standardized_epochs)
+        if self._terminal:
+            self._display.print(f"{_title(run)}: {self._text(records[-1])}  in {records[-1].seconds:.0f} s")
+
+    def _update(self, run: Run, standardized_epoch: float, detail: str) -> None:
+        self._display.update(run, _title(run), standardized_epoch, run.standardized_epochs, detail)
+
+    def _text(self, record: Record) -> str:
+        accuracies = f"train {record.train_accuracy:6.2f} %  {self._split} {record.test_accuracy:5.2f} %"
+        return f"{accuracies}  gap {record.gap:5.2f}"
 
 
-def reporter(recipe: Recipe, *, speaks: bool, console: Console) -> Reporter:
-    """Choose how to tell: nothing where `speaks` is false (a further process), bars on a terminal, lines elsewhere."""
-    if not speaks:
-        return Reporter()
-    first: Reporter = Bars(recipe, console) if console.is_terminal else Lines()
-    return Together(first, TensorBoard(recipe.folder / "tensorboard")) if recipe.tensorboard else first
+class JobProgress(ProgressDisplay):
+    """Displays jobs whose length is unknown, and prints a line for each that is finished."""
+
+    def __init__(self, console: Console, total: int) -> None:
+        super().__init__(console, "all jobs", total, "measured")
+        self._started: dict[str, float] = {}
+        self._finished: set[str] = set()
+
+    def show(self, name: str, activity: str, passes: int) -> None:
+        """Show the activity of a job and its passes so far."""
+        self._started.setdefault(name, time.monotonic())
+        if name not in self._finished:  # a late message must not bring the bar back
+            self.update(name, name, 0, None, f"{activity} (pass {passes})")
+
+    def done(self, name: str) -> None:
+        """Replace the job's bar by a line."""
+        self._finished.add(name)
+        self.finish(name, 1)
+        seconds = time.monotonic() - self._started.get(name, time.monotonic())
+        self.print(f"{name}: measured in {seconds:.0f} s ({len(self._finished)} of {self._total:.0f})")
+
+
+def _title(run: Run) -> str:
+    return f"{run.method.label} seed {run.seed}"

@@ -1,17 +1,16 @@
-"""What a user names as "package.module:name": a model, data, a loss that live in code of their own."""
+"""Objects in a user's own code, named as "package.module:name": a model, data, a loss."""
 
 from __future__ import annotations
 
-import importlib
+import pkgutil
 import sys
 from collections.abc import Callable
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 from steppe.experiments.errors import ExperimentError
 
-__all__ = ["called", "check_name", "named", "reason"]
+__all__ = ["call_factory", "check_name", "load_entry_point", "one_line"]
 
 
 def check_name(option: str, name: str) -> None:
@@ -28,46 +27,45 @@ def check_name(option: str, name: str) -> None:
         raise ValueError(f"{option}={name!r}: write package.module:name, as in an import and without .py")
 
 
-def named(option: str, name: str) -> Any:
+def load_entry_point(option: str, name: str) -> Any:
     """Import it, from the current folder first, as `python -m` does.
 
-    Raises ExperimentError when there is no such module or name, or when importing it fails.
+    Raises:
+        ExperimentError: if there is no such module or name, or if importing it fails.
     """
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # and leave it there: a factory may import when it is called
+        sys.path.insert(0, here)  # permanently: a factory may import when it is called
     module, _, attribute = name.partition(":")
     try:
-        return reduce(getattr, attribute.split("."), importlib.import_module(module))
+        return pkgutil.resolve_name(name)
     except ModuleNotFoundError as error:
         missing = error.name or module
         inside = "" if module == missing or module.startswith(f"{missing}.") else f", which {module} imports"
         raise ExperimentError(
-            f"--{option} {name}: there is no module {missing}{inside}: it is looked for in the current folder "
-            f"({here}) and among what is installed"
-        ) from error
-    except AttributeError as error:
-        if module not in sys.modules:  # it was the module's own code that failed
-            raise ExperimentError(f"--{option} {name}: importing {module} raised {reason(error)}") from error
-        raise ExperimentError(
-            f"--{option} {name}: {module} ({getattr(sys.modules[module], '__file__', None)}) has no {attribute}"
+            f"--{option} {name}: there is no module {missing}{inside}, neither in the current folder ({here}) nor "
+            "among the installed ones"
         ) from error
     except Exception as error:
-        raise ExperimentError(f"--{option} {name}: importing {module} raised {reason(error)}") from error
+        if isinstance(error, AttributeError) and module in sys.modules:  # else the module's own code has failed
+            raise ExperimentError(
+                f"--{option} {name}: {module} ({getattr(sys.modules[module], '__file__', None)}) has no {attribute}"
+            ) from error
+        raise ExperimentError(f"--{option} {name}: importing {module} raised {one_line(error)}") from error
 
 
-def called(option: str, name: str, factory: Callable[[], Any]) -> Any:
+def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:
     """Call it without arguments; ExperimentError when that fails."""
     try:
         return factory()
     except Exception as error:
-        raise ExperimentError(f"--{option} {name}: calling it raised {reason(error)}") from error
+        raise ExperimentError(f"--{option} {name}: calling it raised {one_line(error)}") from error
 
 
-def reason(error: BaseException) -> str:
-    """What was raised, in a line.
+def one_line(error: BaseException) -> str:
+    """Return the type and the first line of an error.
 
-    >>> reason(KeyError("x"))
+    >>> one_line(KeyError("x"))
     "KeyError: 'x'"
     """
     lines = str(error).strip().splitlines()

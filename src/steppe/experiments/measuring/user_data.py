@@ -1,4 +1,4 @@
-"""Data that somebody gives, a pair of tensors, a dataset or batches, made ready for many passes."""
+"""A user's data, in tensors, a dataset or batches, prepared for many passes."""
 
 from __future__ import annotations
 
@@ -11,22 +11,30 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.measuring.entry_points import reason
-from steppe.flatness.batches import length
+from steppe.experiments.measuring.entry_points import one_line
+from steppe.flatness._batches import num_samples
 
-__all__ = ["digest_of_data", "first_length", "ready"]
+__all__ = ["digest_of_data", "first_length", "prepare_data"]
 
 _FORMS = "a tuple of tensors (inputs, targets), a Dataset of such pairs, or batches: a DataLoader, a list"
 
 
-def ready(given: Any, name: str, samples: int, batch_size: int, seed: int, *, pairs: bool) -> Any:
-    """Turn it into what :class:`steppe.flatness.Objective` takes.
+def prepare_data(given: Any, name: str, samples: int, batch_size: int, seed: int, *, pairs: bool) -> Any:
+    """Convert the user's data to the form that :class:`steppe.flatness.Objective` takes.
 
-    Of tensors and of a dataset `samples` are drawn by the seed, or all are taken where there are fewer; of a dataset
-    once and for all, so that augmentation is another draw and not another one in every pass. Batches are left whole.
-    `pairs` says that an item must be (inputs, targets).
+    From tensors and datasets, samples are drawn; from a dataset only once, so that augmentation does not change them
+    from pass to pass. Batches are used as they are.
 
-    Raises ExperimentError where it is none of these.
+    Args:
+        given: The user's data.
+        name: Their name in errors.
+        samples: The number of samples to draw; all if there are fewer.
+        batch_size: Samples per batch of a dataset.
+        seed: Seed of the draw.
+        pairs: True if an item must be (inputs, targets).
+
+    Raises:
+        ExperimentError: if the data have none of these forms.
     """
     if isinstance(given, tuple) and len(given) > 1 and all(isinstance(t, Tensor) and t.dim() for t in given):
         if len({len(t) for t in given}) > 1:
@@ -38,23 +46,23 @@ def ready(given: Any, name: str, samples: int, batch_size: int, seed: int, *, pa
         raise ExperimentError(f"--data {name} gives samples one after the other: put a DataLoader around the dataset")
     if isinstance(given, Iterator):
         raise ExperimentError(
-            f"--data {name} gives {type(given).__name__}, which can be walked through once only, and a measure needs "
+            f"--data {name} gives {type(given).__name__}, which can be iterated over only once, and a measure needs "
             f"many passes: give {_FORMS}"
         )
     if isinstance(given, tuple | list) or not hasattr(given, "__getitem__"):
         if isinstance(given, tuple) or not hasattr(given, "__iter__"):
-            raise ExperimentError(f"--data {name} gives {_what(given)}: give {_FORMS}")
+            raise ExperimentError(f"--data {name} gives {_describe(given)}: give {_FORMS}")
         return given
     if isinstance(given, Tensor | Mapping | str) or not hasattr(given, "__len__"):
-        raise ExperimentError(f"--data {name} gives {_what(given)}: give {_FORMS}")
+        raise ExperimentError(f"--data {name} gives {_describe(given)}: give {_FORMS}")
     return _collated(given, name, _drawn(len(given), samples, seed), batch_size, pairs=pairs)
 
 
 def digest_of_data(batches: Any) -> str:
-    """Return what tells these samples from others: the sum of their SHA-256, whatever their order and batches are."""
+    """Return the sum of the samples' SHA-256, which does not depend on their order and batches."""
     total = 0
     for batch in _batches(batches):
-        tensors, n = list(_tensors(batch)), length(batch)
+        tensors, n = list(_tensors(batch)), num_samples(batch)
         for i in range(n):
             found = hashlib.sha256()
             for tensor in tensors:
@@ -65,10 +73,10 @@ def digest_of_data(batches: Any) -> str:
 
 
 def first_length(batches: Any, batch_size: int) -> int:
-    """How many samples the first batch has; 0 where there is none."""
+    """Return the number of samples in the first batch, or 0 without batches."""
     if isinstance(batches, tuple):
         return min(len(batches[0]), batch_size)
-    return next((length(batch) for batch in batches), 0)
+    return next((num_samples(batch) for batch in batches), 0)
 
 
 def _batches(batches: Any) -> Iterable[Any]:
@@ -83,18 +91,18 @@ def _collated(dataset: Any, name: str, drawn: Tensor, batch_size: int, *, pairs:
     try:
         items = [dataset[i] for i in drawn.tolist()]
     except Exception as error:
-        raise ExperimentError(f"--data {name}: an item of it cannot be had: {reason(error)}") from error
+        raise ExperimentError(f"--data {name}: an item of it cannot be read: {one_line(error)}") from error
     other = next((item for item in items if not isinstance(item, tuple | list) or len(item) < 2), None)
     if pairs and other is not None:
         raise ExperimentError(
-            f"--data {name}: an item is {_what(other)}, and a loss takes (inputs, targets): say with --evaluate how "
-            "the loss of a batch is computed, package.module:function, (model, batch) -> mean loss"
+            f"--data {name}: an item is {_describe(other)}, and a loss takes (inputs, targets): give with --evaluate "
+            "the loss of a batch, package.module:function, (model, batch) -> mean loss"
         )
     try:
         return [default_collate(items[i : i + batch_size]) for i in range(0, len(items), batch_size)]
     except Exception as error:
         raise ExperimentError(
-            f"--data {name}: its items cannot be put into one batch ({reason(error)}): give a DataLoader with a "
+            f"--data {name}: its items cannot be put into one batch ({one_line(error)}): give a DataLoader with a "
             "collate_fn of its own"
         ) from error
 
@@ -107,8 +115,8 @@ def _tensors(tree: Any) -> Iterator[Tensor]:
             yield from _tensors(branch)
 
 
-def _what(thing: Any) -> str:
-    """What it is, in a word or two."""
+def _describe(thing: Any) -> str:
+    """Return the type of an object, with its size."""
     if isinstance(thing, tuple | list):
         return f"a {type(thing).__name__} of {len(thing)} ({', '.join(type(x).__name__ for x in thing[:3])})"
     return f"a tensor of shape {tuple(thing.shape)}" if isinstance(thing, Tensor) else type(thing).__name__

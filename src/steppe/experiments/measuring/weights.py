@@ -1,4 +1,4 @@
-"""Files of weights, as training scripts leave them: a state dict, alone or among other things."""
+"""Files of weights from training scripts: a state dict, alone or among other entries."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ import torch
 from torch import Tensor, nn
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.measuring.entry_points import reason
+from steppe.experiments.measuring.entry_points import one_line
 
 __all__ = ["digest", "digest_of_model", "load_weights"]
 
-_PLACES = ("state_dict", "model_state_dict", "model")
+_KEYS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
 _FEW = 3  # names in an error
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a file into a network, all of it or nothing.
+    """Load a file into a network, which must match it completely.
 
-    Raises ExperimentError when the file is damaged, holds no state dict, or one of another network.
+    Raises:
+        ExperimentError: if the file is damaged, or holds no state dict or one of another network.
     """
     state = _state_dict(_read(path), path)
     expected = network.state_dict()
@@ -37,16 +38,16 @@ def load_weights(network: nn.Module, path: Path) -> None:
     try:
         missing, unexpected = network.load_state_dict(state, strict=False)
     except Exception as error:
-        raise ExperimentError(f"{path} cannot be loaded into {type(network).__name__}: {reason(error)}") from error
-    # a tensor that is tied to another one may be kept once
+        raise ExperimentError(f"{path} cannot be loaded into {type(network).__name__}: {one_line(error)}") from error
+    # of tied tensors, a file may hold one only
     loaded = {expected[k].data_ptr() for k in state.keys() & expected.keys() if isinstance(expected[k], Tensor)}
     missing = [k for k in missing if expected[k].data_ptr() not in loaded]
     if missing or unexpected:
-        said = ((missing, "without"), (unexpected, "with an unexpected"))
+        differences = ((missing, "without"), (unexpected, "with an unexpected"))
         raise ExperimentError(
             f"{path} is not of this {type(network).__name__}: it comes "
-            f"{' and '.join(f'{word} {_some(names)}' for names, word in said if names)}. Measured as they are, weights "
-            "that are not loaded would be random: name the factory of the network that was trained"
+            f"{' and '.join(f'{word} {_some(names)}' for names, word in differences if names)}. Weights that "
+            "are not loaded would be random: name the factory of the network that was trained"
         )
 
 
@@ -81,34 +82,36 @@ def _read(path: Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (ExperimentError, FileNotFoundError, PermissionError):
         raise
-    except Exception as error:  # a damaged file raises almost anything
+    except Exception as error:  # damaged files raise many kinds of errors
         if "weights_only" in str(error):
             raise ExperimentError(
                 f"{path} holds more than tensors and plain values, and would run code when it is read: save the state "
                 "dict alone, torch.save(model.state_dict(), path)"
             ) from error
-        raise ExperimentError(f"{path} is damaged, or no file of weights ({reason(error)})") from error
+        raise ExperimentError(f"{path} is damaged, or no file of weights ({one_line(error)})") from error
 
 
 def _safetensors(path: Path) -> dict[str, Tensor]:
     try:
         from safetensors.torch import load_file  # it comes with transformers
     except ModuleNotFoundError as error:
-        raise ExperimentError(f"{path} is read by the package safetensors: pip install safetensors") from error
+        raise ExperimentError(
+            f"{path} is read by the package safetensors, which is not installed: pip install safetensors"
+        ) from error
     return dict(load_file(path))
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
-    """What of a file is the state dict: all of it, or what lies in one of the usual places."""
+    """Return the state dict of a file: the whole content, or the entry under one of the usual names."""
     if isinstance(content, Mapping):
-        inner = [content[place] for place in _PLACES if isinstance(content.get(place), Mapping)]
+        inner = [content[key] for key in _KEYS if isinstance(content.get(key), Mapping)]
         found = inner[0] if inner else content
         if any(isinstance(value, Tensor) for value in found.values()):
             return dict(found)
     holds = f"with {_some(list(map(str, content)))}" if isinstance(content, Mapping) else "not a dictionary"
     raise ExperimentError(
-        f"{path} holds {type(content).__name__}, {holds}, and no state dict: that would be the whole of it, or be "
-        f"under one of {', '.join(_PLACES)}"
+        f"{path} holds {type(content).__name__}, {holds}, and no state dict, which must be the whole content "
+        f"or an entry under one of {', '.join(_KEYS)}"
     )
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: one file for a run, replaced as a whole, verified before it is believed."""
+"""Checkpoints: one file for each run, replaced atomically and verified when it is loaded."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ def save(path: Path, owner: str, state: Mapping[str, Any]) -> None:
 
 
 def load(path: Path, owner: str) -> dict[str, Any]:
-    """Read back what `save` wrote, with its tensors on the CPU.
+    """Load a checkpoint of `save`, with its tensors on the CPU.
 
-    Raises ExperimentError when the file is damaged, is not such a checkpoint, or belongs to another owner.
+    Raises:
+        ExperimentError: if the file is damaged, is no checkpoint of `save`, or belongs to another owner.
     """
-    way_out = f"Delete {path} to train this run again from its beginning; the others are kept."
+    remedy = f"Delete {path} to train this run again from its beginning; the others are kept."
     try:
-        # torch does not compare the checksums that it writes: a flipped bit would come back as a weight
+        # torch does not compare the checksums that it writes, so a flipped bit would be loaded as a weight
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip()
         if damaged is not None:
@@ -40,11 +41,13 @@ def load(path: Path, owner: str) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except PermissionError:
         raise
-    except Exception as error:  # a damaged archive raises almost anything, in zipfile and in torch
+    except Exception as error:  # damaged archives raise many kinds of errors, in zipfile and in torch
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ExperimentError(f"the checkpoint {path} is damaged ({reason}), so it cannot go on. {way_out}") from error
+        raise ExperimentError(
+            f"the checkpoint {path} is damaged ({reason}), so the run cannot resume. {remedy}"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
-        raise ExperimentError(f"{path} is not a checkpoint of an experiment of this version. {way_out}")
+        raise ExperimentError(f"{path} is not a checkpoint of a run of this version. {remedy}")
     if state["owner"] != owner:
-        raise ExperimentError(f"{path} belongs to another run or another configuration than this one. {way_out}")
+        raise ExperimentError(f"{path} belongs to another run or another configuration than this one. {remedy}")
     return state

@@ -1,8 +1,9 @@
-"""Where a comparison was run: what somebody who wants the same numbers must know."""
+"""The environment of a comparison: versions, machine and command, for those who want the same numbers."""
 
 from __future__ import annotations
 
 import datetime
+import json
 import os
 import platform
 import shlex
@@ -14,12 +15,29 @@ from typing import Any
 
 import numpy as np
 import torch
+from rich.console import Console
 
-__all__ = ["describe"]
+from steppe.experiments.storage.files import write_json
+
+__all__ = ["describe", "record_session"]
+
+
+def record_session(path: Path, command: Sequence[str], console: Console) -> None:
+    """Add this session to the JSON file at `path`, and print a note when the software or the machine has changed."""
+    now = describe(command)
+    try:
+        sessions = json.loads(path.read_text()) if path.exists() else []
+    except ValueError:  # no result depends on the record, so a damaged one is begun again
+        sessions = []
+    before = sessions[-1] if sessions else now
+    changed = [f"{k} {before.get(k)} -> {now[k]}" for k in ("steppe", "torch", "cpu", "gpu") if before.get(k) != now[k]]
+    if changed:
+        console.print(f"Note: since this folder's last session: {', '.join(changed)}. Bits may differ.")
+    write_json(path, [*sessions, now])
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:
-    """Say what runs here, as JSON: versions, machine, threads, time, and the command."""
+    """Return versions, machine, threads, time and the command as JSON has them."""
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
@@ -40,7 +58,7 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
 def _version() -> str | None:
     try:
         return metadata.version("steppe")
-    except metadata.PackageNotFoundError:  # a checkout on the path, on a machine where nothing can be installed
+    except metadata.PackageNotFoundError:  # a checkout on the path, without an installation
         return None
 
 
@@ -48,12 +66,12 @@ def _cpu() -> str:
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):  # not Linux, or a processor that has no such line
+    except (OSError, StopIteration):  # not Linux, or a processor without such a line
         return platform.processor() or platform.machine()
 
 
 def _commit() -> str | None:
-    """The commit of Steppe's own source, marked when files were changed since; None when it is not in a checkout."""
+    """Return the commit of Steppe's source, marked if files have changed since; None outside of a checkout."""
     here = Path(__file__).parent
 
     def git(*words: str) -> str:
@@ -61,7 +79,9 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", Path(__file__).name)  # else it is installed inside somebody's checkout
+        git(
+            "ls-files", "--error-unmatch", Path(__file__).name
+        )  # else it is installed inside another project's checkout
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None

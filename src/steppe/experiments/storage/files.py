@@ -1,4 +1,4 @@
-"""Files that are whole or not there, whenever the process is killed."""
+"""Atomic writes: a file is complete or absent, whenever the process is killed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ __all__ = ["write_atomically", "write_json"]
 def write_atomically(path: Path, content: bytes | memoryview) -> None:
     """Replace the file at `path`, so that a reader finds either the old content or the new one, never a part.
 
-    The caller makes sure that there is one writer at a time. Raises OSError as `open` does, for a full disk too.
+    The caller must ensure that there is one writer at a time. Raises OSError as `open` does, also for a full disk.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    draft = path.with_name(f".{path.name}.draft")  # one fixed name: what a killed process left is overwritten
+    draft = path.with_name(f".{path.name}.draft")  # one fixed name, so that a killed process's draft is overwritten
     try:
         with draft.open("wb") as file:
             file.write(content)
@@ -24,8 +24,10 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
             os.fsync(file.fileno())
         draft.replace(path)
     except OSError:
-        draft.unlink(missing_ok=True)  # a full disk is not helped by half a checkpoint
+        draft.unlink(missing_ok=True)  # half a checkpoint would only fill the disk
         raise
+    if os.name == "nt":  # where a folder cannot be opened
+        return
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)

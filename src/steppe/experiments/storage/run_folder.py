@@ -1,33 +1,35 @@
-"""The run folder: what it holds, whose it is, and that one process at a time works in it."""
+"""The run folder: its files, the configuration that owns it, and the lock for one process at a time."""
 
 from __future__ import annotations
 
-import fcntl
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.config.recipe import LATER, Recipe, Run
+from filelock import FileLock, Timeout
+
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.records import Record, read_records
 
-__all__ = ["CHECKPOINT", "METRICS", "Results", "RunFolder"]
+__all__ = ["CHECKPOINT", "METRICS", "Results", "RunFolder", "check_same", "check_unused"]
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
-_FORMAT = "steppe run folder, version 2"
+_FORMAT = "steppe run folder, version 3"
 
 Results = Mapping[Run, list[Record]]
-"""The measurements of every unit of a recipe; an empty list for one that has none yet."""
+"""The measurements of every run of a recipe; an empty list for one that has none yet."""
 
 
 class RunFolder:
-    """A comparison on disk:
+    """A comparison on disk.
 
-    config.json, environment.json, summary.md and .json, figures/, and runs/UNIT/ with metrics.jsonl and checkpoint.pt.
+    It has config.json, environment.json, summary.md and .json, figures/, and runs/RUN/ with metrics.jsonl and
+    checkpoint.pt.
     """
 
     def __init__(self, path: Path) -> None:
@@ -35,63 +37,67 @@ class RunFolder:
 
     @property
     def figures(self) -> Path:
-        """Where the figures are."""
+        """The folder of the figures."""
         return self.path / "figures"
 
     def run(self, run: Run) -> Path:
-        """Where a unit keeps its metrics and its checkpoint."""
+        """Return the folder of a run's metrics and checkpoint."""
         return self.path / "runs" / run.name
 
     @contextmanager
-    def locked(self) -> Iterator[None]:
-        """Hold the folder; ExperimentError when another process does. The lock ends with the process, however."""
+    def locked(self, timeout: float = 0.0) -> Iterator[None]:
+        """Hold the exclusive lock of the folder, which ends with the process at the latest.
+
+        Args:
+            timeout: Seconds to wait for another process that holds it; -1 waits without end.
+
+        Raises:
+            ExperimentError: if another process still holds it.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except FileExistsError:
             raise ExperimentError(f"{self.path} is a file, not a folder: choose another with --out") from None
-        with (self.path / ".lock").open("a") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ExperimentError(
-                    f"another process is working in {self.path}, and two would spoil each other's runs: wait for it, "
-                    "or choose another folder with --out"
-                ) from None
+        try:
+            # a new object each time, because a FileLock object can be acquired twice by its own process
+            lock = FileLock(self.path / ".lock").acquire(timeout=timeout)
+        except Timeout:
+            raise ExperimentError(
+                f"another process is working in {self.path}, and two would overwrite each other's runs: wait for it, "
+                "or choose another folder with --out"
+            ) from None
+        with lock:
             yield
 
     def claim(self, recipe: Recipe, processes: int) -> None:
-        """Make this the folder of a resolved recipe, or see that it is already.
+        """Make this the folder of a resolved recipe, or check that it is already.
 
-        Raises ExperimentError when it belongs to another configuration, listing what differs, or to something else.
-        Methods and seeds may be added: they are runs of their own and change nothing of those that are there.
+        Methods and seeds may be added: they are runs of their own and leave the present ones unchanged.
+
+        Raises:
+            ExperimentError: if it belongs to another configuration, listing the differences, or is no run folder.
         """
         config = self.path / "config.json"
         if config.exists():
-            self._compare(*self._config(), recipe, processes)
-        elif any(not entry.name.startswith(".") for entry in self.path.iterdir()):
-            raise ExperimentError(
-                f"{self.path} is not a run folder and not empty, and the run's files would mix with what is there: "
-                "choose another with --out"
+            before, processes_before = self.read()
+            check_same(
+                self.path,
+                before.result() | {"processes": processes_before},
+                recipe.result() | {"processes": processes},
             )
+        check_unused(self.path)
         write_json(config, {"format": _FORMAT, "recipe": recipe.to_json(), "processes": processes})
 
     def recipe(self) -> Recipe:
-        """The recipe whose folder this is; ExperimentError when there is none."""
-        return self._config()[0]
+        """Return the recipe of the folder; ExperimentError when it is no run folder."""
+        return self.read()[0]
 
-    def claimed(self) -> tuple[Recipe, int]:
-        """The recipe, and the number of processes that its runs were trained in."""
-        return self._config()
-
-    def results(self, recipe: Recipe) -> Results:
-        """Read the measurements of every unit; ExperimentError when a file is damaged."""
-        return {run: self._records(self.run(run) / METRICS) for run in recipe.runs()}
-
-    def _config(self) -> tuple[Recipe, int]:
+    def read(self) -> tuple[Recipe, int]:
+        """Return the recipe and the number of processes of a run; ExperimentError when it is no run folder."""
         config = self.path / "config.json"
         if not config.is_file():
             raise ExperimentError(
-                f"{self.path} is not a run folder, it has no config.json: name the folder that `steppe compare` made"
+                f"{self.path} is not a run folder, as it has no config.json: name the folder of a `steppe compare`"
             )
         try:
             values: dict[str, Any] = json.loads(config.read_text())
@@ -103,15 +109,9 @@ class RunFolder:
                 f"{config} is damaged or of another version ({error}): choose another folder with --out"
             ) from error
 
-    def _compare(self, theirs: Recipe, their_processes: int, recipe: Recipe, processes: int) -> None:
-        before = {**LATER, **theirs.result(), "processes": their_processes}
-        now = {**LATER, **recipe.result(), "processes": processes}
-        differing = [f"{k} was {before[k]} and is {now[k]}" for k in now if now[k] != before[k]]
-        if differing:
-            raise ExperimentError(
-                f"{self.path} holds another configuration, and its runs could not be compared with these: "
-                f"{'; '.join(differing)}. Take the values that were, or choose another folder with --out"
-            )
+    def results(self, recipe: Recipe) -> Results:
+        """Read the measurements of every run; ExperimentError when a file is damaged."""
+        return {run: self._records(self.run(run) / METRICS) for run in recipe.runs()}
 
     @staticmethod
     def _records(path: Path) -> list[Record]:
@@ -121,5 +121,24 @@ class RunFolder:
             return read_records(path.read_text())
         except (ValueError, TypeError) as error:
             raise ExperimentError(
-                f"{path} is damaged ({error}): run the comparison again, it is written anew from the checkpoint"
+                f"{path} is damaged ({error}): run the comparison again, which writes it anew from the checkpoint"
             ) from error
+
+
+def check_unused(path: Path) -> None:
+    """Raise ExperimentError if the folder holds files, but is no run folder."""
+    if not (path / "config.json").exists() and any(not entry.name.startswith(".") for entry in path.iterdir()):
+        raise ExperimentError(
+            f"{path} is not a run folder and not empty, and the files of the runs would mix with those: choose another "
+            "with --out"
+        )
+
+
+def check_same(path: Path, before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    """Raise ExperimentError, with every difference, if the folder's configuration is not the one of now."""
+    differing = [f"{k} was {before.get(k)} and is {v}" for k, v in now.items() if before.get(k) != v]
+    if differing:
+        raise ExperimentError(
+            f"{path} holds another configuration, and its runs could not be compared with these: "
+            f"{'; '.join(differing)}. Use the former values, or choose another folder with --out"
+        )

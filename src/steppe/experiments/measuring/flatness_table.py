@@ -1,4 +1,4 @@
-"""What was measured of solutions from outside, as a table: on the terminal and as Markdown."""
+"""The measured flatness of a user's model, as a table on the terminal and in Markdown."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict, compared
 from steppe.flatness import FAMILIES, Flatness, Measure
 
-__all__ = ["TITLE", "Solutions"]
+__all__ = ["TITLE", "FlatnessTable"]
 
 TITLE = "# Flatness of "
 
@@ -21,18 +21,18 @@ _HEADINGS = ("measure", "value", "note")
 
 
 @dataclass(frozen=True)
-class Solutions:
-    """Solutions of one network on the same samples."""
+class FlatnessTable:
+    """The measures of several files of weights of one network, on the same samples."""
 
     model: str
     setting: str
     names: tuple[str, str]
     found: Mapping[str, Flatness]
-    """By their files' names; where there is a reference, its files are the second half."""
+    """The measures by name; with a reference, its files are the second half."""
     paired: bool
 
     def groups(self) -> dict[str, list[Flatness]]:
-        """By method, the reference first."""
+        """Return the measures by method, the reference first."""
         every = list(self.found.values())
         if not self.paired:
             return {self.names[0]: every} if len(every) > 1 else {name: [one] for name, one in self.found.items()}
@@ -40,14 +40,14 @@ class Solutions:
         return {self.names[1]: theirs, self.names[0]: ours}
 
     def verdict(self) -> Verdict | None:
-        """Who is flatter; None without a reference."""
+        """Compare the methods; None without a reference."""
         if not self.paired:
             return None
         theirs, ours = self.groups().values()
         return compared(*self.names, self.names, list(zip(ours, theirs, strict=True)))
 
-    def told(self) -> str:
-        """What was measured on what."""
+    def caption(self) -> str:
+        """Return the size of the network, the samples and the setting, in words."""
         one = next(iter(self.found.values())).settings
         return (
             f"{one['parameters']} weights, {one['samples']} samples, {self.setting}; BatchNorm in mode "
@@ -55,8 +55,8 @@ class Solutions:
         )
 
     def markdown(self) -> str:
-        """Every number, and the verdict."""
-        parts = [f"{TITLE}{self.model}", self.told()]
+        """Return every number, and the verdict, as Markdown."""
+        parts = [f"{TITLE}{self.model}", self.caption()]
         verdict = self.verdict()
         if verdict is not None:
             parts += [f"## {' against '.join(self.names)}", verdict.markdown()]
@@ -70,8 +70,8 @@ class Solutions:
         return "\n\n".join(parts) + "\n"
 
     def show(self, console: Console) -> None:
-        """Print the numbers, or where there is a reference, how they compare."""
-        console.print(f"{self.model}: {self.told()}", highlight=False, markup=False)
+        """Print the numbers or, with a reference, the comparison."""
+        console.print(f"{self.model}: {self.caption()}", highlight=False, markup=False)
         verdict = self.verdict()
         if verdict is not None:
             verdict.show(console)
@@ -87,14 +87,14 @@ class Solutions:
         console.print(table)
 
 
-def _rows(solutions: Sequence[Flatness]) -> Iterator[tuple[str, list[list[str]]]]:
-    """The rows of each family that was measured; of several solutions the mean, with their standard deviation."""
+def _rows(measured: Sequence[Flatness]) -> Iterator[tuple[str, list[list[str]]]]:
+    """Yield the rows of each measured family; of several files, the mean with the standard deviation."""
     for family in FAMILIES.values():
         rows = []
         for name, label in family.measures.items():
-            each = [one.measures[name] for one in solutions if name in one.measures]
+            each = [one.measures[name] for one in measured if name in one.measures]
             if each:
-                rows.append([label, *(_one(each[0]) if len(solutions) == 1 else _several(each))])
+                rows.append([label, *(_one(each[0]) if len(measured) == 1 else _several(each))])
         if rows:
             yield family.title, rows
 

@@ -1,0 +1,210 @@
+"""Measure the flatness of every run of a run folder, and the loss on the lines between the runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from rich.console import Console
+from torch import Tensor, nn
+
+from steppe.experiments.analysis.flatness import FLATNESS, read_flatness_file, read_lines
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data.datasets import Dataset, Split, normalize
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.execution.launch import start_executor
+from steppe.experiments.measuring.jobs import FlatnessJob, Progress, measure_missing, run_jobs
+from steppe.experiments.measuring.options import MeasuringOptions, Sampling
+from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.training.pretraining import with_start
+from steppe.experiments.training.run import Training, owner
+from steppe.experiments.training.sharpness import flatness_sample
+from steppe.experiments.world import World
+from steppe.flatness import Budget, Flatness, Objective, interpolation, normalized_logits
+
+__all__ = ["measure_runs", "objectives"]
+
+_LINE_POINTS = 13
+
+
+@dataclass(frozen=True)
+class RunJob(FlatnessJob):
+    """A run to measure."""
+
+    folder: Path
+    run: Run
+    processes: int
+    """The number of processes that the run was trained in."""
+    options: MeasuringOptions
+
+    @property
+    def name(self) -> str:
+        """The name of the run."""
+        return self.run.name
+
+    @property
+    def path(self) -> Path:
+        """The file in the run's folder."""
+        return RunFolder(self.folder).run(self.run) / FLATNESS
+
+    def is_measured(self) -> bool:
+        """True if the file is newer than the checkpoint, and its settings are those of the options."""
+        found, _ = read_flatness_file(self.path)
+        return (
+            found is not None
+            and self.path.stat().st_mtime >= self.path.with_name(CHECKPOINT).stat().st_mtime
+            and self.options.settings().items() <= found.settings.items()
+        )
+
+    def prepare(self, progress: Progress) -> tuple[Objective, Objective, Budget]:
+        """Return the run's losses, at the weights of its checkpoint."""
+        training = self.restore()
+        return *objectives(
+            training.network, self.sample(training), self.options.sampling, progress
+        ), self.options.budget
+
+    def to_json(self, found: Flatness) -> dict[str, Any]:
+        """Return the measures with their settings."""
+        content = found.to_json()
+        content["settings"] |= self.options.settings()
+        return content
+
+    def restore(self) -> Training:
+        """Load the run from its checkpoint."""
+        # any network can be measured in this layout, which changes no weight
+        run = replace(self.run, recipe=self.run.recipe.replace(channels_last=False, compile=False))
+        with _data_and_device(run.recipe, self.folder, Console(quiet=True)) as (dataset, device):
+            training = Training(run, dataset.to(device), World(device))
+        digest = None if dataset.start is None else dataset.start.digest()
+        state = checkpoints.load(self.path.with_name(CHECKPOINT), owner(self.run, self.processes, digest))
+        training.network.load_state_dict(state["model"])
+        return training
+
+    def sample(self, training: Training) -> Split:
+        """Draw the training images to measure on."""
+        return flatness_sample(training.data.train, self.options.sampling.samples, self.run.seed)
+
+
+@dataclass(frozen=True)
+class LineJob:
+    """The line between the weights of a run and of the reference's run of the same seed."""
+
+    job: RunJob
+    reference: Run
+
+    @property
+    def name(self) -> str:
+        """The name in messages."""
+        return f"{self.reference.name} to {self.job.name}"
+
+    @property
+    def key(self) -> tuple[str, str, int]:
+        """The values that identify the line in its file."""
+        return str(self.reference.method), str(self.job.run.method), self.job.run.seed
+
+
+def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> None:
+    """Measure every run of a folder that is not measured yet, and the lines between the runs.
+
+    Raises:
+        ExperimentError: if there is nothing to measure, or a measure cannot be computed.
+    """
+    folder = RunFolder(path)
+    recipe, processes = folder.read()
+    for member in recipe.replace(out=path).members():
+        measure_runs(member.folder, options, console)
+    if recipe.comparison.widths:
+        return
+    with folder.locked():
+        runs = _finished(folder, recipe, console)
+        with _data_and_device(recipe, path, console) as (dataset, _):  # makes or downloads a backbone once, here
+            shots = recipe.data.shots
+            options = options.limit(len(dataset.train) if shots is None else shots * len(data.CLASSES))
+        jobs = [RunJob(path, run, processes, options) for run in runs]
+        measure_missing(jobs, options.jobs_at_once, console)
+        write_json(path / FLATNESS, {"lines": _lines(folder, jobs, options.jobs_at_once, console)})
+
+
+def objectives(
+    network: nn.Module, sample: Split, sampling: Sampling, progress: Progress
+) -> tuple[Objective, Objective]:
+    """Return a network's mean cross-entropy on a sample, and that of its normalized logits."""
+    losses = F.cross_entropy, normalized_logits(F.cross_entropy)
+    plain, normalized = (_objective(network, sample, sampling, loss, progress) for loss in losses)
+    return plain, normalized
+
+
+def _objective(
+    network: nn.Module, sample: Split, sampling: Sampling, loss: Callable[[Tensor, Tensor], Tensor], progress: Progress
+) -> Objective:
+    return Objective(
+        network,
+        (normalize(sample.images), sample.labels),
+        loss=loss,
+        batch_norm=sampling.batch_norm,
+        batch_size=sampling.batch_size,
+        progress=progress,
+    )
+
+
+def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:
+    """Return the runs whose compute is spent; others would be compared at less compute."""
+    results = folder.results(recipe)
+    ends = {run: max((r.standardized_epoch for r in results[run]), default=0) for run in results}
+    begun = [run for run in ends if (folder.run(run) / CHECKPOINT).exists()]
+    runs = [run for run in begun if ends[run] >= run.standardized_epochs]
+    if not runs:
+        raise ExperimentError(
+            f"{folder.path} has no finished runs, so there is nothing to measure: run steppe compare first"
+        )
+    if len(runs) < len(begun):
+        names = ", ".join(run.name for run in begun if run not in runs)
+        console.print(f"Not finished, so not measured: {names}", highlight=False, markup=False, soft_wrap=True)
+    return runs
+
+
+def _lines(folder: RunFolder, jobs: Sequence[RunJob], processes: int, console: Console) -> list[dict[str, Any]]:
+    """Measure the loss between each run and the reference's of its seed; lines between unchanged runs are kept."""
+    known = {(line["a"], line["b"], line["seed"]): line for line in read_lines(folder)}
+    runs, reference = {job.run for job in jobs}, jobs[0].run.recipe.comparison.methods[0]
+    lines = [LineJob(job, Run(job.run.recipe, reference, job.run.seed)) for job in jobs]
+    lines = [line for line in lines if line.job.run != line.reference and line.reference in runs]
+    written = (folder.path / FLATNESS).stat().st_mtime_ns if known else 0
+    changed = {job.run for job in jobs if job.path.stat().st_mtime_ns > written}
+    todo = {line.name: line for line in lines if changed & {line.job.run, line.reference} or line.key not in known}
+    measured = run_jobs(measure_line, todo, processes, console)
+    known |= {line.key: found for line, found in zip(todo.values(), measured, strict=True)}
+    return [known[line.key] for line in lines]
+
+
+def measure_line(line: LineJob, progress: Progress) -> dict[str, Any]:
+    """Measure the loss between two runs, on training and test images, with BatchNorm statistics estimated anew."""
+    options = line.job.options
+    end, start = line.job.restore(), replace(line.job, run=line.reference).restore()
+    samples = {"train": line.job.sample(start), "test": flatness_sample(start.data.test, options.sampling.samples, 0)}
+    reference, method, seed = line.key
+    found: dict[str, Any] = {"a": reference, "b": method, "seed": seed}
+    for split, sample in samples.items():
+        objective = _objective(start.network, sample, options.sampling, F.cross_entropy, progress)
+        losses = interpolation(objective, end.network.state_dict(), points=_LINE_POINTS, statistics=True)
+        found |= {"axis": losses.axis.tolist(), split: losses.to_json()["losses"], "reestimated": losses.statistics}
+    return found
+
+
+@contextmanager
+def _data_and_device(recipe: Recipe, path: Path, console: Console) -> Iterator[tuple[Dataset, torch.device]]:
+    """Provide the data of a recipe, with the backbone of its runs, and this machine's device."""
+    local = recipe.replace(device="auto", threads=torch.get_num_threads(), compile=False, channels_last=False)
+    with start_executor(local, ExecutionOptions(), console) as executor:
+        executor.recipe = recipe  # the backbone of the recipe itself, not one pretrained with these changes
+        dataset = data.load(recipe.data.dataset, recipe.data.data_dir)
+        yield with_start(dataset, executor, path, console), executor.world.device

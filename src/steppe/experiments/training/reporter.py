@@ -1,0 +1,36 @@
+"""The interface through which a run reports its progress."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from types import TracebackType
+
+from steppe.experiments.config.recipe import Run
+from steppe.experiments.storage.records import Record
+
+__all__ = ["Reporter"]
+
+
+class Reporter(AbstractContextManager["Reporter"]):
+    """Base class of progress reporters; does nothing. Use it as a context manager."""
+
+    interval = 0.5
+    """Seconds between two calls of `step`: each waits for the device."""
+
+    def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
+        """Report that a run starts, or resumes at its checkpoint."""
+
+    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+        """Report the state of the training."""
+
+    def measured(self, run: Run, record: Record) -> None:
+        """Report a measurement."""
+
+    def end(self, run: Run, records: Sequence[Record]) -> None:
+        """Report that the run is finished."""
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """Close the reporter."""
