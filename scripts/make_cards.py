@@ -15,18 +15,17 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.summary import Summary, setting, summarize
-from steppe.experiments.config.method_spec import parse
-from steppe.experiments.config.methods import METHODS
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.tuning.result import command_line
+from steppe.experiments.tuning.confirm import command_line
 from steppe.methods import cards
 from steppe.methods.registry import CARDS
 
@@ -51,31 +50,31 @@ def comparison(path: Path) -> dict[str, Any]:
     summary = summarize(recipe, folder.results(recipe))
     if summary.unfinished:
         print(f"Not finished: {', '.join(summary.unfinished)}", file=sys.stderr)
-    rows = [row for row in summary.rows if row.standardized_epoch == recipe.epochs]
+    rows = [row for row in summary.rows if row.standardized_epoch == recipe.comparison.epochs]
     if not rows:
         raise ExperimentError(
-            f"{path} has no results at {recipe.epochs} standardized epochs: let the comparison finish"
+            f"{path} has no results at {recipe.comparison.epochs} standardized epochs: let the comparison finish"
         )
     sam = _sam(recipe)
     differences = [*_differences(summary)]
-    if sam is not None and sam != recipe.methods[0]:
-        others = tuple(m for m in recipe.methods if m not in (sam, recipe.methods[0]))
-        against = replace(recipe, methods=(sam, *others))
+    if sam is not None and sam != recipe.comparison.methods[0]:
+        others = tuple(m for m in recipe.comparison.methods if m not in (sam, recipe.comparison.methods[0]))
+        against = recipe.replace(methods=(sam, *others))
         differences += _differences(summarize(against, folder.results(against)))
     sessions = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    clean = replace(recipe, out=None, data_dir=None, tensorboard=False, checkpoint_seconds=60.0)
+    clean = recipe.replace(out=None, data_dir=None, tensorboard=False, checkpoint_seconds=60.0)
     return {
         "title": recipe.name,
         "setting": setting(recipe),
-        "standardized_epochs": recipe.epochs,
+        "standardized_epochs": recipe.comparison.epochs,
         "command": command_line(clean),
         "environment": {name: sessions[-1].get(name) for name in _ENVIRONMENT},
-        "base": recipe.methods[0],
-        "sam": sam,
+        "base": str(recipe.comparison.methods[0]),
+        "sam": None if sam is None else str(sam),
         "rows": [
             {
-                "method": row.method,
-                "label": parse(row.method).label,
+                "method": str(row.method),
+                "label": row.method.label,
                 "rho": _rho(row.method, recipe),
                 **{name: _estimate(getattr(row, name)) for name in _VALUES},
             }
@@ -85,21 +84,20 @@ def comparison(path: Path) -> dict[str, Any]:
     }
 
 
-def _sam(recipe: Recipe) -> str | None:
+def _sam(recipe: Recipe) -> MethodSpec | None:
     """The method that is SAM itself."""
-    found = [m for m in recipe.methods if CARDS["sam"].covers(m)]
-    return min(found, key=len) if found else None
+    found = [m for m in recipe.comparison.methods if CARDS["sam"].covers(str(m))]
+    return min(found, key=lambda spec: len(str(spec))) if found else None
 
 
-def _rho(method: str, recipe: Recipe) -> float | None:
-    spec = parse(method)
-    return spec.rho(recipe.rho) if "rho" in METHODS[spec.name].arguments else None
+def _rho(spec: MethodSpec, recipe: Recipe) -> float | None:
+    return spec.rho(recipe.training.rho) if "rho" in spec.definition.arguments else None
 
 
 def _differences(summary: Summary) -> Iterator[dict[str, Any]]:
     for one in summary.differences:
         values = {name: _estimate(getattr(one, name), interval=True) for name in ("test_accuracy", "gap")}
-        yield {"method": one.method, "reference": one.reference, **values}
+        yield {"method": str(one.method), "reference": str(one.reference), **values}
 
 
 def _estimate(value: Estimate, *, interval: bool = False) -> dict[str, Any]:

@@ -19,14 +19,13 @@ from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any
 
-from steppe.experiments.data.datasets import DataError
 from steppe.experiments.errors import ExperimentError
 
 __all__ = ["ProcessPool", "Worker", "WorkerDied"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTHING = pickle.dumps(None)
-_EXPECTED = (ExperimentError, DataError, OSError)
+_EXPECTED = (ExperimentError, OSError)
 """Errors with a message for the user, which a worker sends as they are; of others, it sends the traceback."""
 
 Task = Callable[[Any, Callable[..., None]], Any]

@@ -15,18 +15,18 @@ from torch import Tensor, nn
 
 from steppe.experiments.analysis.flatness import FLATNESS, read_flatness_file, read_lines
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.data import datasets as data
-from steppe.experiments.data.datasets import Dataset, Split, normalize
+from steppe.experiments.data.datasets import CLASSES, Dataset, Split, normalize
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
+from steppe.experiments.execution.pretraining import load_data, with_backbone
 from steppe.experiments.measuring.jobs import FlatnessJob, Progress, measure_missing, run_jobs
 from steppe.experiments.measuring.options import MeasuringOptions, Sampling
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.training.pretraining import with_start
-from steppe.experiments.training.run import Training, owner
+from steppe.experiments.training.checkpointing import owner
+from steppe.experiments.training.run import Training
 from steppe.experiments.training.sharpness import flatness_sample
 from steppe.experiments.world import World
 from steppe.flatness import Budget, Flatness, Objective, interpolation, normalized_logits
@@ -84,7 +84,7 @@ class RunJob(FlatnessJob):
         run = replace(self.run, recipe=self.run.recipe.replace(channels_last=False, compile=False))
         with _data_and_device(run.recipe, self.folder, Console(quiet=True)) as (dataset, device):
             training = Training(run, dataset.to(device), World(device))
-        digest = None if dataset.start is None else dataset.start.digest()
+        digest = None if dataset.backbone is None else dataset.backbone.digest()
         state = checkpoints.load(self.path.with_name(CHECKPOINT), owner(self.run, self.processes, digest))
         training.network.load_state_dict(state["model"])
         return training
@@ -128,7 +128,7 @@ def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> Non
         runs = _finished(folder, recipe, console)
         with _data_and_device(recipe, path, console) as (dataset, _):  # makes or downloads a backbone once, here
             shots = recipe.data.shots
-            options = options.limit(len(dataset.train) if shots is None else shots * len(data.CLASSES))
+            options = options.limit(len(dataset.train) if shots is None else shots * len(CLASSES))
         jobs = [RunJob(path, run, processes, options) for run in runs]
         measure_missing(jobs, options.jobs_at_once, console)
         write_json(path / FLATNESS, {"lines": _lines(folder, jobs, options.jobs_at_once, console)})
@@ -206,5 +206,5 @@ def _data_and_device(recipe: Recipe, path: Path, console: Console) -> Iterator[t
     local = recipe.replace(device="auto", threads=torch.get_num_threads(), compile=False, channels_last=False)
     with start_executor(local, ExecutionOptions(), console) as executor:
         executor.recipe = recipe  # the backbone of the recipe itself, not one pretrained with these changes
-        dataset = data.load(recipe.data.dataset, recipe.data.data_dir)
-        yield with_start(dataset, executor, path, console), executor.world.device
+        dataset = with_backbone(load_data(recipe, executor.world), executor, path, console)
+        yield dataset, executor.world.device

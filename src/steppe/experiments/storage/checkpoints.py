@@ -15,7 +15,7 @@ from steppe.experiments.storage.files import write_atomically
 
 __all__ = ["load", "save"]
 
-_FORMAT = "steppe experiment checkpoint, version 2"
+_FORMAT = "steppe run checkpoint, version 3"
 
 
 def save(path: Path, owner: str, state: Mapping[str, Any]) -> None:

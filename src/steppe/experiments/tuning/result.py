@@ -1,14 +1,13 @@
-"""What tuning found: the best values of each method, how sure that is, and how to confirm it on the test set."""
+"""The result of a search: the best values of each method, their uncertainty, and the commands that confirm them."""
 
 from __future__ import annotations
 
 import math
-import shlex
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any, Literal
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -16,45 +15,55 @@ from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import setting
-from steppe.experiments.config.method_spec import parse
-from steppe.experiments.config.recipe import RECIPES, Recipe
-from steppe.experiments.tuning.search_space import Range, Space
-from steppe.experiments.tuning.studies import Result
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.tuning.confirm import confirmations
+from steppe.experiments.tuning.options import Objective
+from steppe.experiments.tuning.search_space import Range, Space, Values
+from steppe.experiments.tuning.studies import TrialResult
 
-__all__ = ["Findings", "Tuning", "command_line", "find"]
+__all__ = ["Best", "Search", "TuningResult", "summarize_search"]
 
 _SHOWN = 5  # trials of a method on the terminal; the files have them all
-_NAMED = 6  # values within one standard error, from which on only their ends are named
-_CONFIRMING = 3  # runs that a verdict needs at least
+_LISTED = 6  # values within one standard error that are listed; of more, the ends only
 
 _HEADINGS = ("trial", "validation\naccuracy %", "validation\nloss", "train\naccuracy %", "gap,\npoints", "runs")
+_COLUMNS = {"test_accuracy": 2, "test_loss": 3, "train_accuracy": 2, "gap": 2}
+"""The measures in the table, with their digits."""
 
 
 @dataclass(frozen=True)
-class Tuning:
-    """What was searched, for what, and where."""
+class Search:
+    """A search: its recipe, spaces, objective and folder."""
 
     recipe: Recipe
     spaces: Sequence[Space]
-    objective: Literal["accuracy", "loss"]
+    objective: Objective
     hold_out: int
     path: Path
 
-    def goal(self, result: Result) -> list[float]:
-        """What a trial is judged by, a value for each of its runs."""
-        return [run.test_accuracy if self.objective == "accuracy" else run.test_loss for run in result.runs]
+    @property
+    def by_accuracy(self) -> bool:
+        """True if trials are judged by accuracy, else by loss."""
+        return self.objective == "accuracy"
 
-    def merit(self, result: Result) -> float:
-        """Its mean: the higher, the better."""
-        return fmean(self.goal(result)) * (1 if self.objective == "accuracy" else -1)
+    @property
+    def points(self) -> str:
+        """The unit of a difference, as it follows a number."""
+        return " points" if self.by_accuracy else ""
 
-    def label(self, space: Space, result: Result) -> str:
-        """A trial in words: the method with its values, those of the recipe too."""
-        known = space.spec.method.arguments
-        rest = [
-            f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.values.items() if k not in known
-        ]
-        return ", ".join([parse(space.at(result.values).methods[0]).label, *rest])
+    def goal(self, result: TrialResult) -> list[float]:
+        """Return the value that a trial is judged by, for each of its runs."""
+        return [run.test_accuracy if self.by_accuracy else run.test_loss for run in result.runs]
+
+    def score(self, result: TrialResult) -> float:
+        """Return the mean of the goal, with the sign for which higher is better."""
+        return fmean(self.goal(result)) * (1 if self.by_accuracy else -1)
+
+    def label(self, space: Space, values: Values) -> str:
+        """Return the label of a method at its values, including values of the recipe's options."""
+        arguments = space.spec.definition.arguments
+        options = [_text_of(name, value) for name, value in values.items() if name not in arguments]
+        return ", ".join([space.at(values).comparison.methods[0].label, *options])
 
 
 @dataclass(frozen=True)
@@ -62,59 +71,56 @@ class Best:
     """The best trial of a method."""
 
     space: Space
-    result: Result
+    result: TrialResult
     error: float | None
     """The standard error of a trial's mean, pooled over the better half of the trials; None for single runs."""
-    near: Sequence[Result]
+    near: Sequence[TrialResult]
     """The trials within one standard error of it, itself among them."""
     complete: int
 
 
 @dataclass(frozen=True)
-class Findings:
-    """Everything that is to say, once: the terminal, summary.md and summary.json all say the same."""
+class TuningResult:
+    """The contents of the report, for the terminal, summary.md and summary.json."""
 
     title: str
-    tuning: Tuning
-    ranked: Mapping[str, Sequence[Result]]
+    search: Search
+    ranked: Mapping[str, Sequence[TrialResult]]
     """The complete trials of each method, the best first."""
     best: Sequence[Best]
     notes: Sequence[str]
     warnings: Sequence[str]
     commands: Sequence[str]
 
-    def rows(self, most: int | None = None) -> Iterator[list[str]]:
-        """The table, at most so many trials of a method."""
-        for space in self.tuning.spaces:
-            for result in self.ranked[str(space.spec)][:most]:
-                columns = ("test_accuracy", "test_loss", "train_accuracy", "gap")
-                values = [estimate([getattr(run, name) for run in result.runs]) for name in columns]
-                cells = [
-                    _text(value, 3 if name == "test_loss" else 2) for name, value in zip(columns, values, strict=True)
-                ]
-                yield [f"{result.number}: {self.tuning.label(space, result)}", *cells, str(len(result.runs))]
+    def rows(self, limit: int | None = None) -> Iterator[list[str]]:
+        """Yield the rows of the table, for at most `limit` trials of a method."""
+        for space in self.search.spaces:
+            for result in self.ranked[str(space.spec)][:limit]:
+                label = f"{result.number}: {self.search.label(space, result.values)}"
+                cells = [_text(estimate([getattr(run, n) for run in result.runs]), d) for n, d in _COLUMNS.items()]
+                yield [label, *cells, str(len(result.runs))]
 
     def markdown(self) -> str:
-        """All trials and what they say, as Markdown."""
+        """Return all trials and the notes as Markdown."""
         headings = (heading.replace("\n", " ") for heading in _HEADINGS)
         lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
-        said = [f"- {note}" for note in self.notes] + [f"- **{warning}**" for warning in self.warnings]
+        notes = [f"- {note}" for note in self.notes] + [f"- **{warning}**" for warning in self.warnings]
         confirm = ["", "To confirm on the test set:", "", "```", *self.commands, "```"] if self.commands else []
-        return "\n".join([f"# {self.title}", "", *lines, "", *said, *confirm, ""])
+        return "\n".join([f"# {self.title}", "", *lines, "", *notes, *confirm, ""])
 
     def json(self) -> dict[str, Any]:
-        """What was found, as JSON."""
+        """Return the result as JSON has it."""
         return {
             "title": self.title,
-            "objective": f"validation {self.tuning.objective}",
+            "objective": f"validation {self.search.objective}",
             "best": [
                 {
                     "method": best.result.method,
                     "trial": best.result.number,
                     "values": dict(best.result.values),
-                    "spec": best.space.at(best.result.values).methods[0],
-                    "validation": asdict(estimate(self.tuning.goal(best.result))),
+                    "spec": str(best.space.at(best.result.values).comparison.methods[0]),
+                    "validation": asdict(estimate(self.search.goal(best.result))),
                     "standard_error": best.error,
                     "within_one_standard_error": [dict(result.values) for result in best.near],
                     "complete_trials": best.complete,
@@ -127,7 +133,7 @@ class Findings:
         }
 
     def show(self, console: Console) -> None:
-        """Print the best trials, what they say and how to confirm it."""
+        """Print the best trials, the notes and the commands."""
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for index, heading in enumerate(_HEADINGS):
             table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
@@ -142,105 +148,91 @@ class Findings:
             console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
 
-def find(tuning: Tuning, results: Sequence[Result]) -> Findings:
-    """Say what the trials that are complete allow to say."""
-    ranked: dict[str, Sequence[Result]] = {}
+def summarize_search(search: Search, results: Sequence[TrialResult]) -> TuningResult:
+    """Rank the complete trials and write the report."""
+    ranked: dict[str, Sequence[TrialResult]] = {}
     best: list[Best] = []
-    for space in tuning.spaces:
+    for space in search.spaces:
         complete = [r for r in results if r.method == str(space.spec) and r.state == "complete"]
-        ranked[str(space.spec)] = order = sorted(complete, key=tuning.merit, reverse=True)
+        ranked[str(space.spec)] = order = sorted(complete, key=search.score, reverse=True)
         if order:
-            error = _error(tuning, order)
-            near = [r for r in order if tuning.merit(r) >= tuning.merit(order[0]) - (error or 0.0)]
+            error = _standard_error(search, order)
+            near = [r for r in order if search.score(r) >= search.score(order[0]) - (error or 0.0)]
             best.append(Best(space, order[0], error, near, len(order)))
-    title = f"{tuning.recipe.name}, tuned: {setting(tuning.recipe)}"
-    return Findings(
-        title,
-        tuning,
+    chosen = [one.space.at(one.result.values) for one in best]
+    names = [dimension.name for one in best for dimension in one.space.dimensions]
+    return TuningResult(
+        f"{search.recipe.name}, tuned: {setting(search.recipe)}",
+        search,
         ranked,
         best,
-        [*_notes(tuning, best, results)],
+        [*_notes(search, best, results)],
         [*_warnings(best)],
-        _confirm(tuning, [b for b in best if b.space.dimensions or not _tuned(best)], best),
+        confirmations(search.recipe, chosen, names, search.path),
     )
 
 
-def command_line(recipe: Recipe) -> str:
-    """The command that compares as `recipe` says."""
-    name = recipe.name if recipe.name in RECIPES else "demo"
-    usual, words = RECIPES[name][0], ["steppe", "compare", name]
-    for field in fields(Recipe):
-        value, option = getattr(recipe, field.name), field.name.replace("_", "-")
-        if value == getattr(usual, field.name):
-            continue
-        if isinstance(value, bool):
-            words.append(f"--{option}" if value else f"--no-{option}")
-        else:
-            words += [f"--{option}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
-    return shlex.join(words)
-
-
-def _notes(tuning: Tuning, best: Sequence[Best], results: Sequence[Result]) -> Iterator[str]:
-    runs = tuning.recipe.seeds
-    what = "highest validation accuracy" if tuning.objective == "accuracy" else "lowest validation loss"
+def _notes(search: Search, best: Sequence[Best], results: Sequence[TrialResult]) -> Iterator[str]:
+    runs = search.recipe.comparison.seeds
+    what = "highest validation accuracy" if search.by_accuracy else "lowest validation loss"
     yield (
-        f"Chosen by the {what} after {tuning.recipe.epochs} standardized epochs (mean of {runs} "
-        f"run{'s'[: runs > 1]}), on one in {tuning.hold_out} of the training images of each class, which were held out "
-        "of training. The test set was not touched."
+        f"Chosen by the {what} after {search.recipe.comparison.epochs} standardized epochs (mean of {runs} "
+        f"run{'s'[: runs > 1]}), on one in {search.hold_out} of the training images of each class, which were held out "
+        "of training. The test set was not used."
     )
     for one in best:
-        yield _verdict(tuning, one)
-    yield from _against(tuning, best)
+        yield _best_note(search, one)
+    yield from _differences(search, best)
     tried = max((one.complete for one in best), default=0)
     if tried > 1:
-        yield (f"The best of {tried} trials is also the luckiest: expect less of it on other images, and confirm it.")
+        yield (
+            f"The best of {tried} trials is partly luck: expect a lower value on other images, and confirm it on the "
+            "test set."
+        )
     diverged = [r for r in results if r.state == "diverged"]
     if diverged:
-        where = "; ".join(f"{r.method} trial {r.number} ({_values(r)})" for r in diverged)
+        where = "; ".join(f"{r.method} trial {r.number} ({_text_of_values(r)})" for r in diverged)
         yield f"Diverged, and counted as worse than all others: {where}."
     running = [r for r in results if r.state == "running"]
     if running:
-        yield f"In progress, or stopped: {len(running)} trial{'s'[: len(running) > 1]}; the same command goes on."
+        yield f"In progress, or stopped: {len(running)} trial{'s'[: len(running) > 1]}; the same command resumes them."
 
 
-def _verdict(tuning: Tuning, best: Best) -> str:
-    run = " %" if tuning.objective == "accuracy" else ""
-    points = " points" if tuning.objective == "accuracy" else ""
-    digits = 2 if tuning.objective == "accuracy" else 4
-    text = f"{tuning.label(best.space, best.result)}: {_text(estimate(tuning.goal(best.result)), digits)}{run}"
+def _best_note(search: Search, best: Best) -> str:
+    digits = 2 if search.by_accuracy else 4
+    value = _text(estimate(search.goal(best.result)), digits) + (" %" if search.by_accuracy else "")
+    text = f"{search.label(best.space, best.result.values)}: {value}"
     if not best.space.dimensions:
         return f"{text}."
     text += f", the best of {best.complete} trial{'s'[: best.complete > 1]} (trial {best.result.number})."
     if best.error is None:
-        return f"{text} One run a trial says nothing of the noise: take --seeds 3 or more."
+        return f"{text} One run per trial gives no measure of the noise: take --seeds 3 or more."
+    error = f"one standard error ({best.error:.{digits}f}{search.points})"
     if len(best.near) == 1:
-        return f"{text} No other is within one standard error ({best.error:.{digits}f}{points})."
+        return f"{text} No other is within {error}."
     names = [d.name for d in best.space.dimensions]
     if len(names) == 1:
         values = sorted((r.values[names[0]] for r in best.near), key=lambda v: (isinstance(v, str), v))
-        told = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-        where = f"{names[0]} {', '.join(told) if len(told) <= _NAMED else f'from {told[0]} to {told[-1]}'}"
+        listed = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+        where = f"{names[0]} {', '.join(listed) if len(listed) <= _LISTED else f'from {listed[0]} to {listed[-1]}'}"
     else:
-        where = "; ".join(_values(r) for r in best.near[:_NAMED]) + ("; ..." if len(best.near) > _NAMED else "")
+        where = "; ".join(map(_text_of_values, best.near[:_LISTED])) + ("; ..." if len(best.near) > _LISTED else "")
     flat = "The optimum is flat: " if 2 * len(best.near) >= best.complete and best.complete > 3 else ""
-    return (
-        f"{text} {flat}{len(best.near)} of {best.complete} trials are within one standard error "
-        f"({best.error:.{digits}f}{points}) of the best: {where}."
-    )
+    return f"{text} {flat}{len(best.near)} of {best.complete} trials are within {error} of the best: {where}."
 
 
-def _against(tuning: Tuning, best: Sequence[Best]) -> Iterator[str]:
-    """Each method's best against that of the first, paired by seed."""
-    if len(best) < 2:
+def _differences(search: Search, best: Sequence[Best]) -> Iterator[str]:
+    """Yield the difference between each method's best and the first one's, paired by seed."""
+    if not best:
         return
     reference, *others = best
-    points = " points" if tuning.objective == "accuracy" else ""
     for one in others:
-        pairs = zip(tuning.goal(one.result), tuning.goal(reference.result), strict=True)
+        pairs = zip(search.goal(one.result), search.goal(reference.result), strict=True)
         value = estimate([ours - theirs for ours, theirs in pairs])
         text = (
-            f"{tuning.label(one.space, one.result)} against {tuning.label(reference.space, reference.result)}, on the "
-            f"images it was chosen by: {value.mean:+.3g}{points}"
+            f"{search.label(one.space, one.result.values)} against "
+            f"{search.label(reference.space, reference.result.values)}, on the images it was chosen by: "
+            f"{value.mean:+.3g}{search.points}"
         )
         if value.half_width is None:
             yield f"{text} (one run: no verdict)."
@@ -268,53 +260,23 @@ def _warnings(best: Sequence[Best]) -> Iterator[str]:
             yield text
 
 
-def _confirm(tuning: Tuning, winners: Sequence[Best], best: Sequence[Best]) -> list[str]:
-    """The commands that compare the winners on the test set: one, or one each where the recipe's own options differ."""
-    if not winners:
-        return []
-    recipe = tuning.recipe
-    fresh: dict[str, Any] = {"first_seed": recipe.first_seed + recipe.seeds, "seeds": max(_CONFIRMING, recipe.seeds)}
-    chosen = [one.space.at(one.result.values) for one in best]
-    names = sorted({d.name for one in best for d in one.space.dimensions} - {"rho"})
-    own = [{n: getattr(c, n) for n in names if n in {f.name for f in fields(Recipe)}} for c in chosen]
-    groups: list[tuple[dict[str, Any], list[str]]] = []
-    for values, one in zip(own, chosen, strict=True):
-        for known, methods in groups:
-            if known == values:
-                methods.append(one.methods[0])
-                break
-        else:
-            groups.append((values, [one.methods[0]]))
-    commands = []
-    for number, (values, methods) in enumerate(groups, 1):
-        suffix = "confirmed" if len(groups) == 1 else f"confirmed-{number}"
-        out = tuning.path.with_name(f"{tuning.path.name}-{suffix}")
-        confirmed = replace(recipe, methods=tuple(dict.fromkeys(methods)), out=out, **fresh, **values)
-        if confirmed.base_momentum != chosen[0].base_momentum and "momentum" not in values:
-            confirmed = replace(confirmed, momentum=chosen[0].base_momentum)
-        commands.append(command_line(confirmed))
-    return commands
+def _standard_error(search: Search, order: Sequence[TrialResult]) -> float | None:
+    """Return the standard error of a trial's mean, pooled, because three runs estimate their own variance poorly.
 
-
-def _tuned(best: Sequence[Best]) -> bool:
-    return any(one.space.dimensions for one in best)
-
-
-def _error(tuning: Tuning, order: Sequence[Result]) -> float | None:
-    """The standard error of a trial's mean, pooled: three runs say too little of their own spread.
-
-    Over the better half only: where training is about to break down, its noise is another one.
+    Only over the better half: where training is about to diverge, the noise is larger.
     """
-    values = [goal for r in order[: max(1, -(-len(order) // 2))] if len(goal := tuning.goal(r)) > 1]
+    values = [goal for r in order[: max(1, -(-len(order) // 2))] if len(goal := search.goal(r)) > 1]
     if not values:
         return None
     return math.sqrt(fmean(variance(goal) for goal in values) / len(values[0]))
 
 
-def _values(result: Result) -> str:
-    return (
-        ", ".join(f"{k} {v:g}" if isinstance(v, float) else f"{k} {v}" for k, v in result.values.items()) or "as it is"
-    )
+def _text_of_values(result: TrialResult) -> str:
+    return ", ".join(_text_of(name, value) for name, value in result.values.items()) or "as it is"
+
+
+def _text_of(name: str, value: object) -> str:
+    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
 
 
 def _text(value: Estimate, digits: int) -> str:

@@ -1,76 +1,107 @@
-"""What `steppe tune` searches: words such as `rho=0.01..1`, `lr=0.02,0.05,0.1`, `p=0.1..0.9:linear`."""
+"""The search space of `steppe tune`, from words such as `rho=0.01..1`, `lr=0.02,0.05,0.1`, `p=0.1..0.9:linear`."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import product
-from typing import Any, get_args, get_origin, get_type_hints
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any
 
-from steppe.experiments.config.method_spec import MethodSpec, parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import Value, unknown
-from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.recipe import Recipe, option_types
 
-__all__ = ["Dimension", "Listed", "Range", "Space", "Values", "grid", "read", "spaces"]
+if TYPE_CHECKING:
+    import optuna
 
-_WAY = "write NAME=LOW..HIGH, NAME=LOW..HIGH:linear, NAME=LOW..HIGH:log or NAME=VALUE,VALUE,..."
+__all__ = ["Choices", "Dimension", "Range", "Space", "Values", "grid", "read", "spaces"]
 
-# Fields of a recipe that cannot be searched: the compute and what it is spent on would no longer be equal, or the
-# value says what a run is called, where it lies, and how it is computed.
-_FIXED = frozenset(
+_SYNTAX = "write NAME=LOW..HIGH, NAME=LOW..HIGH:linear, NAME=LOW..HIGH:log or NAME=VALUE,VALUE,..."
+
+# Others would change the compute, what it is spent on, or how a run is named, stored and computed.
+_OPTIONS: Mapping[str, type[Value]] = MappingProxyType(
     {
-        *("name", "dataset", "data_dir", "methods", "rho", "epochs", "extra_epochs", "seeds", "first_seed"),
-        *("eval_every", "device", "amp", "channels_last", "compile", "threads", "checkpoint_seconds", "tensorboard"),
-        *("out", "width", "stem_stride", "norm", "base", "label_noise", "flatness_every", "flatness_samples"),
-        "cuda_graphs",
+        **{"lr": float, "head_lr": float, "momentum": float, "weight_decay": float, "batch_size": int, "shots": int},
+        **{"backbone": str, "pretrain_on": str, "pretrain_epochs": int, "freeze": bool, "image_size": int},
     }
 )
+"""The options of a recipe that can be searched, and the types of their values."""
 
 Values = Mapping[str, Value]
 
 
+# Not Optuna's distributions: `steppe plot` reads a search space where Optuna may be missing.
 @dataclass(frozen=True)
 class Range:
-    """All values from `low` to `high`, both included, drawn evenly in the value or, with `log`, in its logarithm."""
+    """All values from `low` to `high`, both included, uniform in the value or, with `log`, in its logarithm."""
 
     name: str
     low: float
     high: float
     log: bool
-    whole: bool = False
+    integer: bool = False
+
+    @property
+    def examples(self) -> tuple[Value, ...]:
+        """The two ends."""
+        return (int(self.low), int(self.high)) if self.integer else (self.low, self.high)
+
+    def suggest(self, trial: optuna.trial.Trial) -> Value:
+        """Let Optuna choose the value of a trial."""
+        if self.integer:
+            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
+        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
 
     def round(self, value: Value) -> Value:
-        """To three digits: more than that is noise, and nobody wants to type it."""
-        if self.whole:
+        """Round to three digits: more are noise, and long to type."""
+        if self.integer:
             return int(value)
         return min(max(float(f"{float(value):.3g}"), self.low), self.high)
 
+    def contains(self, value: Value) -> bool:
+        """True if the value lies within the range."""
+        return self.low <= float(value) <= self.high
+
     def edge(self, value: Value) -> str | None:
-        """At which edge a value lies, within a twentieth of the range; None when it lies inside."""
-        place = math.log if self.log else float
-        low, high = place(self.low), place(self.high)
-        where = (place(float(value)) - low) / (high - low)
-        return "lower" if where <= 0.05 else "upper" if where >= 0.95 else None
+        """Return the edge at which a value lies, within a twentieth of the range; None if it lies inside."""
+        scale = math.log if self.log else float
+        low, high = scale(self.low), scale(self.high)
+        position = (scale(float(value)) - low) / (high - low)
+        return "lower" if position <= 0.05 else "upper" if position >= 0.95 else None
 
     def __str__(self) -> str:
-        natural = self.log is not self.whole
-        return f"{self.name}={self.low:g}..{self.high:g}" + ("" if natural else ":log" if self.log else ":linear")
+        usual = self.log is not self.integer
+        return f"{self.name}={self.low:g}..{self.high:g}" + ("" if usual else ":log" if self.log else ":linear")
 
 
 @dataclass(frozen=True)
-class Listed:
-    """One of some values, in the order in which they were given."""
+class Choices:
+    """One of several values, in the order in which they were given."""
 
     name: str
     values: tuple[Value, ...]
 
+    @property
+    def examples(self) -> tuple[Value, ...]:
+        """All values."""
+        return self.values
+
+    def suggest(self, trial: optuna.trial.Trial) -> Value:
+        """Let Optuna choose the value of a trial."""
+        return trial.suggest_categorical(self.name, self.values)  # type: ignore[return-value]  # none of them is None
+
     def round(self, value: Value) -> Value:
-        """A listed value is meant as it is."""
+        """Return the value as it is."""
         return value
 
+    def contains(self, value: Value) -> bool:
+        """True if the value is one of them."""
+        return value in self.values
+
     def edge(self, value: Value) -> str | None:
-        """At which edge of the listed numbers a value lies; words have no edges, nor have two numbers an inside."""
+        """Return the edge of the numbers at which a value lies; None for words, and for fewer than three numbers."""
         numbers = [v for v in self.values if not isinstance(v, bool | str)]
         if len(numbers) < max(3, len(self.values)):
             return None
@@ -80,12 +111,12 @@ class Listed:
         return f"{self.name}={','.join(_write(value) for value in self.values)}"
 
 
-Dimension = Range | Listed
+Dimension = Range | Choices
 
 
 @dataclass(frozen=True)
 class Space:
-    """A method and what is searched of it; nothing for one that is only trained as it is."""
+    """A method and its searched dimensions; none if it is trained once, as it is."""
 
     recipe: Recipe
     """The recipe with this method alone."""
@@ -93,56 +124,49 @@ class Space:
 
     @property
     def spec(self) -> MethodSpec:
-        """The method, before anything is chosen."""
-        return parse(self.recipe.methods[0])
+        """The method, without the searched values."""
+        return self.recipe.comparison.methods[0]
 
     def at(self, values: Values) -> Recipe:
-        """The recipe with the method at these values; ValueError when it cannot take them."""
-        known = self.spec.method.arguments
-        given = {**dict(self.spec.given), **{k: v for k, v in values.items() if k in known}}
-        spec = MethodSpec(self.spec.name, tuple((key, given[key]) for key in known if key in given))
+        """Return the recipe with the method at these values; ValueError when it cannot take them."""
+        known = self.spec.definition.arguments
+        spec = self.spec.override({k: v for k, v in values.items() if k in known})
         rest: dict[str, Any] = {k: v for k, v in values.items() if k not in known}
-        return replace(self.recipe, methods=(str(spec),), **rest)
+        return self.recipe.replace(methods=(spec,), **rest)
 
     def usual(self) -> Values | None:
-        """The values that the recipe has by itself, where all of them are searched; None where one of them is not."""
-        known, given = self.spec.method.arguments, dict(self.spec.given)
-        values: dict[str, Value] = {}
-        for dimension in self.dimensions:
-            name = dimension.name
-            if name == "rho":
-                values[name] = self.spec.rho(self.recipe.rho)
-            elif name in given:
-                values[name] = given[name]
-            elif name not in known:
-                values[name] = getattr(self.recipe, name)
-            else:
-                return None
-            if isinstance(dimension, Range) and not dimension.low <= float(values[name]) <= dimension.high:
-                return None
-            if isinstance(dimension, Listed) and values[name] not in dimension.values:
-                return None
-        return values
+        """Return the recipe's own values, if all of them lie within what is searched; else None."""
+        arguments, overrides = self.spec.definition.arguments, dict(self.spec.overrides)
+        options = self.recipe.options()
+        known: dict[str, Value] = {k: v for k, v in options.items() if k not in arguments and v is not None}
+        known |= overrides
+        known["rho"] = self.spec.rho(self.recipe.training.rho)
+        if all(d.name in known and d.contains(known[d.name]) for d in self.dimensions):
+            return {d.name: known[d.name] for d in self.dimensions}
+        return None
 
 
 def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Space]:
-    """What is searched of each method of `recipe`, the baseline first; ValueError that says what is wrong.
+    """Return the search space of each method of `recipe`, the baseline first.
 
-    Without words it is rho, from a tenth of the method's usual value to ten times that.
+    Without words, rho is searched, from a tenth of the method's usual value to ten times that.
+
+    Raises:
+        ValueError: with the word that is wrong.
     """
-    # one base for all methods: a recipe whose methods are looked at one by one would give some of them momentum
-    recipe = replace(recipe, momentum=recipe.base_momentum, extra_epochs=0)
-    methods = list(recipe.methods)
-    if baseline and not any(parse(method).method.plain for method in methods):
-        methods.insert(0, recipe.base)
-    found = [_space(replace(recipe, methods=(method,)), words, methods) for method in methods]
+    # set for all methods together, because a recipe of one method chooses the momentum that this method needs
+    recipe = recipe.replace(momentum=recipe.base_momentum, extra_epochs=0)
+    methods = list(recipe.comparison.methods)
+    if baseline and not any(method.definition.plain for method in methods):
+        methods.insert(0, MethodSpec(recipe.training.base))
+    found = [_space(recipe.replace(methods=(method,)), words, methods) for method in methods]
     for word in words:
         name = word.partition("=")[0]
         if not any(dimension.name == name for space in found for dimension in space.dimensions):
-            _check(word, methods)
+            raise ValueError(_explain(word, methods))
     if not any(space.dimensions for space in found):
         raise ValueError(
-            f"search: none of {' '.join(methods)} has a rho, so there is nothing to tune: name methods with "
+            f"search: none of {' '.join(map(str, methods))} has a rho, so there is nothing to tune: name methods with "
             "--methods, or what to search with --search"
         )
     for space in found:
@@ -151,114 +175,97 @@ def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Spac
 
 
 def grid(dimensions: Sequence[Dimension]) -> list[Values]:
-    """Every combination of listed values; ValueError when a dimension is a range."""
+    """Return every combination of values; ValueError when a dimension is a range."""
     for dimension in dimensions:
         if isinstance(dimension, Range):
             raise ValueError(
                 f"search: {dimension} is a range, and a grid needs its values: write {dimension.name}=VALUE,VALUE,..."
             )
-    listed = [dimension for dimension in dimensions if isinstance(dimension, Listed)]
-    return [dict(zip([d.name for d in listed], values, strict=True)) for values in product(*(d.values for d in listed))]
+    names = [dimension.name for dimension in dimensions]
+    return [dict(zip(names, values, strict=True)) for values in product(*(d.examples for d in dimensions))]
 
 
 def read(word: str, kind: type[Value]) -> Dimension:
-    """Read one word, whose values are of `kind`.
+    """Parse one word, whose values have the type `kind`.
 
     >>> read("rho=0.01..1", float)
-    Range(name='rho', low=0.01, high=1.0, log=True, whole=False)
+    Range(name='rho', low=0.01, high=1.0, log=True, integer=False)
     >>> read("k=2,4,8", int)
-    Listed(name='k', values=(2, 4, 8))
+    Choices(name='k', values=(2, 4, 8))
     """
     name, equals, rest = word.partition("=")
     if not equals or not rest:
-        raise ValueError(f"search: {word!r} says not what to try: {_WAY}")
+        raise ValueError(f"search: {word!r} names no values to try: {_SYNTAX}")
     if ".." not in rest:
         values = tuple(_value(word, value, kind) for value in rest.split(","))
         if len(set(values)) < max(2, len(values)):
-            raise ValueError(f"search: {word}: give two values or more, each of them once")
-        return Listed(name, values)
+            raise ValueError(f"search: {word}: give two or more different values")
+        return Choices(name, values)
     ends, colon, scale = rest.partition(":")
     if kind not in (int, float):
         raise ValueError(f"search: {word}: {name} is not a number, so it has no range: write {name}=VALUE,VALUE,...")
     if colon and scale not in ("log", "linear"):
-        raise ValueError(f"search: {word}: {scale!r} is no scale, log and linear are")
+        raise ValueError(f"search: {word}: {scale!r} is no scale; use log or linear")
     low, high = (_value(word, end, kind) for end in ends.split("..", 1))
     if not float(low) < float(high):
         raise ValueError(f"search: {word}: the range is empty, its low end must be below its high one")
-    # what is a positive real number here is a scale (rho, lr), and its order of magnitude is the question
+    # real numbers here are scales (rho, lr), whose order of magnitude is searched
     log = scale == "log" or (not colon and kind is float)
     if log and float(low) <= 0:
         raise ValueError(
             f"search: {word}: a logarithmic range cannot begin at {low}: begin above 0, or say {name}={ends}:linear"
         )
-    return Range(name, float(low), float(high), log, whole=kind is int)
+    return Range(name, float(low), float(high), log, integer=kind is int)
 
 
-def _space(recipe: Recipe, words: Sequence[str], methods: Sequence[str]) -> Space:
-    known = parse(recipe.methods[0]).method.arguments
+def _space(recipe: Recipe, words: Sequence[str], methods: Sequence[MethodSpec]) -> Space:
+    known = recipe.comparison.methods[0].definition.arguments
     if not words:
         return Space(recipe, _usual_range(recipe) if "rho" in known else ())
     dimensions: list[Dimension] = []
     for word in words:
         name = word.partition("=")[0]
-        kind = known.get(name) or _fields().get(name)
+        kind = known.get(name) or _OPTIONS.get(name)
         if kind is not None:
             dimensions.append(read(word, kind))
     names = [dimension.name for dimension in dimensions]
     if len(set(names)) < len(names):
-        raise ValueError(f"search: {' '.join(words)}: name each thing once")
+        raise ValueError(f"search: {' '.join(words)}: give each name once")
     return Space(recipe, tuple(dimensions))
 
 
 def _usual_range(recipe: Recipe) -> tuple[Dimension, ...]:
-    usual = parse(recipe.methods[0]).rho(recipe.rho)
+    usual = recipe.comparison.methods[0].rho(recipe.training.rho)
     if not usual:
-        raise ValueError("search: rho=0 has no tenth and no tenfold to search between: say --search rho=LOW..HIGH")
+        raise ValueError(
+            "search: rho=0 has no tenth and no tenfold to search between: give a range, --search rho=LOW..HIGH"
+        )
     low, high = (float(f"{factor * usual:.3g}") for factor in (0.1, 10.0))
     return (Range("rho", low, high, log=True),)
 
 
-def _check(word: str, methods: Sequence[str]) -> None:
-    """Say why nothing can be searched under this name."""
+def _explain(word: str, methods: Sequence[MethodSpec]) -> str:
+    """Return the reason why nothing can be searched under the name of a word."""
     name, equals, _ = word.partition("=")
-    arguments = {key for method in methods for key in parse(method).method.arguments}
+    arguments = {key for method in methods for key in method.definition.arguments}
     if not equals:
-        raise ValueError(f"search: {word!r} says not what to try: {_WAY}")
-    if name in {field.name for field in fields(Recipe)} - {"rho"} and name not in _fields():
-        raise ValueError(
+        return f"search: {word!r} names no values to try: {_SYNTAX}"
+    if name in option_types().keys() - {"rho"} - _OPTIONS.keys():
+        return (
             f"search: {name} is the same for all trials: with it the compute, the measurement or the machine would "
             "differ from trial to trial, and not only how well they train"
         )
-    raise ValueError(unknown("search", name, sorted({*arguments, *_fields()})))
+    return unknown("search", name, sorted({*arguments, *_OPTIONS}))
 
 
 def _try(space: Space) -> None:
-    """Make the recipes at both ends, so that a value out of a method's range is told before anything is trained."""
-    lists = [(d.low, d.high) if isinstance(d, Range) else d.values for d in space.dimensions]
-    for dimension, values in zip(space.dimensions, lists, strict=True):
-        for value in values:
-            whole = isinstance(dimension, Range) and dimension.whole
+    """Make recipes at the ends, so that an error in a value is found before anything is trained."""
+    for dimension in space.dimensions:
+        for value in dimension.examples:
             try:
-                space.at({dimension.name: int(value) if whole else value})
+                space.at({dimension.name: value})
             except ValueError as error:
                 raise ValueError(f"search: {dimension}: {error}") from error
-
-
-def _fields() -> dict[str, type[Value]]:
-    """The fields of a recipe that can be searched, and the types of their values."""
-    return dict(_kinds())
-
-
-def _kinds() -> Iterator[tuple[str, type[Value]]]:
-    for name, annotation in get_type_hints(Recipe).items():
-        if name in _FIXED:
-            continue
-        words = get_args(annotation)
-        kinds = {type(word) for word in words} if get_origin(annotation) is not None else {annotation}
-        kinds |= {word for word in words if isinstance(word, type)}
-        kind = next((kind for kind in (bool, int, float, str) if kind in kinds), None)
-        if kind is not None:
-            yield name, kind
 
 
 def _value(word: str, text: str, kind: type[Value]) -> Value:
@@ -268,7 +275,7 @@ def _value(word: str, text: str, kind: type[Value]) -> Value:
         value = math.nan
     if (isinstance(value, float) and not math.isfinite(value)) or value == "":
         wanted = {bool: "true or false", int: "a whole number", float: "a finite number", str: "a word"}[kind]
-        raise ValueError(f"search: {word}: {text!r} must be {wanted}: {_WAY}")
+        raise ValueError(f"search: {word}: {text!r} must be {wanted}: {_SYNTAX}")
     return value
 
 

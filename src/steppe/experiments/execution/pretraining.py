@@ -1,0 +1,187 @@
+"""Backbones that runs start from: a network pretrained here once and kept, or a published checkpoint."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.data import datasets as data
+from steppe.experiments.data.datasets import CLASSES, Dataset
+from steppe.experiments.errors import DataError, ExperimentError
+from steppe.experiments.execution.executor import Executor, Job, failures
+from steppe.experiments.execution.progress import RunProgress
+from steppe.experiments.models.backbones import Backbone, from_hub
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.training.checkpointing import owner
+from steppe.experiments.training.reporter import Reporter
+from steppe.experiments.training.stopping import on_signals
+from steppe.experiments.world import World
+
+__all__ = ["load_data", "pretraining_recipe", "resolve_pretraining", "train_runs", "with_backbone"]
+
+# Options of the pretraining that are those of the recipe.
+_SHARED = (
+    *("width", "stem_stride", "norm", "device", "amp", "channels_last", "compile", "threads"),
+    *("cuda_graphs", "checkpoint_seconds"),
+)
+
+
+def load_data(recipe: Recipe, world: World) -> Dataset:
+    """Load a recipe's data set; the first process downloads it, if need be, before the others read it."""
+    with world.first_process_first():
+        return data.load(recipe.data.dataset, recipe.data.data_dir)
+
+
+def train_runs(
+    runs: Iterable[Run], dataset: Dataset, executor: Executor, folder: RunFolder, console: Console
+) -> str | None:
+    """Train runs of a folder with a progress display; return one line on those that failed, if any."""
+    jobs = [Job(run, folder.run(run)) for run in runs]
+    total = sum(job.run.standardized_epochs for job in jobs)
+    progress = RunProgress(console, total) if executor.world.rank == 0 else Reporter()
+    with progress, on_signals() as stop:
+        return failures(list(executor.run(jobs, dataset, folder.path, progress, stop)))
+
+
+def resolve_pretraining(recipe: Recipe, console: Console) -> Recipe:
+    """Choose the data for `pretrain_on=auto`: the whole Fashion-MNIST if it is on this machine, else the sample."""
+    if recipe.model.backbone != "own" or recipe.model.pretrain_on != "auto":
+        return recipe
+    if data.is_available(recipe.data.data_dir):
+        return recipe.replace(pretrain_on="fashion-mnist")
+    _print(
+        console,
+        "Note: the full Fashion-MNIST is not on this machine, so the backbone is pretrained on the 3,000 images of the "
+        "sample, and will be a weaker one. `--pretrain-on fashion-mnist` downloads it; --data-dir names a folder.",
+    )
+    return recipe.replace(pretrain_on="sample")
+
+
+def with_backbone(dataset: Dataset, executor: Executor, path: Path, console: Console) -> Dataset:
+    """Return `dataset` with the backbone that the runs of `executor.recipe` start from, pretrained if need be.
+
+    Args:
+        dataset: the data set of the runs.
+        executor: pretrains the backbone.
+        path: the run folder.
+        console: for the progress.
+
+    Raises:
+        ExperimentError: if the backbone cannot be loaded or trained, or differs from that of the folder.
+        Stopped: on a signal; the pretraining then resumes at the next call.
+    """
+    recipe, world = executor.recipe, executor.world
+    if recipe.model.backbone == "none":
+        return dataset
+    if recipe.model.backbone == "own":
+        backbone = _pretrained(executor, path, console)
+    else:
+        backbone = from_hub(recipe.model.backbone, len(CLASSES), recipe.model.image_size)
+    in_shares = world.size > 1 and world.device.type == "cpu"
+    if in_shares and any(isinstance(module, _BatchNorm) for module in backbone.model.modules()):
+        raise ExperimentError(
+            f"{recipe.model.backbone} has BatchNorm layers, and in several processes on CPUs each would normalize by "
+            "its own part of the batch: start it without torchrun, with --on ray for many runs at a time, or take a "
+            "checkpoint without BatchNorm"
+        )
+    if world.rank == 0:
+        _claim(path / "backbone.json", backbone, console)
+    return replace(dataset, backbone=backbone)
+
+
+def _claim(file: Path, backbone: Backbone, console: Console) -> None:
+    """Record the backbone of a folder's runs; ExperimentError if it is another one than before."""
+    digest = backbone.digest()
+    try:
+        before = str(json.loads(file.read_text())["sha256"]) if file.exists() else digest
+    except (ValueError, TypeError, KeyError) as error:
+        raise ExperimentError(
+            f"{file} is damaged ({error}), so the initial weights of the runs here are unknown: choose another folder "
+            "with --out"
+        ) from error
+    if before != digest:
+        raise ExperimentError(
+            f"the runs in {file.parent} started from other weights (SHA-256 {before[:12]}) than {backbone.source} has "
+            f"now ({digest[:12]}), and could not be compared with these: choose another folder with --out"
+        )
+    write_json(file, {"source": backbone.source, "sha256": digest})
+    _print(console, f"Backbone: {backbone.source} (SHA-256 {digest[:12]})")
+
+
+def pretraining_recipe(recipe: Recipe) -> Recipe:
+    """Return the recipe that pretrains the backbone of a resolved recipe."""
+    model, options = recipe.model, recipe.options()
+    assert model.pretrain_on != "auto"
+    return Recipe().replace(
+        name="backbone",
+        dataset=model.pretrain_on,
+        data_dir=recipe.data.data_dir if model.pretrain_on == "fashion-mnist" else None,
+        methods=("sgd",),
+        momentum=0.9,
+        lr=0.05,
+        batch_size=128,
+        epochs=model.pretrain_epochs,
+        eval_every=model.pretrain_epochs,
+        seeds=1,
+        **{name: options[name] for name in _SHARED},
+    )
+
+
+def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
+    """Pretrain the network, or load it if that was done before."""
+    recipe, world = pretraining_recipe(executor.recipe), executor.world
+    model, epochs = recipe.model, recipe.comparison.epochs
+    (run,) = recipe.runs()
+    folder = RunFolder(_folder(recipe, world, path))
+    checkpoint, its_owner = folder.run(run) / CHECKPOINT, owner(run, world.size, None)
+    if not _finished(checkpoint, its_owner, epochs):
+        with folder.locked() if world.rank == 0 else nullcontext():
+            if world.rank == 0:
+                folder.claim(recipe, world.size)
+                _print(console, f"Pretraining the backbone, once: it is kept in {folder.path}")
+            failed = train_runs([run], load_data(recipe, world), executor, folder, console)
+            if failed is not None:
+                raise ExperimentError(failed)
+    state = checkpoints.load(checkpoint, its_owner)
+    # the drawn weights are overwritten, so the caller's generator must not advance
+    with torch.random.fork_rng(devices=[]):
+        network = preact_resnet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
+    network.load_state_dict(state["model"])
+    name = "the sample of Fashion-MNIST" if recipe.data.dataset == "sample" else "Fashion-MNIST"
+    test = state["records"][-1]["test_accuracy"]
+    source = f"PreAct ResNet-18 (width {model.width}), {epochs} epochs on {name}, {test:.2f} % there"
+    return Backbone(network, "head", source)
+
+
+def _folder(recipe: Recipe, world: World, path: Path) -> Path:
+    """Return the folder of a backbone: in the user's cache, by its configuration; else in the run folder."""
+    depends_on = json.dumps(recipe.result() | {"processes": world.size, "torch": torch.__version__}, sort_keys=True)
+    digest = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+    key = f"width{recipe.model.width}-{recipe.data.dataset}-{recipe.comparison.epochs}-{digest}"
+    try:
+        return data.cache_home() / "steppe" / "backbones" / key
+    except DataError:  # the user of a container may have no home
+        return path / "backbones" / key
+
+
+def _finished(checkpoint: Path, its_owner: str, epochs: int) -> bool:
+    if not checkpoint.exists():
+        return False
+    records = checkpoints.load(checkpoint, its_owner)["records"]
+    return bool(records) and records[-1]["standardized_epoch"] >= epochs
+
+
+def _print(console: Console, text: str) -> None:
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
