@@ -156,7 +156,7 @@ def test_an_interrupt_while_the_second_pass_is_prepared_leaves_what_the_first_on
     train(model, optimizer, by_closure, 1)
     train(twin, torch.optim.SGD(twin.parameters(), lr=0.0), plain, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(passes.Bystanders, "clear", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(passes.OtherGradients, "clear", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(model, optimizer, by_closure, 1, start=1)
     x, _ = batch(1)

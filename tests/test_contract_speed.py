@@ -167,7 +167,7 @@ def test_c26_a_compiled_step_clears_its_state(how):
                 optimizer.first_step(zero_grad=True)
                 w.square().sum().backward()
             step()
-            assert optimizer._stage is steppe.sam.Stage.AT_W
+            assert optimizer._engine.stage is steppe.sam.Stage.AT_W
             assert not optimizer._engine._displacement.active
         assert optimizer._engine.steps == 4
         results.append(w.detach().clone())
@@ -249,7 +249,7 @@ def test_what_outlives_a_step_keeps_its_storage(rule):
 
 
 def test_a_capture_is_done_without_generators_or_refused(monkeypatch):
-    monkeypatch.setattr(steppe.sam, "_is_capturing", lambda parameter: True)
+    monkeypatch.setattr("steppe._engine.capture.is_capturing", lambda parameter: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
         base = torch.optim.AdamW(params, lr=0.1, fused=True)
@@ -261,7 +261,7 @@ def test_a_capture_is_done_without_generators_or_refused(monkeypatch):
 
 
 def test_a_graph_for_each_kind_of_step(monkeypatch):
-    monkeypatch.setattr(steppe.sam, "_is_capturing", lambda parameter: True)
+    monkeypatch.setattr("steppe._engine.capture.is_capturing", lambda parameter: True)
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [nn.Parameter(torch.empty(n, 3, device="cuda")) for n in range(1, 5)]
         base = torch.optim.AdamW(params, lr=0.1, fused=True)
@@ -280,7 +280,7 @@ def test_a_graph_for_each_kind_of_step(monkeypatch):
         assert climbed == [True, False, False, True, False, False, True]
         with pytest.raises(RuntimeError, match=r"capture with Every\(k=3\).*recording"):
             one_step(optimizer, params, "passes")
-        by_gradient = steppe.variants.aesam(base, steps=10, replay_rng=False)
+        by_gradient = steppe.variants.aesam(base, total_steps=10, replay_rng=False)
         assert by_gradient.perturbs_next is None
         with pytest.raises(RuntimeError, match="gradient at w"), by_gradient.recording():
             pass

@@ -1,4 +1,4 @@
-"""The classic API, so that code written for the well-known PyTorch implementation runs with one changed import.
+"""The classic API: code written for the well-known PyTorch implementation runs with one changed import.
 
 .. code-block:: python
 
@@ -28,24 +28,25 @@ from steppe._engine.state_dict import RHO
 from steppe.methods.asam import Adaptive
 from steppe.rules.l2 import L2
 
-# A mark on the module itself, so that a copy or a pickle made in between can be enabled again.
+# Attribute of a disabled module. It lies on the module, so that a copy or pickle made in between can be enabled.
 _DISABLED = "_steppe_stats_disabled"
 
 
 class SAM(sam.SAM):
-    """The classic constructor of :class:`steppe.SAM`, with the same step as ever.
+    """The classic constructor of :class:`steppe.SAM`, with an unchanged step.
 
     Args:
-        params: parameters, or groups of them; a group may bring its own ``rho``, and writing ``group["rho"]`` later
+        params: parameters, or groups of them; a group may have its own ``rho``, and writing ``group["rho"]`` later
             sets its radius for the next step.
         base_class: the base optimizer's class (its old name, ``base_optimizer``, works as a keyword).
-        rho: the neighborhood radius.
+        rho: the radius of the neighborhood.
         adaptive: ASAM as the classic implementation has it, T = |w|, e = rho T^2 g / |T g|.
-        kwargs: for the base optimizer; and ``model``, as in :class:`steppe.SAM`.
+        kwargs: for the base optimizer; and ``model``, as for :class:`steppe.SAM`.
 
-    >>> optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.05, lr=0.1)
-    >>> optimizer.base_optimizer.defaults["lr"]
-    0.1
+    Example:
+        >>> optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.05, lr=0.1)
+        >>> optimizer.base_optimizer.defaults["lr"]
+        0.1
     """
 
     def __init__(
@@ -62,14 +63,14 @@ class SAM(sam.SAM):
 
     def _begin(self, caller: str) -> None:
         for group in self.param_groups:
-            if "rho" in group:  # as classic code writes it; no base of the class form has a rho of its own
+            if "rho" in group:  # classic code writes it so; in the class form, no base has a "rho" of its own
                 group[RHO] = group.pop("rho")
         super()._begin(caller)
 
     def _run(self, closure: sam.Closure) -> Any:
-        """The classic ``step(closure)``: the first backward was made before it, and the closure is the second pass.
+        """Run the classic ``step(closure)``: the first backward comes before it, and the closure is the second pass.
 
-        Without such a gradient, the closure is that of ``torch.optim``, and runs both passes.
+        Without a gradient from before, the closure is that of ``torch.optim``, and runs both passes.
         """
         if not self._engine.gradients.accumulated_outside():
             return super()._run(closure)
@@ -90,18 +91,21 @@ class SAM(sam.SAM):
 
 
 def disable_bn_stats(model: nn.Module) -> None:
-    """Let BatchNorm layers in training mode use batch statistics without leaving a trace in the running ones.
+    """Make BatchNorm layers in training mode use batch statistics without an update of the running ones.
 
-    Nothing in the buffers moves, ``num_batches_tracked`` included, whatever ``momentum`` is. Calling it twice is
-    calling it once. Layers that track nothing already stay as they are, and layers in eval mode go on using their
-    running statistics.
+    No buffer changes, ``num_batches_tracked`` included, whatever ``momentum`` is. A second call has no effect. Layers
+    that track nothing already stay as they are, and layers in eval mode keep using their running statistics.
 
-    >>> model = nn.Sequential(nn.BatchNorm1d(2))
-    >>> disable_bn_stats(model)
-    >>> _ = model(torch.randn(4, 2))
-    >>> enable_bn_stats(model)
-    >>> model[0].num_batches_tracked
-    tensor(0)
+    Args:
+        model: the module whose BatchNorm layers are changed.
+
+    Example:
+        >>> model = nn.Sequential(nn.BatchNorm1d(2))
+        >>> disable_bn_stats(model)
+        >>> _ = model(torch.randn(4, 2))
+        >>> enable_bn_stats(model)
+        >>> model[0].num_batches_tracked
+        tensor(0)
     """
     for layer in _batch_norms(model):
         if layer.track_running_stats:

@@ -19,7 +19,7 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
-from steppe._tensors.dtensor import whole
+from steppe._tensors.dtensor import full_tensor
 from test_variants import OWN, VARIANTS
 
 Make = Callable[[nn.Module], steppe.SAM]
@@ -144,4 +144,4 @@ def run(model: nn.Module, optimizer: steppe.SAM, steps: range, *, whole_batch: b
 
 
 def weights(model: nn.Module) -> list[Tensor]:
-    return [whole(p.detach()).clone() for p in model.parameters()]
+    return [full_tensor(p.detach()).clone() for p in model.parameters()]

@@ -35,11 +35,11 @@ def test_every_method_equals_one_process(name, layout):
 
 def with_norms_of_their_own(layout: str):
     """What happens where a library does not know of shards: every rank divides by the norm of its own part."""
-    over_ranks, steppe._tensors.ops.over_ranks = steppe._tensors.ops.over_ranks, lambda summand, spread: summand
+    over_ranks, steppe._tensors.ops.sum_over_ranks = steppe._tensors.ops.sum_over_ranks, lambda summand, spread: summand
     try:
         return ranked(layout, "sam", 4)
     finally:
-        steppe._tensors.ops.over_ranks = over_ranks
+        steppe._tensors.ops.sum_over_ranks = over_ranks
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "partly", "tensor parallel"])

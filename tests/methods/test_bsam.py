@@ -134,7 +134,7 @@ def test_on_an_accelerator_a_bad_step_is_skipped_exactly():
         with sam_pass:
             (F.cross_entropy(model(x), y) * (float("nan") if sam_pass.is_perturbed else 1)).backward()
     gradients = optimizer._engine.gradients
-    gradients._step_on_device(torch.tensor(False), gradients.of(gradients.holders()))  # what a device would do
+    gradients._step_on_device(torch.tensor(False), gradients.of(gradients.parameters()))  # what a device would do
     assert (bits(model.parameters()), bits(t for s in optimizer.state.values() for t in s.values())) == before
 
 

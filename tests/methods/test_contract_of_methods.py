@@ -22,9 +22,9 @@ from support import BASES, DRIVES, batch, bits, by_closure, by_passes, model_bit
 
 METHODS = {
     "decoupled_wsam": lambda base, m, rho=0.1: DecoupledWSAM(BASES[base](m.parameters()), rho, gamma=0.8, model=m),
-    "lookbehind": lambda base, m, rho=0.1: Lookbehind(BASES[base](m.parameters()), rho, k=3, model=m),
+    "lookbehind": lambda base, m, rho=0.1: Lookbehind(BASES[base](m.parameters()), rho, ascent_steps=3, model=m),
     "lookbehind-adaptive": lambda base, m, rho=0.1: Lookbehind(
-        BASES[base](m.parameters()), rho, k=2, alpha=None, model=m
+        BASES[base](m.parameters()), rho, ascent_steps=2, alpha=None, model=m
     ),
     "sampa": lambda base, m, rho=0.1: SAMPa(BASES[base](m.parameters()), rho, model=m),
     "bsam": lambda base, m, rho=0.1: BSAM(m.parameters(), 0.05, n_data=500, rho=rho, model=m),
@@ -377,7 +377,7 @@ def test_an_interrupt_between_the_move_and_the_first_pass_restores(name, monkeyp
     train(model, optimizer, by_closure, 2)
     before = bits(model.parameters())
     sam_pass = next(optimizer.passes())
-    monkeypatch.setattr(optimizer._engine.protection, "first_pass", lambda: 1 / 0)
+    monkeypatch.setattr(optimizer._engine.side_effects, "begin_first_pass", lambda: 1 / 0)
     with pytest.raises(ZeroDivisionError), sam_pass:
         pass
     assert bits(model.parameters()) == before

@@ -21,13 +21,13 @@ def want(base, k=3, alpha=0.4):
 @pytest.mark.parametrize("base", CALM)
 @pytest.mark.parametrize(("k", "alpha"), [(3, 0.4), (2, 0.8), (5, 1.0), (1, 0.5), (3, None)])
 def test_it_matches_its_slow_reference(base, drive, k, alpha):
-    agree(trained(lambda ps: Lookbehind(CALM[base](ps), RHO, k=k, alpha=alpha), drive), want(base, k, alpha))
+    agree(trained(lambda ps: Lookbehind(CALM[base](ps), RHO, ascent_steps=k, alpha=alpha), drive), want(base, k, alpha))
 
 
 @pytest.mark.parametrize("base", CALM)
 def test_mutants_are_killed(base):
     for rho, k, alpha in ((0.999 * RHO, 3, 0.4), (0.0, 3, 0.4), (RHO, 2, 0.4), (RHO, 3, 0.4 * 0.999), (RHO, 3, 1.0)):
-        mutant = trained(lambda ps, r=rho, k=k, a=alpha: Lookbehind(CALM[base](ps), r, k=k, alpha=a))
+        mutant = trained(lambda ps, r=rho, k=k, a=alpha: Lookbehind(CALM[base](ps), r, ascent_steps=k, alpha=a))
         with pytest.raises(AssertionError):
             agree(mutant, want(base))
 
@@ -36,7 +36,7 @@ def test_mutants_are_killed(base):
 @pytest.mark.parametrize("base", BASES)
 def test_k_one_with_alpha_one_is_sam_bit_for_bit(base, drive):
     model, twin = net(), net()
-    one = Lookbehind(BASES[base](model.parameters()), 0.1, k=1, alpha=1.0, model=model)
+    one = Lookbehind(BASES[base](model.parameters()), 0.1, ascent_steps=1, alpha=1.0, model=model)
     two = steppe.SAM(BASES[base](twin.parameters()), 0.1, model=twin)
     for m, o in ((model, one), (twin, two)):
         torch.manual_seed(7)
@@ -47,7 +47,7 @@ def test_k_one_with_alpha_one_is_sam_bit_for_bit(base, drive):
 @pytest.mark.parametrize("base", BASES)
 def test_rho_zero_is_k_steps_of_the_base_with_the_same_gradient(base):
     model, twin = net(dropout=0.0), net(dropout=0.0)
-    train(model, Lookbehind(BASES[base](model.parameters()), 0.0, k=3, alpha=1.0, model=model), by_closure, 4)
+    train(model, Lookbehind(BASES[base](model.parameters()), 0.0, ascent_steps=3, alpha=1.0, model=model), by_closure, 4)
     plain_base = BASES[base](twin.parameters())
     repeat = plain_base.step
     plain_base.step = lambda: [repeat() for _ in range(3)]
@@ -64,7 +64,7 @@ def test_alpha_zero_stays():
 
 def test_the_climbs_go_on_from_each_other_and_the_base_steps_k_times():
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, k=3)
+    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, ascent_steps=3)
     steps, lengths = [], []
     optimizer.base.register_step_pre_hook(lambda *_: steps.append(w.grad.clone()))
     for sam_pass in optimizer.passes():
@@ -89,7 +89,7 @@ def test_asam_climbs_and_maximize():
 
 def test_a_step_without_a_climb_is_one_step_of_the_base():
     w = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), k=3, alpha=1.0, cadence=steppe.LatePhase(1.0, 100))
+    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), ascent_steps=3, alpha=1.0, cadence=steppe.LatePhase(1.0, 100))
     by_closure(optimizer, lambda: w.square().sum())
     assert w.item() == pytest.approx(0.8)
 
@@ -97,8 +97,8 @@ def test_a_step_without_a_climb_is_one_step_of_the_base():
 def test_wrong_arguments_are_refused():
     w = torch.nn.Parameter(torch.ones(1))
     sgd = torch.optim.SGD([w], lr=0.1)
-    with pytest.raises(ValueError, match="k must be 1 or more"):
-        Lookbehind(sgd, k=0)
+    with pytest.raises(ValueError, match="ascent_steps must be 1 or more"):
+        Lookbehind(sgd, ascent_steps=0)
     with pytest.raises(ValueError, match="alpha must be between 0 and 1"):
         Lookbehind(sgd, alpha=1.5)
     with pytest.raises(ValueError, match="climbs once along the gradient"):
@@ -110,7 +110,7 @@ def test_wrong_arguments_are_refused():
 
 def test_every_pass_that_goes_down_says_so():
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, k=3)
+    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, ascent_steps=3)
     said = []
     for sam_pass in optimizer.passes():
         with sam_pass:

@@ -63,5 +63,5 @@ def test_the_official_lookbehind(base, k, alpha):
             value(theirs, t).backward()
             minimizer.descent_step()
     minimizer._backup_and_load_slow_cache()
-    ours = trained(lambda ps: Lookbehind(CALM[base](ps), 0.1, k=k, alpha=alpha))
+    ours = trained(lambda ps: Lookbehind(CALM[base](ps), 0.1, ascent_steps=k, alpha=alpha))
     agree(ours, flat(theirs.parameters()).detach())

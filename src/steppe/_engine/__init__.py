@@ -1,1 +1,1 @@
-"""Internal: the machinery of one step."""
+"""Internal: the machinery of one step of :class:`steppe.SAM`."""

@@ -1,23 +1,29 @@
-"""Who called: warnings that point at the user's own line, and frameworks that a step must know of."""
+"""The caller of a step: warnings at the user's own line, and frameworks that change what a step has to do.
+
+Frameworks do not pass this information on, so that it is read from the call stack.
+"""
 
 import sys
 import warnings
 from types import FrameType
 
-_INSIDE = ("torch", "steppe", "accelerate")
-_SCALERS_CALL = "_maybe_opt_step"  # in GradScaler.step, where the scaler is enabled
+_INTERNAL_PACKAGES = ("torch", "steppe", "accelerate")
+_SCALER_FUNCTION = "_maybe_opt_step"
+"""The function in which an enabled ``GradScaler`` calls ``optimizer.step()``; a private name of torch."""
 
 
 def _caller() -> tuple[FrameType, int]:
-    """The innermost caller outside of what lies between a user and us, and how many frames away it is."""
+    """Return the innermost frame outside of the internal packages, and the number of frames to it."""
     level, frame = 1, sys._getframe(2)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INSIDE:
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").partition(".")[0] in _INTERNAL_PACKAGES:
         level, frame = level + 1, frame.f_back
     return frame, level
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn as the innermost caller outside torch and this package, whatever decorators and hooks lie between.
+    """Warn at the line of the innermost caller outside torch and this package.
+
+    A fixed ``stacklevel`` would point into torch: hooks, schedulers and decorators add frames of their own.
 
     >>> with warnings.catch_warnings(record=True) as caught:
     ...     warnings.simplefilter("always")
@@ -29,24 +35,37 @@ def warn(message: str, category: type[Warning] = UserWarning) -> None:
 
 
 def called_by_scaler() -> bool:
-    """Whether an enabled ``GradScaler`` has called, through whatever decorators and wrappers."""
+    """True if an enabled ``GradScaler`` called, through any decorators and wrappers.
+
+    A scaler leaves no other trace: without this, gradients that were unscaled could not be told from scaled ones.
+    """
     frame = sys._getframe(1).f_back
-    for _ in range(12):
+    for _ in range(14):
         if frame is None:
             return False
-        if frame.f_code.co_name == _SCALERS_CALL:
+        if frame.f_code.co_name == _SCALER_FUNCTION:
             return True
         frame = frame.f_back
     return False
 
 
 def called_by_trainer() -> bool:
-    """Whether Hugging Face's Trainer has called, whose loop makes one backward a step and gives no closure."""
+    """True if Hugging Face's Trainer called: it makes one backward a step and gives no closure."""
     frame, _ = _caller()
     return frame.f_globals.get("__name__") == "transformers.trainer"
 
 
-def inside_an_accumulation() -> bool:
-    """Whether ``accelerator.accumulate()`` is in force, for a micro-batch that is not the last one of its step."""
+def refuse_accumulation() -> None:
+    """Refuse ``passes()`` inside ``accelerator.accumulate()``, for a micro-batch that is not the last one of its step.
+
+    Raises:
+        RuntimeError: Accelerate accumulates gradients.
+    """
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
-    return state is not None and not state._shared_state.get("sync_gradients", True)
+    # _shared_state: where Accelerate keeps what it would say itself; making a GradientState could change it
+    if state is not None and not state._shared_state.get("sync_gradients", True):
+        raise RuntimeError(
+            "passes() inside accelerator.accumulate(): every pass starts with cleared gradients, so all "
+            "micro-batches but the last would be lost. steppe.integrations.accelerate has the loop that runs them "
+            "all in each pass, and accumulate=True gives each a perturbation of its own"
+        )

@@ -1,24 +1,42 @@
-"""The two forms of the constructor, and what they refuse."""
+"""The arguments of :class:`steppe.SAM`: its two forms, and what they refuse."""
 
 import inspect
 import math
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias, TypedDict
+from weakref import WeakSet
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._engine.state_dict import RHO
+from steppe._engine.state_dict import RHO, has_ours, parameters
+from steppe.rules import Cadence, Combination, Perturbation, ascent_steps, needs_gradient
+
+Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
 _SENTINEL = inspect.Parameter.empty
+_wrapped: WeakSet[Optimizer] = WeakSet()
+
+
+class Options(TypedDict, total=False):
+    """Keyword arguments of :class:`steppe.SAM`, which documents them."""
+
+    model: nn.Module | None
+    perturbation: Perturbation
+    combination: Combination
+    cadence: Cadence
+    replay_rng: bool
+    per_rank: bool
+    scaler: torch.amp.GradScaler | None
+    stochastic_rounding: bool
 
 
 def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
     """Return the base optimizer and rho from the arguments of either form of the constructor.
 
     Raises:
-        TypeError: they fit neither ``(base_optimizer, rho)`` nor ``(params, base_class, rho, **kwargs)``.
+        TypeError: the arguments fit neither ``(base_optimizer, rho)`` nor ``(params, base_class, rho, **kwargs)``.
     """
     first = args[0] if args else kwargs.get("base_optimizer")
     if isinstance(first, Optimizer):
@@ -32,10 +50,10 @@ def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
 
 
 def check_rho(rho: float | Tensor) -> None:
-    """Refuse a radius that is no radius.
+    """Refuse a value that is no radius.
 
     Raises:
-        ValueError: rho is negative or not finite. A tensor is taken as it is: reading it would synchronize.
+        ValueError: rho is negative or not finite. The value of a tensor is not read, because that would synchronize.
         TypeError: rho is not a number.
     """
     if isinstance(rho, Tensor):
@@ -51,13 +69,13 @@ def check_groups(groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> 
     """Refuse groups whose radius is missing, wrong, or written under a name that has no effect.
 
     Raises:
-        ValueError: says which group and what to write.
+        ValueError: names the group and the remedy.
     """
     for index, group in enumerate(groups):
         if RHO not in group:
             raise ValueError(
-                f"group {index} has no {RHO!r}: it was added to the base optimizer, or loaded into it, behind SAM's "
-                f"back, so its radius is unknown. Use SAM's add_param_group() and load_state_dict(), or set "
+                f"group {index} has no {RHO!r}: it was added to the base optimizer, or loaded into it, without SAM, so "
+                f"its radius is unknown. Use SAM's add_param_group() and load_state_dict(), or set "
                 f"param_groups[{index}][{RHO!r}]"
             )
         if "rho" in group and "rho" not in defaults:
@@ -66,6 +84,68 @@ def check_groups(groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> 
                 f"'rho' of its own). Write it under that name"
             )
         check_rho(group[RHO])
+
+
+def check_model(model: nn.Module | None, base: Optimizer) -> None:
+    """Refuse a model that the optimizer does not train.
+
+    Raises:
+        ValueError: the model holds none of the base's parameters.
+    """
+    if model is not None and set(model.parameters()).isdisjoint(parameters(base)):
+        raise ValueError(
+            "model= holds none of the optimizer's parameters, so its running statistics would be protected and "
+            "those of the trained model would not: pass the module whose parameters the base optimizer got"
+        )
+
+
+def drop_earlier_radii(base: Optimizer) -> None:
+    """Drop the radii of an earlier wrapper of this base, or of a checkpoint; the new rho takes precedence."""
+    if base in _wrapped or has_ours(base):
+        for group in base.param_groups:
+            group.pop(RHO, None)
+    _wrapped.add(base)
+
+
+def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
+    """Refuse ``per_rank=True`` with rules that cannot differ between the ranks, or that must not.
+
+    Raises:
+        ValueError: names the rule.
+    """
+    if not needs_gradient(perturbation):
+        why = (
+            f"{perturbation} does not look at the gradient, so that all ranks are perturbed alike (GaussianNoise: give "
+            "each rank a seed)"
+        )
+    elif needs_gradient(cadence):
+        why = f"{cadence} decides by the gradient at w, which differs between the ranks: only some would perturb"
+    else:
+        return
+    raise ValueError(f"per_rank=True: {why}. Leave per_rank out, or take other rules")
+
+
+def check_classic(perturbation: Perturbation, *, single_pass: bool, per_rank: bool) -> None:
+    """Refuse ``first_step()`` where the classic API has no place for the passes.
+
+    Raises:
+        RuntimeError: names the option and the remedy.
+    """
+    if single_pass:
+        raise RuntimeError(
+            f"first_step() with {perturbation}: it perturbs without the gradient at w, so that its only pass comes "
+            "after first_step(), and the backward before it would be lost. Use passes() or step(closure)"
+        )
+    if per_rank:
+        raise RuntimeError(
+            "first_step() with per_rank=True: the backward before it has averaged the ranks' gradients already. "
+            "Use passes() or step(closure), which keep them apart"
+        )
+    if (steps := ascent_steps(perturbation)) > 1:
+        raise RuntimeError(
+            f"first_step() with {perturbation}: it makes {steps} ascent steps, and the classic API has a place for "
+            "one. Use passes() or step(closure)"
+        )
 
 
 def _from_instance(
@@ -113,13 +193,13 @@ def _from_class(
     if "rho" in inspect.signature(base_class).parameters:
         name = getattr(base_class, "__name__", repr(base_class))
         raise TypeError(
-            f"{name} has a 'rho' of its own, so the class form cannot tell which one is meant: write "
+            f"{name} has a 'rho' of its own, so that 'rho' in the class form is ambiguous: write "
             f"SAM({name}(params, rho=...), rho=...)"
         )
-    groups = [_renamed(p) if isinstance(p, dict) else p for p in params]
+    groups = [_with_own_radius(p) if isinstance(p, dict) else p for p in params]
     return _from_instance(base_class(groups, **kwargs), rho)
 
 
-def _renamed(group: dict[str, Any]) -> dict[str, Any]:
-    """A copy of the group with its radius under our own name."""
+def _with_own_radius(group: dict[str, Any]) -> dict[str, Any]:
+    """Return a copy of the group with its radius under SAM's key."""
     return {RHO if key == "rho" else key: value for key, value in group.items()}

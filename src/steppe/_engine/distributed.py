@@ -1,4 +1,4 @@
-"""The processes that train one model together: what a pass asks of their engine, and engines that are refused."""
+"""Processes that train one model together: what a pass needs from their engine, and engines that are refused."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -14,12 +14,12 @@ from steppe._tensors.dtensor import is_sharded
 
 
 class Ranks:
-    """What the passes of one optimizer need of the engine that its model runs in; without one, nothing.
+    """The ranks on which one optimizer's model runs; without a distributed engine, every method is a no-op.
 
     Args:
         model: the module that the passes run, as its engine has wrapped it.
         owned: the optimizer's parameters.
-        per_rank: whether every rank climbs along its own gradient.
+        per_rank: perturb each rank along its own gradient.
 
     Raises:
         TypeError: an engine under which SAM would be silently wrong.
@@ -31,66 +31,67 @@ class Ranks:
         _refuse_engines(modules, owned)
         self._sharded: list[Any] = [m for m in modules if _is(m, "torch.distributed.fsdp", "FSDPModule")]
         self._replica = model if per_rank and isinstance(model, DistributedDataParallel) else None
-        """The module whose ranks climb apart; None where all climb together."""
+        """The module whose ranks have perturbations of their own; None where all ranks share one."""
         if per_rank and self._replica is None:
             what = (
                 "sharded parameters: no rank has a whole gradient of its own"
                 if any(map(is_sharded, owned))
-                else (f"model={type(model).__name__}: nothing says how to keep the ranks' gradients apart")
+                else f"model={type(model).__name__}: it has no way to keep the ranks' gradients apart"
             )
             raise ValueError(
-                f"per_rank=True with {what}. It needs model= to be the DistributedDataParallel module that the passes "
-                "run; without it, all ranks climb together"
+                f"per_rank=True with {what}. Give model= the DistributedDataParallel module that the passes run; "
+                "without per_rank, all ranks share one perturbation"
             )
 
-    def pass_to(self, *, is_last: bool | None) -> AbstractContextManager[Any]:
-        """The context of one pass: a gradient that only says where to climb stays the rank's own.
+    def context_of_pass(self, *, is_last: bool | None) -> AbstractContextManager[Any]:
+        """Return the context of one pass. With ``per_rank``, the gradient of a pass that is not the last stays local.
 
         Raises:
-            RuntimeError: a static graph that has seen no backward yet.
+            RuntimeError: a static graph before its first backward.
         """
         if self._replica is None or is_last:
             return nullcontext()
+        # A private name of torch, set until the first backward; nothing else shows that the graph is not known yet.
         if self._replica.static_graph and not getattr(self._replica, "_static_graph_delay_allreduce_enqueued", True):
             raise RuntimeError(
                 "per_rank=True with static_graph=True: torch learns the graph from a backward that averages the "
-                "gradients, and the first pass is one that does not. Before the first step, run one forward and "
-                "backward of the model outside of passes(), and clear the gradients"
+                "gradients, and the first pass does not average. Before the first step, run one forward and backward "
+                "of the model outside of passes(), and clear the gradients"
             )
         return self._replica.no_sync()
 
-    def moved(self) -> None:
-        """Note that weights were changed in place: copies of them that were gathered before are stale."""
+    def drop_gathered_weights(self) -> None:
+        """Make FSDP2 gather the weights again: what it has gathered before an in-place change is stale."""
         for module in self._sharded:
             module.reshard()
 
-    def memory(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """What a rule that says where to climb may remember: nothing, where each rank climbs by itself."""
+    def memory_of_perturbation(self, shared: dict[str, Any]) -> dict[str, Any]:
+        """Return the memory of the perturbation: none where each rank has a perturbation of its own."""
         return shared if self._replica is None else SharedMemoryRefused()
 
     @torch.no_grad()
-    def all(self, flag: Tensor) -> Tensor:
-        """Whether a flag is true on every rank: where each climbs by itself, one may have overflowed alone."""
+    def all_true(self, flag: Tensor) -> Tensor:
+        """Return True if the flag is true on every rank; local gradients may overflow on one rank only."""
         if self._replica is None:
             return flag
-        device = next(p.device for p in self._replica.parameters())  # which its process group can send
+        device = next(p.device for p in self._replica.parameters())  # a device that the process group supports
         lowest = flag.to(device, torch.int32)
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._replica.process_group)
         return lowest.to(flag.device).bool()
 
     @torch.no_grad()
-    def holders(self, here: Sequence[Tensor], owned: Sequence[Tensor]) -> list[Tensor]:
-        """The parameters that have a gradient on any rank, where a rank may have left some of them out."""
+    def with_gradient_anywhere(self, here: Sequence[Tensor], owned: Sequence[Tensor]) -> list[Tensor]:
+        """Return the parameters that have a gradient on any rank, where a rank may leave some of them out."""
         if self._replica is None or not self._replica.find_unused_parameters:
             return list(here)
         has, device = set(here), next(p.device for p in self._replica.parameters())
         held = torch.tensor([p in has for p in owned], dtype=torch.int32, device=device)
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self._replica.process_group)
-        return [p for p, somewhere in zip(owned, held.tolist(), strict=True) if somewhere]
+        return [p for p, anywhere in zip(owned, held.tolist(), strict=True) if anywhere]
 
     @torch.no_grad()
-    def mean_(self, gradients: Sequence[Tensor]) -> None:
-        """Average gradients that every rank has made for itself, in place."""
+    def average_(self, gradients: Sequence[Tensor]) -> None:
+        """Average the ranks' own gradients, in place."""
         if self._replica is None:
             return
         group = self._replica.process_group
@@ -99,14 +100,14 @@ class Ranks:
 
 
 class SharedMemoryRefused(dict[str, Any]):
-    """The memory of rules that climb on each rank by itself: there is none, because a checkpoint holds one for all."""
+    """Memory of a perturbation that differs between the ranks: none, because a checkpoint holds one for all ranks."""
 
     def setdefault(self, rule: str, default: Any = None) -> NoReturn:
-        """Refuse."""
+        """Raise ValueError."""
         raise ValueError(
             f"per_rank=True with {rule}, which remembers something of each rank's own gradients: a checkpoint would "
-            "keep one rank's memory and lose the others'. Let all ranks climb together (per_rank=False), or take a "
-            "perturbation without a memory"
+            "keep one rank's memory and lose the others'. Leave per_rank out, so that all ranks share one "
+            "perturbation, or take a perturbation without a memory"
         )
 
 
@@ -116,6 +117,7 @@ def _refuse_engines(modules: Iterable[nn.Module], owned: Iterable[Tensor]) -> No
             _refuse_fsdp1()
         if type(module).__module__.partition(".")[0] == "deepspeed":
             _refuse_deepspeed()
+    # Without model=, the engines show only in marks on their parameters; private names, checked by tests.
     for p in owned:
         if getattr(p, "_fsdp_flattened", False) or type(p).__name__ == "FlatParameter":
             _refuse_fsdp1()
@@ -125,21 +127,21 @@ def _refuse_engines(modules: Iterable[nn.Module], owned: Iterable[Tensor]) -> No
 
 def _refuse_fsdp1() -> None:
     raise TypeError(
-        "FullyShardedDataParallel (FSDP1) gives an optimizer flat pieces that do not say what they are pieces of, so "
-        "every rank would climb along another direction, by the norm of its own piece. Shard the model with "
+        "FullyShardedDataParallel (FSDP1) gives an optimizer flat shards without their shapes, so that every rank "
+        "would be perturbed in another direction, by the norm of its own shard. Shard the model with "
         "torch.distributed.fsdp.fully_shard (FSDP2), which works"
     )
 
 
 def _refuse_deepspeed() -> None:
     raise TypeError(
-        "DeepSpeed's engine keeps gradients and master weights to itself and steps inside its own backward-and-step "
+        "DeepSpeed's engine keeps gradients and master weights private and steps inside its own backward-and-step "
         "protocol, so a second pass would be lost or counted twice. Use FSDP2 (torch.distributed.fsdp.fully_shard) or "
         "DistributedDataParallel with ZeroRedundancyOptimizer as the base, which both work"
     )
 
 
 def _is(module: nn.Module, package: str, name: str) -> bool:
-    """Whether it is an instance of a class that may not even be imported."""
+    """True if the module is an instance of a class whose package may not be imported."""
     kind = getattr(sys.modules.get(package), name, None)
     return kind is not None and isinstance(module, kind)

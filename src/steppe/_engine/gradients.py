@@ -1,4 +1,4 @@
-"""The ``.grad`` fields of an optimizer's parameters: who has one, whose it is, and whether it may go down."""
+"""Read, write and validate the gradients of an optimizer's parameters."""
 
 from collections.abc import Iterable, Sequence
 
@@ -11,7 +11,8 @@ from steppe._engine.state_dict import parameters
 from steppe._tensors.dtensor import all_plain, foreach, reduced
 from steppe._tensors.ops import all_finite, copy_, real_views
 
-# Marks, on a gradient, the version at which our last step left it.
+# Attribute of a gradient: its version when the last step left it. Without this mark, a gradient that was accumulated
+# before step(closure) could not be told from the one that the last step left in .grad.
 _LEFT_AT = "_steppe_left_at"
 
 
@@ -23,83 +24,92 @@ class Gradients:
         self._so_far_finite: Tensor | None = None
         self._was_cleared = False
         self.skipped: Tensor | int = 0
-        """Steps skipped because a gradient was not finite; a tensor on an accelerator."""
+        """Number of steps skipped because a gradient was not finite; a tensor on an accelerator."""
 
-    def holders(self) -> list[Tensor]:
-        """The parameters that have a gradient, each once.
+    def parameters(self) -> list[Tensor]:
+        """Return the parameters that have a gradient, each once.
 
         Raises:
             RuntimeError: a gradient is sparse.
         """
-        return self.held()[0]
+        return self.parameters_and_gradients()[0]
 
-    def held(self) -> tuple[list[Tensor], list[Tensor]]:
-        """The parameters that have a gradient (:meth:`holders`), and their gradients (:meth:`of`)."""
+    def parameters_and_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """Return the parameters that have a gradient (:meth:`parameters`), and their gradients (:meth:`of`)."""
         found = {id(p): (p, gradient) for p in parameters(self._base) if (gradient := p.grad) is not None}
         for p, gradient in found.values():
             if gradient.layout is not torch.strided:
                 raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({gradient.layout}): the climb would "
-                    f"have to perturb rows that have none. Use sparse=False (Embedding), or leave this parameter to "
-                    f"an optimizer of its own"
+                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({gradient.layout}), and a "
+                    f"perturbation would have to move rows that have none. Use sparse=False (Embedding), or give this "
+                    f"parameter to an optimizer of its own"
                 )
-        holders = [p for p, _ in found.values()]
-        return holders, _real(holders, [gradient for _, gradient in found.values()])
+        members = [p for p, _ in found.values()]
+        return members, _real_gradients(members, [gradient for _, gradient in found.values()])
 
     def of(self, members: Iterable[Tensor]) -> list[Tensor]:
-        """Their gradients, as real views; what was still the ranks' summands becomes their sum first."""
-        holders = [p for p in members if p.grad is not None]
-        return _real(holders, [gradient for p in holders if (gradient := p.grad) is not None])
+        """Return the members' gradients as real views; those that are still partial sums over the ranks are reduced."""
+        members = [p for p in members if p.grad is not None]
+        return _real_gradients(members, [gradient for p in members if (gradient := p.grad) is not None])
 
     def fill(self, members: Iterable[Tensor]) -> None:
-        """Give those without a gradient a zero one."""
+        """Give members without a gradient a zero one."""
         for p in members:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
 
-    def set(self, members: Iterable[Tensor], values: Sequence[Tensor]) -> None:
-        """Write values into their gradients, and NaN into one entry of them if an earlier pass was not finite.
+    def clear(self) -> None:
+        """Clear the gradients."""
+        Optimizer.zero_grad(self._base)  # not self._base.zero_grad(), which a base may override and a hook may watch
 
-        Whoever looks at the gradient next, a loss scaler or :meth:`step_if_finite`, then sees it.
+    def set(self, members: Iterable[Tensor], values: Sequence[Tensor]) -> None:
+        """Write values to the members' gradients; write NaN to one entry if an earlier pass was not finite.
+
+        A loss scaler and :meth:`step_if_finite` read only ``.grad``, and skip the step because of that entry.
         """
         self.write(self.of(members), values)
 
     def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Do what :meth:`set` does, where the gradients (:meth:`of`) are at hand."""
-        changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _same(t, v)]
+        """Do as :meth:`set`, given the gradients (:meth:`of`)."""
+        changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _is_same_view(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
         if self._so_far_finite is not None and targets:
             smallest = min(targets, key=Tensor.numel)
             smallest.masked_fill_(self._so_far_finite.logical_not().to(smallest.device), float("nan"))
         self._so_far_finite = None
 
-    def note(self, finite: Tensor, *, further: bool) -> Tensor:
-        """Remember whether the gradient that a climb starts with, and those of this step before it, were finite."""
+    def record_finite(self, finite: Tensor, *, further: bool) -> Tensor:
+        """Record if the gradient of a pass is finite; return True if those of this step so far are.
+
+        Args:
+            finite: a 0-dim bool tensor.
+            further: True for a further ascent step of the same step.
+        """
         if further and self._so_far_finite is not None:
             finite = finite & self._so_far_finite
         self._so_far_finite = finite
         return finite
 
     def copies(self) -> dict[Tensor, Tensor]:
-        """A copy of each gradient, by parameter."""
-        return {p: p.grad.clone() for p in self.holders() if p.grad is not None}
+        """Return a copy of each gradient, by parameter."""
+        return {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
 
     @torch.no_grad()
     def add(self, values: dict[Tensor, Tensor]) -> None:
-        """Add values to the gradients; where there is none, they become it."""
+        """Add values to the gradients; where there is none, the value becomes the gradient."""
         both = [(p.grad, v) for p, v in values.items() if p.grad is not None]
         foreach(torch._foreach_add_, [g for g, _ in both], [v for _, v in both])
-        self.put({p: v for p, v in values.items() if p.grad is None})
+        self.assign({p: v for p, v in values.items() if p.grad is None})
 
-    def put(self, values: dict[Tensor, Tensor]) -> None:
-        """Make these tensors themselves the gradients."""
+    def assign(self, values: dict[Tensor, Tensor]) -> None:
+        """Assign these tensors to ``.grad``."""
         for p, value in values.items():
             p.grad = value
 
-    # What was accumulated before a closure would be missing in the second pass.
+    # Gradients that were accumulated before step(closure): the second pass would lose them.
 
     def accumulated_outside(self) -> dict[Tensor, Tensor]:
-        """The gradients that somebody has made since our last step."""
+        """Return the gradients that were written since the last step."""
         self._was_cleared = False
         return {
             p: p.grad
@@ -107,32 +117,35 @@ class Gradients:
             if p.grad is not None and getattr(p.grad, _LEFT_AT, None) != p.grad._version
         }
 
-    def cleared(self) -> None:
-        """Note that the gradients were cleared through the optimizer."""
+    def mark_cleared(self) -> None:
+        """Record that the gradients were cleared through the optimizer."""
         self._was_cleared = True
 
     def refuse_if_kept(self, outside: dict[Tensor, Tensor]) -> None:
-        """Refuse a closure that added to gradients made before it.
+        """Refuse a closure that adds to gradients accumulated before it.
 
         Raises:
-            RuntimeError: it did.
+            RuntimeError: the closure did not clear them.
         """
         if not self._was_cleared and any(p.grad is gradient for p, gradient in outside.items()):
             raise RuntimeError(
-                "the closure added to gradients that were accumulated before step(closure): the second pass cannot "
-                "repeat those micro-batches, so the step would go down a mixture. Run all micro-batches inside the "
+                "the closure added to gradients that were accumulated before step(closure), and the second pass cannot "
+                "repeat those micro-batches: the update gradient would be a mixture. Run all micro-batches inside the "
                 "closure, or use passes(); if the old gradients are not wanted, call zero_grad() in the closure"
             )
 
-    # Going down.
+    # The base optimizer's step.
 
     def step_if_finite(self) -> bool:
-        """Let the base step, unless a gradient is not finite; return whether the host let it.
+        """Step the base unless a gradient is not finite.
 
-        On a CPU the host decides. On an accelerator the device does: by ``found_inf`` where the base takes it, else
+        On a CPU the host decides. On an accelerator the device decides: by ``found_inf`` if the base supports it, else
         by zeroing the gradient.
+
+        Returns:
+            False if the host skipped the step.
         """
-        _, gradients = self.held()
+        _, gradients = self.parameters_and_gradients()
         finite = all_finite(gradients)
         if finite.device.type == "cpu":
             if not finite:
@@ -156,6 +169,7 @@ class Gradients:
         if isinstance(self.skipped, int):
             self.skipped = torch.full_like(bad, self.skipped, dtype=torch.int64)
         self.skipped += bad
+        # torch's private protocol between GradScaler and fused optimizers: they skip the step where found_inf is 1
         if not getattr(self._base, "_step_supports_amp_scaling", False):
             for g in gradients:
                 g.masked_fill_(bad.to(g.device), 0.0)
@@ -168,17 +182,17 @@ class Gradients:
             del self._base.grad_scale, self._base.found_inf  # type: ignore[attr-defined]
 
 
-def _real(holders: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Real views of ``.grad``, such that to write into them is to write into ``.grad``."""
+def _real_gradients(members: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+    """Return real views of ``.grad``, such that writing to them writes to ``.grad``."""
     if not all_plain(gradients):
         gradients = [reduced(gradient) for gradient in gradients]
-        for p, gradient in zip(holders, gradients, strict=True):
+        for p, gradient in zip(members, gradients, strict=True):
             if p.grad is not gradient:
                 p.grad = gradient
     return real_views(gradients)
 
 
-def _same(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors are views of the same memory in the same way."""
-    one_base = a._base is not None and a._base is b._base
-    return one_base and a.shape == b.shape and a.storage_offset() == b.storage_offset()
+def _is_same_view(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors are the same view of the same memory."""
+    same_base = a._base is not None and a._base is b._base
+    return same_base and a.shape == b.shape and a.storage_offset() == b.storage_offset()

@@ -1,4 +1,4 @@
-"""What a pass must look after: buffers (running statistics), random generators, other parameters' gradients."""
+"""Protect buffers, random generators and other parameters' gradients from the second pass."""
 
 import random
 import sys
@@ -15,43 +15,43 @@ from steppe._tensors.ops import copy_, reuse
 
 
 class Buffers:
-    """The buffers of a model at one moment: which tensors they were, and what was in them.
+    """A snapshot of a model's buffers: which tensors they are, and their values.
 
-    Everything that a module registers is covered: BatchNorm in all its forms, spectral norm, EvoNorm, codebooks,
-    counters. Nothing is switched off, so a module that is saved, or an exception that is raised, finds the model as
-    it is. State that a module keeps outside its buffers is out of reach.
+    It covers every registered buffer: BatchNorm in all its forms, spectral norm, EvoNorm, codebooks, counters. Nothing
+    in the model is switched off, so that a module saved midway, or an exception, leaves the model as it is. State
+    outside of registered buffers is not covered.
     """
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        self._places: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
+        self._entries: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
         self._values: dict[Tensor, Tensor] = {}
 
     @torch.no_grad()
-    def take(self) -> None:
-        """Remember the buffers as they are now; the storage of an earlier take is reused."""
-        self._places = [(m._buffers, dict(m._buffers)) for m in self._model.modules() if m._buffers]
-        now = {t for _, entries in self._places for t in entries.values() if t is not None}
+    def save(self) -> None:
+        """Save the buffers; the storage of an earlier snapshot is reused."""
+        self._entries = [(m._buffers, dict(m._buffers)) for m in self._model.modules() if m._buffers]
+        now = {t for _, entries in self._entries for t in entries.values() if t is not None}
         self._values = {b: reuse(self._values.get(b), like=local(b)) for b in now if b in self._values or _writable(b)}
         copy_(list(self._values.values()), list(self._values))
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Make the buffers what they were when :meth:`take` was called: the same tensors with the same values."""
-        for place, entries in self._places:
-            if place.keys() != entries.keys() or any(place[k] is not t for k, t in entries.items()):
-                place.clear()
-                place.update(entries)
-        if self._places:
+        """Restore the buffers of :meth:`save`: the same tensors with the same values."""
+        for current, entries in self._entries:
+            if current.keys() != entries.keys() or any(current[k] is not t for k, t in entries.items()):
+                current.clear()
+                current.update(entries)
+        if self._entries:
             copy_([local(b) for b in self._values], list(self._values.values()))
 
-    def forget(self) -> None:
-        """Make :meth:`restore` do nothing until the next :meth:`take`."""
-        self._places = []
+    def discard(self) -> None:
+        """Make :meth:`restore` do nothing until the next :meth:`save`."""
+        self._entries = []
 
 
 def _writable(buffer: Tensor) -> bool:
-    """Whether a pass could have written into it: not a lazy one yet to be made, not an expanded one."""
+    """True if a pass could have written into the buffer: it is neither uninitialized (lazy) nor expanded."""
     return not is_lazy(buffer) and not any(
         stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
     )
@@ -59,20 +59,24 @@ def _writable(buffer: Tensor) -> bool:
 
 @contextmanager
 def frozen_stats(model: nn.Module) -> Iterator[None]:
-    """Keep every buffer of ``model`` unchanged by what happens in the ``with`` block.
+    """Keep every buffer of ``model`` unchanged by the ``with`` block.
 
-    Batch statistics are used as the modules' modes say; only their traces in the buffers (running mean and variance,
-    ``num_batches_tracked``, power iterations, ...) are undone at the end, also on an exception. For code that drives
-    its own second pass; :class:`steppe.SAM` with ``model=`` does this by itself.
+    Modules use batch statistics as their modes say. At the end of the block, also on an exception, their buffers are
+    restored: running mean and variance, ``num_batches_tracked``, power iterations, ... For code that drives its own
+    second pass; :class:`steppe.SAM` with ``model=`` needs no such care.
 
-    >>> bn = torch.nn.BatchNorm1d(2)
-    >>> with frozen_stats(bn):
-    ...     _ = bn(torch.randn(8, 2))
-    >>> bn.num_batches_tracked
-    tensor(0)
+    Args:
+        model: the module whose buffers are kept.
+
+    Example:
+        >>> bn = torch.nn.BatchNorm1d(2)
+        >>> with frozen_stats(bn):
+        ...     _ = bn(torch.randn(8, 2))
+        >>> bn.num_batches_tracked
+        tensor(0)
     """
     buffers = Buffers(model)
-    buffers.take()
+    buffers.save()
     try:
         yield
     finally:
@@ -80,15 +84,16 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
 
 
 class Generators:
-    """The states of the global random generators: torch's on the CPU and on ``devices``, Python's and NumPy's."""
+    """The global random generators: torch's on the CPU and on ``devices``, Python's and NumPy's."""
 
     def __init__(self, devices: Iterable[torch.device]) -> None:
         accelerators = {d for d in devices if d.type not in ("cpu", "meta")}
         self._devices = [d for d in accelerators if torch.get_device_module(d).is_available()]
 
-    def take(self) -> dict[str | torch.device, Any]:
-        """Return the states as they are now."""
+    def save(self) -> dict[str | torch.device, Any]:
+        """Return the current states."""
         states: dict[str | torch.device, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
+        # Not imported: a program without NumPy has no such generator.
         if (numpy := sys.modules.get("numpy")) is not None:
             states["numpy"] = numpy.random.get_state()
         for device in self._devices:
@@ -96,7 +101,7 @@ class Generators:
         return states
 
     def restore(self, states: dict[str | torch.device, Any]) -> None:
-        """Make the generators what they were when ``states`` were taken."""
+        """Restore the states that :meth:`save` returned."""
         torch.set_rng_state(states["torch"])
         random.setstate(states["python"])
         if "numpy" in states:
@@ -105,35 +110,35 @@ class Generators:
             torch.get_device_module(device).set_rng_state(states[device], device)
 
 
-class Bystanders:
-    """Parameters of the model that this optimizer does not own: a second pass must not add to their gradients."""
+class OtherGradients:
+    """Gradients of the model's parameters that this optimizer does not own; a second pass must not add to them."""
 
     def __init__(self, model: nn.Module, owned: Iterable[Tensor]) -> None:
         ours = set(owned)
         self._parameters = [p for p in model.parameters() if p not in ours]
         self._gradients: list[Tensor | None] = []
 
-    def take(self) -> None:
-        """Remember their gradients as they are now."""
+    def save(self) -> None:
+        """Save the current gradients."""
         self._gradients = [p.grad for p in self._parameters]
 
     def clear(self) -> None:
-        """Leave them without gradients, for the second pass to make its own."""
+        """Clear them, so that the second pass makes gradients of its own."""
         for p in self._parameters:
             p.grad = None
 
     def restore(self) -> None:
-        """Give them the gradients that they had when :meth:`take` was called."""
+        """Restore the gradients of :meth:`save`."""
         for p, gradient in zip(self._parameters, self._gradients, strict=True):
             p.grad = gradient
         self._gradients = []
 
 
-class Protection:
-    """Lets two passes leave what one ordinary pass would have left, and the second see what the first one saw.
+class SideEffects:
+    """Gives two passes the side effects of one ordinary pass.
 
-    The second pass starts from the generators' states and the buffers that the first one started from, so that it
-    evaluates the same function at w + e; after it, both are what the first pass made of them.
+    The second pass starts from the generator states and the buffers from which the first one started, so that it
+    evaluates the same function at w + e. After it, both are what the first pass left.
     """
 
     def __init__(self, model: nn.Module | None, owned: Iterable[Tensor], *, replay_rng: bool) -> None:
@@ -141,44 +146,44 @@ class Protection:
         self._generators = Generators(p.device for p in owned) if replay_rng else None
         self._before = Buffers(model) if model is not None else None
         self._after = Buffers(model) if model is not None else None
-        self._bystanders = Bystanders(model, owned) if model is not None else None
+        self._others = OtherGradients(model, owned) if model is not None else None
         self._states_before: dict[str | torch.device, Any] | None = None
         self._states_after: dict[str | torch.device, Any] | None = None
-        self._second = False
+        self._in_second_pass = False
 
-    def first_pass(self) -> None:
-        """Remember where the first pass starts."""
+    def begin_first_pass(self) -> None:
+        """Save the state from which the first pass starts."""
         self.mark_generators()
         if self._before is not None:
-            self._before.take()
+            self._before.save()
 
     def mark_generators(self) -> None:
-        """Remember the generators only, where it is not sure that a pass starts here."""
-        self._states_before = self._generators.take() if self._generators is not None else None
+        """Save the generators only: a first pass may start here (the classic API has no call before it)."""
+        self._states_before = self._generators.save() if self._generators is not None else None
         if self._before is not None:
-            self._before.forget()
+            self._before.discard()
 
-    def second_pass(self) -> None:
-        """Remember where the first pass ended, and go back to where it started."""
+    def begin_second_pass(self) -> None:
+        """Save the state in which the first pass ended, and restore the one from which it started."""
         if self._generators is not None:
-            self._states_after = self._generators.take()
-        if self._after is not None and self._bystanders is not None:
-            self._after.take()
-            self._bystanders.take()
-        self._second = True  # from here on, whatever happens, end() undoes it
+            self._states_after = self._generators.save()
+        if self._after is not None and self._others is not None:
+            self._after.save()
+            self._others.save()
+        self._in_second_pass = True  # set before anything is changed: end_second_pass() undoes an interrupt below, too
         if self._generators is not None and self._states_before is not None:
             self._generators.restore(self._states_before)
-        if self._before is not None and self._bystanders is not None:
+        if self._before is not None and self._others is not None:
             self._before.restore()
-            self._bystanders.clear()
+            self._others.clear()
 
-    def end(self) -> None:
-        """Leave what the first pass left; without a second pass, do nothing."""
-        if not self._second:
+    def end_second_pass(self) -> None:
+        """Restore the state in which the first pass ended; without a second pass, do nothing."""
+        if not self._in_second_pass:
             return
         if self._generators is not None and self._states_after is not None:
             self._generators.restore(self._states_after)
-        if self._after is not None and self._bystanders is not None:
+        if self._after is not None and self._others is not None:
             self._after.restore()
-            self._bystanders.restore()
-        self._second = False
+            self._others.restore()
+        self._in_second_pass = False

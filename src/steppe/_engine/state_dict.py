@@ -1,4 +1,4 @@
-"""Our part of a checkpoint: it travels inside the base optimizer's, so that either can load the other's."""
+"""SAM's part of a checkpoint, stored inside the base optimizer's, so that either can load the other's."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -9,29 +9,31 @@ from torch.optim import Optimizer
 
 from steppe.rules import Memory
 
-# Keys of our own in the base's groups and in checkpoints; Adadelta owns "rho", and most bases own "eps".
+# SAM's own keys in the base's groups and in checkpoints. "rho" is Adadelta's, and most bases have an "eps".
 RHO = "sam_rho"
 STEP = "sam_step"
-_MEMORY = "sam."  # then the rule's name, a dot, and the rule's own key
+_MEMORY = "sam."
+"""Prefix of a rule's tensors in the state of a parameter: ``sam.<rule>.<key>``."""
 
 
 def parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Every parameter of an optimizer, in the order in which checkpoints number them."""
+    """Yield every parameter of an optimizer, in the order in which checkpoints number them."""
     for group in optimizer.param_groups:
         yield from group["params"]
 
 
 def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
-    """Return the base's checkpoint with our step counter in its groups and the rules' memory in its state.
+    """Return the base's checkpoint with the step counter in its groups and the rules' memory in its state.
 
-    Only tensors and numbers, one level deep: what ``torch.distributed.checkpoint`` and ``weights_only=True`` take.
+    It adds only tensors and numbers, one level deep: ``torch.distributed.checkpoint`` and ``weights_only=True`` accept
+    nothing else.
     """
     packed: dict[str, Any] = base.state_dict()
     packed["param_groups"] = [{**group, STEP: step} for group in packed["param_groups"]]
     packed["state"] = dict(packed["state"])
     for index, parameter in enumerate(parameters(base)):
         ours = {
-            f"{_MEMORY}{rule}.{key}": _number(value)
+            f"{_MEMORY}{rule}.{key}": _to_number(value)
             for rule, own in memory.items()
             for key, value in own.get(parameter, {}).items()
         }
@@ -41,18 +43,19 @@ def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
 
 
 def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any], Memory, int]:
-    """Take our part out of a checkpoint; return what is the base's, the rules' memory and the step counter.
+    """Split a checkpoint into the base's part, the rules' memory and the step counter.
 
-    Not every base keeps what it does not know: some spread their state over the ranks, some have another one inside.
+    The base must not see SAM's part: some bases drop unknown entries, because they shard their state over the ranks or
+    wrap another optimizer.
     """
     groups, memory = state_dict["param_groups"], Memory()
     step = max((group.get(STEP, 0) for group in groups), default=0)
     state = dict(state_dict["state"])
     indices = [index for group in groups for index in group["params"]]
-    for index, parameter in zip(indices, parameters(base), strict=False):  # the base complains if they do not fit
-        theirs = state.get(index)
-        if isinstance(theirs, dict) and (ours := _ours(theirs)):
-            state[index] = {key: value for key, value in theirs.items() if key not in ours}
+    for index, parameter in zip(indices, parameters(base), strict=False):  # the base raises if they do not fit
+        own = state.get(index)
+        if isinstance(own, dict) and (ours := _ours(own)):
+            state[index] = {key: value for key, value in own.items() if key not in ours}
             _remember(memory, parameter, ours)
     theirs = {index: own for index, own in state.items() if own != {}}
     groups = [{key: value for key, value in group.items() if key != STEP} for group in groups]
@@ -60,12 +63,12 @@ def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any],
 
 
 def has_ours(base: Optimizer) -> bool:
-    """Whether the base was loaded with a checkpoint of ours."""
+    """True if a checkpoint of SAM was loaded into the base itself."""
     return any(STEP in group for group in base.param_groups)
 
 
 def take_from_base(base: Optimizer) -> tuple[Memory, int]:
-    """Take our part out of a base that has loaded it; return the rules' memory and the step counter."""
+    """Remove SAM's part from a base that has loaded it; return the rules' memory and the step counter."""
     step = max((group.pop(STEP, 0) for group in base.param_groups), default=0)
     memory: Memory = {}
     for parameter in parameters(base):
@@ -86,17 +89,18 @@ def _ours(state: dict[Any, Any]) -> dict[str, Any]:
 def _remember(memory: Memory, parameter: Tensor, ours: dict[str, Any]) -> None:
     for name, value in ours.items():
         rule, key = name.removeprefix(_MEMORY).split(".", 1)
-        memory.setdefault(rule, {}).setdefault(parameter, {})[key] = _tensor(value, parameter.device)
+        memory.setdefault(rule, {}).setdefault(parameter, {})[key] = _to_tensor(value, parameter.device)
 
 
-# A base that loads a checkpoint casts every tensor of a parameter's state to the parameter's dtype, but no number.
+# torch.optim casts every tensor in a parameter's state to the parameter's dtype when it loads, but no numbers: a
+# float64 scalar travels as a number, or a half-precision model would round it.
 
 
-def _number(value: Tensor) -> Tensor | float:
+def _to_number(value: Tensor) -> Tensor | float:
     return float(value) if value.dim() == 0 and value.dtype == torch.float64 else value
 
 
-def _tensor(value: Tensor | float, device: torch.device) -> Tensor:
+def _to_tensor(value: Tensor | float, device: torch.device) -> Tensor:
     if isinstance(value, Tensor):
         return value.detach().to(device, copy=True)
     return torch.tensor(value, dtype=torch.float64)

@@ -1,7 +1,7 @@
-"""Tensors of which each rank holds a part (``DTensor``: FSDP2, tensor parallelism): the part here, and the whole.
+"""Sharded tensors (``DTensor``: FSDP2, tensor parallelism): the local shard, the full tensor, sums over ranks.
 
-Everything else in the package sees them as ordinary tensors. A plain tensor is its own part and its own whole, so
-nothing here costs anything, or imports anything, where nobody shards.
+The rest of the package treats sharded tensors as ordinary ones. A plain tensor is its own local shard and its own full
+tensor, so a program that does not shard pays nothing here, not even an import.
 """
 
 import sys
@@ -11,28 +11,29 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-Spread: TypeAlias = tuple[Any, tuple[int, ...]]
-"""A mesh of ranks, and those of its dimensions along which a tensor is cut."""
+Placement: TypeAlias = tuple[Any, tuple[int, ...]]
+"""A device mesh, and its dimensions along which a tensor is sharded."""
 
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def all_plain(*lists: Sequence[Tensor]) -> bool:
-    """Whether no tensor is of a subclass, by one look at whole lists: a look at each would take a GPU's step time."""
+    """True if no tensor is of a subclass. One set operation a list: a check per tensor would outlast a GPU's step."""
     return all(_PLAIN.issuperset(map(type, tensors)) for tensors in lists)
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether it is a ``DTensor``, replicated ones included."""
+    """True if the tensor is a ``DTensor``, replicated ones included."""
     if type(tensor) in _PLAIN:
         return False
+    # Read from sys.modules: an import would cost a second where nothing is sharded.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """Return the part that this rank holds, in the same storage; of a part laid out otherwise than ``like``'s, a copy.
+    """Return this rank's shard, in the same storage; a copy if ``like`` is placed differently.
 
     >>> x = torch.ones(2)
     >>> local(x) is x
@@ -42,34 +43,34 @@ def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:
         return tensor
     if like is not None and is_sharded(like) and tensor.placements != like.placements:  # type: ignore[attr-defined]
         tensor = tensor.redistribute(like.device_mesh, like.placements)  # type: ignore[attr-defined]
-    part: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
-    return part
+    shard: Tensor = tensor.detach().to_local()  # type: ignore[attr-defined]
+    return shard
 
 
 def locals_of(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return the part of each that this rank holds, as :func:`local` does."""
+    """Return this rank's shard of each tensor, as :func:`local` does."""
     return list(tensors) if all_plain(tensors) else [local(t) for t in tensors]
 
 
 def reduced(tensor: Tensor) -> Tensor:
-    """Return it without pending sums: a gradient may still be the ranks' summands."""
+    """Return the tensor without pending reductions: the gradient of a sharded layer may still be a partial sum."""
     if not is_sharded(tensor) or not any(p.is_partial() for p in tensor.placements):  # type: ignore[attr-defined]
         return tensor
     from torch.distributed.tensor import Replicate
 
-    to = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
-    reduced: Tensor = tensor.redistribute(tensor.device_mesh, to)  # type: ignore[attr-defined]
+    placements = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
+    reduced: Tensor = tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[attr-defined]
     return reduced
 
 
-def whole(tensor: Tensor) -> Tensor:
-    """Return all of it, on every rank; every rank must ask."""
+def full_tensor(tensor: Tensor) -> Tensor:
+    """Return the full tensor, on every rank. A collective operation: all ranks have to call it."""
     full: Tensor = tensor.full_tensor() if is_sharded(tensor) else tensor  # type: ignore[attr-defined]
     return full
 
 
 def shard_like(full: Tensor, like: Tensor) -> Tensor:
-    """Cut a tensor that every rank has, so that each keeps what it holds of ``like``; nothing is sent."""
+    """Shard a tensor that every rank has in full as ``like`` is sharded, without communication."""
     if not is_sharded(like):
         return full
     from torch.distributed.tensor import distribute_tensor
@@ -79,56 +80,65 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 def foreach(operation: Callable[..., Any], *lists: Sequence[Tensor], **options: Any) -> list[Tensor]:
-    """Apply one of ``torch._foreach_*`` to lists in which plain and sharded tensors may stand side by side.
+    """Apply one of ``torch._foreach_*`` to lists in which plain and sharded tensors may be mixed.
 
-    Tensors of the lists come first, scalars by keyword. All of it happens entry by entry, so each rank works on the
-    parts that it holds, laid out as in the first list.
+    Lists of tensors come first, scalars by keyword. The operation is elementwise, so each rank works on its own shards,
+    placed as in the first list.
 
-    >>> foreach(torch._foreach_add, [torch.ones(1)], [torch.ones(1)], alpha=2.0)
-    [tensor([3.])]
+    Args:
+        operation: a function of ``torch._foreach_*``.
+        lists: lists of tensors of one length.
+        options: keyword arguments of the operation.
+
+    Returns:
+        The results; for an in-place operation, the first list.
+
+    Example:
+        >>> foreach(torch._foreach_add, [torch.ones(1)], [torch.ones(1)], alpha=2.0)
+        [tensor([3.])]
     """
     first = lists[0]
     if not first:
         return []
     if all_plain(*lists) or not any(is_sharded(t) for tensors in lists for t in tensors):
         return list(operation(*map(list, lists), **options))
-    parts = [[local(t, like=f) for t, f in zip(tensors, first, strict=True)] for tensors in lists]
-    found = operation(*parts, **options)
+    shards = [[local(t, like=f) for t, f in zip(tensors, first, strict=True)] for tensors in lists]
+    results = operation(*shards, **options)
     if operation.__name__.endswith("_"):  # in place
         return list(first)
-    return [_laid_out(part, like=f) for part, f in zip(found, first, strict=True)]
+    return [_from_local(shard, like=f) for shard, f in zip(results, first, strict=True)]
 
 
-def _laid_out(part: Tensor, like: Tensor) -> Tensor:
-    """The tensor of which each rank holds such a part."""
+def _from_local(shard: Tensor, like: Tensor) -> Tensor:
+    """Make the tensor of which each rank holds such a shard."""
     if not is_sharded(like):
-        return part
+        return shard
     from torch.distributed.tensor import DTensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
-    return DTensor.from_local(part, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
+    return DTensor.from_local(shard, mesh, placements, run_check=False, shape=like.shape, stride=like.stride())
 
 
-def by_placement(tensors: Sequence[Tensor]) -> dict[Spread | None, list[int]]:
-    """Return the positions of the tensors that are cut alike; under None, of those that every rank has whole."""
-    kinds: dict[Spread | None, list[int]] = {}
+def by_placement(tensors: Sequence[Tensor]) -> dict[Placement | None, list[int]]:
+    """Return the positions of the tensors by placement; those that every rank has in full under None."""
+    positions: dict[Placement | None, list[int]] = {}
     for position, tensor in enumerate(tensors):
-        kinds.setdefault(_spread(tensor), []).append(position)
-    return kinds
+        positions.setdefault(_placement(tensor), []).append(position)
+    return positions
 
 
-def over_ranks(summand: Tensor, spread: Spread | None) -> Tensor:
-    """Return the sum over all ranks along which the tensors are cut, made in place."""
-    if spread is not None:
-        mesh, cut = spread
-        for dim in cut:
+def sum_over_ranks(summand: Tensor, placement: Placement | None) -> Tensor:
+    """Add up, in place, over all ranks among which tensors of this placement are sharded."""
+    if placement is not None:
+        mesh, dimensions = placement
+        for dim in dimensions:
             torch.distributed.all_reduce(summand, group=mesh.get_group(dim))
     return summand
 
 
-def _spread(tensor: Tensor) -> Spread | None:
+def _placement(tensor: Tensor) -> Placement | None:
     if not is_sharded(tensor):
         return None
-    # is_shard() is false for FSDP2's shards of a tensor-parallel layer
+    # not is_shard(): it is false for FSDP2's shards of a tensor-parallel layer
     cut = tuple(dim for dim, p in enumerate(tensor.placements) if not p.is_replicate())  # type: ignore[attr-defined]
     return (tensor.device_mesh, cut) if cut else None  # type: ignore[attr-defined]

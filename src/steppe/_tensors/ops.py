@@ -1,4 +1,4 @@
-"""Lists of tensors seen as one long vector: its norm, its dot products, and a scaled sum into it."""
+"""Lists of tensors as one long vector: norm, dot product, scaled addition."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,70 +12,73 @@ from steppe._tensors.dtensor import (
     is_sharded,
     local,
     locals_of,
-    over_ranks,
     reduced,
     shard_like,
+    sum_over_ranks,
 )
 
-# On a CPU one float32 sum over 50 M squares is off by 3 %; over so few it is right to 2e-7, whatever the entries.
-_PIECE = 256
-# Outside this range of norms the squares of float32 gradients begin to overflow or to vanish.
+# A float32 sum of 50 M squares on a CPU is off by 3 %; one of so few is right to 2e-7, whatever the entries.
+_PIECE_SIZE = 256
+# Outside this range of norms, squares of float32 gradients overflow or underflow.
 _SAFE = (1e-15, 1e15)
-# So many entries are multiplied in the wide dtype at once: few kernels, and little memory beside the tensors.
-_RUN = 1 << 20
+# Entries that are multiplied in the wide dtype at once: few kernels, and little memory beside the tensors.
+_CHUNK = 1 << 20
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def norm(tensors: Sequence[Tensor]) -> Tensor:
     """Return the L2 norm of all tensors as one vector, |x| = sqrt(sum_i |x_i|^2).
 
-    It is right to 1e-6 at 100 M elements, and finite whenever the true norm is: half-precision, huge and tiny
-    entries included. On an accelerator nothing is read back to the host.
+    The relative error is below 1e-6 at 100 M elements. The result is finite whenever the true norm is, for half
+    precision and for huge and tiny entries. On an accelerator, nothing is read back to the host.
 
     Args:
-        tensors: real tensors of any shapes, floating dtypes and devices; of sharded ones (``DTensor``), each counts as
-            a whole, and every rank must ask.
+        tensors: real tensors of any shapes, floating dtypes and devices. A sharded one (``DTensor``) counts as the full
+            tensor; all ranks have to call this function then.
 
     Returns:
         A 0-dim tensor, on an accelerator if any of the tensors is; float64 (float32 where the device has none).
         Zero for an empty sequence.
 
-    >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
-    tensor(5., dtype=torch.float64)
+    Example:
+        >>> norm([torch.tensor([3.0]), torch.tensor([[4.0]])])
+        tensor(5., dtype=torch.float64)
     """
     if all_plain(tensors) or not any(is_sharded(t) for t in tensors):
-        return _norm_here(tensors)
+        return _local_norm(tensors)
     tensors = [reduced(t) for t in tensors]
-    kinds = by_placement(tensors)
-    parts = [over_ranks(_norm_here([local(tensors[i]) for i in at]).square(), kind) for kind, at in kinds.items()]
-    return torch.stack([part.to(parts[0].device) for part in parts]).sum().sqrt()
+    squares = [
+        sum_over_ranks(_local_norm([local(tensors[i]) for i in positions]).square(), placement)
+        for placement, positions in by_placement(tensors).items()
+    ]
+    return torch.stack([square.to(squares[0].device) for square in squares]).sum().sqrt()
 
 
-def _norm_here(tensors: Sequence[Tensor]) -> Tensor:
-    """The norm of what lies on this rank."""
+def _local_norm(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of plain tensors, on any devices."""
     if not tensors:
         return torch.zeros((), dtype=torch.float64)
-    elsewhere = [t for t in tensors if not t.is_cpu]
-    on_cpu = [t for t in tensors if t.is_cpu] if elsewhere else tensors
-    home = (elsewhere or on_cpu)[0].device
-    wide = accumulator(home)
-    parts = _pieces(on_cpu)
-    if elsewhere:
-        parts.append(torch.stack([n.to(home) for n in torch._foreach_norm(elsewhere, 2, dtype=wide)]))
-    total = _norm_of_norms(parts, home, wide)
-    if not elsewhere and not _SAFE[0] < float(total) < _SAFE[1]:
-        # Rare, and on a CPU the look at the value costs no synchronization.
-        total = _norm_of_norms([torch.linalg.vector_norm(t, dtype=wide).reshape(1) for t in on_cpu], home, wide)
+    on_accelerator = [t for t in tensors if not t.is_cpu]
+    on_cpu = [t for t in tensors if t.is_cpu] if on_accelerator else tensors
+    device = (on_accelerator or on_cpu)[0].device
+    wide = accumulator(device)
+    norms = _piece_norms(on_cpu)
+    if on_accelerator:
+        norms.append(torch.stack([n.to(device) for n in torch._foreach_norm(on_accelerator, 2, dtype=wide)]))
+    total = _norm_of_norms(norms, device, wide)
+    if not on_accelerator and not _SAFE[0] < float(total) < _SAFE[1]:
+        # Rare. Reading the value costs no synchronization on a CPU.
+        total = _norm_of_norms([torch.linalg.vector_norm(t, dtype=wide).reshape(1) for t in on_cpu], device, wide)
     return total
 
 
 def all_finite(tensors: Sequence[Tensor]) -> Tensor:
-    """Return whether no entry is NaN or infinite, as a 0-dim tensor: on an accelerator if any of the tensors is.
+    """Return a 0-dim tensor that is True if no entry is NaN or infinite; on an accelerator if any of the tensors is.
 
     >>> all_finite([torch.ones(2), torch.tensor(float("inf"))])
     tensor(False)
     """
-    # NaN and inf stay in a sum, which costs two thirds of a norm; one that overflows asks for the longer look
+    # A sum keeps NaN and inf, and costs two thirds of a norm. A finite sum settles it; another may have overflowed.
     if all_plain(tensors) and all(t.is_cpu for t in tensors) and math.isfinite(sum(float(t.sum()) for t in tensors)):
         return torch.tensor(True)
     return norm(tensors).isfinite()
@@ -84,40 +87,41 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Return the inner product of two lists of tensors as two vectors, x.y = sum_i x_i y_i.
 
-    Products and sum are those of float64 (float32 where the device has none), so nothing overflows on the way. On an
-    accelerator nothing is read back to the host.
+    Products and sums are computed in float64 (float32 where the device has none), so that nothing overflows. On an
+    accelerator, nothing is read back to the host.
 
     Args:
-        xs: real tensors of any shapes, floating dtypes and devices; sharded ones count as a whole.
+        xs: real tensors of any shapes, floating dtypes and devices; a sharded one counts as the full tensor.
         ys: as many, of the same shapes, on the same devices.
 
     Returns:
         A 0-dim tensor, on an accelerator if any of the tensors is. Zero for empty sequences.
 
-    >>> dot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([4.0, 5.0]), torch.tensor(-1.0)])
-    tensor(11., dtype=torch.float64)
+    Example:
+        >>> dot([torch.tensor([1.0, 2.0]), torch.tensor(3.0)], [torch.tensor([4.0, 5.0]), torch.tensor(-1.0)])
+        tensor(11., dtype=torch.float64)
     """
     if not any(is_sharded(x) for x in xs):
-        return _dot_here(xs, ys)
+        return _local_dot(xs, ys)
     xs, total = [reduced(x) for x in xs], torch.zeros((), dtype=torch.float64)
-    for kind, at in by_placement(xs).items():
-        part = _dot_here([local(xs[i]) for i in at], [local(ys[i], like=xs[i]) for i in at])
-        total = total.to(part.device) + over_ranks(part, kind)
+    for placement, positions in by_placement(xs).items():
+        part = _local_dot([local(xs[i]) for i in positions], [local(ys[i], like=xs[i]) for i in positions])
+        total = total.to(part.device) + sum_over_ranks(part, placement)
     return total
 
 
-def _dot_here(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
-    """The inner product of what lies on this rank."""
-    home = next((x.device for x in xs if x.device.type != "cpu"), torch.device("cpu"))
-    total = torch.zeros((), dtype=accumulator(home), device=home)
+def _local_dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """Return the inner product of plain tensors, on any devices."""
+    result_device = next((x.device for x in xs if x.device.type != "cpu"), torch.device("cpu"))
+    total = torch.zeros((), dtype=accumulator(result_device), device=result_device)
     pieces: dict[torch.device, list[tuple[Tensor, Tensor]]] = {}
     for x, y in zip(xs, ys, strict=True):
-        both = zip(torch.split(_flat(x), _RUN), torch.split(_flat(y, like=x), _RUN), strict=True)
-        pieces.setdefault(x.device, []).extend(both)
+        pairs_of_x = zip(torch.split(_flat(x), _CHUNK), torch.split(_flat(y, like=x), _CHUNK), strict=True)
+        pieces.setdefault(x.device, []).extend(pairs_of_x)
     for device, pairs in pieces.items():
         wide = accumulator(device)
-        for run in _runs(pairs):
-            left, right = (torch.cat(side).to(wide) for side in zip(*run, strict=True))
+        for chunk in _chunks(pairs):
+            left, right = (torch.cat(side).to(wide) for side in zip(*chunk, strict=True))
             total += torch.dot(left, right).to(total)
     return total
 
@@ -128,9 +132,9 @@ def accumulator(device: torch.device) -> torch.dtype:
 
 
 def reciprocal(length: Tensor) -> Tensor:
-    """Return 1 / length, and 0 where length is 0, so that a zero vector stays one when it is normalized.
+    """Return 1 / length, and 0 where length is 0, so that a normalized zero vector stays zero.
 
-    Lengths under float32's smallest normal number count as 0: their reciprocal is not a float32.
+    Lengths below float32's smallest normal number count as 0, because their reciprocal is not a float32.
 
     >>> reciprocal(torch.tensor([0.0, 4.0]))
     tensor([0.0000, 0.2500])
@@ -140,10 +144,10 @@ def reciprocal(length: Tensor) -> Tensor:
 
 
 def where_finite(length: Tensor, values: Sequence[Tensor], otherwise: Sequence[Tensor | float]) -> list[Tensor]:
-    """Return copies of the values if ``length`` is finite, else of what comes ``otherwise``, without a look at it.
+    """Return copies of the values if ``length`` is finite, else of ``otherwise``, without reading it on the host.
 
-    It is for memories: what was infinite once would be so for ever, and on an accelerator nobody knows yet that the
-    step will be skipped.
+    For memories: an infinite value would stay infinite for ever, and on an accelerator the host does not know yet that
+    the step will be skipped.
 
     >>> where_finite(torch.tensor(float("nan")), [torch.ones(2)], [0.0])
     [tensor([0., 0.])]
@@ -153,76 +157,76 @@ def where_finite(length: Tensor, values: Sequence[Tensor], otherwise: Sequence[T
 
 
 def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]) -> None:
-    """Add in place, targets += alpha * directions, in one pass over memory.
+    """Add in place, targets += alpha * directions, in one sweep over memory.
 
     Args:
         targets: real tensors, changed in place.
         alpha: a 0-dim tensor; it is never read on the host.
         directions: as many tensors, of the same shapes.
 
-    >>> w = [torch.ones(2)]
-    >>> add_scaled_(w, torch.tensor(0.5), [torch.tensor([2.0, 4.0])])
-    >>> w
-    [tensor([2., 3.])]
+    Example:
+        >>> w = [torch.ones(2)]
+        >>> add_scaled_(w, torch.tensor(0.5), [torch.tensor([2.0, 4.0])])
+        >>> w
+        [tensor([2., 3.])]
     """
-    targets, directions = _side_by_side(targets, directions)
-    for (device, dtype, along), at in _alike(targets, directions).items():
-        ts, ds = [targets[i] for i in at], [directions[i] for i in at]
-        factor = alpha.to(device, torch.float32 if dtype == along == torch.float32 or dtype.itemsize == 2 else None)
-        if device.type == "cuda" and dtype == along and dtype in _FUSIBLE and all_plain(ts, ds):
+    targets, directions = _local_pairs(targets, directions)
+    for (device, dtype, other), positions in _by_kind(targets, directions).items():
+        ts, ds = [targets[i] for i in positions], [directions[i] for i in positions]
+        factor = alpha.to(device, torch.float32 if dtype == other == torch.float32 or dtype.itemsize == 2 else None)
+        if device.type == "cuda" and dtype == other and dtype in _FUSIBLE and all_plain(ts, ds):
             ts, ds = _add_scaled_fused_(ts, factor, ds)
         if ts and dtype.itemsize > 2:
             torch._foreach_addcmul_(ts, ds, [factor] * len(ts))
         elif ts:
-            # In half precision alpha itself would be rounded, and beyond 65504 be infinite: multiply in float32.
+            # Multiply in float32: in half precision alpha itself would be rounded, and infinite beyond 65504.
             for t, d in zip(ts, ds, strict=True):
                 t.add_(d.float() * factor)
 
 
 def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Copy in place, each value into its target, in few kernels."""
+    """Copy each value into its target, in place and in few kernels."""
     if targets:
-        targets, values = _side_by_side(targets, values)
+        targets, values = _local_pairs(targets, values)
         torch._foreach_copy_(targets, values)
 
 
-def _side_by_side(targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
-    """What this rank holds of both."""
+def _local_pairs(targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return this rank's shards of both, placed as the targets."""
     if all_plain(targets, values):
         return list(targets), list(values)
-    here = [_here(value, target) for value, target in zip(values, targets, strict=True)]
-    return locals_of(targets), here
+    return locals_of(targets), [_local_value(value, target) for value, target in zip(values, targets, strict=True)]
 
 
-def _alike(
-    targets: Sequence[Tensor], directions: Sequence[Tensor]
-) -> dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]:
-    """The positions that have the target's device and dtype, and the direction's dtype, in common."""
-    kinds = [(t.device, t.dtype, d.dtype) for t, d in zip(targets, directions, strict=True)]
-    alike: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]] = dict.fromkeys(kinds, ())
-    if len(alike) == 1:
-        return dict.fromkeys(alike, range(len(kinds)))
-    return {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in alike}
-
-
-def _here(value: Tensor, target: Tensor) -> Tensor:
-    """What this rank holds of a value, laid out as the target."""
+def _local_value(value: Tensor, target: Tensor) -> Tensor:
     if is_sharded(target) and not is_sharded(value):
         value = shard_like(value, target)
     return local(value, like=target)
 
 
+def _by_kind(
+    targets: Sequence[Tensor], directions: Sequence[Tensor]
+) -> dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]:
+    """Return positions by the target's device, the target's dtype and the direction's dtype."""
+    kinds = [(t.device, t.dtype, d.dtype) for t, d in zip(targets, directions, strict=True)]
+    positions: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]] = dict.fromkeys(kinds, ())
+    if len(positions) == 1:
+        return dict.fromkeys(positions, range(len(kinds)))
+    return {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in positions}
+
+
 def _add_scaled_fused_(
     targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The sum as a plain step of SGD upwards: the one multi-tensor kernel whose factor is a tensor.
+    """Add by a step of fused SGD with ``maximize=True``: the only multi-tensor kernel whose factor is a tensor.
 
-    Returned are the targets that it does not take, with their directions.
+    Returns:
+        The targets that the kernel does not accept, and their directions.
     """
-    views = list(map(_in_step, directions, targets))
-    taken = [i for i, view in enumerate(views) if view is not None]
+    views = list(map(_with_strides_of, directions, targets))
+    accepted = [i for i, view in enumerate(views) if view is not None]
     torch._fused_sgd_(
-        [targets[i] for i in taken],
+        [targets[i] for i in accepted],
         [view for view in views if view is not None],
         [],
         weight_decay=0.0,
@@ -237,10 +241,10 @@ def _add_scaled_fused_(
     return [targets[i] for i in left], [directions[i] for i in left]
 
 
-def _in_step(direction: Tensor, target: Tensor) -> Tensor | None:
-    """The direction with the target's strides, which a fused kernel wants; None where that takes more than a view.
+def _with_strides_of(direction: Tensor, target: Tensor) -> Tensor | None:
+    """Return a view of the direction with the target's strides, which a fused kernel requires; None if there is none.
 
-    A channels-last 1x1 convolution and its gradient may have other strides along the dimensions of size 1.
+    A channels-last 1x1 convolution and its gradient may have different strides along the dimensions of size 1.
     """
     strides, theirs = target.stride(), direction.stride()
     if not (target.is_contiguous() or (target.dim() == 4 and target.is_contiguous(memory_format=torch.channels_last))):
@@ -253,7 +257,7 @@ def _in_step(direction: Tensor, target: Tensor) -> Tensor | None:
 
 
 def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Return each as :func:`as_real` does."""
+    """Return each tensor as :func:`as_real` does."""
     if any(dtype.is_complex for dtype in {t.dtype for t in tensors}):
         return [as_real(t) for t in tensors]
     return list(tensors)
@@ -271,44 +275,44 @@ def reuse(old: Tensor | None, like: Tensor) -> Tensor:
     return torch.empty_like(like, requires_grad=False)
 
 
-def _pieces(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """Norms of short pieces, each accurate in its own dtype, so that only their number needs a wide sum."""
+def _piece_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return norms of short pieces, each accurate in its own dtype; only their few squares need a wide sum."""
     short: list[Tensor] = []
     long: list[Tensor] = []
     for t in tensors:
-        (short if t.numel() <= _PIECE and t.dtype.itemsize > 2 else long).append(t)
-    parts = [torch.stack(torch._foreach_norm(short, 2))] if short else []
+        (short if t.numel() <= _PIECE_SIZE and t.dtype.itemsize > 2 else long).append(t)
+    norms = [torch.stack(torch._foreach_norm(short, 2))] if short else []
     for t in long:
         line = _flat(t)
-        cut = line.numel() - line.numel() % _PIECE
+        cut = line.numel() - line.numel() % _PIECE_SIZE
         dtype = torch.float32 if t.dtype.itemsize <= 2 else t.dtype
-        parts.append(torch.linalg.vector_norm(line[:cut].view(-1, _PIECE), dim=1, dtype=dtype))
+        norms.append(torch.linalg.vector_norm(line[:cut].view(-1, _PIECE_SIZE), dim=1, dtype=dtype))
         if cut < line.numel():
-            parts.append(torch.linalg.vector_norm(line[cut:], dtype=dtype).reshape(1))
-    return parts
+            norms.append(torch.linalg.vector_norm(line[cut:], dtype=dtype).reshape(1))
+    return norms
 
 
 def _flat(tensor: Tensor, like: Tensor | None = None) -> Tensor:
-    """The entries in the order of memory (of ``like``): a view for every dense layout, channels-last too."""
+    """Return the entries in the memory order of ``like``: a view for every dense layout, channels-last included."""
     if tensor.is_contiguous() and (like is None or like.is_contiguous()):
         return tensor.view(-1)
     order = sorted(range(tensor.dim()), key=(tensor if like is None else like).stride().__getitem__, reverse=True)
     return tensor.permute(order).reshape(-1)
 
 
-def _runs(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
-    """Neighboring pairs together, as long as they have no more than ``_RUN`` entries."""
-    run: list[tuple[Tensor, Tensor]] = []
+def _chunks(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    """Group neighboring pairs into chunks of at most ``_CHUNK`` entries."""
+    chunk: list[tuple[Tensor, Tensor]] = []
     length = 0
     for pair in pairs:
-        if length + pair[0].numel() > _RUN:
-            yield run
-            run, length = [], 0
-        run.append(pair)
+        if length + pair[0].numel() > _CHUNK:
+            yield chunk
+            chunk, length = [], 0
+        chunk.append(pair)
         length += pair[0].numel()
-    yield run
+    yield chunk
 
 
-def _norm_of_norms(parts: Sequence[Tensor], home: torch.device, wide: torch.dtype) -> Tensor:
-    total: Tensor = torch.linalg.vector_norm(torch.cat([p.to(home) for p in parts]), dtype=wide)
+def _norm_of_norms(norms: Sequence[Tensor], device: torch.device, wide: torch.dtype) -> Tensor:
+    total: Tensor = torch.linalg.vector_norm(torch.cat([n.to(device) for n in norms]), dtype=wide)
     return total

@@ -1,7 +1,7 @@
-"""Random numbers that depend on who draws, a seed, a step and a position alone.
+"""Random numbers that depend only on the name of their user, a seed, a step and a position.
 
-So a resumed run goes on with the same draws, workers with the same seed draw alike, and no generator of the program is
-touched: nothing has to be saved, replayed or protected.
+A resumed run therefore continues with the same numbers, and workers with the same seed draw the same ones. No global
+generator is used, so that there is none to save, replay or protect.
 """
 
 import hashlib
@@ -13,23 +13,23 @@ from torch import Tensor
 from steppe._tensors.dtensor import is_sharded, shard_like
 
 
-def normal(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
+def normal(name: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
     """Return standard normal numbers, one tensor for each of ``like``, of its shape, dtype and device.
 
     >>> (x,), (y,) = normal("A", 0, 7, [torch.empty(2)]), normal("A", 0, 7, [torch.empty(2)])
     >>> torch.equal(x, y), torch.equal(x, normal("A", 0, 8, [torch.empty(2)])[0])
     (True, False)
     """
-    return _drawn(who, seed, step, like, lambda t, g: _empty(t).normal_(generator=g))
+    return _drawn(name, seed, step, like, lambda t, g: _empty(t).normal_(generator=g))
 
 
-def uniform(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
+def uniform(name: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
     """Return uniform numbers from 0 to 1, one float32 tensor for each of ``like``, of its shape and device.
 
-    In half precision there would be only a few hundred different ones.
+    Always float32: in half precision there are only a few hundred different numbers.
     """
     return _drawn(
-        who,
+        name,
         seed,
         step,
         like,
@@ -37,10 +37,10 @@ def uniform(who: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tens
     )
 
 
-def integers(who: str, seed: int, step: int, like: Sequence[Tensor], *, below: int) -> list[Tensor]:
-    """Return whole numbers from 0 to ``below`` - 1, one int32 tensor for each of ``like``, of its shape and device."""
+def integers(name: str, seed: int, step: int, like: Sequence[Tensor], *, below: int) -> list[Tensor]:
+    """Return integers from 0 to ``below`` - 1, one int32 tensor for each of ``like``, of its shape and device."""
     return _drawn(
-        who,
+        name,
         seed,
         step,
         like,
@@ -49,27 +49,27 @@ def integers(who: str, seed: int, step: int, like: Sequence[Tensor], *, below: i
 
 
 def _drawn(
-    who: str, seed: int, step: int, like: Sequence[Tensor], draw: Callable[[Tensor, torch.Generator | None], Tensor]
+    name: str, seed: int, step: int, like: Sequence[Tensor], draw: Callable[[Tensor, torch.Generator | None], Tensor]
 ) -> list[Tensor]:
-    """What each position draws of a whole tensor, cut to what this rank holds."""
+    """Draw a full tensor for each position, and shard it, so that the numbers do not depend on the number of ranks."""
     return [
-        shard_like(draw(t, generator(t.device, key(who, seed, step, position))), t) for position, t in enumerate(like)
+        shard_like(draw(t, generator(t.device, key(name, seed, step, position))), t) for position, t in enumerate(like)
     ]
 
 
 def _empty(like: Tensor) -> Tensor:
-    """All of a tensor, though it may be sharded: what a rank draws must not depend on how many there are."""
+    """Return an uninitialized full tensor, also for a sharded one."""
     if is_sharded(like):
         return torch.empty(like.shape, dtype=like.dtype, device=like.device)
     return torch.empty_like(like, requires_grad=False)
 
 
-def key(who: str, seed: int, step: int, position: int) -> int:
-    """Return 64 bits to seed a generator: a hash, so that neighbors draw independently, on every machine alike."""
-    text = f"{who}/{seed}/{step}/{position}"
+def key(name: str, seed: int, step: int, position: int) -> int:
+    """Return 64 bits to seed a generator: a hash, so that neighbors are independent, and equal on every machine."""
+    text = f"{name}/{seed}/{step}/{position}"
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def generator(device: torch.device, key: int) -> torch.Generator | None:
-    """Return a generator of our own; where only shapes are traced and a device is not there, a test puts None here."""
+    """Return a new generator. Tests on fake tensors, whose device is not there, replace this function."""
     return torch.Generator(device).manual_seed(key)

@@ -1,44 +1,218 @@
-"""What these methods share: hyperparameters of their own, and a pass at a point of their own."""
+"""The interface for methods whose step is not SAM's two passes and one step of the base."""
 
-from collections.abc import Callable
-from typing import Any, ClassVar, NoReturn, Self
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any, ClassVar, NoReturn
 
 from torch import Tensor
 
 from steppe._engine.callers import called_by_scaler
-from steppe.rules import Memory
+from steppe._engine.gradients import Gradients
+from steppe._engine.state_dict import parameters
+from steppe.rules import Memory, Point
 from steppe.sam import SAM, Pass
 
 
-class Method(SAM):
-    """A :class:`steppe.SAM` with hyperparameters, and perhaps refusals, of its own."""
+class OwnStepMethod(SAM):
+    """A method with a step of its own.
 
-    _own: ClassVar[tuple[str, ...]] = ()
-    """The hyperparameters that a copy keeps, beyond those of SAM."""
-    _no_scaler: ClassVar[str] = ""
-    """Why no loss scaler can unscale this method's gradients; empty where one can."""
+    A subclass sets the class attributes, overrides the hooks, and builds its step of the tools below. It uses nothing
+    else of SAM and its engine, so that their guarantees hold for every method: restored weights, side effects of one
+    pass, checkpoints, skipped steps.
+
+    Hooks, in the order in which they are called:
+
+    - :meth:`reset`: transient state, before the first step and in a copy.
+    - :meth:`step_passes`: the passes of :meth:`~steppe.SAM.passes` and ``step(closure)``.
+    - :meth:`update_gradient`: g and g_s -> update gradient, where SAM's combination is called.
+    - :meth:`after_classic_passes`: the end of the classic API's two passes.
+    - :meth:`step_base`: the step, after what the loop does to ``.grad``.
+    - :meth:`empty_memory`: names and shapes of what a checkpoint holds beside the base's state.
+    """
+
+    hyperparameters: ClassVar[tuple[str, ...]] = ()
+    """Names of attributes that a copy keeps, beyond those of SAM."""
+    why_no_scaler: ClassVar[str] = ""
+    """Why a loss scaler cannot unscale this method's gradients; empty if it can."""
+    why_no_accumulation: ClassVar[str] = ""
+    """Why ``passes(accumulate=True)`` is refused; empty if it works."""
+    why_no_first_step: ClassVar[str] = ""
+    """Why the classic API is refused; empty if it works."""
 
     def __init__(self, *args: Any, per_rank: bool = False, **kwargs: Any) -> None:
         if per_rank:
             raise ValueError(
-                f"per_rank=True with {type(self).__name__}, whose passes are its own: leave it out, and all ranks "
-                "climb together, as one process would"
+                f"per_rank=True with {type(self).__name__}, whose passes are its own. Leave it out, and all ranks "
+                "share one perturbation, as one process would"
             )
         super().__init__(*args, **kwargs)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self._own}}
+    # Hooks.
 
-    def _empty_memory(self) -> Memory:
+    def reset(self) -> None:
+        """Set transient state. Called before the first step, and in a copy or an unpickled optimizer."""
+
+    def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
+        """Yield the passes of one step, and leave the update gradient in ``.grad``. By default, SAM's.
+
+        Each pass is made by a tool below and yielded once; the weights are at w when it is made and when it is over. A
+        generator: what stands before the first ``yield`` runs when the step begins.
+
+        Args:
+            accumulate: add the update gradient to what ``.grad`` held before.
+        """
+        yield from self.sam_passes(accumulate=accumulate)
+
+    def update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """Return the update gradient of g, in ``point``, and g_s (None without a perturbation).
+
+        By default, that of the combination. Called by :meth:`combine`; a method that keeps something of both gradients
+        does so here, because rules are stateless.
+        """
+        return self.combination(point, perturbed)
+
+    def after_classic_passes(self) -> None:
+        """Called when ``second_step()`` has written the update gradient to ``.grad``, before the base steps."""
+
+    def step_base(self) -> bool:
+        """Step from w with what is in ``.grad``; return False if the step was skipped on the host.
+
+        By default, one step of the base, :meth:`step_base_once`. It leaves the weights at the new w.
+        """
+        return self.step_base_once()
+
+    def empty_memory(self) -> Memory:
+        """Return :attr:`memory` as it will be, with zeros: torch.distributed.checkpoint needs names and shapes."""
         return {}
 
-    def _refuse(self, what: str, why: str) -> NoReturn:
+    # Tools: passes.
+
+    def sam_passes(self, *, accumulate: bool) -> Iterator[Pass]:
+        """Yield SAM's passes by the rules of this optimizer, then write the update gradient."""
+        return super()._step_passes(accumulate=accumulate)
+
+    def pass_moved_by(self, move: Callable[[], None], *, is_last: bool, is_perturbed: bool = False) -> Pass:
+        """Return a step's first pass at another point than w.
+
+        Args:
+            move: displaces the weights, by :meth:`displace` or :meth:`perturb_from`.
+            is_last: True if this pass gives the update gradient.
+            is_perturbed: True if the point is a perturbation for the reader of ``Pass.is_perturbed``.
+        """
+        return Pass(
+            self._engine, partial(self._begin_moved, move), is_first=True, is_last=is_last, is_perturbed=is_perturbed
+        )
+
+    def pass_perturbed_from(self, point: Point) -> Pass:
+        """Return a step's second pass, at w + e(point). It starts from the side effects of the first one."""
+        begin = partial(self._perturb, point)
+        return Pass(self._engine, begin, is_first=False, is_last=True, is_perturbed=True)
+
+    def _begin_moved(self, move: Callable[[], None]) -> None:
+        move()
+        self._engine.drop_cached_weights()
+        self._engine.side_effects.begin_first_pass()
+
+    # Tools: points and displacements.
+
+    def trained_parameters(self) -> list[Tensor]:
+        """Return the trainable parameters, each once."""
+        return list(dict.fromkeys(p for p in parameters(self.base) if p.requires_grad))
+
+    def point(self, members: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
+        """Return the point at the current weights; by default, with every parameter that has a gradient."""
+        return self._engine.point(members, gradients)
+
+    def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
+        """Displace weights by alpha * direction, alpha 0-dim, until the end of the pass; for a pass's ``move``."""
+        self._engine.displace(members, alpha, direction)
+
+    def perturb_from(self, point: Point) -> None:
+        """Displace weights by e(point) until the end of the pass; for a pass's ``move``."""
+        self._engine.move(point, self.perturbation)
+
+    def forget_perturbation(self) -> None:
+        """Forget the perturbation of the last pass: its gradient is not for :meth:`combine`."""
+        self._engine.abort()
+
+    # Tools: gradients, the base's step, and what lasts from step to step.
+
+    @property
+    def gradients(self) -> Gradients:
+        """Read and write ``.grad``; writing keeps the mark of a pass that was not finite."""
+        return self._engine.gradients
+
+    def combine(self) -> None:
+        """Write the update gradient to ``.grad``, by :meth:`update_gradient`."""
+        self._combine()
+
+    def step_base_once(self) -> bool:
+        """Step the base with what is in ``.grad``; return False if the host skipped the step as not finite."""
+        return super()._step_base()
+
+    @property
+    def memory(self) -> dict[Tensor, dict[str, Tensor]]:
+        """This method's tensors by parameter, which last from step to step and are saved in checkpoints."""
+        return self._engine.memory.setdefault(type(self).__name__, {})
+
+    @property
+    def steps_taken(self) -> int:
+        """Number of steps taken before this one."""
+        return self._engine.steps
+
+    def refuse(self, what: str, why: str) -> NoReturn:
+        """Raise RuntimeError: ``what`` with this method does not work, because ``why``."""
         raise RuntimeError(f"{what} with {type(self).__name__}: {why}")
 
-    # Loss scalers, where a method cannot work with one.
+    # The hooks' connection to SAM's own step.
 
-    def _loss_scale(self) -> Tensor | None:
-        scale = super()._loss_scale()
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self.hyperparameters}}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self.reset()
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturb the weights, as :meth:`steppe.SAM.first_step` does.
+
+        Raises:
+            RuntimeError: the method does not support the classic API.
+        """
+        if self.why_no_first_step:
+            self.refuse("first_step()", f"{self.why_no_first_step}. Use step(closure) or passes()")
+        super().first_step(zero_grad)
+
+    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
+        """Yield the passes of a step, as :meth:`steppe.SAM.passes` does.
+
+        Raises:
+            RuntimeError: ``accumulate`` with a method that does not support it.
+        """
+        if accumulate and self.why_no_accumulation:
+            self.refuse(
+                "passes(accumulate=True)", f"{self.why_no_accumulation}. Run all micro-batches inside each pass"
+            )
+        yield from super().passes(accumulate=accumulate)
+
+    def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
+        return self.step_passes(accumulate=accumulate)
+
+    def _update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        return self.update_gradient(point, perturbed)
+
+    def _finish_classic(self) -> None:
+        super()._finish_classic()
+        self.after_classic_passes()
+
+    def _step_base(self) -> bool:
+        return self.step_base()
+
+    def _empty_memory(self) -> Memory:
+        return self.empty_memory()
+
+    def _loss_scale(self, parameter: Tensor) -> Tensor | None:
+        scale = super()._loss_scale(parameter)
         if scale is not None:
             self._refuse_scaler()
         return scale
@@ -49,24 +223,6 @@ class Method(SAM):
         super()._check_scale()
 
     def _refuse_scaler(self) -> None:
-        if self._no_scaler:
-            why = f"{self._no_scaler}. Train in bfloat16, which needs no scaler, or in float32"
-            self._refuse("scaler.step(optimizer)", why)
-
-
-class PassAtPoint(Pass):
-    """A step's ordinary pass, as buffers and generators see it, but at another point than w."""
-
-    def __init__(self, optimizer: SAM, move: Callable[[], None], *, is_last: bool) -> None:
-        super().__init__(optimizer, is_last=is_last)
-        self._move = move
-
-    def __enter__(self) -> Self:
-        try:
-            if not self.done:
-                self._move()
-                self._optimizer._engine.moved()
-            return super().__enter__()
-        except BaseException:
-            self._optimizer._engine.restore()
-            raise
+        if self.why_no_scaler:
+            why = f"{self.why_no_scaler}. Train in bfloat16, which needs no scaler, or in float32"
+            self.refuse("scaler.step(optimizer)", why)

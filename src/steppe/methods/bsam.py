@@ -1,22 +1,20 @@
-"""bSAM: SAM as variational inference, with a Gaussian around the weights."""
+"""bSAM: SAM as variational inference, with a Gaussian distribution of the weights."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, ClassVar, NoReturn
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._engine.state_dict import parameters
-from steppe._tensors.random import normal
-from steppe.methods._base import Method, PassAtPoint
+from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules.ops import as_real, foreach
-from steppe.sam import SAM, Closure, Params, Pass, Stage
+from steppe.rules.ops import as_real, foreach, normal
+from steppe.sam import SAM, Closure, Params, Pass
 
 BSAM_PAPER = Paper(
     "moellenhoff2023bsam",
@@ -30,39 +28,26 @@ BSAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class Natural:
-    """Climb in proportion to the variance: e = rho g / s, and no norm."""
+    """Perturb in proportion to the variance: e = rho g / s, without a norm."""
 
     def __call__(self, point: Point) -> ScaledDirection:
-        """Return the climb from w."""
         return ScaledDirection(
             foreach(torch._foreach_div, point.gradients, [state["scale"] for state in point.base_state])
         )
 
 
-@dataclass(frozen=True)
-class Curved:
-    """Go down with g_e, and keep |g| of the sampled point for the scale."""
-
-    needs_unperturbed_gradient: ClassVar[bool] = True
-
-    sizes: dict[Tensor, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
-    """|g| by parameter, summed over the passes that accumulate."""
-
-    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        """Return g_e."""
-        for p, g in zip(point.parameters, point.gradients, strict=True):
-            self.sizes[p] = self.sizes[p] + g.abs() if p in self.sizes else g.abs()
-        return point.gradients if perturbed is None else perturbed
-
-
 class Posterior(Optimizer):
-    """The step of bSAM: the mean w and the scale s of N(w, 1/(N s)), from g_e in ``.grad`` and |g| in ``sizes``."""
+    """The base optimizer of bSAM: steps the mean w and the scale s of N(w, 1/(N s)).
 
-    _step_supports_amp_scaling = True
+    It reads g_e from ``.grad``, and |g| of the sampled point from :attr:`sizes`.
+    """
+
+    _step_supports_amp_scaling = True  # it takes found_inf, so that a bad step is skipped without synchronization
     found_inf: Tensor | None
 
-    def __init__(self, params: Params, sizes: dict[Tensor, Tensor], **defaults: Any) -> None:
-        self.sizes = sizes
+    def __init__(self, params: Params, **defaults: Any) -> None:
+        self.sizes: dict[Tensor, Tensor] = {}
+        """|g| by parameter, summed over the micro-batches of a step; without it, |g_e| is taken."""
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -70,7 +55,7 @@ class Posterior(Optimizer):
         return {**state, "sizes": self.sizes}
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group, whose scale is its ``scale`` everywhere at first."""
+        """Add a group; its ``scale`` is the initial scale of all its entries."""
         super().add_param_group(param_group)
         group = self.param_groups[-1]
         _check(group)
@@ -82,7 +67,7 @@ class Posterior(Optimizer):
     def step(self, closure: Closure | None = None) -> Any:
         """Update g_m, s and w."""
         if closure is not None:
-            raise RuntimeError("bSAM steps with two gradients: give the closure to BSAM.step")
+            raise RuntimeError("the step of bSAM needs the gradients of two passes: give the closure to BSAM.step")
         bad = getattr(self, "found_inf", None)
         for group in self.param_groups:
             members = [p for p in dict.fromkeys(group["params"]) if p.grad is not None]
@@ -107,7 +92,7 @@ class Posterior(Optimizer):
         return None
 
 
-class BSAM(Method):
+class BSAM(OwnStepMethod):
     """bSAM: the weights are the mean of a Gaussian N(w, 1/(N s)), whose scale s is learned like Adam's.
 
         g   = gradient at w + n, n ~ N(0, 1 / (N s))
@@ -117,28 +102,29 @@ class BSAM(Method):
         s   <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)
         w   <- w - alpha g_m / s
 
-    all entry by entry. An optimizer of its own, with no base: the constructor takes parameters. Two passes a step.
+    all elementwise. An optimizer of its own, without a base: the constructor takes parameters. Two passes a step.
     Beside the weights it keeps g_m and s (as Adam does), and within a step a copy of w and one of g. The loss that
-    :meth:`step` gives back is that at w + n. The state of a parameter is ``momentum`` (g_m) and ``scale`` (s), so a
+    :meth:`step` returns is that at w + n. The state of a parameter is ``momentum`` (g_m) and ``scale`` (s), so that a
     sample of the posterior is ``w + torch.randn_like(w) * (n_data * scale) ** -0.5``.
 
-    The noise depends on ``seed`` and the step's number alone; no global generator is touched. With ``accumulate=True``
-    every micro-batch has its own noise and its own climb, as in the authors' experiments, which split a batch in 8.
+    The noise depends only on ``seed`` and the step's number; no global generator is used. With ``accumulate=True``
+    every micro-batch has its own noise and its own perturbation, as in the authors' experiments, which split a batch
+    in 8.
 
     Args:
-        params: parameters or groups, as ``torch.optim`` takes them; a group may bring its own ``lr``, ``sam_rho``,
+        params: parameters or groups, as ``torch.optim`` takes them; a group may have its own ``lr``, ``sam_rho``,
             ``betas``, ``weight_decay``, ``damping``, ``n_data`` and (at the start only) ``scale``.
         lr: alpha; 0.5 in the authors' CIFAR examples. It is larger than Adam's because s starts at 1.
         n_data: N, the number of training samples; with data augmentation, the authors multiply it by 4.
         rho: rho; 0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet. It multiplies g / s as it is, without a
-            norm, so the loss must be a mean over samples, and unscaled: no loss scaler.
+            norm, so that the loss must be a mean over samples, and unscaled: no loss scaler.
         betas: beta1 and beta2.
         weight_decay: delta, the precision of the prior divided by N; 10 / N to 25 / N is usual.
         damping: gamma, a floor for s.
         scale: s at the start.
-        seed: what makes the noise of two runs, or of two workers, differ.
-        model: the module that the passes run, as in :class:`steppe.SAM`.
-        replay_rng: as in :class:`steppe.SAM`.
+        seed: makes the noise of two runs, or of two workers, differ.
+        model: the module that the passes run, as for :class:`steppe.SAM`.
+        replay_rng: as for :class:`steppe.SAM`.
 
     Raises:
         ValueError: a hyperparameter out of range, no parameters.
@@ -146,27 +132,33 @@ class BSAM(Method):
     The authors' code (JAX) steps with the scale before its update, where the paper's algorithm and this use the one
     after it. It starts the second pass from the running statistics that the first one left, and keeps the second's.
 
-    >>> w = torch.nn.Parameter(torch.tensor([1.0]))
-    >>> optimizer = BSAM([w], lr=0.1, n_data=1000, rho=0.01)
-    >>> def closure():
-    ...     optimizer.zero_grad()
-    ...     loss = w.square().sum()
-    ...     loss.backward()
-    ...     return loss
-    >>> for _ in range(100):
-    ...     loss = optimizer.step(closure)
-    >>> bool(w.abs() < 0.1), list(optimizer.state[w])
-    (True, ['momentum', 'scale'])
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = BSAM([w], lr=0.1, n_data=1000, rho=0.01)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = w.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> for _ in range(100):
+        ...     loss = optimizer.step(closure)
+        >>> bool(w.abs() < 0.1), list(optimizer.state[w])
+        (True, ['momentum', 'scale'])
 
-    Source: Möllenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.
+    References:
+        Möllenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.
     """
 
     paper: ClassVar[Paper] = BSAM_PAPER
     base: Posterior
-    combination: Curved
     seed: int
-    _own: ClassVar[tuple[str, ...]] = ("seed",)
-    _no_scaler: ClassVar[str] = "e = rho g / s has no norm to divide the scale by, so it climbs 65536 times too far"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("seed",)
+    why_no_scaler: ClassVar[str] = (
+        "e = rho g / s has no norm to divide the scale by, so that the perturbation is 65536 times too large"
+    )
+    why_no_first_step: ClassVar[str] = (
+        "its first pass is at a sample around w, so that the backward before first_step() would be at the wrong point"
+    )
 
     def __init__(
         self,
@@ -184,74 +176,60 @@ class BSAM(Method):
         replay_rng: bool = True,
     ) -> None:
         self.seed = seed
-        curved = Curved()
         own = {"lr": lr, "n_data": n_data, "betas": betas, "weight_decay": weight_decay, "damping": damping}
-        super().__init__(
-            Posterior(params, curved.sizes, scale=scale, **own),
-            rho,
-            perturbation=Natural(),
-            combination=curved,
-            model=model,
-            replay_rng=replay_rng,
-        )
+        base = Posterior(params, scale=scale, **own)
+        super().__init__(base, rho, perturbation=Natural(), model=model, replay_rng=replay_rng)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def reset(self) -> None:
+        """Start with the first micro-batch."""
         self._micro_batch = 0
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
+    def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield the two passes of a step: at a sample w + n, and at w + e.
 
         Args:
             accumulate: add g_e to what ``.grad`` held before, and |g| to that of the passes before: one loop for each
-                micro-batch, each loss weighed by the micro-batch's share.
+                micro-batch, each loss weighted by the micro-batch's share.
         """
-        self._begin("passes()")
-        before = self._engine.gradients.copies() if accumulate else {}
+        before = self.gradients.copies() if accumulate else {}
         self._micro_batch = self._micro_batch + 1 if accumulate else 0
+        sizes = self.base.sizes
         if not accumulate:
-            self.combination.sizes.clear()
-        yield from self._yield_pass(PassAtPoint(self, self._move_to_sample, is_last=False))
-        sam_pass = Pass(self, self._engine.point(), is_last=True)
-        yield from self._yield_pass(sam_pass)
-        self._engine.combine(self.combination)
-        self._engine.gradients.add(before)
-        self._stage = Stage.READY
+            sizes.clear()
+        yield self.pass_moved_by(self._move_to_sample, is_last=False)
+        point = self.point()
+        members, g = point.parameters, [t.detach().abs() for t in point.gradients]
+        sam_pass = self.pass_perturbed_from(point)
+        del point  # with it goes the first gradient
+        yield sam_pass
+        self.gradients.fill(members)
+        self.combine()
+        sizes.update({p: sizes[p] + size if p in sizes else size for p, size in zip(members, g, strict=True)})
+        self.gradients.add(before)
 
-    def first_step(self, zero_grad: bool = False) -> NoReturn:
-        """Refused: the first pass is not at w.
-
-        Raises:
-            RuntimeError: always.
-        """
-        self._refuse(
-            "first_step()",
-            "its first pass is at a sample around w, so the backward before first_step() would be at the wrong point. "
-            "Use step(closure) or passes()",
-        )
-
-    def _base_step(self) -> bool:
+    def step_base(self) -> bool:
+        """Step mean and scale, and forget |g|."""
         try:
-            return super()._base_step()
+            return self.step_base_once()
         finally:
-            self.combination.sizes.clear()
+            self.base.sizes.clear()
 
     @torch.no_grad()
     def _move_to_sample(self) -> None:
-        members = list(dict.fromkeys(p for p in parameters(self.base) if p.requires_grad))
+        members = self.trained_parameters()
         scales = [self.state[p]["scale"] for p in members]
-        who = f"BSAM/{self._micro_batch}"
-        noise = dict(zip(members, normal(who, self.seed, self._engine.steps, scales), strict=True))
+        drawn = normal(f"BSAM/{self._micro_batch}", self.seed, self.steps_taken, scales)
+        noise = dict(zip(members, drawn, strict=True))
         for group in self.param_groups:
             around = [p for p in group["params"] if p in noise]
             if around:
                 widths = foreach(torch._foreach_sqrt, [self.state[p]["scale"] * group["n_data"] for p in around])
                 one = torch.ones((), device=around[0].device)
-                self._engine.displace(around, one, foreach(torch._foreach_div, [noise[p] for p in around], widths))
+                self.displace(around, one, foreach(torch._foreach_div, [noise[p] for p in around], widths))
 
 
 def _unless(bad: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """The new, unless the device found it bad."""
+    """Return the new values, unless the device has found the gradient not finite."""
     if bad is None:
         return new
     return [torch.where(bad.to(t.device) != 0, o, t) for t, o in zip(new, old, strict=True)]
@@ -275,30 +253,35 @@ def _check(group: dict[str, Any]) -> None:
 def bsam(
     params: Any, lr: Rho = 0.5, rho: Rho = 0.01, *, n_data: int, model: nn.Module | None = None, **kwargs: Any
 ) -> SAM:
-    """bSAM: SAM as the optimal relaxation of Bayes, with a variance for each weight. Two passes a step.
+    """bSAM: SAM as the optimal relaxation of Bayes, with a variance for each weight. Two passes per step.
 
     An optimizer of its own: it has no base, and takes the parameters. ``n_data`` is the number of training samples;
     further arguments are those of :class:`steppe.methods.bsam.BSAM`.
 
-    Source: Moellenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.
+    References:
+        Möllenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.
     """
     return BSAM(params, lr, rho=rho, n_data=n_data, model=model, **kwargs)
 
 
-def _made(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-    return (bsam(model.parameters(), model=model, **given),)
+def _own_optimizer(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return (bsam(model.parameters(), model=model, **arguments),)
 
 
-def _build(base: Optimizer, *, rho: float, model: nn.Module, images: int, seed: int, lr: float = 0.5) -> Optimizer:
+def _replace_base(
+    base: Optimizer, *, rho: float, model: nn.Module, samples: int, seed: int, lr: float = 0.5
+) -> Optimizer:
     parameters = [p for group in base.param_groups for p in group["params"]]
-    return bsam(parameters, lr, rho, n_data=images, model=model, seed=seed)
+    return bsam(parameters, lr, rho, n_data=samples, model=model, seed=seed)
 
 
 CARD = MethodCard(
     name="bsam",
     function=bsam,
     label="bSAM",
-    about="It is an optimizer of its own, and its scale s gives a posterior to sample from.",
+    paper=BSAM_PAPER,
+    summary="Train the mean and the scale of a Gaussian around the weights, with SAM as variational inference. It is "
+    "an optimizer of its own, and its scale s gives a posterior to sample from.",
     equation="g = gradient at w + n,  n ~ N(0, 1 / (N s));   e = rho g / s;   g_e = gradient at w + e\n"
     "g_m <- beta1 g_m + (1 - beta1) (g_e + delta w)\n"
     "s   <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)\n"
@@ -306,8 +289,8 @@ CARD = MethodCard(
     cost="2",
     passes=2,
     memory="g_m and s, as Adam does, so that memory is counted beside SGD; a copy of the weights, and within a step g",
-    when="Where the uncertainty of the weights is wanted too.",
-    when_not="Around a base of yours: it has none. With a loss scaler, or a loss that is not a mean over samples.",
+    when="When the uncertainty of the weights is needed too.",
+    when_not="Around a base of your own: it has none. With a loss scaler, or a loss that is not a mean over samples.",
     usual={
         "lr": "0.5 in the authors' CIFAR examples",
         "rho": "0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet",
@@ -317,20 +300,20 @@ CARD = MethodCard(
         "damping": "unverified",
         "scale": "unverified",
     },
-    checked="The official code (JAX), https://github.com/team-approx-bayes/bayesian-sam, was read: it steps with "
-    "the scale before its update, where the paper's algorithm and this use the one after it, and keeps the second"
-    " pass's running statistics.",
+    checked="The official code (JAX), https://github.com/team-approx-bayes/bayesian-sam, was read: it updates w with "
+    "the scale before its own update, where the paper's algorithm and this one use the scale after it, and keeps the "
+    "running statistics of the second pass.",
     caveats=(
         "rho multiplies g / s without a norm: it cannot be compared with SAM's.",
-        "The loss that a step gives back is that at w + n.",
+        "The loss that a step returns is that at w + n.",
     ),
     required={"n_data": 60_000},
-    make=_made,
+    build_example=_own_optimizer,
     arguments_of=(BSAM,),
-    use="optimizer = steppe.variants.bsam(model.parameters(), n_data=60_000, model=model)",
+    usage_code="optimizer = steppe.variants.bsam(model.parameters(), n_data=60_000, model=model)",
     comparison=Comparison(
-        summary=f"SAM as Bayes: its own optimizer, at its own lr and at rho / 5 ({USUAL_RATIO})",
-        build=_build,
+        summary=f"SAM as variational inference: its own optimizer, at its own lr and at rho / 5 ({USUAL_RATIO})",
+        build=_replace_base,
         rho_factor=0.2,
     ),
 )

@@ -1,4 +1,4 @@
-"""Lookbehind: k ascent steps, a descent step from each, and an interpolation."""
+"""Lookbehind: several ascent steps, a step of the base with the gradient of each, and an interpolation."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._engine.state_dict import parameters
-from steppe.methods._base import Method
+from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import ICML, Paper
-from steppe.rules import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient
+from steppe.rules import Perturbation, Point, ScaledDirection, needs_gradient
+from steppe.rules import ascent_steps as ascent_steps_of
 from steppe.rules.l2 import L2
 from steppe.rules.ops import accumulator, add_scaled_, as_real, norm
 from steppe.sam import SAM, Pass
@@ -32,21 +32,17 @@ _ALONG_G = L2()
 
 
 @dataclass(frozen=True)
-class Onward:
-    """Climb k times by the whole radius, e_i = e_{i-1} + d(g(w + e_{i-1})): the sum may reach k rho."""
+class LookbehindAscent:
+    """Make k ascent steps of the full radius, e_i = e_{i-1} + d(g(w + e_{i-1})); |e_k| may reach k rho."""
 
     rule: Perturbation
-    k: int
-
-    @property
-    def ascent_steps(self) -> int:
-        """How many climbs a step makes."""
-        return self.k
+    """The perturbation to repeat."""
+    ascent_steps: int
+    """k, the number of ascent steps."""
 
     def __call__(self, point: Point) -> ScaledDirection:
-        """Return the whole climb from w, in units of rho."""
         direction, scale = self.rule(point)
-        if self.k == 1:
+        if self.ascent_steps == 1:
             return ScaledDirection(direction, scale)
         before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
         e = [
@@ -58,146 +54,146 @@ class Onward:
         return ScaledDirection(e)
 
 
-class Lookbehind(Method):
-    """Lookbehind: k climbs a step, the base steps once for each, and alpha of that way is gone.
+class Lookbehind(OwnStepMethod):
+    """Lookbehind: k ascent steps, one step of the base with the gradient of each, and a share alpha of that way.
 
-    With slow weights phi, fast weights phi_0 = phi and climbing weights phi'_0 = phi, for i = 1, ..., k:
+    With slow weights phi, fast weights phi_0 = phi and perturbed weights phi'_0 = phi, for i = 1, ..., k:
 
         phi'_i = phi'_{i-1} + rho g(phi'_{i-1}) / |g(phi'_{i-1})|
         phi_i  = Base(phi_{i-1}, g(phi'_i))
 
-    and then phi <- phi + alpha (phi_k - phi). k = 1 with alpha = 1 is SAM. The base steps k times a step, so its
-    momentum decays k times as fast, and its step hooks fire k times; learning-rate schedules count steps of this
+    and then phi <- phi + alpha (phi_k - phi). k = 1 with alpha = 1 is SAM. The base steps k times a step, so that its
+    momentum decays k times as fast and its step hooks fire k times; learning-rate schedules count steps of this
     optimizer.
 
-    A step costs 1 + k passes. The climbing weights do not depend on the fast ones, so all passes come first, and a
+    A step costs 1 + k passes. The perturbed weights do not depend on the fast ones, so that all passes come first. A
     gradient that is not finite in any of them, or an exception, leaves base and weights as they were. It keeps a copy
-    of w, k - 1 gradients, the climb and (with alpha below 1) another copy of w within a step, and nothing from step to
-    step.
+    of w, and within a step k - 1 gradients, the perturbation and (with alpha below 1) another copy of w; nothing from
+    step to step.
 
-    ``.grad`` after :meth:`passes` is the last of the k gradients: what changes it there (clipping, a loss scaler) does
-    not reach the others. Clip in a step hook of the base, ``base.register_step_pre_hook``, which sees each of them.
+    ``.grad`` after :meth:`passes` is the last of the k gradients: a change of it there (clipping, a loss scaler) does
+    not reach the others. Clip in a step hook of the base, ``base.register_step_pre_hook``, which gets each of them.
 
     Args:
-        *args: the base optimizer and rho, or the class form, as :class:`steppe.SAM` takes them.
-        k: k, the climbs of a step; the authors' example has 2, and their code 5 by default.
+        *args: the base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
+        ascent_steps: k, the ascent steps of a step; the authors' example has 2, and their code 5 by default.
         alpha: alpha, the share of the way to the fast weights, 0 to 1; the paper has 0.2, 0.5 and 0.8. None chooses
             it anew for each tensor and step, (1 + cos) / 2 of the angle between phi_1 - phi and phi_k - phi.
-        perturbation: what to repeat; :class:`~steppe.L2` is Lookbehind-SAM, :class:`~steppe.Adaptive` Lookbehind-ASAM.
-        **kwargs: ``model``, ``cadence``, ``replay_rng`` as in :class:`steppe.SAM`. A step that does not climb is one
-            plain step of the base.
+        perturbation: the perturbation to repeat; :class:`~steppe.L2` is Lookbehind-SAM, :class:`~steppe.Adaptive`
+            Lookbehind-ASAM.
+        **kwargs: ``model``, ``cadence``, ``replay_rng`` as for :class:`steppe.SAM`. A step without a perturbation is
+            one plain step of the base.
 
     Raises:
-        ValueError: k or alpha out of range, a perturbation that does not look at the gradient or climbs several times.
+        ValueError: ascent_steps or alpha out of range; a perturbation that does not look at the gradient, or makes
+            several ascent steps.
 
-    The authors' code makes 2 k passes: it takes the gradient at phi'_i once to descend and once more to climb on,
-    on the same batch. Here it is taken once; with dropout the authors' two differ. Their ASAM reads the size of the
-    weights at phi'_{i-1}, ours at phi.
+    The authors' code makes 2 k passes: it takes the gradient at phi'_i twice, once to descend and once for the next
+    ascent step, on the same batch. Here it is taken once; with dropout, the authors' two differ. Their ASAM reads the
+    size of the weights at phi'_{i-1}, this one at phi.
 
-    >>> w = torch.nn.Parameter(torch.tensor([1.0]))
-    >>> optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=0.5, k=2, alpha=0.5)
-    >>> def closure():
-    ...     optimizer.zero_grad()
-    ...     loss = w.square().sum()
-    ...     loss.backward()
-    ...     return loss
-    >>> optimizer.step(closure)
-    tensor(1., grad_fn=<SumBackward0>)
-    >>> w  # 1 - 0.5 * 0.1 * (2 * 1.5 + 2 * 2.0)
-    Parameter containing:
-    tensor([0.6500], requires_grad=True)
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([1.0]))
+        >>> optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=0.5, ascent_steps=2, alpha=0.5)
+        >>> def closure():
+        ...     optimizer.zero_grad()
+        ...     loss = w.square().sum()
+        ...     loss.backward()
+        ...     return loss
+        >>> optimizer.step(closure)
+        tensor(1., grad_fn=<SumBackward0>)
+        >>> w  # 1 - 0.5 * 0.1 * (2 * 1.5 + 2 * 2.0)
+        Parameter containing:
+        tensor([0.6500], requires_grad=True)
 
-    Source: Mordido et al., Lookbehind-SAM: k Steps Back, 1 Step Forward, arXiv 2307.16704.
+    References:
+        Mordido et al., Lookbehind-SAM: k Steps Back, 1 Step Forward, arXiv 2307.16704.
     """
 
     alpha: float | None
     paper: ClassVar[Paper] = LOOKBEHIND_PAPER
-    _own: ClassVar[tuple[str, ...]] = ("alpha",)
-    _no_scaler: ClassVar[str] = "it unscales the last of the k gradients of a step, and not the others"
+    hyperparameters: ClassVar[tuple[str, ...]] = ("alpha",)
+    why_no_scaler: ClassVar[str] = "it unscales the last of the k gradients of a step, and not the others"
+    why_no_accumulation: ClassVar[str] = (
+        "only the last of a step's gradients is in .grad, so that there is nothing to add the others to"
+    )
 
     def __init__(
         self,
         *args: Any,
-        k: int = 2,
+        ascent_steps: int = 2,
         alpha: float | None = 0.5,
         perturbation: Perturbation = _ALONG_G,
         **kwargs: Any,
     ) -> None:
-        if k < 1:
-            raise ValueError(f"k must be 1 or more, got {k}: it is the number of climbs in a step")
+        if ascent_steps < 1:
+            raise ValueError(f"ascent_steps must be 1 or more, got {ascent_steps}: it is their number in a step")
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(
                 f"alpha must be between 0 and 1, or None to choose it at each step, got {alpha}: it is the share of "
                 "the way from the slow to the fast weights"
             )
-        if not needs_gradient(perturbation) or ascent_steps(perturbation) > 1:
+        if not needs_gradient(perturbation) or ascent_steps_of(perturbation) > 1:
             raise ValueError(
-                f"Lookbehind climbs {k} times by itself, each time along a gradient, and {perturbation} does not: give "
-                "a perturbation that climbs once along the gradient"
+                f"Lookbehind makes {ascent_steps} ascent steps by itself, each along a gradient, and {perturbation} "
+                "does not fit. Give a perturbation that makes one ascent step along the gradient"
             )
         self.alpha = alpha
-        super().__init__(*args, perturbation=Onward(perturbation, k), **kwargs)
+        super().__init__(*args, perturbation=LookbehindAscent(perturbation, ascent_steps), **kwargs)
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
+    def reset(self) -> None:
+        """Forget the gradients of the step."""
         self._earlier: list[dict[Tensor, Tensor]] = []
+        """The gradients of all ascent steps but the last, by parameter."""
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
-        """Yield the 1 + k passes of a step: at w, and at each of the k climbs.
-
-        Raises:
-            RuntimeError: ``accumulate`` is asked for.
-        """
-        if accumulate:
-            self._refuse(
-                "passes(accumulate=True)",
-                "only the last of a step's gradients is in .grad, so there is nothing to add the others to. Run all "
-                "micro-batches inside each walk",
-            )
+    def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
+        """Yield the 1 + k passes of a step: at w, and after each of the k ascent steps."""
         self._earlier = []
-        for sam_pass in super().passes():
-            last = sam_pass.is_last
-            sam_pass.is_last = last or sam_pass.is_perturbed
+        for sam_pass in self.sam_passes(accumulate=accumulate):
+            is_last = sam_pass.is_last
+            sam_pass.is_last = is_last or sam_pass.is_perturbed  # every perturbed pass gives an update gradient
             yield sam_pass
-            if sam_pass.is_perturbed and not last:
-                self._earlier.append(self._engine.gradients.copies())
+            if sam_pass.is_perturbed and not is_last:
+                self._earlier.append(self.gradients.copies())
 
     @torch.no_grad()
-    def _base_step(self) -> bool:
-        gradients, earlier = self._engine.gradients, self._earlier
+    def step_base(self) -> bool:
+        """Step the base with each of the k gradients, and go alpha of that way."""
+        gradients, earlier = self.gradients, self._earlier
         self._earlier = []
         if not earlier and self.alpha == 1:
-            return super()._base_step()
-        last = {p: p.grad for p in gradients.holders() if p.grad is not None}
+            return self.step_base_once()
+        last = {p: p.grad for p in gradients.parameters() if p.grad is not None}
         finite = norm(gradients.of(last)).isfinite()
         if finite.is_cpu and not finite:
-            return super()._base_step()  # it says so, and counts
-        slow = {p: p.detach().clone() for p in parameters(self.base) if p.requires_grad} if self.alpha != 1 else {}
+            return self.step_base_once()  # which warns and counts
+        slow = {p: p.detach().clone() for p in self.trained_parameters()} if self.alpha != 1 else {}
         first: dict[Tensor, Tensor] = {}
         skipped = gradients.skipped
         for gradient in earlier:
             if not finite.is_cpu:
                 for g in gradient.values():
                     g.masked_fill_(finite.logical_not().to(g.device), float("nan"))
-            self._put(gradient)
-            super()._base_step()
+            self._assign(gradient)
+            self.step_base_once()
             if self.alpha is None and not first:
                 first = {p: p.detach().clone() for p in slow}
-        gradients.skipped = skipped  # a step of ours is counted once, by the last of the base's
-        self._put(last)
-        went = super()._base_step()
+        gradients.skipped = skipped  # a skipped step counts once, by the last step of the base
+        self._assign(last)
+        stepped = self.step_base_once()
         for p, start in slow.items():
             alpha = self.alpha if self.alpha is not None else _alignment(first.get(p, p), p, start)
             as_real(p.detach()).lerp_(as_real(start), 1 - alpha)
-        return went
+        return stepped
 
-    def _put(self, gradient: dict[Tensor, Tensor]) -> None:
-        for p in parameters(self.base):
-            p.grad = gradient.get(p)
+    def _assign(self, gradient: dict[Tensor, Tensor]) -> None:
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.grad = gradient.get(p)
 
 
 def _alignment(first: Tensor, last: Tensor, start: Tensor) -> Tensor:
-    """(1 + cos) / 2 of the angle between first - start and last - start; 1 where there is no way to go."""
+    """Return (1 + cos) / 2 of the angle between first - start and last - start."""
     wide = accumulator(start.device)
     a, b = (as_real(end.detach() - start).flatten().to(wide) for end in (first, last))
     cosine = torch.nn.functional.cosine_similarity(a, b, dim=0, eps=torch.finfo(wide).tiny)
@@ -208,41 +204,46 @@ def lookbehind_sam(
     base_optimizer: Optimizer,
     rho: Rho = 0.05,
     *,
-    k: int = 2,
+    ascent_steps: int = 2,
     alpha: float | None = 0.5,
     **options: Unpack[Options],
 ) -> SAM:
-    """Lookbehind: k climbs, a step of the base from each, and a share alpha of that way. 1 + k passes a step.
+    """Lookbehind: k ascent steps, a step of the base with the gradient of each, and a share alpha of that way.
 
-    Source: Mordido et al., Lookbehind-SAM: k Steps Back, 1 Step Forward, arXiv 2307.16704.
+    1 + k passes per step, k = ``ascent_steps``.
+
+    References:
+        Mordido et al., Lookbehind-SAM: k Steps Back, 1 Step Forward, arXiv 2307.16704.
     """
-    return Lookbehind(base_optimizer, rho, k=k, alpha=alpha, **options)
+    return Lookbehind(base_optimizer, rho, ascent_steps=ascent_steps, alpha=alpha, **options)
 
 
 CARD = MethodCard(
     name="lookbehind_sam",
     function=lookbehind_sam,
     label="Lookbehind",
-    about="The base's momentum sees k gradients a step.",
+    paper=LOOKBEHIND_PAPER,
+    summary="K ascent steps, a step of the base with the gradient of each, and a share alpha of that way. The base's "
+    "momentum gets k gradients per step.",
     equation="up_i = up_{i-1} + rho g(up_{i-1}) / |g(up_{i-1})|       from up_0 = w, for i = 1..k\n"
     "down_i = Base(down_{i-1}, g(up_i))                        from down_0 = w\n"
     "w <- w + alpha (down_k - w)",
     cost="1 + k",
-    passes=lambda k: 1 + k,
-    memory=f"{COPY}; within a step k - 1 gradients, the climb, and with alpha below 1 another copy",
-    when="To look farther than one climb, where 1 + k passes are affordable.",
+    passes=lambda ascent_steps: 1 + ascent_steps,
+    memory=f"{COPY}; within a step k - 1 gradients, the perturbation, and with alpha below 1 another copy",
+    when="To look farther than one ascent step, where 1 + k passes are affordable.",
     when_not="With a loss scaler, or to accumulate gradients: both are refused.",
     usual={
         "rho": "unverified",
-        "k": "2 in the authors' example, 5 their default",
+        "ascent_steps": "k: 2 in the authors' example, 5 their default",
         "alpha": "0.2, 0.5 or 0.8; None chooses it for each tensor and step",
     },
     checked="The official code, https://github.com/chandar-lab/Lookbehind-SAM: 20 steps in float64 agree. It makes "
-    "2 k passes, because it takes each gradient twice; here once. With dropout its two differ. Its ASAM reads the "
-    "weights at the point reached, ours at w.",
+    "2 k passes, because it takes each gradient twice; here each is taken once. With dropout its two differ. Its ASAM "
+    "reads the weights at the perturbed point, ours at w.",
     caveats=(
         "The base steps k times a step: its momentum decays k times as fast, its hooks fire k times.",
         "Clip in a step hook of the base; `.grad` after the passes is only the last of k gradients.",
     ),
-    comparison=Comparison(summary="k climbs and a step from each, at SAM's rho"),
+    comparison=Comparison(summary="k ascent steps and a step of the base from each, at SAM's rho"),
 )

@@ -1,0 +1,71 @@
+"""Loss scaling: the scale of a ``GradScaler``, and steps that it would make wrong."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steppe._engine.callers import called_by_scaler
+from steppe.rules import Cadence, Combination, Perturbation, scale_free
+
+
+class ScalerTarget:
+    """The stand-in for the optimizer that ``step(closure)`` gives to ``GradScaler.step``.
+
+    A scaler reads an optimizer's groups and calls its ``step()``. Given the optimizer itself, it would call the
+    ``step()`` that is running, and its hooks would fire twice.
+    """
+
+    def __init__(self, step: Callable[[], Any]) -> None:
+        self.param_groups: list[dict[str, Any]] = []
+        self.step = step
+
+
+def loss_scale(scaler: torch.amp.GradScaler | None, parameter: Tensor) -> Tensor | None:
+    """Return the scale as a tensor: a scaled 1, because ``get_scale()`` would read it on the host; None without one."""
+    if scaler is None or not scaler.is_enabled():
+        return None
+    return scaler.scale(torch.ones((), device=parameter.device))
+
+
+def refuse_closure_of_scaler() -> None:
+    """Refuse ``scaler.step(optimizer, closure)``.
+
+    Raises:
+        RuntimeError: a scaler is the caller.
+    """
+    if called_by_scaler():
+        raise RuntimeError(
+            "scaler.step(optimizer, closure): the scaler has unscaled the gradients of before, and the base would step "
+            "with those of the closure's passes, multiplied by the scale (65536 at first). Make the optimizer with "
+            "scaler=scaler and call optimizer.step(closure); or use passes(), then scaler.step(optimizer)"
+        )
+
+
+def check_scale(
+    scale: Tensor | None, rules: tuple[Perturbation, Combination, Cadence], mixed: Combination | None
+) -> None:
+    """Refuse to step with scaled gradients, or with rules that have seen gradients times an unknown scale.
+
+    Args:
+        scale: the scale that the optimizer knows; None if it has no scaler.
+        rules: the optimizer's rules.
+        mixed: a combination that gets g scaled and g_s unscaled, in the classic API.
+
+    Raises:
+        RuntimeError: the step would be wrong.
+    """
+    by_scaler = called_by_scaler()
+    if scale is not None and not by_scaler:
+        raise RuntimeError(
+            "step() after passes with a loss scaler: the gradients are still multiplied by its scale. Call "
+            "scaler.step(optimizer), which unscales them, in the place of optimizer.step()"
+        )
+    sized = [mixed] if mixed is not None else [rule for rule in rules if not scale_free(rule)]
+    if by_scaler and scale is None and sized:
+        raise RuntimeError(
+            f"scaler.step(optimizer) with {sized[0]}, which depends on the size of the gradients: it has seen them "
+            "multiplied by a scale that changes from step to step. Make the optimizer with scaler=scaler, so that it "
+            "sees them unscaled. (A rule that gives the same for any multiple of g declares scale_free = True)"
+        )

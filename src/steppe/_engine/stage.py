@@ -1,0 +1,22 @@
+"""Stages of one step, and the error for a call out of order."""
+
+import enum
+
+
+class Stage(enum.Enum):
+    """Stage of a step; the value is how the error for a call out of order names it."""
+
+    AT_W = "between two steps"
+    IN_PASS = "inside a pass of passes()"
+    BETWEEN_PASSES = "inside the loop over passes(), before its end"
+    PERTURBED = "between first_step() and second_step()"
+    READY = "after passes(), before step()"
+
+
+def out_of_order(caller: str, stage: Stage) -> RuntimeError:
+    """Return the error for a call that would lose an incomplete step."""
+    return RuntimeError(
+        f"{caller} was called {stage.value}: this step is not complete, and another call would lose it. End the loop "
+        f"over passes(), or call second_step() or step() after first_step(), before the next step; restore() aborts "
+        f"the step and restores the weights"
+    )

@@ -1,0 +1,105 @@
+"""One step of SAM: its passes, its update gradient, and the base's step.
+
+These are the extension points of :class:`steppe.SAM`. :class:`steppe.methods._base.OwnStepMethod` opens them to methods
+whose step is another one, and says when each is called and what it must leave.
+"""
+
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from steppe._engine.capture import GraphCapture
+from steppe._engine.loss_scale import check_scale, loss_scale
+from steppe._engine.passes import Pass
+from steppe._engine.stage import Stage
+from steppe._engine.wrapper import Wrapper
+from steppe.rules import Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient
+
+
+class Step(GraphCapture, Wrapper):
+    """The step of :class:`steppe.SAM`, part by part."""
+
+    model: nn.Module | None
+    perturbation: Perturbation
+    combination: Combination
+    per_rank: bool
+    stochastic_rounding: bool
+    scaler: torch.amp.GradScaler | None
+
+    def _has_single_pass(self) -> bool:
+        """True if the step runs a single pass, at w + e."""
+        return not needs_gradient(self.perturbation) and not self.combination.needs_unperturbed_gradient
+
+    def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
+        """Yield the passes of one step, then write the update gradient to ``.grad``."""
+        before = self._engine.gradients.copies() if accumulate else {}
+        yield from self._single_pass() if self._has_single_pass() else self._passes_from_w()
+        self._combine()
+        self._engine.gradients.add(before)
+
+    def _single_pass(self) -> Iterator[Pass]:
+        point = self._engine.point_before_passes()
+        if not self.cadence(point):
+            yield self._pass_at_w(is_last=True)
+        else:
+            begin = partial(self._perturb, point, single_pass=True)
+            yield Pass(self._engine, begin, is_first=True, is_last=True, is_perturbed=True)
+
+    def _passes_from_w(self) -> Iterator[Pass]:
+        """Yield a pass at w, and one after each ascent step."""
+        planned = None if needs_gradient(self.cadence) else self.cadence(self._engine.point_of_step())
+        yield self._pass_at_w(is_last=None if planned is None else not planned)
+        point: Point | None = self._engine.point_after_first_pass()
+        if planned is None and point is not None:
+            planned = self.cadence(self._engine.unscaled_view(self.cadence, point))
+        for left in reversed(range(ascent_steps(self.perturbation) if planned else 0)):
+            begin = partial(self._perturb, point or self._engine.point_after_ascent_step())
+            sam_pass = Pass(self._engine, begin, is_first=False, is_last=left == 0, is_perturbed=True)
+            point = begin = None  # type: ignore[assignment]  # or they keep the first gradient through the second pass
+            yield sam_pass
+
+    def _pass_at_w(self, *, is_last: bool | None) -> Pass:
+        begin = self._engine.side_effects.begin_first_pass
+        return Pass(self._engine, begin, is_first=True, is_last=is_last, is_perturbed=False, is_at_w=True)
+
+    def _perturb(self, point: Point, *, single_pass: bool = False) -> None:
+        keep_unperturbed = self.combination.needs_unperturbed_gradient
+        self._engine.perturb(point, self.perturbation, keep_unperturbed=keep_unperturbed, single_pass=single_pass)
+
+    def _update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
+        """Compute the update gradient of g and g_s."""
+        return self.combination(point, perturbed)
+
+    def _combine(self) -> None:
+        """Write the update gradient to ``.grad``."""
+        self._engine.combine(self.combination, self._update_gradient)
+
+    def _finish_classic(self) -> None:
+        """Restore the weights and write the update gradient, after the second backward of the classic API."""
+        self._engine.restore()
+        self._combine()
+
+    def _step_base(self) -> bool:
+        """Step the base unless a gradient is not finite; return False if the host skipped the step."""
+        return self._engine.gradients.step_if_finite()
+
+    def _empty_memory(self) -> Memory:
+        """Return what the rules keep from step to step, empty."""
+        return self._engine.empty_memory(self.perturbation, self.combination, self.cadence)
+
+    def _loss_scale(self, parameter: Tensor) -> Tensor | None:
+        return loss_scale(self.scaler, parameter)
+
+    def _check_scale(self) -> None:
+        mixes = self._engine.stage is Stage.PERTURBED and self.combination.needs_unperturbed_gradient
+        rules = (self.perturbation, self.combination, self.cadence)
+        check_scale(self._engine.scale, rules, self.combination if mixes else None)
+
+    def _check_passes(self) -> None:
+        if self._has_single_pass() and needs_gradient(self.cadence):
+            raise ValueError(
+                f"{self.cadence} needs the gradient at w, and {self.perturbation} saves the pass that gives it: take a "
+                "cadence that reads only the step's number, and declares needs_gradient = False"
+            )

@@ -1,0 +1,88 @@
+"""An optimizer around a base optimizer: groups, state, defaults and checkpoints are the base's."""
+
+from collections import defaultdict
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from steppe._engine.engine import Engine
+from steppe._engine.stage import Stage, out_of_order
+from steppe._engine.state_dict import RHO, pack, unpack
+from steppe.rules import Memory
+
+
+class Wrapper(Optimizer):
+    """The part of :class:`steppe.SAM` that is an ordinary optimizer.
+
+    The base's objects are looked up at every use, because ``load_state_dict`` of either optimizer replaces them.
+    """
+
+    base: Optimizer
+    rho: float | Tensor
+    _engine: Engine
+    _template: Memory
+    """Empty memory of the rules, for a checkpoint before the first step."""
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups, each with its radius ``sam_rho``."""
+        return self.base.param_groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    @property
+    def state(self) -> defaultdict[Tensor, Any]:
+        """The base optimizer's state."""
+        return self.base.state
+
+    @state.setter
+    def state(self, state: defaultdict[Tensor, Any]) -> None:
+        self.base.state = state
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """The base optimizer's defaults."""
+        return self.base.defaults
+
+    @defaults.setter
+    def defaults(self, defaults: dict[str, Any]) -> None:
+        self.base.defaults = defaults
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the base's checkpoint, with everything that the next step depends on inside it.
+
+        A plain base optimizer loads it as well.
+        """
+        for hook in self._optimizer_state_dict_pre_hooks.values():
+            hook(self)
+        memory = self._template if self._engine.steps == 0 else {}
+        packed = pack(self.base, self._engine.memory or memory, self._engine.steps)
+        for post_hook in self._optimizer_state_dict_post_hooks.values():
+            packed = changed if (changed := post_hook(self, packed)) is not None else packed
+        return packed
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, or of a plain base optimizer; the latter leaves the radii as they are.
+
+        Args:
+            state_dict: what :meth:`state_dict` returned.
+
+        Raises:
+            RuntimeError: a step is pending.
+            ValueError: the groups do not fit (from the base).
+        """
+        if self._engine.stage in (Stage.PERTURBED, Stage.IN_PASS):
+            raise out_of_order("load_state_dict()", self._engine.stage)
+        for hook in self._optimizer_load_state_dict_pre_hooks.values():
+            state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
+        radii = [group.get(RHO, self.rho) for group in self.param_groups]
+        theirs, self._engine.memory, self._engine.steps = unpack(state_dict, self.base)
+        self.base.load_state_dict(theirs)
+        for group, radius in zip(self.param_groups, radii, strict=True):
+            group.setdefault(RHO, radius)
+        self._engine.stage = Stage.AT_W
+        for post_hook in self._optimizer_load_state_dict_post_hooks.values():
+            post_hook(self)
