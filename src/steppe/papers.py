@@ -1,4 +1,4 @@
-"""The papers behind the rules, each once, and the BibTeX of what an optimizer uses."""
+"""Papers as data, and the BibTeX entries of what an optimizer uses. Each paper is defined in the file of its method."""
 
 import dataclasses
 import textwrap
@@ -11,48 +11,51 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 @dataclass(frozen=True)
 class Paper:
-    """One paper, by the facts of its arXiv record and of the conference that took it."""
+    """One paper, with the facts of its arXiv record and of the conference that published it."""
 
     key: str
-    """What a LaTeX document cites it by: first author, year, method."""
+    """The key of its BibTeX entry: first author, year, method."""
     authors: tuple[str, ...]
     """Full names, in the paper's order."""
     title: str
+    """The title, with BibTeX braces around words that keep their capitals."""
     arxiv: str
-    """arXiv number, such as 2010.01412."""
+    """The arXiv number, such as 2010.01412."""
     year: int
-    """Of the conference, or of the preprint where there is none."""
+    """The year of the conference, or of the preprint where there is none."""
     venue: str | None = None
     """The conference or journal; None for a preprint."""
 
     @property
     def url(self) -> str:
-        """Where it can be read."""
+        """The address of its arXiv page."""
         return f"https://arxiv.org/abs/{self.arxiv}"
 
     @property
     def short(self) -> str:
-        """How a sentence names it.
+        """The authors, the year and the arXiv number, for use in a sentence.
 
-        >>> SAM.short
-        'Foret et al. 2021, arXiv 2010.01412'
+        Example:
+            >>> SAM.short
+            'Foret et al. 2021, arXiv 2010.01412'
         """
         last = [name.split()[-1] for name in self.authors]
         who = last[0] if len(last) == 1 else f"{last[0]} and {last[1]}" if len(last) == 2 else f"{last[0]} et al."
         return f"{who} {self.year}, arXiv {self.arxiv}"
 
     def bibtex(self) -> str:
-        """The BibTeX entry.
+        """Return the BibTeX entry.
 
-        >>> print(ASAM.bibtex())
-        @inproceedings{kwon2021asam,
-          title = {{ASAM}: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural Networks},
-          author = {Jungmin Kwon and Jeongseop Kim and Hyunseo Park and In Kwon Choi},
-          booktitle = {International Conference on Machine Learning (ICML)},
-          year = {2021},
-          eprint = {2102.11600},
-          archivePrefix = {arXiv},
-        }
+        Example:
+            >>> print(SAM.bibtex())
+            @inproceedings{foret2021sam,
+              title = {Sharpness-Aware Minimization for Efficiently Improving Generalization},
+              author = {Pierre Foret and Ariel Kleiner and Hossein Mobahi and Behnam Neyshabur},
+              booktitle = {International Conference on Learning Representations (ICLR)},
+              year = {2021},
+              eprint = {2010.01412},
+              archivePrefix = {arXiv},
+            }
         """
         fields = {
             "title": self.title,
@@ -67,29 +70,30 @@ class Paper:
 
 
 def citation(*used: object) -> str:
-    r"""Return the BibTeX of exactly what is used: an optimizer's rules, their modifiers, a closure, a loss.
+    r"""Return the BibTeX entries of exactly what is used: an optimizer's rules, their modifiers, a closure, a loss.
 
     A part of Steppe, or of your own, names its paper in an attribute ``paper``; parts without one add nothing. SAM's
-    own paper stands first wherever :class:`steppe.SAM` is used.
+    own paper comes first wherever :class:`steppe.SAM` is used.
 
     Args:
-        used: an optimizer, and whatever else of Steppe takes part, such as ``steppe.closures.fraction``.
+        *used: An optimizer, and any other parts of Steppe in use, such as ``steppe.closures.fraction``.
 
     Returns:
         The entries, separated by empty lines; an empty string for a plain optimizer.
 
-    >>> import steppe, torch
-    >>> base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
-    >>> optimizer = steppe.variants.gsam(base)
-    >>> [entry.split(",")[0] for entry in citation(optimizer).split("\n\n")]
-    ['@inproceedings{foret2021sam', '@inproceedings{zhuang2022gsam']
+    Example:
+        >>> import steppe, torch
+        >>> base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
+        >>> optimizer = steppe.variants.gsam(base)
+        >>> [entry.split(",")[0] for entry in citation(optimizer).split("\n\n")]
+        ['@inproceedings{foret2021sam', '@inproceedings{zhuang2022gsam']
     """
     papers = dict.fromkeys(paper for part in used for paper in papers_of(part))
     return "\n\n".join(paper.bibtex() for paper in papers)
 
 
 def cites(paper: Paper) -> Callable[[_F], _F]:
-    """Make a function name its paper, as a class does with an attribute."""
+    """Return a decorator that sets a function's ``paper``, as a class sets it by an attribute."""
 
     def mark(function: _F) -> _F:
         function.paper = paper  # type: ignore[attr-defined]
@@ -99,7 +103,7 @@ def cites(paper: Paper) -> Callable[[_F], _F]:
 
 
 def papers_of(part: Any) -> Iterator[Paper]:
-    """The papers of a part, of what it builds on, and of the parts that it is made of, in order, some twice."""
+    """Yield the papers of a part, of its base classes and of the parts in its fields, in order, some twice."""
     for place in (*reversed(type(part).__mro__), part):
         paper = getattr(place, "__dict__", {}).get("paper")
         if isinstance(paper, Paper):

@@ -1,16 +1,17 @@
 """The named methods as functions: ``steppe.variants.sam``, ``asam``, ``gsam``, ...
 
-Each function comes from the file of its method in :mod:`steppe.methods`; `steppe methods` lists them.
+Each function is defined in the file of its method in :mod:`steppe.methods`; ``steppe methods`` lists them. For static
+type checkers, scripts/make_variants.py writes the same names to variants.pyi.
 """
 
 from collections.abc import Callable
 from typing import Any
 
-from steppe.methods.registry import CARDS
+from steppe.methods.registry import FUNCTIONS
 
-__all__ = [name for name, card in CARDS.items() if card.function.__name__ == name]  # pyright: ignore
+__all__ = list(FUNCTIONS)
 
-globals().update({name: CARDS[name].function for name in __all__})
+globals().update(FUNCTIONS)
 
 
 def __getattr__(name: str) -> Callable[..., Any]:

@@ -1,1 +1,1 @@
-"""The methods, one file each: its rule, its named function, its card and its paper."""
+"""The methods, one file each: paper, rule, named function, and the `CARD` by which the registry finds it."""

@@ -1,4 +1,4 @@
-"""The card of a method: what a reader must know before taking it, and how `steppe compare` runs it."""
+"""The card of a method: what a reader must know before using it, and how `steppe compare` runs it."""
 
 import inspect
 import re
@@ -14,12 +14,10 @@ from torch.optim import Optimizer
 from steppe.methods._step_function import StepFunction
 from steppe.papers import Paper, citation, papers_of
 
-Make = Callable[..., tuple[Any, ...]]
-
 COPY = "a copy of the weights, allocated once"
 COPY_AND_G = f"{COPY}; g until the second pass is done"
-LENGTH = "the length of the training, in steps"
-NO_CODE = "No code of the authors was found to compare with."
+TOTAL_STEPS = "the number of optimizer steps in the training"
+NO_CODE = "No code by the authors was found to compare with."
 USUAL_RATIO = "the ratio of the usual values"
 FIRST_GUESS = "a first guess, not measured"
 
@@ -28,25 +26,26 @@ FIRST_GUESS = "a first guess, not measured"
 class Comparison:
     """How `steppe compare` builds and runs a method.
 
-    `build` and `step_function` take an optimizer first, the base and the built one. Their further parameters are filled
-    by name: from the run context, and the rest, with rho, from the method spec, else from their defaults.
+    `build` and `step_function` take an optimizer first: the base, and the optimizer that was built. Their further
+    parameters are filled by name, from the run context where it has them, else from the method spec, else from their
+    defaults.
     """
 
     summary: str
     """One line for `steppe compare --help`."""
     build: Callable[..., Optimizer] | None = None
-    """Build the optimizer around a base optimizer; by default the card's function."""
+    """Build the optimizer around a base optimizer; None is the card's function."""
     passes: Fraction | float | Callable[..., Fraction | float] | None = None
-    """Planned gradient evaluations per sample and step; a function takes arguments of the spec by name. By default the
-    card's."""
+    """Planned passes per step; a function takes arguments of the spec by name. None is the card's number."""
     step_function: Callable[..., StepFunction] = StepFunction
+    """Builds the object that takes the steps of a run."""
     rho_factor: float = 1.0
     """Factor from the recipe's rho (SAM's) to the method's own, where the spec gives none."""
     needs_momentum: bool = False
-    """True if it perturbs along the base's momentum."""
+    """True if the method perturbs along the base's momentum."""
     capturable: bool = False
-    """True if one CUDA graph per kind of step stands for all: nothing but the cadence is decided on the host, and no
-    random numbers depend on the step's number."""
+    """True if one CUDA graph per kind of step can be replayed for all: nothing but the cadence is decided on the host,
+    and no random numbers depend on the step's number."""
 
 
 def plain_base(base: Optimizer) -> Optimizer:
@@ -56,119 +55,132 @@ def plain_base(base: Optimizer) -> Optimizer:
 
 @dataclass(frozen=True)
 class MethodCard:
-    """What a card says of a method, beside what the code and the measurements say."""
+    """The card of a method: its description, and what the tests and the comparison need to run it."""
 
     name: str
-    """The name of the method, and of its file."""
+    """Name of the method and of its file."""
     function: Callable[..., Any]
-    """The function that builds it; exported by :mod:`steppe.variants` if it bears the method's name."""
+    """The function that builds it; :mod:`steppe.variants` exports it if it has the method's name."""
     label: str
-    """What tables and figures call it."""
-    about: str
-    """The second sentence of the summary; the first is the docstring's."""
+    """Name in tables and figures."""
+    paper: Paper
+    """The paper that proposes the method."""
+    summary: str
+    """What it does, in two sentences."""
     equation: str
+    """The update in the notation of the documentation; lines separated by newlines."""
     cost: str
-    """Passes a step, forward and backward over the batch, in words."""
+    """Passes (forward and backward over the batch) per step, in words."""
     passes: Callable[..., float] | float | None
     """The same as a number; a function takes arguments of the method by name; None where the gradients decide."""
     memory: str
     """What is kept beside the base."""
     when: str
+    """When to use it."""
     when_not: str
+    """When not to use it."""
     usual: Mapping[str, str]
-    """Each hyperparameter and the paper's usual values."""
+    """Each hyperparameter with its usual values in the literature."""
     checked: str
-    """What ours was held against; where we differ and why."""
+    """What the implementation was compared with, the differences, and their reasons."""
     caveats: Sequence[str]
+    """What surprises a user, one sentence or two each."""
     required: Mapping[str, Any] = field(default_factory=dict)
-    """Arguments without a default, as an example has them."""
-    make: Make | None = None
-    """(base, model, **required) -> the optimizer, and what else takes part, where that is not ``part(base, ...)``."""
+    """Arguments without a default, with the values of an example."""
+    short_run: Mapping[str, Any] = field(default_factory=dict)
+    """Further arguments with which a run of a few steps does all that the method does; for tests and benchmarks."""
+    build_example: Callable[..., tuple[Any, ...]] | None = None
+    """(base, model, **arguments) -> the optimizer and the other parts; None is ``function(base, model=model, ...)``."""
     arguments_of: tuple[Callable[..., Any], ...] = ()
-    """What has its hyperparameters as arguments, where that is not ``part`` alone."""
+    """The functions whose arguments are the hyperparameters; empty for ``function`` alone."""
+    usage_code: str = ""
+    """Lines of code that use it; empty for one call of ``function``."""
     comparison: Comparison | None = None
     """How `steppe compare` runs it; None for a method that is an argument of another one."""
-    use: str = ""
-    """Lines that use it, where it takes more than ``optimizer.step(closure)``."""
-
-    @property
-    def summary(self) -> str:
-        """What it does, in two sentences."""
-        line = " ".join((inspect.getdoc(self.function) or "").partition("\n\n")[0].split()).replace("``", "`")
-        first = re.split(r"\.(?: |$)|: e", line.removeprefix(f"{self.label}: "))[0]
-        return f"{first[0].upper()}{first[1:]}. {self.about}"
 
     @property
     def usage(self) -> str:
         """Lines of code that use it, around a ``base`` and a ``model``."""
-        if self.use:
-            return self.use
-        given = "".join(f", {name}={_code(value)}" for name, value in self.required.items())
-        return f"optimizer = steppe.variants.{self.name}(base{given}, model=model)"
+        if self.usage_code:
+            return self.usage_code
+        arguments = "".join(f", {name}={_literal(value)}" for name, value in self.required.items())
+        return f"optimizer = steppe.variants.{self.name}(base{arguments}, model=model)"
 
     @property
     def defaults(self) -> Mapping[str, Any]:
-        """The defaults of its arguments; those without one are missing."""
-        parts = self.arguments_of or (self.function,)
-        parameters = [p for part in parts for p in inspect.signature(part).parameters.values()]
+        """The default values of its arguments; those without one are missing."""
+        functions = self.arguments_of or (self.function,)
+        parameters = [p for function in functions for p in inspect.signature(function).parameters.values()]
         return {p.name: p.default for p in parameters if p.default is not p.empty}
 
-    def cost_with(self, **given: Any) -> float | None:
-        """The planned passes a step, with arguments of the method; None where the gradients decide.
+    def passes_with(self, **arguments: Any) -> float | None:
+        """Return the planned passes per step with arguments of the method; None where the gradients decide.
 
-        >>> CARDS["looksam"].cost_with(k=2)
-        1.5
+        Example:
+            >>> from steppe.methods.looksam import CARD
+            >>> CARD.passes_with(interval=2)
+            1.5
         """
         if not callable(self.passes):
             return self.passes
-        values = {**self.defaults, **self.required, **given}
+        values = {**self.defaults, **self.required, **arguments}
         return self.passes(**{name: values[name] for name in inspect.signature(self.passes).parameters})
 
-    def example(self, base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-        """Return an optimizer that uses it, and what else of Steppe takes part.
+    def short_arguments(self, **run: Any) -> dict[str, Any]:
+        """Return arguments for a short run: ``short_run``, and those of ``run`` that the method requires.
 
-        >>> model = nn.Linear(2, 2)
-        >>> CARDS["gsam"].example(torch.optim.SGD(model.parameters(), lr=0.1), model)[0].combination
-        SurrogateGap(alpha=0.2)
+        Example:
+            >>> from steppe.methods.late_sam import CARD
+            >>> CARD.short_arguments(total_steps=20, samples=8)
+            {'total_steps': 20}
         """
-        arguments = {**self.required, **given}
-        if self.make is not None:
-            return self.make(base, model, **arguments)
+        return {**{name: value for name, value in run.items() if name in self.required}, **self.short_run}
+
+    def example(self, base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+        """Return an optimizer that uses the method, and the other parts of Steppe that it uses.
+
+        Example:
+            >>> from steppe.methods.gsam import CARD
+            >>> model = nn.Linear(2, 2)
+            >>> CARD.example(torch.optim.SGD(model.parameters(), lr=0.1), model)[0].combination
+            SurrogateGap(alpha=0.2)
+        """
+        arguments = {**self.required, **arguments}
+        if self.build_example is not None:
+            return self.build_example(base, model, **arguments)
         return (self.function(base, **arguments, model=model),)
 
     @property
     def papers(self) -> tuple[Paper, ...]:
-        """What to cite; SAM's own paper first, where it is used."""
-        return tuple(dict.fromkeys(paper for part in self._small() for paper in papers_of(part)))
-
-    @property
-    def paper(self) -> Paper:
-        """The method's own paper: the one that its docstring names last."""
-        text = inspect.getdoc(self.function) or ""
-        return [paper for paper in self.papers if paper.arxiv in text][-1]
+        """All papers to cite; SAM's own first, where it is used."""
+        return tuple(dict.fromkeys(paper for part in self._example_parts() for paper in papers_of(part)))
 
     def bibtex(self) -> str:
-        """The BibTeX of what it uses.
+        """Return the BibTeX entries of all papers to cite.
 
-        >>> CARDS["gsam"].bibtex().count("@")
-        2
+        Example:
+            >>> from steppe.methods.gsam import CARD
+            >>> CARD.bibtex().count("@")
+            2
         """
-        return citation(*self._small())
+        return citation(*self._example_parts())
 
-    def _small(self) -> tuple[Any, ...]:
+    def _example_parts(self) -> tuple[Any, ...]:
         model = nn.Sequential(nn.LayerNorm(1))
         return self.example(torch.optim.SGD(model.parameters(), lr=0.1), model)
 
     def covers(self, spec: str) -> bool:
-        """Whether a contender of `steppe compare` is measured for this card.
+        """Return True if results of a method spec of `steppe compare` belong on this card.
 
-        >>> CARDS["ascent_steps"].covers("sam:steps=2"), CARDS["sam"].covers("sam:steps=2")
-        (True, False)
+        Example:
+            >>> from steppe.methods import ascent_steps, sam
+            >>> ascent_steps.CARD.covers("sam:ascent_steps=2"), sam.CARD.covers("sam:ascent_steps=2")
+            (True, False)
         """
-        name, _, given = spec.partition(":")
-        several = name in ("sam", "asam") and re.search(r"(^|,)steps=", given)
+        name, _, arguments = spec.partition(":")
+        several = name in ("sam", "asam") and re.search(r"(^|,)ascent_steps=", arguments)
         return ("ascent_steps" if several else name) == self.name
 
 
-def _code(value: Any) -> str:
+def _literal(value: Any) -> str:
     return f"{value:_}" if isinstance(value, int) else repr(value)

@@ -1,4 +1,4 @@
-"""Shared by the closures: the backward of a loss that may be scaled, and checks of a batch."""
+"""Shared by the methods that build closures: the backward of a loss that may be scaled, and checks of a batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -9,31 +9,38 @@ from steppe.sam import SAM
 Loss = Callable[..., Tensor]
 
 
-def backward(optimizer: SAM, value: Tensor) -> None:
-    """The backward of a loss, multiplied by the loss scale if the optimizer knows of one."""
-    loss = value if optimizer.scaler is None else optimizer.scaler.scale(value)
-    loss.backward()  # type: ignore[no-untyped-call]
+def backward(optimizer: SAM, loss: Tensor) -> None:
+    """Run the backward pass of a loss, multiplied by the loss scale if the optimizer has a scaler."""
+    scaled = loss if optimizer.scaler is None else optimizer.scaler.scale(loss)
+    scaled.backward()  # type: ignore[no-untyped-call]
 
 
 def is_last(optimizer: SAM) -> bool:
+    """Return True if the gradient of the current pass is used for the update, so that it must cover the whole batch.
+
+    Raises:
+        RuntimeError: The cadence decides after this pass, from its gradient.
+    """
     sam_pass = optimizer.current_pass
     if sam_pass is None:
         return True
     if sam_pass.is_last is None:
         raise RuntimeError(
-            f"{optimizer.cadence} decides by the gradient at w whether to climb, so nobody knows yet whether this pass "
-            "will go down, and a part of the batch must not: take a cadence that goes by the step's number"
+            f"{optimizer.cadence} decides by the gradient at w whether to perturb, so during the first pass it is not "
+            "known whether a part of the batch is enough: use a cadence that decides by the step's number"
         )
     return sam_pass.is_last
 
 
 def check_share(name: str, value: float) -> float:
+    """Return a share of the samples; ValueError unless it is in (0, 1]."""
     if not 0 < value <= 1:
         raise ValueError(f"{name} must be more than 0 and at most 1, got {value}: it is a share of the samples")
     return value
 
 
 def count_samples(batch: Sequence[Tensor]) -> int:
+    """Return the number of samples in a batch; ValueError unless all tensors have the same number, at least one."""
     lengths = {len(t) for t in batch}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(

@@ -13,19 +13,22 @@ from steppe.rules.subsets import ParameterSubset
 Rho = float | Tensor
 
 
-class Surroundings(TypedDict, total=False):
+class PassOptions(TypedDict, total=False):
+    """How the passes are run; each is an argument of :class:`steppe.SAM`."""
+
     replay_rng: bool
     per_rank: bool
     scaler: torch.amp.GradScaler | None
     stochastic_rounding: bool
 
 
-class Options(Surroundings, total=False):
-    """What every method takes beside its own, as :class:`steppe.SAM` does."""
+class Options(PassOptions, total=False):
+    """Arguments of :class:`steppe.SAM` that every named function passes on."""
 
     model: nn.Module | None
 
 
-def modified(rule: Perturbation, steps: int, only: Iterable[Tensor] | None) -> Perturbation:
-    rule = rule if steps == 1 else AscentSteps(rule, steps)
+def repeated_on_subset(rule: Perturbation, ascent_steps: int, only: Iterable[Tensor] | None) -> Perturbation:
+    """Return the rule with several ascent steps, restricted to the parameters in ``only`` if there are any."""
+    rule = rule if ascent_steps == 1 else AscentSteps(rule, ascent_steps)
     return rule if only is None else ParameterSubset(rule, only)

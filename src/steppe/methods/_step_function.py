@@ -1,4 +1,4 @@
-"""How a method turns a batch into one optimizer step in a comparison. Most need only the plain closure."""
+"""How a method turns a batch into one optimizer step in a comparison; most methods need only the plain closure."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ class Batch(Protocol):
 
     @property
     def images(self) -> Tensor:
-        """Images, (n, ...)."""
+        """Images, of shape (n, ...)."""
 
     @property
     def labels(self) -> Tensor:
-        """Class indices, (n,)."""
+        """Class indices, of shape (n,)."""
 
     @property
     def indices(self) -> Tensor:
-        """Positions of the samples in the data set, (n,)."""
+        """Positions of the samples in the data set, of shape (n,)."""
 
     @property
     def epoch(self) -> int:
@@ -39,33 +39,33 @@ class Forward(Protocol):
     """The network and its loss for one step; counts every sample that it evaluates."""
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """Evaluate the mean loss."""
+        """Return the mean loss."""
 
     def losses(self, *tensors: Tensor) -> Tensor:
-        """Evaluate the loss of each sample, (n,)."""
+        """Return the loss of each sample, of shape (n,)."""
 
     def mean(self, losses: Tensor) -> Tensor:
-        """Average losses (n,)."""
+        """Return the mean of losses of shape (n,)."""
 
     def logits(self, images: Tensor) -> Tensor:
-        """Evaluate the logits."""
+        """Return the logits."""
 
     def count(self, images: int, *, recorded: bool) -> None:
         """Count samples that another network of the same size evaluates."""
 
 
 class StepFunction:
-    """Takes the steps of one run; this one with the closure of `torch.optim`, as often as `optimizer` asks for it.
+    """Takes the optimizer steps of one run; this base class passes the plain closure to ``optimizer.step``.
 
-    The parameters of a subclass's constructor after the first are filled by their names: from `Setting`, or else from
-    the contender's spec.
+    A subclass for another way to take a step overrides :meth:`step`. The parameters of its constructor after the first
+    are filled by their names: from the run context where it has them, else from the method spec.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
     def step(self, forward: Forward, batch: Batch) -> Tensor:
-        """Take one step on this process's share of a batch; return its mean loss at w."""
+        """Take one step on this process's share of a batch, and return its mean loss at w."""
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
@@ -77,8 +77,8 @@ class StepFunction:
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """What the following steps depend on besides network and optimizer: tensors and plain Python values."""
+        """Return what the following steps depend on beside network and optimizer: tensors and plain Python values."""
         return {}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Go on from what `state_dict` gave, with its tensors on the CPU."""
+        """Restore what `state_dict` returned; its tensors are on the CPU."""

@@ -1,4 +1,4 @@
-"""Shared by SAF and MESA: the divergence from earlier outputs, and the step with a term in the loss."""
+"""Shared by SAF and MESA: the divergence from earlier outputs, and the step with a term added to the loss."""
 
 import math
 from collections.abc import Callable, Mapping
@@ -13,27 +13,32 @@ from steppe.methods._step_function import Batch, Forward, StepFunction
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-
+# torch.compiler.disable is untyped; this keeps the signature of what it decorates.
 eager: Callable[[_F], _F] = torch.compiler.disable
 
 
 def kl_divergence(past: Tensor, now: Tensor, tau: float) -> Tensor:
-    """KL(softmax(past / tau) || softmax(now / tau)) over dimension 1, in float32 or wider."""
+    """Return KL(softmax(past / tau) || softmax(now / tau)) over dimension 1, in float32 or wider.
+
+    Both have shape (n, classes, ...), and the result has shape (n, ...).
+    """
     wide = torch.promote_types(now.dtype, torch.float32)
     p, q = (F.log_softmax(y.to(wide) / tau, dim=1) for y in (past, now))
     return F.kl_div(q, p, reduction="none", log_target=True).sum(1)
 
 
-def beside(like: Tensor, flags: Tensor) -> Tensor:
-    """One flag a sample, in a shape that goes with (n, ...)."""
+def broadcastable(flags: Tensor, like: Tensor) -> Tensor:
+    """Reshape one flag per sample, (n,), so that it broadcasts to the shape (n, ...) of ``like``."""
     return flags.reshape(-1, *[1] * (like.dim() - 1))
 
 
-def zero(logits: Tensor) -> Tensor:
+def zero_term(logits: Tensor) -> Tensor:
+    """Return a 0-dim zero without a graph, in float32 or wider."""
     return logits.new_zeros((), dtype=torch.promote_types(logits.dtype, torch.float32))
 
 
-def check(lmbda: float, tau: float, start: int) -> None:
+def check_hyperparameters(lmbda: float, tau: float, start: int) -> None:
+    """Raise ValueError if lambda, tau or E_start is out of range."""
     if not 0 <= lmbda < math.inf:
         raise ValueError(f"lmbda must be finite and at least 0, got {lmbda}: it is the weight of the term")
     if not 0 < tau < math.inf:
@@ -43,26 +48,27 @@ def check(lmbda: float, tau: float, start: int) -> None:
 
 
 def check_epoch(epoch: int) -> None:
+    """Raise ValueError unless the epoch is a Python int of at least 0."""
     if not isinstance(epoch, int) or isinstance(epoch, bool) or epoch < 0:
         raise ValueError(
-            f"epoch must be an integer of 0 or more, got {epoch!r}: it says how old the outputs are. Give the epoch's "
-            "number as Python's int, which needs no look at the device"
+            f"epoch must be an integer of 0 or more, got {epoch!r}: it decides which outputs are compared. Give the "
+            "epoch's number as Python's int, so that nothing has to be read from the device"
         )
 
 
-class WithTerm(StepFunction):
-    """A driver whose loss has a further term, a module with a memory that belongs to the checkpoint."""
+class StepWithTerm(StepFunction):
+    """Takes steps on a loss with a further term; the term is a module whose state belongs to the checkpoint."""
 
     def __init__(self, optimizer: Optimizer, module: nn.Module) -> None:
         super().__init__(optimizer)
         self.module = module
 
     def term(self, forward: Forward, logits: Tensor, batch: Batch) -> Tensor:
-        """Give what is added to the mean loss of the batch."""
+        """Return the 0-dim term that is added to the mean loss of the batch."""
         raise NotImplementedError
 
     def step(self, forward: Forward, batch: Batch) -> Tensor:
-        """Take one step; the loss is without the term, as everybody's."""
+        """Take one step; the loss that is returned is without the term, so that methods can be compared by it."""
         self.module.to(batch.images.device)
 
         def closure() -> Tensor:
@@ -76,9 +82,9 @@ class WithTerm(StepFunction):
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """The module's memory."""
+        """Return the module's state."""
         return dict(self.module.state_dict())
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take it over."""
+        """Restore the module's state."""
         self.module.load_state_dict(state)

@@ -1,6 +1,6 @@
-"""The cards of the methods, behind `steppe methods` and docs/methods: the catalogue's entries with what was measured.
+"""Render the cards of the methods as Markdown, for `steppe methods` and docs/methods.
 
-Numbers measured here come from measured.json, which scripts/make_cards.py writes; none is typed by hand.
+All measured numbers come from measured.json, which scripts/make_cards.py writes.
 """
 
 import json
@@ -23,19 +23,22 @@ _WIDTH = 120
 
 @cache
 def measured() -> Mapping[str, Any]:
-    """What was measured here: ``memory``, and ``comparisons`` on Fashion-MNIST; scripts/make_cards.py writes it."""
-    found: dict[str, Any] = json.loads((resources.files("steppe.methods") / "measured.json").read_text(encoding="utf-8"))
+    """Return the measured ``memory`` of the methods, and their ``comparisons`` on Fashion-MNIST."""
+    found: dict[str, Any] = json.loads(
+        (resources.files("steppe.methods") / "measured.json").read_text(encoding="utf-8")
+    )
     return MappingProxyType(found)
 
 
 def card(name: str) -> str:
-    """The card of a method, as Markdown.
-
-    >>> print(card("gsam").splitlines()[0])
-    # GSAM
+    """Return the card of a method as Markdown.
 
     Raises:
-        KeyError: no such method.
+        KeyError: There is no method of this name.
+
+    Example:
+        >>> print(card("gsam").splitlines()[0])
+        # GSAM
     """
     method = CARDS[name]
     lines = [f"# {method.label}", "", *_wrap(method.summary), "", "```", *method.equation.splitlines(), "```", ""]
@@ -49,17 +52,17 @@ def card(name: str) -> str:
     lines += ["## Caveats", "", *(line for caveat in method.caveats for line in _item(caveat)), ""]
     own = [paper for paper in method.papers if paper != SAM_PAPER] or [SAM_PAPER]
     lines += ["## Citation", "", *(line for paper in own for line in _item(_reference(paper)))]
-    lines += ["", f"BibTeX, of all that it builds on: `steppe methods {name} --bibtex`", ""]
+    lines += ["", f"BibTeX of all papers that it builds on: `steppe methods {name} --bibtex`", ""]
     return "\n".join(lines)
 
 
 def index() -> str:
-    """The table of all methods, and all that was measured on Fashion-MNIST, as Markdown."""
+    """Return the table of all methods and all measurements on Fashion-MNIST as Markdown."""
     lines = ["# Methods", ""]
     lines += _wrap(
-        "One card a method: the rule, its cost, what it was checked against, and what was measured here, whether good "
-        "or bad. `steppe methods` shows the same on the terminal. A cost is in passes, forward and backward over the "
-        "batch, a step; memory is what a step needs at its worst moment beside the base, in units of the weights' size."
+        "One card per method: its update, its cost, what it was compared with, and the results measured here, good or "
+        "bad. `steppe methods` shows the same in the terminal. Cost is in passes (forward and backward over the batch) "
+        "per step. Memory is the peak within a step beside the base, in units of the weights' size."
     )
     lines += ["", "| method | cost | memory | paper | when to use it |", "|---|---|---:|---|---|"]
     for name, method in CARDS.items():
@@ -80,14 +83,14 @@ def index() -> str:
 
 
 def memory(name: str) -> str:
-    """What a method needs beside its base at the worst moment of a step, in units of the weights' size."""
+    """Return the peak memory of a step beside the base, in units of the weights' size."""
     found = (measured()["memory"] or {"methods": {}})["methods"].get(name)
     return "?" if found is None else f"{found['within']:.1f}"
 
 
 def _hyperparameters(method: MethodCard) -> Iterator[str]:
     if not method.usual:
-        yield "None of its own."
+        yield "None."
         return
     yield from ("| argument | default here | usual values |", "|---|---:|---|")
     for name, usual in method.usual.items():
@@ -96,9 +99,9 @@ def _hyperparameters(method: MethodCard) -> Iterator[str]:
 
 
 def _cost(method: MethodCard) -> Iterator[str]:
-    usual = method.cost_with()
+    usual = method.passes_with()
     default = "" if usual is None or not callable(method.passes) else f", {usual:.3g} with these arguments"
-    yield from _wrap(f"Passes a step: {method.cost}{default}. Memory: {method.memory}.")
+    yield from _wrap(f"Passes per step: {method.cost}{default}. Memory: {method.memory}.")
     found = (measured()["memory"] or {"methods": {}})["methods"].get(method.name)
     yield ""
     if found is None:
@@ -106,7 +109,7 @@ def _cost(method: MethodCard) -> Iterator[str]:
         return
     yield from _wrap(
         f"[Measured](README.md#memory) beside the base, in units of the weights' size: {found['within']:.2f} at the "
-        f"worst moment of a step, of which {found['between']:.2f} stay from step to step."
+        f"peak of a step, of which {found['between']:.2f} are kept from step to step."
     )
 
 
@@ -117,7 +120,7 @@ def _memory_source() -> Iterator[str]:
         return
     yield from _wrap(
         f"Counted by `{found['command']}` on {found['date']} with torch {found['torch']}, beside {found['base']}, on a "
-        "network whose activations are negligible. Bytes are exact, and do not depend on the machine."
+        "network whose activations are negligible. The number of bytes is exact and does not depend on the machine."
     )
 
 
@@ -131,7 +134,7 @@ def _results(method: MethodCard) -> Iterator[str]:
             yield ""
         found = True
         others = [row for row in run["rows"] if row["method"] in (run["base"], run["sam"]) and row not in own]
-        yield from _wrap(f"{_where(run)} [All methods, and the command.](README.md#measured-on-fashion-mnist)")
+        yield from _wrap(f"{_conditions(run)} [All methods, and the command.](README.md#measured-on-fashion-mnist)")
         yield from ("", *_table([*others, *own]), "")
         for difference in run["differences"]:
             if method.covers(difference["method"]):
@@ -141,42 +144,53 @@ def _results(method: MethodCard) -> Iterator[str]:
 
 
 def _comparison(run: Mapping[str, Any]) -> Iterator[str]:
-    yield from _wrap(_where(run))
+    yield from _wrap(_conditions(run))
     yield from ("", "```", run["command"], "```", "", *_table(run["rows"]))
     labels = {row["method"]: row["label"] for row in run["rows"]}
     references = [one for one in dict.fromkeys((run["base"], run["sam"])) if one is not None]
-    found = {(d["method"], d["reference"]): d for d in run["differences"]}
-    if not found:
+    differences = {(d["method"], d["reference"]): d for d in run["differences"]}
+    if not differences:
         return
     yield from ("", *_wrap("The differences, paired by seed, in points with 95 % intervals:"), "")
-    heads = [f"{what} against {labels[one]}" for one in references for what in ("test accuracy", "gap")]
+    heads = [f"{value} against {labels[one]}" for one in references for value in ("test accuracy", "gap")]
     yield "| method | " + " | ".join(heads) + " |"
     yield "|---" * (len(heads) + 1) + "|"
     for method in labels:
-        pairs = [found.get((method, one)) for one in references]
+        pairs = [differences.get((method, one)) for one in references]
         if any(pairs):
             cells = ["" if d is None else _short(d[of], better) for d in pairs for of, better in _BETTER.items()]
             yield f"| {' | '.join([labels[method], *cells])} |"
     yield ""
     yield from _wrap(
-        "Each of these intervals is a 95 % one by itself: where there is no difference, one in twenty still shows one."
+        "Each interval is a 95 % interval by itself: without any difference, one in twenty would still show one."
     )
 
 
+# The sign of an improvement.
 _BETTER = {"test_accuracy": 1, "gap": -1}
 
 
-def _where(run: Mapping[str, Any]) -> str:
-    at = run["environment"]
-    machine = at["gpu"] or f"{at['threads']} thread{'s'[: at['threads'] != 1]} of {at['cpu']}"
+def _conditions(run: Mapping[str, Any]) -> str:
+    environment = run["environment"]
+    threads = environment.get("threads")
+    machine = environment["gpu"] or f"{threads} thread{'s'[: threads != 1]} of {environment['cpu']}"
     return (
         f"{run['setting']}; {run['standardized_epochs']} standardized epochs each (equal compute), the same seeds for "
-        f"all; {machine}, torch {at['torch']}, steppe {at['steppe']}, {at['date'][:10]}."
+        f"all; {machine}, torch {environment['torch']}, steppe {environment['steppe']}, {environment['date'][:10]}."
     )
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    heads = ("method", "rho", "passes a step", "train accuracy %", "test accuracy %", "gap, points", "time, s", "runs")
+    heads = (
+        "method",
+        "rho",
+        "passes per step",
+        "train accuracy %",
+        "test accuracy %",
+        "gap, points",
+        "time, s",
+        "runs",
+    )
     yield "| " + " | ".join(heads) + " |"
     yield "|---" + "|---:" * (len(heads) - 1) + "|"
     for row in rows:

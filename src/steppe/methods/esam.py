@@ -9,17 +9,17 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._tensors import random as random_tensors
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, backward, check_share, count_samples
 from steppe.methods._options import Options, Rho
 from steppe.methods._step_function import Batch, Forward, StepFunction
-from steppe.methods.sam import sam
 from steppe.papers import ICLR, Paper, cites
-from steppe.rules import Perturbation, Point, ScaledDirection
+from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
+from steppe.rules._checks import check_positive_share
 from steppe.rules.l2 import L2
-from steppe.rules.masks import check_single_ascent_step, masked
-from steppe.rules.subsets import Modifier, restricted
+from steppe.rules.masks import apply_masks, check_single_ascent_step
+from steppe.rules.ops import uniform, uniform_number
+from steppe.rules.subsets import perturb_subset
 from steppe.sam import SAM
 
 ESAM_PAPER = Paper(
@@ -42,98 +42,97 @@ ESAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class Stochastic(Modifier):
-    """Climb with a random share of the weights at each step (ESAM's SWP): e = m * e(rule) / beta, P(m_i = 1) = beta.
+    """Perturb a random share of the weights (ESAM's SWP): e = m * e(rule) / beta, P(m_i = 1) = beta.
 
-    So e is the rule's on average, and longer than rho. The draw depends on the seed and the step alone, as
-    :class:`~steppe.Bernoulli`'s.
+    So e is the rule's on average, and longer than rho. The draw depends on the seed and the step only, as that of
+    :class:`~steppe.Bernoulli`.
 
-    The authors' code draws whole tensors, and what makes it cheaper, leaves them out of the next first pass, and so of
-    the norm; ``whole=True`` draws so and has the rule see the chosen tensors only, but both passes are whole. ESAM's
-    other half, the selection of samples, is a matter of the closure.
+    The authors' code draws whole tensors and leaves the others out of the next first pass, and so out of the norm;
+    this is what makes it cheaper. ``whole=True`` draws whole tensors too and gives the rule only these, but both passes
+    are full. The other half of ESAM, the selection of samples, is :func:`steppe.closures.selected`.
 
-    >>> import steppe
-    >>> w, g = torch.zeros(6), torch.ones(6)
-    >>> rule = Stochastic(steppe.LInf(), beta=0.5)
-    >>> direction, scale = rule(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
-    >>> scale * direction[0]
-    tensor([0., 0., 0., 2., 0., 2.])
+    Example:
+        >>> import steppe
+        >>> w, g = torch.zeros(6), torch.ones(6)
+        >>> rule = Stochastic(steppe.LInf(), beta=0.5)
+        >>> direction, scale = rule(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
+        >>> scale * direction[0]
+        tensor([0., 0., 0., 2., 0., 2.])
 
-    Source: Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv
-    2110.03141, and its official code.
+    References:
+        Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141,
+        and its official code.
     """
 
     paper: ClassVar[Paper] = ESAM_PAPER
 
     rule: Perturbation
-    """The perturbation to thin out."""
+    """The perturbation to apply to a share of the weights."""
     beta: float = 0.6
-    """beta, the probability of each weight to climb; the authors' examples have 0.5 and 0.6."""
+    """beta, the probability of each weight to be perturbed; the authors' examples have 0.5 and 0.6."""
     seed: int = 0
-    """What makes the draws of two runs differ."""
+    """The seed of the draws."""
     whole: bool = False
-    """Whether a tensor climbs as a whole or not at all."""
+    """True if a tensor is perturbed as a whole or not at all."""
 
     def __post_init__(self) -> None:
         check_single_ascent_step(self.rule, "Stochastic")
-        if not 0 < self.beta <= 1:
-            raise ValueError(
-                f"beta must be more than 0 and at most 1, got {self.beta}: it is each weight's probability to climb"
-            )
+        check_positive_share("beta", self.beta, "the probability of each weight to be perturbed")
 
     def __call__(self, point: Point) -> ScaledDirection:
-        """Return the rule's climb, thinned out."""
+        """Return the rule's perturbation of a random share of the weights."""
         if self.whole:
-            chances = [
-                random_tensors.key("Stochastic", self.seed, point.step, i) / 2**64 for i in range(len(point.parameters))
-            ]
+            chances = [uniform_number("Stochastic", self.seed, point.step, i) for i in range(len(point.parameters))]
             chosen = [i for i, chance in enumerate(chances) if chance < self.beta]
-            climb = restricted(self.rule, point, chosen)
+            e = perturb_subset(self.rule, point, chosen)
         else:
-            chance = random_tensors.uniform("Stochastic", self.seed, point.step, point.weights)
-            climb = masked(self.rule(point), [c < self.beta for c in chance])
-        return ScaledDirection(climb.direction, climb.scale / self.beta)
+            chance = uniform("Stochastic", self.seed, point.step, point.weights)
+            e = apply_masks(self.rule(point), [c < self.beta for c in chance])
+        return ScaledDirection(e.direction, e.scale / self.beta)
 
 
 @cites(ESAM_PAPER)
 def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: float = 0.5) -> Callable[[], Tensor]:
-    """Go down with the samples whose loss rises most from w to w + e (ESAM's sharpness-sensitive data selection).
+    """Return a closure that updates with the samples whose loss rises most from w to w + e (ESAM's SDS).
 
     B+ = the ceil(gamma |B|) samples with the largest l(w + e) - l(w). At w + e all samples are evaluated forward
-    only, and B+ forward and backward: with a forward as a third of a pass, a step costs 4/3 + gamma passes. With
-    SGD's mean loss over B+, the gradient is no estimate of the batch's any more; that is the method.
+    only, and B+ forward and backward; with a forward as a third of a pass, a step costs 4/3 + gamma passes. The
+    gradient of the mean loss over B+ is no longer an unbiased estimate of the batch's; this is intended.
 
-    The paper's other half, a climb with a random part of the weights, is a perturbation: ``variants.esam`` has both.
+    The other half of ESAM, the perturbation of a random share of the weights, is :func:`steppe.variants.esam`.
 
     Args:
-        optimizer: a :class:`steppe.SAM` that makes two passes a step.
-        losses: takes the tensors of a batch, and returns the loss of each sample, of shape (n,).
-        batch: tensors with the samples along their first dimension.
-        gamma: gamma, the share of the samples that go down; the paper's value.
+        optimizer: A :class:`steppe.SAM` that makes two passes per step.
+        losses: Function of the tensors of a batch that returns the loss of each sample, of shape (n,).
+        batch: Tensors with the samples along their first dimension.
+        gamma: gamma, the share of the samples in B+; the paper has 0.5.
 
     Returns:
-        The closure for ``optimizer.step``, which gives back the mean loss of the batch at w.
+        The closure for ``optimizer.step``; it returns the mean loss of the batch at w.
 
     Raises:
-        ValueError: a gamma out of range, a batch without samples or of unequal lengths, losses that are not one a
-            sample.
+        ValueError: gamma is out of range, the batch is empty or of unequal lengths, or ``losses`` does not return
+            one loss per sample.
+        RuntimeError: (when called) The only pass is at w + e, so there are no losses at w.
 
-    >>> w = torch.nn.Parameter(torch.tensor(1.0))
-    >>> optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
-    >>> x = torch.tensor([1.0, 5.0, 2.0, -3.0])
-    >>> def losses(x):
-    ...     print(x.tolist())
-    ...     return w * x
-    >>> _ = optimizer.step(selected(optimizer, losses, (x,), gamma=0.5))
-    [1.0, 5.0, 2.0, -3.0]
-    [1.0, 5.0, 2.0, -3.0]
-    [5.0, 2.0]
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor(1.0))
+        >>> optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+        >>> x = torch.tensor([1.0, 5.0, 2.0, -3.0])
+        >>> def losses(x):
+        ...     print(x.tolist())
+        ...     return w * x
+        >>> _ = optimizer.step(selected(optimizer, losses, (x,), gamma=0.5))
+        [1.0, 5.0, 2.0, -3.0]
+        [1.0, 5.0, 2.0, -3.0]
+        [5.0, 2.0]
 
-    Source: Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv
-    2110.03141.
+    References:
+        Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141.
     """
     samples = count_samples(batch)
     kept = math.ceil(check_share("gamma", gamma) * samples)
-    at_w: list[Tensor] = []
+    losses_at_w: list[Tensor] = []
 
     def evaluate(part: Sequence[Tensor], n: int) -> Tensor:
         values = losses(*part)
@@ -148,15 +147,15 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
         optimizer.zero_grad()
         if optimizer.current_pass is None or not optimizer.current_pass.is_perturbed:
             values = evaluate(batch, samples)
-            at_w[:] = [values.detach()]
-        elif not at_w:
+            losses_at_w[:] = [values.detach()]
+        elif not losses_at_w:
             raise RuntimeError(
-                f"the step's only pass is at w + e, with {optimizer.perturbation}: there are no losses at w to "
-                "compare with. Take a perturbation that makes a pass at w"
+                f"the step's only pass is at w + e, with {optimizer.perturbation}, so there are no losses at w to "
+                "compare with: use a perturbation that makes a pass at w"
             )
         else:
             with torch.no_grad():
-                rise = evaluate(batch, samples) - at_w[0]
+                rise = evaluate(batch, samples) - losses_at_w[0]
             chosen = rise.topk(kept).indices
             values = evaluate([t[chosen.to(t.device)] for t in batch], kept)
         value = values.mean()
@@ -169,19 +168,35 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
 def esam(
     base_optimizer: Optimizer, rho: Rho = 0.05, *, beta: float = 0.6, seed: int = 0, **options: Unpack[Options]
 ) -> SAM:
-    """ESAM: climb with a random share beta of the weights, go down with selected samples. 4/3 + gamma passes a step.
+    """ESAM: perturb a random share of the weights, update with selected samples. 4/3 + gamma passes per step.
 
-    This is the climb, which costs two passes as any other. What saves is the selection of samples, which is a matter
-    of the closure: give ``step()`` the one that :func:`steppe.closures.selected` makes, with its ``gamma``.
+    e = m * rho g / |g| / beta,   P(m_i = 1) = beta.
 
-    Source: Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv
-    2110.03141.
+    This function makes the perturbation, which costs two passes. The selection of samples, which saves a part of the
+    second, is in the closure: pass :func:`steppe.closures.selected`, with its ``gamma``, to ``step()``.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; the authors use 0.05 to 0.2.
+        beta: beta, the probability of each weight to be perturbed; usually 0.5 or 0.6.
+        seed: The seed of the draws.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> esam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        Stochastic(rule=L2(), beta=0.6, seed=0, whole=False)
+
+    References:
+        Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141.
     """
     return SAM(base_optimizer, rho, **options, perturbation=Stochastic(L2(), beta, seed))
 
 
-class Sharpest(StepFunction):
-    """Go down with the samples whose loss the climb raised most (ESAM)."""
+class ESAMStep(StepFunction):
+    """Takes the steps of ESAM in a comparison: updates with selected samples."""
 
     optimizer: SAM
 
@@ -196,39 +211,41 @@ class Sharpest(StepFunction):
         return loss
 
 
-def _made(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **given), esam
+def _esam_and_selection(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return esam(base, model=model, **arguments), selected
 
 
 CARD = MethodCard(
     name="esam",
     function=esam,
     label="ESAM",
-    about="Fewer samples in the second backward make it cheaper than SAM.",
+    paper=ESAM_PAPER,
+    summary="Perturb a random share of the weights, and update with the samples whose loss rises most. Fewer samples "
+    "in the second backward make it cheaper than SAM.",
     equation="e = m * rho g / |g| / beta,   P(m_i = 1) = beta\n"
     "B+ = the ceil(gamma |B|) samples of the batch B with the largest l(w + e) - l(w)\n"
     "w <- Base(w, gradient at w + e of the mean loss over B+)",
     cost="4/3 + gamma",
     passes=lambda gamma: 4 / 3 + gamma,
     memory=COPY,
-    when="To save a part of SAM's second pass, where the loss of each sample is at hand.",
-    when_not="With one pass at w + e only (`msam`, `rwp`): there are no losses at w to compare with.",
+    when="To save a part of SAM's second pass, if the loss of each sample is available.",
+    when_not="With a single pass at w + e (`msam`, `rwp`): there are no losses at w to compare with.",
     usual={"rho": "0.05 to 0.2", "beta": "0.5 to 0.6", "gamma": "0.5"},
     checked="The official code, https://github.com/dydjw9/Efficient_SAM, was read: as here, a forward without "
     "gradients over all samples at w + e, then forward and backward on the selected. It draws whole tensors, and "
-    "leaves them out of the next first pass; here each weight is drawn, and both passes are whole "
+    "leaves the others out of the next first pass; here each weight is drawn, and both passes are full "
     "(`steppe.Stochastic(..., whole=True)` draws tensors).",
     caveats=(
-        "The gradient that goes down is no estimate of the batch's any more; that is the method.",
+        "The update gradient is no longer an unbiased estimate of the batch's; this is intended.",
         "e is SAM's on average, and longer than rho.",
         "With a plain closure it selects no samples, and costs 2.",
     ),
-    make=_made,
+    build_example=_esam_and_selection,
     arguments_of=(esam, selected),
-    use="optimizer = steppe.variants.esam(base, model=model)\n"
-    "optimizer.step(steppe.closures.selected(optimizer, losses, (x, y), gamma=0.5))  # losses: one a sample",
+    usage_code="optimizer = steppe.variants.esam(base, model=model)\n"
+    "optimizer.step(steppe.closures.selected(optimizer, losses, (x, y), gamma=0.5))  # losses: one per sample",
     comparison=Comparison(
-        summary="climbs with some weights, goes down with the samples that it raised most, at SAM's rho",
-        step_function=Sharpest,
+        summary="perturbs some weights, updates with the samples whose loss rose most, at SAM's rho",
+        step_function=ESAMStep,
     ),
 )

@@ -27,37 +27,41 @@ LM_SAM_PAPER = Paper(
 
 @cites(LM_SAM_PAPER)
 def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: float = 0.25) -> Callable[[], Tensor]:
-    """Climb along the gradient of a fraction of the batch, and go down with that of the whole batch.
+    """Return a closure that perturbs by the gradient of a fraction of the batch, and updates with all of it.
 
-    The first ``fraction`` of the samples, rounded up, make the pass at w; the passes at w + e that are only there to
-    climb on see them too. With one climb a step costs 1 + fraction passes. A step that does not climb sees the whole
-    batch. Shuffle the data: the first samples stand for all of them, also in BatchNorm's running statistics.
+    The first ``fraction`` of the samples, rounded up, make the pass at w, and so do those of further ascent steps.
+    With one ascent step, a step costs 1 + fraction passes. A step without perturbation uses the whole batch. Shuffle
+    the data: the first samples stand for all of them, also in BatchNorm's running statistics.
 
     Args:
-        optimizer: a :class:`steppe.SAM` with any rules.
-        loss: takes the tensors of a batch, and returns their mean loss.
-        batch: tensors with the samples along their first dimension.
-        fraction: the share of the samples that climb, more than 0 and at most 1.
+        optimizer: A :class:`steppe.SAM` with any rules.
+        loss: Function of the tensors of a batch that returns their mean loss.
+        batch: Tensors with the samples along their first dimension.
+        fraction: The share of the samples that the perturbation is computed on, more than 0 and at most 1.
 
     Returns:
-        The closure for ``optimizer.step``, which gives back the loss at w, of the samples that made that pass.
+        The closure for ``optimizer.step``; it returns the loss at w of the samples in that pass.
 
     Raises:
-        ValueError: a fraction out of range, a batch without samples, or of unequal lengths.
-        RuntimeError: (when called) the cadence decides by the gradient at w, so nobody knows what that pass is for.
+        ValueError: The fraction is out of range, or the batch is empty or of unequal lengths.
+        RuntimeError: (when called) The cadence decides by the gradient at w, so during this pass it is not known
+            whether a part of the batch is enough.
 
-    >>> model = torch.nn.Linear(2, 1)
-    >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
-    >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
-    >>> def loss(x, y):
-    ...     print(len(x), "samples")
-    ...     return torch.nn.functional.mse_loss(model(x), y)
-    >>> _ = optimizer.step(fraction(optimizer, loss, (x, y), fraction=0.25))
-    2 samples
-    8 samples
+    Example:
+        >>> import torch
+        >>> model = torch.nn.Linear(2, 1)
+        >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
+        >>> x, y = torch.randn(8, 2), torch.randn(8, 1)
+        >>> def loss(x, y):
+        ...     print(len(x), "samples")
+        ...     return torch.nn.functional.mse_loss(model(x), y)
+        >>> _ = optimizer.step(fraction(optimizer, loss, (x, y), fraction=0.25))
+        2 samples
+        8 samples
 
-    Source: Bahri et al., Sharpness-Aware Minimization Improves Language Model Generalization, arXiv 2110.08529, who
-    train with a quarter of the batch.
+    References:
+        Bahri et al., Sharpness-Aware Minimization Improves Language Model Generalization, arXiv 2110.08529, who use a
+        quarter of the batch.
     """
     n = math.ceil(check_share("fraction", fraction) * count_samples(batch))
 
@@ -70,8 +74,8 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
     return closure
 
 
-class OnAFraction(StepFunction):
-    """Climb on a fraction of the batch."""
+class FractionSAMStep(StepFunction):
+    """Takes the steps of a comparison with a perturbation computed on a fraction of the batch."""
 
     optimizer: SAM
 
@@ -86,36 +90,38 @@ class OnAFraction(StepFunction):
         return loss
 
 
-def _made(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **given), fraction
+def _sam_and_closure(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return sam(base, model=model, **arguments), fraction
 
 
 CARD = MethodCard(
     name="fraction_sam",
     function=fraction,
     label="SAM on a fraction",
-    about="With one climb, a step costs 1 + fraction passes.",
+    paper=LM_SAM_PAPER,
+    summary="Compute the perturbation on a fraction of the batch, and update with the gradient of the whole batch. "
+    "With one ascent step, a step costs 1 + fraction passes.",
     equation="g = gradient at w of the first ceil(fraction |B|) samples of the batch B\n"
     "g_s = gradient at w + e of all of B",
     cost="1 + fraction",
     passes=lambda fraction: 1 + fraction,
     memory=COPY,
-    when="Where a second pass over the whole batch is too dear, around any perturbation.",
+    when="When a second pass over the whole batch is too expensive; around any perturbation.",
     when_not="With `aesam`, whose cadence needs g first; without shuffled data.",
     usual={"fraction": "0.25 (Bahri et al.)"},
     checked="Not compared with other code.",
     caveats=(
-        "BatchNorm's running statistics, and the loss that you see, are those of the fraction.",
-        "A step that does not climb sees the whole batch.",
+        "BatchNorm's running statistics and the reported loss are those of the fraction.",
+        "A step without perturbation uses the whole batch.",
     ),
-    make=_made,
-    use="optimizer = steppe.variants.sam(base, model=model)\n"
+    build_example=_sam_and_closure,
+    usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "optimizer.step(steppe.closures.fraction(optimizer, loss, (x, y), fraction=0.25))",
     comparison=Comparison(
-        summary="SAM that climbs on a fraction of the batch, at SAM's rho",
+        summary="SAM with a perturbation computed on a fraction of the batch, at SAM's rho",
         build=sam,
-        passes=lambda fraction, steps: 1 + steps * Fraction(fraction),
+        passes=lambda fraction, ascent_steps: 1 + ascent_steps * Fraction(fraction),
         capturable=True,
-        step_function=OnAFraction,
+        step_function=FractionSAMStep,
     ),
 )

@@ -10,6 +10,7 @@ from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point, ScaledDirection
+from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import foreach, norm, reciprocal, where_finite
 from steppe.sam import SAM
 
@@ -25,38 +26,37 @@ FRIENDLY_SAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class Friendly:
-    """Climb along the batch's own part of the gradient (F-SAM): e = rho d / |d|, d = g - sigma m.
+    """Perturb along the batch-specific part of the gradient (F-SAM): e = rho d / |d|, d = g - sigma m.
 
-    m <- lambda m + (1 - lambda) g, from m = 0, stands for the gradient of all data; it moves at the steps that climb.
-    With sigma = 1 the first e is SAM's; d = 0 gives e = 0. On full batches d is no more than how g has moved.
-    A copy of the gradient is kept.
+    m <- lambda m + (1 - lambda) g, from m = 0, stands for the gradient of all data; it is updated at perturbed steps
+    only. With sigma = 1 the first e is SAM's; d = 0 gives e = 0. On full batches d is no more than the recent change
+    of g. The memory is one copy of the gradient.
 
     The authors' code subtracts the m of the step before, and starts it from the first gradient. For sigma = 1, d has
     the same direction with either m.
 
-    >>> w, memory = torch.zeros(2), {}
-    >>> for step, g in enumerate([torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])]):
-    ...     point = Point([w], [g], rho=[0.05], base_state=[{}], step=step, memory=memory)
-    ...     direction, scale = Friendly()(point)
-    ...     print(direction[0])
-    tensor([2.7000, 3.6000])
-    tensor([ 2.4300, -0.3600])
+    Example:
+        >>> w, memory = torch.zeros(2), {}
+        >>> for step, g in enumerate([torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])]):
+        ...     point = Point([w], [g], rho=[0.05], base_state=[{}], step=step, memory=memory)
+        ...     direction, scale = Friendly()(point)
+        ...     print(direction[0])
+        tensor([2.7000, 3.6000])
+        tensor([ 2.4300, -0.3600])
 
-    Source: Li et al., Friendly Sharpness-Aware Minimization, arXiv 2403.12350.
+    References:
+        Li et al., Friendly Sharpness-Aware Minimization, arXiv 2403.12350.
     """
 
     paper: ClassVar[Paper] = FRIENDLY_SAM_PAPER
 
     sigma: float = 1.0
-    """sigma, how much of m is taken away; the authors' value. With 0 this is SAM."""
+    """sigma, the share of m that is subtracted; the authors' value. 0 is SAM."""
     lmbda: float = 0.9
-    """lambda, the memory of m; the authors' code uses 0.6 to 0.95."""
+    """lambda, the share of the old mean in m; the authors' code has 0.6 to 0.95."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.sigma < float("inf"):
-            raise ValueError(
-                f"sigma must be finite and not negative, got {self.sigma}: it is how much of the mean is taken away"
-            )
+        check_nonnegative("sigma", self.sigma, "the share of the mean that is subtracted")
         if not 0 < self.lmbda < 1:
             raise ValueError(
                 f"lmbda must be between 0 and 1, got {self.lmbda}: it is the share of the old mean in the new one"
@@ -82,9 +82,26 @@ def friendly_sam(
     lmbda: float = 0.9,
     **options: Unpack[Options],
 ) -> SAM:
-    """F-SAM: climb along the batch's own part of the gradient, g - sigma EMA(g). Two passes a step.
+    """F-SAM: SAM along the batch-specific part of the gradient. Two passes per step.
 
-    Source: Li et al., Friendly Sharpness-Aware Minimization, arXiv 2403.12350.
+    e = rho d / |d|,   d = g - sigma m,   m <- lambda m + (1 - lambda) g.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; the official code has 0.2.
+        sigma: sigma, the share of m that is subtracted; usually 1, and 0 is SAM.
+        lmbda: lambda, the share of the old mean in m; usually 0.6, 0.9 or 0.95.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> friendly_sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        Friendly(sigma=1.0, lmbda=0.9)
+
+    References:
+        Li et al., Friendly Sharpness-Aware Minimization, arXiv 2403.12350.
     """
     return SAM(base_optimizer, rho, **options, perturbation=Friendly(sigma, lmbda))
 
@@ -93,16 +110,20 @@ CARD = MethodCard(
     name="friendly_sam",
     function=friendly_sam,
     label="F-SAM",
-    about="What all batches share is taken out of the climb.",
+    paper=FRIENDLY_SAM_PAPER,
+    summary="Perturb along the batch-specific part of the gradient, g - sigma m. The mean m, which all batches share, "
+    "is left out of the perturbation.",
     equation="m <- lambda m + (1 - lambda) g,   from m = 0\ne = rho d / |d|,   d = g - sigma m",
     cost="2",
     passes=2,
     memory=f"{COPY}; from step to step, a mean of the gradient",
-    when="With small batches, whose gradients have much of their own.",
-    when_not="With full batches: d is then no more than how g has moved.",
+    when="With small batches, whose gradients have a large part of their own.",
+    when_not="With full batches: d is then no more than the recent change of g.",
     usual={"rho": "0.2 (official code)", "sigma": "1", "lmbda": "0.6, 0.9 or 0.95 (official code)"},
     checked="The official code, https://github.com/nblt/F-SAM, was read: it subtracts the m of the step before, "
     "and starts it from the first gradient. For sigma = 1, d has the same direction with either m.",
-    caveats=("The mean moves only at the steps that climb.",),
-    comparison=Comparison(summary="climbs along the batch's own part of the gradient, at SAM's rho", capturable=True),
+    caveats=("The mean is updated at perturbed steps only.",),
+    comparison=Comparison(
+        summary="perturbs along the batch-specific part of the gradient, at SAM's rho", capturable=True
+    ),
 )

@@ -5,10 +5,11 @@ from typing import ClassVar, Unpack
 
 from torch.optim import Optimizer
 
-from steppe.methods._card import COPY, LENGTH, Comparison, MethodCard
+from steppe.methods._card import COPY, TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
+from steppe.rules._checks import check_count, check_unit_interval
 from steppe.sam import SAM
 
 LATE_SAM_PAPER = Paper(
@@ -23,17 +24,19 @@ LATE_SAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class LatePhase:
-    """Climb only late in training, from a fraction ``start`` of its steps on; before, plain steps of the base.
+    """Perturb late in training only, from a fraction ``start`` of its steps on; before, take plain steps of the base.
 
-    A step costs 2 - start passes on average. Steps beyond ``steps`` climb. The momentum of the base goes on at the
-    switch; the authors' code changes there to a second optimizer, whose momentum begins at zero.
+    A step costs 2 - start passes on average. Steps beyond ``total_steps`` are perturbed. The base's momentum continues
+    at the switch; the authors' code changes to a second optimizer there, whose momentum starts at zero.
 
-    >>> cadence = LatePhase(start=0.75, steps=4)
-    >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
-    [False, False, False, True, True, True]
+    Example:
+        >>> cadence = LatePhase(start=0.75, total_steps=4)
+        >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
+        [False, False, False, True, True, True]
 
-    Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, arXiv
-    2410.10373.
+    References:
+        Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, arXiv
+        2410.10373.
     """
 
     paper: ClassVar[Paper] = LATE_SAM_PAPER
@@ -41,51 +44,74 @@ class LatePhase:
     scale_free: ClassVar[bool] = True
 
     start: float
-    """The fraction of training without climbs, 0 to 1; the paper's first figure has 175 of 200 epochs, 0.875."""
-    steps: int
-    """How many steps the training has."""
+    """The fraction of training without perturbation, 0 to 1; 0.875 (175 of 200 epochs) in the paper's first figure."""
+    total_steps: int
+    """The number of optimizer steps in the training."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.start <= 1:
-            raise ValueError(f"start must be between 0 and 1, got {self.start}: it is a fraction of the training")
-        if self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, got {self.steps}: it is the length of the training in steps")
+        check_unit_interval("start", self.start, "a fraction of the training")
+        check_count("total_steps", self.total_steps, TOTAL_STEPS)
 
     def __call__(self, point: Point) -> bool:
-        return point.step / self.steps >= self.start
+        return point.step / self.total_steps >= self.start
 
 
 def late_sam(
-    base_optimizer: Optimizer, rho: Rho = 0.05, *, start: float = 0.75, steps: int, **options: Unpack[Options]
+    base_optimizer: Optimizer,
+    rho: Rho = 0.05,
+    *,
+    start: float = 0.75,
+    total_steps: int,
+    **options: Unpack[Options],
 ) -> SAM:
-    """Late SAM: plain steps first, SAM from a fraction ``start`` of ``steps`` on. 2 - start passes a step on average.
+    """Late SAM: plain steps first, SAM from a fraction of the training on. 2 - start passes per step on average.
 
-    Source: Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, arXiv
-    2410.10373.
+    t < start * total_steps:   w <- Base(w, g);   from then on:   w <- Base(w, g_s).
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood, as for SAM.
+        start: The fraction of training without perturbation; 0.875 in the paper's first figure.
+        total_steps: The number of optimizer steps in the training.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> late_sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1), total_steps=1000).cadence
+        LatePhase(start=0.75, total_steps=1000)
+
+    References:
+        Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, arXiv
+        2410.10373.
     """
-    return SAM(base_optimizer, rho, **options, cadence=LatePhase(start, steps))
+    return SAM(base_optimizer, rho, **options, cadence=LatePhase(start, total_steps))
 
 
 CARD = MethodCard(
     name="late_sam",
     function=late_sam,
     label="Late SAM",
-    about="A few late epochs of SAM come close to SAM throughout, the paper finds.",
-    equation="t < start * steps:   w <- Base(w, g)\nfrom then on:        w <- Base(w, g_s)",
+    paper=LATE_SAM_PAPER,
+    summary="Take plain steps first, and use SAM from a fraction `start` of the training on. The paper finds that a "
+    "few late epochs of SAM come close to SAM throughout.",
+    equation="t < start * total_steps:   w <- Base(w, g)\nfrom then on:              w <- Base(w, g_s)",
     cost="2 - start",
     passes=lambda start: 2 - start,
     memory=COPY,
-    when="Where a second pass is too dear for the whole training, and its length is known.",
+    when="When a second pass is too expensive for the whole training, and its length is known.",
     when_not="For a training of unknown length, or one that is stopped early.",
     usual={
         "rho": "SAM's",
         "start": "0.875 in the paper's first figure (175 of 200 epochs)",
-        "steps": LENGTH,
+        "total_steps": TOTAL_STEPS,
     },
     checked="The official code, https://github.com/zzp1012/SAM-in-Late-Phase, was read: at the switch it changes "
-    "to a second optimizer, whose momentum begins at zero; here the base's momentum goes on.",
-    caveats=("Steps beyond `steps` climb.",),
-    required={"steps": 10_000},
+    "to a second optimizer, whose momentum starts at zero; here the base's momentum continues.",
+    caveats=("Steps beyond `total_steps` are perturbed.",),
+    required={"total_steps": 10_000},
     comparison=Comparison(
         summary="plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho", capturable=True
     ),

@@ -1,4 +1,4 @@
-"""LookSAM: perturb at every k-th step, reuse the direction in between."""
+"""LookSAM: perturb once per interval, and reuse the direction in between."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +11,8 @@ from steppe.methods._card import COPY_AND_G, NO_CODE, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point
-from steppe.rules.ops import add_scaled_, check_weight, copy_, norm, orthogonal, reciprocal, where_finite
+from steppe.rules._checks import check_nonnegative
+from steppe.rules.ops import add_scaled_, copy_, norm, orthogonal, reciprocal, where_finite
 from steppe.rules.periodic import Periodic
 from steppe.sam import SAM
 
@@ -27,22 +28,28 @@ LOOKSAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class GradientReuse:
-    """Remember where g_s points away from g, and go there between climbs too (LookSAM): g + alpha |g|/|g_v| g_v.
+    """Reuse the part of g_s that differs from g at the steps in between (LookSAM): g + alpha |g|/|g_v| g_v.
 
-    At a climb, go down with g_s and remember g_v = g_s - (g.g_s / |g|^2) g, its part orthogonal to g; norms and
-    products run over all parameters together. Before the first climb, and where g_v = 0, go down with g. Combine it
-    with :class:`~steppe.Periodic`: ``Periodic(5)`` costs 1.2 passes a step. It keeps one more copy of the gradient.
+    At a perturbed step, the update gradient is g_s, and g_v = g_s - (g.g_s / |g|^2) g, its part orthogonal to g, is
+    stored; norms and products run over all parameters together. Before the first perturbed step, and where g_v = 0,
+    the update gradient is g. Use it with :class:`~steppe.Periodic`: ``Periodic(5)`` costs 1.2 passes per step. The
+    memory is one more copy of the gradient.
 
-    A g_v that is not finite is not remembered: the one before it stays. No code of the authors was found to compare
-    with. The implementation in pytorch_optimizer projects and scales each tensor on its own.
+    A g_v that is not finite is not stored: the previous one is kept. No code by the authors was found to compare
+    with. The implementation in pytorch_optimizer projects and scales each tensor by itself.
 
-    >>> w, g = torch.zeros(2), torch.tensor([3.0, 0.0])
-    >>> climb = Point([w], [g], rho=[0.05], base_state=[{}], step=0)
-    >>> between = Point([w], [g], rho=[0.05], base_state=[{}], step=1, memory=climb.memory)
-    >>> GradientReuse(alpha=0.5)(climb, [torch.tensor([3.0, 0.1])]), GradientReuse(alpha=0.5)(between, None)
-    ([tensor([3.0000, 0.1000])], [tensor([3.0000, 1.5000])])
+    Example:
+        >>> import torch
+        >>> w, g = torch.zeros(2), torch.tensor([3.0, 0.0])
+        >>> first = Point([w], [g], rho=[0.05], base_state=[{}], step=0)
+        >>> GradientReuse(alpha=0.5)(first, [torch.tensor([3.0, 0.1])])
+        [tensor([3.0000, 0.1000])]
+        >>> second = Point([w], [g], rho=[0.05], base_state=[{}], step=1, memory=first.memory)
+        >>> GradientReuse(alpha=0.5)(second, None)
+        [tensor([3.0000, 1.5000])]
 
-    Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714.
+    References:
+        Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714.
     """
 
     paper: ClassVar[Paper] = LOOKSAM_PAPER
@@ -50,55 +57,78 @@ class GradientReuse:
     scale_free: ClassVar[bool] = True
 
     alpha: float = 0.7
-    """alpha, the length of the remembered part in units of |g|; 0.7 is usual."""
+    """alpha, the length of the reused part in units of |g|; usually 0.7."""
 
     def __post_init__(self) -> None:
-        check_weight("alpha", self.alpha, "it is the length of the remembered part in units of |g|")
+        check_nonnegative("alpha", self.alpha, "the length of the reused part in units of |g|")
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if perturbed is not None:
-            self._remember(point, orthogonal(perturbed, point.gradients))
+            self._store(point, orthogonal(perturbed, point.gradients))
             return perturbed
-        down = [g.clone() for g in point.gradients]
-        reused = [(d, own["g_v"]) for d, own in zip(down, point.memory_of(self), strict=True) if "g_v" in own]
+        update = [g.clone() for g in point.gradients]
+        reused = [(u, own["g_v"]) for u, own in zip(update, point.memory_of(self), strict=True) if "g_v" in own]
         g_v = [v for _, v in reused]
         length = self.alpha * point.gradient_norm
-        add_scaled_([d for d, _ in reused], length * reciprocal(norm(g_v)).to(length.device), g_v)
-        return down
+        add_scaled_([u for u, _ in reused], length * reciprocal(norm(g_v)).to(length.device), g_v)
+        return update
 
-    def _remember(self, point: Point, g_v: Sequence[Tensor]) -> None:
+    def _store(self, point: Point, g_v: Sequence[Tensor]) -> None:
         memory = point.memory_of(self)
         trusted = where_finite(norm(g_v), g_v, [own.get("g_v", 0.0) for own in memory])
-        # in place: a CUDA graph knows tensors, and no dictionaries
+        # in place: a CUDA graph replays operations on these tensors, and would not see a new one in the dictionary
         copy_([own.setdefault("g_v", v) for own, v in zip(memory, trusted, strict=True)], trusted)
 
 
 def looksam(
-    base_optimizer: Optimizer, rho: Rho = 0.05, *, k: int = 5, alpha: float = 0.7, **options: Unpack[Options]
+    base_optimizer: Optimizer, rho: Rho = 0.05, *, interval: int = 5, alpha: float = 0.7, **options: Unpack[Options]
 ) -> SAM:
-    """LookSAM: climb at every k-th step, and reuse between where g_s pointed away from g. 1 + 1/k passes a step.
+    """LookSAM: SAM once per interval, and its direction reused in between. 1 + 1/interval passes per step.
 
-    Source: Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714.
+    Between the perturbed steps w <- Base(w, g + alpha |g| / |g_v| g_v), where g_v is the last part of g_s orthogonal
+    to g.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; 0.1 in a third-party implementation.
+        interval: k, the number of steps from one perturbed step to the next; usually 5.
+        alpha: alpha, the length of the reused part in units of |g|; usually 0.7.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> looksam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).cadence
+        Periodic(interval=5)
+
+    References:
+        Liu et al., Towards Efficient and Scalable Sharpness-Aware Minimization, arXiv 2203.02714.
     """
-    return SAM(base_optimizer, rho, **options, combination=GradientReuse(alpha), cadence=Periodic(k))
+    return SAM(base_optimizer, rho, **options, combination=GradientReuse(alpha), cadence=Periodic(interval))
 
 
 CARD = MethodCard(
     name="looksam",
     function=looksam,
     label="LookSAM",
-    about="So most steps cost one pass, and still go where the climb pointed.",
-    equation="step 0, k, 2k, ...:  g_v = g_s - (g.g_s / |g|^2) g,   w <- Base(w, g_s)\n"
-    "between:             w <- Base(w, g + alpha |g| / |g_v| g_v)",
-    cost="1 + 1/k",
-    passes=lambda k: 1 + 1 / k,
+    paper=LOOKSAM_PAPER,
+    summary="Perturb once per interval, and reuse in between the part of g_s orthogonal to g. Most steps cost one "
+    "pass, and still follow the direction of the last perturbation.",
+    equation="step 0, k, 2k, ...:  g_v = g_s - (g.g_s / |g|^2) g,   w <- Base(w, g_s)           k = interval\n"
+    "in between:          w <- Base(w, g + alpha |g| / |g_v| g_v)",
+    cost="1 + 1/interval",
+    passes=lambda interval: 1 + 1 / interval,
     memory=f"{COPY_AND_G}; from step to step, g_v",
-    when="Where a second pass at every step is too dear.",
-    when_not="Where memory for two more gradients is short: `late_sam` and `random_sam` keep none.",
-    usual={"rho": "0.1 in a third-party implementation", "k": "5", "alpha": "0.7"},
+    when="When a second pass at every step is too expensive.",
+    when_not="When there is no memory for two more gradients: `late_sam` and `random_sam` keep none.",
+    usual={"rho": "0.1 in a third-party implementation", "interval": "5", "alpha": "0.7"},
     checked=f"{NO_CODE} The third-party https://github.com/Leminhbinh0209/LookSAM (global norms, our formula) "
-    "agrees. That of pytorch_optimizer projects a tensor at a time, and pays 2.0 passes a step at k = 5 "
+    "agrees. That of pytorch_optimizer projects one tensor at a time, and makes 2.0 passes per step at k = 5 "
     "([conformance](../conformance.md), C8b).",
-    caveats=("A g_v that is not finite is not remembered: the one before it stays.",),
-    comparison=Comparison(summary="climbs at every k-th step and reuses that between, at SAM's rho", capturable=True),
+    caveats=("A g_v that is not finite is not stored: the previous one is kept.",),
+    comparison=Comparison(
+        summary="perturbs once per interval and reuses the direction in between, at SAM's rho", capturable=True
+    ),
 )

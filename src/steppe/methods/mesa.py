@@ -1,4 +1,4 @@
-"""MESA: sharpness-aware training by a term of the loss, with averaged weights."""
+"""MESA: sharpness-aware training by a term in the loss, with averaged weights."""
 
 import copy
 import weakref
@@ -12,65 +12,70 @@ from torch.optim import Optimizer
 from steppe._engine.callers import warn
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._step_function import Batch, Forward
-from steppe.methods._trajectory import WithTerm, check, check_epoch, eager, kl_divergence, zero
+from steppe.methods._trajectory import (
+    StepWithTerm,
+    check_epoch,
+    check_hyperparameters,
+    eager,
+    kl_divergence,
+    zero_term,
+)
 from steppe.methods.saf import SAF_PAPER
 from steppe.papers import Paper
-from steppe.rules.ops import (
-    as_real,
-    copy_,
-    foreach,
-)
+from steppe.rules.ops import as_real, copy_, foreach
 
 
 class MESA(nn.Module):
-    """MESA: SAF's trajectory loss with the outputs of averaged weights in place of remembered ones.
+    """MESA's trajectory loss: keep the outputs near those of averaged weights.
 
     v_t = beta v_{t-1} + (1 - beta) w_t after every step, and from epoch E_start on
     L_traj(w) = lambda tau^2 / |B| sum_{i in B} KL(softmax(f(v, x_i) / tau) || softmax(f(w, x_i) / tau)).
-    A further forward a step, without gradients: 4/3 passes. The memory is one copy of weights and buffers.
+    A step makes one more forward, without gradients: 4/3 passes. The memory is one copy of weights and buffers.
 
     The copy is :attr:`ema`, always in eval mode: the statistics of its BatchNorm layers are averages of the model's,
-    its dropout is off, and its forward touches neither the model's buffers nor torch's generators.
+    its dropout is off, and its forward changes neither the model's buffers nor torch's generators.
+
+    Differences from the official code: tau^2 and the first epoch as for :class:`~steppe.SAF`; before E_start there is
+    no forward of the average; buffers that are not floating are copied, not averaged and truncated.
 
     Args:
-        model: the model to be trained, not in half precision (1 - beta would round to nothing), on its device. Of a
-            ``DistributedDataParallel`` or compiled model, the module inside is taken.
-        optimizer: updates the average after each of its steps, also a :class:`steppe.SAM`, once a step and at w.
-            Without it, call :meth:`update` after every step.
+        model: The model to be trained, not in half precision (1 - beta would round to nothing), on its device. Of a
+            ``DistributedDataParallel`` or compiled model, the module inside is used.
+        optimizer: The optimizer that trains the model, also a :class:`steppe.SAM`; the average is updated after each
+            of its steps, once per step and at w. Without it, call :meth:`update` after every step.
         lmbda: lambda, the weight of the term; the official code's recipe for ImageNet has 0.8, its default is 0.3.
-        tau: tau, the temperature; 5, which the authors seldom tune.
-        beta: beta, the average's memory of about 1 / (1 - beta) steps; 0.9998 is the official code's, for ImageNet. The
-            initial weights keep the share beta^t, so a shorter training needs less, such as 0.9995 or 0.999.
-        start: E_start, the first epoch with the term, counted from 0: 5, or 30 % of all epochs.
+        tau: tau, the temperature; usually 5, which the authors seldom tune.
+        beta: beta, the decay of the average over about 1 / (1 - beta) steps; the official code has 0.9998, for
+            ImageNet. The initial weights keep the share beta^t, so a shorter training needs a smaller beta, such as
+            0.9995 or 0.999.
+        start: E_start, the first epoch with the term, counted from 0; usually 5, or 30 % of all epochs.
 
     Raises:
-        ValueError: a hyperparameter that makes no sense, a model that cannot be averaged, an optimizer of another one;
-            outputs of another shape (when called).
-        RuntimeError: (when called) an epoch went by without a single update; the model has changed, or moved to
-            another device.
+        ValueError: A hyperparameter is out of range, the model cannot be averaged, or the optimizer has another
+            model's parameters; (when called) outputs have another shape.
+        RuntimeError: (when called) An epoch passed without a single update, or the model was changed or moved.
 
-    Differences from the official code: tau^2 and the first epoch as for :class:`SAF`; before E_start the forward of the
-    average is not made; buffers that are not floating are copied, not averaged and truncated.
+    Example:
+        >>> model = torch.nn.Linear(2, 3)
+        >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        >>> mesa = MESA(model, optimizer, start=0, beta=0.5)
+        >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
+        >>> for epoch in range(2):
+        ...     logits = model(x)
+        ...     term = mesa(logits, x, epoch=epoch)
+        ...     (torch.nn.functional.cross_entropy(logits, y) + term).backward()
+        ...     optimizer.step()
+        >>> bool(term > 0)
+        True
 
-    >>> model = torch.nn.Linear(2, 3)
-    >>> optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-    >>> mesa = MESA(model, optimizer, start=0, beta=0.5)
-    >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
-    >>> for epoch in range(2):
-    ...     logits = model(x)
-    ...     term = mesa(logits, x, epoch=epoch)
-    ...     (torch.nn.functional.cross_entropy(logits, y) + term).backward()
-    ...     optimizer.step()
-    >>> bool(term > 0)
-    True
-
-    Source: Du et al., Sharpness-Aware Training for Free, arXiv 2205.14083.
+    References:
+        Du et al., Sharpness-Aware Training for Free, arXiv 2205.14083.
     """
 
     paper: ClassVar[Paper] = SAF_PAPER
 
     ema: nn.Module
-    """The model with the averaged weights v, in eval mode; often the better one to evaluate."""
+    """The model with the averaged weights v, in eval mode; often more accurate than the trained one."""
 
     def __init__(
         self,
@@ -83,17 +88,19 @@ class MESA(nn.Module):
         start: int = 5,
     ) -> None:
         super().__init__()
-        check(lmbda, tau, start)
+        check_hyperparameters(lmbda, tau, start)
         if not 0 <= beta < 1:
-            raise ValueError(f"beta must be at least 0 and less than 1, got {beta}: with 1 the average never moves")
-        model = _bare(model)
+            raise ValueError(f"beta must be at least 0 and less than 1, got {beta}: with 1 the average never changes")
+        model = _unwrapped(model)
         _check_model(model)
         self.lmbda, self.tau, self.beta, self.start = lmbda, tau, beta, start
         self.updates = 0
-        """How many steps were averaged."""
+        """The number of steps that were averaged."""
         self._epoch: int | None = None
-        self._updates_before, self._said_young = 0, False
-        self._model = (model,)  # in a tuple: it is no submodule of ours
+        self._updates_before, self._warned_initial_weights = 0, False
+        self._model = (
+            model,
+        )  # in a tuple, so that it does not become a submodule, with parameters and state of its own
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.ema.zero_grad(set_to_none=True)
         self._automatic = optimizer is not None
@@ -105,93 +112,97 @@ class MESA(nn.Module):
         """Return the term for a batch.
 
         Args:
-            logits: f(w, x), of shape (n, classes, ...), as the model has returned them.
-            inputs: what the model was called with; ``kwargs`` as well.
-            epoch: the number of the epoch, counted from 0.
+            logits: f(w, x), of shape (n, classes, ...), as the model returned them.
+            *inputs: The positional arguments that the model was called with.
+            epoch: The number of the epoch, counted from 0.
+            **kwargs: The keyword arguments that the model was called with.
 
         Returns:
             A 0-dim tensor, float32 or wider; zero without a graph before E_start.
         """
         check_epoch(epoch)
         if self.training:
-            self._watch(epoch)
+            self._check_updates(epoch)
         if epoch < self.start:
-            return zero(logits)
-        if self.start > 0 and not self._said_young and (share := self.beta**self.updates) > 0.5:
-            self._said_young = True
+            return zero_term(logits)
+        if self.start > 0 and not self._warned_initial_weights and (share := self.beta**self.updates) > 0.5:
+            self._warned_initial_weights = True
             warn(
                 f"after {self.updates} steps, {share:.0%} of MESA's average is still the initial weights, because beta "
-                f"= {self.beta}: the outputs are drawn to those. Take a smaller beta, or a later start"
+                f"= {self.beta}, so the outputs are kept near those of the start. Use a smaller beta, or a later start"
             )
+        # forked, so that a model which draws random numbers even in eval mode leaves torch's generators unchanged
         accelerators = [logits.device] if logits.device.type not in ("cpu", "meta", "mps") else []
         kind = accelerators[0].type if accelerators else "cuda"
         with torch.no_grad(), torch.random.fork_rng(accelerators, device_type=kind):
             average = self.ema(*inputs, **kwargs)
         if not isinstance(average, Tensor) or average.shape != logits.shape or average.dim() < 2:
-            found = tuple(average.shape) if isinstance(average, Tensor) else type(average).__name__
+            returned = tuple(average.shape) if isinstance(average, Tensor) else type(average).__name__
             raise ValueError(
-                f"the model with the averaged weights returned {found}, and the logits have shape "
+                f"the model with the averaged weights returned {returned}, and the logits have shape "
                 f"{tuple(logits.shape)}: the term compares the two, class by class. Give the inputs that the logits "
-                "were made from, and a model that returns a tensor of shape (n, classes, ...)"
+                "were computed from, and a model that returns a tensor of shape (n, classes, ...)"
             )
         return self.lmbda * self.tau**2 * kl_divergence(average, logits, self.tau).mean()
 
     def update(self) -> None:
-        """Average the weights, v = beta v + (1 - beta) w; to be called after every step, at w.
+        """Update the average, v = beta v + (1 - beta) w; to be called after every step, at w.
 
         Raises:
-            RuntimeError: the optimizer does it already; the model has changed, or moved to another device.
+            RuntimeError: The optimizer already does so, or the model was changed or moved to another device.
         """
         if self._automatic:
             raise RuntimeError(
-                "update() was called, and the optimizer calls it after each of its steps: the average would move twice "
-                "a step. Leave this call out, or do not give MESA the optimizer"
+                "update() was called, but the optimizer already updates the average after each of its steps, so it "
+                "would be updated twice per step. Leave this call out, or do not give MESA the optimizer"
             )
-        self._average()
+        self._update_average()
 
     @torch.no_grad()
-    def _average(self) -> None:
+    def _update_average(self) -> None:
         model = self._model[0]
         averages, weights = [*self.ema.parameters(), *self.ema.buffers()], [*model.parameters(), *model.buffers()]
-        if [_kind(t) for t in averages] != [_kind(t) for t in weights]:
+        if [_layout(t) for t in averages] != [_layout(t) for t in weights]:
             raise RuntimeError(
                 "the model's weights differ from MESA's average in number, shape, dtype or device: they were changed "
                 "or moved after MESA was made. Move both with .to(...), and make MESA when the model is complete"
             )
-        moving = [t.is_floating_point() or t.is_complex() for t in averages]
-        pairs = list(zip(averages, weights, moving, strict=True))
-        if any(moving):
+        averaged = [t.is_floating_point() or t.is_complex() for t in averages]
+        pairs = list(zip(averages, weights, averaged, strict=True))
+        if any(averaged):
             foreach(
                 torch._foreach_lerp_,
-                [as_real(v) for v, _, moves in pairs if moves],
-                [as_real(w.detach()) for _, w, moves in pairs if moves],
+                [as_real(v) for v, _, is_averaged in pairs if is_averaged],
+                [as_real(w.detach()) for _, w, is_averaged in pairs if is_averaged],
                 weight=1 - self.beta,
             )
-        if not all(moving):
-            copy_([v for v, _, moves in pairs if not moves], [w for _, w, moves in pairs if not moves])
+        if not all(averaged):
+            rest = [(v, w) for v, w, is_averaged in pairs if not is_averaged]
+            copy_([v for v, _ in rest], [w for _, w in rest])
         self.updates += 1
 
     def _follow(self, optimizer: Optimizer) -> None:
         owned = {p for group in optimizer.param_groups for p in group["params"]}
         if owned.isdisjoint(self._model[0].parameters()):
             raise ValueError(
-                "the optimizer holds none of the model's parameters, so its steps are not the model's, and the average "
-                "would be taken at the wrong times: give the optimizer that trains this model"
+                "the optimizer holds none of the model's parameters, so the average would be updated at the wrong "
+                "times: give the optimizer that trains this model"
             )
-        me = weakref.ref(self)  # a MESA that is given up is not to be updated for ever
+        # weak: the hook must not keep a MESA alive, and update it, that is no longer used
+        reference = weakref.ref(self)
 
         def after_step(*_: Any) -> None:
-            if (mesa := me()) is not None:
-                mesa._average()
+            if (mesa := reference()) is not None:
+                mesa._update_average()
 
         optimizer.register_step_post_hook(after_step)
 
-    def _watch(self, epoch: int) -> None:
-        """Notice a forgotten update()."""
+    def _check_updates(self, epoch: int) -> None:
+        """Raise RuntimeError if update() was forgotten in the epoch before."""
         if self._epoch is not None and epoch > self._epoch and self.updates == self._updates_before:
             raise RuntimeError(
-                f"the average was not updated once in epoch {self._epoch}: the outputs would be drawn to weights that "
-                "never move. Call update() after every step, or give MESA the optimizer, which then does"
+                f"the average was not updated once in epoch {self._epoch}, so the outputs would be kept near those of "
+                "the initial weights. Call update() after every step, or give MESA the optimizer"
             )
         if epoch != self._epoch:
             self._epoch, self._updates_before = epoch, self.updates
@@ -203,24 +214,25 @@ class MESA(nn.Module):
         return self
 
     def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint needs beside the average itself; a tensor, as all that is stored."""
+        """Return the number of updates, as a tensor: checkpoints hold tensors only."""
         return torch.tensor(self.updates)
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Take over what :meth:`get_extra_state` returned."""
+        """Restore what :meth:`get_extra_state` returned."""
         self.updates, self._epoch = int(state), None
 
     def extra_repr(self) -> str:
-        """Say the hyperparameters."""
+        """Return the hyperparameters, for ``repr``."""
         return f"lmbda={self.lmbda}, tau={self.tau}, beta={self.beta}, start={self.start}"
 
 
-def _kind(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
+def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
 
 
-def _bare(model: nn.Module) -> nn.Module:
-    """The module inside its wrappers."""
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
+    # _orig_mod is a private name of torch: the module that torch.compile(model) holds; there is no public one
     while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
         model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
     return model
@@ -241,17 +253,31 @@ def _check_model(model: nn.Module) -> None:
 
 
 def mesa(model: nn.Module, optimizer: Optimizer | None = None, **kwargs: Any) -> MESA:
-    """MESA: a term of the loss that keeps the outputs near those of averaged weights. 4/3 passes a step, no climb.
+    """MESA: a term in the loss that keeps the outputs near those of averaged weights. 4/3 passes per step.
 
-    Not an optimizer but what its closure adds to the loss; the arguments are those of :class:`steppe.MESA`.
+    This is not an optimizer, but a module whose result the closure adds to the loss; there is no perturbation.
 
-    Source: Du et al., Sharpness-Aware Training for Free, arXiv 2205.14083.
+    Args:
+        model: The model to be trained.
+        optimizer: The optimizer that trains it; the average is updated after each of its steps.
+        **kwargs: lmbda, tau, beta and start, as in :class:`steppe.MESA`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range, the model cannot be averaged, or the optimizer has another
+            model's parameters.
+
+    Example:
+        >>> mesa(torch.nn.Linear(2, 3), beta=0.999).updates
+        0
+
+    References:
+        Du et al., Sharpness-Aware Training for Free, arXiv 2205.14083.
     """
     return MESA(model, optimizer, **kwargs)
 
 
-class AveragedWeights(WithTerm):
-    """Stay near the outputs of averaged weights (MESA)."""
+class MESAStep(StepWithTerm):
+    """Takes the steps of MESA in a comparison: adds the divergence from the averaged weights' outputs to the loss."""
 
     def __init__(
         self,
@@ -266,28 +292,30 @@ class AveragedWeights(WithTerm):
         self.start = start
 
     def term(self, forward: Forward, logits: Tensor, batch: Batch) -> Tensor:
-        """Compare with the average's outputs, for which it makes a pass of its own."""
+        """Return the divergence from the outputs of the averaged weights, whose forward is counted."""
         if batch.epoch >= self.start:
             forward.count(len(batch), recorded=False)
         value: Tensor = self.module(logits, batch.images, epoch=batch.epoch)
         return value
 
 
-def _made(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-    return (base, mesa(model, base, **given))
+def _base_and_term(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return base, mesa(model, base, **arguments)
 
 
 CARD = MethodCard(
     name="mesa",
     function=mesa,
     label="MESA",
-    about="It needs no memory of the samples, as SAF does.",
+    paper=SAF_PAPER,
+    summary="Add a term to the loss that keeps the outputs near those of averaged weights. Unlike SAF, it stores no "
+    "outputs of the samples.",
     equation="v <- beta v + (1 - beta) w\n"
     "L + lambda tau^2 / |B| sum_{i in B} KL(softmax(f(v, x_i) / tau) || softmax(f(w, x_i) / tau))",
     cost="4/3",
     passes=4 / 3,
     memory="the averaged weights and buffers",
-    when="For classification with very many samples or classes; the averaged model comes with it.",
+    when="For classification with very many samples or classes; it also yields the averaged model.",
     when_not="For a short training with the default beta: the average is then still the initial weights.",
     usual={
         "lmbda": "0.8 on ImageNet, default 0.3 (official code)",
@@ -296,19 +324,21 @@ CARD = MethodCard(
         "start": "5, or 30 % of all epochs",
     },
     checked="The official code, https://github.com/AngusDujw/SAF, was read. tau^2 and the first epoch as for SAF; "
-    "here the average's forward is not made before E_start, and buffers that are not floating are copied. Of the "
+    "here the average makes no forward before E_start, and buffers that are not floating are copied. Of the "
     "paper, abstract and introduction were read.",
     caveats=(
-        "Weights in half precision are refused: the average's small moves would be rounded away.",
-        "Its state_dict belongs into your checkpoint.",
+        "Weights in half precision are an error: the small changes of the average would be rounded away.",
+        "Its state_dict belongs in your checkpoint.",
     ),
-    make=_made,
+    short_run={"start": 0, "beta": 0.5},
+    build_example=_base_and_term,
     arguments_of=(MESA,),
-    use="mesa = steppe.variants.mesa(model, base)  # averages after each step of the base\n"
+    usage_code="mesa = steppe.variants.mesa(model, base)  # averages after each step of the base\n"
     "loss = F.cross_entropy(logits, y) + mesa(logits, x, epoch=epoch)",
     comparison=Comparison(
-        summary="no climb: stays near the outputs of averaged weights (beta for short runs: a first guess, not measured)",
+        summary="no perturbation: keeps the outputs near those of averaged weights (beta for short runs: a first "
+        "guess, not measured)",
         build=plain_base,
-        step_function=AveragedWeights,
+        step_function=MESAStep,
     ),
 )

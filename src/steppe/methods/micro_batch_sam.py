@@ -12,6 +12,7 @@ from steppe.methods._closures import Loss, backward, count_samples
 from steppe.methods._step_function import Batch, Forward, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import ICML, Paper, cites
+from steppe.rules._checks import check_count
 from steppe.sam import SAM
 
 M_SHARPNESS_PAPER = Paper(
@@ -26,36 +27,41 @@ M_SHARPNESS_PAPER = Paper(
 
 @cites(M_SHARPNESS_PAPER)
 def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int) -> Tensor:
-    """Give each micro-batch of m samples its own perturbation (m-sharpness), and take the step.
+    """Take a step in which each micro-batch of m samples has its own perturbation (m-sharpness).
 
-    What goes down is the mean over the micro-batches B_i of the gradients at w + e(B_i), weighed by their sizes. The
-    cost in passes over the samples is the method's own. Unlike a closure, this takes the step itself, because it runs
-    a loop over :meth:`~steppe.SAM.passes` for each micro-batch; a cadence that goes by the step's number gives them
-    all the same answer.
+    The update gradient is the mean over the micro-batches B_i of the gradients at w + e(B_i), weighted by their sizes.
+    The cost in passes over the samples is that of the optimizer's rules. Unlike a closure, this function takes the
+    step itself, because it runs a loop over :meth:`~steppe.SAM.passes` for each micro-batch. A cadence that decides by
+    the step's number decides the same for all micro-batches.
 
     Args:
-        optimizer: a :class:`steppe.SAM` with any rules.
-        loss: takes the tensors of a micro-batch, and returns their mean loss.
-        batch: tensors with the samples along their first dimension.
-        m: samples in a micro-batch; the last one may be smaller.
+        optimizer: A :class:`steppe.SAM` with any rules.
+        loss: Function of the tensors of a micro-batch that returns their mean loss.
+        batch: Tensors with the samples along their first dimension.
+        m: m, the number of samples in a micro-batch; the last one may be smaller.
 
     Returns:
-        The mean loss of the batch at w.
+        The mean loss of the batch at w, a 0-dim tensor.
 
-    >>> w = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
-    >>> optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=1.0)
-    >>> x = torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
-    >>> micro_batches(optimizer, lambda x: (x @ w + (x @ w) ** 2 / 10).mean(), (x,), m=1)
-    tensor(0.)
+    Raises:
+        ValueError: m is less than 1, or the batch is empty or of unequal lengths.
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412,
-    section 4.1; Andriushchenko and Flammarion, Towards Understanding Sharpness-Aware Minimization, arXiv 2206.06232.
+    Example:
+        >>> w = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
+        >>> optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=1.0)
+        >>> x = torch.tensor([[3.0, 4.0], [-3.0, -4.0]])
+        >>> micro_batches(optimizer, lambda x: (x @ w + (x @ w) ** 2 / 10).mean(), (x,), m=1)
+        tensor(0.)
+
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412,
+        section 4.1; Andriushchenko and Flammarion, Towards Understanding Sharpness-Aware Minimization, arXiv
+        2206.06232.
     """
     samples = count_samples(batch)
-    if m < 1:
-        raise ValueError(f"m must be 1 or more, got {m}: it is the number of samples in a micro-batch")
-    down: dict[Tensor, Tensor] = {}
-    at_w: list[Tensor] = []
+    check_count("m", m, "the number of samples in a micro-batch")
+    update: dict[Tensor, Tensor] = {}
+    losses_at_w: list[Tensor] = []
     for start in range(0, samples, m):
         part = [t[start : start + m] for t in batch]
         weight = len(part[0]) / samples
@@ -64,28 +70,27 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
                 value = loss(*part)
                 backward(optimizer, value)
                 if sam_pass.is_first:
-                    at_w.append(weight * value.detach())
-        _add(down, weight, optimizer)
-    for p, gradient in down.items():
+                    losses_at_w.append(weight * value.detach())
+        _add_weighted_gradients(update, weight, optimizer)
+    for p, gradient in update.items():
         p.grad = gradient
     if optimizer.scaler is None:
         optimizer.step()
     else:
         optimizer.scaler.step(optimizer)
-    return torch.stack(at_w).sum()
+    return torch.stack(losses_at_w).sum()
 
 
 @torch.no_grad()
-def _add(down: dict[Tensor, Tensor], weight: float, optimizer: SAM) -> None:
-    """Add the weighed gradients to what goes down."""
+def _add_weighted_gradients(update: dict[Tensor, Tensor], weight: float, optimizer: SAM) -> None:
     for group in optimizer.param_groups:
         for p in group["params"]:
             if p.grad is not None:
-                down[p] = p.grad * weight if p not in down else down[p].add_(p.grad, alpha=weight)
+                update[p] = p.grad * weight if p not in update else update[p].add_(p.grad, alpha=weight)
 
 
-class MicroBatches(StepFunction):
-    """Climb for every m samples on their own (m-sharpness)."""
+class MicroBatchSAMStep(StepFunction):
+    """Takes the steps of a comparison with a perturbation for every m samples."""
 
     optimizer: SAM
 
@@ -98,35 +103,37 @@ class MicroBatches(StepFunction):
         return micro_batches(self.optimizer, forward, batch.tensors, m=self.m)
 
 
-def _made(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **given), micro_batches
+def _sam_and_micro_batches(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return sam(base, model=model, **arguments), micro_batches
 
 
 CARD = MethodCard(
     name="micro_batch_sam",
     function=micro_batches,
     label="m-SAM",
-    about="What goes down is the mean of the gradients that the micro-batches have there.",
+    paper=M_SHARPNESS_PAPER,
+    summary="Compute a perturbation for each micro-batch of m samples. The update gradient is the mean of the "
+    "gradients of the micro-batches at their own perturbed weights.",
     equation="e_i = e(B_i)                 in each micro-batch B_i of m samples\n"
     "w <- Base(w, mean over i of the gradients of B_i at w + e_i)",
     cost="2",
     passes=2,
     memory=f"{COPY}, and the sum of the gradients",
-    when="For a climb of its own in each part of a large batch; only a part's activations are in memory.",
-    when_not="Where the device is filled only by the whole batch: the passes are over small parts.",
+    when="For a perturbation of its own in each part of a large batch; only one part's activations are in memory.",
+    when_not="When only the whole batch keeps the device busy: the passes are over small parts.",
     usual={"m": "unverified"},
     checked="Not compared with other code.",
     caveats=(
-        "It takes the step itself: there is no closure. BatchNorm sees micro-batches.",
-        "The cost is that of the method around which it is; 2 is SAM's.",
+        "It takes the step itself: there is no closure. BatchNorm's batches are the micro-batches.",
+        "The cost is that of the method around which it is used; 2 is SAM's.",
     ),
-    make=_made,
-    use="optimizer = steppe.variants.sam(base, model=model)\n"
+    build_example=_sam_and_micro_batches,
+    usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "steppe.closures.micro_batches(optimizer, loss, (x, y), m=16)  # takes the step",
     comparison=Comparison(
-        summary="SAM with a climb for every m images, at SAM's rho",
+        summary="SAM with a perturbation for every m samples, at SAM's rho",
         build=sam,
-        passes=lambda steps: 1 + steps,
-        step_function=MicroBatches,
+        passes=lambda ascent_steps: 1 + ascent_steps,
+        step_function=MicroBatchSAMStep,
     ),
 )

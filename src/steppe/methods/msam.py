@@ -1,4 +1,4 @@
-"""MSAM: perturb against the base optimizer's momentum, in one pass."""
+"""MSAM: perturb against the base optimizer's momentum, in a single pass."""
 
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
@@ -23,20 +23,23 @@ MSAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class Momentum:
-    """Climb against the base's momentum, in one pass a step (MSAM): e = -rho v / |v|.
+    """Perturb against the base's momentum, in a single pass per step (MSAM): e = -rho v / |v|.
 
-    v is the base's running mean of gradients: SGD's ``momentum_buffer``, or ``exp_avg`` of Adam and its kin. The sign
-    is that of the authors' code, which climbs in the direction of the next update. The first step has no v and does
-    not climb. rho is much larger than SAM's: their examples have 3 where SAM has 0.2. Their code adds weight decay at
-    w + e; here the base does, at w.
+    v is the base's running mean of gradients: SGD's ``momentum_buffer``, or ``exp_avg`` of Adam and its relatives. The
+    sign is that of the authors' code, which perturbs in the direction of the next update. The first step has no v and
+    is not perturbed. rho is much larger than SAM's: their examples have 3 where SAM has 0.2. Their code adds weight
+    decay at w + e; here the base does, at w.
 
-    >>> w, v = torch.zeros(2), torch.tensor([3.0, 4.0])
-    >>> direction, scale = Momentum()(Point([w], [], rho=[3.0], base_state=[{"momentum_buffer": v}], step=1))
-    >>> 3.0 * scale * direction[0]
-    tensor([-1.8000, -2.4000])
+    Example:
+        >>> import torch
+        >>> w, v = torch.zeros(2), torch.tensor([3.0, 4.0])
+        >>> direction, scale = Momentum()(Point([w], [], rho=[3.0], base_state=[{"momentum_buffer": v}], step=1))
+        >>> 3.0 * scale * direction[0]
+        tensor([-1.8000, -2.4000])
 
-    Source: Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033,
-    and its official code.
+    References:
+        Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033,
+        and its official code.
     """
 
     paper: ClassVar[Paper] = MSAM_PAPER
@@ -48,16 +51,32 @@ class Momentum:
         known = [as_real(b) for b in v if b is not None]
         if point.step > 0 and not known:
             raise ValueError(
-                "the base optimizer keeps no momentum, so there is nothing to climb along, and every step would be a "
-                "plain one: give SGD a momentum, or take Adam or AdamW"
+                "the base optimizer keeps no momentum, so there is no direction to perturb along, and every step would "
+                "be a plain one: give SGD a momentum, or use Adam or AdamW"
             )
         return ScaledDirection([None if b is None else as_real(b) for b in v], -reciprocal(norm(known)))
 
 
 def msam(base_optimizer: Optimizer, rho: Rho = 3.0, **options: Unpack[Options]) -> SAM:
-    """MSAM: climb against the base's momentum, e = -rho v / |v|. One pass a step, at w + e.
+    """MSAM: perturb against the base's momentum, in a single pass per step.
 
-    Source: Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033.
+    e = -rho v / |v|,   w <- Base(w, gradient at w + e), with v the base's momentum.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps: SGD with momentum, Adam or AdamW.
+        rho: rho, the radius; 3 where SAM has 0.2, in the authors' examples.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: (at the second step) The base keeps no momentum.
+
+    Example:
+        >>> import torch
+        >>> msam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1, momentum=0.9)).perturbation
+        Momentum()
+
+    References:
+        Becker et al., Momentum-SAM: Sharpness Aware Minimization without Computational Overhead, arXiv 2401.12033.
     """
     return SAM(base_optimizer, rho, **options, perturbation=Momentum())
 
@@ -66,23 +85,25 @@ CARD = MethodCard(
     name="msam",
     function=msam,
     label="MSAM",
-    about="It costs what the base costs, because the direction is known before the pass.",
+    paper=MSAM_PAPER,
+    summary="Perturb against the base's momentum. The direction is known before the pass, so a step costs what a step "
+    "of the base costs.",
     equation="e = -rho v / |v|             v = the base's momentum (SGD's buffer, Adam's exp_avg)\n"
     "w <- Base(w, gradient at w + e)",
     cost="1",
     passes=1,
     memory=COPY,
-    when="Where a second pass is too dear, and the base has momentum: SGD with momentum, Adam, AdamW.",
+    when="When a second pass is too expensive, and the base has momentum: SGD with momentum, Adam, AdamW.",
     when_not="Around a base without momentum: that is an error.",
     usual={"rho": "3 where SAM has 0.2, in the authors' examples"},
     checked="The official code, https://github.com/MarlonBecker/MSAM: trajectories agree without weight decay "
     "(3e-14). Theirs adds weight decay at w + e; here the base does, at w. The sign is that of their code.",
     caveats=(
-        "The first step has no momentum yet, and does not climb.",
-        "The only pass is at w + e: the loss that you see, and BatchNorm's statistics, are those of that point.",
+        "The first step has no momentum yet, and is not perturbed.",
+        "The only pass is at w + e: the reported loss and BatchNorm's statistics are those of that point.",
     ),
     comparison=Comparison(
-        summary=f"climbs against the momentum, in one pass, at 4 x rho ({FIRST_GUESS})",
+        summary=f"perturbs against the momentum, in a single pass, at 4 x rho ({FIRST_GUESS})",
         rho_factor=4.0,
         needs_momentum=True,
         capturable=True,

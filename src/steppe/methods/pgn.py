@@ -12,7 +12,8 @@ from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Point
-from steppe.rules.ops import check_weight, foreach
+from steppe.rules._checks import check_nonnegative
+from steppe.rules.ops import foreach
 from steppe.sam import SAM
 
 PGN_PAPER = Paper(
@@ -27,19 +28,22 @@ PGN_PAPER = Paper(
 
 @dataclass(frozen=True)
 class PenalizedNorm:
-    """Penalize the gradient's norm, L(w) + lambda |g(w)| (PGN): (1 - alpha) g + alpha g_s.
+    """Penalize the gradient norm, L(w) + lambda |g(w)| (PGN): (1 - alpha) g + alpha g_s.
 
-    With the radius rho as the paper's r, alpha = lambda / r; alpha = 1 is SAM. At a step that did not climb, g.
+    With the radius rho as the paper's r, alpha = lambda / r; alpha = 1 is SAM. At a step without perturbation, the
+    update gradient is g.
 
-    The authors' code has a flag, on by default, that takes g / |g| in the place of the g of the first term; here, as
-    in the paper's formula, it is g.
+    The authors' code has a flag, on by default, that uses g / |g| in place of g in the first term; here, as in the
+    paper's formula, it is g.
 
-    >>> at = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
-    >>> PenalizedNorm(alpha=0.75)(at, [torch.tensor([2.0])])
-    [tensor([1.7500])]
+    Example:
+        >>> point = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
+        >>> PenalizedNorm(alpha=0.75)(point, [torch.tensor([2.0])])
+        [tensor([1.7500])]
 
-    Source: Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
-    2202.03599.
+    References:
+        Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
+        2202.03599.
     """
 
     paper: ClassVar[Paper] = PGN_PAPER
@@ -50,7 +54,7 @@ class PenalizedNorm:
     """alpha = lambda / r, the share of g_s; the authors train with 0.8 and r = 0.1."""
 
     def __post_init__(self) -> None:
-        check_weight("alpha", self.alpha, "it is lambda / r, the share of g_s")
+        check_nonnegative("alpha", self.alpha, "lambda / r, the share of g_s")
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:
@@ -59,10 +63,26 @@ class PenalizedNorm:
 
 
 def pgn(base_optimizer: Optimizer, rho: Rho = 0.1, *, alpha: float = 0.8, **options: Unpack[Options]) -> SAM:
-    """PGN: penalize the gradient's norm, go down with (1 - alpha) g + alpha g_s. Two passes a step.
+    """PGN: penalize the gradient norm. Two passes per step.
 
-    Source: Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
-    2202.03599.
+    w <- Base(w, (1 - alpha) g + alpha g_s), to first order the gradient of L(w) + alpha rho |g|.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the paper's r; usually 0.1.
+        alpha: alpha, the paper's lambda / r; usually 0.8, and 1 is SAM.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: alpha is negative or not finite.
+
+    Example:
+        >>> pgn(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).combination
+        PenalizedNorm(alpha=0.8)
+
+    References:
+        Zhao et al., Penalizing Gradient Norm for Efficiently Improving Generalization in Deep Learning, arXiv
+        2202.03599.
     """
     return SAM(base_optimizer, rho, **options, combination=PenalizedNorm(alpha))
 
@@ -71,18 +91,20 @@ CARD = MethodCard(
     name="pgn",
     function=pgn,
     label="PGN",
-    about="To first order that is the gradient of L(w) + alpha rho |g|.",
+    paper=PGN_PAPER,
+    summary="Penalize the gradient norm by updating with (1 - alpha) g + alpha g_s. To first order that is the "
+    "gradient of L(w) + alpha rho |g|.",
     equation="e = rho g / |g|\nw <- Base(w, (1 - alpha) g + alpha g_s)",
     cost="2",
     passes=2,
     memory=COPY_AND_G,
-    when="To go between the base (alpha 0) and SAM (alpha 1), by a weight.",
-    when_not="Where memory for one more gradient is short.",
+    when="To move between the base (alpha 0) and SAM (alpha 1) by a weight.",
+    when_not="When there is no memory for one more gradient.",
     usual={"rho": "0.1, the paper's r", "alpha": "0.8, the paper's lambda / r; 1 is SAM"},
-    checked="The official code, https://github.com/zhaoyang-0204/gnp, was read: a flag, on by default, takes g / "
-    "|g| in the place of g in the first term; here, as in the paper's formula, it is g.",
+    checked="The official code, https://github.com/zhaoyang-0204/gnp, was read: a flag, on by default, uses g / "
+    "|g| in place of g in the first term; here, as in the paper's formula, it is g.",
     caveats=("rho and alpha act together: the penalty is lambda = alpha rho.",),
     comparison=Comparison(
-        summary=f"penalizes the gradient's norm, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True
+        summary=f"penalizes the gradient norm, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True
     ),
 )

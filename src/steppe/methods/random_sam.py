@@ -10,6 +10,7 @@ from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
+from steppe.rules._checks import check_unit_interval
 from steppe.sam import SAM
 
 RST_PAPER = Paper(
@@ -23,18 +24,21 @@ RST_PAPER = Paper(
 
 @dataclass(frozen=True)
 class Bernoulli:
-    """Climb with probability p at each step (RST); the others are plain steps of the base. A step costs 1 + p passes.
+    """Perturb with probability p at each step (RST); the other steps are plain steps of the base.
 
-    The draw of a step depends on the seed and on the step's number alone. So a resumed run goes on with the same
-    draws, all workers draw alike, and no global random generator is touched or needed. In the paper's terms this is
-    RST with the constant scheduling function; its other scheduling functions are not here.
+    A step costs 1 + p passes on average. The draw of a step depends only on the seed and on the step's number. So a
+    resumed run continues with the same draws, all workers draw alike, and no global random generator is used. In the
+    paper's terms this is RST with the constant scheduling function; its other scheduling functions are not
+    implemented.
 
-    >>> cadence = Bernoulli(p=0.5, seed=1)
-    >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
-    [False, True, True, True, False, True]
+    Example:
+        >>> cadence = Bernoulli(p=0.5, seed=1)
+        >>> [cadence(Point([], [], rho=[], base_state=[], step=step)) for step in range(6)]
+        [False, True, True, True, False, True]
 
-    Source: Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning,
-    arXiv 2203.09962.
+    References:
+        Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning, arXiv
+        2203.09962.
     """
 
     paper: ClassVar[Paper] = RST_PAPER
@@ -42,13 +46,12 @@ class Bernoulli:
     scale_free: ClassVar[bool] = True
 
     p: float = 0.5
-    """p, the probability of a climb; 1 is SAM, 0 the base, and 0.5 saves half of SAM's extra passes."""
+    """p, the probability of a perturbed step; 1 is SAM, 0 the base, and 0.5 saves half of SAM's extra passes."""
     seed: int = 0
-    """What makes the draws of two runs differ."""
+    """The seed of the draws."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.p <= 1:
-            raise ValueError(f"p must be between 0 and 1, got {self.p}: it is the probability of a climb")
+        check_unit_interval("p", self.p, "the probability of a perturbed step")
 
     def __call__(self, point: Point) -> bool:
         # A string is hashed with SHA-512: neighboring steps get independent draws, the same on every machine.
@@ -58,10 +61,28 @@ class Bernoulli:
 def random_sam(
     base_optimizer: Optimizer, rho: Rho = 0.05, *, p: float = 0.5, seed: int = 0, **options: Unpack[Options]
 ) -> SAM:
-    """RST: climb at each step with probability p. 1 + p passes a step on average.
+    """RST: SAM at each step with probability p, else a plain step. 1 + p passes per step on average.
 
-    Source: Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning,
-    arXiv 2203.09962.
+    With probability p w <- Base(w, g_s), else w <- Base(w, g).
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood, as for SAM.
+        p: p, the probability of a perturbed step; 0.5 saves half of SAM's extra passes.
+        seed: The seed of the draws.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: p is out of range.
+
+    Example:
+        >>> import torch
+        >>> random_sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).cadence
+        Bernoulli(p=0.5, seed=0)
+
+    References:
+        Zhao et al., Randomized Sharpness-Aware Training for Boosting Computational Efficiency in Deep Learning, arXiv
+        2203.09962.
     """
     return SAM(base_optimizer, rho, **options, cadence=Bernoulli(p, seed))
 
@@ -70,16 +91,18 @@ CARD = MethodCard(
     name="random_sam",
     function=random_sam,
     label="RST",
-    about="The other steps are plain steps of the base, so p sets the cost.",
+    paper=RST_PAPER,
+    summary="Perturb at each step with probability p. The other steps are plain steps of the base, so p sets the cost.",
     equation="with probability p:  w <- Base(w, g_s)\nelse:                w <- Base(w, g)",
     cost="1 + p",
     passes=lambda p: 1 + p,
     memory=COPY,
-    when="Where a second pass at every step is too dear; it needs no schedule, and remembers nothing.",
-    when_not="Where every step must take the same time.",
+    when="When a second pass at every step is too expensive; it needs no schedule and no memory.",
+    when_not="When every step must take the same time.",
     usual={"rho": "SAM's", "p": "0.5 saves half of SAM's extra passes; 1 is SAM, 0 the base"},
     checked="Only the paper's abstract was read. Of its scheduling functions this is the constant one; the others "
-    "are not here.",
+    "are not implemented.",
     caveats=("All workers draw alike: the draw depends on the seed and the step's number only.",),
-    comparison=Comparison(summary="climbs at each step with probability p, at SAM's rho", capturable=True),
+    short_run={"p": 1.0},
+    comparison=Comparison(summary="perturbs at each step with probability p, at SAM's rho", capturable=True),
 )

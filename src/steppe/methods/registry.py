@@ -2,25 +2,38 @@
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
+from typing import Any
 
 from steppe import methods
 from steppe.methods._card import MethodCard
 
-__all__ = ["CARDS"]
+__all__ = ["CARDS", "FUNCTIONS"]
+
+# Modules of this package that hold no method; this one cannot be imported while it is being executed.
+_NOT_METHODS = frozenset({"cards", "registry"})
 
 
-_NO_METHODS = frozenset({"cards", "registry"})
-
-
-def _cards() -> list[MethodCard]:
-    names = [module.name for module in pkgutil.iter_modules(methods.__path__) if not module.name.startswith("_")]
-    modules = [importlib.import_module(f"{methods.__name__}.{name}") for name in names if name not in _NO_METHODS]
-    return [card for module in modules if isinstance(card := getattr(module, "CARD", None), MethodCard)]
+def _find_cards() -> Iterator[MethodCard]:
+    for module in pkgutil.iter_modules(methods.__path__):
+        if module.name.startswith("_") or module.name in _NOT_METHODS:
+            continue
+        card = getattr(importlib.import_module(f"{methods.__name__}.{module.name}"), "CARD", None)
+        if not isinstance(card, MethodCard) or card.name != module.name:
+            raise TypeError(
+                f"steppe/methods/{module.name}.py defines no CARD of that name, so the method would be missing from "
+                f"the registry: add CARD = MethodCard(name={module.name!r}, ...), or begin the file's name with _"
+            )
+        yield card
 
 
 CARDS: Mapping[str, MethodCard] = MappingProxyType(
-    {card.name: card for card in sorted(_cards(), key=lambda card: (card.name != "sam", card.name))}
+    {card.name: card for card in sorted(_find_cards(), key=lambda card: (card.name != "sam", card.name))}
 )
 """The card of every method by name: SAM first, then in alphabetical order."""
+
+FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
+    {name: card.function for name, card in CARDS.items() if card.function.__name__ == name}
+)
+"""The functions of :mod:`steppe.variants`; methods that are a closure or a rule have none."""

@@ -1,4 +1,4 @@
-"""RWP: random weight perturbation, in one pass."""
+"""RWP: random weight perturbation, in a single pass."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar, Unpack
@@ -6,12 +6,11 @@ from typing import ClassVar, Unpack
 import torch
 from torch.optim import Optimizer
 
-from steppe._tensors import random as random_tensors
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules.ops import norm, reciprocal, scaled_by, to_wide
+from steppe.rules.ops import norm, normal, reciprocal, scaled, widen
 from steppe.sam import SAM
 
 RWP_PAPER = Paper(
@@ -25,47 +24,51 @@ RWP_PAPER = Paper(
 
 @dataclass(frozen=True)
 class GaussianNoise:
-    """Climb in a random direction, in one pass a step (RWP): e = rho r / |r|, r Gaussian.
+    """Perturb by Gaussian noise, in a single pass per step (RWP): e = rho r / |r|, r Gaussian.
 
-    With ``filterwise``, e = rho |w_f| r: every entry has a standard deviation of rho times the norm of the filter that
-    it is in, w[i] for a weight of two dimensions and more, all of w for a bias; so |e_f| is about rho |w_f| sqrt(n_f).
+    With ``filterwise``, e = rho |w_f| r: every entry has a standard deviation of rho times the norm of its filter,
+    which is w[i] for a weight of two dimensions and more, and all of w for a bias; so |e_f| is about
+    rho |w_f| sqrt(n_f).
 
-    The draw depends on the seed, the step and the parameter's position alone: a resumed run goes on with the same
-    draws, no global generator is touched, and workers draw alike unless each has a seed of its own.
+    The draw depends only on the seed, the step and the parameter's position: a resumed run continues with the same
+    draws, no global generator is used, and workers draw alike unless each has its own seed.
 
-    The authors' code is the filter-wise form, with rho = 0.01 on CIFAR and 0.005 on ImageNet. It goes down with the
+    The authors' code has the filter-wise form, with rho = 0.01 on CIFAR and 0.005 on ImageNet. It updates with the
     mean of two gradients: at w + e, and at w for another batch on another device (m-RWP). The same on one batch, in two
-    passes, is this with :class:`~steppe.PenalizedNorm` (alpha=0.5).
+    passes, is this rule with :class:`~steppe.PenalizedNorm` (alpha=0.5).
 
-    >>> at = Point([torch.zeros(100)], [], rho=[0.05], base_state=[{}], step=7)
-    >>> direction, scale = GaussianNoise()(at)
-    >>> (0.05 * scale * direction[0]).norm()
-    tensor(0.0500)
+    Example:
+        >>> point = Point([torch.zeros(100)], [], rho=[0.05], base_state=[{}], step=7)
+        >>> direction, scale = GaussianNoise()(point)
+        >>> (0.05 * scale * direction[0]).norm()
+        tensor(0.0500)
 
-    Source: Li et al., Efficient Generalization Improvement Guided by Random Weight Perturbation, arXiv 2211.11489, and
-    its official code; and their Revisiting Random Weight Perturbation for Efficiently Improving Generalization, arXiv
-    2404.00357.
+    References:
+        Li et al., Efficient Generalization Improvement Guided by Random Weight Perturbation, arXiv 2211.11489, and its
+        official code; Li et al., Revisiting Random Weight Perturbation for Efficiently Improving Generalization, arXiv
+        2404.00357.
     """
 
     needs_gradient: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
 
     filterwise: bool = False
-    """Whether every filter climbs in proportion to its own norm."""
+    """True if every filter is perturbed in proportion to its own norm."""
     seed: int = 0
-    """What makes the draws of two runs differ."""
+    """The seed of the noise."""
     paper: Paper = field(default=RWP_PAPER, repr=False)
-    """Whose use of it this is, for :func:`steppe.citation`."""
+    """The paper of the method that uses the noise, for :func:`steppe.citation`."""
 
     def __call__(self, point: Point) -> ScaledDirection:
-        r = random_tensors.normal("Random", self.seed, point.step, point.weights)
+        # "Random" is the name under which the draws of all earlier runs were made.
+        r = normal("Random", self.seed, point.step, point.weights)
         if not self.filterwise:
             return ScaledDirection(r, reciprocal(norm(r)))
         filters = [
             torch.linalg.vector_norm(w, dim=list(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
-            for w in map(to_wide, point.weights)
+            for w in map(widen, point.weights)
         ]
-        return ScaledDirection([scaled_by(part, lengths) for part, lengths in zip(r, filters, strict=True)])
+        return ScaledDirection([scaled(part, lengths) for part, lengths in zip(r, filters, strict=True)])
 
 
 def rwp(
@@ -76,9 +79,23 @@ def rwp(
     seed: int = 0,
     **options: Unpack[Options],
 ) -> SAM:
-    """RWP: climb in a random direction, in each filter in proportion to its norm. One pass a step, at w + e.
+    """RWP: perturb by Gaussian noise, in each filter in proportion to its norm. A single pass per step, at w + e.
 
-    Source: Li et al., Efficient Generalization Improvement Guided by Random Weight Perturbation, arXiv 2211.11489.
+    e = rho |w_f| r in each filter f, with Gaussian r.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the standard deviation of e relative to the filter's norm; 0.01 on CIFAR, 0.005 on ImageNet.
+        filterwise: False for e = rho r / |r|, whose length is rho.
+        seed: The seed of the noise.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Example:
+        >>> rwp(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        GaussianNoise(filterwise=True, seed=0)
+
+    References:
+        Li et al., Efficient Generalization Improvement Guided by Random Weight Perturbation, arXiv 2211.11489.
     """
     return SAM(base_optimizer, rho, **options, perturbation=GaussianNoise(filterwise, seed))
 
@@ -87,15 +104,17 @@ CARD = MethodCard(
     name="rwp",
     function=rwp,
     label="RWP",
-    about="The climb needs no gradient, so it costs what the base costs.",
+    paper=RWP_PAPER,
+    summary="Perturb by Gaussian noise, in each filter in proportion to its norm. The perturbation needs no gradient, "
+    "so a step costs what a step of the base costs.",
     equation="e = rho |w_f| r              in each filter f; r Gaussian\n"
     "e = rho r / |r|              with filterwise=False\n"
     "w <- Base(w, gradient at w + e)",
     cost="1",
     passes=1,
     memory=COPY,
-    when="Where a second pass is too dear; any base will do.",
-    when_not="To seek the worst point nearby: this one looks at an average one.",
+    when="When a second pass is too expensive; with any base.",
+    when_not="To minimize the loss at the worst point nearby: this perturbation is an average one.",
     usual={
         "rho": "0.01 on CIFAR, 0.005 on ImageNet (official code)",
         "filterwise": "True (official code)",
@@ -105,8 +124,8 @@ CARD = MethodCard(
     "the papers were not read.",
     caveats=(
         "Filter-wise, the length of e in a filter of n entries is about rho sqrt(n) times the filter's norm.",
-        "Workers draw alike, unless each gets a seed of its own.",
-        "The only pass is at w + e: the loss that you see, and BatchNorm's statistics, are those of that point.",
+        "Workers draw alike, unless each has its own seed.",
+        "The only pass is at w + e: the reported loss and BatchNorm's statistics are those of that point.",
     ),
-    comparison=Comparison(summary=f"climbs at random, in one pass, at rho / 5 ({USUAL_RATIO})", rho_factor=0.2),
+    comparison=Comparison(summary=f"perturbs by noise, in a single pass, at rho / 5 ({USUAL_RATIO})", rho_factor=0.2),
 )

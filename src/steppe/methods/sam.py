@@ -6,8 +6,9 @@ from typing import Unpack
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe import papers
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho, modified
+from steppe.methods._options import Options, Rho, repeated_on_subset
 from steppe.rules.l2 import L2
 from steppe.sam import SAM
 
@@ -16,44 +17,59 @@ def sam(
     base_optimizer: Optimizer,
     rho: Rho = 0.05,
     *,
-    steps: int = 1,
+    ascent_steps: int = 1,
     only: Iterable[Tensor] | None = None,
     **options: Unpack[Options],
 ) -> SAM:
-    """SAM: climb along the gradient, e = rho g / |g|, and go down with the gradient there. Two passes a step.
+    """SAM: perturb along the gradient, update with the gradient there. 1 + ascent_steps passes per step.
 
-    With ``steps`` climbs in the place of one it costs 1 + steps; with ``only``, no other parameters climb:
-    :func:`steppe.norm_layers`, :func:`steppe.layers` and :func:`steppe.last_layers` choose some.
+    e = rho g / |g|,   w <- Base(w, gradient at w + e).
 
-    >>> import torch
-    >>> sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
-    L2()
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; 0.05 is the usual start.
+        ascent_steps: K, the number of ascent steps, each of length rho / K; usually 1.
+        only: The parameters to perturb; by default all. :func:`steppe.norm_layers`, :func:`steppe.layers` and
+            :func:`steppe.last_layers` choose some.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> import torch
+        >>> sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        L2()
+
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
     """
-    return SAM(base_optimizer, rho, **options, perturbation=modified(L2(), steps, only))
+    return SAM(base_optimizer, rho, **options, perturbation=repeated_on_subset(L2(), ascent_steps, only))
 
 
 CARD = MethodCard(
     name="sam",
     function=sam,
     label="SAM",
-    about="It leads to flat minima, which generalize better.",
-    equation="e = rho g / |g|              g = gradient at w, |.| over all parameters that climb\n"
+    paper=papers.SAM,
+    summary="Perturb the weights along the gradient, and update them with the gradient at the perturbed weights. This "
+    "leads to flat minima, which generalize better.",
+    equation="e = rho g / |g|              g = gradient at w, |.| over all perturbed parameters\n"
     "w <- Base(w, g_s)            g_s = gradient at w + e",
-    cost="1 + steps",
-    passes=lambda steps: 1 + steps,
+    cost="1 + ascent_steps",
+    passes=lambda ascent_steps: 1 + ascent_steps,
     memory=COPY,
-    when="First: the others change this one, and are compared with it.",
-    when_not="Where a second pass is too dear: `msam` and `rwp` make one, `looksam`, `late_sam`, `random_sam`, "
-    "`aesam` and `fraction_sam` fewer than two.",
+    when="First: the other methods are variants of this one, and are compared with it.",
+    when_not="When a second pass is too expensive: `msam` and `rwp` make one pass, `looksam`, `late_sam`, "
+    "`random_sam`, `aesam` and `fraction_sam` fewer than two.",
     usual={
         "rho": "0.05 is the usual start",
-        "steps": "1; more climbs: the card `steps`",
+        "ascent_steps": "1; for more, see the card `ascent_steps`",
         "only": "all parameters; `steppe.norm_layers`, `layers` and `last_layers` choose some",
     },
     checked="The well-known single-file implementation, https://github.com/davda54/sam, which is not the authors': "
-    "20 steps in float64 agree (3e-13). Comes back by a copy of w, where w + e - e is not w in floating point.",
+    "20 steps in float64 agree (3e-13). Here the weights are restored from a copy, because w + e - e is not w in "
+    "floating point.",
     caveats=(
         "A step costs two passes: compare at equal compute, as `steppe compare` does.",
         "rho depends on model and data.",

@@ -6,7 +6,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from steppe.methods._card import FIRST_GUESS, Comparison, MethodCard
-from steppe.methods._options import Rho, Surroundings
+from steppe.methods._options import PassOptions, Rho
 from steppe.papers import NEURIPS, Paper
 from steppe.rules.l2 import L2
 from steppe.rules.subsets import ParameterSubset, norm_layers
@@ -22,10 +22,29 @@ SAM_ON_PAPER = Paper(
 )
 
 
-def sam_on(base_optimizer: Optimizer, rho: Rho, *, model: nn.Module, **options: Unpack[Surroundings]) -> SAM:
-    """SAM-ON: climb with the normalization layers only, with a radius of their own. Two passes a step.
+def sam_on(base_optimizer: Optimizer, rho: Rho, *, model: nn.Module, **options: Unpack[PassOptions]) -> SAM:
+    """SAM-ON: SAM that perturbs the normalization layers only. Two passes per step.
 
-    Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, arXiv 2306.04226.
+    e = rho g / |g| on the parameters of normalization layers, 0 elsewhere.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius within the normalization layers; it is not SAM's, and the paper's values are unverified.
+        model: The model whose normalization layers are perturbed.
+        **options: The other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: The model has no normalization layers.
+
+    Example:
+        >>> import torch
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        >>> optimizer = sam_on(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+        >>> len(optimizer.perturbation.parameters)
+        2
+
+    References:
+        Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, arXiv 2306.04226.
     """
     perturbation = ParameterSubset(L2(), norm_layers(model), SAM_ON_PAPER)
     return SAM(base_optimizer, rho, model=model, **options, perturbation=perturbation)
@@ -35,20 +54,22 @@ CARD = MethodCard(
     name="sam_on",
     function=sam_on,
     label="SAM-ON",
-    about="The rest of the weights is neither copied nor moved.",
+    paper=SAM_ON_PAPER,
+    summary="Perturb the normalization layers only, with a radius of their own. The other weights are neither copied "
+    "nor moved.",
     equation="e = rho g / |g| on the parameters of normalization layers, 0 elsewhere",
     cost="2",
     passes=2,
     memory="a copy of the normalization layers' weights",
-    when="For networks with normalization layers, where a copy of all weights is too much.",
-    when_not="To save time: the passes are whole. For networks without normalization layers: that is an error.",
+    when="For networks with normalization layers, if a copy of all weights takes too much memory.",
+    when_not="To save time: both passes are full. For networks without normalization layers: that is an error.",
     usual={"rho": "unverified; tune it"},
     checked="The author confirms in https://github.com/mueller-mp/SAM-ON/issues/1 that the norm runs over the "
-    "climbing layers only, as here.",
+    "perturbed layers only, as here.",
     caveats=("rho has no default: it is not SAM's, and the paper's values were not verified.",),
     required={"rho": 0.1},
     comparison=Comparison(
-        summary=f"climbs with the normalization layers only, at 2 x rho ({FIRST_GUESS})",
+        summary=f"perturbs the normalization layers only, at 2 x rho ({FIRST_GUESS})",
         rho_factor=2.0,
         capturable=True,
     ),

@@ -9,11 +9,10 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import NEURIPS, Paper
-from steppe.rules import Perturbation, Point, ScaledDirection
+from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
 from steppe.rules.l2 import L2
-from steppe.rules.masks import check_sparse, is_due, largest, masked, masks_of, num_kept, remember
+from steppe.rules.masks import apply_masks, check_sparse, is_due, num_kept, store_masks, stored_masks, top_masks
 from steppe.rules.ops import foreach
-from steppe.rules.subsets import Modifier
 from steppe.sam import SAM
 
 SSAM_PAPER = Paper(
@@ -28,23 +27,26 @@ SSAM_PAPER = Paper(
 
 @dataclass(frozen=True)
 class Sparse(Modifier):
-    """Climb where the Fisher information is largest (SSAM-F): e = m * e(rule), m for the top 1 - sparsity of g^2.
+    """Perturb where the Fisher information is largest (SSAM-F): e = m * e(rule), m for the top 1 - sparsity of g^2.
 
-    m is chosen over all parameters together, at the first climb and at those of the steps ``every``, 2 ``every``, ...;
-    with a cadence, let ``every`` be a multiple of its interval. As in the authors' code, the rule is masked after its
-    normalization: rho is its radius before the masking. A bool a coordinate is kept.
+    m is chosen over all parameters together, at the first perturbed step and when the steps ``interval``,
+    2 ``interval``, ... are perturbed; with a cadence, let ``interval`` be a multiple of its own. As in the authors'
+    code, the rule is masked after its normalization: rho is its radius before masking. The memory is one bool per
+    coordinate.
 
-    The authors' code sums the squared gradients of single samples (16 to 1024 of them), once an epoch or every five
-    epochs, and climbs with no coordinate before its first mask; a rule sees the batch's gradient only, so here it is
-    the square of that.
+    The authors' code sums the squared gradients of single samples (16 to 1024 of them), once per epoch or every five
+    epochs, and does not perturb before its first mask; a rule gets the batch's gradient only, so here its square is
+    used.
 
-    >>> import steppe
-    >>> w, g = torch.zeros(4), torch.tensor([3.0, -4.0, 1.0, 0.0])
-    >>> Sparse(steppe.L2(), sparsity=0.5)(Point([w], [g], rho=[0.05], base_state=[{}], step=0)).direction
-    [tensor([ 3., -4.,  0.,  0.])]
+    Example:
+        >>> import steppe
+        >>> w, g = torch.zeros(4), torch.tensor([3.0, -4.0, 1.0, 0.0])
+        >>> Sparse(steppe.L2(), sparsity=0.5)(Point([w], [g], rho=[0.05], base_state=[{}], step=0)).direction
+        [tensor([ 3., -4.,  0.,  0.])]
 
-    Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, arXiv 2210.05177,
-    and its official code.
+    References:
+        Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, arXiv 2210.05177,
+        and its official code.
     """
 
     paper: ClassVar[Paper] = SSAM_PAPER
@@ -52,20 +54,20 @@ class Sparse(Modifier):
     rule: Perturbation
     """The perturbation to mask."""
     sparsity: float = 0.5
-    """The share of the coordinates that stay; the authors' examples have 0.5."""
-    every: int = 100
-    """After how many steps the mask is chosen anew."""
+    """The share of coordinates that are not perturbed; the authors' examples have 0.5."""
+    interval: int = 100
+    """The number of steps from one choice of the mask to the next."""
 
     def __post_init__(self) -> None:
-        check_sparse(self.rule, self.sparsity, self.every, type(self).__name__)
+        check_sparse(self.rule, self.sparsity, self.interval, type(self).__name__)
 
     def __call__(self, point: Point) -> ScaledDirection:
-        """Return the rule's climb, masked."""
+        """Return the rule's perturbation, masked."""
         memory = point.memory_of(self)
-        if is_due(point, self.every) or any("mask" not in own for own in memory):
+        if is_due(point, self.interval) or any("mask" not in own for own in memory):
             scores = foreach(torch._foreach_abs, point.gradients)
-            remember(point, memory, largest(scores, num_kept(scores, self.sparsity)))
-        return masked(self.rule(point), masks_of(memory))
+            store_masks(point, memory, top_masks(scores, num_kept(scores, self.sparsity)))
+        return apply_masks(self.rule(point), stored_masks(memory))
 
 
 def sparse_sam(
@@ -73,40 +75,60 @@ def sparse_sam(
     rho: Rho = 0.1,
     *,
     sparsity: float = 0.5,
-    every: int = 100,
+    interval: int = 100,
     **options: Unpack[Options],
 ) -> SAM:
-    """SSAM-F: climb only where the Fisher information is largest. Two passes a step.
+    """SSAM-F: SAM that perturbs only where the Fisher information is largest. Two passes per step.
 
-    Source: Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, arXiv 2210.05177.
+    e = m * rho g / |g|, with m = 1 for the top 1 - sparsity of g^2 over all parameters.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius before masking; 0.1 on CIFAR-10.
+        sparsity: The share of coordinates that are not perturbed; usually 0.5.
+        interval: The number of steps from one choice of the mask to the next.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> sparse_sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        Sparse(rule=L2(), sparsity=0.5, interval=100)
+
+    References:
+        Mi et al., Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation Approach, arXiv 2210.05177.
     """
-    return SAM(base_optimizer, rho, **options, perturbation=Sparse(L2(), sparsity, every))
+    return SAM(base_optimizer, rho, **options, perturbation=Sparse(L2(), sparsity, interval))
 
 
 CARD = MethodCard(
     name="sparse_sam",
     function=sparse_sam,
     label="SSAM-F",
-    about="A mask of the largest squared gradients is chosen anew from time to time.",
+    paper=SSAM_PAPER,
+    summary="Perturb only where the Fisher information is largest. The mask of the largest squared gradients is chosen "
+    "again after each interval.",
     equation="e = m * rho g / |g|,   m = 1 for the top (1 - sparsity) of g^2, over all parameters",
     cost="2",
     passes=2,
-    memory=f"{COPY}; a bool a coordinate",
+    memory=f"{COPY}; one bool per coordinate",
     when="To perturb fewer weights than SAM does.",
-    when_not="To save time: the passes are whole, and only the climb is sparse.",
+    when_not="To save time: only the perturbation is sparse, both passes are full.",
     usual={
         "rho": "0.1 on CIFAR-10",
         "sparsity": "0.5",
-        "every": "once an epoch, or every five epochs, in the official code",
+        "interval": "once per epoch, or every five epochs, in the official code",
     },
     checked="The official code, https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization, was read: it masks "
     "after normalizing, as here. Its scores are summed squared gradients of single samples (16 to 128 in the "
-    "examples), and before its first mask it does not climb; here they are the squared gradient of the batch.",
+    "examples), and before its first mask it does not perturb; here they are the squared gradient of the batch.",
     caveats=(
-        "rho is the radius before the masking: the length of e is less.",
-        "With a cadence, let `every` be a multiple of its interval.",
+        "rho is the radius before masking: e is shorter.",
+        "With a cadence, let `interval` be a multiple of its own.",
     ),
+    short_run={"interval": 2},
     comparison=Comparison(
-        summary=f"climbs where the Fisher information is largest, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0
+        summary=f"perturbs where the Fisher information is largest, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0
     ),
 )

@@ -10,6 +10,7 @@ from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import NEURIPS, Paper
 from steppe.rules import Point, ScaledDirection
+from steppe.rules._checks import check_positive_share
 from steppe.rules.ops import foreach, norm, reciprocal, where_finite
 from steppe.sam import SAM
 
@@ -25,33 +26,31 @@ VASSO_PAPER = Paper(
 
 @dataclass(frozen=True)
 class VarianceSuppressed:
-    """Climb along a running mean of the gradient (VaSSO): e = rho d / |d|, d <- (1 - theta) d + theta g.
+    """Perturb along a running mean of the gradient (VaSSO): e = rho d / |d|, d <- (1 - theta) d + theta g.
 
-    d starts from the first gradient, as in the authors' code, and moves at the steps that climb; d = 0 gives e = 0.
-    A copy of the gradient is kept.
+    d starts from the first gradient, as in the authors' code, and is updated at perturbed steps only; d = 0 gives
+    e = 0. The memory is one copy of the gradient.
 
-    >>> w, memory = torch.zeros(2), {}
-    >>> for step, g in enumerate([torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])]):
-    ...     point = Point([w], [g], rho=[0.05], base_state=[{}], step=step, memory=memory)
-    ...     direction, scale = VarianceSuppressed(theta=0.5)(point)
-    ...     print(direction[0])
-    tensor([3., 4.])
-    tensor([3., 2.])
+    Example:
+        >>> w, memory = torch.zeros(2), {}
+        >>> for step, g in enumerate([torch.tensor([3.0, 4.0]), torch.tensor([3.0, 0.0])]):
+        ...     point = Point([w], [g], rho=[0.05], base_state=[{}], step=step, memory=memory)
+        ...     direction, scale = VarianceSuppressed(theta=0.5)(point)
+        ...     print(direction[0])
+        tensor([3., 4.])
+        tensor([3., 2.])
 
-    Source: Li and Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, arXiv 2309.15639.
+    References:
+        Li and Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, arXiv 2309.15639.
     """
 
     paper: ClassVar[Paper] = VASSO_PAPER
 
     theta: float = 0.9
-    """theta, the share of the new gradient: small for a long memory, 1 for SAM; the authors' code uses 0.9."""
+    """theta, the share of the new gradient: small for a long memory, 1 for SAM; the authors' code has 0.9."""
 
     def __post_init__(self) -> None:
-        if not 0 < self.theta <= 1:
-            raise ValueError(
-                f"theta must be more than 0 and at most 1, got {self.theta}: it is the share of the new gradient in "
-                "the mean"
-            )
+        check_positive_share("theta", self.theta, "the share of the new gradient in the mean")
 
     def __call__(self, point: Point) -> ScaledDirection:
         memory = point.memory_of(self)
@@ -62,9 +61,25 @@ class VarianceSuppressed:
 
 
 def vasso(base_optimizer: Optimizer, rho: Rho = 0.05, *, theta: float = 0.9, **options: Unpack[Options]) -> SAM:
-    """VaSSO: climb along a running mean of the gradient. Two passes a step.
+    """VaSSO: SAM along a running mean of the gradient. Two passes per step.
 
-    Source: Li and Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, arXiv 2309.15639.
+    e = rho d / |d|,   d <- (1 - theta) d + theta g.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; the paper's values are unverified.
+        theta: theta, the share of the new gradient in d; 0.9 in the official code, and 1 is SAM.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: theta is out of range.
+
+    Example:
+        >>> vasso(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        VarianceSuppressed(theta=0.9)
+
+    References:
+        Li and Giannakis, Enhancing Sharpness-Aware Optimization Through Variance Suppression, arXiv 2309.15639.
     """
     return SAM(base_optimizer, rho, **options, perturbation=VarianceSuppressed(theta))
 
@@ -73,15 +88,17 @@ CARD = MethodCard(
     name="vasso",
     function=vasso,
     label="VaSSO",
-    about="The mean varies less from batch to batch than the gradient does.",
+    paper=VASSO_PAPER,
+    summary="Perturb along a running mean of the gradient. The mean varies less from batch to batch than the gradient "
+    "does.",
     equation="d <- (1 - theta) d + theta g,   from the first g\ne = rho d / |d|",
     cost="2",
     passes=2,
     memory=f"{COPY}; from step to step, a mean of the gradient",
-    when="With small batches, whose noise would turn SAM's climb.",
-    when_not="With a rare cadence: the mean moves only at the steps that climb.",
+    when="With small batches, whose noise changes the direction of SAM's perturbation.",
+    when_not="With a rare cadence: the mean is updated at perturbed steps only.",
     usual={"rho": "unverified", "theta": "0.9 (official code); 1 is SAM"},
     checked="The official code, https://github.com/BingcongLi/VaSSO, was read: the same, plus 1e-7 in the norm.",
-    caveats=("theta = 0.9 is a short memory: nine tenths of each climb are the new gradient.",),
-    comparison=Comparison(summary="climbs along a running mean of the gradient, at SAM's rho", capturable=True),
+    caveats=("theta = 0.9 is a short memory: nine tenths of each mean are the new gradient.",),
+    comparison=Comparison(summary="perturbs along a running mean of the gradient, at SAM's rho", capturable=True),
 )

@@ -1,10 +1,11 @@
-"""The extension interface: what a rule sees, the three protocols, and the rules that methods share."""
+"""The extension interface: three protocols, the :class:`Point` that a rule gets, and the rules that methods share."""
 
 from steppe.rules import ops
 from steppe.rules.ascent_steps import AscentSteps
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
+from steppe.rules.modifier import Modifier
 from steppe.rules.periodic import Periodic
 from steppe.rules.perturbed import Perturbed
 from steppe.rules.protocols import (
@@ -18,7 +19,7 @@ from steppe.rules.protocols import (
     needs_gradient,
     scale_free,
 )
-from steppe.rules.subsets import Modifier, ParameterSubset, last_layers, layers, norm_layers
+from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
 
 __all__ = [
     "L2",

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steppe import papers
 from steppe.papers import Paper
+from steppe.rules._checks import check_count, check_positive
 from steppe.rules.l2 import L2
 from steppe.rules.ops import add_scaled_, norm, reciprocal
 from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient
@@ -15,74 +16,77 @@ from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_
 
 @dataclass(frozen=True)
 class AscentSteps:
-    """Climb K times, each time along the rule at the point reached: e_k = P(e_{k-1} + alpha rho d(g(w + e_{k-1}))).
+    """Make K ascent steps, each along the rule at the point reached: e_k = P(e_{k-1} + alpha rho d(g(w + e_{k-1}))).
 
-    d is the rule's climb for rho = 1, and P the projection onto the ball |e| <= rho. A step that climbs costs 1 + K
-    passes, and keeps one more copy of the weights' size between them. With the usual alpha = 1/K the sum never leaves
-    the ball, in the rule's own norm whichever that is, and nothing is projected. A longer alpha needs the projection,
-    which is known for :class:`~steppe.L2`.
+    d is the rule's perturbation for rho = 1, and P the projection onto the ball |e| <= rho. A perturbed step costs
+    1 + K passes, and keeps one more copy of the weights' size between them. With the usual alpha = 1/K the sum never
+    leaves the ball, in whatever norm the rule has, and nothing is projected. A longer alpha needs the projection,
+    which is implemented for :class:`~steppe.L2`.
 
-    A rule with a memory remembers at each of the K climbs; what it reads of the weights is w.
+    A rule with a memory updates it at each of the K ascent steps; the weights that it reads are those at w.
 
-    >>> import steppe
-    >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
-    >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.2, perturbation=AscentSteps(steppe.L2(), k=2))
-    >>> seen = []
-    >>> for sam_pass in optimizer.passes():
-    ...     with sam_pass:
-    ...         seen.append(round(w[0].item(), 2))
-    ...         w.square().sum().backward()
-    >>> seen
-    [1.0, 1.1, 1.2]
+    Raises:
+        ValueError: A hyperparameter out of range, or a rule that does not use the gradient, makes several ascent
+            steps itself, or has no known projection.
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412, whose
-    appendix compares several steps of the inner maximization with one.
+    Example:
+        >>> import steppe
+        >>> w = torch.nn.Parameter(torch.tensor([1.0, 0.0]))
+        >>> rule = AscentSteps(steppe.L2(), ascent_steps=2)
+        >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.2, perturbation=rule)
+        >>> values = []
+        >>> for sam_pass in optimizer.passes():
+        ...     with sam_pass:
+        ...         values.append(round(w[0].item(), 2))
+        ...         w.square().sum().backward()
+        >>> values
+        [1.0, 1.1, 1.2]
+
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412; the
+        appendix compares several steps of the inner maximization with one.
     """
 
     paper: ClassVar[Paper] = papers.SAM
 
     rule: Perturbation
     """The perturbation to repeat."""
-    k: int = 2
-    """K, the number of climbs; 1 with the usual alpha is the rule itself."""
+    ascent_steps: int = 2
+    """K, the number of ascent steps; 1 with the usual alpha is the rule itself."""
     alpha: float | None = None
-    """alpha, the length of one climb in units of rho; 1/K if not given."""
+    """alpha, the length of one ascent step in units of rho; None is 1/K."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be 1 or more, got {self.k}: it is the number of climbs in a step")
+        check_count("ascent_steps", self.ascent_steps, "the number of ascent steps in one optimizer step")
         if not needs_gradient(self.rule):
             raise ValueError(
-                f"{self.rule} does not look at the gradient, so that further passes would change nothing: climb once"
+                f"{self.rule} does not use the gradient, so further passes would change nothing: make one ascent step"
             )
         if ascent_steps(self.rule) > 1:
-            raise ValueError(f"{self.rule} climbs {ascent_steps(self.rule)} times a step already: give its k instead")
-        if self.alpha is not None and not 0 < self.alpha < float("inf"):
-            raise ValueError(f"alpha must be finite and more than 0, got {self.alpha}: it is the length of one climb")
+            raise ValueError(
+                f"{self.rule} already makes {ascent_steps(self.rule)} ascent steps: set its own ascent_steps instead"
+            )
+        if self.alpha is not None:
+            check_positive("alpha", self.alpha, "the length of one ascent step in units of rho")
         if self._projects and not isinstance(self.rule, L2):
             raise ValueError(
-                f"alpha={self.alpha} may leave the ball of radius rho, and the projection back is known for L2 alone, "
-                f"not for {self.rule}: take alpha up to 1/k = {1 / self.k:g}"
+                f"alpha={self.alpha} may leave the ball of radius rho, and the projection is known for L2 only, not "
+                f"for {self.rule}: use an alpha of at most 1/ascent_steps = {1 / self.ascent_steps:g}"
             )
-
-    @property
-    def ascent_steps(self) -> int:
-        """How many climbs a step makes."""
-        return self.k
 
     @property
     def _projects(self) -> bool:
-        return self.alpha is not None and self.alpha * self.k > 1
+        return self.alpha is not None and self.alpha * self.ascent_steps > 1
 
     def __call__(self, point: Point) -> ScaledDirection:
-        """Return the whole climb from w, in units of rho."""
+        """Return the whole perturbation from w, in units of rho."""
         direction, scale = self.rule(point)
         before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
         e = [
             None if d is None else torch.zeros_like(d) if old is None else old.clone()
             for d, old in zip(direction, before, strict=True)
         ]
-        length = (1 / self.k if self.alpha is None else self.alpha) * scale
+        length = (1 / self.ascent_steps if self.alpha is None else self.alpha) * scale
         members = [(t, d) for t, d in zip(e, direction, strict=True) if t is not None and d is not None]
         moved = [t for t, _ in members]
         alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)

@@ -11,16 +11,19 @@ from steppe.rules.protocols import Point, ScaledDirection
 
 @dataclass(frozen=True)
 class L2:
-    """Climb along the gradient (SAM): e = rho g / |g|.
+    """Perturb along the gradient (SAM): e = rho g / |g|.
 
-    The norm runs over all parameters of the climb together. A zero gradient gives e = 0.
+    The norm runs over all perturbed parameters together. A zero gradient gives e = 0.
 
-    >>> w, g = torch.zeros(2), torch.tensor([3.0, 4.0])
-    >>> direction, scale = L2()(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
-    >>> 0.05 * scale * direction[0]
-    tensor([0.0300, 0.0400])
+    Example:
+        >>> import torch
+        >>> w, g = torch.zeros(2), torch.tensor([3.0, 4.0])
+        >>> direction, scale = L2()(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
+        >>> 0.05 * scale * direction[0]
+        tensor([0.0300, 0.0400])
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
     """
 
     paper: ClassVar[Paper] = papers.SAM

@@ -13,18 +13,20 @@ from steppe.rules.protocols import Point, ScaledDirection
 
 @dataclass(frozen=True)
 class LInf:
-    """Climb by the same length in every coordinate (SAM with p = inf): e = rho sign(g).
+    """Perturb every coordinate by the same length (SAM with p = inf): e = rho sign(g).
 
-    |e|_inf = rho, and |e|_2 = rho sqrt(n) for n weights: rho has to be far smaller than :class:`L2`'s. A coordinate
-    whose gradient is zero stays. On the one network that the paper tries it on, p = 2 is more accurate.
+    |e|_inf = rho and |e|_2 = rho sqrt(n) for n weights, so rho must be far smaller than for :class:`L2`. A coordinate
+    with a zero gradient is not perturbed. The paper tries p = inf on one network, where p = 2 is more accurate.
 
-    >>> w, g = torch.zeros(3), torch.tensor([3.0, -4.0, 0.0])
-    >>> direction, scale = LInf()(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
-    >>> 0.05 * scale * direction[0]
-    tensor([ 0.0500, -0.0500,  0.0000])
+    Example:
+        >>> w, g = torch.zeros(3), torch.tensor([3.0, -4.0, 0.0])
+        >>> direction, scale = LInf()(Point([w], [g], rho=[0.05], base_state=[{}], step=0))
+        >>> 0.05 * scale * direction[0]
+        tensor([ 0.0500, -0.0500,  0.0000])
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412,
-    appendix C.5.
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412,
+        appendix C.5.
     """
 
     paper: ClassVar[Paper] = papers.SAM

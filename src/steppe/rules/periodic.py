@@ -1,28 +1,31 @@
-"""The cadence of SAM: perturb at every step, or at every k-th."""
+"""The cadence of SAM: perturb at every step, or once per interval."""
 
 from dataclasses import dataclass
 from typing import ClassVar
 
+from steppe.rules._checks import check_count
 from steppe.rules.protocols import Point
 
 
 @dataclass(frozen=True)
 class Periodic:
-    """Climb at the steps 0, k, 2k, ...; the others are plain steps of the base. A step costs 1 + 1/k passes.
+    """Perturb at the steps 0, k, 2k, ... for an interval of k; the other steps are plain steps of the base.
 
-    >>> [Periodic(3)(Point([], [], rho=[], base_state=[], step=step)) for step in range(5)]
-    [True, False, False, True, False]
+    A step costs 1 + 1/k passes on average.
+
+    Example:
+        >>> [Periodic(interval=3)(Point([], [], rho=[], base_state=[], step=step)) for step in range(5)]
+        [True, False, False, True, False]
     """
 
     needs_gradient: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
 
-    k: int = 1
-    """k, the interval in steps; 1 is SAM."""
+    interval: int = 1
+    """k, the number of steps from one perturbed step to the next; 1 is SAM."""
 
     def __post_init__(self) -> None:
-        if self.k < 1:
-            raise ValueError(f"k must be 1 or more, got {self.k}: the climb comes at every k-th step")
+        check_count("interval", self.interval, "the number of steps from one perturbed step to the next")
 
     def __call__(self, point: Point) -> bool:
-        return point.step % self.k == 0
+        return point.step % self.interval == 0

@@ -13,14 +13,16 @@ from steppe.rules.protocols import Point
 
 @dataclass(frozen=True)
 class Perturbed:
-    """Go down with the gradient at w + e, as SAM does: g_s; at a step that did not climb, g.
+    """Update with the gradient at w + e (SAM): g_s; at a step without perturbation, g.
 
-    >>> import torch
-    >>> at = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
-    >>> Perturbed()(at, [torch.tensor([2.0])]), Perturbed()(at, None)
-    ([tensor([2.])], [tensor([1.])])
+    Example:
+        >>> import torch
+        >>> point = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
+        >>> Perturbed()(point, [torch.tensor([2.0])]), Perturbed()(point, None)
+        ([tensor([2.])], [tensor([1.])])
 
-    Source: Foret et al., arXiv 2010.01412.
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
     """
 
     paper: ClassVar[Paper] = papers.SAM

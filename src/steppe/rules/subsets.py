@@ -1,4 +1,4 @@
-"""Perturb a subset of the parameters only."""
+"""Perturb a subset of the parameters, and choose such subsets by layer."""
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -8,99 +8,101 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from steppe.papers import Paper
-from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient, scale_free
+from steppe.rules.modifier import Modifier
+from steppe.rules.protocols import Perturbation, Point, ScaledDirection
 
 _NORMS = (_NormBase, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm)
 
 
-class Modifier:
-    """A perturbation made of another one, ``rule``: it needs what that one needs."""
-
-    rule: Perturbation
-
-    @property
-    def needs_gradient(self) -> bool:
-        """Whether the modified rule needs the gradient at w."""
-        return needs_gradient(self.rule)
-
-    @property
-    def ascent_steps(self) -> int:
-        """How many climbs the modified rule makes in a step."""
-        return ascent_steps(self.rule)
-
-    @property
-    def scale_free(self) -> bool:
-        """Whether the modified rule gives the same for any multiple of the gradient."""
-        return scale_free(self.rule)
-
-
 @dataclass(frozen=True, eq=False)
 class ParameterSubset(Modifier):
-    """Climb with some of the parameters only: e is the rule's on them, and 0 on the others.
+    """Perturb some of the parameters only: e is the rule's on these, and 0 on the others.
 
-    The rule sees nothing of the others, so rho is the radius among those that climb. Parameters that stay are neither
-    copied nor moved, so a climb with few of them costs next to nothing beside its pass.
+    The rule gets a point without the other parameters, so rho is the radius within the subset. The other parameters
+    are neither copied nor moved, so a small subset adds almost nothing to the cost of its pass.
 
-    >>> import torch, steppe
-    >>> a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
-    >>> optimizer = steppe.SAM(torch.optim.SGD([a, b], lr=0.1), rho=1.0, perturbation=ParameterSubset(steppe.L2(), [a]))
-    >>> for sam_pass in optimizer.passes():
-    ...     with sam_pass:
-    ...         seen = a.tolist(), b.tolist()
-    ...         (3 * a[0] + 4 * a[1] + 100 * b).sum().backward()
-    >>> seen
-    ([0.6000000238418579, 0.800000011920929], [0.0])
+    Example:
+        >>> import torch, steppe
+        >>> a, b = torch.nn.Parameter(torch.zeros(2)), torch.nn.Parameter(torch.zeros(1))
+        >>> base = torch.optim.SGD([a, b], lr=0.1)
+        >>> optimizer = steppe.SAM(base, rho=1.0, perturbation=ParameterSubset(steppe.L2(), [a]))
+        >>> for sam_pass in optimizer.passes():
+        ...     with sam_pass:
+        ...         weights = a.tolist(), b.tolist()
+        ...         (3 * a[0] + 4 * a[1] + 100 * b).sum().backward()
+        >>> weights
+        ([0.6000000238418579, 0.800000011920929], [0.0])
     """
 
     rule: Perturbation
     """The perturbation to restrict."""
     parameters: Iterable[Tensor] = field(repr=False)
-    """Those that climb."""
+    """The parameters to perturb."""
     paper: Paper | None = field(default=None, repr=False)
-    """Whose choice of parameters it is, for :func:`steppe.citation`."""
+    """The paper that proposes this choice of parameters, for :func:`steppe.citation`."""
 
     def __post_init__(self) -> None:
         chosen = tuple(dict.fromkeys(self.parameters))
         if not chosen:
-            raise ValueError("no parameter is to climb, so this would be the plain base optimizer at twice the price")
+            raise ValueError(
+                "the subset of parameters to perturb is empty, so this would be the plain base optimizer at twice the "
+                "cost: give at least one parameter"
+            )
         object.__setattr__(self, "parameters", chosen)
 
     def __call__(self, point: Point) -> ScaledDirection:
-        """Return the rule's climb at the restricted point."""
+        """Return the rule's perturbation at the restricted point."""
         chosen = set(self.parameters)
-        return restricted(self.rule, point, [i for i, p in enumerate(point.parameters) if p in chosen])
+        return perturb_subset(self.rule, point, [i for i, p in enumerate(point.parameters) if p in chosen])
+
+
+def perturb_subset(rule: Perturbation, point: Point, positions: Sequence[int]) -> ScaledDirection:
+    """Apply a rule to the parameters at some positions; the direction is None at the others."""
+    if not positions:
+        return ScaledDirection([None] * len(point.parameters))
+    direction, scale = rule(point.restricted(positions))
+    by_position = dict(zip(positions, direction, strict=True))
+    return ScaledDirection([by_position.get(i) for i in range(len(point.parameters))], scale)
 
 
 def norm_layers(model: nn.Module) -> list[Tensor]:
-    """The parameters of a model's normalization layers, for :class:`ParameterSubset` (SAM-ON).
+    """Return the parameters of a model's normalization layers, for :class:`ParameterSubset` (SAM-ON).
 
-    Batch, instance, layer, group and RMS norm count, in all their forms.
+    These are the batch, instance, layer, group and RMS norms, in all their forms.
 
-    >>> len(norm_layers(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
-    2
+    Example:
+        >>> len(norm_layers(nn.Sequential(nn.Linear(2, 2), nn.LayerNorm(2))))
+        2
 
-    Source: Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, arXiv 2306.04226.
+    References:
+        Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, arXiv 2306.04226.
     """
     return [p for module in model.modules() if isinstance(module, _NORMS) for p in module.parameters(recurse=False)]
 
 
 def layers(model: nn.Module, *patterns: str) -> list[Tensor]:
-    """The parameters of the modules whose names match a pattern, for :class:`ParameterSubset`.
+    """Return the parameters of all modules whose names match a pattern, for :class:`ParameterSubset`.
 
-    Names are those of ``model.named_modules()``; ``*`` stands for any characters, dots included. A module comes with
-    all that it contains.
+    Args:
+        model: The model, whose parameters are returned in its own order.
+        *patterns: Names as in ``model.named_modules()``; ``*`` stands for any characters, dots included. A module
+            includes all its submodules.
 
-    >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()))
-    >>> len(layers(model, "0")), len(layers(model, "1", "1.*"))
-    (2, 1)
+    Raises:
+        ValueError: No pattern is given, or one matches no module with parameters.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(2, 2), nn.Sequential(nn.Linear(2, 2, bias=False), nn.ReLU()))
+        >>> len(layers(model, "0")), len(layers(model, "1", "1.*"))
+        (2, 1)
     """
     if not patterns:
-        raise ValueError('no pattern, so no layer: give names of modules, such as "encoder.*"')
+        raise ValueError('no pattern, so no layer is chosen: give names of modules, such as "encoder.*"')
     chosen = set()
     for pattern in patterns:
         found = {p for name, module in model.named_modules() if fnmatchcase(name, pattern) for p in module.parameters()}
         if not found:
-            names = ", ".join(name for name, module in _owners(model))
+            names = ", ".join(name for name, module in _modules_with_own_parameters(model))
             raise ValueError(
                 f"no module with parameters is called {pattern!r}: this model has {names or 'none at all'}"
             )
@@ -108,28 +110,27 @@ def layers(model: nn.Module, *patterns: str) -> list[Tensor]:
     return [p for p in model.parameters() if p in chosen]
 
 
-def last_layers(model: nn.Module, k: int) -> list[Tensor]:
-    """The parameters of the last k modules that have parameters of their own, for :class:`ParameterSubset`.
+def last_layers(model: nn.Module, num_layers: int) -> list[Tensor]:
+    """Return the parameters of the last modules that have parameters of their own, for :class:`ParameterSubset`.
 
-    They count in the order in which the model lists them, which is as a rule that of the forward pass.
+    Args:
+        model: The model. Modules are counted in the order in which it lists them, usually that of the forward pass.
+        num_layers: The number of modules.
 
-    >>> len(last_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), 1))
-    2
+    Raises:
+        ValueError: ``num_layers`` is less than 1 or more than the model has.
+
+    Example:
+        >>> len(last_layers(nn.Sequential(nn.Linear(2, 2), nn.ReLU(), nn.Linear(2, 2)), num_layers=1))
+        2
     """
-    owners = _owners(model)
-    if not 1 <= k <= len(owners):
-        raise ValueError(f"k must be between 1 and {len(owners)}, the number of layers with parameters, got {k}")
-    return list(dict.fromkeys(p for _, module in owners[-k:] for p in module.parameters(recurse=False)))
+    owners = _modules_with_own_parameters(model)
+    if not 1 <= num_layers <= len(owners):
+        raise ValueError(
+            f"num_layers must be between 1 and {len(owners)}, the number of layers with parameters, got {num_layers}"
+        )
+    return list(dict.fromkeys(p for _, module in owners[-num_layers:] for p in module.parameters(recurse=False)))
 
 
-def _owners(model: nn.Module) -> list[tuple[str, nn.Module]]:
+def _modules_with_own_parameters(model: nn.Module) -> list[tuple[str, nn.Module]]:
     return [(n, m) for n, m in model.named_modules() if next(m.parameters(recurse=False), None) is not None]
-
-
-def restricted(rule: Perturbation, point: Point, inside: Sequence[int]) -> ScaledDirection:
-    """The climb of a rule that sees some of the parameters only, given by their positions."""
-    if not inside:
-        return ScaledDirection([None] * len(point.parameters))
-    direction, scale = rule(point.restricted(inside))
-    where = dict(zip(inside, direction, strict=True))
-    return ScaledDirection([where.get(i) for i in range(len(point.parameters))], scale)

@@ -1,0 +1,24 @@
+"""The base class of perturbations that change another perturbation."""
+
+from steppe.rules.protocols import Perturbation, ascent_steps, needs_gradient, scale_free
+
+
+class Modifier:
+    """A perturbation built from another one, ``rule``; it has the same needs as that rule."""
+
+    rule: Perturbation
+
+    @property
+    def needs_gradient(self) -> bool:
+        """True if the modified rule needs the gradient at w."""
+        return needs_gradient(self.rule)
+
+    @property
+    def ascent_steps(self) -> int:
+        """Number of ascent steps that the modified rule makes in one step."""
+        return ascent_steps(self.rule)
+
+    @property
+    def scale_free(self) -> bool:
+        """True if the modified rule gives the same e for any multiple of the gradient."""
+        return scale_free(self.rule)
