@@ -1,4 +1,4 @@
-"""A raw loop with Accelerate and SAM: accumulation, clipping and a scheduler, on handwritten digits.
+"""A plain loop with Accelerate and SAM: accumulation, clipping and a scheduler, on handwritten digits.
 
 pip install 'steppe[transformers]' scikit-learn
 On two processes: ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/accelerate_loop.py
@@ -37,7 +37,7 @@ steps = made = 0
 for _ in range(10):
     model.train()
     for batches in windows(accelerator, loader):  # second line: all micro-batches of a step
-        for sam_pass in passes(accelerator, optimizer, len(batches)):  # third line: go through them once a pass
+        for sam_pass in passes(accelerator, optimizer, len(batches)):  # third line: run them in each pass
             with sam_pass:
                 for images, labels in batches:
                     with accelerator.accumulate(model):

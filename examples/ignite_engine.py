@@ -13,7 +13,7 @@ import steppe
 
 
 def build(epochs=6, steps=45, scaler=None):
-    """A trainer whose output is that of the pass at w, and all that a checkpoint needs."""
+    """Return a trainer whose output is that of the pass at w, and the objects that a checkpoint saves."""
     torch.manual_seed(0)
     hidden = torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU()
     model = torch.nn.Sequential(*hidden, torch.nn.Linear(32, 10))
@@ -28,7 +28,7 @@ def build(epochs=6, steps=45, scaler=None):
                 predictions = model(x)
                 loss = F.cross_entropy(predictions, y)
                 scaler.scale(loss).backward()
-                if sam_pass.is_first:  # what the metrics count, once a step
+                if sam_pass.is_first:  # metrics count each sample once
                     output = {"y_pred": predictions.detach(), "y": y, "loss": loss.detach()}
         scaler.unscale_(optimizer)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -49,7 +49,7 @@ if __name__ == "__main__":
     x, y = load_digits(return_X_y=True)
     batches = list(zip(torch.tensor(x / 16, dtype=torch.float32).split(40), torch.tensor(y).split(40), strict=True))
     trainer, saved = build()
-    checkpoint = Checkpoint(saved, DiskSaver(tempfile.mkdtemp()))  # and back: Checkpoint.load_objects(saved, file)
+    checkpoint = Checkpoint(saved, DiskSaver(tempfile.mkdtemp()))  # to load: Checkpoint.load_objects(saved, file)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
     metrics = trainer.run(batches, max_epochs=6).metrics
     print(f"epoch 6: loss at w {metrics['loss']:.3f}, train accuracy {metrics['accuracy']:.1%}")

@@ -1,4 +1,4 @@
-"""Steppe in Keras 3 on PyTorch: compile(), fit(), callbacks, metrics and save() as ever, with SAM's passes inside."""
+"""Steppe in Keras 3 on PyTorch: compile(), fit(), callbacks, metrics and save() with SAM's passes in fit()."""
 
 import os
 
@@ -12,15 +12,14 @@ from steppe.integrations.keras import SharpnessAware
 
 
 class SAMNet(SharpnessAware, keras.Sequential):
-    """A Sequential that trains with SAM around the optimizer it is compiled with."""
+    """A Sequential that trains with SAM around the optimizer that it is compiled with."""
 
-    def make_sam(self, base, model):
-        """Any method will do."""
-        return steppe.SAM(base, rho=0.05, model=model)
+    method = steppe.SAM  # or another one: steppe.variants.asam
+    rho = 0.05
 
 
 def compiled(cls):
-    """A small network with BatchNorm and dropout, compiled with Adam."""
+    """Return a small network with BatchNorm and dropout, compiled with Adam."""
     keras.utils.set_random_seed(0)
     layers = [
         keras.Input((64,)),
@@ -37,7 +36,7 @@ def compiled(cls):
 
 
 def main():
-    """Adam and SAM at equal compute: SAM makes two passes a step, so it gets half the epochs."""
+    """Compare Adam and SAM at equal compute: SAM makes two passes a step, so it gets half the epochs."""
     torch.set_num_threads(1)  # the model is tiny
     x, y = load_digits(return_X_y=True)
     for name, cls, epochs in ("Adam", keras.Sequential, 10), ("SAM around Adam", SAMNet, 5):

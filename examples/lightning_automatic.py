@@ -1,4 +1,4 @@
-"""Steppe in Lightning: one callback, with accumulation, clipping and a learning-rate schedule as they were."""
+"""Steppe in Lightning: one callback, with Lightning's accumulation, clipping and learning-rate schedule."""
 
 import logging
 import warnings
@@ -13,7 +13,7 @@ from steppe.integrations.lightning import SAMCallback
 
 
 class Digits(pl.LightningModule):
-    """An ordinary module: nothing in it knows of SAM."""
+    """An ordinary module, without any code for SAM."""
 
     def __init__(self, steps):
         super().__init__()
@@ -29,14 +29,14 @@ class Digits(pl.LightningModule):
         self.log("accuracy", (self.model(batch[0]).argmax(1) == batch[1]).float().mean())
 
     def configure_optimizers(self):
-        """Momentum, and a cycle."""
+        """Return SGD with momentum, and a one-cycle schedule."""
         optimizer = torch.optim.SGD(self.parameters(), lr=0.1, momentum=0.9)
         cycle = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.3, total_steps=self.steps)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": cycle, "interval": "step"}}
 
 
 def train(*callbacks, epochs=5):
-    """Train with these callbacks; return the module, and what was logged: accuracy on images that it has not seen."""
+    """Train with these callbacks; return the module, and the logged metrics with the test accuracy."""
     pl.seed_everything(0, verbose=False)
     x, y = (torch.tensor(a) for a in load_digits(return_X_y=True))
     training, test = random_split(TensorDataset(x.float() / 16, y), [1437, 360])
@@ -54,5 +54,5 @@ if __name__ == "__main__":
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     torch.set_num_threads(1)  # the model is tiny
     print(f"SGD: test accuracy {train()[1]['accuracy']:.1%}")
-    _, log = train(SAMCallback(rho=0.05, log=True))
-    print(f"SAM: test accuracy {log['accuracy']:.1%}, sharpness of the last batch {log['sam/sharpness']:.4f}")
+    _, log = train(SAMCallback(rho=0.05, log_sharpness=True))
+    print(f"SAM: test accuracy {log['accuracy']:.1%}, sharpness of the last batch {log['sharpness']:.4f}")

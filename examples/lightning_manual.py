@@ -12,7 +12,7 @@ from steppe.integrations.lightning import SAMCallback
 
 
 class Gan(pl.LightningModule):
-    """Learns to draw from a normal distribution of mean 4 and standard deviation 0.5."""
+    """A generator that learns a normal distribution of mean 4 and standard deviation 0.5, and its critic."""
 
     def __init__(self):
         super().__init__()
@@ -21,23 +21,23 @@ class Gan(pl.LightningModule):
         self.critic = torch.nn.Sequential(torch.nn.Linear(2, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
 
     def judge(self, x):
-        """How real the critic finds samples."""
+        """Return the critic's logits of the samples being real."""
         return self.critic(torch.cat([x, x**2], dim=1) / 4)
 
     def training_step(self, noise, batch_idx):
-        """One step of each player."""
+        """Take one step of the critic and one of the generator."""
         generator, critic = self.optimizers()
         real, fake = 4 + 0.5 * torch.randn_like(noise), self.generator(noise).detach()
         for sam_pass in critic.passes():  # two passes: at w, and at w + e
             with sam_pass:
                 self.manual_backward((F.softplus(-self.judge(real)) + F.softplus(self.judge(fake))).mean())
         critic.step()
-        generator.zero_grad()  # this one is not wrapped
+        generator.zero_grad()  # its optimizer is not wrapped
         self.manual_backward(F.softplus(-self.judge(self.generator(noise))).mean())
         generator.step()
 
     def configure_optimizers(self):
-        """One optimizer a player."""
+        """Return an optimizer for each network."""
         return [torch.optim.Adam(p.parameters(), lr=0.01, betas=(0.5, 0.9)) for p in (self.generator, self.critic)]
 
 
@@ -56,4 +56,4 @@ if __name__ == "__main__":
     torch.set_num_threads(1)  # the model is tiny
     trainer, module = train()
     x = module.generator(torch.randn(10_000, 1)).detach()
-    print(f"{trainer.global_step} steps of two players; the generator draws {x.mean():.2f} +- {x.std():.2f}")
+    print(f"{trainer.global_step} steps of both networks; the generator draws {x.mean():.2f} +- {x.std():.2f}")

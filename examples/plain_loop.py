@@ -1,4 +1,4 @@
-"""A plain PyTorch loop with everything in it: mixed precision, accumulation, clipping and a learning-rate schedule."""
+"""A plain PyTorch loop with mixed precision, gradient accumulation, clipping and a learning-rate schedule."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def digits(device):
-    """1,797 images of 8 x 8: the first 1,440 to train on, the rest to test on."""
+    """Return 1,797 images of 8 x 8: the first 1,440 to train on, the rest to test on."""
     x, y = load_digits(return_X_y=True)
     x, y = torch.tensor(x / 16, dtype=torch.float32, device=device), torch.tensor(y, device=device)
     return (x[:1440], y[:1440]), (x[1440:], y[1440:])
@@ -36,9 +36,9 @@ def train(precision, rho=0.05, steps=100, micro_batches=3, clip=1.0):
                     with torch.autocast(device, DTYPES[precision], enabled=precision != "fp32"):
                         loss = F.cross_entropy(model(x[i]), y[i]) / micro_batches
                     scaler.scale(loss).backward()
-                    if sam_pass.is_first:  # the loss at w, counted once
+                    if sam_pass.is_first:  # the loss at w
                         at_w += loss.detach()
-        scaler.unscale_(optimizer)  # from here on, .grad is what goes down
+        scaler.unscale_(optimizer)  # .grad is now the unscaled update gradient
         torch.nn.utils.clip_grad_norm_(model.parameters(), clip)
         scaler.step(optimizer)
         scale = scaler.get_scale()

@@ -1,7 +1,7 @@
 """SAM on several devices: DDP with one perturbation for all or one a rank, and FSDP2.
 
-torchrun --nproc_per_node 2 examples/several_devices.py together    # as one process would on all samples
-torchrun --nproc_per_node 2 examples/several_devices.py per-rank    # m-sharpness: each rank climbs by itself
+torchrun --nproc_per_node 2 examples/several_devices.py together    # one perturbation for all ranks
+torchrun --nproc_per_node 2 examples/several_devices.py per-rank    # m-sharpness: each rank has its own perturbation
 torchrun --nproc_per_node 2 examples/several_devices.py sharded     # FSDP2
 """
 
@@ -19,7 +19,7 @@ import steppe
 
 
 def wrapped(way: str, device: torch.device) -> nn.Module:
-    """A network in its engine."""
+    """Return a network in DDP or FSDP2."""
     torch.manual_seed(0)  # the same weights on every rank
     model = nn.Sequential(nn.Linear(16, 64), nn.LayerNorm(64), nn.ReLU(), nn.Linear(64, 4)).to(device)
     if way == "sharded":
@@ -28,13 +28,13 @@ def wrapped(way: str, device: torch.device) -> nn.Module:
 
 
 def train(way: str, steps: int = 200) -> tuple[float, float]:
-    """Learn what a random network says of random points; return the first and the last loss, over all ranks."""
+    """Learn the labels that a random linear map gives to random points; return the first and last loss of all ranks."""
     device = torch.device("cuda", int(os.environ["LOCAL_RANK"])) if torch.cuda.is_available() else torch.device("cpu")
-    model = wrapped(way, device)  # first the engine, then the optimizer, as ever
+    model = wrapped(way, device)  # first DDP or FSDP2, then the optimizer
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     optimizer = steppe.SAM(base, rho=0.05, model=model, per_rank=way == "per-rank")
     teacher = torch.randn(16, 4, generator=torch.Generator().manual_seed(1)).to(device)
-    points = torch.Generator().manual_seed(dist.get_rank())  # each rank its own
+    points = torch.Generator().manual_seed(dist.get_rank())  # different on each rank
     losses = []
     for _ in range(steps):
         x = torch.randn(32, 16, generator=points).to(device)

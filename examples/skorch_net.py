@@ -14,12 +14,12 @@ class SAMClassifier(NeuralNetClassifier):
     """A NeuralNetClassifier whose optimizer is a steppe.SAM."""
 
     def get_params_for_optimizer(self, prefix, named_parameters):
-        """Show SAM the module, so that its second pass leaves BatchNorm's statistics alone."""
+        """Give SAM the module, so that the second pass does not change BatchNorm's statistics."""
         args, kwargs = super().get_params_for_optimizer(prefix, named_parameters)
         return args, {"model": self.module_, **kwargs}
 
     def train_step(self, batch, **fit_params):
-        """Make the passes of one step; callbacks see what goes down, and the history the loss of the first pass."""
+        """Run the passes of one step; callbacks see the update gradient, the history the loss of the first pass."""
         for sam_pass in self.optimizer_.passes():
             with sam_pass:
                 step = self.train_step_single(batch, **fit_params)
@@ -32,7 +32,7 @@ class SAMClassifier(NeuralNetClassifier):
 
 
 def net(**kwargs):
-    """A net of two layers; ``optimizer`` may be any function of (params, model=, lr=, ...) that makes a steppe.SAM."""
+    """Return a net; ``optimizer`` may be any function of (params, model=, lr=, ...) that returns a steppe.SAM."""
     module = torch.nn.Sequential(
         torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU(), torch.nn.Linear(32, 10)
     )
@@ -42,7 +42,7 @@ def net(**kwargs):
 
 
 def main():
-    """Search rho, with rho = 0 as plain SGD."""
+    """Search rho; rho = 0 is plain SGD."""
     torch.set_num_threads(1)  # the net is tiny
     torch.manual_seed(0)
     x, y = load_digits(return_X_y=True)

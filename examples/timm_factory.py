@@ -1,4 +1,4 @@
-"""Steppe in timm: its factory makes the base optimizer; its schedule, clipping and layer decay act on it as ever."""
+"""Steppe in timm: its factory makes the base optimizer, with timm's schedule, clipping and layer decay."""
 
 import timm
 import torch
@@ -12,20 +12,20 @@ import steppe
 
 
 def digits():
-    """The 1,797 images of 8 x 8, as 24 x 24: 1,440 to train on, the rest to test on."""
+    """Return the 1,797 images of 8 x 8 as 24 x 24: 1,440 to train on, the rest to test on."""
     x, y = load_digits(return_X_y=True)
     x = F.interpolate(torch.tensor(x / 16, dtype=torch.float32).view(-1, 1, 8, 8), scale_factor=3)
     return x[:1440], torch.tensor(y[:1440]), x[1440:], torch.tensor(y[1440:])
 
 
 def train(model, x, y, opt="adamw", lr=2e-3, epochs=3, clip=1.0, amp=False):
-    """timm's train.py in short, with passes() around forward and backward."""
+    """Train as timm's train.py does, with passes() around forward and backward."""
     base = create_optimizer_v2(model, opt=opt, lr=lr, weight_decay=0.05, layer_decay=0.8)
     optimizer = steppe.SAM(base, rho=0.05, model=model)
     batches = list(zip(x.split(48), y.split(48), strict=True))
     plan = {"num_epochs": epochs, "warmup_epochs": 1, "warmup_lr": 1e-4, "min_lr": 1e-5}
     scheduler, _ = create_scheduler_v2(optimizer, **plan, step_on_epochs=False, updates_per_epoch=len(batches))
-    scaler = torch.amp.GradScaler(x.device.type, enabled=amp)  # in the place of timm's NativeScaler
+    scaler = torch.amp.GradScaler(x.device.type, enabled=amp)  # instead of timm's NativeScaler
     updates = 0
     for _ in range(epochs):
         for images, labels in batches:
@@ -35,7 +35,7 @@ def train(model, x, y, opt="adamw", lr=2e-3, epochs=3, clip=1.0, amp=False):
                         loss = F.cross_entropy(model(images), labels)
                     scaler.scale(loss).backward()
             scaler.unscale_(optimizer)
-            dispatch_clip_grad(model.parameters(), clip, mode="norm")  # the gradient that goes down
+            dispatch_clip_grad(model.parameters(), clip, mode="norm")  # the update gradient
             scaler.step(optimizer)
             scaler.update()
             updates += 1

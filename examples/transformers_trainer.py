@@ -24,7 +24,7 @@ forwards = []
 model.register_forward_hook(lambda module, *_: forwards.append(1) if module.training else None)
 
 with tempfile.TemporaryDirectory() as folder:
-    trainer = SAMTrainer(  # instead of Trainer; sam=partial(steppe.variants.asam, rho=0.5) for another method
+    trainer = SAMTrainer(  # instead of Trainer; method=steppe.variants.asam for another method
         rho=0.02,
         log_sharpness=True,
         model=model,

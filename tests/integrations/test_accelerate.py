@@ -1,4 +1,4 @@
-"""Raw loops with Accelerate: the passes of a step, its accumulation, and what would silently be wrong."""
+"""Plain loops with Accelerate: passes, accumulation, precision, resuming, and errors."""
 
 import contextlib
 import warnings
@@ -14,19 +14,12 @@ from support import batch, bits, model_bits, net
 pytest.importorskip("accelerate")
 
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import DistributedType, GradientAccumulationPlugin
+from accelerate_state import fresh_accelerate_state, reset_accelerate_state  # noqa: F401
 
-from steppe.integrations.accelerate import passes, refuse_unsupported, unwrapped, windows
+from steppe.integrations.accelerate import check_supported, passes, unwrap_optimizer, windows
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*pin_memory.*:UserWarning")
-
-
-@pytest.fixture(autouse=True)
-def _no_state_of_another_accelerator():
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
 
 
 def data(n: int = 20, size: int = 4):
@@ -34,28 +27,28 @@ def data(n: int = 20, size: int = 4):
     return torch.utils.data.DataLoader(torch.utils.data.TensorDataset(x, y), batch_size=size)
 
 
-def made(accelerator, *, method=steppe.SAM, rho=0.5, size=4, seed=0):
-    """Model, optimizer, loader and scheduler, prepared."""
+def prepared(accelerator, *, method=steppe.SAM, rho=0.5, size=4, seed=0):
+    """Return model, optimizer, loader and scheduler, prepared."""
     model = net(seed)
     optimizer = method(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=rho, model=model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
     return accelerator.prepare(model, optimizer, data(size=size), scheduler)
 
 
-class Scaled(Accelerator):
-    """What a GPU gets with mixed_precision="fp16": autocast, and a scaler (Accelerate makes neither on a CPU)."""
+class HalfPrecision(Accelerator):
+    """Autocast and a loss scaler, as with mixed_precision="fp16" on a GPU; Accelerate makes neither on a CPU."""
 
     def __init__(self, **options):
         super().__init__(cpu=True, mixed_precision="fp16", **options)
-        self.native_amp, self.scaler = True, half_scaler()
+        self.native_amp, self.scaler = True, overflowing_scaler()
 
 
-def half_scaler():
+def overflowing_scaler():
     return torch.amp.GradScaler("cpu", init_scale=2.0**18, growth_interval=3, backoff_factor=0.125)
 
 
 def run(accelerator, model, optimizer, loader, scheduler, *, epochs=2, clip=1.0, start=0):
-    """The loop of the documentation."""
+    """Train by the loop of the documentation."""
     model.train()
     step = start
     for _ in range(epochs):
@@ -72,8 +65,8 @@ def run(accelerator, model, optimizer, loader, scheduler, *, epochs=2, clip=1.0,
             step += 1
 
 
-def by_hand(*, k=1, method=steppe.SAM, rho=0.5, epochs=2, clip=1.0, amp=None, scaler=None, each=False):
-    """The same without Accelerate; ``each``: a perturbation of its own for each micro-batch."""
+def by_hand(*, k=1, method=steppe.SAM, rho=0.5, epochs=2, clip=1.0, amp=None, scaler=None):
+    """Train by the same loop without Accelerate."""
     model = net()
     optimizer = method(torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9), rho=rho, model=model)
     scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.9**step)
@@ -101,10 +94,10 @@ def by_hand(*, k=1, method=steppe.SAM, rho=0.5, epochs=2, clip=1.0, amp=None, sc
     return model, optimizer, skipped
 
 
-def test_three_lines_in_a_raw_loop():
+def test_loop_without_accumulation_equals_plain_loop():
     accelerator = Accelerator(cpu=True)
-    model, optimizer, loader, scheduler = made(accelerator)
-    sam = unwrapped(optimizer)
+    model, optimizer, loader, scheduler = prepared(accelerator)
+    sam = unwrap_optimizer(optimizer)
     model.train()
     for step, (x, y) in enumerate(loader):
         torch.manual_seed(step)
@@ -119,9 +112,9 @@ def test_three_lines_in_a_raw_loop():
     assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"]
 
 
-def test_the_closure_form_through_the_prepared_optimizer():
+def test_step_with_closure_of_the_prepared_optimizer_equals_plain_loop():
     accelerator = Accelerator(cpu=True)
-    model, optimizer, loader, scheduler = made(accelerator)
+    model, optimizer, loader, scheduler = prepared(accelerator)
     for step, (x, y) in enumerate(loader):
         torch.manual_seed(step)
 
@@ -139,9 +132,9 @@ METHODS = {"sam": steppe.SAM, "one pass": steppe.variants.msam, "cadence": stepp
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 @pytest.mark.parametrize("method", METHODS)
-def test_all_micro_batches_in_every_pass(k, method):
+def test_passes_over_all_micro_batches_equal_plain_loop(k, method):
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=k)
-    model, optimizer, loader, scheduler = made(accelerator, method=METHODS[method])
+    model, optimizer, loader, scheduler = prepared(accelerator, method=METHODS[method])
     run(accelerator, model, optimizer, loader, scheduler)
     twin, other, _ = by_hand(k=k, method=METHODS[method])
     assert model_bits(model) == model_bits(twin), "5 micro-batches: the last window is not full"
@@ -150,35 +143,35 @@ def test_all_micro_batches_in_every_pass(k, method):
 
 
 @pytest.mark.parametrize("k", [1, 2])
-def test_bf16(k):
+def test_bf16_equals_plain_loop(k):
     accelerator = Accelerator(cpu=True, mixed_precision="bf16", gradient_accumulation_steps=k)
-    model, *rest = made(accelerator)
+    model, *rest = prepared(accelerator)
     run(accelerator, model, *rest)
     assert model_bits(model) == model_bits(by_hand(k=k, amp=torch.bfloat16)[0])
 
 
 @pytest.mark.parametrize(("k", "method"), [(1, steppe.SAM), (2, steppe.SAM), (2, steppe.variants.vasso)])
-def test_fp16_skips_what_overflows_and_clips_what_is_unscaled(k, method):
-    accelerator = Scaled(gradient_accumulation_steps=k)
-    model, optimizer, loader, scheduler = made(accelerator, method=method)
+def test_fp16_skips_overflows_and_clips_unscaled_gradients(k, method):
+    accelerator = HalfPrecision(gradient_accumulation_steps=k)
+    model, optimizer, loader, scheduler = prepared(accelerator, method=method)
     skipped = []
     model.register_forward_pre_hook(lambda *_: skipped.append(accelerator.optimizer_step_was_skipped))
     run(accelerator, model, optimizer, loader, scheduler)
-    scaler = half_scaler()
+    scaler = overflowing_scaler()
     twin, other, expected = by_hand(k=k, method=method, amp=torch.float16, scaler=scaler)
     assert 0 < expected < 4
     assert any(skipped)
     assert not skipped[-1]
     assert accelerator.scaler.get_scale() == scaler.get_scale()
     assert optimizer.param_groups[0]["lr"] == other.param_groups[0]["lr"], (
-        "the scheduler waits where a step was skipped"
+        "the scheduler does not step where the optimizer did not"
     )
     assert model_bits(model) == model_bits(twin)
 
 
-def test_a_perturbation_for_each_micro_batch():
+def test_perturbation_for_each_micro_batch_equals_plain_loop():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, loader, scheduler = made(accelerator)
+    model, optimizer, loader, scheduler = prepared(accelerator)
     step = 0
     for _ in range(2):
         for x, y in loader:
@@ -207,11 +200,11 @@ def test_a_perturbation_for_each_micro_batch():
     assert model_bits(model) == model_bits(twin)
 
 
-def test_save_state_and_load_state_resume_bit_exactly(tmp_path):
+def test_load_state_resumes_with_the_same_bits(tmp_path):
     def start(seed):
         accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
         memory = steppe.VarianceSuppressed()
-        return accelerator, made(
+        return accelerator, prepared(
             accelerator,
             seed=seed,
             method=lambda base, rho, model: steppe.SAM(
@@ -229,8 +222,7 @@ def test_save_state_and_load_state_resume_bit_exactly(tmp_path):
     accelerator.save_state(str(tmp_path))
     run(accelerator, *parts, epochs=1, start=3)
     whole, end = model_bits(parts[0]), parts[1].state_dict()
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+    reset_accelerate_state()
     accelerator, again = start(1)
     accelerator.load_state(str(tmp_path))
     run(accelerator, *again, epochs=1, start=3)
@@ -244,9 +236,9 @@ def test_save_state_and_load_state_resume_bit_exactly(tmp_path):
         )
 
 
-def test_an_exception_between_two_micro_batches_leaves_w_and_the_next_window_whole():
+def test_exception_between_two_micro_batches_restores_weights_and_accumulation():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, loader, scheduler = made(accelerator)
+    model, optimizer, loader, scheduler = prepared(accelerator)
     before = model_bits(model)
     first = next(windows(accelerator, loader))
     with pytest.raises(ZeroDivisionError):
@@ -265,12 +257,12 @@ def test_an_exception_between_two_micro_batches_leaves_w_and_the_next_window_who
     assert model_bits(model) == model_bits(by_hand(k=2)[0])
 
 
-# What is refused.
+# Errors.
 
 
-def test_passes_inside_accumulate_would_lose_micro_batches():
+def test_passes_inside_accumulate_raise():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, loader, _ = made(accelerator)
+    model, optimizer, loader, _ = prepared(accelerator)
     x, y = next(iter(loader))
     with accelerator.accumulate(model), pytest.raises(RuntimeError, match="all but the last would be lost"):
         for sam_pass in passes(accelerator, optimizer):
@@ -278,10 +270,10 @@ def test_passes_inside_accumulate_would_lose_micro_batches():
                 accelerator.backward(F.cross_entropy(model(x), y))
 
 
-def test_the_optimizers_own_passes_inside_accumulate_would_too():
+def test_passes_of_the_optimizer_inside_accumulate_raise():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, loader, _ = made(accelerator)
-    sam = unwrapped(optimizer)
+    model, optimizer, loader, _ = prepared(accelerator)
+    sam = unwrap_optimizer(optimizer)
     x, y = next(iter(loader))
     with accelerator.accumulate(model), pytest.raises(RuntimeError, match=r"accelerator\.accumulate\(\)"):
         for sam_pass in sam.passes():
@@ -289,11 +281,11 @@ def test_the_optimizers_own_passes_inside_accumulate_would_too():
                 accelerator.backward(F.cross_entropy(model(x), y))
 
 
-def test_another_number_of_micro_batches_than_was_said():
+def test_wrong_number_of_micro_batches_raises():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
-    model, optimizer, loader, _ = made(accelerator)
+    model, optimizer, loader, _ = prepared(accelerator)
     batches = next(windows(accelerator, loader))
-    with pytest.raises(RuntimeError, match=r"told of 1 .* saw 2"):
+    with pytest.raises(RuntimeError, match=r"for 1 micro-batches.* ran 2"):
         for sam_pass in passes(accelerator, optimizer):
             with sam_pass:
                 for x, y in batches:
@@ -303,18 +295,18 @@ def test_another_number_of_micro_batches_than_was_said():
         next(passes(accelerator, optimizer, 3))
 
 
-def test_step_with_a_closure_under_a_scaler():
-    accelerator = Scaled()
-    model, optimizer, loader, _ = made(accelerator)
+def test_step_with_closure_under_a_loss_scaler_raises():
+    accelerator = HalfPrecision()
+    model, optimizer, loader, _ = prepared(accelerator)
     x, y = next(iter(loader))
     accelerator.backward(F.cross_entropy(model(x), y) * 1e-4)  # small enough for the scaler to call step()
     with pytest.raises(RuntimeError, match=r"scaler\.step\(optimizer, closure\)"):
         optimizer.step(lambda: None)
 
 
-def test_a_step_without_passes_is_said():
+def test_step_without_passes_warns():
     accelerator = Accelerator(cpu=True)
-    model, optimizer, loader, _ = made(accelerator)
+    model, optimizer, loader, _ = prepared(accelerator)
     x, y = next(iter(loader))
     accelerator.backward(F.cross_entropy(model(x), y))
     with warnings.catch_warnings(record=True) as caught:
@@ -323,7 +315,7 @@ def test_a_step_without_passes_is_said():
     assert ["without sharpness-aware minimization" in str(w.message) for w in caught] == [True]
 
 
-def test_an_optimizer_that_is_no_sam():
+def test_optimizer_other_than_sam_raises():
     accelerator = Accelerator(cpu=True)
     model = net()
     model, optimizer = accelerator.prepare(model, torch.optim.SGD(model.parameters(), lr=0.1))
@@ -335,29 +327,29 @@ ENGINES = {
     "DEEPSPEED": "SAM would be silently off",
     "FSDP": "a norm of its own",
     "MEGATRON_LM": "SAM would be silently off",
-    "XLA": "climb along its own",
+    "XLA": "perturb along its own",
 }
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_engines(engine):
+def test_unsupported_engines_raise(engine):
     fake = SimpleNamespace(distributed_type=DistributedType[engine], parallelism_config=None)
     with pytest.raises(RuntimeError, match=f"steppe.SAM under {engine}: .*{ENGINES[engine]}.*DistributedDataParallel"):
-        refuse_unsupported(fake)
+        check_supported(fake)
 
 
 @pytest.mark.parametrize("plan", ["tensor", "context", "sequence"])
-def test_parallelism_inside_one_model(plan):
+def test_parallelism_inside_one_model_raises(plan):
     config = SimpleNamespace(**{f"{plan[0]}p_enabled": True})
     fake = SimpleNamespace(distributed_type=DistributedType.MULTI_GPU, parallelism_config=config)
     with pytest.raises(RuntimeError, match=f"steppe.SAM under {plan} parallelism"):
-        refuse_unsupported(fake)
+        check_supported(fake)
 
 
-def test_a_perturbation_for_each_micro_batch_on_several_processes_needs_them_synchronized(monkeypatch):
+def test_unsynchronized_perturbations_for_each_micro_batch_raise(monkeypatch):
     plugin = GradientAccumulationPlugin(num_steps=2)
     accelerator = Accelerator(cpu=True, gradient_accumulation_plugin=plugin)
-    _, optimizer, *_ = made(accelerator)
+    _, optimizer, *_ = prepared(accelerator)
     monkeypatch.setattr(Accelerator, "use_distributed", True)
     with pytest.raises(RuntimeError, match=r"replicas drift apart.*sync_each_batch=True"):
         next(passes(accelerator, optimizer, accumulate=True))

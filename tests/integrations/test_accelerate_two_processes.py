@@ -14,13 +14,13 @@ import steppe
 pytest.importorskip("transformers")
 
 from tiny_transformer import adamw, by_hand, gpt, tokens
-from two_processes import mlp, sam, samples
+from two_process_worker import mlp, sam, samples
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    script = Path(__file__).with_name("two_processes.py")
+    script = Path(__file__).with_name("two_process_worker.py")
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", script, folder]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     ran = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240, check=False)
@@ -28,18 +28,18 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(2)]
 
 
-def close(state, model):
+def assert_close(state, model):
     for name, value in model.state_dict().items():
         torch.testing.assert_close(state[name], value, rtol=1e-10, atol=1e-12)
 
 
-def test_the_replicas_are_the_same_bit_for_bit(ranks):
-    for loop in ("together", "apart", "trainer"):
+def test_replicas_have_the_same_bits(ranks):
+    for loop in ("for all", "for each", "trainer"):
         for name, value in ranks[0][loop].items():
             assert torch.equal(value, ranks[1][loop][name]), (loop, name)
 
 
-def test_all_micro_batches_in_every_pass(ranks):
+def test_two_processes_with_accumulation_equal_one(ranks):
     model = mlp()
     optimizer = sam(model)
     micro = list(torch.utils.data.DataLoader(samples(), batch_size=4))  # two processes with two samples each
@@ -50,10 +50,10 @@ def test_all_micro_batches_in_every_pass(ranks):
                     (F.cross_entropy(model(x), y) / 2).backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
         optimizer.step()
-    close(ranks[0]["together"], model)
+    assert_close(ranks[0]["for all"], model)
 
 
-def test_a_perturbation_for_each_micro_batch(ranks):
+def test_two_processes_with_a_perturbation_for_each_micro_batch_equal_one(ranks):
     model = mlp()
     optimizer = sam(model)
     for step, (x, y) in enumerate(torch.utils.data.DataLoader(samples(), batch_size=4)):
@@ -63,16 +63,16 @@ def test_a_perturbation_for_each_micro_batch(ranks):
         if step in (1, 2):
             optimizer.step()
             optimizer.zero_grad()
-    close(ranks[0]["apart"], model)
-    assert "replicas drift apart" in ranks[0]["refused"]
+    assert_close(ranks[0]["for each"], model)
+    assert "replicas drift apart" in ranks[0]["error"]
 
 
-def test_the_trainer(ranks):
+def test_two_processes_of_the_trainer_equal_one(ranks):
     model = gpt(dropout=0.0).double()
     optimizer = steppe.SAM(adamw(model), rho=0.1, model=model)
     logs = by_hand(model, optimizer, k=2, clip=0.5, data=tokens(12), size=4)
-    close(ranks[0]["trainer"], model)
+    assert_close(ranks[0]["trainer"], model)
     for written, expected in zip(ranks[0]["logs"], logs, strict=False):
         assert written["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert written["grad_norm"] == pytest.approx(expected["norm"], rel=1e-6)
-        assert written["perturbed_loss"] == pytest.approx(expected["climbed"], rel=1e-6)
+        assert written["perturbed_loss"] == pytest.approx(expected["perturbed_loss"], rel=1e-6)

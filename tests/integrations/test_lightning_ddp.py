@@ -1,24 +1,26 @@
-"""SAMCallback on two processes: the replicas stay one, and are what one process makes of the whole batch."""
+"""SAMCallback on two processes: the replicas stay equal, and equal one process on the whole batch."""
 
 import os
 
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lightning import BATCHES, SAMCallback, batch, bits, fit, loader, pl, pytestmark
+from lightning_reference import BATCHES, IGNORED_WARNINGS, fit, loader, pl
 from torch import nn
 
 import steppe
+from steppe.integrations.lightning import SAMCallback
+from support import batch, bits
 
 pytestmark = [
-    *pytestmark,
+    *IGNORED_WARNINGS,
     pytest.mark.skipif(not hasattr(os, "fork"), reason="the processes are forked: importing everything again is slow"),
     pytest.mark.filterwarnings("ignore:.*use of fork\\(\\) may lead to deadlocks.*"),
 ]
 
 
-class Halves(pl.LightningModule):
-    """Each rank sees its half of a batch."""
+class HalfOfEachBatch(pl.LightningModule):
+    """Trains each rank on its half of a batch."""
 
     def __init__(self, folder=None, *, manual=False):
         super().__init__()
@@ -50,12 +52,12 @@ class Halves(pl.LightningModule):
     ("manual", "per_rank", "k"),
     [(False, False, 1), (False, False, 2), (False, True, 1), (False, True, 2), (True, False, 1), (True, True, 1)],
 )
-def test_two_processes_equal_one(manual, per_rank, k, tmp_path, monkeypatch):
+def test_two_lightning_processes_equal_one(manual, per_rank, k, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     data = loader(dtype=torch.float64)
     options = {"strategy": "ddp_fork", "devices": 2, "use_distributed_sampler": False, "precision": "64-true"}
     fit(
-        Halves(tmp_path, manual=manual),
+        HalfOfEachBatch(tmp_path, manual=manual),
         SAMCallback(rho=0.5, per_rank=per_rank),
         data=data,
         max_epochs=1,
@@ -64,7 +66,7 @@ def test_two_processes_equal_one(manual, per_rank, k, tmp_path, monkeypatch):
     )
     one, other = (torch.load(tmp_path / f"{rank}.pt") for rank in (0, 1))
     assert bits(one) == bits(other)
-    twin = Halves()
+    twin = HalfOfEachBatch()
     optimizer = steppe.SAM(twin.configure_optimizers(), rho=0.5, model=twin)
     for start in range(0, BATCHES, k):
         window = [batch(i, dtype=torch.float64) for i in range(start, min(start + k, BATCHES))]

@@ -3,23 +3,25 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from test_lightning import (
+from lightning_reference import (
     BATCHES,
+    IGNORED_WARNINGS,
     METHODS,
     Classifier,
     MixedPrecision,
-    Resumable,
-    SAMCallback,
+    ResumableLoader,
+    autocast,
     by_hand,
     fit,
-    pytestmark,  # noqa: F401
     state_bits,
-    under,
 )
 from torch import nn
 
 import steppe
+from steppe.integrations.lightning import SAMCallback
 from support import BASES, batch, model_bits, net
+
+pytestmark = IGNORED_WARNINGS
 
 
 class Manual(Classifier):
@@ -51,7 +53,7 @@ class Manual(Classifier):
 
 @pytest.mark.parametrize("form", ["closure", "passes"])
 @pytest.mark.parametrize("method", ["gsam", "msam", "twice", "sampa"])
-def test_manual_optimization_equals_a_loop_by_hand(method, form):
+def test_manual_optimization_equals_loop_by_hand(method, form):
     module, twin = Manual(form), net()
     trainer = fit(module, SAMCallback(METHODS[method]), max_epochs=1)
     optimizer, losses = METHODS[method](BASES["momentum"](twin.parameters()), model=twin), []
@@ -69,11 +71,11 @@ def test_manual_optimization_equals_a_loop_by_hand(method, form):
 
 
 @pytest.mark.parametrize("form", ["closure", "passes"])
-def test_a_resumed_run_is_the_uninterrupted_run(form, tmp_path):
+def test_manual_run_resumed_in_mid_epoch_gives_the_same_bits(form, tmp_path):
     def run(steps, **options):
         module = Manual(form)
         callback = SAMCallback(METHODS["looksam"])
-        return module, fit(module, callback, data=Resumable(), max_steps=steps, max_epochs=9, **options)
+        return module, fit(module, callback, data=ResumableLoader(), max_steps=steps, max_epochs=9, **options)
 
     whole, at_once = run(8)
     _, trainer = run(3)  # in the middle of the first epoch
@@ -85,7 +87,7 @@ def test_a_resumed_run_is_the_uninterrupted_run(form, tmp_path):
 
 
 @pytest.mark.parametrize("form", ["closure", "passes"])
-def test_a_loss_scaler_in_manual_optimization(form):
+def test_manual_optimization_with_loss_scaler_equals_loop_by_hand(form):
     module, twin = Manual(form, dropout=0.0), net(dropout=0.0)
     ours, theirs = (torch.amp.GradScaler("cpu", init_scale=2.0**10) for _ in range(2))
     fit(module, SAMCallback(rho=0.5), plugins=[MixedPrecision("16-mixed", "cpu", ours)], max_epochs=1)
@@ -95,14 +97,14 @@ def test_a_loss_scaler_in_manual_optimization(form):
         theirs.step(optimizer)
         theirs.update()
 
-    forward, loss = (under(torch.float16, function) for function in (twin, F.cross_entropy))
+    forward, loss = (autocast(torch.float16, function) for function in (twin, F.cross_entropy))
     after = lambda: theirs.unscale_(optimizer)  # noqa: E731
     by_hand(forward, optimizer, epochs=1, loss=loss, scale=theirs.scale, after=after, step=step)
     assert model_bits(module.model) == model_bits(twin)
 
 
 class Gan(Classifier):
-    """Two players; each goes up or down on the other's loss."""
+    """A generator and a critic with an optimizer each."""
 
     def __init__(self, sam=(0, 1)):
         super().__init__()
@@ -146,7 +148,7 @@ class Gan(Classifier):
     ],
     ids=["both", "one", "each its own"],
 )
-def test_two_players(callbacks, radii):
+def test_two_optimizers_equal_loop_by_hand(callbacks, radii):
     wrapped = [player for player in (0, 1) if radii[player] is not None]
     module, twin = Gan(wrapped), Gan()
     trainer = fit(module, *callbacks, max_epochs=1)
@@ -173,10 +175,10 @@ def test_two_players(callbacks, radii):
     assert trainer.global_step == 2 * BATCHES
 
 
-# What would be silently wrong.
+# Mistakes that would turn SAM off or mix gradients.
 
 
-class PlainManual(Classifier):
+class PlainStep(Classifier):
     automatic_optimization = False
 
     def __init__(self):
@@ -190,13 +192,13 @@ class PlainManual(Classifier):
         opt.step()
 
 
-def test_a_plain_step_in_manual_optimization_is_refused():
+def test_plain_step_raises():
     with pytest.raises(RuntimeError, match=r"plain step of SGD, without.*opt.passes\(\).*SAMCallback\(optimizers="):
-        fit(PlainManual(), SAMCallback(rho=0.5))
+        fit(PlainStep(), SAMCallback(rho=0.5))
 
 
-def test_micro_batches_accumulated_outside_the_closure_are_refused():
-    class Accumulating(PlainManual):
+def test_gradients_accumulated_before_the_closure_raise():
+    class Accumulating(PlainStep):
         def training_step(self, batch, batch_idx):
             opt = self.optimizers()
             opt.zero_grad()
@@ -207,8 +209,8 @@ def test_micro_batches_accumulated_outside_the_closure_are_refused():
         fit(Accumulating(), SAMCallback(rho=0.5))
 
 
-def test_the_classic_api_is_refused():
-    class Classic(PlainManual):
+def test_first_step_raises():
+    class Classic(PlainStep):
         def training_step(self, batch, batch_idx):
             opt = self.optimizers()
             self.manual_backward(Classifier.training_step(self, batch, batch_idx))
@@ -218,8 +220,8 @@ def test_the_classic_api_is_refused():
         fit(Classic(), SAMCallback(rho=0.5))
 
 
-def test_a_step_that_the_scaler_skipped_is_not_taken_later():
-    class Forgetting(PlainManual):
+def test_step_skipped_by_the_scaler_is_not_taken_later():
+    class Forgetting(PlainStep):
         def training_step(self, batch, batch_idx):
             opt = self.optimizers()
             if batch_idx == 0:
@@ -229,5 +231,5 @@ def test_a_step_that_the_scaler_skipped_is_not_taken_later():
             opt.step()
 
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
-    with pytest.raises(RuntimeError, match="neither passes behind it nor a closure"):
+    with pytest.raises(RuntimeError, match="without a closure and without passes before it"):
         fit(Forgetting(), SAMCallback(rho=0.5), plugins=plugins)

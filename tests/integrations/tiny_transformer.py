@@ -1,4 +1,4 @@
-"""A tiny transformer, its data, and the plain loop that the Hugging Face Trainer is compared with."""
+"""A tiny transformer, its data, and the plain loop that the Hugging Face Trainer must equal."""
 
 import contextlib
 
@@ -10,7 +10,7 @@ TOKENS = 40
 
 
 def tokens(n: int = 10, length: int = 6) -> list[dict[str, torch.Tensor]]:
-    """Sentences with holes in their labels, so that the micro-batches of a window weigh differently."""
+    """Return sentences with ignored labels, so that the micro-batches of a window have different weights."""
     g = torch.Generator().manual_seed(1)
     ids = torch.randint(TOKENS, (n, length), generator=g)
     holes = torch.rand(n, length, generator=g) < torch.linspace(0.1, 0.8, n)[:, None]
@@ -47,15 +47,15 @@ def arguments(folder, *, of=TrainingArguments, **changes) -> TrainingArguments:
     return of(output_dir=str(folder), **{**settings, **changes})
 
 
-class Seeds(TrainerCallback):
-    """Every step starts from a state of the generators that the reference can start from too."""
+class SeedsEachStep(TrainerCallback):
+    """Seeds the generators by the step's number, as the plain loop does."""
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(state.global_step)
 
 
 def groups(model, weight_decay: float = 0.01):
-    """The Trainer's own: no decay for biases and norms."""
+    """Return the parameter groups of the Trainer: no weight decay for biases and norms."""
     decayed, plain = [], []
     for name, p in model.named_parameters():
         (plain if "bias" in name or "ln_" in name or "norm" in name.lower() else decayed).append(p)
@@ -67,7 +67,7 @@ def adamw(model) -> torch.optim.Optimizer:
 
 
 def token_loss(model, batch, window):
-    """The mean over all predicted tokens of the window, of which this micro-batch has some."""
+    """Return this micro-batch's share of the mean over all predicted tokens of the window."""
     count = sum(batch["labels"][:, 1:].ne(-100).sum() for batch in window)
     return model(**batch, num_items_in_batch=count).loss
 
@@ -93,7 +93,7 @@ def by_hand(
     size=2,
     loss=token_loss,
 ) -> list[dict[str, float]]:
-    """The plain loop: all micro-batches of a window in each pass."""
+    """Train by the plain loop, with all micro-batches of a window in each pass; return what a log has."""
     scheduler = schedule(optimizer) if schedule else None
     micro = micro_batches(tokens() if data is None else data, size)
     windows = [micro[i : i + k] for i in range(0, len(micro), k)]
@@ -118,5 +118,5 @@ def by_hand(
         scaler.update()
         if scheduler and scaler.get_scale() >= scale:
             scheduler.step()
-        logs.append({"loss": losses[0], "climbed": losses[-1], "norm": norm.item(), "scale": scaler.get_scale()})
+        logs.append({"loss": losses[0], "perturbed_loss": losses[-1], "norm": norm.item(), "scale": scaler.get_scale()})
     return logs

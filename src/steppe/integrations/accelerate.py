@@ -1,9 +1,9 @@
-"""Accelerate: the passes of a step in a raw loop, and its gradient accumulation in every one of them.
+"""Accelerate: the passes of a step in a plain loop, with gradient accumulation in each of them.
 
-Without accumulation nothing of this is needed: ``model, optimizer, loader = accelerator.prepare(model, sam, loader)``,
-``for sam_pass in sam.passes(): with sam_pass: accelerator.backward(loss)``, and ``optimizer.step()``. With it, beware of
+Without accumulation this module is not needed: ``model, optimizer, loader = accelerator.prepare(model, sam, loader)``,
+``for sam_pass in sam.passes(): with sam_pass: accelerator.backward(loss)``, and ``optimizer.step()``. Do not call
 ``optimizer.step(closure)`` inside ``accelerator.accumulate()``: Accelerate drops the call, and with it the closure and
-its micro-batch, until the last one.
+its micro-batch, until the last micro-batch.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,36 +23,36 @@ except ImportError as missing:
 
 _Batch = TypeVar("_Batch")
 
-_ENGINES = {
+_UNSUPPORTED_ENGINES = {
     DistributedType.DEEPSPEED: "its engine reduces, clips and steps by itself, so that SAM would be silently off",
     DistributedType.MEGATRON_LM: "its engine runs forward, backward and step by itself, so that SAM would be "
     "silently off",
-    DistributedType.FSDP: "through Accelerate it has not been shown to equal one process: FSDP1 hands each rank flat "
-    "shards, so that each would climb by a norm of its own, and FSDP2 replaces the parameters under the optimizer",
+    DistributedType.FSDP: "through Accelerate it has not been shown to equal one process: FSDP1 gives each rank flat "
+    "shards, so that each would perturb by a norm of its own, and FSDP2 replaces the parameters of the optimizer",
     DistributedType.XLA: "the gradients are summed over the processes in optimizer.step() only, so that each would "
-    "climb along its own",
+    "perturb along its own",
 }
-_PLANS = {
+_UNSUPPORTED_PARALLELISM = {
     "tp_enabled": "tensor parallelism",
     "cp_enabled": "context parallelism",
     "sp_enabled": "sequence parallelism",
 }
 
 
-def innermost(optimizer: Any) -> Any:
-    """Return what ``accelerator.prepare`` was given."""
+def unprepared(optimizer: Any) -> Any:
+    """Return the optimizer that ``accelerator.prepare`` was called with."""
     while isinstance(optimizer, AcceleratedOptimizer):
         optimizer = optimizer.optimizer
     return optimizer
 
 
-def unwrapped(optimizer: Any) -> SAM:
-    """Return the :class:`steppe.SAM` in what ``accelerator.prepare`` gave back.
+def unwrap_optimizer(optimizer: Any) -> SAM:
+    """Return the :class:`steppe.SAM` in the optimizer that ``accelerator.prepare`` returned.
 
     Raises:
-        TypeError: there is none.
+        TypeError: it is another optimizer.
     """
-    optimizer = innermost(optimizer)
+    optimizer = unprepared(optimizer)
     if not isinstance(optimizer, SAM):
         raise TypeError(
             f"expected a steppe.SAM, prepared or not, got {type(optimizer).__name__}: it makes no second pass. Wrap it "
@@ -61,37 +61,37 @@ def unwrapped(optimizer: Any) -> SAM:
     return optimizer
 
 
-def know_scaler(sam: SAM, accelerator: Accelerator) -> None:
-    """Let the rules see the gradients without the loss scale, where the optimizer does not know its scaler."""
+def share_scaler(sam: SAM, accelerator: Accelerator) -> None:
+    """Give the optimizer the accelerator's loss scaler, unless it has one: rules then see unscaled gradients."""
     if sam.scaler is None:
         sam.scaler = accelerator.scaler
 
 
-def refuse_unsupported(accelerator: Accelerator) -> None:
-    """Refuse a way of distributing in which the passes would not be those of one process.
+def check_supported(accelerator: Accelerator) -> None:
+    """Raise an error under an engine whose passes would not be those of one process.
 
     Raises:
-        RuntimeError: says which, and why.
+        RuntimeError: the engine or the kind of parallelism is not supported.
     """
-    reason = _ENGINES.get(accelerator.distributed_type)
+    reason = _UNSUPPORTED_ENGINES.get(accelerator.distributed_type)
     if reason is not None:
         raise RuntimeError(
             f"steppe.SAM under {accelerator.distributed_type.value}: {reason}. Use DistributedDataParallel (torchrun, "
             "or accelerate launch --multi_gpu)"
         )
     config = accelerator.parallelism_config
-    for flag, plan in _PLANS.items():
+    for flag, parallelism in _UNSUPPORTED_PARALLELISM.items():
         if getattr(config, flag, False):
             raise RuntimeError(
-                f"steppe.SAM under {plan} by Accelerate: it has not been shown to equal one process, and the ranks of "
-                "one model must climb and draw their dropout masks together. Use DistributedDataParallel"
+                f"steppe.SAM under {parallelism} by Accelerate: it has not been shown to equal one process, because "
+                "the ranks of one model must share perturbation and dropout masks. Use DistributedDataParallel"
             )
 
 
 def windows(accelerator: Accelerator, loader: Iterable[_Batch]) -> Iterator[list[_Batch]]:
     """Yield the micro-batches of one step at a time: ``gradient_accumulation_steps`` of them, fewer at the end.
 
-    Every pass needs them all, so they are held until the step is done.
+    They are kept until the step is done, because every pass runs all of them.
     """
     batches = iter(loader)
     while window := list(islice(batches, accelerator.gradient_accumulation_steps)):
@@ -101,24 +101,29 @@ def windows(accelerator: Accelerator, loader: Iterable[_Batch]) -> Iterator[list
 def passes(
     accelerator: Accelerator, optimizer: Any, micro_batches: int = 1, *, accumulate: bool = False
 ) -> Iterator[Pass]:
-    """Yield the passes of one step, each over all its micro-batches, so that accelerate synchronizes in each.
+    """Yield the passes of one step, each over all its micro-batches, so that Accelerate synchronizes in each.
 
-    Inside a walk, run every micro-batch in its own ``with accelerator.accumulate(model):``; the last one synchronizes
+    Inside a pass, run every micro-batch in its own ``with accelerator.accumulate(model):``. The last one synchronizes
     the processes, also in a window that is not full. ``accelerator.backward`` divides by
-    ``gradient_accumulation_steps`` as ever, also there.
+    ``gradient_accumulation_steps`` as usual, also there.
 
     Args:
-        accelerator: which prepared model and optimizer.
+        accelerator: the accelerator that prepared model and optimizer.
         optimizer: a :class:`steppe.SAM`, prepared or not.
-        micro_batches: how many the walk will see; more than one with :func:`windows` only.
-        accumulate: the other way round, called inside ``with accelerator.accumulate(model):``: each micro-batch has a
-            perturbation of its own (m-sharpness with a smaller m), and their gradients are added.
+        micro_batches: the number of micro-batches in each pass; more than one with :func:`windows` only.
+        accumulate: give each micro-batch a perturbation of its own (m-sharpness with a smaller m), and add their
+            gradients. Call this function inside ``with accelerator.accumulate(model):`` then.
+
+    Yields:
+        The passes. ``sam_pass.is_first`` and ``sam_pass.is_perturbed`` tell them apart, for example to log ``loss``,
+        ``perturbed_loss`` and ``sharpness``.
 
     Raises:
-        RuntimeError: an engine that is not supported; called inside ``accelerator.accumulate()`` without
-            ``accumulate=True``, which would lose all micro-batches but the last; a walk that saw another number of
-            micro-batches than it was told.
+        RuntimeError: the engine is not supported; the call is inside ``accelerator.accumulate()`` without
+            ``accumulate=True``, which would lose all micro-batches but the last; or a pass ran another number of
+            micro-batches than ``micro_batches``.
         TypeError: the optimizer is not a :class:`steppe.SAM`.
+        ValueError: ``micro_batches`` is not between 1 and ``gradient_accumulation_steps``.
 
     >>> model = torch.nn.Linear(2, 1)  # doctest: +SKIP
     >>> sam = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)  # doctest: +SKIP
@@ -132,17 +137,22 @@ def passes(
     ...     accelerator.clip_grad_norm_(model.parameters(), 1.0)
     ...     optimizer.step()
     """
-    refuse_unsupported(accelerator)
-    sam, steps = unwrapped(optimizer), accelerator.gradient_accumulation_steps
-    know_scaler(sam, accelerator)
+    check_supported(accelerator)
+    sam = unwrap_optimizer(optimizer)
+    share_scaler(sam, accelerator)
     if accumulate:
-        _refuse_unsynchronized(accelerator, steps)
+        _check_each_micro_batch_synchronizes(accelerator)
         yield from sam.passes(accumulate=True)
-        return
+    else:
+        yield from _passes_over_window(accelerator, sam, micro_batches)
+
+
+def _passes_over_window(accelerator: Accelerator, sam: SAM, micro_batches: int) -> Iterator[Pass]:
+    steps = accelerator.gradient_accumulation_steps
     if not accelerator.sync_gradients:
         raise RuntimeError(
             "passes() was called inside accelerator.accumulate(), for one of several micro-batches: every pass starts "
-            "with cleared gradients, so all but the last would be lost. Run them all in each walk (`for batches in "
+            "with cleared gradients, so all but the last would be lost. Run them all in each pass (`for batches in "
             "windows(accelerator, loader)`, with accumulate() around each forward and backward), or give each a "
             "perturbation of its own with passes(..., accumulate=True)"
         )
@@ -154,25 +164,27 @@ def passes(
     start = steps - micro_batches
     try:
         for sam_pass in sam.passes():
-            accelerator.step = start  # so that accumulate() synchronizes at the last one
+            # accumulate() counts in accelerator.step and synchronizes where it reaches `steps`. Without this line a
+            # second pass would start in the middle of the count, and a window that is not full would never reach it.
+            accelerator.step = start
             yield sam_pass
             if accelerator.step not in (start, steps, 0):
                 raise RuntimeError(
-                    f"a walk ended in the middle of an accumulation: passes() was told of {micro_batches} "
-                    f"micro-batches, and accelerator.accumulate() saw {accelerator.step - start}, so the gradients "
+                    f"a pass ended in the middle of an accumulation: passes() was called for {micro_batches} "
+                    f"micro-batches, and accelerator.accumulate() ran {accelerator.step - start}, so the gradients "
                     "would not be synchronized or optimizer.step() do nothing. Call passes(accelerator, optimizer, "
                     "len(batches))"
                 )
     finally:
-        accelerator.sync_gradients = True  # an exception may have come between two micro-batches
+        accelerator.sync_gradients = True  # False after an exception between two micro-batches
 
 
-def _refuse_unsynchronized(accelerator: Accelerator, steps: int) -> None:
+def _check_each_micro_batch_synchronizes(accelerator: Accelerator) -> None:
     each = accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
-    if accelerator.use_distributed and steps > 1 and not each:
+    if accelerator.use_distributed and accelerator.gradient_accumulation_steps > 1 and not each:
         raise RuntimeError(
             "passes(accumulate=True) on several processes: accelerator.accumulate() synchronizes the last micro-batch "
             "only, so the gradients of the others would stay each process's own, and the replicas drift apart. Pass "
             "GradientAccumulationPlugin(num_steps=..., sync_each_batch=True) to Accelerator, or run all micro-batches "
-            "in each walk"
+            "in each pass"
         )

@@ -1,17 +1,21 @@
 """Keras 3 on PyTorch: a model whose fit() makes SAM's passes around the optimizer that it was compiled with."""
 
+import inspect
 import os
 import sys
-from typing import Any
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.sam import SAM
+from steppe.integrations._losses import MeanLosses, StepLosses
+from steppe.integrations._options import MethodOptions
+from steppe.sam import SAM, Pass
 
 if "keras" not in sys.modules:
-    os.environ.setdefault("KERAS_BACKEND", "torch")
+    os.environ.setdefault("KERAS_BACKEND", "torch")  # read once, at the import of keras below
 try:
     import keras  # type: ignore[import-untyped]
 except ModuleNotFoundError as missing:
@@ -29,33 +33,48 @@ if keras.config.backend() != "torch":
 class SharpnessAware:
     """Sharpness-aware minimization in any Keras model: put it first, ``class Net(SharpnessAware, keras.Model)``.
 
-    The optimizer of ``compile`` is the base, so its schedules, clipping, weight decay and accumulation go on (with
-    ``gradient_accumulation_steps``, each batch gets a climb of its own). ``fit``, callbacks, ``save`` and
-    ``load_model`` stay as they are. What a pass changes in the model, BatchNorm's averages, seeds of dropout and
-    metrics, is left as one ordinary pass leaves it; loss and metrics are those of the step's first pass.
+    The optimizer of ``compile`` is the base, with its schedules, clipping, weight decay and accumulation (with
+    ``gradient_accumulation_steps``, each batch gets a perturbation of its own). ``fit``, callbacks, ``save`` and
+    ``load_model`` work as usual. A pass changes averages of BatchNorm, seeds of dropout and metrics; after a step they
+    are what one ordinary pass leaves. Loss and metrics are those of the step's first pass.
 
-    :attr:`sam` is the optimizer; every ``compile`` leads to a new one. ``model.save`` keeps all of a method without a
-    memory or a cadence. Of any other, keep ``model.sam.state_dict()`` too, and load it after
-    ``model.make_train_function()``.
+    The options are class attributes, because Keras makes models anew when it loads or clones them.
+
+    ``model.save`` keeps all of a method that has neither a memory nor a cadence. For any other, save
+    ``model.sam.state_dict()`` too, and load it after ``model.make_train_function()``.
+
+    Attributes:
+        method: called as ``method(base, model=model, rho=rho)``: :class:`steppe.SAM`, one of :mod:`steppe.variants`, or
+            a function of your own. Give it further options with ``functools.partial(steppe.variants.looksam, interval=2)``.
+            ``base`` is the Keras optimizer as a PyTorch one, and ``model`` a module whose buffers are all that a pass
+            changes in this model.
+        rho: the neighborhood radius; by default the method's own, 0.05 for SAM.
+        log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to ``loss``: their
+            means over the perturbed steps of an epoch that had a pass at w.
+        sam: the :class:`steppe.SAM` that trains the model, made anew after every ``compile``.
 
     Raises:
         ValueError: (from ``fit``) a model compiled without an optimizer, with ``jit_compile=True``, or with a dynamic
             loss scale (mixed_float16).
+        TypeError: (from ``fit``) ``method`` is not a function, or returns no :class:`steppe.SAM`.
 
     >>> class Net(SharpnessAware, keras.Sequential):
-    ...     def make_sam(self, base, model):
-    ...         return SAM(base, rho=0.1, model=model)
+    ...     rho = 0.1
     >>> model = Net([keras.Input((2,)), keras.layers.Dense(1)])
     >>> model.compile(keras.optimizers.SGD(0.1), loss="mse")
     >>> _ = model.fit(torch.ones(4, 2), torch.ones(4, 1), verbose=0)
     >>> int(model.optimizer.iterations.value)
     1
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
     """
 
+    method: ClassVar[Callable[..., SAM]] = SAM
+    rho: ClassVar[float | None] = None
+    log_sharpness: ClassVar[bool] = False
     sam: SAM
-    # Keras' own:
+    # Keras' own. The private ones are those of its train_step, which train_step below repeats once a pass.
     optimizer: Any
     train_function: Any
     jit_compile: bool
@@ -64,39 +83,49 @@ class SharpnessAware:
     _loss_tracker: Any
     _call_has_training_arg: bool
 
-    def make_sam(self, base: Optimizer, model: nn.Module) -> SAM:
-        """Override this to choose the method and its radius: ``return steppe.variants.asam(base, 0.5, model=model)``.
-
-        Args:
-            base: the Keras optimizer, as a PyTorch one.
-            model: this model, as a module whose buffers are all that a pass changes in it.
-        """
-        return SAM(base, rho=0.05, model=model)
+    @property
+    def current_pass(self) -> Pass | None:
+        """The pass that runs now, to tell the passes apart in ``call`` or a loss; None between steps."""
+        sam = getattr(self, "sam", None)
+        return None if sam is None else sam.current_pass
 
     def make_train_function(self, force: bool = False) -> Any:
-        """Build the optimizer; Keras calls this at the start of ``fit``."""
+        """Make the optimizer; Keras calls this at the start of ``fit``."""
         if self.train_function is None or force:
-            self._refuse_unsupported()
-            self.sam = self.make_sam(KerasOptimizer(self), Stateful(self))
+            self._check_supported()
+            method = inspect.getattr_static(self, "method")  # not bound to the model, as a function would be
+            method = method.__func__ if isinstance(method, staticmethod) else method
+            options = MethodOptions(type(self).__name__, method, self.rho)
+            self.sam = options.wrap(KerasOptimizer(self), VariablesAsBuffers(self))
+            self._mean_losses = MeanLosses()
         return super().make_train_function(force)  # type: ignore[misc]
 
     def train_step(self, data: Any) -> Any:
-        """All passes of one step."""
+        """Run all passes of one step; return the metrics of the first."""
         x, y, sample_weight = keras.utils.unpack_x_y_sample_weight(data)
-        logs = None
+        logs, losses = None, StepLosses()
         for sam_pass in self.sam.passes():
             with sam_pass:
                 y_pred = self(x, training=True) if self._call_has_training_arg else self(x)  # type: ignore[operator]
                 loss = self._compute_loss(x=x, y=y, y_pred=y_pred, sample_weight=sample_weight, training=True)
                 self.optimizer.scale_loss(loss).backward()
+                losses.add(sam_pass, loss.detach())
                 if sam_pass.is_first:
                     with torch.no_grad():
                         self._loss_tracker.update_state(loss, sample_weight=len(keras.tree.flatten(x)[0]))
                         logs = self.compute_metrics(x, y, y_pred, sample_weight)
         self.sam.step()
-        return logs
+        if not self.log_sharpness:
+            return logs
+        self._mean_losses.add(losses)
+        return {**(logs or {}), **self._mean_losses.metrics()}
 
-    def _refuse_unsupported(self) -> None:
+    def reset_metrics(self) -> None:
+        """Reset the metrics; Keras calls this at the start of an epoch."""
+        super().reset_metrics()  # type: ignore[misc]
+        self._mean_losses = MeanLosses()
+
+    def _check_supported(self) -> None:
         if self.optimizer is None:
             raise ValueError(
                 "the model was compiled without an optimizer, and SAM needs a base: compile(optimizer=...)"
@@ -129,18 +158,21 @@ class KerasOptimizer(Optimizer):
         """Apply the gradients.
 
         Raises:
-            RuntimeError: which variables are trainable has changed since ``compile``.
+            RuntimeError: the set of trainable variables has changed since ``compile``.
         """
         if [id(v) for v in self._model.trainable_variables] != [id(v) for v in self._variables]:
             raise RuntimeError(
-                "the model's trainable variables changed after compile(), and SAM would not climb along the new ones: "
+                "the model's trainable variables changed after compile(), and SAM would not perturb the new ones: "
                 "call compile() again after setting .trainable"
             )
         self._model.optimizer.apply([v.value.grad for v in self._variables], self._variables)
 
 
-class Stateful(nn.Module):
-    """What a pass changes in a Keras model, as buffers: Keras keeps it in parameters."""
+class VariablesAsBuffers(nn.Module):
+    """The variables of a Keras model that a pass changes, as buffers.
+
+    Keras keeps them in parameters, where SAM's ``model=`` would not protect them.
+    """
 
     def __init__(self, model: Any) -> None:
         super().__init__()

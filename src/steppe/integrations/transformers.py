@@ -1,20 +1,21 @@
-"""Hugging Face Trainer: every step makes its passes, and the rest of the Trainer sees one."""
+"""Hugging Face Trainer: each step makes its passes, and the rest of the Trainer sees one."""
 
 import contextlib
 from collections.abc import Callable
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.sam import SAM
+from steppe.integrations._losses import MeanLosses, StepLosses
+from steppe.integrations._options import MethodOptions, set_model_if_missing
+from steppe.sam import SAM, Pass
 
 try:
     from transformers import Trainer
 
-    from steppe.integrations.accelerate import innermost, know_scaler, refuse_unsupported, unwrapped
+    from steppe.integrations.accelerate import check_supported, share_scaler, unprepared, unwrap_optimizer
 except ImportError as missing:
     raise ImportError(
         "steppe.integrations.transformers needs Transformers and Accelerate, and one of them is not installed: "
@@ -23,108 +24,106 @@ except ImportError as missing:
 
 if TYPE_CHECKING:
     _Trainer = Trainer
-else:
+else:  # at run time the Trainer is the class that follows in the method resolution order
     _Trainer = object
 
 
 class SAMTrainerMixin(_Trainer):
     """Sharpness-aware minimization in any Trainer: put it first, ``class Mine(SAMTrainerMixin, Seq2SeqTrainer)``.
 
-    A step runs all micro-batches of its accumulation window in each pass, when the last of them arrives; ``.grad`` is
-    then what goes down, and the Trainer unscales, clips, logs and steps as ever. The logged loss is that at w (of a
-    method whose only pass climbs, that at w + e), and its gradient norm that of what goes down.
+    A step runs all micro-batches of its accumulation window in each pass, when the last of them arrives. After the
+    passes ``.grad`` is the update gradient, and the Trainer unscales, clips, logs and steps as usual. The logged
+    ``loss`` is L(w), or L(w + e) for a method whose only pass is perturbed; ``grad_norm`` is the norm of the update
+    gradient.
 
-    ``compute_loss`` and ``training_step`` run once a micro-batch *and pass*. What they count themselves is counted
-    that often: ask :attr:`sam_pass`. Callbacks, logs, token counts, schedulers and checkpoints see one step.
+    ``compute_loss`` and ``training_step`` run once for each micro-batch *and pass*, so a counter of your own in them
+    counts passes; :attr:`current_pass` tells the passes apart. Callbacks, logs, token counts, schedulers and
+    checkpoints see one step.
+
+    The optimizer may also be a ready-made :class:`steppe.SAM`, as ``optimizers=(sam, None)``, or be made in the class
+    form, ``optimizer_cls_and_kwargs=(steppe.SAM, {"base_class": torch.optim.AdamW, "rho": 0.05, "lr": 5e-5})``. If it
+    has no ``model``, it gets the Trainer's model, so that its buffers are protected.
 
     Args:
-        *args: as for the Trainer.
-        rho: the neighborhood radius; 0.05 if neither this nor ``sam`` is given.
-        sam: instead of rho, makes the optimizer from the Trainer's own: ``partial(steppe.variants.asam, rho=0.5)``.
-            Or pass a ready-made one as ``optimizers=(sam, None)``; or ``optimizer_cls_and_kwargs=(steppe.SAM,
-            {"base_class": torch.optim.AdamW, "rho": 0.05, "lr": 5e-5})``.
-        log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to the loss: their means
-            over the steps that climbed from a pass at w.
-        **kwargs: as for the Trainer.
-
-    A SAM without ``model=`` gets the Trainer's model, so that its buffers are protected.
+        *args: positional arguments of the Trainer.
+        rho: the neighborhood radius; by default the method's own, 0.05 for SAM.
+        method: called as ``method(base, model=model, rho=rho)`` with the Trainer's own optimizer:
+            :class:`steppe.SAM`, one of :mod:`steppe.variants`, or a function of your own. Give it further options
+            with ``functools.partial(steppe.variants.looksam, interval=2)``.
+        log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to ``loss``: their
+            means over the perturbed steps that had a pass at w.
+        **kwargs: keyword arguments of the Trainer.
 
     Raises:
         RuntimeError: DeepSpeed, FSDP, Megatron, XLA, tensor, context or sequence parallelism, ``DataParallel``, or an
-            optimizer that steps during the backward (LOMO, the layer-wise ones).
-        TypeError: two radii, or a ``sam`` that makes no :class:`steppe.SAM`.
+            optimizer that steps during the backward pass (LOMO, the layer-wise ones).
+        TypeError: the radius is given twice, or ``method`` returns no :class:`steppe.SAM`.
 
     >>> trainer = SAMTrainer(model=model, args=args, train_dataset=data, rho=0.05)  # doctest: +SKIP
     >>> trainer.train()  # doctest: +SKIP
 
-    Source: Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
+    References:
+        Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
     """
 
     def __init__(
         self,
         *args: Any,
         rho: float | None = None,
-        sam: Callable[[Optimizer], SAM] | None = None,
+        method: Callable[..., SAM] = SAM,
         log_sharpness: bool = False,
         **kwargs: Any,
     ) -> None:
-        if rho is not None and sam is not None:
-            raise TypeError(f"rho={rho} and sam=: give the radius to sam itself, or rho alone")
-        if isinstance(sam, Optimizer):
-            raise TypeError("sam= is an optimizer, and its place is optimizers=(optimizer, None): sam= makes one")
-        self._make_sam = sam if sam is not None else partial(SAM, rho=0.05 if rho is None else rho)
+        ready_made = "a ready-made SAM is passed as optimizers=(sam, None)"
+        self._method_options = MethodOptions(type(self).__name__, method, rho, ready_made=ready_made)
         self._log_sharpness = log_sharpness
         self._window: list[Any] = []
-        self._climbs = 0
-        self._ascent: Tensor | float = 0.0
+        self._mean_losses = MeanLosses()
         super().__init__(*args, **kwargs)
-        _refuse(self)
-        if (rho is not None or sam is not None) and isinstance(self.optimizer, SAM):
+        _check_supported(self)
+        if isinstance(self.optimizer, SAM) and not self._method_options.are_default:
             raise TypeError(
-                f"the {type(self.optimizer).__name__} in optimizers= has its radius, so rho= or sam= would have no "
+                f"the {type(self.optimizer).__name__} in optimizers= has its radius, so rho= or method= would have no "
                 "effect: leave it out"
             )
 
     @property
-    def current_pass(self) -> Any:
-        """The pass that runs now, for a ``compute_loss`` that wants to know: ``sam_pass.is_first``; None outside of one."""
-        return None if self.optimizer is None else unwrapped(self.optimizer).current_pass
+    def current_pass(self) -> Pass | None:
+        """The pass that runs now, to tell the passes apart in ``compute_loss``; None between steps."""
+        return None if self.optimizer is None else unwrap_optimizer(self.optimizer).current_pass
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
-        """Make the Trainer's own optimizer, and wrap it unless it is a :class:`steppe.SAM` already."""
+        """Create the Trainer's own optimizer, and wrap it unless it is a :class:`steppe.SAM` already."""
         super().create_optimizer(*args, **kwargs)
-        own = innermost(self.optimizer)  # the second train() finds a prepared one
+        own = unprepared(self.optimizer)  # a second train() finds a prepared one
+        assert self.model is not None
         if not isinstance(own, SAM):
-            self.optimizer = self._make_sam(own)
-        sam = unwrapped(self.optimizer)
-        know_scaler(sam, self.accelerator)
-        if sam.model is None:
-            sam.model = self.model
-            sam._engine.protect(self.model, replay_rng=sam.replay_rng)
+            self.optimizer = self._method_options.wrap(own, self.model)
+        sam = unwrap_optimizer(self.optimizer)
+        share_scaler(sam, self.accelerator)
+        set_model_if_missing(sam, self.model)
         return self.optimizer  # type: ignore[return-value]
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """Run the passes of a step when the last micro-batch arrives; return the loss of all of them, before it 0."""
+        """Run the passes of a step at its last micro-batch; return the loss of the first pass, and 0 before."""
         self._window.append(inputs)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        # a callback may have stopped an epoch within a window: its micro-batches are not this step's
+        # Older micro-batches are left over from an epoch that a callback stopped within a window.
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
-        losses: list[Tensor] = []
-        at_w = climbed = False
-        for sam_pass in unwrapped(self.optimizer).passes():
+        losses, step_losses = [], StepLosses()
+        for sam_pass in unwrap_optimizer(self.optimizer).passes():
             with sam_pass:
-                losses.append(self._pass(model, window, num_items_in_batch))
-            at_w, climbed = at_w or not sam_pass.is_perturbed, sam_pass.is_perturbed
-            if not sam_pass.is_first:
+                losses.append(self._run_window(model, window, num_items_in_batch))
+            step_losses.add(sam_pass, losses[-1])
+            if not sam_pass.is_first:  # the Trainer counts the operations of one pass
                 self.current_flos += sum(float(self.floating_point_ops(inputs)) for inputs in window)  # type: ignore[assignment]
-        if self._log_sharpness and at_w and climbed:
-            self._climbs += 1
-            self._ascent = self._ascent + torch.stack([losses[-1], losses[0]])
+        if self._log_sharpness:
+            self._mean_losses.add(step_losses)
         return losses[0]
 
-    def _pass(self, model: nn.Module, window: list[Any], num_items_in_batch: Any) -> Tensor:
-        """Forward and backward over all micro-batches; the processes are synchronized at the last."""
+    def _run_window(self, model: nn.Module, window: list[Any], num_items_in_batch: Any) -> Tensor:
+        """Run forward and backward over all micro-batches; synchronize the processes at the last one."""
         each = self.accelerator.gradient_state.plugin_kwargs.get("sync_each_batch", False)
         losses: list[Tensor] = []
         for left, inputs in zip(reversed(range(len(window))), window, strict=True):
@@ -133,25 +132,23 @@ class SAMTrainerMixin(_Trainer):
         return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and beside the loss what ``log_sharpness`` asks for."""
-        if "loss" in logs and isinstance(self._ascent, Tensor):
-            both = self.accelerator.gather(self._ascent.unsqueeze(0)).mean(0) / self._climbs
-            climbed, at_w = both.tolist()
-            logs = {**logs, "perturbed_loss": climbed, "sharpness": climbed - at_w}
-            self._climbs, self._ascent = 0, 0.0
+        """Log, and add the metrics of ``log_sharpness`` to each entry that has a training loss."""
+        if "loss" in logs and (metrics := self._mean_losses.metrics(self.accelerator.gather)):
+            logs = {**logs, **{name: value.item() for name, value in metrics.items()}}
+            self._mean_losses = MeanLosses()
         super().log(logs, *args, **kwargs)
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
-    """The Trainer, with :class:`SAMTrainerMixin`."""
+    """The Trainer with :class:`SAMTrainerMixin`."""
 
 
-def _refuse(trainer: Trainer) -> None:
-    refuse_unsupported(trainer.accelerator)
+def _check_supported(trainer: Trainer) -> None:
+    check_supported(trainer.accelerator)
     if trainer.is_distributed_loading_by_transformers:
         raise RuntimeError(
             "steppe.SAM with a model sharded at load time (tp_plan=, distributed_config=): it has not been shown to "
-            "equal one process. Load the model whole, and use DistributedDataParallel (torchrun)"
+            "equal one process. Load the whole model, and use DistributedDataParallel (torchrun)"
         )
     if trainer.args.n_gpu > 1:
         raise RuntimeError(
@@ -163,5 +160,5 @@ def _refuse(trainer: Trainer) -> None:
     if "layerwise" in optim or "lomo" in optim:
         raise RuntimeError(
             f"steppe.SAM with optim={optim!r}: it steps during each backward, so the weights would move in both "
-            "passes. Take an optimizer that steps in step()"
+            "passes. Use an optimizer that steps in step()"
         )

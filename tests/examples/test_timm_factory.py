@@ -1,4 +1,4 @@
-"""timm's factory, schedules and loss scaler with SAM, against SAM by hand. The code is timm's own."""
+"""examples/timm_factory.py, and timm's factory, schedules and loss scaler, against SAM by hand."""
 
 import copy
 
@@ -9,26 +9,27 @@ from torch import nn
 
 pytest.importorskip("sklearn")
 
-from recipes import assert_same, differ, recipe, sam_by_hand
-from torchvision_stand_in import stood_in
+from example_files import load_example
+from sam_by_hand import assert_close, relative_distance, sam_by_hand
+from torchvision_stand_in import torchvision_stand_in
 
 import steppe
 from support import by_passes, model_bits
 
-with stood_in():
+with torchvision_stand_in():
     pytest.importorskip("timm")
     from timm.models import create_model
     from timm.optim import create_optimizer_v2
     from timm.scheduler import CosineLRScheduler
     from timm.utils import NativeScaler
 
-# One of each kind that runs on a CPU: momentum, sign, layer-wise trust, factored, orthogonalised, decoupled.
+# One of each kind that runs on a CPU: momentum, sign, layer-wise trust, factored, orthogonalized, decoupled.
 FACTORY = ("sgd", "nesterovw", "adamw", "lamb", "lars", "lion", "madgrad", "adafactorbv", "muon", "adopt", "cadamw")
 
 
 @pytest.fixture(scope="module")
 def timm_factory():
-    return recipe("timm_factory.py")
+    return load_example("timm_factory.py")
 
 
 def batches(n: int = 2):
@@ -62,17 +63,17 @@ def by_hand(x, y, *, rho=0.05, epochs=3, clip=1.0):
     return model, base
 
 
-def test_layer_decay_schedule_and_clipping_are_those_of_sam_by_hand(timm_factory):
+def test_layer_decay_schedule_and_clipping_equal_sam_by_hand(timm_factory):
     x, y = batches()
     model = resnet()
     optimizer = timm_factory.train(model, x, y, opt="sgd", lr=0.1)
     reference, base = by_hand(x, y)
-    assert_same(model, reference, rtol=1e-5)
+    assert_close(model, reference, rtol=1e-5)
     rates = [group["lr"] for group in optimizer.param_groups]
     assert rates == [group["lr"] for group in base.param_groups]
-    assert len(set(rates)) > 3, "layers of several rates"
-    assert differ(model, by_hand(x, y, rho=0.0)[0]) > 1e-3
-    assert differ(model, by_hand(x, y, clip=1e9)[0]) > 1e-3
+    assert len(set(rates)) > 3, "different learning rates by layer"
+    assert relative_distance(model, by_hand(x, y, rho=0.0)[0]) > 1e-3
+    assert relative_distance(model, by_hand(x, y, clip=1e9)[0]) > 1e-3
 
 
 def small(opt: str, method=steppe.SAM, **kwargs):
@@ -90,8 +91,8 @@ def run(model, drive, steps: int, *, start: int = 0) -> None:
 
 
 @pytest.mark.parametrize("opt", [*FACTORY, *(f"lookahead_{opt}" for opt in ("sgd", "adamw"))])
-def test_any_optimizer_of_the_factory_is_the_base(opt):
-    """With rho = 0 its own bits; with another, SAM by hand around it; and it resumes bit for bit."""
+def test_factory_optimizer_as_base_equals_sam_by_hand_and_resumes_with_the_same_bits(opt):
+    """With rho = 0 the bits are those of the plain optimizer."""
     model, _, optimizer = small(opt, rho=0.0)
     twin, base, _ = small(opt, rho=0.0)
     torch.manual_seed(1)
@@ -119,7 +120,7 @@ def test_any_optimizer_of_the_factory_is_the_base(opt):
         sam_by_hand(twin, base, 0.1, backward)
 
     run(twin, by_hand, 1)
-    assert_same(model, twin, rtol=1e-5)
+    assert_close(model, twin, rtol=1e-5)
 
     run(model, lambda loss: by_passes(optimizer, loss), 6, start=1)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict(), torch.get_rng_state()))
@@ -132,15 +133,15 @@ def test_any_optimizer_of_the_factory_is_the_base(opt):
     assert model_bits(resumed) == model_bits(model)
 
 
-def test_biases_get_no_weight_decay_and_the_same_climb():
+def test_biases_get_no_weight_decay_and_the_same_rho():
     model, base, optimizer = small("adamw", rho=0.1)
     assert [group["weight_decay"] for group in optimizer.param_groups] == [0.0, 0.01]
     assert [group["sam_rho"] for group in base.param_groups] == [0.1, 0.1]
     assert sum(len(group["params"]) for group in base.param_groups) == len(list(model.parameters()))
 
 
-def test_native_scaler_as_in_train_py_is_heard():
-    """One backward and scaler.step(optimizer): a plain step, said once, with its gradient unscaled."""
+def test_native_scaler_as_in_train_py_warns_of_plain_steps():
+    """It runs one backward and scaler.step(optimizer); the gradient of the plain step is unscaled."""
     model, _, optimizer = small("sgd", rho=0.1)
     twin, base, _ = small("sgd", rho=0.1)
     scaler = NativeScaler(device="cpu")
@@ -151,19 +152,19 @@ def test_native_scaler_as_in_train_py_is_heard():
             optimizer.zero_grad()
             scaler(F.cross_entropy(model(x), y), optimizer, clip_grad=1.0, parameters=model.parameters())
 
-    with pytest.warns(UserWarning, match="without sharpness-aware minimization") as heard:
+    with pytest.warns(UserWarning, match="without sharpness-aware minimization") as warned:
         as_in_train_py()
-    assert len(heard) == 1
+    assert len(warned) == 1
     for _ in range(3):
         base.zero_grad()
         F.cross_entropy(twin(x), y).backward()
         nn.utils.clip_grad_norm_(twin.parameters(), 1.0)
         base.step()
-    assert_same(model, twin, rtol=1e-6)
+    assert_close(model, twin, rtol=1e-6)
 
 
-def test_native_scaler_makes_the_backwards_of_the_passes():
-    """need_update=False in each walk, and the last call's work after them."""
+def test_native_scaler_without_update_in_each_pass_equals_sam_by_hand():
+    """After the passes, its inner scaler steps and updates."""
     model, _, optimizer = small("sgd", rho=0.1)
     twin, base, _ = small("sgd", rho=0.1)
     scaler = NativeScaler(device="cpu")
@@ -182,4 +183,4 @@ def test_native_scaler_makes_the_backwards_of_the_passes():
 
     for _ in range(3):
         sam_by_hand(twin, base, 0.1, backward)
-    assert_same(model, twin, rtol=1e-5)
+    assert_close(model, twin, rtol=1e-5)

@@ -1,4 +1,4 @@
-"""timm imports torchvision at its own import. Where there is none, this stands in for what timm asks of it by name.
+"""A stand-in for torchvision, which timm imports but does not need here.
 
 ``python torchvision_stand_in.py script.py`` runs a script with it.
 """
@@ -11,13 +11,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 
-class _Named(type):
-    """Classes whose every attribute exists, for InterpolationMode.BICUBIC and the like."""
+class _AnyAttribute(type):
+    """The type of classes that have every attribute, such as InterpolationMode.BICUBIC."""
 
     def __getattr__(cls, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        value = _Named(name, (), {})
+        value = _AnyAttribute(name, (), {})
         setattr(cls, name, value)
         return value
 
@@ -26,14 +26,14 @@ class _Module(types.ModuleType):
     def __getattr__(self, name):
         if name.startswith("__"):
             raise AttributeError(name)
-        value = _Named(name, (), {})
+        value = _AnyAttribute(name, (), {})
         setattr(self, name, value)
         return value
 
 
 @contextmanager
-def stood_in():
-    """Let timm be imported in this block; afterwards there is no torchvision again, for those who look for it."""
+def torchvision_stand_in():
+    """Put the stand-in into sys.modules while the block imports timm, unless torchvision is installed."""
     if "torchvision" in sys.modules or importlib.util.find_spec("torchvision") is not None:
         yield
         return
@@ -54,5 +54,5 @@ def stood_in():
 if __name__ == "__main__":
     sys.argv = sys.argv[1:]
     sys.path[0] = str(Path(sys.argv[0]).parent)
-    with stood_in():
+    with torchvision_stand_in():
         runpy.run_path(sys.argv[0], run_name="__main__")

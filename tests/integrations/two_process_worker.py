@@ -1,4 +1,4 @@
-"""What each of two processes runs for test_accelerate_two_processes.py; writes what it ends with."""
+"""The script that each of two processes runs for test_accelerate_two_processes.py; it saves its results."""
 
 import sys
 from pathlib import Path
@@ -39,7 +39,7 @@ def prepared(**options):
     return accelerator, *accelerator.prepare(model, sam(model), torch.utils.data.DataLoader(samples(), batch_size=2))
 
 
-def together() -> dict[str, torch.Tensor]:
+def one_perturbation_for_all() -> dict[str, torch.Tensor]:
     accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
     for _ in range(2):
         for batches in windows(accelerator, loader):
@@ -53,7 +53,7 @@ def together() -> dict[str, torch.Tensor]:
     return accelerator.unwrap_model(model).state_dict()
 
 
-def apart(**plugin) -> dict[str, torch.Tensor]:
+def perturbation_for_each_micro_batch(**plugin) -> dict[str, torch.Tensor]:
     accelerator, model, optimizer, loader = prepared(
         gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=2, **plugin)
     )
@@ -67,12 +67,12 @@ def apart(**plugin) -> dict[str, torch.Tensor]:
     return accelerator.unwrap_model(model).state_dict()
 
 
-def apart_and_unsynchronized() -> str:
+def error_without_synchronization() -> str:
     try:
-        apart()
-    except RuntimeError as refused:
-        return str(refused)
-    return "not refused"
+        perturbation_for_each_micro_batch()
+    except RuntimeError as error:
+        return str(error)
+    return "no error"
 
 
 def trainer(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
@@ -86,7 +86,11 @@ def trainer(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float
 if __name__ == "__main__":
     torch.set_num_threads(1)
     folder = Path(sys.argv[1])
-    results = {"together": together(), "apart": apart(sync_each_batch=True), "refused": apart_and_unsynchronized()}
+    results = {
+        "for all": one_perturbation_for_all(),
+        "for each": perturbation_for_each_micro_batch(sync_each_batch=True),
+        "error": error_without_synchronization(),
+    }
     results["trainer"], results["logs"] = trainer(folder)
     rank = torch.distributed.get_rank()
     torch.save(results, folder / f"rank{rank}.pt")

@@ -1,4 +1,4 @@
-"""What a step must not do twice (logs, metrics, hooks), what it logs, what is refused, what an exception leaves."""
+"""SAMCallback counts a step once in logs, metrics and hooks, logs its metrics, and restores after exceptions."""
 
 import collections
 
@@ -6,20 +6,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 import torchmetrics
-from test_lightning import (
-    BATCHES,
-    METHODS,
-    Classifier,
-    MixedPrecision,
-    SAMCallback,
-    by_hand,
-    fit,
-    pl,
-    pytestmark,  # noqa: F401
-)
+from lightning_reference import BATCHES, IGNORED_WARNINGS, METHODS, Classifier, by_hand, fit, pl
 
 import steppe
+from steppe.integrations.lightning import SAMCallback
 from support import BASES, batch, bits, model_bits, net
+
+pytestmark = IGNORED_WARNINGS
 
 COUNTED = (
     "on_train_batch_start",
@@ -38,8 +31,8 @@ class Counting(pl.Callback):
             setattr(self, hook, lambda *args, hook=hook: self.counts.update([hook]))
 
 
-class Busy(Classifier):
-    """A training step with every kind of state that people keep."""
+class KeepsState(Classifier):
+    """A module that keeps state of every kind outside its buffers."""
 
     def __init__(self):
         super().__init__()
@@ -85,11 +78,11 @@ class Busy(Classifier):
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("lr", [0.0, 0.1])
-def test_nothing_is_counted_twice(lr, k):
-    """With lr = 0 all that SAM leaves is what plain training leaves."""
+def test_logs_metrics_hooks_and_attributes_count_one_pass(lr, k):
+    """With lr = 0, SAM must leave exactly what plain training leaves."""
     runs = []
     for callbacks in ([SAMCallback(rho=0.5)], []) if lr == 0 else ([SAMCallback(rho=0.5)],):
-        module, counting = Busy(), Counting()
+        module, counting = KeepsState(), Counting()
         module.base = lambda params: torch.optim.SGD(params, lr=lr)
         trainer = fit(module, *callbacks, counting, max_epochs=1, accumulate_grad_batches=k)
         values = {name: value.tolist() for name, value in trainer.callback_metrics.items()}
@@ -110,8 +103,8 @@ def test_nothing_is_counted_twice(lr, k):
     assert all(run == runs[0] for run in runs)
 
 
-def test_a_module_s_own_backward_hook_acts_in_every_pass():
-    module, twin = Busy(), net()
+def test_backward_hook_of_the_module_acts_in_every_pass():
+    module, twin = KeepsState(), net()
     fit(module, SAMCallback(rho=0.5), max_epochs=1)
     optimizer = steppe.SAM(BASES["momentum"](twin.parameters()), rho=0.5, model=twin)
     for p in twin.layers[7].parameters():
@@ -122,9 +115,9 @@ def test_a_module_s_own_backward_hook_acts_in_every_pass():
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("method", ["sam", "msam", "looksam"])
-def test_the_log_says_what_the_climb_found(method, k):
-    class Reading(Classifier):
-        read = ()
+def test_log_sharpness_logs_perturbed_loss_and_sharpness(method, k):
+    class RecordsLogs(Classifier):
+        logs = ()
 
         def log(self, name, value, **options):
             assert isinstance(value, torch.Tensor)
@@ -134,27 +127,27 @@ def test_the_log_says_what_the_climb_found(method, k):
         def on_train_batch_start(self, batch, batch_idx):
             super().on_train_batch_start(batch, batch_idx)
             self.now = {}
-            self.read = [*self.read, self.now]
+            self.logs = [*self.logs, self.now]
 
-    module, twin = Reading(), net()
-    fit(module, SAMCallback(METHODS[method], log=True), max_epochs=1, accumulate_grad_batches=k)
+    module, twin = RecordsLogs(), net()
+    fit(module, SAMCallback(METHODS[method], log_sharpness=True), max_epochs=1, accumulate_grad_batches=k)
     optimizer, expected, losses = METHODS[method](BASES["momentum"](twin.parameters()), model=twin), [], {}
 
     def loss(output, y):
-        value, ascent_steps = F.cross_entropy(output, y), optimizer.current_pass.is_perturbed
-        losses[ascent_steps] = losses.get(ascent_steps, 0) + value.item() / k
+        value, is_perturbed = F.cross_entropy(output, y), optimizer.current_pass.is_perturbed
+        losses[is_perturbed] = losses.get(is_perturbed, 0) + value.item() / k
         return value
 
     def after():
-        expected.append({"sam/perturbed_loss": losses[True]} if True in losses else {})
+        expected.append({"perturbed_loss": losses[True]} if True in losses else {})
         if losses.keys() == {False, True}:
-            expected[-1]["sam/sharpness"] = losses[True] - losses[False]
+            expected[-1]["sharpness"] = losses[True] - losses[False]
         losses.clear()
 
     by_hand(twin, optimizer, k=k, epochs=1, loss=loss, after=after)
     ends = [i for i in range(BATCHES) if (i + 1) % k == 0 or i + 1 == BATCHES]
-    assert sum(bool(said) for said in module.read) == sum(bool(said) for said in expected)
-    assert [module.read[i] for i in ends] == [pytest.approx(e, rel=1e-5, abs=1e-6) for e in expected]
+    assert sum(bool(entry) for entry in module.logs) == sum(bool(entry) for entry in expected)
+    assert [module.logs[i] for i in ends] == [pytest.approx(e, rel=1e-5, abs=1e-6) for e in expected]
 
 
 # Exceptions.
@@ -162,7 +155,7 @@ def test_the_log_says_what_the_climb_found(method, k):
 
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("error", [ZeroDivisionError, KeyboardInterrupt])
-def test_an_exception_in_the_second_pass_leaves_w(error, k, monkeypatch):
+def test_exception_in_the_second_pass_restores_the_weights(error, k, monkeypatch):
     class Failing(Classifier):
         def training_step(self, batch, batch_idx):
             loss = super().training_step(batch, batch_idx)
@@ -176,7 +169,7 @@ def test_an_exception_in_the_second_pass_leaves_w(error, k, monkeypatch):
             self.before = bits(self.parameters())
 
     module, callback, counting = Failing(), SAMCallback(rho=0.5), Counting()
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning makes the process deaf to Ctrl-C
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # Lightning would turn Ctrl-C off for the process
     with pytest.raises(SystemExit if error is KeyboardInterrupt else error):
         fit(module, callback, counting, accumulate_grad_batches=k)
     assert bits(module.parameters()) == module.before
@@ -186,7 +179,7 @@ def test_an_exception_in_the_second_pass_leaves_w(error, k, monkeypatch):
     fit(Classifier(), callback, max_epochs=1)  # the callback can be used again
 
 
-def test_a_training_step_that_returns_none_skips_the_batch():
+def test_training_step_that_returns_none_skips_the_batch():
     class Skipping(Classifier):
         def training_step(self, batch, batch_idx):
             return None if batch_idx == 1 else super().training_step(batch, batch_idx)
@@ -202,87 +195,3 @@ def test_a_training_step_that_returns_none_skips_the_batch():
                 F.cross_entropy(twin(batch(i)[0]), batch(i)[1]).backward()
         optimizer.step()
     assert model_bits(module.model) == model_bits(twin)
-
-
-# Refusals.
-
-
-def refused(match, module=None, error=RuntimeError, callback=None, **options):
-    with pytest.raises(error, match=match):
-        fit(module or Classifier(), callback or SAMCallback(rho=0.5), **options)
-
-
-@pytest.mark.filterwarnings("ignore:You are using the `dataloader_iter` step flavor")
-def test_what_is_refused_says_why():
-    class Iterating(Classifier):
-        def training_step(self, dataloader_iter):
-            return super().training_step(*next(dataloader_iter)[:2])
-
-    class OwnStep(pl.plugins.Precision):
-        def optimizer_step(self, optimizer, model, closure, **kwargs):
-            return optimizer.step(closure)
-
-    class Lbfgs(Classifier):
-        def configure_optimizers(self):
-            return torch.optim.LBFGS(self.parameters())
-
-    class OnCards(pl.Trainer):
-        strategy, precision_plugin = pl.strategies.FSDPStrategy(), pl.plugins.Precision()
-
-    with pytest.raises(RuntimeError, match="FSDPStrategy: it shards weights.*strategy='ddp'"):
-        SAMCallback().setup(OnCards.__new__(OnCards), Classifier(), "fit")
-    with pytest.raises(RuntimeError, match="took lightning.pytorch, which was there first: import the one"):
-        SAMCallback().setup(object(), Classifier(), "fit")
-    refused("the batch that it takes out is gone", Iterating())
-    refused("OwnStep: its optimizer_step is its own", plugins=[OwnStep()])
-    refused("LBFGS cannot be the base", Lbfgs(), TypeError)
-    refused("count from 0 to 0", error=ValueError, callback=SAMCallback(optimizers=[1]))
-    manual = Classifier()
-    manual.automatic_optimization = False
-    refused("in manual optimization.*walk.is_perturbed", manual, callback=SAMCallback(log=True))
-    refused(
-        "argument 'model'.*which protects running statistics",
-        error=TypeError,
-        callback=SAMCallback(lambda base: steppe.SAM(base)),
-    )
-    refused("returned a SGD", error=TypeError, callback=SAMCallback(lambda base, model: base))
-    with pytest.raises(TypeError, match=r"SAMCallback\(rho=0.05\)"):
-        SAMCallback(0.05)
-
-
-# Without the callback.
-
-
-class Naive(Classifier):
-    """A SAM from configure_optimizers, and no callback."""
-
-    def configure_optimizers(self):
-        return steppe.SAM(super().configure_optimizers(), rho=0.5, model=self)
-
-
-def test_without_the_callback_a_loss_scaler_is_heard():
-    plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
-    with pytest.raises((RuntimeError, UserWarning), match="neither passes behind it nor a closure"):
-        fit(Naive(), plugins=plugins)
-
-
-def test_without_the_callback_an_accumulation_is_refused():
-    with pytest.raises(RuntimeError, match="accumulated before step"):
-        fit(Naive(), accumulate_grad_batches=2)
-
-
-def test_without_the_callback_explicit_passes_are_refused():
-    class Passes(Naive):
-        def __init__(self):
-            super().__init__()
-            self.automatic_optimization = False
-
-        def training_step(self, batch, batch_idx):
-            opt = self.optimizers()
-            for sam_pass in opt.passes():
-                with sam_pass:
-                    self.manual_backward(super().training_step(batch, batch_idx))
-            opt.step()
-
-    with pytest.raises(RuntimeError):
-        fit(Passes())

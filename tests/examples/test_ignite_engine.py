@@ -1,4 +1,4 @@
-"""The Ignite recipe against SAM by hand: metrics, schedules of rho, checkpoints, loss scaling."""
+"""examples/ignite_engine.py against SAM by hand: metrics, schedules of rho, checkpoints, loss scaling."""
 
 import pytest
 import torch
@@ -7,9 +7,10 @@ import torch.nn.functional as F
 pytest.importorskip("ignite")
 pytest.importorskip("sklearn")
 
+from example_files import load_example
 from ignite.engine import Events, create_supervised_trainer
 from ignite.handlers import Checkpoint, DiskSaver
-from recipes import assert_same, differ, recipe, sam_by_hand
+from sam_by_hand import assert_close, relative_distance, sam_by_hand
 
 import steppe
 from support import model_bits
@@ -19,7 +20,7 @@ EPOCHS = 2
 
 @pytest.fixture(scope="module")
 def ignite_engine():
-    return recipe("ignite_engine.py")
+    return load_example("ignite_engine.py")
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +30,7 @@ def batches():
 
 
 def radius(step: int, steps: int) -> float:
-    """What PiecewiseLinear gives: 0 to 0.05 in the first epoch, then up to 0.2 at the end."""
+    """Return what PiecewiseLinear sets: 0 to 0.05 in the first epoch, then up to 0.2 at the end."""
     end = EPOCHS * steps
     return 0.05 * step / steps if step < steps else 0.05 + 0.15 * (step - steps) / (end - steps)
 
@@ -49,16 +50,16 @@ def by_hand(ignite_engine, batches, *, radius=radius):
     return model, torch.stack(losses)
 
 
-def test_weights_and_metrics_are_those_of_sam_by_hand(ignite_engine, batches):
+def test_weights_and_metrics_equal_sam_by_hand(ignite_engine, batches):
     trainer, saved = ignite_engine.build(EPOCHS, len(batches))
     trainer.run(batches, max_epochs=EPOCHS)
     reference, losses = by_hand(ignite_engine, batches)
-    assert_same(saved["model"], reference, rtol=5e-6)
+    assert_close(saved["model"], reference, rtol=5e-6)
     assert trainer.state.metrics["loss"] == pytest.approx(float(losses[-len(batches) :].mean()), rel=1e-5)
-    assert differ(saved["model"], by_hand(ignite_engine, batches, radius=lambda *_: 0.0)[0]) > 0.01
+    assert relative_distance(saved["model"], by_hand(ignite_engine, batches, radius=lambda *_: 0.0)[0]) > 0.01
 
 
-def test_an_iteration_is_one_step_of_two_passes(ignite_engine, batches):
+def test_iteration_is_one_step_of_two_passes(ignite_engine, batches):
     trainer, saved = ignite_engine.build(EPOCHS, len(batches))
     forwards = []
     saved["model"].register_forward_hook(lambda *_: forwards.append(1))
@@ -70,7 +71,7 @@ def test_an_iteration_is_one_step_of_two_passes(ignite_engine, batches):
     assert saved["model"][1].num_batches_tracked == len(batches)
 
 
-def test_a_checkpoint_of_the_first_epoch_goes_on_bit_for_bit(ignite_engine, batches, tmp_path):
+def test_resuming_from_a_checkpoint_gives_the_same_bits(ignite_engine, batches, tmp_path):
     trainer, saved = ignite_engine.build(EPOCHS, len(batches))
     checkpoint = Checkpoint(saved, DiskSaver(str(tmp_path), require_empty=False), n_saved=None)
     trainer.add_event_handler(Events.EPOCH_COMPLETED, checkpoint)
@@ -84,16 +85,16 @@ def test_a_checkpoint_of_the_first_epoch_goes_on_bit_for_bit(ignite_engine, batc
     assert parts["optimizer"].param_groups[0]["sam_rho"] == saved["optimizer"].param_groups[0]["sam_rho"]
 
 
-def test_a_loss_scale_changes_nothing(ignite_engine, batches):
+def test_loss_scale_does_not_change_the_weights(ignite_engine, batches):
     results = []
     for scaler in (None, torch.amp.GradScaler("cpu", init_scale=2.0**10)):
         trainer, saved = ignite_engine.build(EPOCHS, len(batches), scaler)
         trainer.run(batches, max_epochs=EPOCHS)
         results.append(saved["model"])
-    assert_same(*results, rtol=2e-6)
+    assert_close(*results, rtol=2e-6)
 
 
-def test_an_infinite_loss_leaves_the_weights_and_halves_the_scale(ignite_engine, batches):
+def test_infinite_loss_skips_the_step_and_halves_the_scale(ignite_engine, batches):
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
     trainer, saved = ignite_engine.build(EPOCHS, len(batches), scaler)
     before = [p.detach().clone() for p in saved["model"].parameters()]
@@ -103,11 +104,11 @@ def test_an_infinite_loss_leaves_the_weights_and_halves_the_scale(ignite_engine,
     assert scaler.get_scale() == 2.0**9
 
 
-def test_ignites_ready_made_trainer_is_heard():
-    """It makes one backward and calls step(): a plain step, said once."""
+def test_supervised_trainer_of_ignite_warns_of_plain_steps():
+    """Its update function runs one backward and a bare step()."""
     model = torch.nn.Linear(4, 2)
     optimizer = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
     trainer = create_supervised_trainer(model, optimizer, F.cross_entropy)
-    with pytest.warns(UserWarning, match="without sharpness-aware minimization") as heard:
+    with pytest.warns(UserWarning, match="without sharpness-aware minimization") as warned:
         trainer.run([(torch.ones(2, 4), torch.tensor([0, 1]))] * 3, max_epochs=1)
-    assert len(heard) == 1
+    assert len(warned) == 1

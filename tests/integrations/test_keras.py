@@ -11,10 +11,8 @@ import torch
 os.environ.setdefault("KERAS_BACKEND", "torch")
 keras = pytest.importorskip("keras")
 
-from recipes import recipe  # noqa: E402
-
 import steppe  # noqa: E402
-from steppe.integrations.keras import SharpnessAware, Stateful  # noqa: E402
+from steppe.integrations.keras import SharpnessAware, VariablesAsBuffers  # noqa: E402
 
 # NumPy 2 asks for a copy keyword that Keras 3.15 does not take.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
@@ -24,14 +22,11 @@ EPOCHS, BATCH = 3, 8
 
 @keras.saving.register_keras_serializable("steppe-tests")
 class Net(SharpnessAware, keras.Model):
-    method = staticmethod(functools.partial(steppe.SAM, rho=0.1))
-
-    def make_sam(self, base, model):
-        return self.method(base, model=model)
+    rho = 0.1
 
 
 def layers():
-    """What a second pass can spoil: averages, and masks from a seed of Keras."""
+    """Return layers whose averages and dropout seeds a second pass could change."""
     return [
         keras.layers.Dense(16, use_bias=False),
         keras.layers.BatchNormalization(momentum=0.9),
@@ -68,7 +63,7 @@ def fit(model, epochs=EPOCHS, **kwargs):
 
 
 def by_hand(model, base, *, rho=0.1, epochs=EPOCHS, clip=None, rates=None):
-    """SAM written out on a Keras model's tensors, with a torch optimizer; return loss and accuracy of each epoch."""
+    """Train a Keras model's tensors by SAM written out; return loss and accuracy of each epoch."""
     x, y = map(torch.tensor, data())
     state = [v.value for v in model.non_trainable_variables]
     weights = [v.value for v in model.trainable_variables]
@@ -134,8 +129,8 @@ BASES = {
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_fit_is_sam_by_hand(base):
-    """Weights, moving averages, seeds, and the history of loss and accuracy at w."""
+def test_fit_equals_sam_by_hand(base):
+    """Compare weights, moving averages, seeds, and the history of loss and accuracy."""
     of_keras, of_torch = BASES[base]
     model, reference = compiled(optimizer=of_keras()), compiled(keras.Model)
     history = fit(model)
@@ -151,23 +146,24 @@ def test_fit_is_sam_by_hand(base):
         assert_close(model, plain, rtol=1e-2)
 
 
-def test_rho_zero_is_keras_bit_for_bit():
-    """With BatchNorm, dropout by Keras' seeds and by torch's generator, a regularizer and metrics in the model."""
+def test_rho_zero_gives_the_bits_of_plain_keras():
+    """The model has BatchNorm, dropout by Keras' seeds and by torch's generator, a regularizer and metrics."""
 
-    class Zero(Net):
-        method = staticmethod(functools.partial(steppe.SAM, rho=0.0))
+    class RhoZero(Net):
+        rho = 0.0
 
-    model, plain = (compiled(cls, dropout=0.3) for cls in (Zero, keras.Model))
+    model, plain = (compiled(cls, dropout=0.3) for cls in (RhoZero, keras.Model))
     ours, theirs = fit(model, validation_data=data()), fit(plain, validation_data=data())
     assert_equal(model, plain)
     assert ours == theirs
 
 
-def test_without_the_protection_the_second_pass_would_be_seen():
+def test_unprotected_model_changes_in_the_second_pass():
     """Keras keeps averages and seeds in parameters, which a plain model= does not protect."""
 
     class Unprotected(Net):
-        def make_sam(self, base, model):
+        @staticmethod
+        def method(base, model, rho):
             return steppe.SAM(base, rho=0.0, model=model.model)
 
     model, plain = compiled(Unprotected), compiled(keras.Model)
@@ -178,14 +174,12 @@ def test_without_the_protection_the_second_pass_would_be_seen():
 
 
 @pytest.mark.parametrize("form", ["sequential", "subclassed"])
-def test_sequential_and_subclassed_models_are_the_functional_one(form):
+def test_sequential_and_subclassed_models_equal_the_functional_one(form):
     class Sequential(SharpnessAware, keras.Sequential):
-        make_sam = Net.make_sam
-        method = Net.method
+        rho = Net.rho
 
     class Subclassed(SharpnessAware, keras.Model):  # a functional Net makes Net itself functional
-        make_sam = Net.make_sam
-        method = Net.method
+        rho = Net.rho
 
         def __init__(self):
             super().__init__()
@@ -209,7 +203,7 @@ def test_sequential_and_subclassed_models_are_the_functional_one(form):
         np.testing.assert_array_equal(a, b)
 
 
-def test_clipping_and_schedules_of_keras_act_on_what_goes_down():
+def test_clipping_and_schedules_act_on_the_update_gradient():
     rates = [0.1, 0.05, 0.025]
     schedule = keras.callbacks.LearningRateScheduler(lambda epoch, _: rates[epoch])
     model = compiled(optimizer=keras.optimizers.SGD(0.1, global_clipnorm=0.2))
@@ -223,7 +217,7 @@ def test_clipping_and_schedules_of_keras_act_on_what_goes_down():
         assert_close(model, unclipped, rtol=1e-2)
 
 
-def test_accumulation_of_keras_gives_each_batch_a_climb_of_its_own():
+def test_accumulation_perturbs_for_each_batch():
     """The mean of the gradients at w + e(B_i), and one step of the base for three batches."""
     model = compiled(optimizer=keras.optimizers.SGD(0.1, gradient_accumulation_steps=3))
     fit(model, epochs=1)
@@ -243,17 +237,17 @@ def test_accumulation_of_keras_gives_each_batch_a_climb_of_its_own():
     assert_close(model, reference)
 
 
-class Later(Net):
-    """A memory and a cadence: what model.save does not know of."""
+class WithMemory(Net):
+    """A method with a memory and a cadence, which model.save does not keep."""
 
-    method = staticmethod(functools.partial(steppe.variants.looksam, rho=0.1, k=2))
-
-
-keras.saving.register_keras_serializable("steppe-tests")(Later)
+    method = functools.partial(steppe.variants.looksam, interval=2)
 
 
-@pytest.mark.parametrize("cls", [Net, Later])
-def test_saved_and_loaded_it_goes_on_bit_for_bit(cls, tmp_path):
+keras.saving.register_keras_serializable("steppe-tests")(WithMemory)
+
+
+@pytest.mark.parametrize("cls", [Net, WithMemory])
+def test_loaded_model_resumes_with_the_same_bits(cls, tmp_path):
     model = compiled(cls)
     fit(model, epochs=1)
     model.save(tmp_path / "model.keras")
@@ -261,14 +255,14 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(cls, tmp_path):
     fit(model, epochs=1)
     again = keras.saving.load_model(tmp_path / "model.keras")
     again.layers[4].seed_generator.state.assign(seed)  # Keras does not save it
-    if cls is Later:
+    if cls is WithMemory:
         again.make_train_function()
         again.sam.load_state_dict(state)
     fit(again, epochs=1)
     assert_equal(again, model)
 
 
-def test_mixed_bfloat16_is_near_float32():
+def test_mixed_bfloat16_is_close_to_float32():
     keras.config.set_dtype_policy("mixed_bfloat16")
     try:
         model = compiled()
@@ -285,7 +279,7 @@ def test_mixed_bfloat16_is_near_float32():
     assert 0 < apart(model, reference) < apart(model, plain) / 2
 
 
-def test_a_batch_that_overflows_is_skipped_and_said():
+def test_overflow_skips_the_step_and_warns():
     model = compiled()
     fit(model, epochs=1)
     before = [w.detach().clone() for w in weights(model)]
@@ -304,7 +298,7 @@ def test_a_batch_that_overflows_is_skipped_and_said():
         ({"optimizer": "scaled"}, "mixed_bfloat16"),
     ],
 )
-def test_refused(changes, message):
+def test_unsupported_compile_options_raise(changes, message):
     model = functional(Net)
     if changes.get("optimizer") == "scaled":
         changes = {"optimizer": keras.optimizers.LossScaleOptimizer(keras.optimizers.SGD(0.1))}
@@ -313,7 +307,7 @@ def test_refused(changes, message):
         model.fit(np.ones((4, 6)), np.ones((4, 3)), verbose=0)
 
 
-def test_a_layer_unfrozen_without_compile_is_refused():
+def test_unfreezing_a_layer_without_compile_raises():
     model = compiled()
     model.layers[1].trainable = False
     model.compile("sgd", "mse")
@@ -323,20 +317,57 @@ def test_a_layer_unfrozen_without_compile_is_refused():
         model.fit(np.ones((4, 6)), np.ones((4, 3)), verbose=0)
 
 
-def test_stateful_names_what_a_pass_changes():
+def test_variables_as_buffers_hold_all_that_a_pass_changes():
     model = compiled()
     fit(model, epochs=1)
     names = {v.path.split("/")[-1] for v in model.non_trainable_variables}
     assert names >= {"moving_mean", "moving_variance", "seed_generator_state"}
-    assert len(list(Stateful(model).buffers())) == len(
+    assert len(list(VariablesAsBuffers(model).buffers())) == len(
         {id(v) for v in model.non_trainable_variables + model.metrics_variables}
     )
 
 
-def test_the_example_defines_what_it_says():
-    example = recipe("keras_torch.py")
-    model = example.compiled(example.SAMNet)
-    x = np.random.default_rng(0).normal(size=(32, 64)).astype("float32")
-    model.fit(x, np.arange(32) % 10, verbose=0)
-    assert repr(model.sam.perturbation) == "L2()"
-    assert model.sam.param_groups[0]["sam_rho"] == 0.05
+def test_log_sharpness_logs_means_of_the_epoch():
+    class Logs(Net):
+        log_sharpness = True
+
+    recorded = []
+
+    class Records(Net):
+        def compute_loss(self, *args, **kwargs):
+            loss = super().compute_loss(*args, **kwargs)
+            if self.current_pass is not None:  # None while Keras builds the model
+                recorded.append((self.current_pass.is_perturbed, loss.item()))
+            return loss
+
+    model, reference = compiled(Logs), compiled(Records)
+    history = fit(model, validation_data=data())
+    fit(reference)
+    assert model.current_pass is None
+    assert_equal(model, reference)
+    per_epoch = 2 * 3  # two passes of three batches
+    for epoch in range(EPOCHS):
+        losses = recorded[per_epoch * epoch : per_epoch * (epoch + 1)]
+        loss, perturbed = (np.mean([value for p, value in losses if p is wanted]) for wanted in (False, True))
+        assert history["loss"][epoch] == pytest.approx(loss, rel=1e-5)
+        assert history["perturbed_loss"][epoch] == pytest.approx(perturbed, rel=1e-5)
+        assert history["sharpness"][epoch] == pytest.approx(perturbed - loss, rel=1e-3)
+    assert min(history["sharpness"]) > 0
+    assert "val_sharpness" not in history
+
+
+def test_methods_that_are_not_functions_or_return_no_sam_raise():
+    class NotCallable(Net):
+        method = 0.05
+
+    class PlainBase(Net):
+        @staticmethod
+        def method(base, model, rho):
+            return base
+
+    for cls, message in (
+        (NotCallable, "method must be a function"),
+        (PlainBase, "returned KerasOptimizer, and PlainBase"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            fit(compiled(cls))

@@ -1,0 +1,157 @@
+"""The optimizer that Lightning's loops and ``self.optimizers()`` see in place of a :class:`steppe.SAM`."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any, Self
+from weakref import proxy
+
+import torch
+from torch.optim import Optimizer
+
+from steppe.integrations._attributes import PlainAttributes
+from steppe.integrations._lightning_package import pl
+from steppe.integrations._lightning_window import AccumulationWindow
+from steppe.sam import SAM, Pass, Stage
+
+
+class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
+    """A SAM of whose steps Lightning counts, unscales and clips each once.
+
+    Args:
+        sam: the optimizer.
+        trainer: the Trainer that fits the module.
+        window: the micro-batches of a step in automatic optimization; None in manual optimization.
+    """
+
+    def __init__(self, sam: SAM, trainer: "pl.Trainer", window: AccumulationWindow | None) -> None:
+        super().__init__(sam)
+        self._strategy = proxy(trainer.strategy)  # as LightningOptimizer.step() expects
+        self._sam, self._trainer, self.window = sam, trainer, window
+        self._attributes = PlainAttributes(trainer.lightning_module)
+
+    # Lightning makes the class of this object a subclass of SAM's, so that isinstance(opt, SAM) holds. Methods that
+    # write attributes would then write this object's; without the overrides below the SAM itself would not change.
+
+    def passes(self, *, accumulate: bool = False) -> "Iterator[Pass]":
+        for sam_pass in self._sam.passes(accumulate=accumulate):
+            yield sam_pass if sam_pass.is_first else RepeatedPass(sam_pass, self._muted())
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        self._sam.zero_grad(set_to_none)
+
+    def restore(self) -> None:
+        self._sam.restore()
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._sam.load_state_dict(state_dict)
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        raise RuntimeError(
+            "first_step() in Lightning: the classic API steps past Lightning's counting and loss scaling. Write `for "
+            "sam_pass in opt.passes(): with sam_pass: ...` and opt.step(), or opt.step(closure)"
+        )
+
+    def second_step(self, zero_grad: bool = False) -> None:
+        self.first_step()
+
+    def step(self, closure: Callable[[], Any] | None = None, **kwargs: Any) -> Any:
+        sam, loss = self._sam, None
+        if closure is None and sam._engine.stage is not Stage.READY:
+            raise RuntimeError(
+                "step() was called without a closure and without passes before it: this would be a plain step of "
+                f"{type(sam.base).__name__}, without sharpness-aware minimization. Run forward and manual_backward in "
+                "`for sam_pass in opt.passes(): with sam_pass: ...`, or call opt.step(closure); leave an optimizer "
+                "that is not for SAM out with SAMCallback(optimizers=[...])"
+            )
+
+        def all_passes() -> Any:
+            nonlocal loss
+            assert closure is not None
+            loss = self._run_passes(closure)
+            return loss
+
+        handle = sam.register_step_pre_hook(_run_closure_before_step)
+        try:
+            super().step(None if closure is None else all_passes, **kwargs)
+        finally:
+            handle.remove()
+        sam.restore()  # a loss scaler that found an overflow has not stepped, and the passes are still pending
+        return loss
+
+    def _run_passes(self, closure: Callable[[], Any]) -> Any:
+        """Run all passes of a step; return the loss of the first."""
+        gradients, window = self._sam._engine.gradients, self.window
+        outside = gradients.accumulated_outside()
+        has_earlier = window is not None and window.has_earlier()
+        loss = None
+        for sam_pass in self.passes():
+            with sam_pass, torch.enable_grad():
+                if not sam_pass.is_first:
+                    closure() if window is None else window.repeat_all(sam_pass)
+                    continue
+                if (
+                    window is not None and has_earlier and not sam_pass.is_at_w
+                ):  # their gradients in `outside` are those at w
+                    with self._muted():
+                        window.repeat_earlier()
+                else:
+                    gradients.assign(outside)
+                loss = closure()
+                if window is not None:
+                    window.end_first_pass(sam_pass)
+                if not has_earlier:
+                    gradients.refuse_if_kept(outside)
+        if window is not None:
+            window.clear()
+        return loss
+
+    @contextmanager
+    def _muted(self) -> Iterator[None]:
+        """Mute logs and callbacks, and restore plain attributes at the end."""
+        trainer, attributes = self._trainer, self._attributes
+        attributes.save()
+        # Lightning calls the hooks of whatever is in this list, and self.log of the module; without these two lines
+        # each further pass would be counted and logged as a step of its own.
+        callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
+        for module in trainer.lightning_module.modules():
+            if isinstance(module, pl.LightningModule):
+                vars(module)["log"] = _ignore_log
+        try:
+            yield
+        finally:
+            attributes.restore()  # removes "log" too, which was not there when the attributes were saved
+            trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
+class RepeatedPass(Pass):
+    """A pass after the first, with logs and callbacks muted."""
+
+    def __init__(self, sam_pass: Pass, muted: AbstractContextManager[None]) -> None:
+        self._pass, self._muted = sam_pass, muted  # the pass itself has all other attributes
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pass, name)
+
+    def __enter__(self) -> Self:
+        with ExitStack() as stack:
+            stack.enter_context(self._muted)
+            stack.enter_context(self._pass)
+            self._exits = stack.pop_all()
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self._exits.__exit__(*exception)
+
+
+def _run_closure_before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """Run Lightning's closure before the step, and hide it from SAM.
+
+    The closure runs the passes, then Lightning's hooks and clipping. SAM would call it once a pass.
+    """
+    if (closure := kwargs.pop("closure", None)) is not None:
+        closure()
+    return args, kwargs
+
+
+def _ignore_log(*args: Any, **kwargs: Any) -> None:
+    pass

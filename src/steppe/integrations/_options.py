@@ -1,0 +1,80 @@
+"""Options that all integrations share: the method that wraps a base optimizer, its radius, and the model."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from steppe.sam import SAM
+
+
+class MethodOptions:
+    """Wrap base optimizers by ``method(base, model=model, rho=rho, **options)``.
+
+    Args:
+        owner: the class that takes these options, for error messages.
+        method: :class:`steppe.SAM`, a function of :mod:`steppe.variants`, or any function with that signature.
+        rho: the neighborhood radius; None for the method's default.
+        ready_made: where a ready-made :class:`steppe.SAM` is given instead, for error messages.
+        **options: further options of the method.
+
+    Raises:
+        TypeError: ``method`` is not a function, or ``rho`` is given twice.
+    """
+
+    def __init__(
+        self, owner: str, method: Callable[..., SAM], rho: Any = None, *, ready_made: str = "", **options: Any
+    ) -> None:
+        if not callable(method) or isinstance(method, Optimizer):
+            raise TypeError(
+                f"method must be a function that wraps a base optimizer, got {method!r}: write {owner}(rho=0.05) or "
+                f"{owner}(method=steppe.variants.asam, rho=0.5){ready_made and f'; {ready_made}'}"
+            )
+        if rho is not None and isinstance(method, functools.partial) and "rho" in method.keywords:
+            raise TypeError(
+                f"{owner} got two radii, rho={rho} and the method's own rho={method.keywords['rho']}: give only one"
+            )
+        self._owner, self._method = owner, method
+        self._options = options if rho is None else {"rho": rho, **options}
+
+    @property
+    def are_default(self) -> bool:
+        """True if neither a method nor an option was given."""
+        return self._method is SAM and not self._options
+
+    @property
+    def _name(self) -> str:
+        return getattr(self._method, "__name__", repr(self._method))
+
+    def __str__(self) -> str:
+        return ", ".join([self._name, *(f"{name}={value}" for name, value in self._options.items())])
+
+    def wrap(self, base: Optimizer, model: nn.Module) -> SAM:
+        """Return the method around the base optimizer.
+
+        Raises:
+            TypeError: the method does not take these arguments, or returns no :class:`steppe.SAM`.
+        """
+        try:
+            inspect.signature(self._method).bind(base, model=model, **self._options)
+        except TypeError as error:
+            raise TypeError(
+                f"{self._name} cannot be called as method(base, model=model, **options): {error}. A method takes the "
+                f"base optimizer, model=, which protects running statistics, and the options of {self._owner}"
+            ) from None
+        sam = self._method(base, model=model, **self._options)
+        if not isinstance(sam, SAM):
+            raise TypeError(
+                f"{self._name} returned {type(sam).__name__}, and {self._owner} needs a steppe.SAM around the base"
+            )
+        return sam
+
+
+def set_model_if_missing(sam: SAM, model: nn.Module) -> None:
+    """Let a ready-made SAM without ``model=`` protect the buffers of the framework's model."""
+    if sam.model is None:
+        sam.model = model
+        sam._engine.protect(model, replay_rng=sam.replay_rng)
