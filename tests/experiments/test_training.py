@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import CPU, Told, dataset, recipe, train_run, untimed
+from tiny import CPU, RecordingReporter, dataset, recipe, train_run, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.config import methods
@@ -66,7 +66,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = Fraction(0)
-        monkeypatch.setattr(training, "preact_resnet18", self.build)
+        monkeypatch.setattr(network, "preact_resnet18", self.build)
 
     def build(self, *args: Any, **kwargs: Any) -> nn.Module:
         network = preact_resnet18(*args, **kwargs)
@@ -151,7 +151,7 @@ def test_metrics_are_those_of_the_whole_sets(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path) -> None:
-    told = Told()
+    told = RecordingReporter()
     train_run(Run(recipe(epochs=12, width=4), MethodSpec.parse("sgd"), 0), tmp_path, reporter=told)
     assert told.records[-1].train_loss < 0.8 * told.records[0].train_loss
     assert told.steps[0] == pytest.approx(math.log(10), abs=0.6)  # the loss at w of a step, as a mean over images
@@ -184,7 +184,7 @@ def test_a_finished_run_is_not_trained_again_and_its_metrics_are_restored(tmp_pa
     run = Run(recipe(), MethodSpec.parse("sam"), 0)
     first = train_run(run, tmp_path)
     (tmp_path / METRICS).write_text("half a li")
-    told = Told()
+    told = RecordingReporter()
     assert train_run(run, tmp_path, reporter=told) == first
     assert not told.steps
     assert (tmp_path / METRICS).read_text().count("\n") == len(first)
@@ -239,7 +239,7 @@ def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ExperimentError, match="belongs to another run"):
         train_run(Run(recipe(), MethodSpec.parse("sgd"), 1), tmp_path)
     torch.save({"weights": torch.ones(2)}, tmp_path / CHECKPOINT)
-    with pytest.raises(ExperimentError, match="is not a checkpoint of an experiment"):
+    with pytest.raises(ExperimentError, match="is not a checkpoint of a run"):
         train_run(Run(recipe(), MethodSpec.parse("sgd"), 0), tmp_path)
 
 

@@ -12,7 +12,7 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.execution import cpus
-from steppe.experiments.execution.progress import Reporter
+from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
@@ -47,8 +47,8 @@ def dataset(train: int = 72, test: int = 50) -> Dataset:
 
 
 @dataclass
-class Told(Reporter):
-    """Remembers what it was told."""
+class RecordingReporter(Reporter):
+    """Records the progress that it gets."""
 
     interval: float = 0.0
     steps: list[float] = field(default_factory=list)
@@ -71,7 +71,7 @@ def untimed(records: list[Record]) -> list[dict[str, object]]:
 
 
 def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
-    """Run the command line on the tiny data; without figures, which take longer than the runs, where nobody looks."""
+    """Run the command line on the tiny data; without figures, which take longer than the runs, if `draws` is false."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for

@@ -1,0 +1,18 @@
+from pathlib import Path
+
+import pytest
+from executing import DEMO, FIELDS, jobs
+from tiny import CPU, RecordingReporter, dataset, recipe
+
+from steppe.experiments.execution.in_process import InProcessExecutor
+from steppe.experiments.training.stopping import Stop
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("undisturbed")
+    for _ in InProcessExecutor(recipe(**FIELDS, **DEMO), CPU).run(
+        jobs(folder, **FIELDS, **DEMO), dataset(), folder, RecordingReporter(), Stop()
+    ):
+        pass
+    return folder

@@ -1,0 +1,64 @@
+import multiprocessing
+import os
+import pickle
+import signal
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
+
+
+def add(number: int, shared: int, report: Callable[..., None]) -> tuple[int, int]:
+    report("adding", number)
+    return os.getpid(), number + shared
+
+
+def fail(shared: None, report: Callable[..., None]) -> None:
+    raise ExperimentError("the cause")
+
+
+def die(shared: None, report: Callable[..., None]) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def wait_for(pool: ProcessPool, worker: Worker) -> None:
+    while worker not in pool.wait([worker], 1.0):
+        pass
+
+
+def test_workers_are_reused_report_progress_and_end_with_the_pool() -> None:
+    before, reports = set(multiprocessing.active_children()), list[tuple[str, int]]()
+    shared = pickle.dumps(10)
+    with ProcessPool() as pool:
+        pids = set()
+        for number in (1, 2):
+            worker = pool.submit(partial(add, number), shared, lambda *values: reports.append(values))
+            wait_for(pool, worker)
+            pid, result = pool.result(worker)
+            pids.add(pid)
+            assert result == number + 10
+    assert len(pids) == 1
+    assert reports == [("adding", 1), ("adding", 2)]
+    assert set(multiprocessing.active_children()) <= before
+
+
+def test_killed_worker_fails_its_own_task_only() -> None:
+    with ProcessPool() as pool:
+        other = pool.submit(partial(add, 1), pickle.dumps(1))
+        worker = pool.submit(die)
+        wait_for(pool, worker)
+        with pytest.raises(WorkerDied, match="ended by SIGKILL"):
+            pool.result(worker)
+        wait_for(pool, other)
+        assert pool.result(other)[1] == 2
+
+
+def test_error_with_a_message_for_the_user_is_raised_unchanged() -> None:
+    with ProcessPool() as pool:
+        worker = pool.submit(fail)
+        wait_for(pool, worker)
+        with pytest.raises(ExperimentError, match="^the cause$"):
+            pool.result(worker)
