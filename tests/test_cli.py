@@ -166,7 +166,7 @@ def test_ctrl_c_while_loading_says_how_to_go_on(
     monkeypatch.setattr("steppe.experiments.data.datasets.load", interrupted)
     words = ["compare", "demo", "--out", str(tmp_path / "a folder")]
     assert main(words) == 130
-    assert f"To go on: steppe compare demo --out '{tmp_path}/a folder'" in said(capsys)
+    assert f"To resume: steppe compare demo --out '{tmp_path}/a folder'" in said(capsys)
 
 
 def forbid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:

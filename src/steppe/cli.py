@@ -1,6 +1,6 @@
 """The command line: `steppe compare`, `finetune`, `tune`, `measure`, `plot`, `methods`.
 
-Exit codes: 0 done; 1 it could not be done, and one line says why; 2 the command was not understood; 130 Ctrl-C.
+Exit codes: 0 success; 1 an error, printed in one line; 2 a wrong command line; 130 Ctrl-C.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ _EXTRA = frozenset({"matplotlib", "numpy", "plotly", "rich", "tyro"})
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line on `arguments` (by default the process's own) and return the exit code."""
+    """Run the command line on `arguments` (by default those of the process) and return the exit code."""
     words = list(sys.argv[1:] if arguments is None else arguments)
     if words == ["--version"]:
         print(f"steppe {metadata.version('steppe')}")
@@ -41,11 +41,10 @@ def _with_default(words: Sequence[str]) -> list[str]:
 
 
 def _run(words: Sequence[str]) -> int:
-    # the experiments' libraries are an extra, and main() can say so only when they are not imported before it
+    # imported here, so that main() can report a missing library: those of the experiments are an extra
     from rich.console import Console
 
     from steppe.experiments.commands import parse
-    from steppe.experiments.data.datasets import DataError
     from steppe.experiments.errors import ExperimentError
     from steppe.experiments.training.stopping import Stopped
 
@@ -55,9 +54,9 @@ def _run(words: Sequence[str]) -> int:
         return _stopped(words, 128 + stopped.signal)
     except KeyboardInterrupt:
         return _stopped(words, 130)
-    except (ExperimentError, DataError) as error:
+    except ExperimentError as error:
         return _fail(str(error))
-    except OSError as error:  # a full disk, a folder that may not be written: the system's words say it
+    except OSError as error:  # a full disk, a folder without write permission: the system's message is clear
         return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
     return 0
 
@@ -66,7 +65,7 @@ def _stopped(words: Sequence[str], code: int) -> int:
     from steppe.experiments.world import launched
 
     start = f"torchrun --nproc-per-node {launched()} -m steppe" if launched() > 1 else "steppe"
-    print(f"\nStopped. To go on: {start} {shlex.join(words)}", file=sys.stderr)
+    print(f"\nStopped. To resume: {start} {shlex.join(words)}", file=sys.stderr)
     return code
 
 

@@ -32,8 +32,9 @@ from hypothesis.extra import numpy as hnp
 
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data import fashion_mnist
-from steppe.experiments.data.datasets import CLASSES, DataError, load, normalize
+from steppe.experiments.data.datasets import CLASSES, load, normalize
 from steppe.experiments.data.fashion_mnist import IdxFile, parse_idx, unpack
+from steppe.experiments.errors import DataError
 
 CLOSED_PORT = "http://127.0.0.1:9/"
 IMAGES, LABELS = "train-images-idx3-ubyte", "train-labels-idx1-ubyte"

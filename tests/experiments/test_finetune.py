@@ -28,9 +28,10 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data import digits
 from steppe.experiments.data.batches import batches, count, order
-from steppe.experiments.data.datasets import MEAN, STD, DataError, Dataset, Split, load, normalize
+from steppe.experiments.data.datasets import MEAN, STD, Dataset, Split, load, normalize
 from steppe.experiments.data.few_shot import few_shot
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import DataError, ExperimentError
+from steppe.experiments.execution import pretraining as finetune
 from steppe.experiments.execution.executor import InProcess
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.models import backbones
@@ -38,7 +39,6 @@ from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.training import pretraining as finetune
 from steppe.experiments.training.run import Training, train
 from steppe.experiments.training.stopping import Stop, Stopped
 from stops import StopAfter
@@ -241,12 +241,12 @@ def test_a_run_that_started_from_other_weights_is_not_gone_on_with(tmp_path: Pat
 
 def test_a_run_without_its_backbone_is_a_mistake_and_not_a_run_from_scratch() -> None:
     with pytest.raises(RuntimeError, match=r"backbone=own, but the data came with None"):
-        Training(Run(recipe(), MethodSpec.parse("sgd"), 0), dataclasses.replace(dataset(), start=None), CPU)
+        Training(Run(recipe(), MethodSpec.parse("sgd"), 0), dataclasses.replace(dataset(), backbone=None), CPU)
 
 
 def test_from_scratch_is_compares_own_network() -> None:
     r = recipe(backbone="none", pretrain_on="auto")
-    network = Training(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), start=None), CPU).network
+    network = Training(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), backbone=None), CPU).network
     torch.manual_seed(4)
     assert torch.equal(network.state_dict()["head.weight"], preact_resnet18(2, stem_stride=2).head.weight)
 
@@ -293,7 +293,7 @@ def test_the_backbone_is_pretrained_once_and_taken_from_the_cache(
     (kept,) = cache.iterdir()
     content = {p: p.read_bytes() for p in kept.rglob("*") if p.is_file()}
     # what was pretrained is what an ordinary run of that recipe gives, and the runs start from it
-    pretraining = finetune.pretraining(recipe(momentum=0.9))
+    pretraining = finetune.pretraining_recipe(recipe(momentum=0.9))
     train(Run(pretraining, MethodSpec.parse("sgd"), 0), tmp_path / "by hand", tiny_data("sample"), CPU)
     by_hand = Backbone(preact_resnet18(2, stem_stride=2), "head", "")
     by_hand.model.load_state_dict(weights(tmp_path / "by hand"))
@@ -368,7 +368,7 @@ def test_a_folder_takes_no_runs_from_another_backbone_of_the_same_name(
 def test_stopped_pretraining_goes_on_to_the_same_bits(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Run(finetune.pretraining(recipe()), MethodSpec.parse("sgd"), 0)
+    run = Run(finetune.pretraining_recipe(recipe()), MethodSpec.parse("sgd"), 0)
     whole = tmp_path / "whole"
     train(run, whole, tiny_data("sample"), CPU)
     executor = InProcess(recipe(), CPU)
@@ -382,10 +382,10 @@ def test_stopped_pretraining_goes_on_to_the_same_bits(
     with monkeypatch.context() as patch:
         patch.setattr(InProcess, "run", stopped)
         with pytest.raises(Stopped):
-            finetune.with_start(tiny_data("digits"), executor, tmp_path / "run", console)
+            finetune.with_backbone(tiny_data("digits"), executor, tmp_path / "run", console)
     (kept,) = cache.glob(f"*/runs/*/{CHECKPOINT}")
     assert not torch.load(kept, weights_only=True)["records"]
-    start = finetune.with_start(tiny_data("digits"), executor, tmp_path / "run", console).start
+    start = finetune.with_backbone(tiny_data("digits"), executor, tmp_path / "run", console).backbone
     assert start is not None
     assert all(torch.equal(v, weights(whole)[k]) for k, v in start.model.state_dict().items())
 
@@ -397,16 +397,16 @@ def test_what_is_pretrained_on_is_settled_and_said(
     monkeypatch.setattr(data, "SYSTEM", tmp_path / "nowhere")
     monkeypatch.delenv("STEPPE_DATA", raising=False)
     console = Console(width=500)
-    assert finetune.reduced(recipe(pretrain_on="auto"), console).model.pretrain_on == "sample"
+    assert finetune.resolve_pretraining(recipe(pretrain_on="auto"), console).model.pretrain_on == "sample"
     assert "is not on this machine, so the backbone is pretrained on the 3,000 images" in capsys.readouterr().out
-    assert finetune.reduced(recipe(pretrain_on="auto", data_dir=tmp_path), console).model.pretrain_on == "fashion-mnist"
+    assert finetune.resolve_pretraining(recipe(pretrain_on="auto", data_dir=tmp_path), console).model.pretrain_on == "fashion-mnist"
     folder = tmp_path / "steppe" / "fashion-mnist"
     folder.mkdir(parents=True)
     for file in (*data.fashion_mnist.TRAIN, *data.fashion_mnist.TEST):
-        assert finetune.reduced(recipe(pretrain_on="auto"), console).model.pretrain_on == "sample"
+        assert finetune.resolve_pretraining(recipe(pretrain_on="auto"), console).model.pretrain_on == "sample"
         (folder / f"{file.name}.gz").touch()
-    assert finetune.reduced(recipe(pretrain_on="auto"), console).model.pretrain_on == "fashion-mnist"
-    assert finetune.reduced(recipe(backbone="none", pretrain_on="auto"), console).model.pretrain_on == "auto"
+    assert finetune.resolve_pretraining(recipe(pretrain_on="auto"), console).model.pretrain_on == "fashion-mnist"
+    assert finetune.resolve_pretraining(recipe(backbone="none", pretrain_on="auto"), console).model.pretrain_on == "auto"
 
 
 # The recipe.

@@ -23,7 +23,8 @@ from steppe.experiments.training import cuda_graphs as graphs
 from steppe.experiments.training import run as training
 from steppe.experiments.training.cuda_graphs import Graphs, recorder
 from steppe.experiments.training.evaluation import evaluate
-from steppe.experiments.training.run import Training, _network
+from steppe.experiments.training.network import build_network
+from steppe.experiments.training.run import Training
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
 from stops import StopAfter
@@ -101,7 +102,7 @@ def fused_adamw(parameters, lr: float, momentum: float, weight_decay: float, *, 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     StandIn.made = []
-    monkeypatch.setattr(training, "_network", small)
+    monkeypatch.setattr(training, "build_network", small)
     monkeypatch.setattr(training, "BASES", {**BASES, "adamw": Base(fused_adamw, has_momentum=False)})
     monkeypatch.setattr(graphs, "RECORDERS", {"cpu": StandIn})
     return StandIn
@@ -167,7 +168,7 @@ def test_a_stopped_run_goes_on_with_graphs(method: str, tmp_path: Path, stand_in
 def test_the_real_network_under_autocast(
     tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "_network", _network)
+    monkeypatch.setattr(training, "build_network", build_network)
     given = make_run("sam", amp=True, channels_last=True, epochs=4)
     train_run(one_by_one(given), tmp_path / "eager")
     train_run(given, tmp_path / "graphs")

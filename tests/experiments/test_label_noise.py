@@ -70,7 +70,7 @@ def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_w
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 20.0, float("nan")])
 def test_a_share_that_is_none_is_refused(share: float) -> None:
-    with pytest.raises(ValueError, match=r"label_noise=.*share of"):
+    with pytest.raises(ValueError, match=r"label_noise=.*fraction of"):
         recipe(label_noise=share)
 
 

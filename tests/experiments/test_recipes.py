@@ -81,7 +81,7 @@ def test_a_climb_along_the_momentum_gets_one_and_so_does_everybody() -> None:
     assert recipe(methods=("sgd", "msam"), momentum=0.5).base_momentum == 0.5
     assert recipe(methods=("adamw", "msam"), base="adamw").base_momentum == 0.0
     assert recipe(methods=("sgd", "msam")).result() != recipe(methods=("sgd", "sam")).result()
-    with pytest.raises(ValueError, match=r"momentum=0: msam climbs along .* Say --momentum 0\.9"):
+    with pytest.raises(ValueError, match=r"momentum=0: msam perturbs along .* Say --momentum 0\.9"):
         recipe(methods=("sgd", "msam"), momentum=0)
 
 
@@ -109,10 +109,10 @@ def test_an_argument_reaches_the_method_and_the_plan() -> None:
     assert {spec: MethodSpec.parse(spec).passes for spec in planned} == {k: Fraction(str(v)) for k, v in planned.items()}
     look = next(recipe(methods=("looksam:interval=2,alpha=0.3",)).runs())
     optimizer: Any = Training(look, dataset(), CPU).optimizer
-    assert (optimizer.cadence.k, optimizer.combination.alpha, optimizer.rho) == (2, 0.3, 0.05)
+    assert (optimizer.cadence.interval, optimizer.combination.alpha, optimizer.rho) == (2, 0.3, 0.05)
     late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).runs())
     optimizer = Training(late, dataset(), CPU).optimizer
-    assert (optimizer.cadence.start, optimizer.cadence.steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
+    assert (optimizer.cadence.start, optimizer.cadence.total_steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
     draws: Any = [Training(run, dataset(), CPU).optimizer for run in recipe(methods=("random_sam",), seeds=2).runs()]
     assert [optimizer.cadence.seed for optimizer in draws] == [0, 1]
 

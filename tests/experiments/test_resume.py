@@ -115,7 +115,7 @@ def test_stopped_it_says_how_to_go_on(undisturbed: Path, tmp_path: Path) -> None
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in errors
-    words = errors.strip().splitlines()[-1].removeprefix("Stopped. To go on: steppe ").split()
+    words = errors.strip().splitlines()[-1].removeprefix("Stopped. To resume: steppe ").split()
     assert words == command(out)
     assert command_line(words, draws=False) == 0
     assert_same(out, undisturbed)

@@ -19,8 +19,9 @@ from steppe.experiments.measuring.measure_runs import measure_runs
 from steppe.experiments.measuring.options import MeasuringOptions
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
 from steppe.experiments.methods_table import methods
+from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.search_space import grid, spaces
-from steppe.experiments.tuning.tune import Options, again, is_tuning, tune
+from steppe.experiments.tuning.tune import is_tuning, report_tuning, tune
 
 __all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 
@@ -110,7 +111,7 @@ class Tune:
     """`steppe tune`."""
 
     recipe: AnyRecipe
-    options: Options = field(default_factory=Options)
+    options: TuningOptions = field(default_factory=TuningOptions)
     where: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def __post_init__(self) -> None:
@@ -160,7 +161,7 @@ class Plot:
 
     def run(self, command: Sequence[str], console: Console) -> None:
         """Summarize and draw again."""
-        (again if is_tuning(self.folder) else plot)(self.folder, console)
+        (report_tuning if is_tuning(self.folder) else plot)(self.folder, console)
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The main job: train every unit of a recipe, and say who generalizes better."""
+"""Train every run of a recipe and report which method generalizes better."""
 
 from __future__ import annotations
 
@@ -15,11 +15,10 @@ from steppe.experiments.analysis.flatness import read_flatness, read_lines, verd
 from steppe.experiments.analysis.summary import Summary, setting, summarize
 from steppe.experiments.analysis.verdicts import Verdict
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data import datasets as data
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, failures
+from steppe.experiments.execution.executor import ExecutionOptions, Executor
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.progress import RunProgress
+from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, train_runs, with_backbone
 from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.figures import flatness as flatness_figures
@@ -27,35 +26,41 @@ from steppe.experiments.figures.style import styles
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.training.pretraining import reduced, with_start
-from steppe.experiments.training.reporter import Reporter
-from steppe.experiments.training.stopping import on_signals
 
 __all__ = ["compare", "plot", "report"]
 
-_HERE = ExecutionOptions()
+_LOCAL = ExecutionOptions()
 
 
 def compare(
-    recipe: Recipe, command: Sequence[str], console: Console, where: ExecutionOptions = _HERE
+    recipe: Recipe, command: Sequence[str], console: Console, execution: ExecutionOptions = _LOCAL
 ) -> Summary | DoubleDescent | None:
-    """Train what is not trained yet, then write and show the summary and the figures.
+    """Train the runs that are not finished, then write and show the summary and the figures.
 
-    `command` is what the user typed, for the record. Returns None in all processes but the first. Raises Stopped when
-    somebody asked to stop, and ExperimentError or DataError with one clear line; a run that failed does not end the
-    others, and is told of at the end.
+    Args:
+        recipe: the comparison.
+        command: the words of the command line, for the record.
+        console: where to show progress and summary.
+        execution: where the runs are trained, and how many at a time.
+
+    Returns:
+        The summary; None in all processes but the first.
+
+    Raises:
+        Stopped: on a signal.
+        ExperimentError: with one clear line; the failure of a run is raised after the others are trained.
     """
-    recipe = reduced(recipe, console)
+    recipe = resolve_pretraining(recipe, console)
     runs = max(len(list(member.runs())) for member in [recipe, *recipe.members()])
-    with start_executor(recipe, where, console, max_runs=runs) as executor:
-        summary, failed = _carry_out(executor.recipe, executor, command, console)
+    with start_executor(recipe, execution, console, max_runs=runs) as executor:
+        summary, failed = _train_and_report(executor.recipe, executor, command, console)
     if failed and summary is not None:
         raise ExperimentError("; ".join(failed))
     return summary
 
 
 def plot(path: Path, console: Console) -> Summary | DoubleDescent:
-    """Draw the figures and write the summary of a run folder again, from what is in it."""
+    """Draw the figures and write the summary of a run folder again, from its files."""
     folder = RunFolder(path)
     recipe = folder.recipe().replace(out=path)  # it may have been moved
     for member in recipe.members():
@@ -84,7 +89,7 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
 
 
 def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:
-    """Draw what was measured of flatness, if anything was, and say what it allows to say."""
+    """Draw the measurements of flatness, if there are any, and return their verdicts."""
     found = read_flatness(folder, recipe)
     groups = {m.label: [flat for run, flat in found.items() if run.method == m] for m in recipe.comparison.methods}
     flatness_figures.draw(groups, folder.figures, setting(recipe))
@@ -99,10 +104,10 @@ def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdi
         return []
 
 
-def _carry_out(
+def _train_and_report(
     recipe: Recipe, executor: Executor, command: Sequence[str], console: Console
 ) -> tuple[Summary | DoubleDescent | None, list[str]]:
-    """Train every run of a comparison, or of its members, and report; say what failed."""
+    """Train every run of a comparison, or of its members, and report; return the failures as well."""
     folder, world = RunFolder(recipe.folder), executor.world
     with folder.locked() if world.rank == 0 else nullcontext():
         if world.rank == 0:
@@ -111,26 +116,10 @@ def _carry_out(
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():
-            _, reasons = _carry_out(member, executor, command, console)
+            _, reasons = _train_and_report(member, executor, command, console)
             failed += [f"width {member.model.width}: {reason}" for reason in reasons]
         if not recipe.comparison.widths:
-            reason = _train(recipe, executor, folder, console)
+            dataset = with_backbone(load_data(recipe, world), executor, folder.path, console)
+            reason = train_runs(recipe.runs(), dataset, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed
-
-
-def _train(recipe: Recipe, executor: Executor, folder: RunFolder, console: Console) -> str | None:
-    """Train every unit; say which ones failed, if any did."""
-    world = executor.world
-    if world.rank > 0:
-        world.barrier()  # the first process downloads, if it must; the others find what it got
-    dataset = data.load(recipe.data.dataset, recipe.data.data_dir)
-    if world.rank == 0:
-        world.barrier()
-    dataset = with_start(dataset, executor, folder.path, console)
-    runs = list(recipe.runs())
-    total = sum(run.standardized_epochs for run in runs)
-    progress = RunProgress(console, total) if world.rank == 0 else Reporter()
-    jobs = [Job(run, folder.run(run)) for run in runs]
-    with progress, on_signals() as stop:
-        return failures(list(executor.run(jobs, dataset, folder.path, progress, stop)))

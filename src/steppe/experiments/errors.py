@@ -1,7 +1,11 @@
-"""What can go wrong in an experiment and is the user's to put right: one clear line, no traceback."""
+"""Errors that a user can fix: the command line prints one clear line and no traceback."""
 
-__all__ = ["ExperimentError"]
+__all__ = ["DataError", "ExperimentError"]
 
 
 class ExperimentError(RuntimeError):
-    """Says what was wrong, why it matters and what to do; the command line prints it and exits with 1."""
+    """States the cause, the consequence and the remedy; the command line prints it and exits with 1."""
+
+
+class DataError(ExperimentError):
+    """A data set is missing or damaged; the message names the file and the remedies."""

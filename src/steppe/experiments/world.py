@@ -1,4 +1,4 @@
-"""One process or several: the devices of a comparison. Starting several is torchrun's work, not ours."""
+"""The processes that train a run together, and their devices; torchrun starts them."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ __all__ = ["World", "has_bfloat16", "join", "launched"]
 
 
 def has_bfloat16(*, on_gpu: bool) -> bool:
-    """Whether this machine multiplies matrices in bfloat16 by itself; False where torch does not say."""
+    """True if the hardware multiplies matrices in bfloat16; False if torch cannot tell."""
     if on_gpu:
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
-    # of x86 alone: nobody has measured whether it is faster on others
-    ask = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
-    return ask is not None and bool(ask()) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    # a private name of torch, which may be missing; of x86 alone, because the speed of others was not measured
+    has = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
+    return has is not None and bool(has()) and torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
 
 
 def launched() -> int:
-    """How many processes torchrun started; 1 without it."""
+    """Return the number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 @dataclass(frozen=True)
 class World:
-    """This process's place among `size`, and its device. Each method does nothing special when `size` is 1."""
+    """The rank of this process among `size`, and its device."""
 
     device: torch.device
     rank: int = 0
     size: int = 1
 
     def share(self, n: int) -> slice:
-        """This process's contiguous part of `n` items; parts differ by one item at most.
+        """Return this process's contiguous part of `n` items; parts differ by one item at most.
 
         >>> [World(torch.device("cpu"), rank, 3).share(7) for rank in range(3)]
         [slice(0, 2, None), slice(2, 4, None), slice(4, 7, None)]
@@ -52,21 +52,30 @@ class World:
         return value
 
     def any(self, flag: bool) -> bool:
-        """Whether the flag is up in any process; every process must ask."""
+        """True if the flag is set in any process; every process must call it."""
         return flag if self.size == 1 else bool(self.total(torch.tensor(float(flag), device=self.device)) > 0)
 
     def barrier(self) -> None:
-        """Wait for the others."""
+        """Wait for the other processes."""
         self.any(False)
 
+    @contextmanager
+    def first_process_first(self) -> Iterator[None]:
+        """Let the first process finish a block before the others begin it."""
+        if self.rank > 0:
+            self.barrier()
+        yield
+        if self.rank == 0:
+            self.barrier()
+
     def synchronize_norms(self, network: nn.Module) -> nn.Module:
-        """Make BatchNorm see the whole batch; call it before the optimizer is made."""
+        """Make BatchNorm normalize by the whole batch; call it before the optimizer is built."""
         if self.size == 1:
             return network
         return nn.SyncBatchNorm.convert_sync_batchnorm(network)  # type: ignore[no-untyped-call, no-any-return]
 
     def wrap(self, network: nn.Module) -> nn.Module:
-        """Give back a module whose backward averages the gradients over the processes."""
+        """Return a module whose backward averages the gradients over the processes."""
         if self.size == 1:
             return network
         on_gpu = self.device.type == "cuda"

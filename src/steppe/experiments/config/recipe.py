@@ -70,13 +70,13 @@ class Recipe:
             method = spec.definition
             if method.plain not in (None, training.base):
                 raise ValueError(
-                    f"methods: {spec} is {method.summary}, but base={training.base}: a difference would mix two effects. "
-                    f"Say --base {method.plain}, or {training.base} among the methods"
+                    f"methods: {spec} is {method.summary}, but base={training.base}: a difference would mix two "
+                    f"effects. Say --base {method.plain}, or {training.base} among the methods"
                 )
             if method.needs_momentum and BASES[training.base].has_momentum and training.momentum == 0:
                 raise ValueError(
                     f"momentum={training.momentum}: {spec} perturbs along the base's momentum, and without one each of "
-                    "its steps would be a plain one. Say --momentum 0.9, or leave it out: it is then 0.9 for all methods"
+                    "its steps would be a plain one. Say --momentum 0.9, or leave it out for 0.9 in all methods"
                 )
 
     def _check_flatness(self) -> None:

@@ -1,4 +1,4 @@
-"""Batches of a split that lies on its device as bytes: shuffled, cut and normalized there."""
+"""Batches of a split, shuffled and normalized on its device."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from functools import cached_property
 
 import torch
-from numpy.random import SeedSequence
 from torch import Tensor
 
 from steppe.experiments.data.datasets import Split, normalize
+from steppe.experiments.data.seeds import generator
 from steppe.experiments.world import World
 
 __all__ = ["Batch", "batches", "count", "order", "start"]
@@ -18,17 +18,17 @@ __all__ = ["Batch", "batches", "count", "order", "start"]
 
 @dataclass(frozen=True, eq=False)
 class Batch:
-    """This process's share of a global batch of `size` images in the run's own `epoch`, counted from 0."""
+    """This process's share of a global batch of `size` images in an epoch of the run, counted from 0."""
 
     split: Split
     indices: Tensor
-    """Which images of the split they are, int64 (n,), on its device."""
+    """Positions of the images in the split, int64 (n,), on its device."""
     size: int
     epoch: int
 
     @cached_property
     def images(self) -> Tensor:
-        """float32 (n, 1, 28, 28), gathered when they are first asked for."""
+        """float32 (n, 1, 28, 28), gathered at first use."""
         return normalize(self.split.images[self.indices])
 
     @cached_property
@@ -46,17 +46,15 @@ class Batch:
 
 
 def order(n: int, seed: int, epoch: int) -> Tensor:
-    """The order of `n` images in an epoch, int64 (n,): it depends on nothing but these three.
+    """Return the order of `n` images in an epoch, int64 (n,); it depends on these three numbers alone.
 
-    So a run can be resumed anywhere, and every method of a seed sees the same batches.
+    So a run can be resumed anywhere, and all methods of a seed are trained on the same batches.
     """
-    # torch's CPU generator keeps 32 bits of its seed: (seed << 32) + epoch would shuffle every seed alike
-    mixed = int(SeedSequence((seed, epoch)).generate_state(1)[0])
-    return torch.randperm(n, generator=torch.Generator().manual_seed(mixed))
+    return torch.randperm(n, generator=generator(seed, epoch))
 
 
 def count(n: int, batch_size: int) -> int:
-    """How many batches `n` images make, none of them larger than `batch_size`.
+    """Return the number of batches of `n` images, none of them larger than `batch_size`.
 
     >>> count(3000, 64)
     47
@@ -65,7 +63,7 @@ def count(n: int, batch_size: int) -> int:
 
 
 def start(index: int, n: int, number: int) -> int:
-    """Where batch `index` of `number` begins among `n` images: their sizes differ by one at most.
+    """Return the position among `n` images at which batch `index` of `number` begins; sizes differ by one at most.
 
     >>> [start(i, 10, 4) for i in range(5)]
     [0, 2, 5, 7, 10]
@@ -76,10 +74,10 @@ def start(index: int, n: int, number: int) -> int:
 def batches(
     split: Split, batch_size: int, indices: Tensor, world: World, first: int = 0, epoch: int = 0
 ) -> Iterator[Batch]:
-    """Cut the split, in the order of `indices`, into global batches from number `first` on; yield a share of each.
+    """Cut the split, in the order of `indices`, into global batches; yield this process's share of each.
 
-    Their sizes differ by one image at most. A last batch of a few images, as cutting off whole batches would leave,
-    is a step on the noisy statistics of a few images (BatchNorm) at the end of each epoch, just before it is measured.
+    Begin with batch number `first`. Sizes differ by one image at most: a smaller last batch would end each epoch, just
+    before a measurement, with a step on the noisy BatchNorm statistics of a few images.
     """
     indices, n, number = indices.to(split.labels.device), len(indices), count(len(indices), batch_size)
     for index in range(first, number):

@@ -1,9 +1,9 @@
-"""The datasets of the experiments, as tensors: Fashion-MNIST, the small sample that comes with Steppe, and digits.
+"""The data sets of the experiments, as tensors: Fashion-MNIST, a small sample of it that is part of Steppe, and digits.
 
-All are verified by SHA-256 each time they are read: a dataset that is not exactly right is a `DataError`,
-never a slightly wrong experiment.
+All are verified by SHA-256 each time they are read; a mismatch raises `DataError`.
 
-Fashion-MNIST: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
+References:
+    Fashion-MNIST: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
 """
 
 from __future__ import annotations
@@ -16,29 +16,27 @@ from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
+from torch import Tensor, nn
 
 from steppe.experiments.data import digits, fashion_mnist
-from steppe.experiments.data.fashion_mnist import DataError, IdxFile
-
-if TYPE_CHECKING:  # a backbone normalizes its images in its own way, and ours is known here
-    from steppe.experiments.models.backbones import Backbone
+from steppe.experiments.data.fashion_mnist import IdxFile
+from steppe.experiments.errors import DataError
 
 __all__ = [
     "CLASSES",
     "MEAN",
     "STD",
-    "DataError",
     "Dataset",
     "DatasetName",
+    "PretrainedNetwork",
     "Split",
     "cache_home",
-    "is_here",
+    "is_available",
     "load",
     "normalize",
 ]
@@ -81,16 +79,26 @@ class Split:
         return len(self.labels)
 
 
+class PretrainedNetwork(Protocol):
+    """A network with pretrained weights."""
+
+    def network(self, *, freeze: bool) -> nn.Module:
+        """Return a copy with a new head; with `freeze`, only the head is trained."""
+
+    def digest(self) -> str:
+        """Return the SHA-256 of the weights."""
+
+
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """A training and a test split, with the place that they were read from in words, and where runs on it start."""
+    """A training and a test split, with a description of their source, and the network that runs on it start from."""
 
     name: str
     train: Split
     test: Split
     source: str
-    start: Backbone | None = None
-    """The pretrained network that runs start from; None: each from its own random weights."""
+    backbone: PretrainedNetwork | None = None
+    """None: each run starts from its own random weights."""
 
     def to(self, device: torch.device | str) -> Dataset:
         """Return this dataset on `device`."""
@@ -100,9 +108,8 @@ class Dataset:
 def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     """Load a dataset: "fashion-mnist" (60,000 + 10,000 images), its "sample" (3,000 + 3,000), "digits" (1,201 + 596).
 
-    The full set is read from the first of these that there is: `data_dir`, $STEPPE_DATA, the system's
-    package, the user's cache; else it is downloaded into the cache. A place that was named is the only one
-    looked at.
+    The full set is read from the first of these that exists: `data_dir`, $STEPPE_DATA, the system's package, the
+    user's cache; else it is downloaded into the cache. If one of the first two is given, no other is tried.
 
     Raises DataError when the data is missing, damaged, or cannot be fetched or stored.
 
@@ -114,15 +121,15 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     """
     if name == "fashion-mnist":
         return _load_full(data_dir)
-    if name == "digits":  # where a backbone is pretrained before, data_dir is about that
+    if name == "digits":  # data_dir is then for the pretraining of a backbone
         train, test = digits.read()
         return Dataset("digits", Split(*train), Split(*test), "scikit-learn")
     if name != "sample":
         raise DataError(f"there is no dataset {name!r}: choose one of {', '.join(get_args(DatasetName))}")
     if data_dir is not None:
         raise DataError(
-            f"the sample comes with Steppe, so {data_dir} would be ignored: "
-            'ask for "fashion-mnist" to read that directory, or leave the directory out'
+            f"the sample is part of Steppe, so {data_dir} would be ignored: "
+            'load "fashion-mnist" to read that directory, or leave the directory out'
         )
     return _load_sample()
 
@@ -135,14 +142,14 @@ def normalize(images: Tensor) -> Tensor:
     """
     if images.dtype != torch.uint8:
         raise TypeError(
-            f"normalize() was given {images.dtype} and not torch.uint8: the images were probably normalized "
-            "before, and doing it twice would shift them. Pass the images as they were loaded."
+            f"normalize() got {images.dtype} and not torch.uint8: the images were probably normalized before, and a "
+            "second time would shift them. Pass the images as they were loaded."
         )
     return images.float().div_(255.0).sub_(MEAN).div_(STD)
 
 
 def sample_digest(arrays: Mapping[str, NDArray[np.uint8]]) -> str:
-    """Return the SHA-256 of the sample's content: names, shapes and values, whatever packed them."""
+    """Return the SHA-256 of the sample's content: names, shapes and values, independent of the archive format."""
     digest = hashlib.sha256()
     for name in SAMPLE_ARRAYS:
         digest.update(f"{name} {arrays[name].shape} {arrays[name].dtype}\n".encode())
@@ -151,12 +158,12 @@ def sample_digest(arrays: Mapping[str, NDArray[np.uint8]]) -> str:
 
 
 def _load_full(data_dir: Path | None) -> Dataset:
-    source, read = _place(data_dir)
+    source, read = _source(data_dir)
     train, test = (_split(*map(read, files)) for files in (fashion_mnist.TRAIN, fashion_mnist.TEST))
     return Dataset("fashion-mnist", train, test, source)
 
 
-def _place(data_dir: Path | None) -> tuple[str, Callable[[IdxFile], NDArray[np.uint8]]]:
+def _source(data_dir: Path | None) -> tuple[str, Callable[[IdxFile], NDArray[np.uint8]]]:
     if data_dir is not None:
         return f"{data_dir} (data_dir)", partial(fashion_mnist.from_directory, Path(data_dir).expanduser())
     if named := os.environ.get("STEPPE_DATA"):
@@ -167,8 +174,8 @@ def _place(data_dir: Path | None) -> tuple[str, Callable[[IdxFile], NDArray[np.u
     return f"{cache} (cache)", partial(fashion_mnist.from_cache, cache)
 
 
-def is_here(data_dir: Path | None = None) -> bool:
-    """Whether `load("fashion-mnist", data_dir)` has a place to read from, and would not download."""
+def is_available(data_dir: Path | None = None) -> bool:
+    """True if `load("fashion-mnist", data_dir)` can read from this machine without a download."""
     if data_dir is not None or os.environ.get("STEPPE_DATA") or SYSTEM.is_dir():
         return True
     try:
@@ -180,7 +187,7 @@ def is_here(data_dir: Path | None = None) -> bool:
 
 
 def cache_home() -> Path:
-    """The folder of the user's caches; DataError for a user who has none."""
+    """Return the folder of the user's caches; DataError if there is none."""
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError as error:  # a container's user may have no home
@@ -196,7 +203,7 @@ def _load_sample() -> Dataset:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in SAMPLE_ARRAYS}
         digest = sample_digest(arrays)
-    except Exception as error:  # zipfile and numpy may raise almost anything on a damaged archive
+    except Exception as error:  # zipfile and numpy raise many types on a damaged archive
         raise DataError(f"{path} is missing or damaged ({error}). Install Steppe again.") from error
     if digest != SAMPLE_SHA256:
         raise DataError(
@@ -204,9 +211,9 @@ def _load_sample() -> Dataset:
             f"{SAMPLE_SHA256}, and results from it could not be compared. Install Steppe again."
         )
     train, test = (_split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
-    return Dataset("sample", train, test, "the sample that comes with Steppe")
+    return Dataset("sample", train, test, "the sample that is part of Steppe")
 
 
 def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:
-    # Copied: torch has no read-only tensors, and both arrays may be views of bytes that must not change.
+    # copied, because torch has no read-only tensors and both arrays may be views of immutable bytes
     return Split(torch.from_numpy(images.copy()).unsqueeze(1), torch.from_numpy(labels.astype(np.int64)))

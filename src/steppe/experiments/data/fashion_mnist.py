@@ -1,7 +1,6 @@
-"""The four files of Fashion-MNIST: read, verified, downloaded.
+"""Read, verify and download the four files of Fashion-MNIST.
 
-Whatever a file's place or packing, only its unpacked content counts, and that content has one known SHA-256.
-So nothing that is damaged, cut short or mistaken for another file can reach an experiment, whoever served it.
+The SHA-256 of each file's unpacked content is known, so a damaged, truncated or wrong file is never used.
 """
 
 from __future__ import annotations
@@ -23,20 +22,18 @@ from urllib.error import HTTPError
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["TEST", "TRAIN", "DataError", "IdxFile", "from_cache", "from_directory", "unpack"]
+from steppe.experiments.errors import DataError
+
+__all__ = ["TEST", "TRAIN", "IdxFile", "from_cache", "from_directory", "unpack"]
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 TIMEOUT = 30.0  # seconds in which not one byte arrives
 WAYS_OUT = (
-    "Ways out: `apt install dataset-fashion-mnist` (`apt reinstall` when that is what is damaged), "
+    "Ways out: `apt install dataset-fashion-mnist` (`apt reinstall` when the package is damaged), "
     "or name a directory that holds the four good files, with --data-dir (data_dir=) or $STEPPE_DATA."
 )
 
 log = logging.getLogger(__name__)
-
-
-class DataError(Exception):
-    """A dataset cannot be had, or is not what it should be. The message names the file and the ways out."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +45,7 @@ class IdxFile:
     sha256: str
 
 
-# The authors publish MD5 sums of their gzipped files; these are SHA-256 sums of what is in those same files.
+# The authors publish MD5 sums of their gzipped files; these are SHA-256 sums of their content.
 TRAIN = (
     IdxFile(
         "train-images-idx3-ubyte",
@@ -76,7 +73,7 @@ TEST = (
 
 
 def from_directory(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
-    """Read `file`, gzipped or unpacked, from a directory that is someone's own: nothing in it is changed.
+    """Read `file`, gzipped or unpacked, from a directory; nothing in it is changed.
 
     Returns a read-only uint8 array of `file.shape`. Raises DataError when the file is missing, unreadable or
     damaged.
@@ -98,11 +95,11 @@ def from_directory(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
 
 
 def from_cache(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
-    """Read `file` from the cache, which heals itself: what is missing or damaged there is downloaded again.
+    """Read `file` from the cache; a missing or damaged file is downloaded again.
 
     Returns a read-only uint8 array of `file.shape`. Raises DataError when the download or the cache fails.
-    Any number of processes may do this at once: each verifies the bytes that it returns, and a file appears
-    whole or not at all.
+    Any number of processes may call this at once: each verifies the bytes that it returns, and a file appears whole or
+    not at all.
     """
     while (found := _find(directory, file)) is not None:
         path, packed = found
@@ -117,7 +114,7 @@ def from_cache(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
 def unpack(packed: bytes, file: IdxFile) -> NDArray[np.uint8]:
     """Unpack and verify one file's bytes, gzipped or not.
 
-    Returns a read-only uint8 array of `file.shape`. Raises ValueError with the reason when they are not it.
+    Returns a read-only uint8 array of `file.shape`. Raises ValueError with the reason when they are not the file.
     """
     content = _gunzip(packed) if packed.startswith(b"\x1f\x8b") else packed
     array = parse_idx(content)
@@ -155,7 +152,7 @@ def _gunzip(packed: bytes) -> bytes:
 
 
 def _find(directory: Path, file: IdxFile) -> tuple[Path, bytes] | None:
-    # Opened without asking first whether it exists: another process may heal the cache in between.
+    # no test for existence before opening: another process may repair the cache in between
     for path in (directory / file.name, directory / f"{file.name}.gz"):
         try:
             return path, path.read_bytes()
@@ -181,8 +178,8 @@ def _download(file: IdxFile, directory: Path) -> NDArray[np.uint8]:
         ) from error
     except ValueError as error:
         raise DataError(
-            f"{file.name} is not on this machine, and what {url} sent is not it: {error}. "
-            f"That was thrown away. Try again later. {WAYS_OUT}"
+            f"{file.name} is not on this machine, and the download from {url} is not this file: {error}. "
+            f"It was discarded. Try again later. {WAYS_OUT}"
         ) from error
     try:
         _store(packed, path)
@@ -200,12 +197,12 @@ def _fetch(url: str) -> bytes:
             content: bytes = response.read()
             return content
     except HTTPError as error:
-        error.close()  # it would hold the connection open for as long as anyone holds the exception
+        error.close()  # an open one would keep the connection for as long as the exception lives
         raise
 
 
 def _store(content: bytes, path: Path) -> None:
-    """Write a file so that it appears whole or not at all, also when the process dies midway."""
+    """Write a file so that it appears whole or not at all, even if the process dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     part = Path(name)

@@ -1,26 +1,22 @@
-"""A few training images of each class: what fine-tuning is asked for when there are no more."""
+"""Draw a few training images of each class."""
 
 from __future__ import annotations
 
 import torch
-from numpy.random import SeedSequence
 
 from steppe.experiments.data.datasets import Split
+from steppe.experiments.data.seeds import FEW_SHOT, generator
 from steppe.experiments.errors import ExperimentError
 
 __all__ = ["few_shot"]
 
-_DRAW = 0x5407  # apart from the shuffling of the same seed
-
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
-    """Draw `shots` images of each class by `seed`; the fewer of one seed are among its more.
+    """Draw `shots` images of each class by `seed`; a smaller number gives a subset of a larger one's.
 
-    Raises ExperimentError when a class has not so many.
+    Raises ExperimentError when a class has fewer.
     """
-    labels = split.labels.cpu()
-    mixed = int(SeedSequence((seed, _DRAW)).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(mixed)
+    labels, draws = split.labels.cpu(), generator(seed, FEW_SHOT)
     chosen = []
     for label in sorted(set(labels.tolist())):
         members = (labels == label).nonzero().flatten()
@@ -29,6 +25,6 @@ def few_shot(split: Split, shots: int, seed: int) -> Split:
                 f"shots={shots}: class {label} has {len(members)} training images, so there are not so many of each "
                 f"class to draw: take --shots {len(members)} or fewer, or leave it out to train on all images"
             )
-        chosen.append(members[torch.randperm(len(members), generator=generator)[:shots]])
+        chosen.append(members[torch.randperm(len(members), generator=draws)[:shots]])
     drawn = torch.cat(chosen).sort().values.to(split.labels.device)
     return Split(split.images[drawn], split.labels[drawn])

@@ -1,32 +1,28 @@
-"""Label noise: a share of the training labels replaced by wrong ones, which a network can only learn by heart."""
+"""Label noise: a fraction of the training labels is wrong, so a network can fit them by memorizing only."""
 
 from __future__ import annotations
 
 import torch
-from numpy.random import SeedSequence
 
 from steppe.experiments.data.datasets import CLASSES, Split
+from steppe.experiments.data.seeds import LABEL_NOISE, generator
 
 __all__ = ["mislabeled"]
 
-_DRAW = 0x401E  # apart from the shuffling and the few shots of the same seed
 
+def mislabeled(split: Split, fraction: float, seed: int) -> Split:
+    """Give a fraction of the images, rounded, a wrong class drawn uniformly by `seed`.
 
-def mislabeled(split: Split, share: float, seed: int) -> Split:
-    """Give `share` of the images, to the nearest image, a wrong class by `seed`, each of the nine with the same chance.
-
-    The wrong labels of one seed are among those of a larger share.
+    A smaller fraction gives a subset of the wrong labels of a larger one.
 
     >>> split = Split(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
     >>> (mislabeled(split, 0.2, seed=0).labels != split.labels).sum()
     tensor(2)
     """
-    n = len(split)
-    mixed = int(SeedSequence((seed, _DRAW)).generate_state(1)[0])
-    generator = torch.Generator().manual_seed(mixed)
-    shuffled = torch.randperm(n, generator=generator)
-    shift = torch.randint(1, len(CLASSES), (n,), generator=generator)
+    n, draws = len(split), generator(seed, LABEL_NOISE)
+    shuffled = torch.randperm(n, generator=draws)
+    shift = torch.randint(1, len(CLASSES), (n,), generator=draws)
     labels = split.labels.cpu().clone()
-    wrong = shuffled[: round(share * n)]
+    wrong = shuffled[: round(fraction * n)]
     labels[wrong] = (labels[wrong] + shift[wrong]) % len(CLASSES)
     return Split(split.images, labels.to(split.labels.device))

@@ -1,4 +1,4 @@
-"""A validation set out of the training images, so that what is chosen by it is not chosen by the test set."""
+"""Hold out a validation set, so that tuning does not use the test set."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["hold_out"]
 
 
 def hold_out(data: Dataset, one_in: int) -> Dataset:
-    """Hold out one in `one_in` training images of each class; they take the place of the test set, which is not read.
+    """Return a data set whose test split is one in `one_in` training images of each class.
 
-    Which ones depends on the training set alone: not on a seed, nor on the machine.
+    The choice depends on the training set alone, not on a seed or the machine.
     """
     labels = data.train.labels
     held = torch.zeros(len(labels), dtype=torch.bool)
@@ -23,7 +23,7 @@ def hold_out(data: Dataset, one_in: int) -> Dataset:
         held[members[torch.randperm(len(members), generator=generator)[: len(members) // one_in]]] = True
     if not held.any():
         raise ExperimentError(
-            f"no class has {one_in} training images, so none can be held out to choose by: take a smaller --hold-out"
+            f"no class has {one_in} training images, so none can be held out for validation: take a smaller --hold-out"
         )
     train, validation = (Split(data.train.images[part], data.train.labels[part]) for part in (~held, held))
     return Dataset(f"{data.name}, validation", train, validation, data.source)

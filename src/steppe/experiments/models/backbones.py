@@ -1,4 +1,4 @@
-"""Backbones: pretrained networks with a new head. Where they come from does not matter to a run."""
+"""Backbones: pretrained networks that get a new head."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from steppe.experiments.errors import ExperimentError
 __all__ = ["Backbone", "FineTuned", "from_hub"]
 
 _REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError)
-"""What the hubs raise for a name that they do not have, a file that is none, a network that is not there."""
+"""Exceptions of the hubs for an unknown name, a damaged file or a missing connection."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,21 +28,21 @@ class Backbone:
     model: nn.Module
     """Images to logits, as a tensor or as `.logits`."""
     head: str
-    """The name of its last layer, which every run begins anew."""
+    """The name of its last layer, which every run replaces by a new one."""
     source: str
-    """Where it comes from, in words."""
+    """A description of the checkpoint."""
     mean: Sequence[float] = (MEAN,)
-    """What its images were normalized with, for each channel: of pixels scaled to [0, 1]."""
+    """Mean of each channel that its images were normalized with, of pixels scaled to [0, 1]."""
     std: Sequence[float] = (STD,)
     size: int | None = None
-    """Height and width of its images; None: as they come."""
+    """Height and width of its images; None: not resized."""
 
     def network(self, *, freeze: bool) -> FineTuned:
-        """A copy with a new head, drawn from torch's generator; with `freeze`, nothing but the head is trained."""
+        """Return a copy with a new head, drawn from torch's generator; with `freeze`, only the head is trained."""
         return FineTuned(self, freeze)
 
     def digest(self) -> str:
-        """The SHA-256 of what a run starts from: all weights and buffers but those of the head, which is new."""
+        """Return the SHA-256 of all weights and buffers except those of the head, which is replaced."""
         digest = hashlib.sha256(f"{self.head} {list(self.mean)} {list(self.std)} {self.size}\n".encode())
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(f"{self.head}."):
@@ -52,10 +52,10 @@ class Backbone:
 
 
 class FineTuned(nn.Module):
-    """A backbone's network on images (n, 1, h, w) as `data.normalize` gives them.
+    """A backbone's network on images (n, 1, h, w) from `datasets.normalize`.
 
-    They are resized to (size, size), gray becomes as many channels as it wants, and the normalization becomes its own.
-    A frozen backbone stays in evaluation mode, so that its running statistics stay as they are too.
+    The images are resized to (size, size), expanded to the backbone's channels and normalized with its mean and
+    standard deviation. A frozen backbone stays in evaluation mode, so its running statistics are unchanged too.
     """
 
     scale: Tensor | None
@@ -81,7 +81,7 @@ class FineTuned(nn.Module):
         return self.body.get_submodule(self._head)
 
     def train(self, mode: bool = True) -> FineTuned:
-        """Switch the mode, of a frozen backbone only the head's."""
+        """Switch the mode; of a frozen backbone only that of the head."""
         super().train(mode)
         if self._freeze:
             self.body.eval()
@@ -89,7 +89,7 @@ class FineTuned(nn.Module):
         return self
 
     def groups(self, head_lr: float | None) -> list[dict[str, Any]]:
-        """What is trained, as parameter groups: the backbone's, unless it is frozen, and the head's with its own lr."""
+        """Return the groups of trained parameters: the backbone, unless it is frozen, and the head with its own lr."""
         head = set(self.head.parameters())
         body = [p for p in self.parameters() if p.requires_grad and p not in head]
         last: dict[str, Any] = {"params": list(self.head.parameters())}
@@ -109,13 +109,13 @@ class FineTuned(nn.Module):
 
 
 def from_hub(name: str, classes: int, image_size: int | None) -> Backbone:
-    """Load `timm:NAME`, or `hf:NAME` or `hf:FOLDER`, with a head for so many classes.
+    """Load `timm:NAME`, `hf:NAME` or `hf:FOLDER`, with a head for `classes` classes.
 
-    Raises ExperimentError when the library, the checkpoint or what must be known of it is missing.
+    Raises ExperimentError when the library, the checkpoint or a part of its metadata is missing.
     """
     kind, _, rest = name.partition(":")
     backbone = {"timm": _timm, "hf": _hugging_face}[kind](rest, classes, image_size)
-    _try(name, backbone, classes)
+    _check_forward(name, backbone, classes)
     return backbone
 
 
@@ -133,7 +133,7 @@ def _timm(name: str, classes: int, image_size: int | None) -> Backbone:
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment, unused-ignore]
     head = known.get("classifier")
     if not isinstance(head, str):
-        raise ExperimentError(f"timm:{name} has not one last layer but {head!r}, so no new head can take its place")
+        raise ExperimentError(f"timm:{name} has no single last layer but {head!r}, so no new head can replace it")
     size = image_size or known["input_size"][-1]
     return Backbone(model, head, f"timm's {name}", known["mean"], known["std"], size)
 
@@ -147,7 +147,7 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
             f"{error.name} is not installed, and --backbone hf:{name} needs it: pip install 'steppe[transformers]'"
         ) from error
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]  # it reports the head that does not fit; we look at what is missing ourselves
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]  # it would report the replaced head; missing weights are checked below
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
         model, info = AutoModelForImageClassification.from_pretrained(
@@ -169,12 +169,12 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
     mean, std = _normalization(f"hf:{name}", processor)
     size = image_size or _size(processor) or getattr(model.config, "image_size", None)
     if not isinstance(size, int):
-        raise ExperimentError(f"hf:{name} does not say the size of its images: give it with --image-size")
+        raise ExperimentError(f"hf:{name} does not state the size of its images: give it with --image-size")
     return Backbone(model, head, f"Hugging Face's {name}", mean, std, size)
 
 
 def _last_layer(model: nn.Module, classes: int) -> str | None:
-    """The name of the last linear layer (or convolution) with so many outputs."""
+    """Return the name of the last linear layer (or convolution) with `classes` outputs."""
     names = [
         name
         for name, module in model.named_modules()
@@ -188,8 +188,8 @@ def _normalization(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[fl
     factor = processor.get("rescale_factor", 1 / 255)
     if not processor.get("do_rescale", True) or processor.get("rescale_offset") or abs(factor * 255 - 1) > 1e-3:
         raise ExperimentError(
-            f"{name} wants its pixels scaled by {factor:g} (do_rescale {processor.get('do_rescale', True)}, "
-            f"rescale_offset {processor.get('rescale_offset', False)}), and only [0, 1] is known here: its images "
+            f"{name} needs pixels scaled by {factor:g} (do_rescale {processor.get('do_rescale', True)}, "
+            f"rescale_offset {processor.get('rescale_offset', False)}), and only [0, 1] is supported: its images "
             "would be wrong. Take another checkpoint"
         )
     if not processor.get("do_normalize", True):
@@ -212,13 +212,13 @@ def _size(processor: Mapping[str, Any]) -> int | None:
 def _not_loaded(name: str, error: BaseException) -> ExperimentError:
     reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
     return ExperimentError(
-        f"the backbone {name} could not be loaded ({reason}): check the name and the network connection; a folder that "
-        "save_pretrained() wrote can be named too, hf:FOLDER"
+        f"the backbone {name} could not be loaded ({reason}): check the name and the network connection; a folder of "
+        "save_pretrained() works too, hf:FOLDER"
     )
 
 
-def _try(name: str, backbone: Backbone, classes: int) -> None:
-    """See that it takes our images before any run begins."""
+def _check_forward(name: str, backbone: Backbone, classes: int) -> None:
+    """Check, before any run, that the network accepts the images; ExperimentError otherwise."""
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         try:
             logits = backbone.network(freeze=False).eval()(torch.zeros(2, 1, 28, 28))
@@ -230,5 +230,5 @@ def _try(name: str, backbone: Backbone, classes: int) -> None:
             ) from error
     if logits.shape != (2, classes):
         raise ExperimentError(
-            f"{name} gives {tuple(logits.shape)} for two images and not (2, {classes}): it is no image classifier"
+            f"{name} returns {tuple(logits.shape)} for two images and not (2, {classes}): it is no image classifier"
         )

@@ -1,6 +1,7 @@
-"""The model of the experiments: a pre-activation ResNet-18 for small images.
+"""A pre-activation ResNet-18 for small images.
 
-He, Zhang, Ren and Sun 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027.
+References:
+    He, Zhang, Ren and Sun 2016, Identity Mappings in Deep Residual Networks, https://arxiv.org/abs/1603.05027.
 """
 
 from __future__ import annotations
@@ -28,11 +29,10 @@ def preact_resnet18(
     """Build a PreActResNet18 that maps images (n, in_channels, h, w) to logits (n, num_classes).
 
     `width` is the number of channels of the first of the four stages; each further stage has twice as many.
-    `stem_stride=2` halves the height and width of all features. `norm="group"` is for training in several
-    processes on CPUs, where there is no SyncBatchNorm: each image is normalized by itself, so it does not
-    matter which process has it.
+    `stem_stride=2` halves the height and width of all features. `norm="group"` is for training in several processes
+    on CPUs, where there is no SyncBatchNorm: it normalizes each image by itself.
 
-    Weights keep torch's default initialization. Raises ValueError when a size is below 1 or `norm` unknown.
+    Weights have torch's default initialization. Raises ValueError when a size is below 1 or `norm` is unknown.
 
     >>> sum(p.numel() for p in preact_resnet18().parameters())
     11171018
@@ -43,7 +43,7 @@ def preact_resnet18(
 class PreActResNet18(nn.Module):
     """A 3x3 stem, four stages of two blocks each, a last norm and ReLU, average pooling, a linear head.
 
-    Images (n, in_channels, h, w) to logits (n, num_classes); the arguments are those of `preact_resnet18`.
+    Maps images (n, in_channels, h, w) to logits (n, num_classes); the arguments are those of `preact_resnet18`.
     """
 
     def __init__(self, width: int, in_channels: int, num_classes: int, stem_stride: int, norm: Norm) -> None:
@@ -56,7 +56,7 @@ class PreActResNet18(nn.Module):
         }
         for name, size in sizes.items():
             if size < 1:
-                raise ValueError(f"{name} is {size}, and a model needs at least 1")
+                raise ValueError(f"{name} is {size}, but must be at least 1")
         self.stem = _conv3x3(in_channels, width, stem_stride)
         blocks: list[nn.Module] = []
         channels = width
@@ -114,4 +114,4 @@ def _norm(norm: Norm, channels: int) -> nn.Module:
     if norm == "group":
         groups = max(g for g in range(1, MAX_GROUPS + 1) if channels % g == 0)
         return nn.GroupNorm(groups, channels)
-    raise ValueError(f"norm is {norm!r}, which this model does not have: choose one of {get_args(Norm)}")
+    raise ValueError(f"norm is {norm!r}, but must be one of {get_args(Norm)}")
