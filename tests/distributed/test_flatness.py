@@ -53,14 +53,14 @@ def first_and_second() -> tuple:
 def spectrum() -> tuple:
     hessian = Hessian(objective())
     top, bottom = eigenvalues(hessian, 2, tol=1e-8), eigenvalues(hessian, which="smallest", tol=1e-8)
-    found = density(hessian, probes=2, steps=4)
+    found = density(hessian, probes=2, num_iterations=4)
     estimated = trace(hessian, probes=4, top=top)
     return top.values, bottom.values, found.nodes, found.weights, torch.tensor([estimated.value, estimated.error])
 
 
 def near() -> tuple:
     o = objective()
-    worst = sharpness(o, 0.3, steps=4, restarts=2)
+    worst = sharpness(o, 0.3, ascent_steps=4, restarts=2)
     average = average_sharpness(o, 0.05, pairs=3)
     return torch.tensor([worst.value, *worst.restarts, worst.first_order, average.value, average.error]), worst.e
 
@@ -72,7 +72,7 @@ def by_parts() -> tuple:
         o = Objective(DistributedDataParallel(network()), (x[mine], y[mine]), loss=F.cross_entropy, batch_size=8)
     else:
         o = Objective(network(), (x, y), loss=F.cross_entropy)
-    found = m_sharpness(o, 0.3, 4, steps=3, restarts=2)
+    found = m_sharpness(o, 0.3, 4, ascent_steps=3, restarts=2)
     return found.n, found.samples, torch.tensor([found.value, found.error, found.one_step.value, found.one_step.error])
 
 
@@ -121,7 +121,7 @@ def untouched() -> bool:
     model = DistributedDataParallel(network())
     before = [p.detach().clone() for p in model.parameters()]
     o = Objective(model, (x, y), loss=F.cross_entropy)
-    sharpness(o, 0.3, steps=2)
+    sharpness(o, 0.3, ascent_steps=2)
     Hessian(o)(vectors(o.n))
     clean = all(p.grad is None for p in model.parameters()) and all(map(torch.equal, before, model.parameters()))
     F.cross_entropy(model(x), y).backward()  # and its reducer is as it was
@@ -136,7 +136,7 @@ def of_an_uneven_part() -> str:
     x, y = data()
     mine = MINE[dist.get_rank()]
     o = Objective(DistributedDataParallel(network()), (x[mine], y[mine]), loss=F.cross_entropy)
-    return str(next(o.apart(3)).samples)
+    return str(next(o.split(3)).samples)
 
 
 def test_a_part_is_a_ranks_own():

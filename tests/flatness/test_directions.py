@@ -1,15 +1,14 @@
-"""Directions: each filter as long as the weights' own, the same draws everywhere, and no way to another network."""
+"""Random directions with the norms of the filters, and directions from one model to another."""
 
 import copy
 
 import pytest
 import torch
 import torch.nn.functional as F
-from solutions import DOUBLE, conv_net, on_images, on_points, relu_net, untouched
+from small_networks import DOUBLE, conv_net, image_objective, point_objective, relu_net, unchanged
 from torch import nn
 
-from steppe.flatness import Objective
-from steppe.flatness.directions import between, random_directions
+from steppe.flatness import Objective, between, random_directions
 
 
 class Zoo(nn.Module):
@@ -48,7 +47,7 @@ def filters(name, w):
     return list(w)
 
 
-def test_each_filter_is_as_long_as_the_weights_own_and_points_where_it_was_drawn():
+def test_filters_have_the_norms_of_the_weights_and_the_drawn_directions():
     objective = unasked(zoo())
     w = by_name(objective, objective.weights)
     for drawn, d in zip(random_directions(objective, 3, normalize=None), random_directions(objective, 3), strict=True):
@@ -61,7 +60,7 @@ def test_each_filter_is_as_long_as_the_weights_own_and_points_where_it_was_drawn
                 torch.testing.assert_close(d_f, r_f * (w_f.norm() / r_f.norm()), rtol=1e-12, atol=0)
 
 
-def test_layers_and_single_weights():
+def test_normalization_by_layers_and_by_single_weights():
     objective = unasked(zoo())
     w = by_name(objective, objective.weights)
     drawn, layer, each = (
@@ -86,7 +85,7 @@ def test_draws_are_gaussian_and_independent():
         assert abs(F.cosine_similarity(x, y, dim=0)) < 5 / len(x) ** 0.5
 
 
-def test_two_models_of_the_same_shapes_get_the_same_draws():
+def test_models_of_the_same_shapes_get_the_same_draws():
     model = zoo()
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -101,24 +100,24 @@ def test_two_models_of_the_same_shapes_get_the_same_draws():
     assert not torch.equal(random_directions(unasked(model), seed=4), directions)
 
 
-def test_a_filter_of_zeros_stays_one_and_the_model_what_it_is():
+def test_zero_filters_get_zero_directions_and_the_model_is_unchanged():
     model = conv_net()
     with torch.no_grad():
         model[0].weight[1] = 0.0
-    with untouched(model):
-        objective = on_images(model)
+    with unchanged(model):
+        objective = image_objective(model)
         d = by_name(objective, random_directions(objective)[0])
     assert not d["0.weight"][1].any()
     assert d["0.weight"][[0, 2]].all()
 
 
-def test_only_the_weights_that_were_chosen_move():
-    objective = on_images(conv_net(), parameters=["7.weight"])
+def test_directions_cover_only_the_selected_parameters():
+    objective = image_objective(conv_net(), parameters=["7.weight"])
     assert random_directions(objective).shape == (2, 24)
 
 
-def test_directions_that_cannot_be_drawn():
-    objective = on_images(conv_net(), parameters=["7.bias"])
+def test_invalid_direction_arguments_raise():
+    objective = image_objective(conv_net(), parameters=["7.bias"])
     with pytest.raises(ValueError, match="there are none among 7.bias: choose 'weights' or None"):
         random_directions(objective)
     assert random_directions(objective, normalize=None).all()
@@ -128,16 +127,16 @@ def test_directions_that_cannot_be_drawn():
         random_directions(objective, normalize="filters")
 
 
-def test_the_way_to_another_solution():
+def test_direction_to_a_model_its_state_dict_and_its_vector():
     model, other = conv_net(0), conv_net(1)
-    objective = on_images(model)
-    want = on_images(other).weights - objective.weights
-    for given in (other, other.state_dict(), on_images(other).weights):
+    objective = image_objective(model)
+    want = image_objective(other).weights - objective.weights
+    for given in (other, other.state_dict(), image_objective(other).weights):
         assert torch.equal(between(objective, given), want)
     assert torch.equal(between(objective, model), torch.zeros(objective.n, dtype=DOUBLE))
 
 
-def test_a_tied_weight_is_one():
+def test_tied_weights_are_counted_once():
     def tied(seed):
         torch.manual_seed(seed)
         net = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4))
@@ -149,25 +148,29 @@ def test_a_tied_weight_is_one():
         assert between(objective, given).shape == (24,)
 
 
-def test_there_is_no_way_to_another_network():
-    objective = on_points(relu_net())
+def test_direction_to_another_architecture_raises():
+    objective = point_objective(relu_net())
     state = relu_net(1).state_dict()
-    with pytest.raises(ValueError, match=r"other: 2\.bias missing; 2\.offset too much\. Between two networks"):
+    with pytest.raises(
+        ValueError, match=r"other: 2\.bias missing; 2\.offset unexpected\. Weights can be interpolated only"
+    ):
         between(objective, {k.replace("2.bias", "2.offset"): v for k, v in state.items()})
-    with pytest.raises(ValueError, match=r"0\.weight is of shape \(4, 6\), and here of \(6, 4\)"):
+    with pytest.raises(ValueError, match=r"0\.weight has shape \(4, 6\), but \(6, 4\) in this model"):
         between(objective, state | {"0.weight": state["0.weight"].T})
     with pytest.raises(ValueError, match=r"shape \(5,\) was given"):
         between(objective, torch.zeros(5, dtype=DOUBLE))
-    with pytest.raises(TypeError, match="other is str: give a model"):
+    with pytest.raises(TypeError, match="other is str: pass a model"):
         between(objective, "checkpoint.pt")
     with pytest.raises(ValueError, match=r"other: 1\.running_mean missing"):
-        between(on_images(conv_net()), {k: v for k, v in conv_net().state_dict().items() if k != "1.running_mean"})
+        between(
+            image_objective(conv_net()), {k: v for k, v in conv_net().state_dict().items() if k != "1.running_mean"}
+        )
 
 
-def test_what_is_not_among_the_weights_must_be_the_same():
+def test_unselected_parameters_must_be_equal():
     model, other = conv_net(0), conv_net(1)
-    with pytest.raises(ValueError, match=r"0\.weight differs, and is not among the weights"):
-        between(on_images(model, parameters=["7.weight"]), other)
+    with pytest.raises(ValueError, match=r"0\.weight differs, but is not among the weights"):
+        between(image_objective(model, parameters=["7.weight"]), other)
     last = copy.deepcopy(model)
     nn.init.ones_(last[7].weight)
-    assert torch.equal(between(on_images(model, parameters=["7.weight"]), last), 1 - model[7].weight.flatten())
+    assert torch.equal(between(image_objective(model, parameters=["7.weight"]), last), 1 - model[7].weight.flatten())

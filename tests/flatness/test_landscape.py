@@ -1,4 +1,4 @@
-"""Landscapes and lines: every entry is the loss where it says it is, and nothing is made up or moved."""
+"""Landscapes: every entry is the loss at its grid point, and losses that are not finite are kept."""
 
 import copy
 import json
@@ -6,26 +6,24 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from solutions import (
+from small_networks import (
     DOUBLE,
-    Breaks,
+    FailingLoss,
     conv_net,
-    formula,
+    estimated,
+    image_objective,
     images,
-    on_images,
-    on_points,
+    objective_of,
+    point_objective,
     relu_net,
-    untouched,
+    unchanged,
 )
 from torch import nn
 
-from steppe.flatness import Objective
-from steppe.flatness.directions import random_directions
-from steppe.flatness.landscape import Landscape, Line, interpolation, landscape
+from steppe.flatness import Landscape, Line, Objective, interpolation, landscape, random_directions
 
 
-def test_along_eigenvectors_the_landscape_of_a_quadratic_is_the_quadratic():
+def test_landscape_of_a_quadratic_along_eigenvectors_is_exact():
     torch.manual_seed(0)
     q, _ = torch.linalg.qr(torch.randn(5, 5, dtype=DOUBLE))
     values, b, w = (
@@ -34,7 +32,7 @@ def test_along_eigenvectors_the_landscape_of_a_quadratic_is_the_quadratic():
         torch.randn(5).double(),
     )
     a = q @ values.diag() @ q.T
-    objective = formula(lambda w: 0.5 * w @ a @ w + b @ w, w.clone())
+    objective = objective_of(lambda w: 0.5 * w @ a @ w + b @ w, w.clone())
     found = landscape(objective, q.T[:2], axis=[-0.5, 0.0, 1.0, 3.0])
     s, t = torch.meshgrid(found.axis, found.axis, indexing="ij")
     start, slope = 0.5 * w @ a @ w + b @ w, (a @ w + b) @ q
@@ -42,8 +40,8 @@ def test_along_eigenvectors_the_landscape_of_a_quadratic_is_the_quadratic():
     torch.testing.assert_close(found.losses, want, rtol=1e-12, atol=1e-12)
 
 
-def test_every_entry_is_the_loss_at_its_own_place():
-    objective = on_points(relu_net())
+def test_entries_are_the_losses_at_their_grid_points():
+    objective = point_objective(relu_net())
     d1, d2 = random_directions(objective)
     center = torch.full_like(d1, 0.1)
     surface = landscape(objective, torch.stack([d1, d2]), radius=0.7, points=5, center=center)
@@ -56,10 +54,10 @@ def test_every_entry_is_the_loss_at_its_own_place():
     assert surface.losses.unique().numel() == 25
 
 
-def test_the_middle_is_the_models_own_loss_to_the_bit():
+def test_center_is_bitwise_the_loss_of_the_model():
     model = conv_net(dtype=torch.float32)
-    objective = on_images(model)
-    with untouched(model):
+    objective = image_objective(model)
+    with unchanged(model):
         for d in (random_directions(objective), random_directions(objective, 1)):
             for p in (3, 7):
                 found = landscape(objective, d, points=p, radius=0.3)
@@ -73,21 +71,21 @@ def test_the_middle_is_the_models_own_loss_to_the_bit():
     assert even.center == float(objective.loss())
 
 
-def test_one_pass_a_point():
-    told = []
-    objective = on_points(relu_net(), progress=lambda stage, passes: told.append((stage, passes)))
+def test_each_point_costs_one_pass():
+    calls = []
+    objective = point_objective(relu_net(), progress=lambda stage, passes: calls.append((stage, passes)))
     landscape(objective, random_directions(objective), points=3)
     interpolation(objective, relu_net(1), points=4)
-    assert told == [("landscape", i) for i in range(1, 10)] + [("interpolation", i) for i in range(10, 14)]
+    assert calls == [("landscape", i) for i in range(1, 10)] + [("interpolation", i) for i in range(10, 14)]
 
 
-def test_what_is_not_finite_stays_what_and_where_it_is():
+def test_nonfinite_losses_are_kept_in_place():
     wall, top = torch.tensor(math.nan, dtype=DOUBLE), torch.tensor(math.inf, dtype=DOUBLE)
 
     def of(w):
         return wall if w[0] > 0.6 else top if w[1] > 0.6 else w[0] + 10 * w[1]
 
-    objective = formula(of, torch.zeros(2, dtype=DOUBLE))
+    objective = objective_of(of, torch.zeros(2, dtype=DOUBLE))
     found = landscape(objective, torch.eye(2, dtype=DOUBLE), points=3, what="the coordinates")
     want = [[-11, -1, math.inf], [-10, 0, math.inf], [math.nan] * 3]
     torch.testing.assert_close(found.losses, torch.tensor(want, dtype=DOUBLE), equal_nan=True)
@@ -123,9 +121,9 @@ def rescale_filters(net):
 
 @pytest.mark.parametrize(
     ("make", "on", "rescale", "unmoved_by_layers"),
-    [(relu_net, on_points, rescale_layers, True), (conv_net, on_images, rescale_filters, False)],
+    [(relu_net, point_objective, rescale_layers, True), (conv_net, image_objective, rescale_filters, False)],
 )
-def test_rescaling_a_network_leaves_its_landscape_as_it_is(make, on, rescale, unmoved_by_layers):
+def test_rescaling_a_network_leaves_its_landscape_unchanged(make, on, rescale, unmoved_by_layers):
     def looks(net, normalize):
         for m in net:
             if isinstance(m, nn.BatchNorm2d):
@@ -144,44 +142,22 @@ def test_rescaling_a_network_leaves_its_landscape_as_it_is(make, on, rescale, un
 
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 @pytest.mark.parametrize("statistics", [False, True])
-def test_nothing_happens_to_the_models_even_when_one_breaks(batch_norm, statistics):
+def test_models_are_unchanged_even_after_an_error(batch_norm, statistics):
     model, other = conv_net(0), conv_net(1)
-    with untouched(model, other):
-        objective = on_images(model, batch_norm=batch_norm)
+    with unchanged(model, other):
+        objective = image_objective(model, batch_norm=batch_norm)
         d = random_directions(objective)
         landscape(objective, d, points=3, statistics=statistics)
         interpolation(objective, other, points=3, extend=0.5, statistics=statistics)
         for measure in (lambda o: landscape(o, d, statistics=statistics), lambda o: interpolation(o, other)):
-            broken = Objective(model, images(), loss=Breaks(8), batch_size=4, batch_norm=batch_norm)
+            broken = Objective(model, images(), loss=FailingLoss(8), batch_size=4, batch_norm=batch_norm)
             with pytest.raises(ArithmeticError, match="on purpose"):
                 measure(broken)
 
 
-def evaluated(net):
-    net.eval()
-    with torch.no_grad():
-        x, y = images(next(net.parameters()).dtype)
-        return F.cross_entropy(net(x), y)
-
-
-def estimated(net):
-    """With BatchNorm's statistics as the mean of those of the three batches."""
-    net.train()
-    for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None
-        if isinstance(m, nn.Dropout):
-            m.eval()
-    with torch.no_grad():
-        for x in images()[0].split(4):
-            net(x)
-    return evaluated(net)
-
-
-def test_statistics_are_estimated_anew_at_each_point():
+def test_statistics_are_reestimated_at_each_point():
     model = conv_net()
-    objective = on_images(model)
+    objective = image_objective(model)
     (d,) = random_directions(objective, 1)
     found = landscape(objective, d[None], points=3, statistics=True)
     for t, loss in zip(found.axis.tolist(), found.losses, strict=True):
@@ -190,89 +166,11 @@ def test_statistics_are_estimated_anew_at_each_point():
         torch.testing.assert_close(loss, estimated(there), rtol=1e-12, atol=0)
     assert found.statistics
     assert found.center == found.losses[1] != objective.loss()
-    assert not landscape(on_points(relu_net()), torch.ones(1, 51), points=3, statistics=True).statistics
+    assert not landscape(point_objective(relu_net()), torch.ones(1, 51), points=3, statistics=True).statistics
 
 
-def lerped(a, b, t, buffers_at):
-    there, x, y = copy.deepcopy(a), a.state_dict(), b.state_dict()
-    parameters = dict(a.named_parameters())
-    steps = {k: t if k in parameters else buffers_at for k in x}
-    there.load_state_dict({k: x[k] + s * (y[k] - x[k]) if x[k].is_floating_point() else x[k] for k, s in steps.items()})
-    return there
-
-
-@pytest.mark.parametrize("statistics", [False, True])
-def test_on_the_line_between_two_solutions(statistics):
-    a, b = conv_net(0), conv_net(1)
-    of = estimated if statistics else evaluated
-    line = interpolation(on_images(a), b, points=5, extend=0.25, statistics=statistics)
-    assert line.axis.tolist() == [-0.25, 0.0, 0.25, 0.5, 0.75, 1.0, 1.25]
-    assert line.statistics == statistics
-    for t, loss in zip(line.axis.tolist(), line.losses, strict=True):
-        torch.testing.assert_close(loss, of(lerped(a, b, t, min(max(t, 0.0), 1.0))), rtol=1e-10, atol=0)
-    inside = line.losses[1:-1]
-    above = [x - ((1 - t) * inside[0] + t * inside[-1]) for t, x in zip((0, 0.25, 0.5, 0.75, 1), inside, strict=True)]
-    assert line.barrier == pytest.approx(max(map(float, above)), rel=1e-12)
-
-
-@pytest.mark.parametrize("given", [lambda net: net, nn.Module.state_dict])
-def test_at_its_ends_a_line_has_the_solutions_own_losses_to_the_bit(given):
-    # in float32 w + (w' - w) is often not w'; and each model has its own number of batches, and own statistics
-    a, b = conv_net(0, torch.float32), conv_net(1, torch.float32)
-    b[1].num_batches_tracked += 5
-    with torch.no_grad():
-        a[7].weight.mul_(1000.0)
-    objective = on_images(a)
-    line = interpolation(objective, given(b), points=3)
-    assert line.losses[0] == objective.loss()
-    assert line.losses[-1] == on_images(b).loss()
-    w, there = objective.weights, on_images(b).weights
-    assert not torch.equal(w + (there - w), there)
-
-
-class Masked(nn.Linear):
-    """A layer of which only some weights count."""
-
-    def __init__(self, *kept: bool) -> None:
-        super().__init__(4, 1, bias=False, dtype=DOUBLE)
-        self.register_buffer("kept", torch.tensor(kept))
-
-    def forward(self, x):
-        return F.linear(x, self.weight * self.kept)
-
-
-def test_a_buffer_of_whole_numbers_is_the_nearer_ends():
-    a, b = Masked(True, True, False, False), Masked(False, True, True, False)
-    data, (way,) = (torch.eye(4, dtype=DOUBLE), torch.ones(4, 1, dtype=DOUBLE)), b.weight - a.weight
-    line = interpolation(Objective(a, data, loss=F.mse_loss), b, points=4)
-    for t, loss, kept in zip(line.axis.tolist(), line.losses, (a.kept, a.kept, b.kept, b.kept), strict=True):
-        want = ((a.weight[0] + t * way) * kept - 1).square().mean().detach()
-        torch.testing.assert_close(loss, want, rtol=1e-12, atol=0)
-
-
-def test_a_vector_has_no_running_statistics():
-    a, b = conv_net(0), conv_net(1)
-    objective, vector = on_images(a), on_images(b).weights
-    with pytest.raises(ValueError, match="other is a vector, and without the running statistics"):
-        interpolation(objective, vector)
-    by_model = interpolation(objective, b, points=3, statistics=True)
-    assert torch.equal(interpolation(objective, vector, points=3, statistics=True).losses, by_model.losses)
-
-
-def test_barriers():
-    def barrier(*losses):
-        axis = torch.linspace(-0.5, 1.5, len(losses), dtype=DOUBLE)
-        return Line(axis, torch.tensor(losses, dtype=DOUBLE), False).barrier
-
-    assert barrier(9, 1, 2, 3, 9) == 0  # straight, and what lies beyond the ends does not count
-    assert barrier(9, 1, 5, 3, 9) == 3
-    assert barrier(9, 3, -1, 1, 9) == 0
-    assert barrier(0, 1, math.inf, 3, 0) == math.inf
-    assert math.isnan(barrier(0, 1, math.nan, 3, 0))
-
-
-def test_what_cannot_be_measured():
-    objective = on_points(relu_net())
+def test_invalid_landscape_and_line_arguments_raise():
+    objective = point_objective(relu_net())
     d = random_directions(objective)
     for wrong in (d[0], d.repeat(2, 1), d[:, 1:]):
         with pytest.raises(ValueError, match=r"one direction is \(1, 51\) here"):

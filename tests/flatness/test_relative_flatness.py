@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from oracles import dense_hessian, objective, samples, tanh_net
+from known_hessians import dense_hessian, objective, samples, tanh_net
 from torch import nn
 
-from steppe.flatness import Hessian
-from steppe.flatness.relative import relative_flatness
+from steppe.flatness import Hessian, relative_flatness
 
 
 def by_blocks(net, name):
@@ -24,7 +23,7 @@ def by_blocks(net, name):
 
 
 @pytest.mark.parametrize("name", ["0.weight", "2.weight", "4.weight"])
-def test_the_exact_sum_is_that_over_blocks_of_the_dense_hessian(name):
+def test_exact_value_equals_the_sum_over_blocks_of_the_dense_hessian(name):
     net = tanh_net()
     problem = objective(net, batch_size=7)
     found = relative_flatness(Hessian(problem), name, exact=True)
@@ -34,7 +33,7 @@ def test_the_exact_sum_is_that_over_blocks_of_the_dense_hessian(name):
     assert relative_flatness(alone, name, exact=True).value == pytest.approx(found.value, rel=1e-9)
 
 
-def test_the_estimate_is_unbiased_and_knows_its_error():
+def test_estimate_is_unbiased_with_a_correct_standard_error():
     net = tanh_net()
     hessian, exact = Hessian(objective(net)), by_blocks(net, "2.weight")
     many = relative_flatness(hessian, "2.weight", probes=800)
@@ -66,7 +65,7 @@ def times(net, factors):
     return net
 
 
-def test_rescaling_layers_changes_neither_flatness_and_rescaling_neurons_not_that_of_their_own_layer():
+def test_rescaling_layers_preserves_both_values_and_rescaling_neurons_that_of_their_layer():
     plain, layers = flatness(relu_pair()), flatness(times(relu_pair(), torch.full((6,), 8.0, dtype=torch.float64)))
     assert layers == pytest.approx(plain, rel=1e-9)
     neurons = flatness(times(relu_pair(), torch.tensor([0.1, 8.0, 3.0, 1.0, 0.5, 2.0], dtype=torch.float64)))
@@ -74,7 +73,7 @@ def test_rescaling_layers_changes_neither_flatness_and_rescaling_neurons_not_tha
     assert neurons[1] != pytest.approx(plain[1], rel=1e-2)
 
 
-def test_the_seed_decides_and_all_probes_take_few_passes():
+def test_seed_determines_the_result_and_probes_share_passes():
     problem = objective(tanh_net())
     hessian = Hessian(problem)
     first, again, other = (relative_flatness(hessian, "0.weight", probes=20, seed=seed) for seed in (0, 0, 1))
@@ -85,11 +84,11 @@ def test_the_seed_decides_and_all_probes_take_few_passes():
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("0.wait", {}, "0.wait is none of the weights that are measured: 0.weight, 0.bias"),
+        ("0.wait", {}, "0.wait is not among the parameters of the objective: 0.weight, 0.bias"),
         ("0.bias", {}, r"0.bias has shape \(6,\).*matrix"),
         ("0.weight", {"probes": 0}, "probes=0: an estimate needs"),
     ],
 )
-def test_what_makes_no_sense_is_refused(name, options, message):
+def test_invalid_relative_flatness_arguments_raise(name, options, message):
     with pytest.raises(ValueError, match=message):
         relative_flatness(Hessian(objective(tanh_net())), name, **options)

@@ -1,18 +1,29 @@
-"""Is the minimum really flatter? Sharpness, the Hessian's spectrum and the landscape, for any model."""
+"""Measure how flat a minimum is: sharpness, the Hessian's spectrum and the loss landscape, for any model.
 
-from steppe.flatness.average import average_sharpness
-from steppe.flatness.connect import Curve, connect
+An :class:`Objective` is the loss over data as a function of the weights. All measures take one, or an operator made of
+it, such as its :class:`Hessian`. :func:`measure` evaluates all of them. Only the names listed here are public.
+"""
+
+from steppe.flatness.average_sharpness import average_sharpness
+from steppe.flatness.budget import Budget
 from steppe.flatness.directions import between, random_directions
-from steppe.flatness.eigen import Eigenpairs, eigenvalues
-from steppe.flatness.landscape import Landscape, Line, interpolation, landscape
-from steppe.flatness.measure import FAMILIES, Budget, Family, Flatness, Measure, measure, normalized_logits
+from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
+from steppe.flatness.estimate import Estimate
+from steppe.flatness.families import FAMILIES, Family, Measure
+from steppe.flatness.interpolation import Line, interpolation
+from steppe.flatness.landscape import Landscape, landscape
+from steppe.flatness.m_sharpness import MSharpness, m_sharpness
+from steppe.flatness.measure import measure
+from steppe.flatness.mode_connectivity import Curve, connect
+from steppe.flatness.normalized_logits import normalized_logits
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Block, Hessian, Operator, Scaled
-from steppe.flatness.relative import relative_flatness
-from steppe.flatness.sharpness import MSharpness, Sharpness, m_sharpness, sharpness
-from steppe.flatness.spectrum import Density, density, trace
+from steppe.flatness.relative_flatness import relative_flatness
+from steppe.flatness.result import Flatness
+from steppe.flatness.sharpness import Sharpness, sharpness
+from steppe.flatness.spectral_density import Density, density
 from steppe.flatness.stability import edge_of_stability, sam_edge_of_stability
-from steppe.flatness.values import Estimate
+from steppe.flatness.trace import trace
 
 __all__ = [
     "FAMILIES",

@@ -1,4 +1,4 @@
-"""The loss of a model over data as a function of its weights: what every measure of flatness is a measure of."""
+"""The mean loss of a model over data, as a function of its weights."""
 
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,58 +10,59 @@ from typing import Any, Literal, TypeAlias
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.func import functional_call
 from torch.nn.parallel import DistributedDataParallel
 
 from steppe._tensors.ops import accumulator
-from steppe.flatness.batches import Batches, Fingerprint, cast
-from steppe.flatness.evaluation import Evaluate, Evaluation, Loss, chosen, evaluation, modes
-from steppe.flatness.kernels import check_twice, twice_differentiable
+from steppe.flatness._batches import Batches, Fingerprint, cast
+from steppe.flatness._forward import BatchLoss, Evaluate, Loss, select_parameters
+from steppe.flatness._isolation import seeded_generators
+from steppe.flatness._kernels import check_twice_differentiable, twice_differentiable
 
 Progress: TypeAlias = Callable[[str, int], None]
-"""(what is being measured, passes over the data so far); what it raises ends the measurement."""
+"""(stage, passes over the data so far), called after each pass; an exception ends the measurement."""
 
 
 class Objective:
-    """The mean loss over data, L(w) = 1/N sum_i l(w; x_i, y_i), as a function of the weights alone.
+    """The mean loss over data as a function of the weights, L(w) = 1/N sum_i l(w; x_i, y_i).
 
     The weights are one vector of ``n`` entries: all parameters with ``requires_grad``, in the order of
-    ``named_parameters()``. Nothing of the model is changed: weights, buffers, ``.grad``, modes and generators are what
-    they were. Batches of different sizes count by their samples, and one batch is in memory at a time.
+    ``named_parameters()``. The model is left unchanged: weights, buffers, ``.grad``, training modes and random
+    generators. Batches of different sizes are weighted by their samples, and one batch is in memory at a time.
 
-    **BatchNorm.** By default every module is in evaluation mode, so that BatchNorm normalizes with its running
-    statistics: this is the function that is used later, a sample's loss is its own, and nothing depends on how the
-    data are cut into batches. ``batch_norm="train"`` normalizes with the statistics of each batch, as in training: it
-    is another function with another Hessian, and depends on ``batch_size``. Dropout is off either way.
+    **BatchNorm.** By default every module is in evaluation mode, so BatchNorm normalizes with its running statistics:
+    this is the function that is used after training, the loss of a sample does not depend on other samples, and no
+    result depends on ``batch_size``. ``batch_norm="train"`` normalizes with the statistics of each batch, as in
+    training: another function with another Hessian, which depends on ``batch_size``. Dropout is off in both modes.
 
     Args:
-        model: any module. One in ``DistributedDataParallel`` is measured over the data of all ranks: each gives its
-            share, all ask for the same things, and all get the same numbers.
-        data: a pair of tensors (inputs, targets), to be cut into batches here; or batches that can be walked through
-            again and again, the same ones each time (a list, a ``DataLoader``).
-        loss: (outputs, targets) -> mean loss; a batch is then (*inputs, targets).
-        evaluate: in its place, (model, batch) -> mean loss, for batches of any form.
-        batch_size: samples in a batch, where ``data`` is a pair of tensors.
+        model: any module. In ``DistributedDataParallel`` the loss is the mean over the data of all ranks: each rank
+            passes its share, all make the same calls, and all get the same numbers.
+        data: a pair of tensors (inputs, targets), which is split into batches; or an iterable that yields the same
+            batches each time (a list, a ``DataLoader``).
+        loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then (*inputs, targets).
+        evaluate: in place of ``loss``, (model, batch) -> mean loss, for batches of any form.
+        batch_size: samples per batch, if ``data`` is a pair of tensors.
         batch_norm: "eval" or "train".
-        parameters: the names of the parameters that are w; by default all that require a gradient.
-        size: batch -> over how many samples its loss is a mean; by default the length of its first tensor. A mean over
-            tokens that are not padding needs it.
-        dtype: what to compute in; by default that of the weights, float32 where they are in half precision.
-        seed: of whatever the model draws at random: every pass draws the same.
-        progress: told after every pass over the data.
+        parameters: names of the parameters that form w; by default all that require a gradient.
+        size: batch -> number of samples that its loss averages over; by default the length of its first tensor. A mean
+            over the tokens that are not padding needs it.
+        dtype: floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
+        seed: seed of the model's own random draws, which are the same in every pass.
+        progress: (stage, passes) -> None, called after each pass over the data.
 
     Raises:
-        TypeError: sharded or complex parameters.
-        ValueError: no parameters, a name that is none, neither or both of ``loss`` and ``evaluate``.
+        TypeError: sharded or complex parameters, or ``data`` is an iterator.
+        ValueError: no parameters or an unknown name; neither or both of ``loss`` and ``evaluate``.
 
-    >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> _ = torch.nn.init.ones_(model.weight)
-    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
-    >>> objective = Objective(model, (x, y), loss=torch.nn.functional.mse_loss)
-    >>> objective.loss()
-    tensor(2.5000, dtype=torch.float64)
-    >>> objective.loss(torch.tensor([0.0, -1.0]))
-    tensor(0.5000, dtype=torch.float64)
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.ones_(model.weight)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> objective = Objective(model, (x, y), loss=torch.nn.functional.mse_loss)
+        >>> objective.loss()
+        tensor(2.5000, dtype=torch.float64)
+        >>> objective.loss(torch.tensor([0.0, -1.0]))
+        tensor(0.5000, dtype=torch.float64)
     """
 
     def __init__(
@@ -85,20 +86,19 @@ class Objective:
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.batch_norm, self.seed = batch_norm, seed
         self.stage = ""
-        """What is being measured, for ``progress``."""
+        """Name of the current measurement, an argument of ``progress``."""
         self.passes = 0
         """Passes over the data so far."""
         self._progress = progress
-        self._evaluation = Evaluation(self.model, evaluation(loss, evaluate))
+        self._batch_loss = BatchLoss(self.model, loss, evaluate)
         self._batches = Batches(data, batch_size, size)
         self._fingerprint: Fingerprint | None = None
-        self._checked_twice = False
+        self._checked_twice_differentiable = False
         self._dtype = dtype
-        self._take(parameters)
+        self._set_parameters(parameters)
 
-    def _take(self, names: Sequence[str] | None) -> None:
-        """Let w be these parameters."""
-        self._parameters = chosen(self.model, names)
+    def _set_parameters(self, names: Sequence[str] | None) -> None:
+        self._parameters = select_parameters(self.model, names)
         first, *others = (p.dtype for p in self._parameters.values())
         widest = reduce(torch.promote_types, others, first)
         self.dtype = self._dtype or (widest if widest.itemsize > 2 else torch.float32)
@@ -106,16 +106,50 @@ class Objective:
         self._sizes = [p.numel() for p in self._parameters.values()]
         self.n = sum(self._sizes)
 
-    def within(self, names: Sequence[str]) -> "Objective":
-        """Return the same loss as a function of some of the parameters alone, by name."""
+    def restrict_to(self, names: Sequence[str]) -> "Objective":
+        """Return the same loss as a function of the named parameters only; the others are constants."""
         objective = copy.copy(self)
-        objective._take(names)
+        objective._set_parameters(names)
         return objective
+
+    @contextmanager
+    def at_weights(self, weights: Tensor) -> Iterator["Objective"]:
+        """Yield the same loss with w replaced by other weights, (n,).
+
+        The weights are used as they are: w + (w' - w) would differ from w' by rounding.
+        """
+        other = copy.copy(self)
+        other._parameters = dict(zip(self.names, self.unflatten(weights), strict=True))
+        try:
+            yield other
+        finally:
+            self.passes, self._fingerprint = other.passes, other._fingerprint
+
+    def split(self, m: int) -> Iterator["Objective"]:
+        """Yield the loss over each m samples of this rank as an objective of its own, in one pass.
+
+        A part lies within one batch, whose last part may be smaller.
+
+        Raises:
+            ValueError: m is below 1.
+        """
+        if m < 1:
+            raise ValueError(f"m={m}: a part needs at least one sample")
+        for batch, _ in self._iterate_batches():
+            for part in self._batches.split(batch, m):
+                objective = copy.copy(self)
+                objective.group, objective._fingerprint, objective._batches = None, None, self._batches.single(part)
+                yield objective
 
     @property
     def names(self) -> list[str]:
-        """The names of the parameters that are w."""
+        """Names of the parameters that form w."""
         return list(self._parameters)
+
+    @property
+    def shapes(self) -> list[torch.Size]:
+        """Shape of each parameter."""
+        return [p.shape for p in self._parameters.values()]
 
     @property
     def weights(self) -> Tensor:
@@ -123,91 +157,96 @@ class Objective:
         return self.flatten([p.detach() for p in self._parameters.values()])
 
     @property
-    def shapes(self) -> list[torch.Size]:
-        """The shape of each parameter."""
-        return [p.shape for p in self._parameters.values()]
-
-    @property
     def version(self) -> tuple[int, ...]:
-        """Another one whenever a weight has been written in place."""
+        """Torch's version counters of the parameters; they change when a weight is written in place."""
         return tuple(p._version for p in self._parameters.values())
 
     @property
     def samples(self) -> int:
-        """N, on all ranks together; where no pass has been made yet, one is, without the model."""
+        """The number N of samples on all ranks; before the first pass, a pass without the model counts them."""
         if self._fingerprint is None:
-            for _ in self._yield_pass():
+            for _ in self._iterate_batches():
                 pass
         assert self._fingerprint is not None
-        return int(self.total(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
+        return int(self.sum_over_ranks(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
 
-    @contextmanager
-    def seen_from(self, weights: Tensor) -> Iterator["Objective"]:
-        """Give the same loss with w at other weights (n,), exactly those: w + (w' - w) would be off by rounding."""
-        there = copy.copy(self)
-        there._parameters = dict(zip(self.names, self.unflatten(weights), strict=True))
-        try:
-            yield there
-        finally:
-            self.passes, self._fingerprint = there.passes, there._fingerprint
+    @property
+    def is_single_batch(self) -> bool:
+        """True if the data of this rank are known to be one batch, so that its graph can be kept."""
+        return self._batches.number == 1
+
+    @property
+    def uses_running_statistics(self) -> bool:
+        """True if the loss depends on running statistics of BatchNorm, which :meth:`statistics` can re-estimate."""
+        norms = [m for m in self.model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        return self.batch_norm == "eval" and any(m.running_mean is not None for m in norms)
+
+    @property
+    def world_size(self) -> int:
+        """Number of processes that share the data."""
+        return 1 if self.group is None else dist.get_world_size(self.group)
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Copy one tensor a parameter into a vector (n,)."""
+        """Copy one tensor per parameter into a vector (n,)."""
         return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
-        """Cut a vector (n,) into one view a parameter, of its shape."""
+        """Split a vector (n,) into one view per parameter, of the parameter's shape.
+
+        Raises:
+            ValueError: a vector of another shape.
+        """
         if vector.shape != (self.n,):
             raise ValueError(
-                f"a vector of shape {tuple(vector.shape)} was given, and these weights are one of shape ({self.n},): "
-                "make it with flatten(), from one tensor a parameter"
+                f"a vector of shape {tuple(vector.shape)} was given, but these weights have shape ({self.n},): "
+                "make it with flatten(), from one tensor per parameter"
             )
         parts = torch.split(vector.to(self.device, self.dtype), self._sizes)
         return [part.view(p.shape) for part, p in zip(parts, self._parameters.values(), strict=True)]
 
     def loss(self, e: Tensor | None = None, *, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Return L(w + e) as a 0-dim float64 tensor, for e of shape (n,); None is 0.
+        """Return L(w + e), a 0-dim float64 tensor, in one pass.
 
         Args:
-            e: where to, from w.
-            buffers: in place of the model's own, by name, such as statistics that :meth:`statistics` has estimated.
+            e: the perturbation, (n,); None is 0.
+            buffers: by name, in place of the model's, such as the result of :meth:`statistics`.
         """
-        weights = self._at(e)
+        weights = self._perturbed_weights(e)
 
         @torch.no_grad()
-        def of(batch: Any) -> list[Tensor]:
-            return [self._mean_loss(weights, batch, buffers).to(accumulator(self.device))]
+        def batch_loss(batch: Any) -> list[Tensor]:
+            return [self._mean_loss(weights, batch, buffers=buffers).to(accumulator(self.device))]
 
-        return self.average(of)[0]
+        return self.average(batch_loss)[0]
 
     def gradient(self, e: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return L(w + e), a 0-dim float64 tensor, and its gradient there, (n,)."""
+        """Return L(w + e), a 0-dim float64 tensor, and its gradient at w + e, (n,), in one pass."""
 
-        def of(batch: Any) -> list[Tensor]:
-            weights = [w.requires_grad_() for w in self._at(e)]
+        def batch_gradient(batch: Any) -> list[Tensor]:
+            weights = [w.requires_grad_() for w in self._perturbed_weights(e)]
             loss = self._mean_loss(weights, batch)
-            found = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
-            return [loss.detach().to(accumulator(self.device)), self.flatten(found)]
+            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+            return [loss.detach().to(accumulator(self.device)), self.flatten(gradients)]
 
-        loss, gradient = self.average(of)
+        loss, gradient = self.average(batch_gradient)
         return loss, gradient
 
-    def linearized(self, batch: Any) -> Callable[[Tensor], Tensor]:
-        """Return v -> H v for vectors v (k, n), with H the Hessian of the batch's mean loss at w.
+    def batch_hessian_product(self, batch: Any) -> Callable[[Tensor], Tensor]:
+        """Return the function V -> V H, (k, n) -> (k, n), with H the Hessian of the batch's mean loss at w.
 
-        The gradient's graph is made once, and lives as long as what is returned.
+        The graph of the gradient is built once and lives as long as the returned function.
         """
-        weights = [w.requires_grad_() for w in self._at(None)]
+        weights = [w.requires_grad_() for w in self._perturbed_weights(None)]
         loss = self._mean_loss(weights, batch)
         gradient = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
-        if not self._checked_twice:
-            check_twice(gradient)
-            self._checked_twice = True
-        curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # the others are constants
+        if not self._checked_twice_differentiable:
+            check_twice_differentiable(gradient)
+            self._checked_twice_differentiable = True
+        curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # the other gradients are constant
 
         def product(v: Tensor) -> Tensor:
             parts = self.unflatten(v)
-            found = torch.autograd.grad(
+            products = torch.autograd.grad(
                 [gradient[i] for i in curved],
                 weights,
                 [parts[i] for i in curved],
@@ -215,139 +254,108 @@ class Objective:
                 allow_unused=True,
                 materialize_grads=True,
             )
-            return self.flatten(found)
+            return self.flatten(products)
 
         return lambda vs: torch.stack([product(v) if curved else torch.zeros_like(v) for v in vs])
 
-    @property
-    def in_one_batch(self) -> bool:
-        """Whether all data of this rank are known to be one batch, so that its graph can be kept."""
-        return self._batches.number == 1
+    def average(self, function: Callable[[Any], list[Tensor]]) -> list[Tensor]:
+        """Average ``function(batch)``, a list of means over the batch, over the samples of all batches, in one pass.
 
-    def average(self, of: Callable[[Any], list[Tensor]]) -> list[Tensor]:
-        """Make a pass: average over all samples what ``of`` a batch gives as means over its own."""
+        Raises:
+            ValueError: no samples, or other samples than in the previous pass.
+        """
         totals: list[Tensor] = []
-        for index, (batch, size) in enumerate(self._yield_pass()):
-            with self._quietly(index):
-                parts = [part.mul_(size) for part in of(batch)]
+        for index, (batch, size) in enumerate(self._iterate_batches()):
+            with self._pass_context(index):
+                parts = [part.mul_(size) for part in function(batch)]
             totals = [t.add_(p) for t, p in zip(totals, parts, strict=True)] if totals else parts
         samples = self.samples
         if samples == 0:
-            raise ValueError("data: there are no samples, and a mean loss needs some")
-        return [self.total(t) / samples for t in totals]
-
-    def apart(self, m: int) -> Iterator["Objective"]:
-        """Yield the loss over each m samples, as an objective of its own, of this rank alone.
-
-        Raises:
-            ValueError: m below 1.
-        """
-        if m < 1:
-            raise ValueError(f"m={m}: a part needs at least one sample")
-        for batch, _ in self._yield_pass():
-            for part in self._batches.parts(batch, m):
-                objective = copy.copy(self)
-                objective.group, objective._fingerprint, objective._batches = None, None, self._batches.only(part)
-                yield objective
+            raise ValueError("data: there are no samples, but a mean loss needs at least one")
+        return [self.sum_over_ranks(t) / samples for t in totals]
 
     def statistics(self, e: Tensor | None = None) -> dict[str, Tensor]:
-        """Estimate BatchNorm's running statistics at w + e, as the mean of the batches', in one pass.
+        """Estimate BatchNorm's running statistics at w + e as the mean of the batch statistics, in one pass.
 
-        Between two solutions the running statistics of neither are right, and L with them says little of the weights
-        there. Izmailov et al. 2018, https://arxiv.org/abs/1803.05407.
+        Between two trained models the running statistics of neither are right, and neither is a loss that uses them.
+
+        References:
+            Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization,
+            https://arxiv.org/abs/1803.05407.
         """
         norms = {k: m for k, m in self.model.named_modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)}
-        places = [(k, b) for k, b in self.model.named_buffers() if k.rpartition(".")[0] in norms]
+        own = [(k, b) for k, b in self.model.named_buffers() if k.rpartition(".")[0] in norms]
         with torch.inference_mode(mode=False):
-            buffers = {k: cast(torch.full_like(b, k.endswith("running_var")), self.dtype) for k, b in places}
-        weights, momenta = self._at(e), {m: m.momentum for m in norms.values()}
+            buffers = {k: cast(torch.full_like(b, k.endswith("running_var")), self.dtype) for k, b in own}
+        weights, momenta = self._perturbed_weights(e), {m: m.momentum for m in norms.values()}
 
         @torch.no_grad()
-        def of(batch: Any) -> list[Tensor]:
-            self._mean_loss(weights, batch, buffers, train=True)
+        def update_statistics(batch: Any) -> list[Tensor]:
+            self._mean_loss(weights, batch, buffers=buffers, train_norms=True, update_buffers=True)
             return []
 
         try:
             for m in momenta:
-                m.momentum = None  # a mean of all batches, not a running one
-            self.average(of)
+                m.momentum = None  # a cumulative mean over all batches in place of an exponential one
+            self.average(update_statistics)
         finally:
             for m, momentum in momenta.items():
                 m.momentum = momentum
-        return {k: self.total(b.double()).div(self.ranks).to(b.dtype) for k, b in buffers.items()}
+        return {k: self.sum_over_ranks(b.double()).div(self.world_size).to(b.dtype) for k, b in buffers.items()}
 
-    def _at(self, e: Tensor | None) -> list[Tensor]:
-        """The weights at w + e, one a parameter; where nothing moves, they share memory with the model's."""
+    def sum_over_ranks(self, tensor: Tensor) -> Tensor:
+        """Return the sum of a tensor over all ranks, on its own device."""
+        if self.group is not None:
+            home, tensor = tensor.device, tensor.to(self.device)
+            dist.all_reduce(tensor, group=self.group)
+            tensor = tensor.to(home)
+        return tensor
+
+    def _perturbed_weights(self, e: Tensor | None) -> list[Tensor]:
+        """Return w + e, one tensor per parameter; without e they share memory with the model's."""
         weights = [p.detach().to(self.dtype) for p in self._parameters.values()]
         return weights if e is None else [w + part for w, part in zip(weights, self.unflatten(e), strict=True)]
 
     def _mean_loss(
-        self, weights: Sequence[Tensor], batch: Any, buffers: Mapping[str, Tensor] | None = None, *, train: bool = False
+        self,
+        weights: Sequence[Tensor],
+        batch: Any,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        train_norms: bool = False,
+        update_buffers: bool = False,
     ) -> Tensor:
-        """The mean loss of a batch, by the model with these weights and buffers; ``train`` writes into those given."""
-        given = buffers or {}
-        state = {k: given.get(k, b).clone() for k, b in self.model.named_buffers()} | (dict(given) if train else {})
-        dtype = None if all(p.dtype == self.dtype for p in self.model.parameters()) else self.dtype
-        if dtype is not None:
-            state |= {k: p.detach() for k, p in self.model.named_parameters()}
-            state = {k: cast(t, dtype) for k, t in state.items()}
-        state |= dict(zip(self._parameters, weights, strict=True))
-        with modes(self.model, norms=train or self.batch_norm == "train"):
-            loss = functional_call(self._evaluation, {f"model.{k}": t for k, t in state.items()}, (cast(batch, dtype),))
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the loss of a batch is {got}, and its mean is needed, a 0-dim tensor")
-        return loss
+        named = dict(zip(self._parameters, weights, strict=True))
+        train_norms = train_norms or self.batch_norm == "train"
+        options: dict[str, Any] = {"train_norms": train_norms, "update_buffers": update_buffers}
+        return self._batch_loss(named, batch, self.dtype, buffers=buffers, **options)
 
-    def _yield_pass(self) -> Iterator[tuple[Any, int]]:
-        """Make a pass: each batch, on the weights' device, with its size."""
-        seen, batches = Fingerprint(), None
+    def _iterate_batches(self) -> Iterator[tuple[Any, int]]:
+        """Yield each batch, on the device of the weights, with its size; count the pass and check its samples."""
+        fingerprint, batches = Fingerprint(), None
         for index in count():
-            with self._generators(index):  # a DataLoader draws, too
+            with seeded_generators(self.device, self.seed + index):  # a DataLoader draws random numbers, too
                 batches = iter(self._batches) if batches is None else batches
-                found = next(batches, None)
-            if found is None:
+                following = next(batches, None)
+            if following is None:
                 break
-            there = cast(found[0], device=self.device)
-            seen.add(there, found[1])
-            yield there, found[1]
+            batch = cast(following[0], device=self.device)
+            fingerprint.add(batch, following[1])
+            yield batch, following[1]
         if self._fingerprint is not None:
-            seen.compare(self._fingerprint)
-        self._fingerprint = seen
+            fingerprint.compare(self._fingerprint)
+        self._fingerprint = fingerprint
         self.passes += 1
         if self._progress is not None:
             self._progress(self.stage, self.passes)
 
     @contextmanager
-    def _quietly(self, index: int) -> Iterator[None]:
-        """Use kernels that can be differentiated twice, and generators of our own."""
+    def _pass_context(self, index: int) -> Iterator[None]:
+        """Enable gradients, whatever the caller's mode, with twice differentiable kernels and seeded generators."""
         with (
             torch.inference_mode(mode=False),
             torch.enable_grad(),
-            self._generators(index),
+            seeded_generators(self.device, self.seed + index),
             twice_differentiable(self.model),
         ):
             yield
-
-    @contextmanager
-    def _generators(self, index: int) -> Iterator[None]:
-        """Let everything draw the same in every pass, and the program's generators be where they were."""
-        devices = [self.device] if self.device.type == "cuda" else []
-        with torch.random.fork_rng(devices):
-            torch.default_generator.manual_seed(self.seed + index)
-            for device in devices:
-                torch.cuda.default_generators[device.index or 0].manual_seed(self.seed + index)
-            yield
-
-    @property
-    def ranks(self) -> int:
-        """How many processes share the data."""
-        return 1 if self.group is None else dist.get_world_size(self.group)
-
-    def total(self, mine: Tensor) -> Tensor:
-        """Sum over all ranks."""
-        if self.group is not None:
-            home, mine = mine.device, mine.to(self.device)
-            dist.all_reduce(mine, group=self.group)
-            mine = mine.to(home)
-        return mine

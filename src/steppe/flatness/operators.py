@@ -1,4 +1,4 @@
-"""Matrices that are known by their products with vectors only: the Hessian, and others made of it."""
+"""Symmetric matrices given by their products with vectors: the Hessian, T A T, and a diagonal block."""
 
 from collections.abc import Callable
 from typing import Protocol
@@ -10,84 +10,104 @@ from steppe.flatness.objective import Objective
 
 
 class Operator(Protocol):
-    """A symmetric n x n matrix A, by its products: every estimator of spectra takes any."""
+    """A symmetric matrix A (n, n) that multiplies vectors. All spectral estimators accept any operator."""
 
     @property
     def n(self) -> int:
-        """Rows and columns."""
+        """Number of rows and columns."""
         ...
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of its vectors."""
+        """Dtype of the vectors."""
         ...
 
     @property
     def device(self) -> torch.device:
-        """Of its vectors."""
+        """Device of the vectors."""
         ...
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Multiply vectors, one a row: (k, n) -> (k, n)."""
+        """Return V A for vectors V in rows: (k, n) -> (k, n)."""
         ...
 
 
 class Hessian:
-    """The Hessian of the mean loss over the data, H = 1/N sum_i d^2 l_i / dw^2, at the model's weights as they are.
+    """The Hessian of the mean loss over the data at the model's current weights, H = 1/N sum_i d^2 l_i / dw^2.
 
-    Each product is exact: the gradient is differentiated, not a difference of two. A pass over the data multiplies as
-    many vectors as are given, and makes a gradient's graph for each batch once for all of them; where all data are one
-    batch, once for all products, until the weights are changed.
+    Products are exact derivatives of the gradient, not finite differences. One pass over the data multiplies all given
+    vectors and builds the graph of each batch's gradient once. If the data are a single batch, the graph is kept for
+    further products until the weights change.
 
-    ReLU networks: a second derivative does not see kinks. It is that of the linear pieces, almost everywhere.
+    In a ReLU network the second derivative is that of the linear pieces: the kinks do not contribute.
 
-    >>> model = torch.nn.Linear(2, 1, bias=False)
-    >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
-    >>> hessian = Hessian(Objective(model, (x, y), loss=torch.nn.functional.mse_loss))
-    >>> hessian(torch.eye(2))
-    tensor([[1., 0.],
-            [0., 4.]])
+    Args:
+        objective: the loss as a function of n weights.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> hessian = Hessian(Objective(model, (x, y), loss=torch.nn.functional.mse_loss))
+        >>> hessian(torch.eye(2))
+        tensor([[1., 0.],
+                [0., 4.]])
+
+    References:
+        Pearlmutter 1994, Fast Exact Multiplication by the Hessian, Neural Computation 6.
     """
 
     def __init__(self, objective: Objective) -> None:
         self.objective = objective
         self.n, self.dtype, self.device = objective.n, objective.dtype, objective.device
-        self._kept: Callable[[Tensor], Tensor] | None = None
+        self._kept_product: Callable[[Tensor], Tensor] | None = None
         self._version: tuple[int, ...] | None = None
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Multiply vectors (k, n), in one pass over the data."""
-        if self._version != self.objective.version:
-            self._kept, self._version = None, self.objective.version
+        """Return V H for vectors V in rows, (k, n) -> (k, n), in one pass over the data.
 
-        def of(batch: object) -> list[Tensor]:
-            product = self._kept or self.objective.linearized(batch)
-            if self.objective.in_one_batch:
-                self._kept = product
+        Raises:
+            RuntimeError: the model contains an operation without a second derivative.
+        """
+        if self._version != self.objective.version:
+            self._kept_product, self._version = None, self.objective.version
+
+        def batch_product(batch: object) -> list[Tensor]:
+            product = self._kept_product or self.objective.batch_hessian_product(batch)
+            if self.objective.is_single_batch:
+                self._kept_product = product
             return [product(vectors)]
 
-        (products,) = self.objective.average(of)
+        (products,) = self.objective.average(batch_product)
         return products
 
-    def forget(self) -> None:
-        """Free the graph that was kept for further products."""
-        self._kept = None
+    def free_graph(self) -> None:
+        """Free the graph that is kept for further products."""
+        self._kept_product = None
 
 
 class Scaled:
-    """T A T for a diagonal T, given as a vector (n,): with T = |w| + eta, the Hessian in the metric of ASAM.
+    """The operator T A T for a diagonal T; with T = |w| + eta, the Hessian in the metric of ASAM.
 
-    Where two layers with a ReLU between them are rescaled by alpha and 1/alpha, the network computes the same function
-    with another Hessian, but with the same eigenvalues of |w| H |w|.
+    Rescaling two layers with a ReLU between them by alpha and 1/alpha leaves the function of the network unchanged. It
+    changes the eigenvalues of H, but not those of |w| H |w|.
 
-    >>> class Eye:
-    ...     n, dtype, device = 2, torch.float32, torch.device("cpu")
-    ...
-    ...     def __call__(self, vectors):
-    ...         return vectors
-    >>> Scaled(Eye(), torch.tensor([1.0, 3.0]))(torch.eye(2))
-    tensor([[1., 0.],
-            [0., 9.]])
+    Args:
+        operator: A, of n rows.
+        scale: the diagonal of T, (n,).
+
+    Example:
+        >>> class Identity:
+        ...     n, dtype, device = 2, torch.float32, torch.device("cpu")
+        ...
+        ...     def __call__(self, vectors):
+        ...         return vectors
+        >>> Scaled(Identity(), torch.tensor([1.0, 3.0]))(torch.eye(2))
+        tensor([[1., 0.],
+                [0., 9.]])
+
+    References:
+        Kwon et al. 2021, ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant Learning of Deep Neural
+        Networks, https://arxiv.org/abs/2102.11600.
     """
 
     def __init__(self, operator: Operator, scale: Tensor) -> None:
@@ -95,19 +115,34 @@ class Scaled:
         self.n, self.dtype, self.device = operator.n, operator.dtype, operator.device
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Multiply vectors (k, n)."""
+        """Return V T A T for vectors V in rows, (k, n) -> (k, n)."""
         return self._operator(vectors * self._scale) * self._scale
 
 
 class Block:
-    """The rows and columns of A that belong to some of the weights, where ``which`` (n,) is true."""
+    """The diagonal block of A that belongs to a subset of the weights.
 
-    def __init__(self, operator: Operator, which: Tensor) -> None:
-        self._operator, self._which = operator, which
-        self.n, self.dtype, self.device = int(which.sum()), operator.dtype, operator.device
+    Args:
+        operator: A, of n rows.
+        mask: (n,), bool; true for the rows and columns of the block.
+
+    Example:
+        >>> class Diagonal:
+        ...     n, dtype, device = 3, torch.float32, torch.device("cpu")
+        ...
+        ...     def __call__(self, vectors):
+        ...         return vectors * torch.tensor([1.0, 2.0, 3.0])
+        >>> Block(Diagonal(), torch.tensor([True, False, True]))(torch.eye(2))
+        tensor([[1., 0.],
+                [0., 3.]])
+    """
+
+    def __init__(self, operator: Operator, mask: Tensor) -> None:
+        self._operator, self._mask = operator, mask
+        self.n, self.dtype, self.device = int(mask.sum()), operator.dtype, operator.device
 
     def __call__(self, vectors: Tensor) -> Tensor:
-        """Multiply vectors (k, n) of the block's own n."""
-        whole = vectors.new_zeros(len(vectors), len(self._which))
-        whole[:, self._which] = vectors
-        return self._operator(whole)[:, self._which]
+        """Return V B for vectors V in rows, (k, m) -> (k, m), where B is the block of m rows."""
+        padded = vectors.new_zeros(len(vectors), len(self._mask))
+        padded[:, self._mask] = vectors
+        return self._operator(padded)[:, self._mask]

@@ -1,4 +1,4 @@
-"""What is estimated, with how well."""
+"""A sample mean with its standard error."""
 
 import math
 from collections.abc import Sequence
@@ -10,18 +10,22 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean of ``n`` independent draws, with its standard error; NaN for a single draw, 0 for what is exact."""
+    """A mean of ``n`` independent samples with its standard error, s / sqrt(n)."""
 
     value: float
+    """The mean."""
     error: float
+    """Its standard error: NaN for a single sample, 0 for an exact value."""
     n: int
+    """Number of samples."""
 
     @classmethod
     def of(cls, samples: Sequence[float] | Tensor) -> "Estimate":
-        """Estimate from draws of equal weight.
+        """Return the mean of equally weighted samples, (n,), with its standard error.
 
-        >>> Estimate.of([1.0, 2.0, 3.0])
-        Estimate(value=2.0, error=0.5773502691896258, n=3)
+        Example:
+            >>> Estimate.of([1.0, 2.0, 3.0])
+            Estimate(value=2.0, error=0.5773502691896258, n=3)
         """
         x = torch.as_tensor(samples, dtype=torch.float64)
         error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan

@@ -1,14 +1,15 @@
-"""The Hessian against another package's: products, eigenvalues, the trace and moments of the density."""
+"""The Hessian against that of curvlinops: products, eigenvalues, the trace and moments of the density."""
 
 import pytest
 import torch
-from oracles import DOUBLE, objective, samples, tanh_net
+from known_hessians import DOUBLE, objective, samples, tanh_net
 from torch import nn
 
 from steppe._tensors import random as random_tensors
 from steppe.flatness import Hessian, density, eigenvalues, trace
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")
+
 
 # from inside torch, at its first forward-mode derivative
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`.*:DeprecationWarning")
@@ -21,14 +22,14 @@ def ours_and_theirs():
     return Hessian(objective(net, batches)), theirs
 
 
-def test_products_agree():
+def test_products_agree_with_curvlinops():
     ours, theirs = ours_and_theirs()
     vectors = torch.randn(3, ours.n, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(vectors), (theirs @ vectors.T).T, rtol=1e-9, atol=1e-13)
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])
-def test_eigenvalues_agree(which):
+def test_eigenvalues_agree_with_curvlinops(which):
     ours, theirs = ours_and_theirs()
     exact = torch.linalg.eigvalsh(theirs @ torch.eye(ours.n, dtype=DOUBLE))
     key = {"largest": -exact, "smallest": exact, "magnitude": -exact.abs()}[which]
@@ -36,7 +37,7 @@ def test_eigenvalues_agree(which):
     torch.testing.assert_close(found.values, exact[key.argsort()][:3], rtol=1e-7, atol=0)
 
 
-def test_the_trace_agrees():
+def test_trace_agrees_with_curvlinops():
     ours, theirs = ours_and_theirs()
     dense = theirs @ torch.eye(ours.n, dtype=DOUBLE)
     everything = eigenvalues(ours, ours.n, tol=1e-10)
@@ -44,15 +45,15 @@ def test_the_trace_agrees():
     assert trace(ours, probes=1, top=everything).value == pytest.approx(float(dense.trace()), rel=1e-9)
 
 
-def test_the_moments_of_the_density_agree():
+def test_moments_of_the_density_agree_with_curvlinops():
     ours, theirs = ours_and_theirs()
     dense = theirs @ torch.eye(ours.n, dtype=DOUBLE)
-    found = density(ours, probes=2, steps=6)
+    found = density(ours, probes=2, num_iterations=6)
     for probe in range(2):
         (v,) = random_tensors.normal("density", 0, probe, [torch.empty(ours.n, dtype=DOUBLE)])
         v /= v.norm()
         power = v
-        for degree in range(1, 12):  # Gauss: exact to degree 2 steps - 1
+        for degree in range(1, 12):  # Gauss: exact to degree 2 num_iterations - 1
             power = dense @ power
             moment = found.weights[probe] @ found.nodes[probe] ** degree
             torch.testing.assert_close(moment, v @ power, rtol=1e-8, atol=1e-12)

@@ -1,40 +1,18 @@
-"""All measures at once: each is there, is what it is called, and is blind to what its family is blind to."""
+"""measure(): each measure equals the function of its name and has the invariances of its family."""
 
 import dataclasses
-import json
 import math
 
 import pytest
 import torch
-import torch.nn.functional as F
-from oracles import dense_hessian, objective, relu_net, rescaled, samples, tanh_net
+from flatness_measured import SMALL, measured
+from known_hessians import dense_hessian, objective, relu_net, rescaled, samples, tanh_net
 from torch import nn
 
-from steppe.flatness import (
-    FAMILIES,
-    Budget,
-    Flatness,
-    Measure,
-    Objective,
-    average_sharpness,
-    m_sharpness,
-    measure,
-    normalized_logits,
-    sharpness,
-)
-
-SMALL = Budget(
-    m=5, steps=4, restarts=2, pairs=4, top=2, tol=1e-6, probes=4, density_probes=2, density_steps=8, points=3
-)
+from steppe.flatness import FAMILIES, Measure, average_sharpness, m_sharpness, measure, sharpness
 
 
-def measured(net, budget=SMALL, **options):
-    x, y = samples()
-    normalized = Objective(net, (x, y), loss=normalized_logits(F.cross_entropy), **options)
-    return measure(objective(net, (x, y), **options), budget, normalized=normalized)
-
-
-def test_every_name_is_measured_and_no_other():
+def test_measures_are_exactly_those_of_the_families():
     found = measured(relu_net())
     assert set(found.measures) == {name for family in FAMILIES.values() for name in family.measures}
     assert all(math.isfinite(m.value) for m in found.measures.values())
@@ -43,7 +21,7 @@ def test_every_name_is_measured_and_no_other():
     assert {k: v for k, v in found.measures.items() if k in plain.measures} == plain.measures
 
 
-def test_each_is_what_it_is_called():
+def test_each_measure_equals_its_definition():
     net, (x, y) = tanh_net(), samples()
     found, whole = measured(net), dense_hessian(net, x, y)
     w = torch.cat([p.detach().reshape(-1) for p in net.parameters()])
@@ -59,17 +37,17 @@ def test_each_is_what_it_is_called():
     assert values["loss"] == float(loss)
     assert values["gradient_norm"] == pytest.approx(float(gradient.norm()))
     assert values["first_order"] == pytest.approx(SMALL.rho * float(gradient.norm()))
-    climb = {"steps": 4, "restarts": 2}
-    assert values["sharpness"] == sharpness(objective(net), 0.05, **climb).value
-    assert values["adaptive_sharpness"] == sharpness(objective(net), 0.5, adaptive=True, **climb).value
-    assert values["m_sharpness"] == m_sharpness(objective(net), 0.05, 5, **climb).value > values["sharpness"]
+    ascent = {"ascent_steps": 4, "restarts": 2}
+    assert values["sharpness"] == sharpness(objective(net), 0.05, **ascent).value
+    assert values["adaptive_sharpness"] == sharpness(objective(net), 0.5, adaptive=True, **ascent).value
+    assert values["m_sharpness"] == m_sharpness(objective(net), 0.05, 5, **ascent).value > values["sharpness"]
     average = average_sharpness(objective(net), 0.005, pairs=4)
     assert found.measures["average_sharpness"] == Measure(average.value, average.error)
     average = average_sharpness(objective(net), 0.05, pairs=4, adaptive=True)
     assert found.measures["adaptive_average_sharpness"] == Measure(average.value, average.error)
 
 
-def test_average_sharpness_is_the_trace_where_the_loss_is_smooth():
+def test_average_sharpness_of_a_smooth_loss_agrees_with_the_trace():
     found = measured(tanh_net(), dataclasses.replace(SMALL, pairs=100, probes=32, sigma=1e-3, adaptive_sigma=1e-3))
     for average, trace in (("average_sharpness", "trace"), ("adaptive_average_sharpness", "adaptive_trace")):
         one, other = found.measures[average], found.measures[trace]
@@ -84,7 +62,7 @@ def test_at_a_small_radius_sharpness_is_first_order():
     assert found["sharpness"].value == pytest.approx(found["first_order"].value, rel=1e-4)
 
 
-def test_rescaling_changes_the_raw_family_and_not_the_adaptive_one():
+def test_rescaling_changes_the_raw_family_but_not_the_adaptive_one():
     plain, other = measured(relu_net()).measures, measured(rescaled(relu_net(), 4.0)).measures
     for name in FAMILIES["adaptive"].measures:
         assert other[name].value == pytest.approx(plain[name].value, rel=1e-6), name
@@ -96,7 +74,7 @@ def test_rescaling_changes_the_raw_family_and_not_the_adaptive_one():
     assert other["loss"].value == pytest.approx(plain["loss"].value, rel=1e-12)
 
 
-def test_a_network_that_is_surer_of_itself_is_no_flatter_by_normalized_logits():
+def test_confidence_does_not_change_normalized_adaptive_sharpness():
     sure = tanh_net()
     with torch.no_grad():
         sure[-1].weight.mul_(3.0)
@@ -108,14 +86,7 @@ def test_a_network_that_is_surer_of_itself_is_no_flatter_by_normalized_logits():
     assert other["adaptive_sharpness"].value != pytest.approx(plain["adaptive_sharpness"].value, rel=0.2)
 
 
-def test_normalized_logits_are_centerd_and_of_length_one():
-    seen = []
-    normalized_logits(lambda f, y: seen.append(f))(torch.tensor([[1.0, 2.0, 6.0], [5.0, 5.0, 5.0]]), None)
-    expected = torch.tensor([[-2.0, -1.0, 3.0], [0.0, 0.0, 0.0]]) / 14**0.5
-    torch.testing.assert_close(seen[0], expected)
-
-
-def test_it_is_deterministic_and_the_seed_decides():
+def test_measure_is_deterministic_and_depends_on_the_seed():
     found, again = measured(relu_net()), measured(relu_net())
     other = measured(relu_net(), dataclasses.replace(SMALL, seed=1))
     assert found.measures == again.measures
@@ -128,7 +99,7 @@ def test_it_is_deterministic_and_the_seed_decides():
     assert not torch.equal(found.landscape.losses, other.landscape.losses)
 
 
-def test_settings_say_what_the_numbers_depend_on():
+def test_settings_record_what_the_numbers_depend_on():
     found = measured(relu_net(), batch_norm="train", batch_size=10)
     assert dict(found.settings) == {
         **{"samples": 20, "batch_norm": "train", "parameters": 42, "dtype": "float64"},
@@ -136,7 +107,7 @@ def test_settings_say_what_the_numbers_depend_on():
     }
 
 
-def test_landscapes_are_through_the_solution():
+def test_landscapes_are_centered_at_the_weights():
     found = measured(relu_net())
     for surface, radius in ((found.landscape, SMALL.radius), (found.eigen_landscape, SMALL.eigen_radius)):
         assert surface is not None
@@ -152,67 +123,14 @@ def test_landscapes_are_through_the_solution():
     assert (without.landscape, without.eigen_landscape) == (None, None)
 
 
-def test_a_network_without_a_linear_layer_has_no_relative_flatness():
+def test_relative_flatness_is_left_out_without_a_linear_layer():
     net = nn.Sequential(nn.Conv1d(1, 2, 2), nn.Tanh(), nn.Flatten()).double()
     x, y = samples()
     found = measure(objective(net, (x[:, None], y)), SMALL)
     assert "relative_flatness" not in found.measures
 
 
-def same(a: Flatness, b: Flatness) -> None:
-    assert dict(a.settings) == dict(b.settings)
-    assert a.seconds == pytest.approx(b.seconds, abs=0.1)
-    for mine, theirs in (
-        (a.eigenvalues, b.eigenvalues),
-        (a.residuals, b.residuals),
-        (a.density.nodes, b.density.nodes),
-        (a.density.weights, b.density.weights),
-    ):
-        assert torch.equal(mine, theirs)
-    for mine, theirs in ((a.landscape, b.landscape), (a.eigen_landscape, b.eigen_landscape)):
-        assert (mine is None) == (theirs is None)
-        if mine is not None and theirs is not None:
-            torch.testing.assert_close(mine.losses, theirs.losses, rtol=0, atol=0, equal_nan=True)
-            assert mine.what == theirs.what
-            assert mine.center == pytest.approx(theirs.center, rel=1e-6)
-
-
-@pytest.mark.parametrize("points", [0, 3])
-def test_json_and_back(points):
-    found = measured(relu_net(), dataclasses.replace(SMALL, points=points))
-    back = Flatness.from_json(json.loads(json.dumps(found.to_json(), allow_nan=False)))
-    assert back.measures == found.measures
-    same(found, back)
-
-
-def test_what_is_not_finite_is_written_as_null():
-    found = measured(relu_net())
-    assert found.landscape is not None
-    found.landscape.losses[0, 0] = math.inf
-    measures = {
-        "sharpness": Measure(math.inf, note="x"),
-        "trace": Measure(math.nan),
-        "m_sharpness": Measure(1.0, math.nan),
-    }
-    odd = dataclasses.replace(found, measures=measures)
-    written = json.loads(json.dumps(odd.to_json(), allow_nan=False))
-    assert written["measures"]["sharpness"] == {"value": None, "error": None, "note": "x"}
-    assert written["landscape"]["losses"][0][0] is None
-    back = Flatness.from_json(written)
-    assert math.isnan(back.measures["sharpness"].value)
-    assert back.measures["m_sharpness"] == Measure(1.0, None)
-    assert back.landscape is not None
-    assert math.isnan(back.landscape.losses[0, 0])
-    assert json.dumps(back.to_json()) == json.dumps(odd.to_json())
-
-
-@pytest.mark.parametrize("written", [{}, {"format": "steppe flatness, version 0"}])
-def test_another_format_is_refused(written):
-    with pytest.raises(ValueError, match="its format is"):
-        Flatness.from_json(written)
-
-
-def test_a_loss_that_is_not_finite_is_refused():
+def test_nonfinite_loss_raises():
     net = relu_net()
     with torch.no_grad():
         net[0].weight[0, 0] = math.nan
@@ -220,9 +138,9 @@ def test_a_loss_that_is_not_finite_is_refused():
         measure(objective(net), SMALL)
 
 
-def test_progress_says_what_is_measured():
-    told = []
-    measure(objective(relu_net(), progress=lambda what, passes: told.append(what)), SMALL)
+def test_progress_receives_the_stages():
+    calls = []
+    measure(objective(relu_net(), progress=lambda what, passes: calls.append(what)), SMALL)
     assert {
         "sharpness",
         "largest eigenvalues",
@@ -230,4 +148,4 @@ def test_progress_says_what_is_measured():
         "traces",
         "spectral density",
         "landscape",
-    } <= set(told)
+    } <= set(calls)

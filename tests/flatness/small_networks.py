@@ -1,4 +1,4 @@
-"""Small networks with all that a look at the loss could spoil, and the proof that it spoils nothing."""
+"""Small networks with BatchNorm and dropout, and a check that a measurement leaves them unchanged."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ DOUBLE = torch.float64
 
 
 def conv_net(seed: int = 0, dtype: torch.dtype = DOUBLE) -> nn.Sequential:
-    """Convolutions with BatchNorm, whose running statistics are no longer those of the beginning, and dropout."""
+    """Return convolutions with BatchNorm, whose running statistics are not the initial ones, and dropout."""
     torch.manual_seed(seed)
     net = nn.Sequential(
         nn.Conv2d(1, 3, 3, bias=False),
@@ -39,9 +39,32 @@ def images(dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor]:
     return torch.randn(11, 1, 5, 5, generator=g, dtype=dtype), torch.randint(3, (11,), generator=g)
 
 
-def on_images(net: nn.Module, **options: object) -> Objective:
-    """Its loss over batches of unequal sizes."""
+def image_objective(net: nn.Module, **options: object) -> Objective:
+    """Return the loss of a network over image batches of unequal sizes."""
     return Objective(net, images(next(net.parameters()).dtype), loss=F.cross_entropy, batch_size=4, **options)
+
+
+def evaluated(net: nn.Module) -> Tensor:
+    """Return the loss on the images in evaluation mode."""
+    net.eval()
+    with torch.no_grad():
+        x, y = images(next(net.parameters()).dtype)
+        return F.cross_entropy(net(x), y)
+
+
+def estimated(net: nn.Module) -> Tensor:
+    """Return the same with BatchNorm's statistics as the mean of those of the three batches."""
+    net.train()
+    for m in net.modules():
+        if isinstance(m, nn.BatchNorm2d):
+            m.reset_running_stats()
+            m.momentum = None
+        if isinstance(m, nn.Dropout):
+            m.eval()
+    with torch.no_grad():
+        for x in images()[0].split(4):
+            net(x)
+    return evaluated(net)
 
 
 def relu_net(seed: int = 0) -> nn.Sequential:
@@ -54,30 +77,30 @@ def points(n: int = 20) -> tuple[Tensor, Tensor]:
     return torch.randn(n, 4, generator=g, dtype=DOUBLE), torch.randint(3, (n,), generator=g)
 
 
-def on_points(net: nn.Module, **options: object) -> Objective:
+def point_objective(net: nn.Module, **options: object) -> Objective:
     return Objective(net, points(), loss=F.cross_entropy, **options)
 
 
-class Formula(nn.Module):
-    """Any function of a vector of weights, as the loss of a model that has no use for data."""
+class FunctionOfWeights(nn.Module):
+    """A model whose output is a function of a vector of weights, whatever the data."""
 
-    def __init__(self, of, w: Tensor) -> None:
+    def __init__(self, function, w: Tensor) -> None:
         super().__init__()
-        self.of, self.w = of, nn.Parameter(w)
+        self.function, self.w = function, nn.Parameter(w)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.of(self.w)
+        return self.function(self.w)
 
 
-def formula(of, w: Tensor) -> Objective:
-    return Objective(Formula(of, w), (torch.zeros(1, 1), torch.zeros(1)), loss=lambda loss, _: loss)
+def objective_of(function, w: Tensor) -> Objective:
+    return Objective(FunctionOfWeights(function, w), (torch.zeros(1, 1), torch.zeros(1)), loss=lambda loss, _: loss)
 
 
 def _bits(t: Tensor | None) -> bytes | None:
     return None if t is None else t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def _everything(model: nn.Module) -> list[object]:
+def _state(model: nn.Module) -> list[object]:
     return [
         [(k, _bits(t), t.data_ptr(), t.requires_grad) for k, t in model.named_parameters()],
         [(k, _bits(t), t.data_ptr()) for k, t in model.named_buffers()],
@@ -88,24 +111,24 @@ def _everything(model: nn.Module) -> list[object]:
 
 
 @contextmanager
-def untouched(*models: nn.Module) -> Iterator[None]:
-    """Demand that weights, buffers, ``.grad``, modes and the generator are the same afterwards, after an error too."""
+def unchanged(*models: nn.Module) -> Iterator[None]:
+    """Assert that the block leaves weights, buffers, ``.grad``, modes and generator unchanged, even if it raises."""
     for model in models:
         for p in model.parameters():
             p.grad = torch.rand_like(p)
         next(iter(model.children()), model).train(False)  # modes that differ, so that none is restored by chance
-    before = [_everything(model) for model in models]
+    before = [_state(model) for model in models]
     try:
         yield
     finally:
-        assert [_everything(model) for model in models] == before
+        assert [_state(model) for model in models] == before
 
 
-class Breaks:
-    """A loss that raises when it is asked for the n-th time."""
+class FailingLoss:
+    """A loss that raises at its n-th call."""
 
-    def __init__(self, at: int) -> None:
-        self.left = at
+    def __init__(self, n: int) -> None:
+        self.left = n
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> Tensor:
         self.left -= 1

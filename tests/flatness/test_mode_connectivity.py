@@ -1,4 +1,4 @@
-"""Curves between two solutions: the bend is the slow reference's, and two copies of one network are in one valley."""
+"""Curves between two models against a slow reference, and between two copies of one network."""
 
 import copy
 import math
@@ -6,14 +6,22 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
-from solutions import DOUBLE, Breaks, conv_net, formula, images, on_images, on_points, relu_net, untouched
+from small_networks import (
+    DOUBLE,
+    FailingLoss,
+    conv_net,
+    image_objective,
+    images,
+    objective_of,
+    point_objective,
+    relu_net,
+    unchanged,
+)
 from torch import nn
 from torch.func import functional_call
 
 from steppe._tensors import random as random_tensors
-from steppe.flatness import Objective
-from steppe.flatness.connect import connect
-from steppe.flatness.landscape import interpolation
+from steppe.flatness import Objective, connect, interpolation
 
 
 def trained(hidden=12, steps=100):
@@ -40,13 +48,13 @@ def permuted(net):
     return other
 
 
-def test_two_copies_with_permuted_units_are_joined_by_a_curve():
+def test_curve_of_low_loss_connects_two_copies_with_permuted_units():
     net, objective = trained()
     other = permuted(net)
     line = interpolation(objective, other)
     torch.testing.assert_close(line.losses[0], line.losses[-1], rtol=1e-12, atol=0)
     assert line.barrier > 0.25
-    straight, curve = connect(objective, other, steps=0), connect(objective, other, steps=300, lr=0.03)
+    straight, curve = connect(objective, other, total_steps=0), connect(objective, other, total_steps=300, lr=0.03)
     assert straight.barrier == pytest.approx(line.barrier, rel=1e-10)
     assert curve.barrier < 0.1 * line.barrier
     assert curve.barrier == curve.losses().barrier
@@ -77,21 +85,21 @@ def slow_reference(net, other, steps, lr, seed, train):
     return theta.detach()
 
 
-def test_the_bend_is_that_of_the_slow_reference():
+def test_bend_equals_the_slow_reference():
     net, other = conv_net(0), conv_net(1)
-    bend = connect(on_images(net), other, steps=8, lr=0.05, seed=3).bend
+    bend = connect(image_objective(net), other, total_steps=8, lr=0.05, seed=3).bend
     torch.testing.assert_close(bend, slow_reference(net, other, 8, 0.05, 3, True), rtol=1e-9, atol=1e-11)
     # the reference would notice
     for wrong in ((8, 0.05, 4, True), (7, 0.05, 3, True), (8, 0.05, 3, False)):
         assert (slow_reference(net, other, *wrong) - bend).abs().max() > 1e-3
 
 
-def test_a_curve_is_a_parabola_from_one_solution_to_the_other():
+def test_curve_is_a_parabola_between_both_models():
     net, other = conv_net(0, torch.float32), conv_net(1, torch.float32)
     with torch.no_grad():
         net[7].weight.mul_(1000.0)
-    objective, there = on_images(net), on_images(other)
-    curve = connect(objective, other, steps=3, lr=0.1)
+    objective, there = image_objective(net), image_objective(other)
+    curve = connect(objective, other, total_steps=3, lr=0.1)
     assert torch.equal(curve(0.0), objective.weights)
     assert torch.equal(curve(1.0), there.weights)
     w1, theta, w2 = (v.double() for v in (objective.weights, curve.bend, there.weights))
@@ -102,10 +110,10 @@ def test_a_curve_is_a_parabola_from_one_solution_to_the_other():
     assert (own.losses[0], own.losses[-1]) == (objective.loss(), there.loss())
 
 
-def test_its_length():
+def test_length_of_curve():
     def length(*corners):
         start, bend, end = (torch.tensor(c, dtype=DOUBLE) for c in corners)
-        curve = connect(formula(lambda w: (w**2).sum(), start), end, steps=0)
+        curve = connect(objective_of(lambda w: (w**2).sum(), start), end, total_steps=0)
         curve.bend.copy_(bend)
         return curve.length
 
@@ -118,46 +126,46 @@ def test_its_length():
     assert length((1.0, 2.0), (1.0, 2.0), (1.0, 2.0)) == 0
 
 
-def test_statistics_are_estimated_anew_along_the_curve():
+def test_statistics_are_reestimated_along_the_curve():
     net, other = conv_net(0), conv_net(1)
-    objective = on_images(net)
-    curve = connect(objective, other, steps=0)
+    objective = image_objective(net)
+    curve = connect(objective, other, total_steps=0)
     line = interpolation(objective, other, points=5, statistics=True)
     found = curve.losses(5)
     assert found.statistics
     assert torch.equal(found.axis, line.axis)
     torch.testing.assert_close(found.losses, line.losses, rtol=1e-10, atol=0)
-    vector = connect(objective, on_images(other).weights, steps=0)
+    vector = connect(objective, image_objective(other).weights, total_steps=0)
     assert torch.equal(vector.losses(5).losses, found.losses)
     with pytest.raises(ValueError, match="without the running statistics"):
         vector.losses(statistics=False)
 
 
-def test_nothing_happens_to_the_models_even_when_one_breaks():
+def test_connect_leaves_models_unchanged_even_after_an_error():
     net, other = conv_net(0), conv_net(1)
-    with untouched(net, other):
-        first, second = (connect(on_images(net), other, steps=7) for _ in range(2))
+    with unchanged(net, other):
+        first, second = (connect(image_objective(net), other, total_steps=7) for _ in range(2))
         first.losses(3)
         assert torch.equal(first.bend, second.bend)
-        broken = Objective(net, images(), loss=Breaks(5), batch_size=4)
+        broken = Objective(net, images(), loss=FailingLoss(5), batch_size=4)
         with pytest.raises(ArithmeticError, match="on purpose"):
             connect(broken, other)
 
 
-def test_a_gradient_that_is_not_finite_is_an_error():
-    objective = formula(lambda w: w.sum().abs().sqrt() * math.nan, torch.ones(2, dtype=DOUBLE))
+def test_nonfinite_gradient_raises():
+    objective = objective_of(lambda w: w.sum().abs().sqrt() * math.nan, torch.ones(2, dtype=DOUBLE))
     with pytest.raises(ValueError, match=r"step 1 of 10: the gradient at t = 0\.\d+ is not finite"):
-        connect(objective, torch.zeros(2, dtype=DOUBLE), steps=10)
+        connect(objective, torch.zeros(2, dtype=DOUBLE), total_steps=10)
 
 
-def test_what_cannot_be_connected():
-    objective = on_points(relu_net())
-    for wrong in ({"steps": -1}, {"lr": 0.0}, {"lr": math.nan}, {"lr": math.inf}):
+def test_invalid_connect_arguments_raise():
+    objective = point_objective(relu_net())
+    for wrong in ({"total_steps": -1}, {"lr": 0.0}, {"lr": math.nan}, {"lr": math.inf}):
         with pytest.raises(ValueError, match="lr must be positive"):
             connect(objective, relu_net(1), **wrong)
     with pytest.raises(ValueError, match="a curve needs its two ends"):
-        connect(objective, relu_net(1), steps=0).losses(1)
-    with pytest.raises(ValueError, match="Between two networks there is a line only"):
+        connect(objective, relu_net(1), total_steps=0).losses(1)
+    with pytest.raises(ValueError, match="Weights can be interpolated only"):
         connect(objective, conv_net())
     with pytest.raises(ValueError, match="there are no samples"):
         connect(Objective(relu_net(), [], loss=F.cross_entropy), relu_net(1))

@@ -1,0 +1,156 @@
+"""Iterate over the same batches many times, and check that each pass yields the same samples."""
+
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steppe._tensors.ops import accumulator, as_real
+
+
+class Batches:
+    """Batches with their sizes; a tuple of tensors (inputs, targets) is split into batches of ``batch_size``."""
+
+    def __init__(self, data: Any, batch_size: int, size: Callable[[Any], int] | None = None) -> None:
+        if batch_size < 1:
+            raise ValueError(f"batch_size={batch_size}: a batch needs at least one sample")
+        self._size = size or num_samples
+        if isinstance(data, tuple) and len(data) > 1 and all(isinstance(t, Tensor) for t in data):
+            if len({len(t) for t in data}) > 1:
+                lengths = ", ".join(str(len(t)) for t in data)
+                raise ValueError(
+                    f"data: tensors of {lengths} entries, but inputs and targets must have the same length"
+                )
+            self._batches: Any = _TensorBatches(data, batch_size)
+        elif isinstance(data, Iterator):
+            raise TypeError(
+                f"data is {type(data).__name__}, an iterator that can be consumed only once, but a measurement needs "
+                "many passes: pass a list of batches, a DataLoader, or a pair of tensors"
+            )
+        else:
+            self._batches = data
+
+    @property
+    def number(self) -> int | None:
+        """Number of batches; None if it is unknown before iterating."""
+        try:
+            return len(self._batches)
+        except TypeError:
+            return None
+
+    def __iter__(self) -> Iterator[tuple[Any, int]]:
+        for batch in self._batches:
+            yield batch, self._size(batch)
+
+    def single(self, batch: Any) -> "Batches":
+        """Return batches that consist of this one, with the same definition of size."""
+        return Batches([batch], 1, self._size)
+
+    def split(self, batch: Any, m: int) -> Iterator[Any]:
+        """Split a batch into parts of m samples along the first dimension of its tensors; the last may be smaller."""
+        length = num_samples(batch)  # rows of the tensors; `size` may count something else, such as tokens
+        for begin in range(0, length, m):
+
+            def part(tensor: Tensor, begin: int = begin) -> Tensor:
+                return tensor[begin : begin + m] if tensor.dim() > 0 and len(tensor) == length else tensor
+
+            yield _map_tensors(batch, part)
+
+
+class _TensorBatches:
+    """Views of tensors of equal length, ``batch_size`` rows at a time."""
+
+    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int) -> None:
+        self._tensors, self._batch_size = tensors, batch_size
+
+    def __len__(self) -> int:
+        return -(-len(self._tensors[0]) // self._batch_size)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
+        return zip(*(torch.split(t, self._batch_size) for t in self._tensors), strict=True)
+
+
+class Fingerprint:
+    """A checksum of the samples of one pass: their number, and a weighted sum over all entries.
+
+    It does not depend on the order of the samples. Augmentation or another selection of samples changes it.
+    """
+
+    def __init__(self) -> None:
+        self.samples = 0
+        self._sums: list[Tensor] = []
+
+    def add(self, batch: Any, size: int) -> None:
+        """Add a batch."""
+        self.samples += size
+        self._sums += [_weighted_sums(t.detach()) for t in _tensors(batch) if t.numel() > 0]
+
+    def compare(self, previous: "Fingerprint") -> None:
+        """Raise ValueError if this pass had other samples than the previous one."""
+        (now, _), (then, scale) = self._sum(), previous._sum()
+        if self.samples != previous.samples or abs(now - then) > 1e-9 * scale:
+            raise ValueError(
+                f"data: one pass had {previous.samples} samples, and the next one had {self.samples}, or others. "
+                "Losses of different passes are compared, so switch augmentation off and draw the samples once"
+            )
+
+    def _sum(self) -> list[float]:
+        return torch.stack([s.cpu() for s in self._sums]).sum(0).tolist() if self._sums else [0.0, 0.0]
+
+
+def _weighted_sums(tensor: Tensor) -> Tensor:
+    """Sum the entries and their absolute values, weighted by position in the sample; the second bounds rounding."""
+    tensor = as_real(tensor)
+    rows = tensor.reshape(len(tensor) if tensor.dim() else 1, -1).to(accumulator(tensor.device))
+    ramp = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype, device=rows.device)
+    return torch.stack([(rows @ ramp).sum(), (rows.abs() @ ramp).sum()])
+
+
+def num_samples(batch: Any) -> int:
+    """Return the number of samples of a batch: the length of its first tensor.
+
+    Raises:
+        TypeError: the batch holds no tensor of at least one dimension.
+    """
+    for tensor in _tensors(batch):
+        if tensor.dim() > 0:
+            return len(tensor)
+    raise TypeError(
+        f"a batch is {type(batch).__name__} and holds no tensor, so its number of samples is unknown: pass size=, "
+        "(batch) -> number of samples"
+    )
+
+
+def cast(tree: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
+    """Move all tensors of a batch to a device, and those of floating point to a dtype."""
+
+    def one(tensor: Tensor) -> Tensor:
+        # autograd rejects tensors made in inference mode; a copy made outside of it is accepted
+        tensor = tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
+        return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+    return _map_tensors(tree, one)
+
+
+def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+    """Apply a function to every tensor in nested dictionaries, lists and tuples.
+
+    torch.utils._pytree would leave out mappings other than the built-in ones, such as transformers' BatchEncoding.
+    """
+    if isinstance(tree, Tensor):
+        return function(tree)
+    if isinstance(tree, Mapping):
+        return {k: _map_tensors(v, function) for k, v in tree.items()}
+    if isinstance(tree, tuple) and hasattr(tree, "_fields"):
+        return type(tree)(*(_map_tensors(v, function) for v in tree))
+    if isinstance(tree, list | tuple):
+        return type(tree)(_map_tensors(v, function) for v in tree)
+    return tree
+
+
+def _tensors(tree: Any) -> list[Tensor]:
+    """List all tensors of a nested structure, in order."""
+    found: list[Tensor] = []
+    _map_tensors(tree, lambda t: (found.append(t), t)[1])  # type: ignore[func-returns-value]
+    return found

@@ -1,0 +1,121 @@
+"""Evaluate a model's mean loss on a batch with weights and buffers passed as arguments."""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from steppe._tensors.dtensor import is_sharded
+from steppe.flatness._batches import cast
+from steppe.flatness._isolation import evaluation_mode
+
+Loss: TypeAlias = Callable[..., Tensor]
+"""(outputs, targets) -> the mean loss of a batch, a 0-dim tensor."""
+Evaluate: TypeAlias = Callable[[Any, Any], Tensor]
+"""(model, batch) -> the mean loss of a batch, a 0-dim tensor."""
+
+
+class _ModelWithLoss(nn.Module):
+    """The model and its loss as one module, so that ``functional_call`` covers an ``evaluate`` that takes the model."""
+
+    def __init__(self, model: nn.Module, evaluate: Evaluate) -> None:
+        super().__init__()
+        self.model, self._evaluate = model, evaluate
+
+    def forward(self, batch: Any) -> Tensor:
+        return self._evaluate(self.model, batch)
+
+
+class BatchLoss:
+    """The mean loss of one batch as a function of weights and buffers. The model keeps its own ones and its modes."""
+
+    def __init__(self, model: nn.Module, loss: Loss | None, evaluate: Evaluate | None) -> None:
+        self._model, self._module = model, _ModelWithLoss(model, _as_evaluate(loss, evaluate))
+
+    def __call__(
+        self,
+        weights: Mapping[str, Tensor],
+        batch: Any,
+        dtype: torch.dtype,
+        *,
+        buffers: Mapping[str, Tensor] | None = None,
+        train_norms: bool = False,
+        update_buffers: bool = False,
+    ) -> Tensor:
+        """Return the mean loss of a batch, computed in ``dtype``.
+
+        Args:
+            weights: parameters by name, in place of the model's.
+            batch: in the form that ``evaluate`` takes.
+            dtype: floating dtype of the whole computation.
+            buffers: by name, in place of the model's.
+            train_norms: normalize by the statistics of the batch.
+            update_buffers: write new running statistics into ``buffers``, not into copies of them.
+        """
+        buffers, model = buffers or {}, self._model
+        state = {k: buffers.get(k, b).clone() for k, b in model.named_buffers()}
+        state |= dict(buffers) if update_buffers else {}
+        if any(p.dtype != dtype for p in model.parameters()):
+            state |= {k: p.detach() for k, p in model.named_parameters()}
+            state = {k: cast(t, dtype) for k, t in state.items()}
+            batch = cast(batch, dtype)
+        else:
+            batch = cast(batch)
+        state |= weights
+        with evaluation_mode(model, train_norms=train_norms):
+            loss = functional_call(self._module, {f"model.{k}": t for k, t in state.items()}, (batch,))
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss of a batch is {got}, but it must be the mean loss, a 0-dim tensor")
+        return loss
+
+
+def _as_evaluate(loss: Loss | None, evaluate: Evaluate | None) -> Evaluate:
+    """Return whichever was passed, in the form (model, batch) -> mean loss."""
+    if (loss is None) == (evaluate is None):
+        raise ValueError(
+            "an objective needs exactly one of two: loss=, (outputs, targets) -> mean loss, or evaluate=, (model, "
+            "batch) -> mean loss"
+        )
+    if loss is None:
+        assert evaluate is not None
+        return evaluate
+
+    def evaluate_loss(model: nn.Module, batch: Any) -> Tensor:
+        if not isinstance(batch, tuple | list) or len(batch) < 2:
+            raise TypeError(
+                f"a batch is {type(batch).__name__}, but loss= needs (*inputs, targets): for other batches pass "
+                "evaluate=, (model, batch) -> mean loss"
+            )
+        *inputs, targets = batch
+        return loss(model(*inputs), targets)
+
+    return evaluate_loss
+
+
+def select_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
+    """Return the named parameters, by default all that require a gradient, in the model's order.
+
+    Raises:
+        ValueError: an unknown name, or no parameters.
+        TypeError: sharded, complex or integer parameters.
+    """
+    parameters: dict[str, Tensor] = dict(model.named_parameters())
+    if unknown := set(names or ()) - set(parameters):
+        raise ValueError(f"parameters: {type(model).__name__} has no parameter named {', '.join(sorted(unknown))}")
+    found = {k: p for k, p in parameters.items() if (p.requires_grad if names is None else k in set(names))}
+    if not found:
+        raise ValueError(
+            f"{type(model).__name__} has no parameter that requires a gradient: name some with parameters="
+        )
+    for name, p in found.items():
+        if is_sharded(p):
+            raise TypeError(
+                f"{name} is sharded, but flatness is measured on full tensors: gather them into a plain model "
+                "(torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True)"
+            )
+        if p.is_complex() or not p.is_floating_point():
+            raise TypeError(f"{name} is {p.dtype}, but the Hessian is that of real floating-point weights")
+    return found

@@ -1,0 +1,43 @@
+"""The radii of the measurements, and the compute that each may use."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Radii, numbers of steps and numbers of samples of :func:`measure`."""
+
+    rho: float = 0.05
+    """Radius of the sharpness S(w), an L2 norm."""
+    adaptive_rho: float = 0.5
+    """Radius of the adaptive sharpness: an L2 norm of changes relative to each weight."""
+    sigma: float = 0.005
+    """Standard deviation of each weight's perturbation, for the average-case sharpness."""
+    adaptive_sigma: float = 0.05
+    """The same, relative to each weight."""
+    m: int = 64
+    """Samples per part, for m-sharpness."""
+    ascent_steps: int = 10
+    """Passes of one ascent, for the sharpness."""
+    restarts: int = 2
+    """Number of ascents."""
+    pairs: int = 16
+    """Pairs of random perturbations e, -e."""
+    num_eigenvalues: int = 5
+    """Number of the largest eigenvalues."""
+    tol: float = 1e-2
+    """Tolerance |H u - lambda u| relative to |lambda|, as for `eigenvalues`. The error of lambda is far smaller."""
+    probes: int = 16
+    """Random vectors for traces and relative flatness."""
+    density_probes: int = 3
+    """Random vectors for the spectral density."""
+    density_iterations: int = 32
+    """Lanczos iterations for the spectral density, one product per probe each."""
+    points: int = 13
+    """Points of a landscape's axis; 0 for no landscapes."""
+    radius: float = 0.5
+    """Half length of a landscape's axis in random directions; at 1 each filter changes by its own norm."""
+    eigen_radius: float = 0.25
+    """Half length of a landscape's axis along eigenvectors of unit norm."""
+    seed: int = 0
+    """Seed of all random draws; models are compared with the same draws."""

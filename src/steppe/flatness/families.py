@@ -1,0 +1,66 @@
+"""The measures of flatness, in families of the same invariances."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Family:
+    """Measures with the same invariances."""
+
+    title: str
+    about: str
+    measures: Mapping[str, str]
+    """Label of each measure, by name."""
+
+
+@dataclass(frozen=True)
+class Measure:
+    """The value of one measure, with its uncertainty."""
+
+    value: float
+    error: float | None = None
+    """A standard error, or, for an eigenvalue, |H u - lambda u|; None if the value is not an estimate."""
+    note: str = ""
+
+
+FAMILIES: Mapping[str, Family] = {
+    "raw": Family(
+        "Raw",
+        "They change when layers are rescaled, even where the network's function stays the same.",
+        {
+            "sharpness": "worst-direction sharpness S(w)",
+            "first_order": "first-order sharpness ρ‖g‖",
+            "m_sharpness": "m-sharpness",
+            "average_sharpness": "average-case sharpness",
+            "lambda_max": "largest Hessian eigenvalue",
+            "trace": "Hessian trace",
+            "gradient_norm": "gradient norm",
+        },
+    ),
+    "adaptive": Family(
+        "Adaptive",
+        "Each weight is perturbed in proportion to its size, so rescaling layers leaves them unchanged.",
+        {
+            "adaptive_sharpness": "adaptive sharpness (ASAM)",
+            "adaptive_average_sharpness": "adaptive average-case sharpness",
+            "adaptive_lambda_max": "largest eigenvalue of |w|H|w|",
+            "adaptive_trace": "trace of |w|H|w|",
+            "relative_flatness": "relative flatness (last layer)",
+        },
+    ),
+    "normalized": Family(
+        "Normalized logits",
+        "The loss is computed on logits of unit norm, so a more confident network does not look flatter.",
+        {
+            "normalized_sharpness": "sharpness, normalized logits",
+            "normalized_adaptive_sharpness": "adaptive sharpness, normalized logits",
+        },
+    ),
+    "context": Family(
+        "Context",
+        "Not measures of flatness: neither larger nor smaller is better.",
+        {"loss": "loss", "weight_norm": "weight norm ‖w‖", "lambda_min": "smallest Hessian eigenvalue"},
+    ),
+}
+"""Every measure by family. In all families but the context, smaller is flatter."""

@@ -1,0 +1,109 @@
+"""m-sharpness: the mean of the sharpness of parts of m samples."""
+
+import math
+from dataclasses import dataclass
+from itertools import islice
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from steppe.flatness._ascent import Norm
+from steppe.flatness.estimate import Estimate
+from steppe.flatness.objective import Objective
+from steppe.flatness.sharpness import sharpness
+
+
+@dataclass(frozen=True)
+class MSharpness(Estimate):
+    """The mean sharpness of ``n`` parts, with its standard error over the parts."""
+
+    one_step: Estimate
+    """The mean loss increase of the parts at the perturbed weights of SAM, with one perturbation per part."""
+    samples: int
+    """Number of samples in all parts."""
+
+
+def m_sharpness(
+    objective: Objective,
+    rho: float,
+    m: int,
+    *,
+    parts: int | None = None,
+    ascent_steps: int = 20,
+    restarts: int = 5,
+    seed: int = 0,
+    adaptive: bool = False,
+    norm: Norm = "l2",
+    eta: float = 0.0,
+) -> MSharpness:
+    """Average the sharpness of parts of m samples: S_m(w) = mean over parts P of max_e L_P(w + e) - L_P(w).
+
+    Each part has its own e, as each batch has in training, so S_m(w) >= S(w), with equality for m = N. Parts are
+    weighted by their samples and lie within one batch, whose last part may be smaller. In a
+    ``DistributedDataParallel`` model the mean is over the parts of all ranks. With ``batch_norm="train"`` a part is
+    normalized by its own statistics.
+
+    Args:
+        objective: the loss over the data.
+        rho: radius of the ball.
+        m: samples per part.
+        parts: number of parts to measure, the first ones of each rank; by default all.
+        ascent_steps: as in :func:`sharpness`. With ``ascent_steps=1, restarts=1``, the single step of SAM, a part costs
+            two passes over it.
+        restarts: as in :func:`sharpness`, like all following arguments.
+        seed: seed of the random starts.
+        adaptive: measure e relative to the weights.
+        norm: "l2" or "linf".
+        eta: added to |w| in T.
+
+    Returns:
+        A :class:`MSharpness`.
+
+    Raises:
+        ValueError: ``m`` is below 1 or larger than a batch, or an argument that :func:`sharpness` rejects.
+        FloatingPointError: as in :func:`sharpness`.
+
+    Example:
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> _ = torch.nn.init.zeros_(model.weight)
+        >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
+        >>> objective = Objective(model, (x, y), loss=torch.nn.functional.mse_loss)
+        >>> round(m_sharpness(objective, rho=0.5, m=1).value, 4)  # 1/2 rho^2 times the mean of 2 and 8
+        0.625
+
+    References:
+        Foret et al. 2021, Sharpness-Aware Minimization for Efficiently Improving Generalization, section 4,
+        https://arxiv.org/abs/2010.01412.
+    """
+    if parts is not None and parts < 1:
+        raise ValueError(f"parts={parts}: a mean needs at least one part")
+    options: dict[str, Any] = {"ascent_steps": ascent_steps, "restarts": restarts, "seed": seed}
+    options |= {"adaptive": adaptive, "norm": norm, "eta": eta}
+    measured: list[tuple[int, float, float]] = []
+    for part in islice(objective.split(m), parts):
+        if not measured and part.samples < m:
+            raise ValueError(
+                f"m={m}, but a batch has {part.samples} samples and a part lies within one batch: choose a smaller m "
+                "or larger batches (batch_size=)"
+            )
+        own = sharpness(part, rho, **options)
+        measured.append((part.samples, own.value, own.one_step))
+    if objective.group is not None:
+        by_rank: list[list[tuple[int, float, float]]] = [[]] * dist.get_world_size(objective.group)
+        dist.all_gather_object(by_rank, measured, group=objective.group)
+        measured = [part for rank in by_rank for part in rank]
+    if not measured:
+        raise ValueError("data: there are no samples, but a mean needs at least one")
+    sizes, values, one_steps = (torch.tensor(column, dtype=torch.float64) for column in zip(*measured, strict=True))
+    mean, one_step = _weighted_mean(values, sizes), _weighted_mean(one_steps, sizes)
+    return MSharpness(mean.value, mean.error, mean.n, one_step, int(sizes.sum()))
+
+
+def _weighted_mean(values: Tensor, sizes: Tensor) -> Estimate:
+    """Return the mean over samples with its standard error over parts: :meth:`Estimate.of` for parts of equal size."""
+    weights, n = sizes / sizes.sum(), len(values)
+    mean = (weights * values).sum()
+    error = ((weights * (values - mean)).square().sum() * n / (n - 1)).sqrt() if n > 1 else math.nan
+    return Estimate(float(mean), float(error), n)

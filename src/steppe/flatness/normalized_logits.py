@@ -1,0 +1,36 @@
+"""A loss on normalized logits, which does not reward confidence."""
+
+from torch import Tensor
+
+from steppe.flatness._forward import Loss
+
+
+def normalized_logits(loss: Loss) -> Loss:
+    """Return the loss of centered logits of unit norm, l((f - mean f) / |f - mean f|, y).
+
+    Once every sample is classified correctly, larger logits lower the cross-entropy and all of its derivatives, so a
+    more confident network looks flatter.
+
+    Args:
+        loss: (logits, targets) -> mean loss, for logits (batch, classes).
+
+    Returns:
+        A loss of the same form.
+
+    Example:
+        >>> import torch
+        >>> loss = normalized_logits(torch.nn.functional.cross_entropy)
+        >>> y = torch.tensor([0])
+        >>> torch.equal(loss(torch.tensor([[2.0, 0.0]]), y), loss(torch.tensor([[200.0, 100.0]]), y))
+        True
+
+    References:
+        Andriushchenko et al. 2023, A Modern Look at the Relationship between Sharpness and Generalization,
+        https://arxiv.org/abs/2302.07011.
+    """
+
+    def normalized_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        centered = logits - logits.mean(-1, keepdim=True)
+        return loss(centered / centered.norm(dim=-1, keepdim=True).clamp_min(1e-10), targets)
+
+    return normalized_loss

@@ -1,0 +1,60 @@
+"""Data in batches of any form, split into parts, and checked to be the same in every pass."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from known_hessians import objective, samples, tanh_net
+
+from steppe.flatness import Objective
+
+
+def test_evaluate_accepts_batches_of_any_form():
+    net, (x, y) = tanh_net(), samples()
+    batches = [{"x": x[:8], "y": y[:8]}, {"x": x[8:], "y": y[8:]}]
+    o = Objective(net, batches, evaluate=lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"]))
+    torch.testing.assert_close(o.loss(), F.cross_entropy(net(x), y).detach(), rtol=1e-12, atol=0)
+    assert o.samples == 20
+
+
+def test_size_defines_the_weight_of_a_batch():
+    net, (x, y) = tanh_net(), samples()
+    y = y.clone()
+    y[[0, 1, 2, 3, 9]] = -100  # cross_entropy's mean leaves these out
+    batches = [(x[:8], y[:8]), (x[8:], y[8:])]
+    o = objective(net, batches, size=lambda batch: int((batch[1] != -100).sum()))
+    torch.testing.assert_close(o.loss(), F.cross_entropy(net(x), y).detach(), rtol=1e-12, atol=0)
+    assert o.samples == 15
+
+
+def test_parts_average_to_the_loss_of_all_samples():
+    o = objective(tanh_net(), batch_size=10)
+    parts = list(o.split(5))
+    assert len(parts) == 4
+    torch.testing.assert_close(sum(p.loss() for p in parts) / 4, o.loss(), rtol=1e-12, atol=0)
+    assert [p.samples for p in o.split(7)] == [7, 3, 7, 3]
+
+
+def test_other_data_in_the_next_pass_raises():
+    class Augmented(list):
+        passes = 0
+
+        def __iter__(self):
+            self.passes += 1
+            return iter([(x.flip(1) if self.passes == 2 else x, y) for x, y in list.__iter__(self)])
+
+    o = objective(tanh_net(), Augmented([samples()]))
+    o.loss()
+    with pytest.raises(ValueError, match="or others"):
+        o.loss()
+
+
+def test_shuffled_batches_count_as_the_same_data():
+    class Shuffled(list):
+        def __iter__(self):
+            x, y = self[0]
+            order = torch.randperm(len(x))
+            return iter([(x[order[:9]], y[order[:9]]), (x[order[9:]], y[order[9:]])])
+
+    o = objective(tanh_net(), Shuffled([samples()]))
+    first, second = o.loss(), o.loss()
+    torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
