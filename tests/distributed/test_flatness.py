@@ -1,4 +1,4 @@
-"""Flatness of replicas: over all ranks' data, in shares of unequal size, every number is that of one process."""
+"""Flatness of replicas: over the data of all ranks, in unequal shares, every number equals that of one process."""
 
 import pytest
 import torch
@@ -20,7 +20,7 @@ from steppe.flatness import (
     trace,
 )
 
-N, MINE = 12, (slice(0, 8), slice(8, 12))  # parts of four lie within the ranks
+N, SHARES = 12, (slice(0, 8), slice(8, 12))  # parts of four samples lie within one rank
 EXACT, CLOSE = {"rtol": 1e-12, "atol": 1e-14}, {"rtol": 1e-10, "atol": 1e-12}
 
 
@@ -30,27 +30,27 @@ def data() -> tuple[Tensor, Tensor]:
 
 
 def objective(**options) -> Objective:
-    """Over this rank's share, with a last batch that is smaller; over everything where there is one process."""
+    """Return the loss over this rank's share, whose last batch is smaller; in a single process over all data."""
     x, y = data()
     if not dist.is_initialized():
         return Objective(network(), (x, y), loss=F.cross_entropy, batch_size=4, **options)
-    mine = MINE[dist.get_rank()]
+    share = SHARES[dist.get_rank()]
     model = DistributedDataParallel(network())
-    return Objective(model, (x[mine], y[mine]), loss=F.cross_entropy, batch_size=5 - dist.get_rank(), **options)
+    return Objective(model, (x[share], y[share]), loss=F.cross_entropy, batch_size=5 - dist.get_rank(), **options)
 
 
 def vectors(n: int, k: int = 2) -> Tensor:
     return torch.randn(k, n, generator=torch.Generator().manual_seed(3), dtype=torch.float64)
 
 
-def first_and_second() -> tuple:
+def loss_gradient_and_hessian() -> tuple:
     o = objective()
     (e,) = vectors(o.n, 1)
     hessian = Hessian(o)
     return o.samples, o.loss(), o.loss(0.1 * e), *o.gradient(0.1 * e), hessian(vectors(o.n))
 
 
-def spectrum() -> tuple:
+def spectrum_values() -> tuple:
     hessian = Hessian(objective())
     top, bottom = eigenvalues(hessian, 2, tol=1e-8), eigenvalues(hessian, which="smallest", tol=1e-8)
     found = density(hessian, probes=2, num_iterations=4)
@@ -58,18 +58,18 @@ def spectrum() -> tuple:
     return top.values, bottom.values, found.nodes, found.weights, torch.tensor([estimated.value, estimated.error])
 
 
-def near() -> tuple:
+def sharpness_values() -> tuple:
     o = objective()
     worst = sharpness(o, 0.3, ascent_steps=4, restarts=2)
     average = average_sharpness(o, 0.05, pairs=3)
     return torch.tensor([worst.value, *worst.restarts, worst.first_order, average.value, average.error]), worst.e
 
 
-def by_parts() -> tuple:
+def m_sharpness_values() -> tuple:
     x, y = data()
     if dist.is_initialized():
-        mine = MINE[dist.get_rank()]
-        o = Objective(DistributedDataParallel(network()), (x[mine], y[mine]), loss=F.cross_entropy, batch_size=8)
+        share = SHARES[dist.get_rank()]
+        o = Objective(DistributedDataParallel(network()), (x[share], y[share]), loss=F.cross_entropy, batch_size=8)
     else:
         o = Objective(network(), (x, y), loss=F.cross_entropy)
     found = m_sharpness(o, 0.3, 4, ascent_steps=3, restarts=2)
@@ -77,67 +77,73 @@ def by_parts() -> tuple:
 
 
 @pytest.mark.parametrize(
-    ("what", "tolerance"), [(first_and_second, EXACT), (spectrum, CLOSE), (near, CLOSE), (by_parts, CLOSE)]
+    ("measurement", "tolerance"),
+    [
+        (loss_gradient_and_hessian, EXACT),
+        (spectrum_values, CLOSE),
+        (sharpness_values, CLOSE),
+        (m_sharpness_values, CLOSE),
+    ],
 )
-def test_replicas_measure_what_one_process_does(what, tolerance):
-    alone, (first, second) = what(), together(2)(what)
-    torch.testing.assert_close(first, alone, **tolerance)
-    torch.testing.assert_close(first, second, rtol=0, atol=0)  # so that all ranks climb the same way
+def test_replicas_measure_the_same_as_one_process(measurement, tolerance):
+    single, (first, second) = measurement(), together(2)(measurement)
+    torch.testing.assert_close(first, single, **tolerance)
+    torch.testing.assert_close(first, second, rtol=0, atol=0)  # else the ascents of the ranks would diverge
 
 
-def one_share() -> Tensor:
+def loss_of_one_share() -> Tensor:
     x, y = data()
-    mine = MINE[0]
-    return Objective(network(), (x[mine], y[mine]), loss=F.cross_entropy).loss()
+    share = SHARES[0]
+    return Objective(network(), (x[share], y[share]), loss=F.cross_entropy).loss()
 
 
-def test_one_share_would_be_another_loss():
-    assert abs(float(one_share() - objective().loss())) > 1e-3
+def test_loss_of_one_share_differs_from_the_loss_of_all_data():
+    assert abs(float(loss_of_one_share() - objective().loss())) > 1e-3
 
 
-def normalized_net() -> nn.Module:
+def batch_norm_network() -> nn.Module:
     torch.manual_seed(1)
     return nn.Sequential(nn.Linear(5, 7), nn.BatchNorm1d(7), nn.Tanh(), nn.Linear(7, 3)).double()
 
 
-def estimated() -> dict[str, Tensor]:
+def statistics() -> dict[str, Tensor]:
     x, y = data()
     if dist.is_initialized():
         x, y = x.chunk(2)[dist.get_rank()], y.chunk(2)[dist.get_rank()]
-        o = Objective(DistributedDataParallel(normalized_net()), (x, y), loss=F.cross_entropy)
+        o = Objective(DistributedDataParallel(batch_norm_network()), (x, y), loss=F.cross_entropy)
     else:
-        o = Objective(normalized_net(), (x, y), loss=F.cross_entropy, batch_size=N // 2)
+        o = Objective(batch_norm_network(), (x, y), loss=F.cross_entropy, batch_size=N // 2)
     return {k: t for k, t in o.statistics().items() if "running" in k}
 
 
-def test_statistics_are_those_of_all_batches():
-    first, second = together(2)(estimated)
-    torch.testing.assert_close(first, estimated(), **EXACT)
+def test_statistics_are_the_mean_over_batches_of_all_ranks():
+    first, second = together(2)(statistics)
+    torch.testing.assert_close(first, statistics(), **EXACT)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
-def untouched() -> bool:
+def replica_is_unchanged() -> bool:
     x, y = data()
     model = DistributedDataParallel(network())
     before = [p.detach().clone() for p in model.parameters()]
     o = Objective(model, (x, y), loss=F.cross_entropy)
     sharpness(o, 0.3, ascent_steps=2)
     Hessian(o)(vectors(o.n))
-    clean = all(p.grad is None for p in model.parameters()) and all(map(torch.equal, before, model.parameters()))
-    F.cross_entropy(model(x), y).backward()  # and its reducer is as it was
-    return clean and all(p.grad is not None for p in model.parameters())
+    unchanged = all(p.grad is None for p in model.parameters()) and all(map(torch.equal, before, model.parameters()))
+    F.cross_entropy(model(x), y).backward()  # the reducer of DistributedDataParallel still works
+    return unchanged and all(p.grad is not None for p in model.parameters())
 
 
-def test_the_replicas_go_on_as_if_nothing_had_been():
-    assert together(2)(untouched) == [True, True]
+def test_replicas_are_unchanged_and_can_be_trained():
+    assert together(2)(replica_is_unchanged) == [True, True]
 
 
-def of_an_uneven_part() -> str:
+def samples_of_first_part() -> str:
     x, y = data()
-    mine = MINE[dist.get_rank()]
-    o = Objective(DistributedDataParallel(network()), (x[mine], y[mine]), loss=F.cross_entropy)
+    share = SHARES[dist.get_rank()]
+    o = Objective(DistributedDataParallel(network()), (x[share], y[share]), loss=F.cross_entropy)
     return str(next(o.split(3)).samples)
 
 
-def test_a_part_is_a_ranks_own():
-    assert together(2)(of_an_uneven_part) == ["3", "3"]
+def test_parts_lie_within_one_rank():
+    assert together(2)(samples_of_first_part) == ["3", "3"]
