@@ -1,6 +1,6 @@
-"""Where results lie: ``results/<device>/<name>.json``, each with the device, the versions, the date and its command.
+"""Read and write results: ``results/<device>/<name>.json``, with the device, the versions, the date and the command.
 
-The documentation reads them (``python scripts/make_performance.py``); a name without a file is "not yet measured".
+The documentation is made from them by ``python scripts/make_performance.py``.
 """
 
 import argparse
@@ -10,11 +10,14 @@ import platform
 import re
 import shlex
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from steppe.experiments.storage.environment import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results"
@@ -22,48 +25,49 @@ RESULTS = ROOT / "results"
 
 @dataclass(frozen=True)
 class Result:
-    """One file: what was measured, and where, when and how."""
+    """The content of one file: what was measured, and where, when and how."""
 
     name: str
     device: str
-    """The device in words, as in "NVIDIA H100 80GB HBM3"."""
+    """The name of the device, such as "NVIDIA H100 80GB HBM3"."""
     on_gpu: bool
     date: str
     command: str
     torch: str
     versions: dict[str, str]
-    """Of everything else that took part."""
+    """Versions of other software, by name."""
     data: dict[str, Any]
     tiny: bool = False
-    """Whether it is a rehearsal (``--tiny``), and says nothing."""
+    """True for a rehearsal (``--tiny``), whose numbers are meaningless."""
 
     @property
-    def where(self) -> str:
-        """What the documentation says under a table."""
+    def source(self) -> str:
+        """The line below a table of the documentation: device, versions, date and command."""
         others = "".join(f", {name} {version}" for name, version in self.versions.items())
         return f"{self.device}, torch {self.torch}{others}, {self.date}; `{self.command}`"
 
 
 def add_arguments(parser: argparse.ArgumentParser, *, device: str | None = None) -> None:
-    """The options that all benchmarks have; ``device`` for one that knows only one."""
+    """Add the options shared by all benchmarks; `device` for a benchmark of one device only."""
     if device is None:
         parser.add_argument("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu")
     else:
         parser.set_defaults(device=device)
-    parser.add_argument("--tiny", action="store_true", help="at a size that says nothing: does it run?")
+    parser.add_argument("--tiny", action="store_true", help="run in a meaningless, tiny size, as a test")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results")
-    parser.add_argument("--machine", help="what to call the machine; by default its GPU, or its CPU")
+    parser.add_argument("--machine", help="the name of the machine; by default that of its GPU or CPU")
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # what to report, if not the command line
 
 
 def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versions: str | None) -> Path:
-    """Write a result, in the place of an older one of the same device; return its file."""
+    """Write a result, replacing an older one of the same device; return its file."""
     on_gpu = arguments.device == "cuda"
-    device, path = place(name, arguments)
+    path = result_path(name, arguments)
     values = {
-        "device": device,
+        "device": device_name(arguments),
         "on_gpu": on_gpu,
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "command": _command(),
+        "command": arguments.command or _command_line(),
         "torch": torch.__version__.partition("+")[0],
         "versions": {
             "python": platform.python_version(),
@@ -78,51 +82,56 @@ def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versi
     return path
 
 
-def kept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What is known of this device under that name: the data of an earlier call that was not a rehearsal."""
-    path = place(name, arguments)[1]
+def saved_data(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Return the data of an earlier result of this device; empty without one, or after a rehearsal."""
+    path = result_path(name, arguments)
     if not path.exists() or (earlier := read(path)).tiny:
         return {}
     return earlier.data
 
 
 def read(path: Path) -> Result:
-    """One file."""
+    """Read one file."""
     return Result(path.stem, **json.loads(path.read_text(encoding="utf-8")))
 
 
 def load(name: str, folder: Path = RESULTS) -> list[Result]:
-    """All devices' results of that name, CPUs first; rehearsals are none."""
+    """Read the results called `name` of all devices, CPUs first, without rehearsals."""
     found = [read(path) for path in folder.glob(f"*/{name}.json")]
     return sorted((r for r in found if not r.tiny), key=lambda result: (result.on_gpu, result.device))
 
 
-def place(name: str, arguments: argparse.Namespace) -> tuple[str, Path]:
-    """What the device is called, and the file of that name."""
-    device = arguments.machine or _name(arguments.device == "cuda")
-    return device, arguments.results / _slug(device) / f"{name}.json"
+def by_device(found: Sequence[Result]) -> list[list[Result]]:
+    """Group results by device."""
+    devices: dict[str, list[Result]] = {}
+    for result in found:
+        devices.setdefault(result.device, []).append(result)
+    return list(devices.values())
 
 
-def _name(on_gpu: bool) -> str:
-    if on_gpu:
+def result_path(name: str, arguments: argparse.Namespace) -> Path:
+    """Return the file of a result of this device."""
+    folder = re.sub(r"[^a-z0-9]+", "-", device_name(arguments).lower()).strip("-")
+    return Path(arguments.results) / folder / f"{name}.json"
+
+
+def device_name(arguments: argparse.Namespace) -> str:
+    """Return the name of the machine, its GPU or its CPU."""
+    if arguments.machine:
+        return str(arguments.machine)
+    if arguments.device == "cuda":
         return torch.cuda.get_device_name()
-    from steppe.experiments.storage.environment import describe
-
-    here = describe([])
-    return f"{here['cpus']} cores of an {here['cpu']}"
+    machine = describe([])
+    return f"{machine['cpus']} cores of an {machine['cpu']}"
 
 
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
-
-
-def _command() -> str:
-    """As somebody would type it in the repository's root: not where the result goes, and no paths of this machine."""
+def _command_line() -> str:
+    """Return the command as typed in the repository's root, without --results, --machine and absolute paths."""
     script, *words = sys.argv
     path = Path(script).resolve()
     shown = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path.name
     for option in ("--results", "--machine"):
         if option in words:
-            at = words.index(option)
-            del words[at : at + 2]
+            index = words.index(option)
+            del words[index : index + 2]
     return shlex.join(["python", str(shown), *(Path(word).name if word.startswith("/") else word for word in words)])

@@ -1,60 +1,73 @@
-"""Methods timed in turns, so that a machine whose speed drifts is the same for all; what to quote are the ratios."""
+"""Time functions in turns, so that a machine whose speed drifts slows all of them down alike; quote the ratios."""
 
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 import torch
 
 Times = dict[str, list[float]]
+T = TypeVar("T")
 
 
 def in_turns(
-    methods: Mapping[str, Callable[[], object]],
+    functions: Mapping[str, Callable[[], object]],
     rounds: int,
     *,
     device: str = "cpu",
     repeat: int = 1,
     warmup: int = 1,
 ) -> Times:
-    """Seconds of one call of each, round by round, in an order that turns from round to round.
+    """Time one call of each function in every round, in an order that rotates from round to round.
 
     Args:
-        methods: functions without arguments.
-        rounds: how often each is timed.
-        device: "cuda" waits for the device before each look at the clock.
-        repeat: calls in one timing.
+        functions: functions without arguments, by name.
+        rounds: number of timings of each.
+        device: "cuda" synchronizes the device before every reading of the clock.
+        repeat: calls per timing.
         warmup: calls before the first round.
+
+    Returns:
+        The seconds of a call, by name.
     """
-    for function in methods.values():
+    for function in functions.values():
         for _ in range(warmup):
             function()
-    times: Times = {name: [] for name in methods}
-    names = list(methods)
+    times: Times = {name: [] for name in functions}
     for turn in range(rounds):
-        first = turn % len(names)
-        for name in names[first:] + names[:first]:
-            times[name].append(seconds(methods[name], device=device, repeat=repeat))
+        for name in rotated(list(functions), turn):
+            times[name].append(seconds(functions[name], device=device, repeat=repeat))
     return times
 
 
+def rotated(items: Sequence[T], turn: int) -> list[T]:
+    """Return the items in the order of a round, beginning with another one in each round.
+
+    >>> rotated("abc", 1)
+    ['b', 'c', 'a']
+    """
+    first = turn % max(len(items), 1)
+    return [*items[first:], *items[:first]]
+
+
 def seconds(function: Callable[[], object], *, device: str = "cpu", repeat: int = 1) -> float:
-    """Seconds of one call, as the mean of ``repeat``."""
-    _wait(device)
+    """Return the seconds of one call, the mean of ``repeat``."""
+    _synchronize(device)
     begin = time.perf_counter()
     for _ in range(repeat):
         function()
-    _wait(device)
+    _synchronize(device)
     return (time.perf_counter() - begin) / repeat
 
 
-def spread(times: Sequence[float], beside: Sequence[float]) -> dict[str, float]:
-    """Median and range of the times, and of how many times those of another method they are, round by round.
+def spread(times: Sequence[float], reference: Sequence[float]) -> dict[str, float]:
+    """Return median and range of the times, and of their ratios to those of another function, round by round.
 
     >>> spread([2.0, 3.0, 8.0], [1.0, 2.0, 2.0])["ratio"]
     2.0
     """
-    ratios = [t / o for t, o in zip(times, beside, strict=True)]
+    ratios = [t / r for t, r in zip(times, reference, strict=True)]
     return {
         "seconds": statistics.median(times),
         "fastest": min(times),
@@ -65,6 +78,16 @@ def spread(times: Sequence[float], beside: Sequence[float]) -> dict[str, float]:
     }
 
 
-def _wait(device: str) -> None:
+def error_line(error: BaseException) -> str:
+    """Return an error in one line of at most 200 characters: its type and the first line of its message.
+
+    >>> error_line(ValueError("not a number: 3, 4\\nmore"))
+    'ValueError: not a number: 3, 4'
+    """
+    message = next(iter(str(error).strip().splitlines()), "")
+    return f"{type(error).__name__}: {message}"[:200]
+
+
+def _synchronize(device: str) -> None:
     if device == "cuda":
         torch.cuda.synchronize()

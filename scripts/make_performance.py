@@ -1,9 +1,9 @@
-"""Make the measured parts of docs/performance.md, and its images, of what lies in results/.
+"""Write the measured parts of docs/performance.md, and its images, from results/.
 
     python scripts/make_performance.py            after a benchmark has written a result
-    python scripts/make_performance.py --check    writes nothing, and exits 1 where the page is not what it should be
+    python scripts/make_performance.py --check    writes nothing, and exits 1 if the page is out of date
 
-A part stands between two comments, `<!-- begin step -->` and `<!-- end step -->`; the rest is written by hand.
+A part is between two comments, `<!-- begin step -->` and `<!-- end step -->`; the rest is written by hand.
 """
 
 from __future__ import annotations
@@ -23,6 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
+from gpu.measurements import load_all_seeds  # noqa: E402
 from results import Result  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -34,17 +35,17 @@ Found = Sequence[Result]
 
 @dataclass(frozen=True)
 class Part:
-    """One part of the page: where its results are, and how they become Markdown and a picture."""
+    """One part of the page: how its results are loaded, rendered and drawn."""
 
     load: Callable[[Path], list[list[Result]]]
-    """Given the folder of the results: those that make one table, device by device."""
+    """Take the folder of the results, and return those of each table, by device."""
     render: Callable[[Found], str]
     draw: Callable[[list[list[Result]], Path], object] | None = None
     caption: str = ""
     cpu: str | None = None
-    """The command that measures it on a CPU, where that makes sense."""
+    """The command that measures it on a CPU; None if it is measured on a GPU only."""
     gpu: bool = True
-    """Whether it is to be measured on a GPU."""
+    """True if it is measured on a GPU."""
 
 
 def _each(name: str, folder: Path) -> list[list[Result]]:
@@ -56,12 +57,7 @@ def _render(name: str, found: Found) -> str:
 
 
 def _draw(name: str, found: list[list[Result]], path: Path) -> object:
-    return importlib.import_module(f"{name}.figure").draw([result for one in found for result in one], path)
-
-
-def _all_seeds(name: str, folder: Path) -> list[list[Result]]:
-    found: list[list[Result]] = importlib.import_module("gpu.figure").of_name(name, folder)
-    return found
+    return importlib.import_module(f"{name}.figure").draw([result for each in found for result in each], path)
 
 
 def _render_all(name: str, found: Found) -> str:
@@ -79,15 +75,15 @@ def _benchmark(name: str, caption: str = "", *, gpu: bool = True, cpu: bool = Tr
 
 
 def _stage(name: str) -> Part:
-    """A stage of the search for presets; the last one has the article's setting, and is the list's."""
-    stage, halves, _ = name.removeprefix("presets_").partition("_bfloat16")
-    command = " ".join(["python benchmarks/presets/run.py", stage, *(["--amp"] if halves else []), "SPEC ..."])
+    """Return the part of one stage of the search for presets."""
+    stage, bfloat16, _ = name.removeprefix("presets_").partition("_bfloat16")
+    command = " ".join(["python benchmarks/presets/run.py", stage, *(["--amp"] if bfloat16 else []), "SPEC ..."])
     return Part(partial(_each, name), partial(_render, "presets"), cpu=command, gpu=False)
 
 
 def _training(name: str, caption: str = "") -> Part:
     draw = partial(_draw_all, name) if caption else None
-    return Part(partial(_all_seeds, name), partial(_render_all, name), draw, caption)
+    return Part(partial(load_all_seeds, name), partial(_render_all, name), draw, caption)
 
 
 PARTS = {
@@ -110,44 +106,52 @@ PARTS = {
 
 
 def part(name: str, folder: Path) -> str:
-    """What stands between the comments of a part."""
-    about = PARTS[name]
-    found = about.load(folder)
-    lines = [about.render(one).strip() for one in found]
-    devices = {one[0].on_gpu for one in found}
-    if found and about.draw:
-        lines.append(f"![{about.caption}](images/{_image(name)})")
-    if about.cpu and False not in devices:
-        lines.append(f"Not yet measured on a CPU: `{about.cpu}`.")
-    if about.gpu and True not in devices:
+    """Return the text between the comments of a part."""
+    this = PARTS[name]
+    found = this.load(folder)
+    lines = [this.render(each).strip() for each in found]
+    devices = {each[0].on_gpu for each in found}
+    if found and this.draw:
+        lines.append(f"![{this.caption}](images/{_image(name)})")
+    if this.cpu and False not in devices:
+        lines.append(f"Not yet measured on a CPU: `{this.cpu}`.")
+    if this.gpu and True not in devices:
         lines.append(f"Not yet measured on a GPU: `{GPU}`.")
     return "\n\n".join(lines)
 
 
 def page(text: str, folder: Path = results.RESULTS) -> str:
-    """The page with each part made anew; ValueError where a part is not there exactly once."""
+    """Return the page with all parts rendered again.
+
+    Raises:
+        ValueError: a part is missing, occurs twice, or is unknown.
+    """
     for name in PARTS:
         begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
         if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(f"{PAGE}: it must have {begin} and then {end}, once each: what is measured stands between")
+            raise ValueError(
+                f"{PAGE} must contain {begin} and then {end}, once each; the measured part is between them"
+            )
         before, _, rest = text.partition(begin)
         text = f"{before}{begin}\n\n{part(name, folder)}\n\n{end}{rest.partition(end)[2]}"
     unknown = set(re.findall(r"<!-- begin (\S+) -->", text)) - set(PARTS)
     if unknown:
-        raise ValueError(f"{PAGE}: nothing makes {', '.join(sorted(unknown))}: known are {', '.join(PARTS)}")
+        raise ValueError(
+            f"{PAGE} has unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}"
+        )
     return text
 
 
 def draw(folder: Path = results.RESULTS, images: Path = IMAGES) -> list[Path]:
-    """Draw the pictures of the parts that have results; return them."""
+    """Draw the images of the parts that have results; return their files."""
     drawn = []
-    for name, about in PARTS.items():
-        found = about.load(folder)
-        if not found or about.draw is None:
+    for name, this in PARTS.items():
+        found = this.load(folder)
+        if not found or this.draw is None:
             continue
-        with tempfile.TemporaryDirectory() as place:
-            path = Path(place) / _image(name)
-            about.draw(found, path)
+        with tempfile.TemporaryDirectory() as temporary:
+            path = Path(temporary) / _image(name)
+            this.draw(found, path)
             drawn.append(Path(shutil.copyfile(path, images / path.name)))
     return drawn
 
@@ -158,13 +162,13 @@ def _image(name: str) -> str:
 
 def main(words: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where the page is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
     args = parser.parse_args(words)
     before = PAGE.read_text(encoding="utf-8")
     after = page(before)
     if args.check:
         if before != after:
-            print("docs/performance.md is stale: run python scripts/make_performance.py", file=sys.stderr)
+            print("docs/performance.md is out of date: run python scripts/make_performance.py", file=sys.stderr)
         return int(before != after)
     for file in draw():
         print(file)

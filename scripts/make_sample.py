@@ -1,7 +1,7 @@
 """Make the small sample of Fashion-MNIST that is packaged with Steppe.
 
-For each split: the first 300 images of each class, in the order of the official files. That order is already
-shuffled, so the rule needs no seed, and anyone can check it by eye. Every run gives the same bytes.
+It has the first 300 images of each class of each split, in the order of the official files. That order is already
+shuffled, so the rule needs no seed. Every run writes the same bytes.
 
     python scripts/make_sample.py [DIRECTORY]
 """
@@ -40,12 +40,12 @@ def main(directory: Path) -> str | None:
     arrays["test_images"], arrays["test_labels"] = cut(full.test)
     path = directory / SAMPLE
     directory.mkdir(parents=True, exist_ok=True)
-    # numpy stamps every member with 1980-01-01, so that the archive does not depend on when it was made.
+    # numpy stamps every member with 1980-01-01, so the archive does not depend on the date
     np.savez_compressed(path, **arrays)  # type: ignore[arg-type]
     digest = sample_digest(arrays)
     print(f"{path}: {path.stat().st_size:,} bytes from {full.source}\nSHA-256 of the content: {digest}")
     if digest != SAMPLE_SHA256:
-        return "SAMPLE_SHA256 in steppe/experiments/data.py differs: if this is meant, write the above there"
+        return "SAMPLE_SHA256 in steppe/experiments/data/datasets.py differs; if the change is intended, update it"
     return None
 
 

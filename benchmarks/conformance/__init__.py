@@ -1,1 +1,1 @@
-"""The contract, as a user meets it, run over Steppe and its installable peers: see run.py."""
+"""Measure the contract's statements for Steppe and its installable peers: see run.py."""

@@ -1,24 +1,24 @@
-"""What a statement answers, and what an adapter may say instead."""
+"""The outcome of a statement, and the exceptions to it that an adapter declares."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """Green or red, with the measured value and the one that the statement asks for, both short."""
+    """The outcome of a statement, with the measured and the expected value, both short."""
 
-    ok: bool
+    holds: bool
     measured: str
     expected: str
 
 
 @dataclass(frozen=True)
-class Limit:
-    """A limitation that a peer's own documentation states: in our words, and where it says so."""
+class Limitation:
+    """A limitation stated in a peer's own documentation: a summary, and a link to it."""
 
-    words: str
+    summary: str
     link: str
 
 
-class NotApplicable(Exception):  # noqa: N818 - an answer, not an error
-    """The statement has no meaning for this implementation; the message says why."""
+class NotApplicable(Exception):  # noqa: N818 - an outcome, not an error
+    """The statement has no meaning for this implementation; the message is the reason."""

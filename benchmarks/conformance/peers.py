@@ -1,4 +1,4 @@
-"""Which implementations there are, and how the environment of each is installed."""
+"""The implementations, and how the environment of each is installed."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +9,7 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Environment:
-    """Arguments of ``pip install``, one tuple a call, and what is unusual about them."""
+    """Arguments of ``pip install``, one tuple per call, and a note on what is unusual about them."""
 
     installs: tuple[tuple[str, ...], ...]
     note: str = ""
@@ -29,9 +29,9 @@ ENVIRONMENTS = {
             ("torchmetrics<1.7.5", "coolname<3", "tabulate==0.9.0", "importlib-metadata<9", "tqdm<5", "pytorch-ranger"),
             ("--no-deps", "torchvision==0.28.0", "torch_optimizer<0.4", "mosaicml==0.32.1"),
         ),
-        "mosaicml 0.32.1 asks for torch < 2.7.1; it is installed without that pin, beside the same torch as the rest, "
-        "and its Trainer runs there. torchvision 0.28.0 from PyPI is built for a GPU and does not load its operators "
-        "beside a CPU torch; the adapter declares the two that it misses, which no statement uses.",
+        "mosaicml 0.32.1 requires torch < 2.7.1; it is installed without that pin, with the same torch as the others, "
+        "and its Trainer runs. torchvision 0.28.0 from PyPI is built for a GPU and cannot load its operators with a "
+        "torch for CPUs; the adapter declares the two that are missing, which no statement uses.",
     ),
     "jax": Environment((("jax==0.10.2", "optax==0.2.8"),)),
 }
@@ -39,7 +39,7 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A column."""
+    """A column of the table."""
 
     key: str
     title: str
@@ -60,7 +60,7 @@ PEERS = {
 }
 
 LEFT_OUT = (
-    "sam-sps 1.0.0 is an optimizer with a step size of its own, without a base optimizer to put SAM around.",
+    "sam-sps 1.0.0 is an optimizer with its own step size, without a base optimizer that SAM could wrap.",
     "The Keras of TensorFlow (`tf_keras.models.experimental.SharpnessAwareMinimization`) is a model class with its own "
     "training loop outside torch and JAX.",
     "timm, torch_optimizer and Lightning have no SAM in their packages.",

@@ -1,20 +1,20 @@
-"""What makes training fast on a CPU: threads, memory layout, precision, torch.compile, and several runs at a time.
+"""Measure what makes training fast on a CPU: threads, memory layout, precision, torch.compile, and parallel runs.
 
     python benchmarks/cpu/run.py                 all of it: a quarter of an hour on two cores
     python benchmarks/cpu/run.py --no-compile    without torch.compile, whose warm-ups take most of that
 
 A step is the demo's: forward, backward and SGD's step of a PreAct ResNet-18 of width 16 with a stem of stride 2, on a
-batch of 64 images; a SAM step is two of them. Two other widths say whether the same choice is the fastest there.
-Compiled networks are measured at the demo's width; their first step, which compiles, is told apart.
+batch of 64 images; a SAM step is two of them. Two other widths show whether the same configuration is the fastest
+there. Compiled networks are measured at the demo's width; their first step, which compiles, is reported separately.
 
-An evaluation is a pass without gradients, in evaluation mode, over 1,000 images in chunks.
+An evaluation is a forward without gradients, in evaluation mode, over 1,000 images in chunks.
 
-Runs at a time are processes that train the same at the same moment: one with all cores as its threads, against as many
-as there are cores, with one thread each. What counts is how many steps all of them make in a second.
+Parallel runs are processes that train the same network at the same time: one with all cores as its threads, against as
+many as there are cores, with one thread each. What counts is the number of steps per second of all of them.
 
-All of a table are timed in turns in one run; the ratios are medians over the rounds, against float32 in the contiguous
-layout with all cores. channels_last on several threads is left out at widths that are no multiple of 16: torch 2.13
-writes beyond its memory there, and Steppe refuses it.
+All rows of a table are timed in turns in one run; ratios are medians over the rounds, relative to float32 in the
+contiguous layout with all cores. channels_last on several threads is left out at widths that are no multiple of 16,
+where torch 2.13 writes out of bounds; Steppe raises an error there.
 """
 
 import argparse
@@ -25,8 +25,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from cpu.choices import Sizes, evaluations, steps
-from cpu.processes import at_once
+from cpu.configurations import Sizes, measure_evaluations, measure_steps
+from cpu.parallel_runs import measure_parallel_runs
 from cpu.table import render
 from results import add_arguments, read, save
 from steppe.experiments.execution.cpus import available
@@ -36,10 +36,10 @@ TINY = Sizes(batch=8, width=2, widths=(3,), images=20, chunks=(10, 20), rounds=2
 
 
 def main() -> None:
-    """Measure, write the result, print the tables."""
+    """Measure, save the result and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, device="cpu")
-    parser.add_argument("--no-compile", dest="compile", action="store_false", help="leave torch.compile out")
+    parser.add_argument("--no-compile", dest="compile", action="store_false", help="without torch.compile")
     arguments = parser.parse_args()
     sizes, cores = (TINY if arguments.tiny else DEMO), available()
     data = {
@@ -47,9 +47,9 @@ def main() -> None:
         "batch": sizes.batch,
         "width": sizes.width,
         "images": sizes.images,
-        "steps": steps(sizes, cores, compiled=arguments.compile),
-        "evaluations": evaluations(sizes, cores),
-        "at_once": at_once(sizes, cores),
+        "steps": measure_steps(sizes, cores, compiled=arguments.compile),
+        "evaluations": measure_evaluations(sizes, cores),
+        "parallel_runs": measure_parallel_runs(sizes, cores),
     }
     print(render(read(save("cpu", data, arguments))))
 

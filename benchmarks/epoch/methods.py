@@ -1,4 +1,4 @@
-"""The methods: methods of the catalogue, and how each takes whole training steps."""
+"""The methods of the benchmark, each at one setting, and how each takes whole training steps."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Problem:
-    """What is trained, and how it is computed."""
+    """The network and the images, and how they are computed."""
 
     batch: int
     width: int
@@ -36,18 +36,18 @@ class Problem:
     graphs: bool = False
 
     def data(self) -> tuple[Tensor, Tensor]:
-        """Random images and labels, on the device."""
+        """Return random images and labels, on the device."""
         images = torch.randn(self.batch, 1, 28, 28, device=self.device).to(memory_format=self._layout)
         return images, torch.randint(CLASSES, (self.batch,), device=self.device)
 
     def network(self) -> nn.Module:
-        """A new network, always the same one."""
+        """Return a new network with the same weights at every call."""
         torch.manual_seed(0)
-        made = preact_resnet18(self.width, num_classes=CLASSES, stem_stride=self.stem_stride)
-        made = made.to(self.device).to(memory_format=self._layout)
+        network = preact_resnet18(self.width, num_classes=CLASSES, stem_stride=self.stem_stride)
+        network = network.to(self.device).to(memory_format=self._layout)
         if self.compile:
-            made.compile(dynamic=False)
-        return InBfloat16(made) if self.amp else made
+            network.compile(dynamic=False)
+        return InBfloat16(network) if self.amp else network
 
     @property
     def _layout(self) -> torch.memory_format:
@@ -55,7 +55,7 @@ class Problem:
 
 
 class InBfloat16(nn.Module):
-    """A network that computes under autocast, whoever calls it."""
+    """A network that opens its own autocast region."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class InBfloat16(nn.Module):
 
 @dataclass(frozen=True)
 class Repeated:
-    """A cadence whose first steps come again and again, so that every timing has a whole period."""
+    """A cadence that repeats its first steps, so that every timing spans a whole period."""
 
     needs_gradient: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
@@ -79,7 +79,7 @@ class Repeated:
     period: int
 
     def __call__(self, point: Point) -> bool:
-        """Return whether to climb."""
+        """Return True if the step perturbs."""
         return self.cadence(replace(point, step=point.step % self.period))
 
 
@@ -88,95 +88,52 @@ class Method:
     """A method at one setting."""
 
     name: str
-    method: MethodCard
-    given: Mapping[str, Any] = field(default_factory=dict)
+    card: MethodCard
+    arguments: Mapping[str, Any] = field(default_factory=dict)
     """Arguments of the method."""
     momentum: float = 0.0
-    """Of the base, and of what it is compared with."""
+    """Momentum of the base, and of the base that it is compared with."""
     period: int = 1
-    """After how many steps its passes repeat."""
+    """The number of steps after which its passes repeat."""
     target: float | None = None
-    """How many times the base's time it may take."""
+    """The highest acceptable time, in units of the base's time."""
     fraction: float | None = None
-    """The share of the batch that climbs, by `closures.fraction`."""
+    """The fraction of the batch that computes the perturbation, by `closures.fraction`."""
     capturable: bool = False
-    """Whether a CUDA graph of one step is right for all of them."""
+    """True if the CUDA graph of one step is right for all steps."""
 
     @property
     def passes(self) -> float:
-        """Planned passes a step."""
-        given = self.given if self.fraction is None else {"fraction": self.fraction}
-        cost = self.method.cost_with(**given)
-        if cost is None:
-            raise ValueError(
-                f"{self.name}: the gradients decide what a step costs, so there is no plan to compare with"
-            )
-        return float(cost)
+        """Planned passes per step."""
+        arguments = self.arguments if self.fraction is None else {"fraction": self.fraction}
+        passes = self.card.passes_with(**arguments)
+        if passes is None:
+            raise ValueError(f"{self.name}: its passes depend on the gradients, so there is no plan to compare with")
+        return float(passes)
 
-    def step(self, problem: Problem) -> Step:
-        """What takes one training step: a network, an optimizer and a batch of its own."""
+    def build_step(self, problem: Problem) -> Step:
+        """Return a function that takes one training step, with its own network, optimizer and batch."""
         network, batch = problem.network(), problem.data()
-        base = torch.optim.SGD(  # a small step, so that the last one costs what the first does
-            network.parameters(), lr=1e-4, momentum=self.momentum, fused=problem.device == "cuda"
-        )
-        given = {**self.given, **({"replay_rng": False} if problem.graphs else {})}
+        # a small learning rate, so that the last step costs what the first one does
+        base = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=self.momentum, fused=problem.device == "cuda")
+        arguments = {**self.arguments, **({"replay_rng": False} if problem.graphs else {})}
         if self.fraction is None:
-            return stepper(self.method, base, network, _losses, batch, **given)
-        (optimizer, *_) = self.method.example(base, network, **given)
+            return stepper(self.card, base, network, _losses, batch, **arguments)
+        (optimizer, *_) = self.card.example(base, network, **arguments)
         closure = closures.fraction(
             optimizer, lambda x, y: _losses(network(x), y).mean(), batch, fraction=self.fraction
         )
         return lambda: optimizer.step(closure)
 
 
-def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(logits, labels, reduction="none")
+def methods(problem: Problem) -> Sequence[Method]:
+    """Return all methods, the cheaper ones first, with the defaults of their cards.
 
-
-def _alone(base: Optimizer, model: nn.Module, **_: Any) -> tuple[Any, ...]:
-    return (base,)
-
-
-def _every(base: Optimizer, model: nn.Module, *, k: int, **options: Any) -> tuple[Any, ...]:
-    return (SAM(base, model=model, cadence=Periodic(k), **options),)
-
-
-def _late(base: Optimizer, model: nn.Module, *, start: float, steps: int, **options: Any) -> tuple[Any, ...]:
-    return (SAM(base, model=model, cadence=Repeated(LatePhase(start, steps), steps), **options),)
-
-
-def _randomly(
-    base: Optimizer, model: nn.Module, *, p: float, seed: int, period: int, **options: Any
-) -> tuple[Any, ...]:
-    return (SAM(base, model=model, cadence=Repeated(Bernoulli(p, seed), period), **options),)
-
-
-def _saf(base: Optimizer, model: nn.Module, **given: Any) -> tuple[Any, ...]:
-    return (base, variants.saf(**given).to(next(model.parameters()).device))
-
-
-def _with(name: str, make: Callable[..., tuple[Any, ...]], passes: Any = None) -> MethodCard:
-    """A method of the catalogue that is made in another way."""
-    method = CARDS[name]
-    return replace(method, make=make, passes=method.passes if passes is None else passes)
-
-
-_BASE = replace(_with("sam", _alone, passes=1.0), name="sgd", label="SGD")
-SGD = Method("SGD", _BASE, capturable=True)
-MOMENTUM = Method("SGD, momentum 0.9", _BASE, momentum=0.9, capturable=True)
-SHARP = Method("SAM", CARDS["sam"], target=2.02, capturable=True)
-QUARTER = Method("SAM, a quarter climbs", CARDS["fraction_sam"], fraction=0.25, target=1.3, capturable=True)
-MSAM = Method("MSAM", CARDS["msam"], momentum=0.9, target=1.05, capturable=True)
-
-
-def everybody(problem: Problem) -> Sequence[Method]:
-    """All methods, the cheaper ones first; those of the catalogue have its defaults.
-
-    AE-SAM is missing: the gradients decide what it costs, and those of one batch say nothing.
+    AE-SAM is missing, because its passes depend on the gradients, and those of one batch are not representative.
     """
     saf = {"samples": problem.batch, "classes": CLASSES, "epochs_ago": 1, "start": 0}
-    # of the eight steps drawn with this seed, four climb
-    randomly = {"p": 0.5, "seed": 8, "period": 8}
+    late = {"start": 0.75, "total_steps": 8}
+    random = {"p": 0.5, "seed": 8, "period": 8}  # with this seed, four of eight steps perturb
     plain = {name: Method(CARDS[name].label, CARDS[name]) for name in CARDS}
     graphs = {name: replace(plain[name], capturable=True) for name in ("sam_on", "asam", "gsam")}
     return [
@@ -184,19 +141,59 @@ def everybody(problem: Problem) -> Sequence[Method]:
         MOMENTUM,
         MSAM,
         plain["rwp"],
-        Method("SAF", _with("saf", _saf), saf),
-        Method("LookSAM, k = 5", CARDS["looksam"], {"k": 5}, period=5),
-        Method("SAM at every 5th step", _with("sam", _every, passes=lambda k: 1 + 1 / k), {"k": 5}, period=5),
-        Method("Late SAM, the last quarter", _with("late_sam", _late), {"start": 0.75, "steps": 8}, period=8),
+        Method("SAF", _built_by(_saf, "saf"), saf),
+        Method("LookSAM, every 5th step", CARDS["looksam"], {"interval": 5}, period=5),
+        Method("SAM, every 5th step", _PERIODIC, {"interval": 5}, period=5),
+        Method("SAM in the last quarter", _built_by(_late_sam, "late_sam"), late, period=8),
         QUARTER,
         Method("MESA", CARDS["mesa"], {"start": 0}),
-        Method("RST, p = 0.5", _with("random_sam", _randomly), randomly, period=8),
+        Method("RST, p = 0.5", _built_by(_random_sam, "random_sam"), random, period=8),
         plain["esam"],
-        SHARP,
+        PLAIN_SAM,
         graphs["sam_on"],
         graphs["asam"],
         graphs["gsam"],
         plain["sampa"],
         plain["micro_batch_sam"],
-        Method("Lookbehind, k = 2", CARDS["lookbehind_sam"], {"k": 2}),
+        Method("Lookbehind, 2 ascent steps", CARDS["lookbehind_sam"], {"ascent_steps": 2}),
     ]
+
+
+def _losses(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
+def _base_alone(base: Optimizer, model: nn.Module, **_: Any) -> tuple[Any, ...]:
+    return (base,)
+
+
+def _periodic_sam(base: Optimizer, model: nn.Module, *, interval: int, **options: Any) -> tuple[Any, ...]:
+    return (SAM(base, model=model, cadence=Periodic(interval), **options),)
+
+
+def _late_sam(base: Optimizer, model: nn.Module, *, start: float, total_steps: int, **options: Any) -> tuple[Any, ...]:
+    return (SAM(base, model=model, cadence=Repeated(LatePhase(start, total_steps), total_steps), **options),)
+
+
+def _random_sam(
+    base: Optimizer, model: nn.Module, *, p: float, seed: int, period: int, **options: Any
+) -> tuple[Any, ...]:
+    return (SAM(base, model=model, cadence=Repeated(Bernoulli(p, seed), period), **options),)
+
+
+def _saf(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return (base, variants.saf(**arguments).to(next(model.parameters()).device))
+
+
+def _built_by(build: Callable[..., tuple[Any, ...]], name: str, /, **changes: Any) -> MethodCard:
+    """Return the card of a method that is built in another way."""
+    return replace(CARDS[name], build_example=build, **changes)
+
+
+_PERIODIC = _built_by(_periodic_sam, "sam", passes=lambda interval: 1 + 1 / interval)
+_BASE = _built_by(_base_alone, "sam", passes=1.0, name="sgd", label="SGD")
+SGD = Method("SGD", _BASE, capturable=True)
+MOMENTUM = Method("SGD, momentum 0.9", _BASE, momentum=0.9, capturable=True)
+PLAIN_SAM = Method("SAM", CARDS["sam"], target=2.02, capturable=True)
+QUARTER = Method("SAM, quarter batch", CARDS["fraction_sam"], fraction=0.25, target=1.3, capturable=True)
+MSAM = Method("MSAM", CARDS["msam"], momentum=0.9, target=1.05, capturable=True)

@@ -1,19 +1,19 @@
-"""Images a second of whole training steps: the base, SAM and the cheap methods; cost against batch size and width.
+"""Images per second of whole training steps: the base, SAM and cheaper methods; cost against batch size and width.
 
-    python benchmarks/epoch/run.py                       on a GPU where there is one, else in one thread of a CPU
-    python benchmarks/epoch/run.py --amp --compile       computed in bfloat16, the network compiled
-    python benchmarks/epoch/run.py --graphs              on a GPU: each step one CUDA graph; kept as epoch_graphs
+    python benchmarks/epoch/run.py                       on a GPU if there is one, else in one thread of a CPU
+    python benchmarks/epoch/run.py --amp --compile       computed in bfloat16, with a compiled network
+    python benchmarks/epoch/run.py --graphs              on a GPU: each step one CUDA graph; saved as epoch_graphs
 
-A step is all that training does with a batch: forward, backward, the climb, the second pass, the way back and the
+A step is everything that training does with a batch: forward, backward, perturbing, the second pass, restoring and the
 base's own step, of the experiments' PreAct ResNet-18, on random images that are on the device already. On a CPU it is
 the demo's (width 16, 64 images, a stem of stride 2), in float32; on a GPU the article's (width 64, 128 images), with
-bfloat16 autocast. Images and convolutions lie channels-last, but not with several threads of a CPU, where torch 2.13's
-backward of a strided 1x1 convolution writes beyond its memory in that layout.
+bfloat16 autocast. Images and convolutions are channels-last, except with several threads of a CPU, where torch 2.13's
+backward of a strided 1x1 convolution writes out of bounds in that layout.
 
-Each method is timed right beside its base, in turns, in one run: quote the ratios. They are medians over the
-timings. The base is SGD; that of MSAM, which climbs along the momentum, is SGD with momentum. Methods whose steps
-differ are timed over whole periods, so that the mean is that of a training. What a ratio is above the planned passes
-is the overhead: of the climb itself, of small batches, of Python.
+Each method is timed right beside its base, in turns, in one run: quote the ratios, which are medians over the timings.
+The base is SGD; for MSAM, which perturbs along the momentum, it is SGD with momentum. Methods whose steps differ are
+timed over whole periods, so that the mean is that of a training. The part of a ratio above the planned passes is
+overhead: of the perturbation itself, of small batches, of Python.
 """
 
 import argparse
@@ -26,34 +26,34 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from epoch.methods import MSAM, QUARTER, SHARP, Problem, everybody
-
-from epoch.race import race, reason
+from epoch.methods import MSAM, PLAIN_SAM, QUARTER, Problem, methods
 from epoch.table import render
+from epoch.timed_methods import time_methods
 from results import add_arguments, read, save
+from timing import error_line
 
 Sizes = tuple[int, ...]
 
-# What is trained, and the batch sizes and widths that it is varied to.
+# The problem, and the batch sizes and widths that it is measured with.
 CPU: tuple[Problem, Sizes, Sizes] = (Problem(64, 16, 2), (8, 16, 32, 64, 128, 256), (4, 8, 16, 32, 64))
 GPU = (Problem(128, 64, 1, "cuda", amp=True), (8, 16, 32, 64, 128, 256, 512, 1024), (8, 16, 32, 64, 128))
 TINY = (Problem(8, 2, 2), (4, 8), (2, 4))
 
 
-def measured(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Time everybody, and then the three with a target at other sizes."""
+def measure(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Time all methods, and then the three with a target at other sizes."""
     problem, batches, widths = sizes(arguments)
     seconds, least = (0.0, 1) if arguments.tiny else (60.0 * arguments.minutes, 3)
-    methods, failed = race(everybody(problem), problem, seconds=0.5 * seconds, least=least)
+    rows, failed = time_methods(methods(problem), problem, seconds=0.5 * seconds, least=least)
     around = [replace(problem, batch=batch) for batch in batches] + [replace(problem, width=width) for width in widths]
     distinct = list(dict.fromkeys(around))
-    points = [point(at, seconds=0.35 * seconds / len(distinct), least=min(least, 2)) for at in distinct]
-    how = asdict(problem) | {"threads": torch.get_num_threads()}
-    return {"problem": how, "methods": methods, "failed": failed, "points": points}
+    points = [point(p, seconds=0.35 * seconds / len(distinct), least=min(least, 2)) for p in distinct]
+    settings = asdict(problem) | {"threads": torch.get_num_threads()}
+    return {"problem": settings, "methods": rows, "failed": failed, "points": points}
 
 
 def sizes(arguments: argparse.Namespace) -> tuple[Problem, Sizes, Sizes]:
-    """What is trained here, and what it is varied to."""
+    """Return the problem, the batch sizes and the widths."""
     on_gpu = arguments.device == "cuda"
     problem, batches, widths = TINY if arguments.tiny else GPU if on_gpu else CPU
     amp = problem.amp if arguments.amp is None else arguments.amp
@@ -63,32 +63,32 @@ def sizes(arguments: argparse.Namespace) -> tuple[Problem, Sizes, Sizes]:
 
 
 def point(problem: Problem, *, seconds: float, least: int) -> dict[str, Any]:
-    """What SAM, a quarter that climbs and MSAM cost at one size."""
+    """Time SAM, SAM with a quarter of the batch, and MSAM at one size."""
     found: dict[str, Any] = {"batch": problem.batch, "width": problem.width}
     try:
-        methods, failed = race([SHARP, QUARTER, MSAM], problem, seconds=seconds, least=least)
-    except Exception as error:  # (too large for this device, say: the others are not lost)
-        return found | {"methods": {}, "failed": {"SGD": reason(error)}}
-    return found | {"methods": methods, "failed": failed}
+        rows, failed = time_methods([PLAIN_SAM, QUARTER, MSAM], problem, seconds=seconds, least=least)
+    except Exception as error:  # such as a problem too large for this device: the others must not be lost
+        return found | {"methods": {}, "failed": {"SGD": error_line(error)}}
+    return found | {"methods": rows, "failed": failed}
 
 
 def main() -> None:
-    """Measure, write the result, print the tables."""
+    """Measure, save the result and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser)
     parser.add_argument("--amp", action=argparse.BooleanOptionalAction, help="bfloat16 autocast; by default on a GPU")
     parser.add_argument("--compile", action="store_true", help="compile the network")
     parser.add_argument("--graphs", action="store_true", help="capture each step as a CUDA graph")
     parser.add_argument("--threads", type=int, default=1, help="threads of a CPU")
-    parser.add_argument("--minutes", type=float, default=5.0, help="about how long it may take")
+    parser.add_argument("--minutes", type=float, default=5.0, help="the approximate time limit")
     arguments = parser.parse_args()
     if arguments.graphs and arguments.device != "cuda":
-        parser.error("--graphs: a CPU has no CUDA graphs; leave it out, or say --device cuda on a machine with a GPU")
+        parser.error("--graphs: a CPU has no CUDA graphs; leave it out, or use --device cuda on a machine with a GPU")
     if arguments.device == "cpu":
         torch.set_num_threads(arguments.threads)
     else:
         torch.backends.cudnn.benchmark = True
-    path = save("epoch_graphs" if arguments.graphs else "epoch", measured(arguments), arguments)
+    path = save("epoch_graphs" if arguments.graphs else "epoch", measure(arguments), arguments)
     print(render(read(path)))
 
 

@@ -1,71 +1,67 @@
-"""The results as Markdown."""
+"""Render the results as Markdown."""
 
-from collections.abc import Sequence
 from typing import Any
 
+from markdown_tables import row
 from results import Result
 
-SHOWN = ("SAM", "SAM, a quarter climbs", "MSAM")
+SIZED = ("SAM", "SAM, quarter batch", "MSAM")
 """The methods that are measured at other sizes, too."""
 
-_HEADS = ("method", "images/s", "of its base's time", "passes", "beyond them", "at most", "")
+_HEADS = ("method", "images/s", "time / base", "passes", "overhead", "target", "")
 
 
 def render(result: Result) -> str:
-    """Return the methods' table, and that of three of them at other sizes."""
+    """Return the table of all methods, and that of three of them at other sizes."""
     methods, failed, problem = result.data["methods"], result.data["failed"], result.data["problem"]
-    said = f"{about(problem)} In brackets, where the middle half of the timings lies."
-    lines = [said, "", _line(_HEADS), "|---|---:|---:|---:|---:|---:|---|"]
-    lines += [_row(name, row) for name, row in methods.items()]
-    lines += [_line([name, why, "", "", "", "", ""]) for name, why in failed.items()]
-    lines += ["", *_sizes(result.data["points"]), "", result.where]
+    title = f"{describe(problem)} In brackets, the middle half of the timings."
+    lines = [title, "", row(_HEADS), "|---|---:|---:|---:|---:|---:|---|"]
+    lines += [_method_row(name, values) for name, values in methods.items()]
+    lines += [row([name, reason, "", "", "", "", ""]) for name, reason in failed.items()]
+    lines += ["", *_sizes(result.data["points"]), "", result.source]
     return "\n".join(lines) + "\n"
 
 
-def about(problem: dict[str, Any], *, sizes: bool = True) -> str:
-    """Say what was trained and how it was computed; without the sizes, where they vary."""
+def describe(problem: dict[str, Any], *, sizes: bool = True) -> str:
+    """Return what was trained and how it was computed; without the sizes if they vary."""
     precision = "bfloat16 autocast" if problem["amp"] else "float32"
     layout = "channels-last" if problem["channels_last"] else "contiguous"
-    how = [precision, layout, *(["compiled"] if problem["compile"] else [])]
+    details = [precision, layout, *(["compiled"] if problem["compile"] else [])]
     if problem["graphs"]:
-        how.append("a CUDA graph a step")
+        details.append("one CUDA graph per step")
     if problem["device"] == "cpu":
-        how.append("1 thread" if problem["threads"] == 1 else f"{problem['threads']} threads")
+        details.append("1 thread" if problem["threads"] == 1 else f"{problem['threads']} threads")
     of = f" of width {problem['width']}, batches of {problem['batch']} images," if sizes else ","
-    return f"PreAct ResNet-18{of} stem of stride {problem['stem_stride']}; {', '.join(how)}."
+    return f"PreAct ResNet-18{of} stem of stride {problem['stem_stride']}; {', '.join(details)}."
 
 
-def _row(name: str, row: dict[str, Any]) -> str:
-    target = row.get("target")
+def _method_row(name: str, values: dict[str, Any]) -> str:
+    target = values.get("target")
     cells = [
         name,
-        f"{row['images_per_second']:,.0f}",
-        f"{row['ratio']:.2f} ({row['ratio_low']:.2f} to {row['ratio_high']:.2f})",
-        f"{row['passes']:.4g}",
-        f"{row['ratio'] / row['passes'] - 1:+.1%}",
+        f"{values['images_per_second']:,.0f}",
+        f"{values['ratio']:.2f} ({values['ratio_low']:.2f} to {values['ratio_high']:.2f})",
+        f"{values['passes']:.4g}",
+        f"{values['ratio'] / values['passes'] - 1:+.1%}",
         "" if target is None else f"{target:g}",
-        "" if target is None else verdict(row),
+        "" if target is None else verdict(values),
     ]
-    return _line(cells)
+    return row(cells)
 
 
-def verdict(row: dict[str, Any]) -> str:
-    """Whether the target holds: by the median, and whether the timings are of one mind."""
-    if row["ratio_high"] <= row["target"]:
+def verdict(values: dict[str, Any]) -> str:
+    """Return the verdict on the target: by the middle half of the timings, or by their median if they disagree."""
+    if values["ratio_high"] <= values["target"]:
         return "holds"
-    if row["ratio_low"] > row["target"]:
+    if values["ratio_low"] > values["target"]:
         return "**missed**"
-    return "holds, by the median" if row["ratio"] <= row["target"] else "**missed**, by the median"
+    return "holds, by the median" if values["ratio"] <= values["target"] else "**missed**, by the median"
 
 
 def _sizes(points: list[dict[str, Any]]) -> list[str]:
-    lines = [_line(["batch", "width", *SHOWN]), "|---:|---:|" + "---:|" * len(SHOWN)]
+    lines = [row(["batch", "width", *SIZED]), "|---:|---:|" + "---:|" * len(SIZED)]
     for point in points:
-        found = [point["methods"].get(name) for name in SHOWN]
-        ratios = [f"{row['ratio']:.2f}" if row else "failed" for row in found]
-        lines.append(_line([str(point["batch"]), str(point["width"]), *ratios]))
+        found = [point["methods"].get(name) for name in SIZED]
+        ratios = [f"{values['ratio']:.2f}" if values else "failed" for values in found]
+        lines.append(row([str(point["batch"]), str(point["width"]), *ratios]))
     return lines
-
-
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"

@@ -1,1 +1,1 @@
-"""Everything that needs a GPU, by one command that can be called again and again: run.py."""
+"""All measurements that need a GPU, by one resumable command: run.py."""

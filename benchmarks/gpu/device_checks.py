@@ -1,4 +1,4 @@
-"""What a user relies on, on the device that $STEPPE_DEVICE names: tests for pytest, which a CPU passes too.
+"""Tests of what users rely on, on the device named by $STEPPE_DEVICE. A CPU passes them, too.
 
 STEPPE_DEVICE=cuda python -m pytest benchmarks/gpu/device_checks.py
 """
@@ -26,59 +26,59 @@ every_drive = pytest.mark.parametrize("drive", DRIVES)
 
 @pytest.fixture(autouse=True)
 def deterministic() -> Iterator[None]:
-    """Bits are compared."""
+    """Make results deterministic, because bits are compared."""
     cudnn = torch.backends.cudnn
     with cudnn.flags(enabled=True, benchmark=False, deterministic=True, allow_tf32=False):
         yield
 
 
 def network(dropout: float = 0.3, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """The tests' network with BatchNorm and dropout."""
+    """Return the tests' network with BatchNorm and dropout."""
     return net(dropout=dropout, dtype=dtype).to(DEVICE)
 
 
 def images(step: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """The batch of a step."""
+    """Return the batch of a step."""
     x, y = batch(step, dtype=dtype)
     return x.to(DEVICE), y.to(DEVICE)
 
 
 def train(
-    model: nn.Module, optimizer: torch.optim.Optimizer, drive: str, steps: range, run: Callable | None = None
+    model: nn.Module, optimizer: torch.optim.Optimizer, drive: str, steps: range, forward: Callable | None = None
 ) -> None:
-    """Take the steps, in the model's precision; `run` in the place of the model."""
+    """Take steps in the model's precision; `forward` is called instead of the model if given."""
     for step in steps:
         x, y = images(step, next(model.parameters()).dtype)
-        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy((model if run is None else run)(x).float(), y))
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy((forward or model)(x).float(), y))
 
 
 def state(model: nn.Module) -> list[Tensor]:
-    """Weights and buffers, as they are."""
+    """Return copies of all weights and buffers."""
     return [t.detach().clone() for t in model.state_dict().values()]
 
 
 def same(found: list[Tensor], expected: list[Tensor]) -> bool:
-    """Whether all bits are the same."""
+    """Return True if all bits are the same."""
     return all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 @every_drive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_come_back_exactly_in_their_own_storage(drive, dtype):
-    """With a base that does not move, a step changes no bit of them."""
+def test_weights_are_restored_bit_for_bit_in_the_same_storage(drive, dtype):
+    """With lr = 0, a step changes no bit of the weights."""
     model = network(dtype=dtype)
     optimizer = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.7, model=model)
     before = [(p.detach().clone(), p.data_ptr()) for p in model.parameters()]
     train(model, optimizer, drive, range(3))
-    for p, (value, place) in zip(model.parameters(), before, strict=True):
+    for p, (value, address) in zip(model.parameters(), before, strict=True):
         assert torch.equal(p, value)
-        assert p.data_ptr() == place
+        assert p.data_ptr() == address
 
 
 @every_drive
 @pytest.mark.parametrize("base", BASES)
-def test_radius_zero_is_the_base(base, drive):
-    """With dropout and BatchNorm in the model, bit for bit; and another radius is not."""
+def test_rho_zero_equals_the_base_optimizer(base, drive):
+    """Bit for bit, with dropout and BatchNorm in the model; another rho differs."""
     found = []
     for rho in (None, 0.0, 0.3):
         model = network()
@@ -93,15 +93,15 @@ def test_radius_zero_is_the_base(base, drive):
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_a_checkpoint_goes_on_to_the_same_bits(base, tmp_path):
-    """Weights, optimizer and generators go through a file after two of five steps."""
+def test_training_resumed_from_a_checkpoint_is_bit_identical(base, tmp_path):
+    """Weights, optimizer and generators are saved and loaded after two of five steps."""
     found = []
-    for through_a_file in (False, True):
+    for from_checkpoint in (False, True):
         model = network()
         optimizer = steppe.SAM(BASES[base](model.parameters()), rho=0.1, model=model)
         torch.manual_seed(3)
         train(model, optimizer, "passes", range(2))
-        if through_a_file:
+        if from_checkpoint:
             rng = torch.cuda.get_rng_state() if DEVICE == "cuda" else torch.get_rng_state()
             torch.save((model.state_dict(), optimizer.state_dict(), rng), tmp_path / "checkpoint.pt")
             weights, known, rng = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
@@ -116,7 +116,7 @@ def test_a_checkpoint_goes_on_to_the_same_bits(base, tmp_path):
 
 
 def by_hand(model: nn.Module, loss: Callable[[], Tensor], scale: float, rho: float) -> None:
-    """Two passes in the slow way: leave in .grad what goes down."""
+    """Make the two passes of SAM one tensor at a time, and write the update gradient to .grad."""
     parameters = list(model.parameters())
     g = [d.float() / scale for d in torch.autograd.grad(loss() * scale, parameters)]
     after = copy.deepcopy(dict(model.named_buffers()))
@@ -134,8 +134,8 @@ def by_hand(model: nn.Module, loss: Callable[[], Tensor], scale: float, rho: flo
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_mixed_precision_is_what_a_hand_written_loop_makes_of_it(dtype):
-    """Float16 with a loss scaler, bfloat16 without; a cumulative BatchNorm would see one batch more by hand."""
+def test_mixed_precision_matches_a_hand_written_loop(dtype):
+    """Float16 with a loss scaler, bfloat16 without. A cumulative BatchNorm would count one more batch by hand."""
     model, twin = network(dropout=0.0), network(dropout=0.0)
     for each in (model, twin):
         each.layers[4].momentum = 0.1
@@ -160,7 +160,7 @@ def test_mixed_precision_is_what_a_hand_written_loop_makes_of_it(dtype):
 
 
 @pytest.mark.parametrize("overflow", ["w", "w + e"])
-def test_an_overflow_in_either_pass_skips_the_step(overflow):
+def test_overflow_in_either_pass_skips_the_step(overflow):
     """No bit of weights and momentum changes, and the scale is halved."""
     model = network()
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
@@ -181,13 +181,13 @@ def test_an_overflow_in_either_pass_skips_the_step(overflow):
     assert scaler.get_scale() == 2.0**9
 
 
-def test_a_compiled_model_trains_as_it_does_without():
-    """By inductor on a GPU; the weights move in place, and the compiled code must see it."""
+def test_compiled_model_trains_like_an_eager_one():
+    """Compiled by inductor on a GPU. Weights change in place, and the compiled code must read the new values."""
     found = []
     for compiled in (False, True):
         model = network(dropout=0.0)
-        run = torch.compile(model, backend="inductor" if DEVICE == "cuda" else "aot_eager") if compiled else model
+        forward = torch.compile(model, backend="inductor" if DEVICE == "cuda" else "aot_eager") if compiled else model
         optimizer = steppe.SAM(BASES["momentum"](model.parameters()), rho=0.3, model=model)
-        train(model, optimizer, "passes", range(4), run)
+        train(model, optimizer, "passes", range(4), forward)
         found.append(state(model))
     torch.testing.assert_close(found[1], found[0], rtol=1e-3, atol=1e-4)

@@ -1,5 +1,6 @@
-"""The whole list at a size that says nothing, on a CPU: so that nothing fails for a silly reason on a GPU."""
+"""Rehearse the whole list on a CPU in a tiny size, so that nothing fails on a GPU for an avoidable reason."""
 
+import argparse
 import json
 import shutil
 import sys
@@ -9,66 +10,71 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu import run
-from gpu.plan import pieces
+from gpu.measurements import load_all_seeds, measurements
+from gpu.session import Session
 from gpu.table import RENDER
+from steppe.experiments.training.stopping import Stop
 
-CUT = "article-0"
-"""The training that is stopped and carried to another machine in the middle."""
+INTERRUPTED = "article-0"
+"""The training that is interrupted after its first measurement and resumed on "another machine"."""
 
 REPEATED = ("article-2", "pareto-1", "pareto-2")
-"""Further seeds, which are trained as those before: they are left out unless they are asked for."""
+"""Further seeds, trained like those before: left out unless they are selected."""
 
 
-def rehearse(only: Sequence[str] | None = None, *, out: Path | None = None) -> int:
-    """Go through the list, cut and carry it on in the middle; answer with the exit status.
+def rehearse(only: Sequence[str] | None = None, *, keep: Path | None = None) -> int:
+    """Go through the list with an interruption, on two "machines"; return the exit status.
 
-    `out` keeps the results, else they are thrown away.
+    The results are copied to `keep`, if given.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        wanted = list(only or (piece.name for piece in pieces() if piece.name not in REPEATED))
+        names = list(only or (each.name for each in measurements() if each.name not in REPEATED))
         first, second = folder / "first machine", folder / "second machine"
-        _call(first, wanted, "--out", str(folder / "carried"), *(["--cut"] if CUT in wanted else []))
-        shutil.rmtree(first)
-        _call(second, wanted, "--from", str(folder / "carried"), "--out", str(folder / "home"))
-        log = second / "state" / "logs" / f"{CUT}.log"
-        if CUT in wanted and "goes on at standardized epoch 1." not in log.read_text():
-            raise RuntimeError(f"{CUT} was cut after an epoch, and did not go on from there:\n{log.read_text()}")
-        missing = [name for name in wanted if not list((second / "results").glob(f"*/{name}.json"))]
-        drawn = list(_shown(second / "results", folder / "shown"))
-        if out is not None:
-            shutil.copytree(second / "results", out, dirs_exist_ok=True)
-        for failure in sorted((second / "results").glob("*/failures/*.json")):
+        _measure(first, names, interrupt=INTERRUPTED in names)
+        shutil.move(first, second)  # the results folder is all that a further call needs
+        _measure(second, names)
+        if INTERRUPTED in names:
+            _check_resumed(second)
+        missing = [name for name in names if not list(second.glob(f"*/{name}.json"))]
+        figures = list(_render(second, folder / "rendered"))
+        if keep is not None:
+            shutil.copytree(second, keep, dirs_exist_ok=True)
+        for failure in sorted(second.glob("*/failures/*.json")):
             print(f"\n{failure.stem}:", *json.loads(failure.read_text())["log"], sep="\n  ", file=sys.stderr)
-    print(
-        f"{len(wanted) - len(missing)} of {len(wanted)} pieces, {len(drawn)} figures; {time.monotonic() - began:.0f} s"
-    )
+    done = f"{len(names) - len(missing)} of {len(names)} measurements, {len(figures)} figures"
+    print(f"{done}; {time.monotonic() - began:.0f} s")
     if missing:
         print(f"no result of {', '.join(missing)}", file=sys.stderr)
     return 1 if missing else 0
 
 
-def _call(machine: Path, wanted: Sequence[str], *words: str) -> None:
-    """One call of the command."""
-    options = ["--tiny", "--device", "cpu", "--machine", "a rehearsal", "--minutes", "60"]
-    places = ["--results", str(machine / "results"), "--state", str(machine / "state")]
-    status = run.main([*options, *places, *(word for name in wanted for word in ("--only", name)), *words])
-    if status:
-        raise RuntimeError(f"the command ended with exit status {status}")
+def _measure(results: Path, names: Sequence[str], *, interrupt: bool = False) -> None:
+    """Run one session."""
+    options: dict[str, Any] = {"device": "cpu", "tiny": True, "machine": "a rehearsal", "minutes": 60}
+    options |= dict.fromkeys(("data", "classic", "peers")) | {"again": False}
+    Session(argparse.Namespace(results=results, only=names, interrupt=interrupt, **options), Stop()).run()
 
 
-def _shown(results: Path, folder: Path) -> Iterator[Path]:
-    """Render and draw what there is, as if it had been measured."""
+def _check_resumed(results: Path) -> None:
+    (log,) = results.glob(f"*/in_progress/logs/{INTERRUPTED}.log")
+    if "at standardized epoch 1." not in log.read_text():
+        raise RuntimeError(
+            f"{INTERRUPTED} was not resumed where it was interrupted, after one epoch:\n{log.read_text()}"
+        )
+
+
+def _render(results: Path, folder: Path) -> Iterator[Path]:
+    """Print the tables and draw the figures of a rehearsal, as if it had been measured."""
+    from gpu import figure  # matplotlib is needed by the rehearsal only
+
     for path in results.glob("*/*.json"):
         values: dict[str, Any] = json.loads(path.read_text())
         (folder / path.parent.name).mkdir(parents=True, exist_ok=True)
         (folder / path.parent.name / path.name).write_text(json.dumps(values | {"tiny": False}))
-    from gpu import figure
-
     for name, render in RENDER.items():
-        for found in figure.of_name(name, folder):
+        for found in load_all_seeds(name, folder):
             print(f"\n{name}\n\n{render(found)}")
-            if name in figure.SHOWN:
+            if name in figure.FIGURES:
                 yield from figure.draw(name, found, folder / f"{name}.png")

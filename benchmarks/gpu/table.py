@@ -1,121 +1,121 @@
-"""The results as Markdown."""
+"""Render the results as Markdown."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
-from gpu.comparison import Comparison, comparison, told
+from gpu.comparison import Comparison, comparison, description
+from markdown_tables import difference, mean_and_sd, row
 from results import Result
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.analysis.verdicts import CAVEATS, compared
-from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Run
 
 _PRECISION = "| method | test %, bfloat16 | float32 | difference | gap, bfloat16 | float32 | difference | runs |"
 
 
 def correctness(found: Sequence[Result]) -> str:
-    """Counts of the tests file by file, and those that failed."""
+    """Return the counts of tests by file, and the failed tests."""
     (result,) = found
     data = result.data
     lines = ["| tests | passed | failed | skipped |", "|---|---:|---:|---:|"]
     rows = {**{f"`{name}`": counts for name, counts in data["files"].items()}, "**all**": data}
     for name, counts in rows.items():
-        lines.append(f"| {name} | " + " | ".join(str(counts.get(k, 0)) for k in ("passed", "failed", "skipped")) + " |")
+        lines.append(row([name, *(str(counts.get(k, 0)) for k in ("passed", "failed", "skipped"))]))
     for failure in data["failures"]:
-        # the line that pytest marks as the error's, else the last one
+        # pytest marks the line of the error with "E "
         error = next((line for line in failure["last_lines"] if line.startswith("E ")), failure["last_lines"][-1])
         lines += ["", f"Failed: `{failure['test']}`: `{error.removeprefix('E').strip()}`"]
-    return _block(lines, found)
+    return _with_sources(lines, found)
 
 
-def trained(found: Sequence[Result]) -> str:
-    """Rows and verdicts of a comparison, as `steppe compare` gives them, and the verdict on flatness."""
+def training(found: Sequence[Result]) -> str:
+    """Return the rows and verdicts of a comparison, as `steppe compare` writes them, and the verdict on flatness."""
     known = comparison(found)
-    lines = [told(found), "", *_summary(known), *_flatness(known), *(f"- Failed: {why}" for why in known.failed)]
-    return _block(lines, found)
+    lines = [description(found), "", *_summary(known), *_flatness(known), *_failures(known)]
+    return _with_sources(lines, found)
 
 
 def precision(found: Sequence[Result]) -> str:
-    """Whether bfloat16 is as accurate as float32: differences, paired by method and seed."""
-    half, full = (comparison(found, way) for way in ("bfloat16", "float32"))
-    lines = [told(found), "", _PRECISION, "|---" + "|---:" * 7 + "|"]
+    """Return the differences between bfloat16 and float32, paired by method and seed."""
+    half, full = (comparison(found, setting) for setting in ("bfloat16", "float32"))
+    lines = [description(found), "", _PRECISION, "|---" + "|---:" * 7 + "|"]
     differences = []
-    for method in full.recipe.methods:
-        cells = [parse(method).label]
+    for method in full.recipe.comparison.methods:
+        cells = [method.label]
         for name in ("test_accuracy", "gap"):
-            ours, theirs = _ends(half, method, name), _ends(full, method, name)
-            seeds = sorted(ours.keys() & theirs.keys())
+            halves, fulls = _final(half, method, name), _final(full, method, name)
+            seeds = sorted(halves.keys() & fulls.keys())
             if seeds:
-                differences.append(estimate([ours[seed] - theirs[seed] for seed in seeds]))
-                cells += [_both(estimate([of[seed] for seed in seeds])) for of in (ours, theirs)]
-                cells.append(_interval(differences[-1]))
-        lines.append("| " + " | ".join([*cells, str(len(seeds))]) + " |")
-    beyond = sum(bool(difference.sign) for difference in differences)
+                differences.append(estimate([halves[seed] - fulls[seed] for seed in seeds]))
+                cells += [mean_and_sd(estimate([values[seed] for seed in seeds])) for values in (halves, fulls)]
+                cells.append(difference(differences[-1]))
+        lines.append(row([*cells, str(len(seeds))]))
+    beyond = sum(bool(each.sign) for each in differences)
     tf32 = " The convolutions of float32 compute in TF32, as torch's do by default." if found[0].on_gpu else ""
-    lines += ["", f"After {full.recipe.epochs} standardized epochs, {beyond} of {len(differences)} differences are "]
-    lines[-1] += f"beyond their 95 % interval.{tf32}"
-    return _block([*lines, *(f"- Failed: {why}" for of in (half, full) for why in of.failed)], found)
+    verdict = f"{beyond} of {len(differences)} differences are beyond their 95 % interval.{tf32}"
+    lines += ["", f"After {full.recipe.comparison.epochs} standardized epochs, {verdict}"]
+    return _with_sources([*lines, *_failures(half), *_failures(full)], found)
 
 
 RENDER: Mapping[str, Callable[[Sequence[Result]], str]] = {
     "correctness": correctness,
-    "article": trained,
+    "article": training,
     "precision": precision,
-    "pareto": trained,
-    "presets": trained,
+    "pareto": training,
+    "presets": training,
 }
-"""Each table by its name; it takes one device's results, of all seeds."""
+"""Functions that render one device's results, of all seeds, by name."""
 
 
 def _summary(known: Comparison) -> list[str]:
-    # without its heading: the page has its own
-    title, _, rest = summarize(known.recipe, known.results).markdown().partition("\n\n")
+    # without its heading, because the page has its own
+    title, _, rest = summarize(known.recipe, known.records).markdown().partition("\n\n")
     return [f"{title.removeprefix('# ')}.", "", rest.rstrip()]
 
 
 def _flatness(known: Comparison) -> list[str]:
-    """The verdicts at equal compute, and in a sentence those at the ends of all runs."""
+    """Return the verdicts at equal compute, and one sentence each on the ends of all runs."""
     if not known.flatness:
         return []
-    reference, *others = known.recipe.methods
+    reference, *others = known.recipe.comparison.methods
     lines = []
     for method in others:
-        labels = parse(method).label, parse(reference).label
-        for at, words in (("epochs", "at equal compute"), ("standardized_epochs", "at the ends of all runs")):
+        labels = method.label, reference.label
+        for point, title in (("epochs", "at equal compute"), ("standardized_epochs", "at the ends of all runs")):
             pairs = [
-                (known.flatness[ours], known.flatness[theirs])
-                for run in known.results
+                (known.flatness[own], known.flatness[other])
+                for run in known.records
                 if run.method == method
-                and (ours := (run, _epoch(run, at))) in known.flatness
-                and (theirs := (other := Run(known.recipe, reference, run.seed), _epoch(other, at))) in known.flatness
+                and (own := (run, _epoch(run, point))) in known.flatness
+                and (other := _reference(run, reference, point)) in known.flatness
             ]
             verdict = compared(method, reference, labels, pairs)
             if verdict is not None:
-                told = verdict.markdown() if at == "epochs" else f"- {verdict.sentence()}"
-                lines += ["", f"Flatness {words}:", "", told]
+                text = verdict.markdown() if point == "epochs" else f"- {verdict.sentence()}"
+                lines += ["", f"Flatness {title}:", "", text]
     return [*lines, *(f"- {caveat}" for caveat in CAVEATS)]
 
 
-def _epoch(run: Run, at: str) -> int:
-    return run.recipe.epochs if at == "epochs" else run.standardized_epochs
+def _reference(run: Run, method: MethodSpec, point: str) -> tuple[Run, int]:
+    other = Run(run.recipe, method, run.seed)
+    return other, _epoch(other, point)
 
 
-def _ends(known: Comparison, method: str, name: str) -> dict[int, float]:
-    """A field of the last record of each run, by seed."""
-    return {run.seed: getattr(records[-1], name) for run, records in known.results.items() if run.method == method}
+def _epoch(run: Run, point: str) -> int:
+    return run.recipe.comparison.epochs if point == "epochs" else run.standardized_epochs
 
 
-def _both(value: Estimate) -> str:
-    return f"{value.mean:.2f}" + ("" if value.sd is None else f"±{value.sd:.2f}")
+def _failures(known: Comparison) -> list[str]:
+    return [f"- Failed: {reason}" for reason in known.failures]
 
 
-def _interval(value: Estimate) -> str:
-    half = value.half_width
-    return f"{value.mean:+.2f}" + ("" if half is None else f" [{value.mean - half:+.2f}, {value.mean + half:+.2f}]")
+def _final(known: Comparison, method: MethodSpec, name: str) -> dict[int, float]:
+    """Return a field of the last record of each run, by seed."""
+    return {run.seed: getattr(records[-1], name) for run, records in known.records.items() if run.method == method}
 
 
-def _block(lines: Sequence[str], found: Sequence[Result]) -> str:
-    """The lines, and where all that was measured."""
-    places: dict[str, Any] = dict.fromkeys(result.where for result in found)
-    return "\n".join([*lines, "", *(f"{place}  " if len(places) > 1 else place for place in places)]) + "\n"
+def _with_sources(lines: Sequence[str], found: Sequence[Result]) -> str:
+    """Append where all that was measured."""
+    sources = dict.fromkeys(result.source for result in found)
+    return "\n".join([*lines, "", *(f"{each}  " if len(sources) > 1 else each for each in sources)]) + "\n"

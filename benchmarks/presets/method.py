@@ -1,4 +1,4 @@
-"""The cheap climbs of the family in one method, so that they can be combined: ``preset:k=2,fraction=0.25,...``."""
+"""One method that combines the cheaper perturbations of the family: ``preset:interval=2,fraction=0.25,...``."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from steppe import L2, SAM, Adaptive, ParameterSubset
 from steppe.experiments.config import methods
 from steppe.experiments.config.methods import Method
-from steppe.methods.fraction_sam import OnAFraction
+from steppe.methods.fraction_sam import FractionSAMStep
 from steppe.methods.looksam import GradientReuse
 from steppe.rules import Point
 from steppe.rules.perturbed import Perturbed
@@ -18,19 +18,19 @@ from steppe.rules.subsets import norm_layers
 
 
 @dataclass(frozen=True)
-class LateEvery:
-    """Climb at every k-th step, from a fraction ``start`` of the training on."""
+class LatePeriodic:
+    """Perturb once per interval, from the fraction ``start`` of the training on."""
 
     needs_gradient: ClassVar[bool] = False
     scale_free: ClassVar[bool] = True
 
-    k: int
+    interval: int
     start: float
-    steps: int
+    total_steps: int
 
     def __call__(self, point: Point) -> bool:
-        """Return whether to climb."""
-        return point.step % self.k == 0 and point.step / self.steps >= self.start
+        """Return True if the step perturbs."""
+        return point.step % self.interval == 0 and point.step / self.total_steps >= self.start
 
 
 def preset(
@@ -38,34 +38,34 @@ def preset(
     *,
     rho: float,
     model: nn.Module,
-    steps: int,
+    total_steps: int,
     start: float = 0.0,
-    k: int = 1,
+    interval: int = 1,
     reuse: float = 0.0,
     norms: bool = False,
     adaptive: bool = False,
 ) -> SAM:
-    """SAM that climbs late, at every k-th step, with the normalization layers only, reusing g_v between climbs."""
+    """Build SAM with late or periodic perturbations, of the normalization layers only, or reusing g_v in between."""
     rule = Adaptive() if adaptive else L2()
     perturbation = ParameterSubset(rule, norm_layers(model)) if norms else rule
     combination = GradientReuse(reuse) if reuse else Perturbed()
-    cadence = LateEvery(k, start, steps)
+    cadence = LatePeriodic(interval, start, total_steps)
     return SAM(base, rho, model=model, perturbation=perturbation, combination=combination, cadence=cadence)
 
 
-def passes(start: float, k: int, fraction: float) -> Fraction:
-    """Planned gradient evaluations for an image in a step."""
-    return 1 + (1 - Fraction(start)) * Fraction(fraction) / k
+def passes(start: float, interval: int, fraction: float) -> Fraction:
+    """Return the planned passes per step."""
+    return 1 + (1 - Fraction(start)) * Fraction(fraction) / interval
 
 
-class OnAPart(OnAFraction):
-    """Climb on a fraction of the batch; on all of it where nothing is said."""
+class OptionalFraction(FractionSAMStep):
+    """Compute the perturbation on a fraction of the batch, by default on the whole batch."""
 
     def __init__(self, optimizer: SAM, fraction: float = 1.0) -> None:
         super().__init__(optimizer, fraction)
 
 
 def register() -> None:
-    """Let recipes name it."""
-    own = Method("Preset", "cheap climbs together", preset, passes=passes, step_function=OnAPart)
+    """Add the method to those that a recipe can name."""
+    own = Method("Preset", "combined cheaper perturbations", preset, passes=passes, step_function=OptionalFraction)
     methods.METHODS = {**methods.METHODS, "preset": own}

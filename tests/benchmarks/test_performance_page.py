@@ -1,29 +1,27 @@
-"""docs/performance.md: what is measured in it is what lies in results/."""
+"""scripts/make_performance.py: docs/performance.md shows the content of results/."""
 
 import json
 import re
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT / "scripts"), str(ROOT / "benchmarks")]
+import make_performance
+import results
+from make_performance import GPU, PARTS, Part
 
-import make_performance  # noqa: E402
-import results  # noqa: E402
-from make_performance import GPU, PARTS, Part  # noqa: E402
+ROOT = Path(__file__).parents[2]
 
 TEXT = "before\n<!-- begin one -->\nold\n<!-- end one -->\nafter\n"
 
 
 @pytest.fixture
 def one(tmp_path, monkeypatch):
-    """A page of a single part, and a function that writes a result of it."""
+    """A page with a single part, and a function that writes a result of it."""
 
     def render(found):
         (result,) = found
-        return f"| {result.data['value']} |\n\n{result.where}\n"
+        return f"| {result.data['value']} |\n\n{result.source}\n"
 
     def draw(found, path):
         path.write_text(" ".join(str(result.data["value"]) for (result,) in found))
@@ -40,25 +38,25 @@ def one(tmp_path, monkeypatch):
     return measured
 
 
-def test_the_page_is_what_the_results_make():
+def test_page_is_up_to_date():
     text = make_performance.PAGE.read_text(encoding="utf-8")
     assert make_performance.page(text) == text, "run python scripts/make_performance.py"
 
 
-def test_every_picture_and_page_that_it_links_is_there():
+def test_links_of_the_page_exist():
     text = make_performance.PAGE.read_text(encoding="utf-8")
     links = {link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link}
     assert [link for link in sorted(links) if not (make_performance.PAGE.parent / link).exists()] == []
 
 
-def test_every_command_that_it_gives_names_a_script():
+def test_commands_of_the_page_name_existing_scripts():
     text = make_performance.PAGE.read_text(encoding="utf-8")
     scripts = set(re.findall(r"python ((?:benchmarks|scripts)/\S+\.py)", text))
     assert {"benchmarks/gpu/run.py", "benchmarks/step/run.py", "benchmarks/epoch/run.py"} < scripts
     assert [script for script in sorted(scripts) if not (ROOT / script).is_file()] == []
 
 
-def test_what_is_not_measured_is_said(one, tmp_path):
+def test_page_lists_missing_measurements(one, tmp_path):
     nothing = make_performance.page(TEXT, tmp_path)
     assert nothing == (
         "before\n<!-- begin one -->\n\nNot yet measured on a CPU: `python cpu.py`.\n\n"
@@ -78,7 +76,7 @@ def test_what_is_not_measured_is_said(one, tmp_path):
     assert make_performance.page(every, tmp_path) == every
 
 
-def test_pictures_are_of_all_devices(one, tmp_path):
+def test_image_shows_all_devices(one, tmp_path):
     (tmp_path / "images").mkdir()
     assert make_performance.draw(tmp_path, tmp_path / "images") == []
     one("a-gpu", 3, on_gpu=True)
@@ -89,32 +87,32 @@ def test_pictures_are_of_all_devices(one, tmp_path):
 
 @pytest.mark.usefixtures("one")
 @pytest.mark.parametrize(
-    ("text", "why"),
+    ("text", "message"),
     [
-        ("nothing", "it must have <!-- begin one --> and then <!-- end one -->"),
+        ("nothing", "must contain <!-- begin one --> and then <!-- end one -->"),
         (TEXT * 2, "once each"),
         ("<!-- end one --><!-- begin one -->", "and then"),
-        (f"{TEXT}<!-- begin two -->", "nothing makes two: known are one"),
+        (f"{TEXT}<!-- begin two -->", "has unknown parts two; known are one"),
     ],
 )
-def test_a_page_that_cannot_be_made_is_refused(text, why, tmp_path):
-    with pytest.raises(ValueError, match=re.escape(why)):
+def test_page_with_wrong_parts_is_an_error(text, message, tmp_path):
+    with pytest.raises(ValueError, match=re.escape(message)):
         make_performance.page(text, tmp_path)
 
 
 @pytest.mark.usefixtures("one")
-def test_a_stale_page_is_found_and_made_anew(tmp_path, monkeypatch, capsys):
+def test_outdated_page_is_detected_and_rewritten(tmp_path, monkeypatch, capsys):
     page = tmp_path / "performance.md"
     page.write_text(TEXT)
     monkeypatch.setattr(make_performance, "PAGE", page)
     assert make_performance.main(["--check"]) == 1
-    assert "is stale" in capsys.readouterr().err
+    assert "is out of date" in capsys.readouterr().err
     assert page.read_text() == TEXT
     assert make_performance.main([]) == 0
     assert make_performance.main(["--check"]) == 0
     assert page.read_text() != TEXT
 
 
-def test_all_parts_have_a_place_on_the_page():
+def test_page_has_all_parts_in_order():
     text = make_performance.PAGE.read_text(encoding="utf-8")
     assert re.findall(r"<!-- begin (\S+) -->", text) == list(PARTS)

@@ -1,43 +1,38 @@
-"""The step benchmark: its lists of tensors are the networks', and what it counts is what was moved."""
+"""benchmarks/step: shapes are those of the networks, and traffic is counted correctly."""
 
 import sys
 from dataclasses import replace
 from math import prod
-from pathlib import Path
 
 import pytest
 import torch
 
-ROOT = Path(__file__).parents[2]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-from step.implementations import Floor, base, ours  # noqa: E402
-
-import results  # noqa: E402
-from step import run  # noqa: E402
-from step.counting import Counted  # noqa: E402
-from step.shapes import CASES, resnet18, toy, vit_b16, weights  # noqa: E402
-from step.table import render  # noqa: E402
+import results
+from step import run
+from step.counting import Counted
+from step.implementations import LowerBound, base, steppe_sam
+from step.parameter_shapes import CASES, resnet18, toy, vit_b16, weights
+from step.table import render
 
 
 @pytest.mark.parametrize(
     ("case", "tensors", "size"),
     [("resnet18", 62, 11_689_512), ("vit_b16", 152, 86_567_656), ("decoder_1b", 292, 1_019_137_280)],
 )
-def test_the_lists_are_those_of_the_networks(case, tensors, size):
+def test_shapes_are_those_of_the_networks(case, tensors, size):
     shapes = CASES[case]()
     assert (len(shapes), weights(shapes)) == (tensors, size)
     assert len(toy(case)) == tensors
     assert weights(toy(case)) < 10 * tensors
 
 
-def test_shapes_that_are_known_by_name():
+def test_some_shapes_by_name():
     assert resnet18()["layer3.0.downsample.0.weight"] == (256, 128, 1, 1)
     assert vit_b16()["position"] == (1, 197, 768)
     assert prod(vit_b16()["layers.11.attention.in.weight"]) == 3 * 768 * 768
 
 
-def test_traffic_is_what_operations_read_and_write():
+def test_traffic_counts_reads_and_writes():
     w, g = torch.ones(100), torch.ones(100)
     with Counted([w, g]) as counted:
         copy = torch.empty_like(w)  # no work
@@ -50,36 +45,36 @@ def test_traffic_is_what_operations_read_and_write():
     assert counted.now == 0
     with Counted([w]) as counted:
         w.expand(50, 100).sum()
-    assert counted.read == 400, "an expanded tensor is read as often, but is no longer"
+    assert counted.read == 400, "the storage of an expanded tensor counts once"
 
 
 def counted(build, n: int = 1 << 16) -> Counted:
     parameters = [torch.nn.Parameter(torch.randn(size)) for size in (n, n, n, n, 3)]
     gradients = [torch.randn_like(p) for p in parameters]
 
-    def put():
+    def assign():
         for p, g in zip(parameters, gradients, strict=True):
             p.grad = g
 
     step = build(parameters)
-    step(put)
-    with Counted([*parameters, *gradients]) as seen:
-        step(put)
-    return seen
+    step(assign)
+    with Counted([*parameters, *gradients]) as found:
+        step(assign)
+    return found
 
 
-def test_steppe_moves_8n_and_looks_at_the_gradient_once_more():
+def test_steppe_moves_8n_and_reads_the_gradient_once_more():
     n = 4 * 4 * (1 << 16)
-    own, plain = counted(ours), counted(base)
+    own, plain = counted(steppe_sam), counted(base)
     assert (own.read + own.written - plain.read - plain.written) / n == pytest.approx(9, abs=0.05)
-    floor = Floor(1 << 18, "cpu", torch.float32)
-    with Counted() as seen:
-        floor.step(lambda: None)
-    assert (seen.read + seen.written) / n == pytest.approx(8, abs=1e-3)
-    assert seen.operations == 4
+    bound = LowerBound(1 << 18, "cpu", torch.float32)
+    with Counted() as found:
+        bound.step(lambda: None)
+    assert (found.read + found.written) / n == pytest.approx(8, abs=1e-3)
+    assert found.operations == 4
 
 
-def test_a_tiny_run_writes_a_result_and_a_table(tmp_path, monkeypatch, capsys):
+def test_command_saves_a_result_and_prints_the_table(tmp_path, monkeypatch, capsys):
     command = f"run.py --tiny --device cpu --machine here --case resnet18 --results {tmp_path}"
     monkeypatch.setattr(sys, "argv", command.split())
     run.main()
@@ -87,7 +82,7 @@ def test_a_tiny_run_writes_a_result_and_a_table(tmp_path, monkeypatch, capsys):
     assert result.tiny
     assert results.load("step", tmp_path) == [], "a rehearsal is no result"
     (case,) = result.data["cases"]
-    assert [row["method"] for row in case["rows"]] == ["steppe", "floor"]
+    assert [row["implementation"] for row in case["rows"]] == ["steppe", "lower_bound"]
     assert {row["tensors"] for row in result.data["host"]} == {62, 152, 292}
     table = render(result)
     assert table in capsys.readouterr().out

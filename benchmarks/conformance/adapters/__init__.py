@@ -1,6 +1,6 @@
-"""One module an implementation: how its own documentation builds, drives, saves and loads it.
+"""One module per implementation, which builds, steps, saves and loads it as in its own documentation.
 
-Another implementation is one more module here with its ``ADAPTER``, and one line in peers.py.
+To add an implementation, add a module with its ``ADAPTER`` here and one line in peers.py.
 """
 
 import importlib
@@ -9,5 +9,5 @@ from conformance.adapters.base import Adapter
 
 
 def load(key: str) -> Adapter:
-    """Return the adapter called ``key``; its imports are those of the implementation's environment."""
+    """Return the adapter called ``key``. It can be imported in the implementation's environment only."""
     return importlib.import_module(f"conformance.adapters.{key}").ADAPTER

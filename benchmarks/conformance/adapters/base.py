@@ -1,4 +1,4 @@
-"""What an adapter is, and the closure protocol of torch.optim, which most implementations share."""
+"""The base class of adapters, and the closure protocol of torch.optim, which most implementations share."""
 
 import importlib.metadata
 import warnings
@@ -7,18 +7,18 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
-from conformance.outcome import Limit, NotApplicable, Outcome
+from conformance.outcome import Limitation, NotApplicable, Outcome
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer that is still to be made: its class and its options."""
+    """The class and the options of a base optimizer."""
 
     cls: type
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def make(self, params: Any, state: dict | None = None) -> Any:
-        """Make it, and load a checkpoint of it where one is given."""
+        """Build the base optimizer, and load a checkpoint of it if one is given."""
         optimizer = self.cls(params, **self.options)
         if state is not None:
             optimizer.load_state_dict(state)
@@ -26,10 +26,10 @@ class Base:
 
 
 class Session:
-    """A model in training, with the loop that the implementation's documentation shows.
+    """A model in training, with the loop of the implementation's documentation.
 
-    ``step(loss)`` takes the forward alone and gives back what the user has as the loss at w. Several losses are
-    micro-batches of one step.
+    ``step(loss)`` takes a function that makes the forward only, and returns the loss at w as the user gets it. Several
+    losses are micro-batches of one step.
     """
 
     def __init__(self, model: Any, optimizer: Any, base: Any = None, *, clip: float | None = None) -> None:
@@ -41,11 +41,11 @@ class Session:
 
     @property
     def scheduled(self) -> Any:
-        """The optimizer that the documentation gives to a learning-rate scheduler."""
+        """The optimizer that the documentation passes to a learning-rate scheduler."""
         return self.optimizer
 
     def schedule(self, make: Callable[[Any], Any]) -> None:
-        """Attach a learning-rate scheduler that moves after every step."""
+        """Attach a learning-rate scheduler, which steps after every step."""
         self.schedulers.append(make(self.scheduled))
 
     def step(self, *losses: Callable[[], Any]) -> Any:
@@ -56,13 +56,13 @@ class Session:
         return value
 
     def take(self, losses: tuple[Callable[[], Any], ...]) -> Any:
-        """Take the optimizer's step: an ordinary one, where there is no SAM."""
+        """Take the optimizer's step; here an ordinary one, without SAM."""
         value = self.closure(losses)()
         self.optimizer.step()
         return value
 
     def closure(self, losses: tuple[Callable[[], Any], ...], scale: Callable[[Any], Any] | None = None):
-        """Make the ordinary closure of torch.optim: zero_grad, forward, backward, return the loss."""
+        """Return the ordinary closure of torch.optim: zero_grad, forward, backward, return the loss."""
 
         def closure():
             self.optimizer.zero_grad()
@@ -85,21 +85,21 @@ class Session:
 
     def scaled(self, scaler: Any, loss: Callable[[], Any]) -> None:
         """Take a step with a loss scaler, as documented."""
-        raise NotApplicable("its documentation shows no way to use a loss scaler")
+        raise NotApplicable("its documentation shows no use of a loss scaler")
 
     def scaler_closure(self, scaler: Any, loss: Callable[[], Any], *, backward_first: bool) -> None:
-        """Try ``scaler.step(optimizer, closure)``, which torch's scaler does not support."""
+        """Call ``scaler.step(optimizer, closure)``, which torch's scaler does not support."""
         closure = self.closure((loss,), scaler.scale)
         if backward_first:
             closure()
         scaler.step(self.optimizer, closure)
 
     def save(self) -> Any:
-        """Save what is needed to go on, apart from the weights."""
+        """Return everything that is needed to resume, except the weights."""
         return {"optimizer": self.optimizer.state_dict(), "schedulers": [s.state_dict() for s in self.schedulers]}
 
     def load(self, state: Any) -> None:
-        """Load it into a fresh session, whose schedulers are attached already."""
+        """Load a saved state into a new session, whose schedulers are attached already."""
         self.optimizer.load_state_dict(state["optimizer"])
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
@@ -107,7 +107,7 @@ class Session:
 
 @dataclass(frozen=True)
 class Cheaper:
-    """A cheaper method of an implementation: the session, its name, and the passes a step that it promises."""
+    """A cheaper method of an implementation: its session, its name, and its documented passes per step."""
 
     session: Session
     name: str
@@ -115,16 +115,18 @@ class Cheaper:
 
 
 class Adapter(ABC):
-    """An implementation: ``absent`` says which statements have no meaning for it, ``limits`` what its docs admit."""
+    """One implementation and how it is used."""
 
     title: ClassVar[str]
     distribution: ClassVar[str]
     docs: ClassVar[str]
     usage: ClassVar[str]
-    absent: ClassVar[Mapping[str, str]] = {}
-    limits: ClassVar[Mapping[str, Limit]] = {}
-    own: ClassVar[Mapping[str, Callable[[], Outcome]]] = {}
-    """Statements in its own words, for an implementation outside torch."""
+    not_applicable: ClassVar[Mapping[str, str]] = {}
+    """Statements without a meaning for it, and the reasons."""
+    limitations: ClassVar[Mapping[str, Limitation]] = {}
+    """Statements that fail according to its own documentation."""
+    own_statements: ClassVar[Mapping[str, Callable[[], Outcome]]] = {}
+    """Statements measured by functions of its own, for an implementation outside torch."""
 
     @property
     def version(self) -> str:
@@ -135,17 +137,17 @@ class Adapter(ABC):
     def build(
         self, model: Any, base: Base, rho: float = 0.05, *, clip: float | None = None, state: dict | None = None
     ) -> Session:
-        """Put SAM around ``base``; ``state`` is a checkpoint of the plain base optimizer to go on from."""
+        """Build SAM around ``base``; ``state`` is a checkpoint of the plain base optimizer to resume from."""
 
     def plain(self, model: Any, base: Base) -> Session:
-        """Make the base optimizer without SAM, in the same loop."""
+        """Build the base optimizer without SAM, in the same loop."""
         return Session(model, base.make(model.parameters()))
 
-    def cheaper(self, model: Any, base: Base, k: int) -> Cheaper:
-        """Build the implementation's method of fewer passes."""
+    def cheaper(self, model: Any, base: Base, interval: int) -> Cheaper:
+        """Build the implementation's method with fewer passes."""
         raise NotApplicable("has SAM only")
 
 
 def quiet() -> None:
-    """Silence what third parties warn about while they are imported, which is no subject of the table."""
+    """Silence warnings of third parties during their import, which are not a subject of the table."""
     warnings.simplefilter("ignore")

@@ -1,39 +1,29 @@
-"""The classic single-file implementation, from a checkout given by path: its README's loop, its BatchNorm helpers."""
+"""The classic single-file implementation, from a checkout: its README's loop, with its BatchNorm helpers."""
 
-import importlib.util
 import os
-import sys
 from pathlib import Path
 
+import classic_sam
 from conformance.adapters.base import Adapter, Base, Session
 
 README = "https://github.com/davda54/sam#readme"
 CHECKOUT = Path(os.environ["CONFORMANCE_CLASSIC"])
 
 
-def load(path: Path):
-    """Import one file of the checkout."""
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[path.stem] = module  # for pickle
-    spec.loader.exec_module(module)
-    return module
-
-
-SAM = load(CHECKOUT / "sam.py").SAM
-bypass_bn = load(CHECKOUT / "example" / "utility" / "bypass_bn.py")
+SAM = classic_sam.load(CHECKOUT / "sam.py").SAM
+bypass_bn = classic_sam.load(CHECKOUT / "example" / "utility" / "bypass_bn.py")
 
 
 class FirstAndSecond(Session):
-    """``first_step`` and ``second_step`` around the user's own passes; schedules sit on the base."""
+    """``first_step`` and ``second_step`` around the user's own passes; schedulers are attached to the base."""
 
     @property
     def scheduled(self):
-        """The base, as the README says for this loop."""
+        """The base, as in the README."""
         return self.optimizer.base_optimizer
 
     def take(self, losses):
-        """One step."""
+        """Take one step."""
         bypass_bn.enable_running_stats(self.model)
         loss = self.backward(losses)
         self.optimizer.first_step(zero_grad=True)
@@ -47,7 +37,7 @@ class FirstAndSecond(Session):
         return loss
 
     def backward(self, losses):
-        """Forward and backward, over all micro-batches."""
+        """Make forward and backward over all micro-batches; return the loss."""
         total = 0.0
         for loss in losses:
             value = loss() if len(losses) == 1 else loss() / len(losses)
@@ -69,11 +59,11 @@ class Classic(Adapter):
 
     @property
     def version(self):
-        """It has none."""
+        """The file has no version."""
         return "single file"
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
-        """In the class form, the only one."""
+        """Build with the class form, the only one."""
         optimizer = SAM(model.parameters(), base.cls, rho=rho, **base.options)
         if state is not None:
             optimizer.base_optimizer.load_state_dict(state)

@@ -1,4 +1,4 @@
-"""Composer: the ``SAM`` algorithm in its Trainer, the only use that its documentation shows."""
+"""Composer: the ``SAM`` algorithm in its Trainer, the only use in its documentation."""
 
 import logging
 import tempfile
@@ -8,14 +8,14 @@ from typing import ClassVar
 import torch
 
 from conformance.adapters.base import Adapter, Base, Cheaper, Session, quiet
-from conformance.outcome import Limit
+from conformance.outcome import Limitation
 
 quiet()
 try:
     import torchvision  # noqa: F401
 except RuntimeError:
-    # A torchvision that was built for a GPU cannot load its operators beside a CPU torch, and stops for want of these
-    # two. Composer imports it for image transforms, which nothing here uses.
+    # A torchvision that was built for a GPU cannot load its operators with a torch for CPUs, and its import fails
+    # without these two. Composer imports it for image transforms, which no statement uses.
     _operators = torch.library.Library("torchvision", "FRAGMENT")
     for _name in ("nms", "qnms"):
         _operators.define(f"{_name}(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
@@ -26,14 +26,14 @@ from composer.algorithms import SAM, GradientClipping  # noqa: E402
 logging.getLogger("composer").setLevel(logging.ERROR)
 DOCS = "https://docs.mosaicml.com/projects/composer/en/latest/api_reference/generated/composer.algorithms.SAM.html"
 SOURCE = "https://docs.mosaicml.com/projects/composer/en/latest/_modules/composer/algorithms/sam/sam.html"
-RESUME = Limit(
+RESUME = Limitation(
     "its constructor warns that resuming from a checkpoint fails, unless only the weights are loaded", SOURCE
 )
-RHO = Limit("rho must be greater than 0", DOCS)
+RHO = Limitation("rho must be greater than 0", DOCS)
 
 
 class Losses(ComposerModel):
-    """The model, with the statement's own forward; a batch holds the numbers of its micro-batches."""
+    """The model with the statement's own forward; a batch has the indices of its micro-batches."""
 
     def __init__(self, model):
         super().__init__()
@@ -45,12 +45,12 @@ class Losses(ComposerModel):
         return self.losses[int(batch[0][0])]()
 
     def loss(self, outputs, batch):
-        """It has been computed already."""
+        """Return the outputs, which are the loss already."""
         return outputs
 
 
 class TrainerSession(Session):
-    """A Trainer that fits one batch a step, made at the first step, when its checkpoint and schedules are known."""
+    """A Trainer that fits one batch per step, built at the first step, when its checkpoint and schedulers are known."""
 
     def __init__(self, model, base, algorithms):
         super().__init__(model, None, base)
@@ -63,7 +63,7 @@ class TrainerSession(Session):
 
     @property
     def trainer(self):
-        """The Trainer."""
+        """The Trainer, built at the first use."""
         if self._trainer is None:
             numbers = torch.utils.data.TensorDataset(torch.arange(self._parts))
             self._trainer = Trainer(
@@ -85,7 +85,7 @@ class TrainerSession(Session):
 
     @property
     def optimizer(self):
-        """What the Trainer steps."""
+        """The optimizer that the Trainer steps."""
         return self.trainer.state.optimizers[0]
 
     @optimizer.setter
@@ -94,24 +94,24 @@ class TrainerSession(Session):
 
     @property
     def scheduled(self):
-        """The optimizer that the Trainer is given."""
+        """The optimizer that is passed to the Trainer."""
         return self.base
 
     def step(self, *losses):
-        """Fit one batch; the Trainer moves the schedules."""
+        """Fit one batch; the Trainer steps the schedulers."""
         self._parts = len(losses)
         self.wrapped.losses = losses
         self.trainer.fit(duration="1ba")
         return self.trainer.state.total_loss_dict["loss/train/total"]
 
     def save(self):
-        """A checkpoint of the Trainer."""
+        """Save a checkpoint of the Trainer."""
         path = Path(self._folder.name) / "checkpoint.pt"
         self.trainer.save_checkpoint(str(path))
         return path
 
     def load(self, state):
-        """Make the Trainer, which loads it."""
+        """Build the Trainer, which loads the checkpoint."""
         self.checkpoint = str(state)
         assert self.trainer is not None
 
@@ -124,12 +124,12 @@ class Composer(Adapter):
     docs = DOCS
     usage = (
         "`Trainer(algorithms=[SAM(rho)], optimizers=base, schedulers=..., device_train_microbatch_size=1)`, one batch "
-        "a `fit`; checkpoints are the Trainer's; clipping is its `GradientClipping`."
+        "per `fit`; checkpoints are the Trainer's; clipping is its `GradientClipping`."
     )
-    absent: ClassVar = {
+    not_applicable: ClassVar = {
         "C2c": "the Trainer writes and reads its checkpoints itself",
-        "C3": "the Trainer owns the optimizer; it is not copied",
-        "C9a": "the Trainer makes the closure",
+        "C3": "the Trainer owns the optimizer, and it is not copied",
+        "C9a": "the Trainer creates the closure",
         "C16": "the Trainer opens the autocast regions itself, and on a CPU opens none",
         "C17a": "the Trainer's loss scaling needs a GPU",
         "C17b": "the Trainer owns the scaler",
@@ -137,23 +137,23 @@ class Composer(Adapter):
         "C25": "the Trainer cannot run on fake tensors, and has no GPU here",
         "C27": "the Trainer cannot run on fake tensors, and has no GPU here",
     }
-    limits: ClassVar = {"C1a": RESUME, "C1b": RESUME, "C2a": RESUME, "C2b": RESUME, "C10a": RHO, "C10b": RHO}
+    limitations: ClassVar = {"C1a": RESUME, "C1b": RESUME, "C2a": RESUME, "C2b": RESUME, "C10a": RHO, "C10b": RHO}
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
-        """As an algorithm of the Trainer."""
+        """Build SAM as an algorithm of the Trainer."""
         algorithms = [SAM(rho=rho)]
         if clip is not None:
             algorithms.append(GradientClipping(clipping_type="norm", clipping_threshold=clip))
         return TrainerSession(model, base.make(model.parameters(), state), algorithms)
 
     def plain(self, model, base: Base):
-        """The Trainer without SAM."""
+        """Build the Trainer without SAM."""
         return TrainerSession(model, base.make(model.parameters()), [])
 
-    def cheaper(self, model, base: Base, k: int):
-        """SAM at every k-th step."""
-        session = TrainerSession(model, base.make(model.parameters()), [SAM(rho=0.05, interval=k)])
-        return Cheaper(session, f"interval={k}", 1 + 1 / k)
+    def cheaper(self, model, base: Base, interval: int):
+        """Build SAM at every k-th step."""
+        session = TrainerSession(model, base.make(model.parameters()), [SAM(rho=0.05, interval=interval)])
+        return Cheaper(session, f"interval={interval}", 1 + 1 / interval)
 
 
 ADAPTER = Composer()

@@ -1,4 +1,4 @@
-"""optax.contrib.sam in its opaque mode. JAX is functional: the statements that have a meaning are in its own words."""
+"""optax.contrib.sam in its opaque mode. JAX is functional, so the statements that apply have functions of their own."""
 
 import io
 import pickle
@@ -15,7 +15,7 @@ jax.config.update("jax_enable_x64", True)
 
 
 def sam(outer, rho: float = 0.05):
-    """Build SAM as the documentation shows: an adversarial optimizer of normalized gradients."""
+    """Build SAM as in the documentation: an adversarial optimizer of normalized gradients."""
     ascent = optax.chain(optax.contrib.normalize(), optax.sgd(rho))
     return optax.contrib.sam(outer, ascent, sync_period=2, opaque_mode=True)
 
@@ -26,20 +26,20 @@ def guarded(outer):
 
 
 def step(optimizer, loss, params, state):
-    """One documented step."""
+    """Take one step as in the documentation."""
     gradient = jax.grad(lambda p, _: loss(p))
     updates, state = optimizer.update(gradient(params, 0), state, params, grad_fn=gradient)
     return optax.apply_updates(params, updates), state
 
 
 def problem(seed: int):
-    """A smooth loss of a small matrix, one a seed."""
+    """Return a smooth loss of a small matrix, a different one for each seed."""
     x, y = jax.random.normal(jax.random.key(seed), (2, 12, 8), dtype=jnp.float64)
     return lambda w: jnp.mean((jnp.tanh(x @ w) - y) ** 2)
 
 
 def start():
-    """Where its runs begin."""
+    """Return the initial weights."""
     return jax.random.normal(jax.random.key(99), (8, 8), dtype=jnp.float64)
 
 
@@ -50,8 +50,8 @@ def train(optimizer, w, state, first: int, last: int):
     return w, state
 
 
-def the_method() -> Outcome:
-    """C0."""
+def follows_the_paper() -> Outcome:
+    """Measure C0."""
     optimizer = sam(optax.sgd(0.1, momentum=0.9), 0.2)
     w, _ = train(optimizer, start(), optimizer.init(start()), 0, 20)
     v, m = start(), 0.0
@@ -64,7 +64,7 @@ def the_method() -> Outcome:
 
 
 def schedule() -> Outcome:
-    """C1a: the schedule's count is in the state."""
+    """Measure C1a; the schedule's count is in the state."""
     optimizer = sam(optax.sgd(lambda n: 0.1 * 0.5**n))
     w = jnp.ones(2)
     state = optimizer.init(w)
@@ -77,7 +77,7 @@ def schedule() -> Outcome:
 
 
 def resume() -> Outcome:
-    """C2a."""
+    """Measure C2a."""
     worst = 0.0
     for outer in (optax.sgd(0.1, momentum=0.9), optax.adamw(0.01)):
         optimizer = sam(outer)
@@ -90,7 +90,7 @@ def resume() -> Outcome:
 
 
 def restored(dtype) -> Outcome:
-    """C6."""
+    """Measure C6."""
     w = (0.05 * jax.random.normal(jax.random.key(0), (1_000_000,))).astype(dtype)
     c = jax.random.normal(jax.random.key(1), (1_000_000,)).astype(dtype)
     optimizer = sam(optax.sgd(0.0))
@@ -100,7 +100,7 @@ def restored(dtype) -> Outcome:
 
 
 def gradients() -> Outcome:
-    """C8a: the gradient is evaluated twice, and the user has the loss from the first."""
+    """Measure C8a; the gradient is evaluated twice, and the user has the loss of the first evaluation."""
     calls = []
     optimizer = sam(optax.sgd(0.1))
     step(optimizer, lambda p: (calls.append(1), problem(0)(p))[1], start(), optimizer.init(start()))
@@ -108,7 +108,7 @@ def gradients() -> Outcome:
 
 
 def rho_zero() -> Outcome:
-    """C10b, with a dropout mask from a key."""
+    """Measure C10b, with a dropout mask from a key."""
     outer = optax.sgd(0.1, momentum=0.9)
     optimizer, w, v = sam(outer, 0.0), start(), start()
     state, plain = optimizer.init(w), outer.init(v)
@@ -126,16 +126,16 @@ def rho_zero() -> Outcome:
 
 
 def zero_gradient() -> Outcome:
-    """C11a."""
-    there = jnp.array([1.0, 2.0])
+    """Measure C11a."""
+    minimum = jnp.array([1.0, 2.0])
     optimizer = guarded(optax.sgd(0.1))
-    w, _ = step(optimizer, lambda p: 1.0 + jnp.sum((p - there) ** 2), there, optimizer.init(there))
+    w, _ = step(optimizer, lambda p: 1.0 + jnp.sum((p - minimum) ** 2), minimum, optimizer.init(minimum))
     finite = bool(jnp.isfinite(w).all())
     return Outcome(finite, "finite" if finite else "NaN", "finite")
 
 
 def length(gradient) -> float:
-    """Measure the climb."""
+    """Return the length of the perturbation in units of rho."""
     w = jnp.zeros_like(gradient)
     seen = []
     optimizer = sam(optax.sgd(0.0), 0.05)
@@ -150,19 +150,19 @@ def length(gradient) -> float:
 
 
 def half_norm() -> Outcome:
-    """C11c."""
+    """Measure C11c."""
     measured = length(jnp.full(100_000, 300.0, jnp.float16))
     return Outcome(abs(measured - 1) < 0.05, f"{measured:.3g} rho", "1 rho")
 
 
 def large_norm() -> Outcome:
-    """C11d."""
+    """Measure C11d."""
     measured = length(jnp.full(50_000_000, 0.01, jnp.float32))
     return Outcome(abs(measured - 1) < 1e-4, f"{measured:.5f} rho", "1.00000 rho")
 
 
 def not_finite() -> Outcome:
-    """C18."""
+    """Measure C18."""
     lost = 0.0
     for bad in ({1, 2}, {2}):
         w, calls = jnp.array([1.0, 2.0]), []
@@ -181,7 +181,7 @@ def not_finite() -> Outcome:
 
 
 def clipping() -> Outcome:
-    """C20, by the outer optimizer's chain."""
+    """Measure C20, with clipping in the outer optimizer's chain."""
     optimizer = sam(optax.chain(optax.clip_by_global_norm(0.01), optax.sgd(1.0)))
     w, _ = step(optimizer, problem(0), start(), optimizer.init(start()))
     moved = float(jnp.sqrt(jnp.sum((w - start()) ** 2)))
@@ -198,8 +198,8 @@ class Optax(Adapter):
         "`optax.contrib.sam(outer, chain(normalize(), sgd(rho)), opaque_mode=True)` with a `grad_fn`; checkpoints are "
         "its state, pickled; `optax.apply_if_finite` against NaN; clipping in the outer chain."
     )
-    own: ClassVar = {
-        "C0": the_method,
+    own_statements: ClassVar = {
+        "C0": follows_the_paper,
         "C1a": schedule,
         "C2a": resume,
         "C6a": lambda: restored(jnp.float32),
@@ -212,7 +212,7 @@ class Optax(Adapter):
         "C18": not_finite,
         "C20": clipping,
     }
-    absent: ClassVar = {
+    not_applicable: ClassVar = {
         "C1b": "JAX: no param_groups",
         "C2b": "has SAM only",
         "C2c": "JAX: no torch.load",
@@ -220,7 +220,7 @@ class Optax(Adapter):
         "C3": "JAX: states are values",
         "C4a": "JAX: no hooks",
         "C4b": "JAX: a schedule is a function",
-        "C5": "JAX: optimizers are composed, their arguments do not meet",
+        "C5": "JAX: optimizers are composed, and their arguments do not collide",
         "C6c": "JAX: arrays are immutable",
         "C7a": "JAX: weights are never changed in place",
         "C7b": "JAX: every gradient exists",
@@ -233,9 +233,9 @@ class Optax(Adapter):
         "C14a": "JAX: running statistics are the user's own values",
         "C14b": "JAX: running statistics are the user's own values",
         "C14c": "JAX: running statistics are the user's own values",
-        "C14d": "JAX: no layer is switched off",
-        "C15a": "JAX: the user gives both passes their key",
-        "C15b": "JAX: the user gives both passes their key",
+        "C14d": "JAX: no layer is disabled",
+        "C15a": "JAX: the user passes the key of both passes",
+        "C15b": "JAX: the user passes the key of both passes",
         "C16": "JAX: no autocast",
         "C17a": "JAX: no GradScaler",
         "C17b": "JAX: no GradScaler",
@@ -247,7 +247,7 @@ class Optax(Adapter):
     }
 
     def build(self, model, base, rho=0.05, *, clip=None, state=None):
-        """There is no torch model to build around."""
+        """Raise NotApplicable: there is no torch model."""
         raise NotApplicable("JAX")
 
 

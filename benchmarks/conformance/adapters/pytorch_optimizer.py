@@ -1,4 +1,4 @@
-"""pytorch_optimizer: ``closure()`` and then ``step(closure)``, as its docstrings show, with its BatchNorm helpers."""
+"""pytorch_optimizer: ``closure()`` and then ``step(closure)``, as in its docstrings, with its BatchNorm helpers."""
 
 import pytorch_optimizer
 from pytorch_optimizer.optimizer.utils import disable_running_stats, enable_running_stats
@@ -7,10 +7,10 @@ from conformance.adapters.base import Adapter, Base, Cheaper, Session
 
 
 class TwoClosures(Session):
-    """The first backward is the user's, the second pass is the closure's."""
+    """The user makes the first backward, and the closure the second pass."""
 
     def take(self, losses):
-        """One step."""
+        """Take one step."""
         closure = self.closure(losses)
         loss = closure()
         disable_running_stats(self.model)
@@ -26,21 +26,21 @@ class PytorchOptimizer(Adapter):
     distribution = "pytorch_optimizer"
     docs = "https://pytorch-optimizers.readthedocs.io/en/latest/optimizer/"
     usage = (
-        "the class form, `closure()` and then `step(closure)`, as the docstring's example; "
+        "the class form, `closure()` and then `step(closure)`, as in the docstring's example; "
         "`disable_running_stats` and `enable_running_stats` from its utilities around the second pass."
     )
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
-        """In the class form, the only one."""
+        """Build with the class form, the only one."""
         optimizer = pytorch_optimizer.SAM(model.parameters(), base.cls, rho=rho, **base.options)
         if state is not None:
             optimizer.base_optimizer.load_state_dict(state)
         return TwoClosures(model, optimizer, optimizer.base_optimizer, clip=clip)
 
-    def cheaper(self, model, base: Base, k: int):
-        """LookSAM."""
-        optimizer = pytorch_optimizer.LookSAM(model.parameters(), base.cls, rho=0.05, k=k, **base.options)
-        return Cheaper(TwoClosures(model, optimizer, optimizer.base_optimizer), "LookSAM", 1 + 1 / k)
+    def cheaper(self, model, base: Base, interval: int):
+        """Build LookSAM."""
+        optimizer = pytorch_optimizer.LookSAM(model.parameters(), base.cls, rho=0.05, k=interval, **base.options)
+        return Cheaper(TwoClosures(model, optimizer, optimizer.base_optimizer), "LookSAM", 1 + 1 / interval)
 
 
 ADAPTER = PytorchOptimizer()

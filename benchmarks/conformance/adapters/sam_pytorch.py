@@ -1,4 +1,4 @@
-"""sam-pytorch: ``SAM(params, base)`` and ``step(closure)``, as its docstrings say."""
+"""sam-pytorch: ``SAM(params, base)`` and ``step(closure)``, as in its docstrings."""
 
 from typing import ClassVar
 
@@ -10,23 +10,23 @@ DOCS = "https://github.com/tourdeml/sam"
 
 
 class OneClosure(Session):
-    """One closure, called once a pass; the base stays the user's own, to schedule and to save."""
+    """One closure, called once per pass. The base stays the user's own, who schedules and saves it."""
 
     @property
     def scheduled(self):
-        """The base: the wrapper's groups hold the radius only."""
+        """The base, because the wrapper's groups have the radius only."""
         return self.base
 
     def take(self, losses):
-        """One step."""
+        """Take one step."""
         return self.optimizer.step(self.closure(losses))
 
     def save(self):
-        """Both optimizers."""
+        """Save or load both optimizers."""
         return {**super().save(), "base": self.base.state_dict()}
 
     def load(self, state):
-        """Both optimizers."""
+        """Save or load both optimizers."""
         self.base.load_state_dict(state["base"])
         super().load(state)
 
@@ -38,10 +38,10 @@ class SamPytorch(Adapter):
     distribution = "sam-pytorch"
     docs = DOCS
     usage = "`SAM(params, base, rho)` and `step(closure)`; schedules on the base; both optimizers are saved."
-    absent: ClassVar = dict.fromkeys(("C10a", "C10b"), "refuses rho = 0, with a clear error")
+    not_applicable: ClassVar = dict.fromkeys(("C10a", "C10b"), "rejects rho = 0 with a clear error")
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
-        """Around an instance."""
+        """Build around an instance."""
         inner = base.make(model.parameters(), state)
         return OneClosure(model, SAM(model.parameters(), inner, rho=rho), inner, clip=clip)
 

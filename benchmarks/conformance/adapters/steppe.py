@@ -1,14 +1,14 @@
-"""Steppe: ``step(closure)``, and the explicit passes for clipping and loss scaling, as in its README."""
+"""Steppe: ``step(closure)``, and explicit passes for clipping and loss scaling, as in its README."""
 
 import steppe
 from conformance.adapters.base import Adapter, Base, Cheaper, Session
 
 
 class SteppeSession(Session):
-    """``step(closure)``; with clipping, the explicit passes."""
+    """``step(closure)``; with clipping, explicit passes."""
 
     def take(self, losses):
-        """One step."""
+        """Take one step."""
         if self.clip is None:
             return self.optimizer.step(self.closure(losses))
         clip, self.clip = self.clip, None
@@ -27,7 +27,7 @@ class SteppeSession(Session):
         return first
 
     def scaled(self, scaler, loss):
-        """The explicit passes, with the scaler between them and the step."""
+        """Make explicit passes, with the scaler between them and the step."""
         for sam_pass in self.optimizer.passes():
             with sam_pass:
                 scaler.scale(loss()).backward()
@@ -37,7 +37,7 @@ class SteppeSession(Session):
 
 
 class Steppe(Adapter):
-    """The subject of the contract."""
+    """The library of this repository."""
 
     title = "Steppe"
     distribution = "steppe"
@@ -47,15 +47,15 @@ class Steppe(Adapter):
     )
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
-        """Around an instance."""
+        """Build around an instance."""
         inner = base.make(model.parameters(), state)
         return SteppeSession(model, steppe.SAM(inner, rho=rho, model=model), inner, clip=clip)
 
-    def cheaper(self, model, base: Base, k: int):
-        """LookSAM."""
+    def cheaper(self, model, base: Base, interval: int):
+        """Build LookSAM."""
         inner = base.make(model.parameters())
-        session = SteppeSession(model, steppe.variants.looksam(inner, rho=0.05, k=k, model=model), inner)
-        return Cheaper(session, "LookSAM", 1 + 1 / k)
+        session = SteppeSession(model, steppe.variants.looksam(inner, rho=0.05, interval=interval, model=model), inner)
+        return Cheaper(session, "LookSAM", 1 + 1 / interval)
 
 
 ADAPTER = Steppe()

@@ -1,17 +1,17 @@
-"""temperon: ``Temperon(base, total_steps, tail_frac, rho)`` and ``step(closure)``, as its README shows."""
+"""temperon: ``Temperon(base, total_steps, tail_frac, rho)`` and ``step(closure)``, as in its README."""
 
 from typing import ClassVar
 
 from temperon import Temperon
 
 from conformance.adapters.base import Adapter, Base, Cheaper, Session
-from conformance.outcome import Limit
+from conformance.outcome import Limitation
 
 README = "https://github.com/MStamatis/temperon#readme"
 
 
 class TemperonSession(Session):
-    """One closure, called once a pass; its schedules sit on the base."""
+    """One closure, called once per pass; schedulers are attached to the base."""
 
     @property
     def scheduled(self):
@@ -19,12 +19,12 @@ class TemperonSession(Session):
         return self.base
 
     def take(self, losses):
-        """One step."""
+        """Take one step."""
         return self.optimizer.step(self.closure(losses))
 
 
 class TemperonAdapter(Adapter):
-    """SAM in a tail of the run; with ``tail_frac=1`` SAM throughout."""
+    """SAM in a tail of the run; with ``tail_frac=1`` in all of it."""
 
     title = "temperon"
     distribution = "temperon"
@@ -33,18 +33,18 @@ class TemperonAdapter(Adapter):
         "`Temperon(base, total_steps, tail_frac=1.0, rho)` and `step(closure)`; schedules on the base; clipping in the "
         "closure."
     )
-    limits: ClassVar = {"C19": Limit("gradient accumulation is not supported yet", README)}
+    limitations: ClassVar = {"C19": Limitation("gradient accumulation is not supported yet", README)}
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
-        """Around an instance."""
+        """Build around an instance."""
         inner = base.make(model.parameters(), state)
         return TemperonSession(model, Temperon(inner, total_steps=100, tail_frac=1.0, rho=rho), inner, clip=clip)
 
-    def cheaper(self, model, base: Base, k: int):
-        """SAM in the last 1/k of the run."""
+    def cheaper(self, model, base: Base, interval: int):
+        """Build SAM in the last part of the run."""
         inner = base.make(model.parameters())
-        optimizer = Temperon(inner, total_steps=20, tail_frac=1 / k, rho=0.05)
-        return Cheaper(TemperonSession(model, optimizer, inner), f"tail_frac={1 / k:.2g}", 1 + 1 / k)
+        optimizer = Temperon(inner, total_steps=20, tail_frac=1 / interval, rho=0.05)
+        return Cheaper(TemperonSession(model, optimizer, inner), f"tail_frac={1 / interval:.2g}", 1 + 1 / interval)
 
 
 ADAPTER = TemperonAdapter()

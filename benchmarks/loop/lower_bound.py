@@ -1,8 +1,8 @@
-"""The floor of a pass: its operations at the device's measured matrix rate, its bytes at its measured bandwidth.
+"""A lower bound on the time of a pass, from the device's measured rate of matrix products and its memory bandwidth.
 
-Bytes are those of the activations, in bfloat16: each convolution, normalization and linear layer reads its input and
-writes its output going forward, and backward reads the gradient of its output and its input, and writes the gradient of
-its input. ReLUs and sums are taken to be done on the way, and weights, a few percent, are not counted.
+Bytes are those of the activations, in bfloat16. In the forward, each convolution, normalization and linear layer reads
+its input and writes its output; in the backward, it reads its input and the gradient of its output, and writes the
+gradient of its input. ReLUs and sums are assumed to be fused, and weights, a few percent, are not counted.
 """
 
 from typing import Any
@@ -19,7 +19,7 @@ _BYTES = 2
 
 
 def operations(network: nn.Module, images: Tensor) -> int:
-    """Floating-point operations of a forward and a backward of `images`: a multiplication and an addition are two."""
+    """Return the floating-point operations of a forward and a backward; a multiplication and an addition are two."""
     labels = torch.zeros(len(images), dtype=torch.int64, device=images.device)
     with FlopCounterMode(display=False) as counter:
         F.cross_entropy(network(images), labels).backward()
@@ -27,7 +27,7 @@ def operations(network: nn.Module, images: Tensor) -> int:
 
 
 def traffic(network: nn.Module, images: Tensor) -> int:
-    """Bytes of activations that a forward and a backward read and write."""
+    """Return the bytes of activations that a forward and a backward read and write."""
     entries = 0
 
     def count(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
@@ -43,7 +43,7 @@ def traffic(network: nn.Module, images: Tensor) -> int:
 
 
 def rates(device: str, *, tiny: bool) -> tuple[float, float]:
-    """Operations a second of a large bfloat16 matrix product, and bytes a second that a copy reads and writes."""
+    """Return operations per second of a large bfloat16 matrix product, and bytes per second of a copy."""
     n, size = (64, 1 << 16) if tiny else (8192, 1 << 30) if device == "cuda" else (1024, 1 << 27)
     a, b = (torch.randn(n, n, device=device, dtype=torch.bfloat16) for _ in range(2))
     source = torch.zeros(size, dtype=torch.uint8, device=device)
@@ -53,17 +53,17 @@ def rates(device: str, *, tiny: bool) -> tuple[float, float]:
     return 2 * n**3 / product, 2 * size / copy
 
 
-def floor(network: nn.Module, images: Tensor, n: int, device: str, *, tiny: bool) -> dict[str, Any]:
-    """Of a pass of `n` images, by those of a batch."""
-    by_matrices, by_memory = rates(device, tiny=tiny)
-    work = operations(network, images) * n / len(images)
-    moved = traffic(network, images) * n / len(images)
+def lower_bound(network: nn.Module, images: Tensor, n: int, device: str, *, tiny: bool) -> dict[str, Any]:
+    """Return the lower bound for a pass over `n` images, extrapolated from a batch."""
+    operation_rate, byte_rate = rates(device, tiny=tiny)
+    total_operations = operations(network, images) * n / len(images)
+    total_bytes = traffic(network, images) * n / len(images)
     return {
-        "operations": work,
-        "bytes": moved,
-        "operations_per_second": by_matrices,
-        "bytes_per_second": by_memory,
-        "seconds_of_operations": work / by_matrices,
-        "seconds_of_bytes": moved / by_memory,
-        "seconds": max(work / by_matrices, moved / by_memory),
+        "operations": total_operations,
+        "bytes": total_bytes,
+        "operations_per_second": operation_rate,
+        "bytes_per_second": byte_rate,
+        "seconds_of_operations": total_operations / operation_rate,
+        "seconds_of_bytes": total_bytes / byte_rate,
+        "seconds": max(total_operations / operation_rate, total_bytes / byte_rate),
     }

@@ -1,6 +1,5 @@
-"""The article's own style of loop, as such loops are written: a DataLoader, float32, eager, a look at each loss."""
+"""A training loop in the article's style: a DataLoader, float32, eager, and every loss read on the host."""
 
-import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+import classic_sam
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import MEAN, STD, Split
 from steppe.experiments.models.preact_resnet import preact_resnet18
@@ -28,19 +28,19 @@ class Images(Dataset[tuple[Tensor, int]]):
         return (self.images[index].float() / 255 - MEAN) / STD, int(self.labels[index])
 
 
-class TwoSteps:
-    """SAM by a loop over the parameters."""
+class LoopSAM:
+    """SAM with a Python loop over the parameters and the classic API."""
 
     def __init__(self, parameters: Any, base: type[torch.optim.Optimizer], rho: float, **options: Any) -> None:
         self.parameters, self.rho = list(parameters), rho
         self.base = base(self.parameters, **options)
-        self.places: list[Tensor] = []
+        self.backup: list[Tensor] = []
 
     @torch.no_grad()
     def first_step(self, zero_grad: bool = False) -> None:
-        """Climb."""
+        """Perturb the weights."""
         length = torch.stack([p.grad.norm() for p in self.parameters if p.grad is not None]).norm() + 1e-12
-        self.places = [p.clone() for p in self.parameters]
+        self.backup = [p.clone() for p in self.parameters]
         for p in self.parameters:
             if p.grad is not None:
                 p.add_(p.grad * (self.rho / length))
@@ -49,71 +49,71 @@ class TwoSteps:
 
     @torch.no_grad()
     def second_step(self, zero_grad: bool = False) -> None:
-        """Come back, and step."""
-        for p, place in zip(self.parameters, self.places, strict=True):
-            p.copy_(place)
+        """Restore the weights and update them."""
+        for p, value in zip(self.parameters, self.backup, strict=True):
+            p.copy_(value)
         self.base.step()
         if zero_grad:
             self.base.zero_grad()
 
 
-def classic(path: Path | None) -> Callable[..., Any]:
-    """The class SAM of a file, or the one above."""
+def sam_class(path: Path | None) -> Callable[..., Any]:
+    """Return the class SAM of the classic implementation's file, or LoopSAM without one."""
     if path is None:
-        return TwoSteps
-    spec = importlib.util.spec_from_file_location("classic_sam", path)
-    if spec is None or spec.loader is None:
-        raise ValueError(f"{path} is no Python file")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    found: Callable[..., Any] = module.SAM
+        return LoopSAM
+    found: Callable[..., Any] = classic_sam.load(path).SAM
     return found
 
 
-class Article:
-    """Called with a number of steps, it takes them."""
+class ArticleLoop:
+    """Takes as many training steps as it is called with."""
 
     def __init__(self, recipe: Recipe, method: str, split: Split, workers: int, sam: Callable[..., Any]) -> None:
         torch.manual_seed(0)
-        self._device = torch.device(recipe.device)
-        self._model = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride).to(self._device)
-        parameters = self._model.parameters()
-        self._sam: Any = sam(parameters, torch.optim.SGD, rho=recipe.rho, lr=recipe.lr) if method == "sam" else None
-        self._sgd = torch.optim.SGD(self._model.parameters(), lr=recipe.lr)
+        self._device = torch.device(recipe.hardware.device)
+        self.network = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride).to(self._device)
+        parameters = self.network.parameters()
+        self._sam: Any = (
+            sam(parameters, torch.optim.SGD, rho=recipe.training.rho, lr=recipe.training.lr)
+            if method == "sam"
+            else None
+        )
+        self._sgd = torch.optim.SGD(self.network.parameters(), lr=recipe.training.lr)
         loader = DataLoader(
             Images(split),
-            recipe.batch_size,
+            recipe.training.batch_size,
             shuffle=True,
             num_workers=workers,
             persistent_workers=workers > 0,
-            pin_memory=recipe.device == "cuda",
+            pin_memory=recipe.hardware.device == "cuda",
         )
-        self._batches = _for_ever(loader)
+        self._batches = _endless(loader)
 
     def __call__(self, steps: int) -> float:
-        """Take so many steps; return the sum of their losses."""
+        """Take `steps` steps; return the sum of their losses."""
+        take = self._sgd_step if self._sam is None else self._sam_step
         total = 0.0
         for _ in range(steps):
             images, labels = (t.to(self._device) for t in next(self._batches))
-            total += self._climb_and_step(images, labels) if self._sam is not None else self._step(images, labels)
+            total += take(images, labels)
         return total
 
-    def _step(self, images: Tensor, labels: Tensor) -> float:
+    def _sgd_step(self, images: Tensor, labels: Tensor) -> float:
         self._sgd.zero_grad()
-        loss = F.cross_entropy(self._model(images), labels)
+        loss = F.cross_entropy(self.network(images), labels)
         loss.backward()
         self._sgd.step()
         return loss.item()
 
-    def _climb_and_step(self, images: Tensor, labels: Tensor) -> float:
-        loss = F.cross_entropy(self._model(images), labels)
+    def _sam_step(self, images: Tensor, labels: Tensor) -> float:
+        loss = F.cross_entropy(self.network(images), labels)
         loss.backward()
         self._sam.first_step(zero_grad=True)
-        F.cross_entropy(self._model(images), labels).backward()
+        F.cross_entropy(self.network(images), labels).backward()
         self._sam.second_step(zero_grad=True)
         return loss.item()
 
 
-def _for_ever(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
+def _endless(loader: DataLoader[Any]) -> Iterator[list[Tensor]]:
     while True:
         yield from loader

@@ -1,4 +1,4 @@
-"""The parameters of three networks by name and shape, from the numbers of their architectures: no network is built."""
+"""Names and shapes of the parameters of three networks, computed from their architectures without building them."""
 
 from collections.abc import Callable, Mapping
 from math import prod
@@ -9,7 +9,7 @@ Shapes: TypeAlias = dict[str, tuple[int, ...]]
 
 
 def weights(shapes: Shapes) -> int:
-    """How many weights they are.
+    """Return the number of weights.
 
     >>> weights({"weight": (3, 2), "bias": (3,)})
     9
@@ -34,7 +34,7 @@ def resnet18(width: int = 64, classes: int = 1000) -> Shapes:
 
 
 def vit_b16(width: int = 768, layers: int = 12, patch: int = 16, image: int = 224, classes: int = 1000) -> Shapes:
-    """ViT-B/16: a token a patch of 16 x 16 pixels, 12 layers of width 768, a hidden layer four times as wide."""
+    """ViT-B/16: one token per patch of 16 x 16 pixels, 12 layers of width 768, hidden layers four times as wide."""
     shapes: Shapes = {
         "class_token": (1, 1, width),
         "position": (1, (image // patch) ** 2 + 1, width),
@@ -63,12 +63,12 @@ TITLES: Mapping[str, str] = MappingProxyType(
 
 
 def toy(case: str) -> Shapes:
-    """As many tensors as the case has, hardly any weights: the host's share of the work."""
+    """Return as many tensors as the case has, with hardly any weights, to time the host."""
     return {name: tuple(min(size, 2) for size in shape) for name, shape in CASES[case]().items()}
 
 
 def _layer(name: str, width: int) -> Shapes:
-    """A layer of a transformer: attention with its three projections in one, and a multi-layer perceptron."""
+    """Return a transformer layer: attention with one matrix for its three projections, and a multi-layer perceptron."""
     return (
         _norm(f"{name}.norm1", width)
         | _linear(f"{name}.attention.in", width, 3 * width)

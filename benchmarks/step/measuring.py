@@ -1,0 +1,195 @@
+"""Time and count the steps of implementations with the tensors of one network."""
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+
+from step.counting import Counted, kernels
+from step.implementations import AssignGradients, Builder, LowerBound, Step, tensors
+from step.parameter_shapes import CASES, TITLES, Shapes, toy, weights
+from timing import rotated, spread
+
+_MAX_ENTRIES = 1 << 28  # of the lower bound's buffer; beyond, its time is extrapolated
+
+Clock = Callable[[], float]
+
+
+@dataclass(frozen=True)
+class Setup:
+    """How the steps are timed."""
+
+    device: str
+    dtype: str = "float32"
+    threads: int = 1
+    rounds: int = 7
+    repeat: int | None = None
+    """Steps per timing; None chooses it by the number of weights."""
+    tiny: bool = False
+
+    @property
+    def clock(self) -> Clock:
+        """Processor time on one thread, wall time otherwise; a GPU is synchronized before every reading."""
+        if self.device == "cuda":
+            return _synchronized_time
+        return time.process_time if self.threads == 1 else time.perf_counter
+
+
+def measure_case(name: str, builders: Mapping[str, Builder], setup: Setup) -> dict[str, Any]:
+    """Return times and counts of all implementations with one network's tensors."""
+    shapes = toy(name) if setup.tiny else CASES[name]()
+    size, dtype = weights(shapes), getattr(torch, setup.dtype)
+    parameters, assign = _parameters(shapes, setup.device, dtype)
+    entries = min(size, _MAX_ENTRIES)
+
+    def lower_bound(_: object) -> Step:
+        return LowerBound(entries, setup.device, dtype).step
+
+    def copy(_: object) -> Step:
+        return LowerBound(entries, setup.device, dtype).copy
+
+    timed = {**builders, "lower_bound": lower_bound, "copy": copy}
+    rounds = 2 if setup.tiny else setup.rounds
+    repeat = setup.repeat or (1 if setup.tiny else max(3, min(20, 100_000_000 // size)))
+    times: dict[str, list[float]] = {key: [] for key in timed}
+    for turn in range(rounds):
+        for key in rotated(list(timed), turn):
+            step = timed[key](parameters)
+            times[key].append(_seconds(step, assign, repeat, setup.clock))
+            del step
+            _free(parameters)
+    own_times = _minus_base(times)
+    own_times["lower_bound"] = [t * size / entries for t in times["lower_bound"]]
+    base = _counts(builders["base"], parameters, assign, setup.device)
+    rows = []
+    for key, own in own_times.items():
+        counts = _counts(timed[key], parameters, assign, setup.device)
+        if key == "lower_bound":
+            counts = {k: v if k in ("operations", "kernels") else v * size / entries for k, v in counts.items()}
+        else:
+            counts = {k: v - base[k] for k, v in counts.items()}
+        rows.append(
+            {
+                "implementation": key,
+                "time": spread(own, own_times["steppe"]),
+                **_in_units_of_weights(counts, size, dtype.itemsize),
+                **({"memory": 1.0} if key == "lower_bound" else {}),
+            }
+        )
+    return {
+        "case": name,
+        "title": TITLES[name],
+        "tensors": len(shapes),
+        "weights": size,
+        "dtype": setup.dtype,
+        "threads": setup.threads,
+        "repeat": repeat,
+        "rounds": rounds,
+        "copy_gb_s": 2 * entries * dtype.itemsize / statistics.median(times["copy"]) / 1e9,
+        "rows": rows,
+    }
+
+
+def measure_host(name: str, builders: Mapping[str, Builder], setup: Setup) -> list[dict[str, Any]]:
+    """Return the host's times, with as many tensors as a network has and hardly a weight in them."""
+    parameters, assign = _parameters(toy(name), setup.device, torch.float32)
+    steps = {key: build(parameters) for key, build in builders.items()}
+    repeat, rounds = (1, 2) if setup.tiny else (50, max(setup.rounds, 7))
+    clock = time.process_time if setup.device == "cpu" else None
+    times: dict[str, list[float]] = {key: [] for key in steps}
+    for _ in range(rounds):
+        for key, step in steps.items():
+            times[key].append(_seconds(step, assign, repeat, clock))
+    own_times = _minus_base(times)
+    return [
+        {"implementation": key, "tensors": len(parameters), "time": spread(values, own_times["steppe"])}
+        for key, values in own_times.items()
+    ]
+
+
+def _parameters(shapes: Shapes, device: str, dtype: torch.dtype) -> tuple[list[torch.nn.Parameter], AssignGradients]:
+    """Return weights, and a function that assigns their gradients in place of a backward."""
+    parameters, gradients = tensors(shapes, device, dtype)
+
+    def assign() -> None:
+        for p, g in zip(parameters, gradients, strict=True):
+            p.grad = g
+
+    return parameters, assign
+
+
+def _free(parameters: list[torch.nn.Parameter]) -> None:
+    """Free everything but the weights."""
+    for p in parameters:
+        p.grad = None
+    gc.collect()
+
+
+def _synchronized_time() -> float:
+    torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+def _seconds(step: Step, assign: AssignGradients, repeat: int, clock: Clock | None) -> float:
+    """Return the seconds of a step. Without a clock, time the host only, however long the device takes."""
+    step(assign)
+    step(assign)
+    if clock is None:
+        _synchronized_time()
+        clock = time.perf_counter
+    begin = clock()
+    for _ in range(repeat):
+        step(assign)
+    return (clock() - begin) / repeat
+
+
+def _minus_base(times: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Return the times of the implementations without those of the base, round by round."""
+    others = [key for key in times if key not in ("base", "lower_bound", "copy")]
+    return {key: [t - b for t, b in zip(times[key], times["base"], strict=True)] for key in others}
+
+
+def _counts(
+    build: Builder, parameters: list[torch.nn.Parameter], assign: AssignGradients, device: str
+) -> dict[str, float]:
+    """Return operations, bytes moved and peak memory of a step after the first; on a GPU also its kernels."""
+    assign()
+    known = [*parameters, *(p.grad for p in parameters if p.grad is not None)]
+    before = torch.cuda.memory_allocated() if device == "cuda" else 0
+    step = build(parameters)
+    with Counted(known) as counted:
+        step(assign)
+        counted.operations = counted.read = counted.written = 0
+        step(assign)
+    found: dict[str, float] = {
+        "operations": counted.operations,
+        "moved": counted.read + counted.written,
+        "peak": counted.peak,
+    }
+    if device == "cuda":
+        _synchronized_time()
+        torch.cuda.reset_peak_memory_stats()
+        step(assign)
+        _synchronized_time()
+        found["allocator"] = torch.cuda.max_memory_allocated() - before
+        found["kernels"], found["kernel_seconds"] = kernels(partial(step, assign))
+    del step
+    _free(parameters)
+    return found
+
+
+def _in_units_of_weights(counts: Mapping[str, float], size: int, itemsize: int) -> dict[str, float]:
+    """Return the counts with bytes per weight, and with traffic and memory in units of the weights' size."""
+    bytes_per_weight = counts["moved"] / size
+    found = {
+        "bytes": bytes_per_weight,
+        "traffic": bytes_per_weight / itemsize,
+        "memory": counts["peak"] / size / itemsize,
+    }
+    found |= {k: v for k, v in counts.items() if k not in ("moved", "peak", "allocator")}
+    return found | ({"allocator": counts["allocator"] / size / itemsize} if "allocator" in counts else {})

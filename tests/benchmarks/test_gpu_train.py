@@ -1,0 +1,172 @@
+"""benchmarks/gpu/train.py: a training is interrupted anywhere and resumed to the same bits."""
+
+import json
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+from gpu_support import arguments, write_result
+
+from gpu import measurements, rehearsal, train
+from gpu.device_results import DeviceResults
+from gpu.measurements import WITHOUT_GRAPHS, Training
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.training.stopping import Stopped
+
+NOT_INSTALLED = ("tyro", "plotly", "ray", "optuna", "expecttest", "selenium", "tensorboard", "lightning")
+"""Packages that a machine with a GPU does not need."""
+
+
+@pytest.fixture
+def hidden_packages(tmp_path, monkeypatch):
+    """Child processes that cannot import NOT_INSTALLED."""
+    folder = tmp_path / "hidden"
+    folder.mkdir()
+    (folder / "sitecustomize.py").write_text(
+        "import sys\n"
+        "class Hidden:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        f"        if name.partition('.')[0] in {NOT_INSTALLED}:\n"
+        "            raise ImportError(f'{name} is hidden')\n"
+        "sys.meta_path.insert(0, Hidden())\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(folder))
+    done = subprocess.run([sys.executable, "-c", "import tyro"], capture_output=True, text=True, check=False)
+    assert "tyro is hidden" in done.stderr
+
+
+def without_times(runs):
+    """Remove from runs what differs between any two of them."""
+    for run in runs:
+        for record in run["records"]:
+            del record["seconds"], record["images_per_second"]
+        for measured in run.get("flatness", {}).values():
+            del measured["seconds"]
+    return runs
+
+
+def planned(name: str) -> Training:
+    (training,) = [each.training for each in measurements.measurements() if each.name == name]
+    return training
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("hidden_packages")
+def test_interrupted_rehearsal_has_the_bits_of_an_uninterrupted_training(tmp_path, capsys):
+    assert rehearsal.rehearse(["article-0"], keep=tmp_path / "kept") == 0
+    output = capsys.readouterr().out
+    assert "article-0: not finished" in output
+    assert "| SAM | 3 | 2.00 |" in output, "the table is rendered"
+    assert "1 of 1 measurements, 2 figures" in output
+    found = json.loads((tmp_path / "kept" / "a-rehearsal" / "article-0.json").read_text())
+    assert found["command"] == "python benchmarks/gpu/run.py --only article-0"
+    assert found["data"]["calls"] == 2, "it was stopped once"
+    straight = train.TrainingRuns("article-0", train.tiny(planned("article-0")), DeviceResults(arguments(tmp_path)))
+    straight.train()
+    expected = straight.result()
+    assert without_times(found["data"]["runs"]) == without_times(expected["runs"])
+    assert found["data"]["recipes"] == expected["recipes"]
+    sgd, sam = expected["runs"]
+    assert (list(sgd["flatness"]), list(sam["flatness"])) == (["2"], ["2", "3"]), "at equal compute and at the end"
+    assert sam["flatness"]["2"]["measures"]["lambda_max"] != sam["flatness"]["3"]["measures"]["lambda_max"]
+    assert not list(straight.folder.rglob("checkpoint.pt")), "weights are deleted when everything is measured"
+
+
+def test_flatness_at_equal_compute_is_that_of_a_run_that_ends_there(tmp_path):
+    longer = train.tiny(replace(planned("article-0"), methods=("sam",)))
+    found = []
+    for name, training in (("longer", longer), ("shorter", replace(longer, extra_epochs=0))):
+        runs = train.TrainingRuns(name, training, DeviceResults(arguments(tmp_path)))
+        runs.train()
+        found.append(runs.result()["runs"][0]["flatness"]["2"]["measures"])
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("checkpoint_lost", [False, True])
+def test_interruption_during_flatness_loses_nothing(tmp_path, monkeypatch, checkpoint_lost):
+    def interrupted(*args, **kwargs):
+        raise Stopped(signal.SIGTERM)
+
+    training = train.tiny(replace(planned("article-0"), methods=("sam",)))
+    device = DeviceResults(arguments(tmp_path))
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "flatness", interrupted)
+        with pytest.raises(Stopped):
+            train.TrainingRuns("interrupted", training, device).train()
+    (checkpoint,) = device.run_folder("interrupted").rglob("checkpoint.pt")
+    if checkpoint_lost:
+        checkpoint.unlink()
+    found = []
+    for name in ("interrupted", "straight"):
+        runs = train.TrainingRuns(name, training, device)
+        runs.train()
+        found.append(without_times(runs.result()["runs"]))
+    assert found[0] == found[1]
+    assert "failed" not in str(found[0])
+
+
+def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
+    device = DeviceResults(arguments(tmp_path))
+    runs = train.TrainingRuns("two", train.tiny(Training(("sgd", "sam"))), device)
+    real = train.train
+
+    def fail_for_sgd(run, *args):
+        if str(run.method) == "sgd":
+            raise ExperimentError("it diverged")
+        return real(run, *args)
+
+    monkeypatch.setattr(train, "train", fail_for_sgd)
+    runs.train()
+    sgd, sam = runs.result()["runs"]
+    assert sgd["failed"] == "it diverged"
+    assert [record["standardized_epoch"] for record in sam["records"]] == [1, 2]
+
+
+def test_fastest_working_loop_is_used_and_kept(tmp_path):
+    device = DeviceResults(arguments(tmp_path, tiny=False))
+
+    def configuration(name: str) -> dict:
+        return train.TrainingRuns(name, Training(), device).plan["configuration"]
+
+    assert configuration("nothing measured") == {"channels_last": True}
+    fastest = {"amp": True, "channels_last": False, "compile": False, "cuda_graphs": True, "fused": True}
+    write_result(device, "loop", {"fastest": fastest})
+    first = configuration("article-0")
+    assert first == {"amp": True, "channels_last": False, "cuda_graphs": True}
+    write_result(device, "loop", {"fastest": {**fastest, "amp": False, "compile": True, "cuda_graphs": False}})
+    assert configuration("article-0") == first, "another configuration would lose the checkpoint"
+    assert configuration("article-1") == {"amp": False, "channels_last": False}, "no graphs without the compiler"
+    (device.run_folder("article-0") / WITHOUT_GRAPHS).touch()
+    plain = configuration("article-0")
+    assert plain == {"amp": False, "channels_last": False, "cuda_graphs": False}
+    write_result(device, "loop", {"fastest": None})
+    assert configuration("article-0") == plain
+
+
+def test_number_of_epochs_fits_the_time(tmp_path):
+    device = DeviceResults(arguments(tmp_path, tiny=False))
+    ends = [
+        {"records": [{"seconds": 75.0, "standardized_epoch": 150}]},
+        {"records": [{"seconds": 625.0, "standardized_epoch": 200}]},
+    ]
+    training = Training(("sgd", "sam"), minutes=10, eval_every=10)  # two seconds per pass: 300 passes, 150 each
+    write_result(device, "article-0", {"runs": ends})
+    assert train.TrainingRuns("enough", training, device).plan["epochs"] == 150
+    fewer = train.TrainingRuns("fewer", replace(training, methods=("sgd", "sam", "asam")), device).plan
+    assert fewer["epochs"] == 100
+    assert "100 of 150 standardized epochs, for 10 minutes at 2 s per pass" in fewer["fewer_epochs"]
+    write_result(device, "fewer", fewer)
+    assert train.TrainingRuns("same", replace(training, same_epochs_as="fewer"), device).plan["epochs"] == 100
+
+
+def test_presets_are_trained_with_their_specs(monkeypatch):
+    assert measurements.measurements()[-1].training.methods[:2] == ("sgd", "sam")
+    assert measurements.measurements()[-1].training.methods[2:] == measurements.PRESETS
+    monkeypatch.setattr(measurements, "PRESETS", ("preset:rho=0.1,interval=5",))
+    (presets,) = [each for each in measurements.measurements() if each.name == "presets"]
+    train.register()
+    passes = [MethodSpec.parse(method).passes for method in presets.training.methods]
+    assert passes == [1, 2, pytest.approx(1.2)]
