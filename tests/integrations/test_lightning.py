@@ -250,6 +250,33 @@ def test_ready_made_sam_is_not_wrapped_again():
         fit(MakesSam(), SAMCallback(rho=0.1))
 
 
+def test_ready_made_sam_without_model_gets_the_module():
+    class MakesSam(Classifier):
+        def configure_optimizers(self):
+            return steppe.SAM(super().configure_optimizers(), rho=0.5)
+
+    module, twin = MakesSam(), net()
+    trainer = fit(module, SAMCallback(), accumulate_grad_batches=2)
+    by_hand(twin, steppe.SAM(BASES["momentum"](twin.parameters()), rho=0.5, model=twin), k=2)
+    assert trainer.optimizers[0].model is module
+    assert model_bits(module.model) == model_bits(twin)
+
+
+def test_current_pass_of_the_callback_is_that_of_the_optimizer():
+    perturbed = []
+
+    class RecordsPasses(Classifier):
+        def training_step(self, batch, batch_idx):
+            assert callback.current_pass is self.optimizers().current_pass
+            perturbed.append(callback.current_pass.is_perturbed)
+            return super().training_step(batch, batch_idx)
+
+    callback = SAMCallback(rho=0.5)
+    fit(RecordsPasses(), callback, max_epochs=1)
+    assert perturbed == [False, True] * BATCHES
+    assert callback.current_pass is None
+
+
 def test_second_fit_evaluation_and_fast_dev_run_work_as_in_plain_lightning():
     module, twin = Classifier(), net()
     module.validation_step = module.test_step = module.predict_step = module.training_step

@@ -45,9 +45,9 @@ class SharpnessAware:
 
     Attributes:
         method: called as ``method(base, model=model, rho=rho)``: :class:`steppe.SAM`, one of :mod:`steppe.variants`, or
-            a function of your own. Give it further options with ``functools.partial(steppe.variants.looksam, interval=2)``.
-            ``base`` is the Keras optimizer as a PyTorch one, and ``model`` a module whose buffers are all that a pass
-            changes in this model.
+            a function of your own. Give it further options with ``functools.partial(steppe.variants.looksam,
+            interval=2)``. ``base`` is the Keras optimizer as a PyTorch one, and ``model`` a module whose buffers are
+            all that a pass changes in this model.
         rho: the neighborhood radius; by default the method's own, 0.05 for SAM.
         log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to ``loss``: their
             means over the perturbed steps of an epoch that had a pass at w.
