@@ -1,1 +1,1 @@
-"""Time and memory of the largest eigenvalue and of the spectral density, beside other packages: see run.py."""
+"""Time and memory of the largest eigenvalue and of the spectral density, compared with other packages: see run.py."""

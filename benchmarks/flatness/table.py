@@ -1,4 +1,4 @@
-"""The results as Markdown."""
+"""Render the results as Markdown."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ _HEADS = {
 
 
 def render(results: dict[str, Any]) -> str:
-    """Return a section a case."""
+    """Return one section per case."""
     versions = ", ".join(f"{name} {version}" for name, version in results["versions"].items() if version)
     lines = [
-        "Made by `python benchmarks/flatness/run.py`, which says what is measured.",
+        "Made by `python benchmarks/flatness/run.py`, which describes the measurement.",
         f"Measured on {results['machine']}, torch {results['torch']}, {results['date']}, in one thread; {versions}.",
     ]
     for case in results["cases"].values():
@@ -23,11 +23,11 @@ def render(results: dict[str, Any]) -> str:
 
 def _title(case: dict[str, Any]) -> str:
     if case["kind"] == "memory":
-        return "**Memory** beyond a training step's, MiB, as the data grow (width 8, batches of 128 images)"
+        return "**Memory** beyond a training step's, MiB, by number of batches (width 8, batches of 128 images)"
     batches = "one batch" if case["batches"] == 1 else f"{case['batches']} batches"
     what = f"width {case['width']}, {case['n']:,} weights, {batches} of 128 images"
     if case["kind"] == "density":
-        return f"**Density**, {case['probes']} probes of {case['steps']} steps: {what}"
+        return f"**Density**, {case['probes']} probes of {case['num_iterations']} iterations: {what}"
     return f"**lambda_max** = {case['exact']:.4f}: {what}"
 
 
@@ -41,6 +41,6 @@ def _line(kind: str, row: dict[str, Any]) -> str:
     ratio = f"{row['ratio']:.2f} ({row['ratio_least']:.2f} to {row['ratio_most']:.2f})"
     cells = [row["tool"], time, ratio]
     if kind == "lambda_max":
-        told = row["settings"] + (" (tuned)" if row["tuned"] else "")
-        cells[1:1] = [told, f"{row['error']:.0e}" + ", above 1e-3" * (row["error"] > 1e-3), f"{row['products']:g}"]
+        settings = row["settings"] + (" (tuned)" if row["tuned"] else "")
+        cells[1:1] = [settings, f"{row['error']:.0e}" + ", above 1e-3" * (row["error"] > 1e-3), f"{row['products']:g}"]
     return "| " + " | ".join(cells) + " |"

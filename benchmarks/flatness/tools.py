@@ -1,4 +1,4 @@
-"""One way to ask each tool for the same thing. They are installed, or their folders are given; none is copied."""
+"""One interface to all compared tools. They are installed, or imported from folders passed with --peers."""
 
 import importlib
 import importlib.metadata
@@ -17,36 +17,36 @@ from flatness.problem import Problem
 
 
 @dataclass
-class Counted:
-    """Calls of a method, counted."""
+class Counter:
+    """A counter of products with the Hessian."""
 
     products: int = 0
 
 
 class Tool(Protocol):
-    """How a tool is used; what it can be told is passed on as it is."""
+    """The interface to a tool; ``options`` are its own arguments."""
 
     title: str
     package: str
     module: str
 
-    def lambda_max(self, at: Problem, seed: int, **options: Any) -> tuple[float, int]:
-        """The largest eigenvalue, and how many products it took."""
+    def lambda_max(self, problem: Problem, seed: int, **options: Any) -> tuple[float, int]:
+        """Return the largest eigenvalue and the number of products."""
         ...
 
-    def density(self, at: Problem, seed: int, probes: int, steps: int) -> Any:
-        """Nodes and weights, or what the tool gives in their place."""
+    def density(self, problem: Problem, seed: int, probes: int, num_iterations: int) -> Any:
+        """Return the spectral density in the form of the tool."""
         ...
 
-    def products(self, at: Problem, number: int) -> None:
-        """Multiply that many vectors, one after the other."""
+    def products(self, problem: Problem, number: int) -> None:
+        """Multiply this number of vectors, one after the other."""
         ...
 
 
 @contextmanager
 def counting(owner: Any, name: str):
-    """Count the calls of a function of a module, a class or an object."""
-    counted, real = Counted(), getattr(owner, name)
+    """Count the calls of a function of a module, a class or an object, which is replaced meanwhile."""
+    counted, real = Counter(), getattr(owner, name)
 
     def call(*args: Any, **options: Any) -> Any:
         counted.products += 1
@@ -60,74 +60,74 @@ def counting(owner: Any, name: str):
 
 
 class Steppe:
-    """This package."""
+    """Steppe: thick-restart Lanczos, and stochastic Lanczos quadrature."""
 
     title, package, module = "Steppe", "steppe", "steppe"
 
-    def operator(self, at: Problem) -> Any:
-        """The Hessian."""
+    def operator(self, problem: Problem) -> Any:
+        """Return the Hessian."""
         from steppe.flatness import Hessian, Objective
 
-        return Hessian(Objective(at.model, at.batches, loss=F.cross_entropy))
+        return Hessian(Objective(problem.model, problem.batches, loss=F.cross_entropy))
 
-    def lambda_max(self, at: Problem, seed: int, **options: Any) -> tuple[float, int]:
-        """Lanczos' method, restarted when the basis is full, until the residual is small."""
+    def lambda_max(self, problem: Problem, seed: int, **options: Any) -> tuple[float, int]:
+        """Return the largest eigenvalue at the tolerance of the residual."""
         from steppe.flatness import eigenvalues
 
-        found = eigenvalues(self.operator(at), seed=seed, **options)
-        return float(found.values[0]), found.products
+        found = eigenvalues(self.operator(problem), seed=seed, **options)
+        return float(found.values[0]), found.num_matvecs
 
-    def density(self, at: Problem, seed: int, probes: int, steps: int) -> Any:
-        """Stochastic Lanczos quadrature, all probes in one pass."""
+    def density(self, problem: Problem, seed: int, probes: int, num_iterations: int) -> Any:
+        """Return the density; all probes are multiplied in the same pass."""
         from steppe.flatness import density
 
-        return density(self.operator(at), seed=seed, probes=probes, steps=steps)
+        return density(self.operator(problem), seed=seed, probes=probes, num_iterations=num_iterations)
 
-    def products(self, at: Problem, number: int) -> None:
-        """One pass a vector."""
-        hessian = self.operator(at)
+    def products(self, problem: Problem, number: int) -> None:
+        """Multiply the vectors, one pass each."""
+        hessian = self.operator(problem)
         for i in range(number):
-            hessian(at.vector(i)[None])
+            hessian(problem.vector(i)[None])
 
 
 class PyHessian:
-    """Power iteration; Lanczos quadrature a probe."""
+    """PyHessian: power iteration, and Lanczos quadrature probe by probe."""
 
     title, package, module = "PyHessian", "pyhessian", "pyhessian"
 
-    def operator(self, at: Problem) -> Any:
-        """One batch: its graph is kept. Several: made again for each product."""
+    def operator(self, problem: Problem) -> Any:
+        """Return the Hessian. The graph of a single batch is kept; those of several are rebuilt for each product."""
         from pyhessian import hessian
 
-        only = {"data": at.batches[0]} if len(at.batches) == 1 else {"dataloader": at.batches}
-        return hessian(at.model, nn.CrossEntropyLoss(), cuda=False, **only)
+        data = {"data": problem.batches[0]} if len(problem.batches) == 1 else {"dataloader": problem.batches}
+        return hessian(problem.model, nn.CrossEntropyLoss(), cuda=False, **data)
 
-    def lambda_max(self, at: Problem, seed: int, **options: Any) -> tuple[float, int]:
-        """Largest by absolute value, which here is the same."""
+    def lambda_max(self, problem: Problem, seed: int, **options: Any) -> tuple[float, int]:
+        """Return the largest eigenvalue by absolute value, which is the same here."""
         torch.manual_seed(seed)
         module = importlib.import_module("pyhessian.hessian")
-        at.model.zero_grad()  # it adds its graphs to what it finds in .grad
-        operator = self.operator(at)
-        one = len(at.batches) == 1
+        problem.model.zero_grad()  # PyHessian accumulates gradients with graphs in .grad
+        operator = self.operator(problem)
+        one = len(problem.batches) == 1
         with counting(*((module, "hessian_vector_product") if one else (operator, "dataloader_hv_product"))) as counted:
             values, _ = operator.eigenvalues(**options)
-        at.model.zero_grad()
+        problem.model.zero_grad()
         return float(values[0]), counted.products
 
-    def density(self, at: Problem, seed: int, probes: int, steps: int) -> Any:
-        """A probe after the other."""
+    def density(self, problem: Problem, seed: int, probes: int, num_iterations: int) -> Any:
+        """Return the density, probe by probe."""
         torch.manual_seed(seed)
-        at.model.zero_grad()
-        found = self.operator(at).density(iter=steps, n_v=probes)
-        at.model.zero_grad()
+        problem.model.zero_grad()
+        found = self.operator(problem).density(iter=num_iterations, n_v=probes)
+        problem.model.zero_grad()
         return found
 
-    def products(self, at: Problem, number: int) -> None:
-        """One pass a vector."""
-        operator = self.operator(at)
+    def products(self, problem: Problem, number: int) -> None:
+        """Multiply the vectors, one pass each."""
+        operator = self.operator(problem)
         for i in range(number):
-            v = [part.view_as(p) for part, p in zip(_cut(at, i), at.parameters, strict=True)]
-            if len(at.batches) == 1:
+            v = [part.view_as(p) for part, p in zip(_random_parts(problem, i), problem.parameters, strict=True)]
+            if len(problem.batches) == 1:
                 utils = importlib.import_module("pyhessian.utils")
                 utils.hessian_vector_product(operator.gradsH, operator.params, v)
             else:
@@ -135,90 +135,94 @@ class PyHessian:
 
 
 class Eigenthings:
-    """Lanczos' method with a number of steps that is given, orthogonalised once."""
+    """hessian-eigenthings: Lanczos' method with a fixed number of iterations, orthogonalized once."""
 
     title, package, module = "hessian-eigenthings", "hessian-eigenthings", "hessian_eigenthings"
 
-    def operator(self, at: Problem) -> Any:
-        """The Hessian."""
+    def operator(self, problem: Problem) -> Any:
+        """Return the Hessian."""
         from hessian_eigenthings import HessianOperator, supervised_loss
 
-        return HessianOperator(at.model, at.batches, supervised_loss(F.cross_entropy))
+        return HessianOperator(problem.model, problem.batches, supervised_loss(F.cross_entropy))
 
-    def lambda_max(self, at: Problem, seed: int, **options: Any) -> tuple[float, int]:
-        """The largest by value."""
+    def lambda_max(self, problem: Problem, seed: int, **options: Any) -> tuple[float, int]:
+        """Return the largest eigenvalue by value."""
         from hessian_eigenthings import lanczos
 
-        found = lanczos(self.operator(at), k=1, which="LA", seed=seed, **options)
+        found = lanczos(self.operator(problem), k=1, which="LA", seed=seed, **options)
         return float(found.eigenvalues[0]), found.iterations
 
-    def density(self, at: Problem, seed: int, probes: int, steps: int) -> Any:
-        """A probe after the other."""
+    def density(self, problem: Problem, seed: int, probes: int, num_iterations: int) -> Any:
+        """Return the density, probe by probe."""
         from hessian_eigenthings import spectral_density
 
-        return spectral_density(self.operator(at), num_runs=probes, lanczos_steps=steps, seed=seed)
+        return spectral_density(self.operator(problem), num_runs=probes, lanczos_steps=num_iterations, seed=seed)
 
-    def products(self, at: Problem, number: int) -> None:
-        """One pass a vector."""
-        operator = self.operator(at)
+    def products(self, problem: Problem, number: int) -> None:
+        """Multiply the vectors, one pass each."""
+        operator = self.operator(problem)
         for i in range(number):
-            operator.matvec(at.vector(i))
+            operator.matvec(problem.vector(i))
 
 
 class Curvlinops:
-    """An operator for scipy's ARPACK; its own Lanczos quadrature, without orthogonalisation."""
+    """curvlinops: scipy's ARPACK, and its own Lanczos quadrature without orthogonalization."""
 
     title, package, module = "curvlinops + scipy", "curvlinops-for-pytorch", "curvlinops"
 
-    def operator(self, at: Problem) -> Any:
-        """The Hessian, without the check that asks for two more passes."""
+    def operator(self, problem: Problem) -> Any:
+        """Return the Hessian, without the check for determinism, which costs two passes."""
         from curvlinops import HessianLinearOperator
 
         loss = nn.CrossEntropyLoss()
-        return HessianLinearOperator(at.model, loss, at.parameters, at.batches, check_deterministic=False)
+        return HessianLinearOperator(
+            problem.model, loss, problem.parameters, problem.batches, check_deterministic=False
+        )
 
-    def lambda_max(self, at: Problem, seed: int, **options: Any) -> tuple[float, int]:
-        """ARPACK, in float32 as the rest."""
+    def lambda_max(self, problem: Problem, seed: int, **options: Any) -> tuple[float, int]:
+        """Return the largest eigenvalue by ARPACK, in float32 as the other tools."""
         import numpy as np
         from scipy.sparse.linalg import LinearOperator, eigsh
 
-        operator, counted = self.operator(at).to_scipy(dtype=np.float32), Counted()
+        operator, counted = self.operator(problem).to_scipy(dtype=np.float32), Counter()
 
         def product(v: Any) -> Any:
             counted.products += 1
             return operator.matvec(v)
 
-        watched = LinearOperator(operator.shape, matvec=product, dtype=np.float32)
-        start = at.vector(seed).numpy()
-        values = eigsh(watched, k=1, which="LA", v0=start, return_eigenvectors=False, **options)
+        linear_operator = LinearOperator(operator.shape, matvec=product, dtype=np.float32)
+        start = problem.vector(seed).numpy()
+        values = eigsh(linear_operator, k=1, which="LA", v0=start, return_eigenvectors=False, **options)
         return float(values[0]), counted.products
 
-    def density(self, at: Problem, seed: int, probes: int, steps: int) -> Any:
-        """With the ends of the spectrum given, which it would else ask ARPACK for."""
+    def density(self, problem: Problem, seed: int, probes: int, num_iterations: int) -> Any:
+        """Return the density. The ends of the spectrum are passed, because ARPACK would compute them otherwise."""
         from curvlinops.papyan2020traces.spectrum import lanczos_approximate_spectrum
 
         torch.manual_seed(seed)
-        return lanczos_approximate_spectrum(self.operator(at), steps, num_repeats=probes, boundaries=(-10.0, 200.0))
+        return lanczos_approximate_spectrum(
+            self.operator(problem), num_iterations, num_repeats=probes, boundaries=(-10.0, 200.0)
+        )
 
-    def products(self, at: Problem, number: int) -> None:
-        """One pass a vector."""
-        operator = self.operator(at)
+    def products(self, problem: Problem, number: int) -> None:
+        """Multiply the vectors, one pass each."""
+        operator = self.operator(problem)
         for i in range(number):
-            operator @ at.vector(i)
+            operator @ problem.vector(i)
 
 
 @dataclass(frozen=True)
-class Method:
-    """A tool with what it is told."""
+class Configuration:
+    """A tool with its options."""
 
     tool: Tool
     options: dict[str, Any] = field(default_factory=dict)
     tuned: bool = False
-    """Whether these are the cheapest settings found that are within 1e-3."""
+    """True if these are the cheapest options found with an error within 1e-3."""
 
     @property
-    def told(self) -> str:
-        """The options in words."""
+    def settings(self) -> str:
+        """The options as text."""
         return ", ".join(f"{k}={v:g}" for k, v in self.options.items()) or "defaults"
 
 
@@ -231,13 +235,14 @@ TOOLS: dict[str, Callable[[], Tool]] = {
 
 
 def version(tool: Tool) -> str | None:
-    """Of the package that would be imported, or None where there is none."""
+    """Return the version of the package that would be imported; None if there is none."""
     spec = importlib.util.find_spec(tool.module)
     if spec is None or spec.origin is None:
         return None
-    beside = importlib.metadata.distributions(name=tool.package, path=[str(Path(spec.origin).parents[1])])
-    return next((found.version for found in beside), "of a checkout")
+    distributions = importlib.metadata.distributions(name=tool.package, path=[str(Path(spec.origin).parents[1])])
+    return next((found.version for found in distributions), "of a checkout")
 
 
-def _cut(at: Problem, seed: int) -> tuple[Tensor, ...]:
-    return at.vector(seed).split([p.numel() for p in at.parameters])
+def _random_parts(problem: Problem, seed: int) -> tuple[Tensor, ...]:
+    """Split a random unit vector into one part per parameter."""
+    return problem.vector(seed).split([p.numel() for p in problem.parameters])
