@@ -211,9 +211,7 @@ def test_run_that_was_trained_further_is_measured_again(path: Path, measured: li
 
 def test_lines_are_measured_again_after_an_interrupted_measurement(path: Path, measured: list[str]) -> None:
     time.sleep(0.01)
-    for file in (path / "runs").rglob(
-        FLATNESS
-    ):  # as if all runs had been measured again before a kill
+    for file in (path / "runs").rglob(FLATNESS):  # as if all runs had been measured again before a kill
         file.touch()
     measure_quietly(path)
     assert measured == ["sgd-seed0 to sam-seed0", "sgd-seed1 to sam-seed1"]

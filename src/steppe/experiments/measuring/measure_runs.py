@@ -80,9 +80,10 @@ class RunJob(FlatnessJob):
 
     def restore(self) -> Training:
         """Load the run from its checkpoint."""
-        # any network can be measured in this layout, which changes no weight
-        run = replace(self.run, recipe=self.run.recipe.replace(channels_last=False, compile=False))
-        with _data_and_device(run.recipe, self.folder, Console(quiet=True)) as (dataset, device):
+        recipe = self.run.recipe
+        with _data_and_device(recipe, self.folder, Console(quiet=True)) as (dataset, device):
+            # the layout that every network can be measured in; it changes no weight
+            run = replace(self.run, recipe=recipe.replace(channels_last=False, compile=False))
             training = Training(run, dataset.to(device), World(device))
         digest = None if dataset.backbone is None else dataset.backbone.digest()
         state = checkpoints.load(self.path.with_name(CHECKPOINT), owner(self.run, self.processes, digest))

@@ -1,0 +1,45 @@
+import json
+
+import pytest
+from tuning_results import result, tuning_result
+
+
+def test_best_trial_is_named_with_those_within_one_standard_error() -> None:
+    found = tuning_result(
+        result(0, 0.0, 80.0, 81.0, 82.0, method="sgd"),
+        result(0, 0.05, 84.0, 85.0, 86.0),
+        result(1, 0.1, 84.2, 85.2, 86.2),
+        result(2, 0.02, 82.0, 83.0, 84.0),
+        result(3, 0.5, 60.0, 70.0, 80.0),
+    )
+    assert [best.result.number for best in found.best] == [0, 1]
+    text = "\n".join(found.notes)
+    # the standard deviation of a run is 1 point in the better half
+    assert "SAM (rho 0.1): 85.20±1.00 %, the best of 4 trials (trial 1)." in text
+    assert "2 of 4 trials are within one standard error (0.58 points) of the best: rho 0.05, 0.1." in text
+    assert "The optimum is flat" in text
+    assert "SAM (rho 0.1) against SGD, on the images it was chosen by: +4.2 points, 95 % interval [+4.2, +4.2]" in text
+    assert not found.warnings
+    assert json.loads(json.dumps(found.json()))["best"][1]["spec"] == "sam:rho=0.1"
+
+
+@pytest.mark.parametrize(
+    ("rho", "warning"),
+    [
+        (0.98, "the best rho, 0.98, lies at the upper edge of rho=0.01..1, .* --search rho=0.1..10"),
+        (0.01, "lies at the lower edge .* --search rho=0.001..0.1"),
+        (0.7, None),
+    ],
+)
+def test_best_value_at_an_edge_gives_a_warning(rho: float, warning: str | None) -> None:
+    found = tuning_result(result(0, 0.1, 80.0, 81.0, 82.0), result(1, rho, 84.0, 85.0, 86.0))
+    assert bool(found.warnings) == (warning is not None)
+    if warning is not None:
+        with pytest.raises(Warning, match=warning):
+            raise Warning(found.warnings[0])
+
+
+def test_single_runs_give_no_verdict() -> None:
+    text = "\n".join(tuning_result(result(0, 0.1, 80.0), result(1, 0.2, 84.0), seeds=1).notes)
+    assert "take --seeds 3 or more" in text
+    assert "within one standard error" not in text
