@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any, get_args
 
 import tyro
 from rich.console import Console
 
 from steppe.experiments.compare import compare, plot
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
@@ -178,6 +179,32 @@ class Methods:
         methods(self.patterns, console, bibtex=self.bibtex)
 
 
+_REGISTRY = tyro.constructors.ConstructorRegistry()
+
+
+@_REGISTRY.primitive_rule
+def _method_specs(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
+    """Read the methods of a recipe, which is no annotation there because tyro is needed on the command line only."""
+    if info.type is MethodSpec:  # without a rule for the element, tyro takes the tuple for a nested dataclass
+        return tyro.constructors.PrimitiveConstructorSpec(
+            nargs=1,
+            metavar="METHOD",
+            instance_from_str=lambda words: MethodSpec.parse(words[0]),
+            is_instance=lambda value: isinstance(value, MethodSpec),
+            str_from_instance=lambda spec: [str(spec)],
+        )
+    if get_args(info.type) != (MethodSpec, ...):
+        return None
+    # and a rule for the tuple, because tyro drops the error message of an element
+    return tyro.constructors.PrimitiveConstructorSpec(
+        nargs="*",
+        metavar="[METHOD [METHOD ...]]",
+        instance_from_str=lambda words: tuple(map(MethodSpec.parse, words)),
+        is_instance=lambda value: isinstance(value, tuple),
+        str_from_instance=lambda specs: [str(spec) for spec in specs],
+    )
+
+
 def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | Methods:
     """Turn the words of a command line into a verb.
 
@@ -200,6 +227,7 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
         prog="steppe",
         description="Sharpness-aware minimization: the experiments. Begin with `steppe compare`.",
         args=words,
+        registry=_REGISTRY,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
 

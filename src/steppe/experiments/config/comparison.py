@@ -4,34 +4,19 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
-
-import tyro
 
 from steppe.experiments.config.checks import at_least
 from steppe.experiments.config.method_spec import MethodSpec
 
 __all__ = ["ComparisonConfig", "EvaluationConfig", "OutputConfig"]
 
-# for the tuple and not for an element, whose error message tyro would drop
-_Methods = Annotated[
-    tuple[MethodSpec, ...],
-    tyro.constructors.PrimitiveConstructorSpec(
-        nargs="*",
-        metavar="[METHOD [METHOD ...]]",
-        instance_from_str=lambda words: tuple(map(MethodSpec.parse, words)),
-        is_instance=lambda value: isinstance(value, tuple),
-        str_from_instance=lambda specs: [str(spec) for spec in specs],
-    ),
-]
-
 
 @dataclass(frozen=True)
 class ComparisonConfig:
     """The methods, the seeds and the compute of each run."""
 
-    methods: _Methods = (MethodSpec("sgd"), MethodSpec("sam"))
-    """The methods, each as NAME or NAME:KEY=VALUE,... (looksam:k=2). The others are compared with the first."""
+    methods: tuple[MethodSpec, ...] = (MethodSpec("sgd"), MethodSpec("sam"))
+    """The methods, each as NAME or NAME:KEY=VALUE,... (looksam:interval=2). The others are compared with the first."""
     epochs: int = 20
     """Standardized epochs: the compute of each method. One is as many gradient evaluations as there are training
     images, so an epoch of SAM (two passes) counts as 2."""
