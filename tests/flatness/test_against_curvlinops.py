@@ -11,12 +11,12 @@ from steppe.flatness import Hessian, density, eigenvalues, trace
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")
 
 
-# from inside torch, at its first forward-mode derivative
+# raised inside torch by its first forward-mode derivative
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`.*:DeprecationWarning")
 
 
 def ours_and_theirs():
-    """Of one network, over batches of 7, 7 and 6 samples."""
+    """Return both Hessians of one network, over batches of 7, 7 and 6 samples."""
     net, batches = tanh_net(), list(zip(*(t.split(7) for t in samples()), strict=True))
     theirs = curvlinops.HessianLinearOperator(net, nn.CrossEntropyLoss(), list(net.parameters()), batches)
     return Hessian(objective(net, batches)), theirs

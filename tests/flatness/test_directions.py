@@ -12,7 +12,7 @@ from steppe.flatness import Objective, between, random_directions
 
 
 class Zoo(nn.Module):
-    """A parameter of every form; its loss is never asked for."""
+    """A parameter of every kind of layer, without a forward pass."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -30,7 +30,7 @@ def zoo(dtype=DOUBLE):
     return Zoo().to(dtype)
 
 
-def unasked(model, **options):
+def without_data(model, **options):
     return Objective(model, [], loss=F.mse_loss, **options)
 
 
@@ -39,7 +39,7 @@ def by_name(objective, vector):
 
 
 def filters(name, w):
-    """What computes one output, or one token's vector: by hand, one at a time."""
+    """List the filters: the weights of one output, or the vector of one token."""
     if name == "up.weight":
         return [w[:, o] for o in range(3)]
     if name == "grouped.weight":  # two groups of two inputs, with three outputs each
@@ -48,7 +48,7 @@ def filters(name, w):
 
 
 def test_filters_have_the_norms_of_the_weights_and_the_drawn_directions():
-    objective = unasked(zoo())
+    objective = without_data(zoo())
     w = by_name(objective, objective.weights)
     for drawn, d in zip(random_directions(objective, 3, normalize=None), random_directions(objective, 3), strict=True):
         d, drawn = by_name(objective, d), by_name(objective, drawn)
@@ -61,7 +61,7 @@ def test_filters_have_the_norms_of_the_weights_and_the_drawn_directions():
 
 
 def test_normalization_by_layers_and_by_single_weights():
-    objective = unasked(zoo())
+    objective = without_data(zoo())
     w = by_name(objective, objective.weights)
     drawn, layer, each = (
         by_name(objective, random_directions(objective, 1, normalize=n)[0]) for n in (None, "layer", "weights")
@@ -73,11 +73,11 @@ def test_normalization_by_layers_and_by_single_weights():
 
 
 def test_draws_are_gaussian_and_independent():
-    # "random" directions that are nearly all ones have been seen in use
+    # published code has used "random" directions of which nearly all entries are ones
     model = nn.Sequential(nn.Linear(200, 100), nn.Linear(100, 200))
-    a, b = random_directions(unasked(model), normalize=None).double()
-    c = random_directions(unasked(model), 1, seed=1, normalize=None)[0].double()
-    first, second = a[: 200 * 100], a[-200 - 200 * 100 : -200]  # two parameters of as many entries
+    a, b = random_directions(without_data(model), normalize=None).double()
+    c = random_directions(without_data(model), 1, seed=1, normalize=None)[0].double()
+    first, second = a[: 200 * 100], a[-200 - 200 * 100 : -200]  # two parameters of equal size
     assert abs(a.mean()) < 5 / len(a) ** 0.5
     assert abs(a.var() - 1) < 5 * (2 / len(a)) ** 0.5
     assert abs((a**4).mean() - 3) < 5 * (96 / len(a)) ** 0.5
@@ -91,13 +91,13 @@ def test_models_of_the_same_shapes_get_the_same_draws():
     with torch.no_grad():
         for p in other.parameters():
             p.mul_(4.0)
-    directions = random_directions(unasked(model), seed=3)
-    assert torch.equal(random_directions(unasked(other), seed=3), 4 * directions)
-    assert torch.equal(random_directions(unasked(model), 1, seed=3), directions[:1])
-    single = random_directions(unasked(zoo(torch.float32)), seed=3)
+    directions = random_directions(without_data(model), seed=3)
+    assert torch.equal(random_directions(without_data(other), seed=3), 4 * directions)
+    assert torch.equal(random_directions(without_data(model), 1, seed=3), directions[:1])
+    single = random_directions(without_data(zoo(torch.float32)), seed=3)
     assert single.dtype == torch.float32
     torch.testing.assert_close(single.double(), directions, rtol=1e-5, atol=1e-6)
-    assert not torch.equal(random_directions(unasked(model), seed=4), directions)
+    assert not torch.equal(random_directions(without_data(model), seed=4), directions)
 
 
 def test_zero_filters_get_zero_directions_and_the_model_is_unchanged():
@@ -131,8 +131,8 @@ def test_direction_to_a_model_its_state_dict_and_its_vector():
     model, other = conv_net(0), conv_net(1)
     objective = image_objective(model)
     want = image_objective(other).weights - objective.weights
-    for given in (other, other.state_dict(), image_objective(other).weights):
-        assert torch.equal(between(objective, given), want)
+    for form in (other, other.state_dict(), image_objective(other).weights):
+        assert torch.equal(between(objective, form), want)
     assert torch.equal(between(objective, model), torch.zeros(objective.n, dtype=DOUBLE))
 
 
@@ -143,9 +143,9 @@ def test_tied_weights_are_counted_once():
         net[2].weight = net[0].weight
         return net
 
-    objective = unasked(tied(0))
-    for given in (tied(1), tied(1).state_dict()):
-        assert between(objective, given).shape == (24,)
+    objective = without_data(tied(0))
+    for form in (tied(1), tied(1).state_dict()):
+        assert between(objective, form).shape == (24,)
 
 
 def test_direction_to_another_architecture_raises():

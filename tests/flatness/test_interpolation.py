@@ -40,15 +40,15 @@ def test_losses_on_the_line_are_those_of_interpolated_models(statistics):
     assert line.barrier == pytest.approx(max(map(float, above)), rel=1e-12)
 
 
-@pytest.mark.parametrize("given", [lambda net: net, nn.Module.state_dict])
-def test_losses_at_both_ends_are_bitwise_those_of_the_models(given):
-    # in float32 w + (w' - w) is often not w'; and each model has its own number of batches, and own statistics
+@pytest.mark.parametrize("form", [lambda net: net, nn.Module.state_dict])
+def test_losses_at_both_ends_are_bitwise_those_of_the_models(form):
+    # in float32 w + (w' - w) often differs from w'; each model has its own number of batches and its own statistics
     a, b = conv_net(0, torch.float32), conv_net(1, torch.float32)
     b[1].num_batches_tracked += 5
     with torch.no_grad():
         a[7].weight.mul_(1000.0)
     objective = image_objective(a)
-    line = interpolation(objective, given(b), points=3)
+    line = interpolation(objective, form(b), points=3)
     assert line.losses[0] == objective.loss()
     assert line.losses[-1] == image_objective(b).loss()
     w, there = objective.weights, image_objective(b).weights
@@ -56,7 +56,7 @@ def test_losses_at_both_ends_are_bitwise_those_of_the_models(given):
 
 
 class Masked(nn.Linear):
-    """A layer of which only some weights count."""
+    """A linear layer whose weights are masked by a boolean buffer."""
 
     def __init__(self, *kept: bool) -> None:
         super().__init__(4, 1, bias=False, dtype=DOUBLE)
@@ -89,7 +89,7 @@ def test_barrier_of_known_losses():
         axis = torch.linspace(-0.5, 1.5, len(losses), dtype=DOUBLE)
         return Line(axis, torch.tensor(losses, dtype=DOUBLE), False).barrier
 
-    assert barrier(9, 1, 2, 3, 9) == 0  # straight, and what lies beyond the ends does not count
+    assert barrier(9, 1, 2, 3, 9) == 0  # a straight line; losses beyond the ends are ignored
     assert barrier(9, 1, 5, 3, 9) == 3
     assert barrier(9, 3, -1, 1, 9) == 0
     assert barrier(0, 1, math.inf, 3, 0) == math.inf

@@ -103,7 +103,7 @@ def test_nonfinite_losses_are_kept_in_place():
 
 
 def rescale_layers(net):
-    """The first layer by 8, the last by 1/8: with a ReLU between them, the same function."""
+    """Multiply the first layer by 8 and the last by 1/8: with a ReLU between them, the same function."""
     with torch.no_grad():
         net[0].weight.mul_(8)
         net[0].bias.mul_(8)
@@ -111,7 +111,7 @@ def rescale_layers(net):
 
 
 def rescale_filters(net):
-    """Each filter before a BatchNorm by a factor of its own, and the statistics with it: the same function."""
+    """Multiply each filter before a BatchNorm, and its statistics, by its own factor: the same function."""
     factors = torch.tensor([8.0, 0.25, 2.0], dtype=DOUBLE)
     with torch.no_grad():
         net[0].weight.mul_(factors.view(3, 1, 1, 1))
@@ -124,18 +124,18 @@ def rescale_filters(net):
     [(relu_net, point_objective, rescale_layers, True), (conv_net, image_objective, rescale_filters, False)],
 )
 def test_rescaling_a_network_leaves_its_landscape_unchanged(make, on, rescale, unmoved_by_layers):
-    def looks(net, normalize):
+    def losses(net, normalize):
         for m in net:
             if isinstance(m, nn.BatchNorm2d):
-                m.eps = 1e-200  # which is not rescaled
+                m.eps = 1e-200  # eps is not rescaled, and would change the function
         objective = on(net)
         return landscape(objective, random_directions(objective, seed=5, normalize=normalize), points=3).losses
 
     before, after = make(), make()
     rescale(after)
-    torch.testing.assert_close(looks(after, "filter"), looks(before, "filter"), rtol=1e-12, atol=0)
-    layers = (looks(after, "layer") / looks(before, "layer") - 1).abs().max()
-    plain = (looks(after, None) / looks(before, None) - 1).abs().max()
+    torch.testing.assert_close(losses(after, "filter"), losses(before, "filter"), rtol=1e-12, atol=0)
+    layers = (losses(after, "layer") / losses(before, "layer") - 1).abs().max()
+    plain = (losses(after, None) / losses(before, None) - 1).abs().max()
     assert plain > 0.1
     assert (layers < 1e-12) if unmoved_by_layers else (layers > 0.1)
 

@@ -75,12 +75,12 @@ def test_rescaling_changes_the_raw_family_but_not_the_adaptive_one():
 
 
 def test_confidence_does_not_change_normalized_adaptive_sharpness():
-    sure = tanh_net()
+    confident = tanh_net()
     with torch.no_grad():
-        sure[-1].weight.mul_(3.0)
-        sure[-1].bias.mul_(3.0)
-    # a displacement relative to the weights turns both networks' logits in the same way
-    plain, other = measured(tanh_net()).measures, measured(sure).measures
+        confident[-1].weight.mul_(3.0)
+        confident[-1].bias.mul_(3.0)
+    # perturbations relative to the weights change the normalized logits of both networks equally
+    plain, other = measured(tanh_net()).measures, measured(confident).measures
     name = "normalized_adaptive_sharpness"
     assert other[name].value == pytest.approx(plain[name].value, rel=1e-6)
     assert other["adaptive_sharpness"].value != pytest.approx(plain["adaptive_sharpness"].value, rel=0.2)

@@ -25,7 +25,7 @@ from steppe.flatness import Objective, connect, interpolation
 
 
 def trained(hidden=12, steps=100):
-    """A network that has learnt to tell which of three slopes is the largest, and its loss."""
+    """Return a network trained to classify by the largest of three linear functions, and its objective."""
     torch.manual_seed(0)
     net = nn.Sequential(nn.Linear(4, hidden), nn.ReLU(), nn.Linear(hidden, 3)).double()
     x = torch.randn(30, 4, dtype=DOUBLE)
@@ -39,7 +39,7 @@ def trained(hidden=12, steps=100):
 
 
 def permuted(net):
-    """Its hidden units in another order: the same function."""
+    """Return the network with its hidden units in reverse order: the same function."""
     other, order = copy.deepcopy(net), torch.arange(len(net[0].weight)).flip(0)
     with torch.no_grad():
         other[0].weight.copy_(net[0].weight[order])
@@ -62,7 +62,7 @@ def test_curve_of_low_loss_connects_two_copies_with_permuted_units():
 
 
 def slow_reference(net, other, steps, lr, seed, train):
-    """The bend by autograd through phi(t), in the paper's notation: one batch a step, in turn."""
+    """Train theta by autograd through phi(t), in the paper's notation, on one batch per step in turn."""
     w1, w2 = nn.utils.parameters_to_vector(net.parameters()), nn.utils.parameters_to_vector(other.parameters())
     theta = nn.Parameter((w1 + w2).detach() / 2)
     x, y = images()
@@ -89,7 +89,7 @@ def test_bend_equals_the_slow_reference():
     net, other = conv_net(0), conv_net(1)
     bend = connect(image_objective(net), other, total_steps=8, lr=0.05, seed=3).bend
     torch.testing.assert_close(bend, slow_reference(net, other, 8, 0.05, 3, True), rtol=1e-9, atol=1e-11)
-    # the reference would notice
+    # other arguments give another bend
     for wrong in ((8, 0.05, 4, True), (7, 0.05, 3, True), (8, 0.05, 3, False)):
         assert (slow_reference(net, other, *wrong) - bend).abs().max() > 1e-3
 
@@ -118,7 +118,7 @@ def test_length_of_curve():
         return curve.length
 
     t = torch.linspace(0, 1, 100_001, dtype=DOUBLE)
-    phi = torch.stack([2 * t * (1 - t) + t**2, t**2])  # round the corner of a square
+    phi = torch.stack([2 * t * (1 - t) + t**2, t**2])  # around the corner of a square
     polygon = float(phi.diff(dim=1).norm(dim=0).sum())
     assert length((0.0, 0.0), (1.0, 0.0), (1.0, 1.0)) == pytest.approx(polygon, rel=1e-7)
     assert length((1.0, 2.0), (2.5, 4.0), (4.0, 6.0)) == pytest.approx(5.0, rel=1e-12)

@@ -88,7 +88,7 @@ def test_batch_norm_in_both_modes():
     net, (x, y) = normed(), samples()
     net.eval()
     torch.testing.assert_close(objective(net).loss(), F.cross_entropy(net(x), y).detach(), rtol=1e-12, atol=0)
-    net[1].train()  # and dropout still off
+    net[1].train()  # dropout stays off
     trained = F.cross_entropy(net(x), y).detach()
     torch.testing.assert_close(objective(normed(), batch_norm="train").loss(), trained, rtol=1e-12, atol=0)
     hessian = Hessian(objective(normed(), batch_norm="train"))

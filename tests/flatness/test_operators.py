@@ -22,7 +22,7 @@ from steppe.flatness import Block, Hessian, Objective, Scaled, eigenvalues
 def test_products_equal_those_of_the_dense_hessian():
     net, (x, y) = tanh_net(), samples()
     dense = dense_hessian(net, x, y)
-    for batch_size in (256, 7):  # one batch, whose graph is kept, and three
+    for batch_size in (256, 7):  # one batch, whose graph is kept, and three batches
         hessian = Hessian(objective(net, batch_size=batch_size))
         vectors = torch.randn(3, hessian.n, dtype=DOUBLE)
         for _ in range(2):

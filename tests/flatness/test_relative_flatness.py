@@ -9,7 +9,7 @@ from steppe.flatness import Hessian, relative_flatness
 
 
 def by_blocks(net, name):
-    """sum over s, s' of <w_s, w_s'> Tr(H_s,s'), entry by entry."""
+    """Compute the sum over s, s' of <w_s, w_s'> Tr(H_s,s') from the dense Hessian."""
     dense, begin = dense_hessian(net, *samples()), 0
     for key, p in net.named_parameters():
         if key == name:
@@ -56,8 +56,8 @@ def flatness(net):
     return [relative_flatness(hessian, name, exact=True).value for name in ("0.weight", "2.weight")]
 
 
-def times(net, factors):
-    """Every neuron of the first layer times a factor of its own, and divided by it where it goes in."""
+def rescaled_neurons(net, factors):
+    """Multiply each neuron of the first layer by its own factor, and divide its outgoing weights by it."""
     with torch.no_grad():
         net[0].weight.mul_(factors[:, None])
         net[0].bias.mul_(factors)
@@ -66,9 +66,12 @@ def times(net, factors):
 
 
 def test_rescaling_layers_preserves_both_values_and_rescaling_neurons_that_of_their_layer():
-    plain, layers = flatness(relu_pair()), flatness(times(relu_pair(), torch.full((6,), 8.0, dtype=torch.float64)))
+    plain, layers = (
+        flatness(relu_pair()),
+        flatness(rescaled_neurons(relu_pair(), torch.full((6,), 8.0, dtype=torch.float64))),
+    )
     assert layers == pytest.approx(plain, rel=1e-9)
-    neurons = flatness(times(relu_pair(), torch.tensor([0.1, 8.0, 3.0, 1.0, 0.5, 2.0], dtype=torch.float64)))
+    neurons = flatness(rescaled_neurons(relu_pair(), torch.tensor([0.1, 8.0, 3.0, 1.0, 0.5, 2.0], dtype=torch.float64)))
     assert neurons[0] == pytest.approx(plain[0], rel=1e-9)
     assert neurons[1] != pytest.approx(plain[1], rel=1e-2)
 

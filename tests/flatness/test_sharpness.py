@@ -32,7 +32,7 @@ SPECTRA = {
     "convex": torch.linspace(0.0, 1.0, 30).tolist(),
     "outliers": [*torch.linspace(0.0, 0.2, 26).tolist(), 1.0, 3.0, 5.0, 10.0],
     "indefinite": torch.linspace(-1.0, 1.0, 30).tolist(),
-    "mostly downward": [-10.0, -5.0, *torch.linspace(-1.0, 0.5, 28).tolist()],
+    "mostly concave": [-10.0, -5.0, *torch.linspace(-1.0, 0.5, 28).tolist()],
     "concave": [-x for x in torch.logspace(-1, 1, 30).tolist()],
 }
 
@@ -69,7 +69,7 @@ def test_every_pass_is_counted_and_none_is_repeated():
 def test_random_restarts_find_a_maximum_orthogonal_to_the_gradient():
     a = matrix_with_spectrum([-1.0, 0.2, 0.5, 4.0])
     _, q = torch.linalg.eigh(a)
-    b = 0.1 * (q[:, 0] + q[:, 1] + q[:, 2])  # orthogonal to the top
+    b = 0.1 * (q[:, 0] + q[:, 1] + q[:, 2])  # orthogonal to the top eigenvector
     exact = exact_maximum(a, b, 1.0)
     assert sharpness(quadratic(a, b), 1.0, restarts=1, ascent_steps=10).value < 0.4 * exact
     assert exact * 0.9999 < sharpness(quadratic(a, b), 1.0).value <= exact * (1 + 1e-9)
@@ -91,7 +91,7 @@ def test_sharpness_at_a_maximum_is_zero():
 def test_linf_finds_the_best_corner():
     a, b = matrix_with_spectrum([0.0, 0.1, 0.3, 0.5, 1.0, 2.0, 2.5, 3.0]), random_b(0.5, 8)
     corners = 0.3 * torch.tensor(list(itertools.product([-1.0, 1.0], repeat=8)), dtype=DOUBLE)
-    exact = float((((corners @ a) * corners).sum(1) / 2 + corners @ b).max())  # convex: the maximum is in one
+    exact = float((((corners @ a) * corners).sum(1) / 2 + corners @ b).max())  # convex: the maximum is at a corner
     found = sharpness(quadratic(a, b), 0.3, norm="linf", restarts=30)
     assert found.value == pytest.approx(exact, rel=1e-9)
     assert found.first_order == pytest.approx(0.3 * float(b.abs().sum()))
@@ -174,8 +174,8 @@ def test_seed_determines_the_random_restarts():
     assert runs[0].restarts[1] != runs[2].restarts[1]
 
 
-class Careless(nn.Module):
-    """All that a measurement could spoil, and a parameter that it has no use for."""
+class StatefulNetwork(nn.Module):
+    """Layers with state that a measurement could change, and a parameter without gradient."""
 
     def __init__(self):
         super().__init__()
@@ -189,7 +189,7 @@ class Careless(nn.Module):
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])
 def test_sharpness_leaves_the_model_unchanged(batch_norm):
     torch.manual_seed(0)
-    model = Careless().double().train()
+    model = StatefulNetwork().double().train()
     x, y = samples()
     F.cross_entropy(model(x), y).backward()
     before = {k: v.clone() for k, v in model.state_dict().items()}
@@ -220,7 +220,7 @@ def test_float32_perturbation_has_the_norm_rho():
 
 
 def scalar(function, w=0.0):
-    """A function of one weight, as the loss of a model."""
+    """Return the objective of a function of one weight."""
 
     class Model(nn.Module):
         def __init__(self):

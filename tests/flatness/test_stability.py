@@ -10,7 +10,7 @@ from steppe.flatness import edge_of_stability, sam_edge_of_stability
 
 
 def grows(curvature, lr, rho):
-    """Whether the gradient is longer after a step of SAM from where it is 1, on the parabola of that curvature."""
+    """Return True if a step of SAM on a parabola, from a gradient of 1, increases the gradient."""
     w = torch.nn.Parameter(torch.tensor([1 / curvature], dtype=torch.float64))
     optimizer = steppe.SAM(torch.optim.SGD([w], lr=lr), rho=rho)
     for sam_pass in optimizer.passes():

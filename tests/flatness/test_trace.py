@@ -17,7 +17,7 @@ def test_trace_is_unbiased_with_a_correct_standard_error():
     exact = sum(SPECTRUM)
     found = [trace(matrix(), probes=8, seed=seed) for seed in range(60)]
     inside = sum(abs(f.value - exact) <= 2 * f.error for f in found)
-    assert 48 <= inside <= 60  # of 95 % for a normal distribution, and 92 % for Student's with 7 degrees
+    assert 48 <= inside <= 60  # 92 % of Student's t with 7 degrees of freedom lie within two standard errors
     mean = sum(f.value for f in found) / 60
     spread = math.sqrt(sum(f.error**2 for f in found)) / 60
     assert abs(mean - exact) <= 4 * spread
