@@ -10,7 +10,7 @@ pytest.importorskip("keras")
 
 from example_files import load_example
 
-# NumPy 2 asks for a copy keyword that Keras 3.15 does not take.
+# Keras 3.15 does not take the copy keyword of NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 

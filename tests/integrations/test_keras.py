@@ -14,7 +14,7 @@ keras = pytest.importorskip("keras")
 import steppe  # noqa: E402
 from steppe.integrations.keras import SharpnessAware, VariablesAsBuffers  # noqa: E402
 
-# NumPy 2 asks for a copy keyword that Keras 3.15 does not take.
+# Keras 3.15 does not take the copy keyword of NumPy 2.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy:DeprecationWarning")
 
 EPOCHS, BATCH = 3, 8

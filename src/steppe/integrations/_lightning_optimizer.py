@@ -8,9 +8,9 @@ from weakref import proxy
 import torch
 from torch.optim import Optimizer
 
-from steppe.integrations._attributes import PlainAttributes
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._lightning_window import AccumulationWindow
+from steppe.integrations._module_attributes import PlainAttributes
 from steppe.sam import SAM, Pass, Stage
 
 

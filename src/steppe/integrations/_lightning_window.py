@@ -10,7 +10,7 @@ from torch import Tensor
 from steppe._engine.side_effects import Buffers, Generators
 from steppe._engine.state_dict import parameters
 from steppe.integrations._lightning_package import pl
-from steppe.integrations._losses import StepLosses
+from steppe.integrations._pass_losses import StepLosses
 from steppe.sam import SAM, Pass
 
 

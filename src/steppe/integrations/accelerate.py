@@ -115,8 +115,8 @@ def passes(
             gradients. Call this function inside ``with accelerator.accumulate(model):`` then.
 
     Yields:
-        The passes. ``sam_pass.is_first`` and ``sam_pass.is_perturbed`` tell them apart, for example to log ``loss``,
-        ``perturbed_loss`` and ``sharpness``.
+        The passes. Distinguish them by ``sam_pass.is_first`` and ``sam_pass.is_perturbed``, for example to log
+        ``loss``, ``perturbed_loss`` and ``sharpness``.
 
     Raises:
         RuntimeError: the engine is not supported; the call is inside ``accelerator.accumulate()`` without
@@ -125,17 +125,18 @@ def passes(
         TypeError: the optimizer is not a :class:`steppe.SAM`.
         ValueError: ``micro_batches`` is not between 1 and ``gradient_accumulation_steps``.
 
-    >>> model = torch.nn.Linear(2, 1)  # doctest: +SKIP
-    >>> sam = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)  # doctest: +SKIP
-    >>> model, optimizer, loader = accelerator.prepare(model, sam, loader)  # doctest: +SKIP
-    >>> for batches in windows(accelerator, loader):  # doctest: +SKIP
-    ...     for sam_pass in passes(accelerator, optimizer, len(batches)):
-    ...         with sam_pass:
-    ...             for x, y in batches:
-    ...                 with accelerator.accumulate(model):
-    ...                     accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
-    ...     accelerator.clip_grad_norm_(model.parameters(), 1.0)
-    ...     optimizer.step()
+    Example:
+        >>> model = torch.nn.Linear(2, 1)  # doctest: +SKIP
+        >>> sam = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)  # doctest: +SKIP
+        >>> model, optimizer, loader = accelerator.prepare(model, sam, loader)  # doctest: +SKIP
+        >>> for batches in windows(accelerator, loader):  # doctest: +SKIP
+        ...     for sam_pass in passes(accelerator, optimizer, len(batches)):
+        ...         with sam_pass:
+        ...             for x, y in batches:
+        ...                 with accelerator.accumulate(model):
+        ...                     accelerator.backward(torch.nn.functional.mse_loss(model(x), y))
+        ...     accelerator.clip_grad_norm_(model.parameters(), 1.0)
+        ...     optimizer.step()
     """
     check_supported(accelerator)
     sam = unwrap_optimizer(optimizer)

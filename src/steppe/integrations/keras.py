@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.integrations._losses import MeanLosses, StepLosses
-from steppe.integrations._options import MethodOptions
+from steppe.integrations._method_options import MethodOptions
+from steppe.integrations._pass_losses import MeanLosses, StepLosses
 from steppe.sam import SAM, Pass
 
 if "keras" not in sys.modules:
@@ -58,13 +58,14 @@ class SharpnessAware:
             loss scale (mixed_float16).
         TypeError: (from ``fit``) ``method`` is not a function, or returns no :class:`steppe.SAM`.
 
-    >>> class Net(SharpnessAware, keras.Sequential):
-    ...     rho = 0.1
-    >>> model = Net([keras.Input((2,)), keras.layers.Dense(1)])
-    >>> model.compile(keras.optimizers.SGD(0.1), loss="mse")
-    >>> _ = model.fit(torch.ones(4, 2), torch.ones(4, 1), verbose=0)
-    >>> int(model.optimizer.iterations.value)
-    1
+    Example:
+        >>> class Net(SharpnessAware, keras.Sequential):
+        ...     rho = 0.1
+        >>> model = Net([keras.Input((2,)), keras.layers.Dense(1)])
+        >>> model.compile(keras.optimizers.SGD(0.1), loss="mse")
+        >>> _ = model.fit(torch.ones(4, 2), torch.ones(4, 1), verbose=0)
+        >>> int(model.optimizer.iterations.value)
+        1
 
     References:
         Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
@@ -85,7 +86,7 @@ class SharpnessAware:
 
     @property
     def current_pass(self) -> Pass | None:
-        """The pass that runs now, to tell the passes apart in ``call`` or a loss; None between steps."""
+        """The pass that runs now, to distinguish the passes in ``call`` or a loss; None between steps."""
         sam = getattr(self, "sam", None)
         return None if sam is None else sam.current_pass
 

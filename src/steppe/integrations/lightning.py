@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from steppe.integrations._lightning_optimizer import SAMLightningOptimizer
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._lightning_window import AccumulationWindow
-from steppe.integrations._losses import StepLosses
-from steppe.integrations._options import MethodOptions, set_model_if_missing
+from steppe.integrations._method_options import MethodOptions, set_model_if_missing
+from steppe.integrations._pass_losses import StepLosses
 from steppe.sam import SAM, Pass
 
 
@@ -55,9 +55,10 @@ class SAMCallback(pl.Callback):
         RuntimeError: (in ``fit``) a strategy, a precision or a ``training_step`` whose passes cannot be repeated; a
             step without passes.
 
-    >>> callback = SAMCallback(rho=0.05, log_sharpness=True)
-    >>> callback = SAMCallback(steppe.variants.asam, rho=0.5)  # doctest: +SKIP
-    >>> trainer = pl.Trainer(callbacks=[callback])  # doctest: +SKIP
+    Example:
+        >>> callback = SAMCallback(rho=0.05, log_sharpness=True)
+        >>> callback = SAMCallback(steppe.variants.asam, rho=0.5)  # doctest: +SKIP
+        >>> trainer = pl.Trainer(callbacks=[callback])  # doctest: +SKIP
 
     References:
         Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
@@ -79,7 +80,7 @@ class SAMCallback(pl.Callback):
 
     @property
     def current_pass(self) -> Pass | None:
-        """The pass that runs now, to tell the passes apart in ``training_step``; None between steps."""
+        """The pass that runs now, to distinguish the passes in ``training_step``; None between steps."""
         passes = (optimizer.current_pass for optimizer in self._optimizers)
         return next((sam_pass for sam_pass in passes if sam_pass is not None), None)
 
@@ -90,7 +91,7 @@ class SAMCallback(pl.Callback):
             if self._log_sharpness and not pl_module.automatic_optimization:
                 raise RuntimeError(
                     "SAMCallback(log_sharpness=True) in manual optimization: the losses of the passes are known in "
-                    "training_step only. Log them there, with sam_pass.is_perturbed to tell them apart"
+                    "training_step only. Log them there, and distinguish them by sam_pass.is_perturbed"
                 )
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:

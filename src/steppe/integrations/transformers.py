@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.integrations._losses import MeanLosses, StepLosses
-from steppe.integrations._options import MethodOptions, set_model_if_missing
+from steppe.integrations._method_options import MethodOptions, set_model_if_missing
+from steppe.integrations._pass_losses import MeanLosses, StepLosses
 from steppe.sam import SAM, Pass
 
 try:
@@ -37,7 +37,7 @@ class SAMTrainerMixin(_Trainer):
     gradient.
 
     ``compute_loss`` and ``training_step`` run once for each micro-batch *and pass*, so a counter of your own in them
-    counts passes; :attr:`current_pass` tells the passes apart. Callbacks, logs, token counts, schedulers and
+    counts passes; :attr:`current_pass` distinguishes the passes. Callbacks, logs, token counts, schedulers and
     checkpoints see one step.
 
     The optimizer may also be a ready-made :class:`steppe.SAM`, as ``optimizers=(sam, None)``, or be made in the class
@@ -59,8 +59,9 @@ class SAMTrainerMixin(_Trainer):
             optimizer that steps during the backward pass (LOMO, the layer-wise ones).
         TypeError: the radius is given twice, or ``method`` returns no :class:`steppe.SAM`.
 
-    >>> trainer = SAMTrainer(model=model, args=args, train_dataset=data, rho=0.05)  # doctest: +SKIP
-    >>> trainer.train()  # doctest: +SKIP
+    Example:
+        >>> trainer = SAMTrainer(model=model, args=args, train_dataset=data, rho=0.05)  # doctest: +SKIP
+        >>> trainer.train()  # doctest: +SKIP
 
     References:
         Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
@@ -89,7 +90,7 @@ class SAMTrainerMixin(_Trainer):
 
     @property
     def current_pass(self) -> Pass | None:
-        """The pass that runs now, to tell the passes apart in ``compute_loss``; None between steps."""
+        """The pass that runs now, to distinguish the passes in ``compute_loss``; None between steps."""
         return None if self.optimizer is None else unwrap_optimizer(self.optimizer).current_pass
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
