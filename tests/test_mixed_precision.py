@@ -5,10 +5,10 @@ import torch
 import torch.nn.functional as F
 
 import steppe
+from named_methods import RULE_METHODS, build
 from support import BASES, DRIVES, batch, bits, model_bits, net
-from test_variants import VARIANTS
 
-each = pytest.mark.parametrize("name", VARIANTS)
+each = pytest.mark.parametrize("name", RULE_METHODS)
 BY_HAND = sorted(set(DRIVES) - {"closure"})
 
 
@@ -25,8 +25,7 @@ def step(optimizer, scaler) -> None:
 
 
 def made(name, base, model, **more) -> steppe.SAM:
-    given = VARIANTS[name][0]
-    return getattr(steppe.variants, name)(BASES[base](model.parameters()), **{"rho": 0.1, **given, **more}, model=model)
+    return build(name, base, **more)(model)
 
 
 def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, steps=7):

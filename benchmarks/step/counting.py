@@ -7,13 +7,13 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from memory import Alive
+from memory import LiveMemory
 
 _NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ONLY_WRITES = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
 
 
-class Counted(Alive):
+class Counted(LiveMemory):
     """Counts operations at the dispatcher, and the bytes of the tensors that they read and write.
 
     A tensor that is changed in place counts as read and written, unless it is only overwritten (``copy_``). Views and

@@ -19,8 +19,9 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
+from named_methods import TOTAL_STEPS
 from steppe._tensors.dtensor import full_tensor
-from test_variants import OWN, VARIANTS
+from steppe.methods.registry import CARDS, FUNCTIONS
 
 Make = Callable[[nn.Module], steppe.SAM]
 SEEN = 8  # samples a step, of all processes together
@@ -109,11 +110,11 @@ SEE_ALL = ("tensor parallel", "sequence parallel")  # every process is given the
 
 def named(name: str, *, rho: float = 0.1, **more) -> Make:
     """The named method, around SGD with momentum."""
-    given = (VARIANTS | OWN)[name][0]
+    given = CARDS[name].short_arguments(total_steps=TOTAL_STEPS)
 
     def make(model: nn.Module) -> steppe.SAM:
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return getattr(steppe.variants, name)(base, **{"rho": rho, **given, **more}, model=model)
+        return FUNCTIONS[name](base, **{"rho": rho, **given, **more}, model=model)
 
     return make
 

@@ -11,7 +11,8 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import steppe
 import steppe._tensors.ops
-from layouts import LAYOUTS, OWN, SEE_ALL, VARIANTS, fsdp, mine, named, network, plain, run, samples, train, weights
+from layouts import LAYOUTS, SEE_ALL, fsdp, mine, named, network, plain, run, samples, train, weights
+from named_methods import WRAPPERS
 from ranks import together
 from steppe._tensors.dtensor import local
 from support import DRIVES, bits
@@ -26,7 +27,7 @@ def ranked(layout: str, name: str, steps: int):
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", [*VARIANTS, *OWN])
+@pytest.mark.parametrize("name", WRAPPERS)
 def test_every_method_equals_one_process(name, layout):
     expected = train(plain, named(name), 4)
     for found in together()(ranked, layout, name, 4):

@@ -47,7 +47,9 @@ def test_k_one_with_alpha_one_is_sam_bit_for_bit(base, drive):
 @pytest.mark.parametrize("base", BASES)
 def test_rho_zero_is_k_steps_of_the_base_with_the_same_gradient(base):
     model, twin = net(dropout=0.0), net(dropout=0.0)
-    train(model, Lookbehind(BASES[base](model.parameters()), 0.0, ascent_steps=3, alpha=1.0, model=model), by_closure, 4)
+    train(
+        model, Lookbehind(BASES[base](model.parameters()), 0.0, ascent_steps=3, alpha=1.0, model=model), by_closure, 4
+    )
     plain_base = BASES[base](twin.parameters())
     repeat = plain_base.step
     plain_base.step = lambda: [repeat() for _ in range(3)]

@@ -1,4 +1,4 @@
-"""Several climbs a step, against a slow reference, and what must hold between them."""
+"""Several ascent steps against their slow reference, and the weights and buffers between them."""
 
 import pytest
 import torch
@@ -13,9 +13,9 @@ from support import BASES, DRIVES, bits, by_classic, by_closure, by_passes, mode
 RHO = 0.3
 
 
-def ascend(w, e, length, alpha, k, project):
+def ascend(w, e, length, alpha, K, project):
     """e_k = P(e_{k-1} + alpha rho d(grad L(w + e_{k-1}))), from e_0 = 0."""
-    for _ in range(k):
+    for _ in range(K):
         _, g = loss_and_gradient(bumpy, w + e)
         e = e + alpha * length(w, g)
         if project and e.norm() > RHO:
@@ -31,7 +31,7 @@ CASES = {
 
 
 def matches_reference(case, base, drive, rule=None):
-    ours, length, alpha, k, project = CASES[case]
+    ours, length, alpha, K, project = CASES[case]
     torch.manual_seed(3)
     w = torch.randn(10, dtype=torch.float64)
     params = [nn.Parameter(p) for p in split(w)]
@@ -39,8 +39,9 @@ def matches_reference(case, base, drive, rule=None):
     flat = w.clone().requires_grad_()
     reference = BASES[base]([flat])
     for _ in range(20):
-        at = flat.detach()
-        _, flat.grad = loss_and_gradient(bumpy, at + ascend(at, torch.zeros_like(at), length, alpha, k, project))
+        at_w = flat.detach()
+        e = ascend(at_w, torch.zeros_like(at_w), length, alpha, K, project)
+        _, flat.grad = loss_and_gradient(bumpy, at_w + e)
         reference.step()
         DRIVES[drive](optimizer, lambda: bumpy(torch.cat([p.reshape(-1) for p in params])))
     torch.testing.assert_close(
@@ -51,7 +52,7 @@ def matches_reference(case, base, drive, rule=None):
 @pytest.mark.parametrize("drive", ["closure", "passes"])
 @pytest.mark.parametrize("base", BASES)
 @pytest.mark.parametrize("case", CASES)
-def test_twenty_steps_match_the_slow_reference(case, base, drive):
+def test_ascent_steps_match_their_slow_reference(case, base, drive):
     matches_reference(case, base, drive)
 
 
@@ -65,12 +66,12 @@ def test_twenty_steps_match_the_slow_reference(case, base, drive):
         ("asam-2", AscentSteps(steppe.L2(), 2)),
     ],
 )
-def test_mutants_are_killed(case, mutant):
+def test_mutant_other_number_or_length_of_ascent_steps_is_killed(case, mutant):
     with pytest.raises(AssertionError):
         matches_reference(case, "sgd", "passes", mutant)
 
 
-def test_one_climb_is_the_rule_itself_to_the_bit():
+def test_one_ascent_step_is_the_rule_itself():
     models = [net(), net()]
     for model, rule in zip(models, (steppe.L2(), AscentSteps(steppe.L2(), 1)), strict=True):
         torch.manual_seed(1)
@@ -79,8 +80,8 @@ def test_one_climb_is_the_rule_itself_to_the_bit():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_passes_weights_buffers_and_masks():
-    """1 + k passes; the weights are at w between them; the buffers and generators end as after one."""
+def test_passes_restore_the_weights_and_leave_buffers_as_one_pass_does():
+    """1 + K passes; the weights are at w between them; buffers and generators end as after one pass."""
     model, twin = net(), net()
     optimizer = SAM(
         torch.optim.SGD(model.parameters(), lr=0.0), 0.5, model=model, perturbation=AscentSteps(steppe.L2(), 3)
@@ -90,23 +91,23 @@ def test_passes_weights_buffers_and_masks():
     twin(x)
     after_one = torch.get_rng_state()
     torch.manual_seed(7)
-    w, sam_passes, places = bits(model.parameters()), [], []
+    w, sam_passes, points = bits(model.parameters()), [], []
     for sam_pass in optimizer.passes():
         with sam_pass:
-            places.append(bits(model.parameters()))
+            points.append(bits(model.parameters()))
             model(x).square().sum().backward()
         assert bits(model.parameters()) == w
         sam_passes.append((sam_pass.is_first, sam_pass.is_perturbed, sam_pass.is_last))
     assert sam_passes == [(True, False, False), (False, True, False), (False, True, False), (False, True, True)]
-    assert places[0] == w
-    assert len({str(p) for p in places}) == 4
+    assert points[0] == w
+    assert len({str(p) for p in points}) == 4
     assert model_bits(model) == model_bits(twin)
     assert torch.equal(torch.get_rng_state(), after_one)
     assert optimizer.current_pass is None
 
 
 @pytest.mark.parametrize("bad", [0, 1, 2])
-def test_a_pass_that_is_not_finite_skips_the_step(bad):
+def test_gradient_that_is_not_finite_in_any_pass_skips_the_step(bad):
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), 0.1, perturbation=AscentSteps(steppe.L2(), 2))
     calls = []
@@ -123,7 +124,7 @@ def test_a_pass_that_is_not_finite_skips_the_step(bad):
     assert optimizer.skipped_steps == 1
 
 
-def test_an_exception_in_the_last_pass_brings_the_weights_back():
+def test_exception_in_the_last_pass_restores_the_weights():
     w = nn.Parameter(torch.tensor([1.0, 2.0]))
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), 0.1, perturbation=AscentSteps(steppe.L2(), 2))
 
@@ -137,8 +138,8 @@ def test_an_exception_in_the_last_pass_brings_the_weights_back():
     assert w.tolist() == [1.0, 2.0]
 
 
-def test_clean_gradients_are_those_at_w():
-    """PGN with alpha = 0 goes down with g, whatever was climbed; without a gradient in one pass, with zeros."""
+def test_unperturbed_gradients_are_those_at_w():
+    """PGN with alpha = 0 updates with g; a parameter without a gradient in the other passes counts as zero there."""
     w, v = (nn.Parameter(torch.tensor([1.0, 2.0])) for _ in range(2))
     rules = {"perturbation": AscentSteps(steppe.L2(), 3), "combination": steppe.PenalizedNorm(0.0)}
     optimizer = SAM(torch.optim.SGD([w, v], lr=0.1), 0.1, **rules)
@@ -149,12 +150,12 @@ def test_clean_gradients_are_those_at_w():
     assert torch.equal(v.grad, torch.ones(2))
 
 
-def test_it_resumes_in_the_middle():
+def test_resumed_run_has_the_same_bits():
     rule = AscentSteps(steppe.VarianceSuppressed(0.5), 2)
     resumes(lambda model: SAM(BASES["momentum"](model.parameters()), 0.1, model=model, perturbation=rule), "closure")
 
 
-def test_it_works_on_some_of_the_parameters_both_ways_round():
+def test_subset_inside_and_outside_give_the_same_bits():
     ends = []
     for wrap in (
         lambda ps: AscentSteps(steppe.ParameterSubset(steppe.L2(), ps), 2),
@@ -170,20 +171,20 @@ def test_it_works_on_some_of_the_parameters_both_ways_round():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: AscentSteps(steppe.L2(), 0), "k must be 1 or more"),
+        (lambda: AscentSteps(steppe.L2(), 0), "ascent_steps must be 1 or more"),
         (lambda: AscentSteps(steppe.L2(), 2, alpha=0.0), "alpha must be finite"),
-        (lambda: AscentSteps(steppe.Adaptive(), 2, alpha=0.6), "known for L2 alone"),
-        (lambda: AscentSteps(steppe.Momentum(), 2), "does not look at the gradient"),
-        (lambda: AscentSteps(AscentSteps(steppe.L2(), 2), 2), "climbs 2 times a step already"),
+        (lambda: AscentSteps(steppe.Adaptive(), 2, alpha=0.6), "known for L2 only"),
+        (lambda: AscentSteps(steppe.Momentum(), 2), "does not use the gradient"),
+        (lambda: AscentSteps(AscentSteps(steppe.L2(), 2), 2), "already makes 2 ascent steps"),
     ],
 )
-def test_what_makes_no_sense_is_refused(make, message):
+def test_hyperparameter_or_rule_that_does_not_fit_is_an_error(make, message):
     with pytest.raises(ValueError, match=message):
         make()
 
 
-def test_the_classic_api_has_place_for_one_climb():
+def test_classic_api_with_several_ascent_steps_is_an_error():
     w = nn.Parameter(torch.ones(2))
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), perturbation=AscentSteps(steppe.L2(), 2))
-    with pytest.raises(RuntimeError, match="climbs 2 times"):
+    with pytest.raises(RuntimeError, match="makes 2 ascent steps"):
         by_classic(optimizer, lambda: w.square().sum())

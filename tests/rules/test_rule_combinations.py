@@ -1,4 +1,4 @@
-"""Combinations that nobody has published: random perturbation x combination x cadence x part of the model."""
+"""The contract for random combinations of perturbation, combination, cadence and subset of the model."""
 
 import pytest
 import torch
@@ -35,36 +35,36 @@ cadences = st.one_of(
     st.builds(steppe.Bernoulli, share, st.integers(0, 9)),
     st.builds(steppe.GradientNormThreshold, st.integers(2, 20)),
 )
-PARTS = {
+SUBSETS = {
     "all": lambda rule, model: rule,
     "norm layers": lambda rule, model: steppe.ParameterSubset(rule, steppe.norm_layers(model)),
     "last layers": lambda rule, model: steppe.ParameterSubset(rule, rules.last_layers(model, 2)),
     "half the weights": lambda rule, model: Stochastic(rule, 0.5),
-    "two climbs": lambda rule, model: steppe.AscentSteps(rule, 2) if steppe.rules.needs_gradient(rule) else rule,
+    "two ascent steps": lambda rule, model: steppe.AscentSteps(rule, 2) if steppe.rules.needs_gradient(rule) else rule,
 }
 
 
 def fits(perturbation, combination, cadence) -> bool:
-    """A cadence that asks for g needs somebody else to pay for the pass that gives it."""
-    pays = steppe.rules.needs_gradient(perturbation) or combination.needs_unperturbed_gradient
-    return pays or not steppe.rules.needs_gradient(cadence)
+    """A cadence that needs g fits only where another rule makes the pass at w."""
+    has_pass_at_w = steppe.rules.needs_gradient(perturbation) or combination.needs_unperturbed_gradient
+    return has_pass_at_w or not steppe.rules.needs_gradient(cadence)
 
 
 @pytest.mark.slow
 @settings(max_examples=20, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(perturbations, combinations, cadences, st.sampled_from(sorted(PARTS)), st.sampled_from(["sgd", "adamw"]))
-def test_any_combination_keeps_the_contract(perturbation, combination, cadence, part, base):
+@given(perturbations, combinations, cadences, st.sampled_from(sorted(SUBSETS)), st.sampled_from(["sgd", "adamw"]))
+def test_any_combination_keeps_the_contract(perturbation, combination, cadence, subset, base):
     def make(model):
         params = model.parameters()
         momentum = (
             torch.optim.SGD(params, lr=0.03, momentum=0.9) if base == "sgd" else torch.optim.AdamW(params, lr=0.01)
         )
         has_layers = len(list(model.modules())) > 4
-        rule = PARTS[part if has_layers or part != "last layers" else "all"](perturbation, model)
+        rule = SUBSETS[subset if has_layers or subset != "last layers" else "all"](perturbation, model)
         return steppe.SAM(momentum, 0.1, model=model, perturbation=rule, combination=combination, cadence=cadence)
 
     if not fits(perturbation, combination, cadence):
-        with pytest.raises(ValueError, match="asks for the gradient at w"):
+        with pytest.raises(ValueError, match="needs the gradient at w"):
             testing.passes_per_step(make, 1)
         return
     for check in testing.CHECKS:

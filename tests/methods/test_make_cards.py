@@ -1,0 +1,123 @@
+"""scripts/make_cards.py: the pages of docs/methods, from the cards and from what was measured."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+import make_cards
+import memory
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.storage.records import Record, write_records
+from steppe.experiments.storage.run_folder import METRICS, RunFolder
+from steppe.methods import cards
+from steppe.methods.cards import card
+from steppe.methods.registry import CARDS
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_pages_are_current():
+    for name, text in make_cards.pages().items():
+        page = ROOT / "docs" / "methods" / name
+        assert page.read_text(encoding="utf-8") == text, "run python scripts/make_cards.py"
+    assert {page.name for page in (ROOT / "docs" / "methods").iterdir()} == set(make_cards.pages())
+
+
+def test_memory_of_each_method_is_measured():
+    values = json.loads(make_cards.MEASURED.read_text(encoding="utf-8"))
+    missing = set(CARDS) - set(values["memory"]["methods"])
+    again = f"benchmarks/memory.py {' '.join(missing)} --json FILE, and scripts/make_cards.py --memory FILE"
+    assert not missing, f"run {again}"
+    assert not make_cards.private(values)
+
+
+@pytest.mark.parametrize("name", ["sam", "sam_on", "friendly_sam"])
+def test_memory_counted_again_agrees(name):
+    assert memory.extra(CARDS[name]).between == pytest.approx(
+        cards.measured()["memory"]["methods"][name]["between"], abs=0.02
+    )
+
+
+def run_folder(path: Path, tests: dict[str, list[float]], **fields) -> Path:
+    """A run folder of `steppe compare` with two measurements per run, and these test accuracies at the end."""
+    recipe = Recipe(methods=tuple(tests), epochs=4, seeds=3, out=path, **fields)
+    path.mkdir()
+    folder = RunFolder(path)
+    folder.claim(recipe, 1)
+    for run in recipe.runs():
+        test = tests[run.method][run.seed]
+        records = [Record(e, e, 10, 100, 1.5, 0.1, 99.0, 1.0, test, 99.0 - test, 30.0 * e, 100.0) for e in (2, 4)]
+        folder.run(run).mkdir(parents=True)
+        (folder.run(run) / METRICS).write_bytes(write_records(records))
+    session = {"date": "2026-11-22T10:00:00+00:00", "steppe": "0.1.0", "torch": "2.13.0", "cpu": "A CPU", "threads": 2}
+    (path / "environment.json").write_text(json.dumps([session]))
+    return path
+
+
+def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
+    tests = {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1], "gsam:rho=0.1": [79.0, 80.1, 81.1]}
+    run = run_folder(tmp_path / "run", tests)
+    measured, pages = tmp_path / "measured.json", tmp_path / "pages"
+    measured.write_text('{"memory": null, "comparisons": []}')
+    monkeypatch.setattr(make_cards, "MEASURED", measured)
+    monkeypatch.setattr(make_cards, "PAGES", pages)
+    assert make_cards.main([str(run)]) == 0
+    monkeypatch.setattr(cards, "measured", lambda: json.loads(measured.read_text()))
+    (one,) = cards.measured()["comparisons"]
+    assert (one["base"], one["sam"], one["standardized_epochs"]) == ("sgd", "sam", 4)
+    assert str(tmp_path) not in measured.read_text()
+    text = card("gsam")
+    assert "| SGD |  | 1.50 | 99.00±0.00 | 81.00±1.00 | 18.00±1.00 | 120 | 3 |" in text
+    assert "| GSAM (rho 0.1) | 0.1 | 1.50 | 99.00±0.00 | 80.07±1.05 |" in text
+    flat = " ".join(text.split())
+    assert "against SGD, 3 paired runs: test accuracy -0.93 points, 95 % interval [-1.08, -0.79]: worse;" in flat
+    assert "against SAM, 3 paired runs: test accuracy -2.00 points, 95 % interval [-2.00, -2.00]: worse;" in flat
+    assert "not yet measured on fashion-mnist" in card("looksam").lower()
+    index = cards.index()
+    assert "| GSAM (rho 0.1) | -0.93 [-1.08, -0.79] worse |" in index
+    assert "--methods sgd sam gsam:rho=0.1" in index
+
+
+def test_memory_of_some_methods_is_merged(tmp_path, monkeypatch):
+    measured, some = tmp_path / "measured.json", tmp_path / "memory.json"
+    numbers = {"within": 1.0, "between": 0.5}
+    measured.write_text(json.dumps({"memory": {"methods": {"sam": numbers, "gone": numbers}}, "comparisons": []}))
+    some.write_text(json.dumps({"torch": "2.13.0", "methods": {"gsam": numbers}}))
+    monkeypatch.setattr(make_cards, "MEASURED", measured)
+    monkeypatch.setattr(make_cards, "PAGES", tmp_path / "pages")
+    assert make_cards.main(["--memory", str(some)]) == 0
+    assert json.loads(measured.read_text())["memory"] == {
+        "torch": "2.13.0",
+        "methods": {"sam": numbers, "gsam": numbers},
+    }
+
+
+def test_folder_without_a_run_is_an_error_of_one_line(tmp_path, capsys):
+    assert make_cards.main([str(tmp_path)]) == 1
+    assert "is not a run folder" in capsys.readouterr().err
+
+
+def test_stale_pages_are_found(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(make_cards, "PAGES", tmp_path)
+    assert make_cards.main(["--check"]) == 1
+    assert "gsam.md is stale" in capsys.readouterr().err
+
+
+def test_one_run_has_no_verdict_and_several_specs_share_a_card():
+    value = {"n": 1, "mean": 0.5, "sd": None, "half_width_95": None}
+    row = {"method": "sgd", "label": "SGD", "rho": None}
+    row |= dict.fromkeys(("passes", "train_accuracy", "test_accuracy", "gap", "seconds"), value)
+    rows = [row, row | {"method": "gsam", "label": "GSAM"}, row | {"method": "gsam:rho=0.1", "label": "GSAM (rho 0.1)"}]
+    differences = [
+        {"method": m, "reference": "sgd", "test_accuracy": value, "gap": value} for m in ("gsam", "gsam:rho=0.1")
+    ]
+    environment = {"date": "2026-11-22", "steppe": "0.1.0", "torch": "2.13.0", "gpu": "A GPU"}
+    run = {"rows": rows, "differences": differences, "base": "sgd", "sam": None, "environment": environment}
+    run |= {"setting": "a network", "standardized_epochs": 2, "command": "steppe compare"}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cards, "measured", lambda: {"memory": None, "comparisons": [run, run]})
+        text = card("gsam")
+    assert " ".join(text.split()).count("no verdict") == 8
+    assert text.count("| GSAM (rho 0.1) |") == 2
+    assert "Memory not yet measured." in text

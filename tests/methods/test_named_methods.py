@@ -1,0 +1,38 @@
+"""The contract of `steppe.testing` for each method that is a rule of SAM; no edit is needed for a new one."""
+
+import inspect
+
+import pytest
+import torch
+from named_methods import RULE_METHODS, WRAPPERS, build, passes_per_step
+
+from steppe import papers, testing
+from steppe.methods.registry import FUNCTIONS
+
+each = pytest.mark.parametrize("name", RULE_METHODS)
+
+
+@each
+@pytest.mark.parametrize("check", testing.CHECKS)
+def test_method_keeps_the_contract(name, check):
+    check(build(name))
+
+
+@each
+@pytest.mark.parametrize("base", ["sgd", "adamw"])
+def test_method_resumes_around_other_bases(name, base):
+    if (name, base) == ("msam", "sgd"):
+        pytest.skip("plain SGD keeps no momentum to perturb along; test_msam.py has the error")
+    testing.resumes_to_the_bit(build(name, base))
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_references_name_a_paper_that_the_optimizer_cites(name):
+    cited = [paper.arxiv for paper in papers.papers_of(build(name)(torch.nn.Sequential(torch.nn.LayerNorm(2))))]
+    references = inspect.getdoc(FUNCTIONS[name]).partition("References:")[2]
+    assert any(number in " ".join(references.split()) for number in cited)
+
+
+@pytest.mark.parametrize(("name", "passes"), [("lookbehind_sam", 3.0), ("sampa", 2.0)])
+def test_method_with_its_own_step_makes_the_planned_passes(name, passes):
+    assert passes_per_step(name) == pytest.approx(passes)
