@@ -1,12 +1,12 @@
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from tiny import recipe, train_run
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import RunFolder
 
 
@@ -18,18 +18,18 @@ def folder(tmp_path: Path) -> RunFolder:
     return folder
 
 
-def test_the_same_configuration_may_go_on(folder: RunFolder) -> None:
+def test_same_configuration_can_be_claimed_again(folder: RunFolder) -> None:
     folder.claim(recipe(), 1)
     assert folder.recipe() == recipe()
 
 
-def test_runs_may_be_added(folder: RunFolder) -> None:
+def test_methods_and_seeds_can_be_added(folder: RunFolder) -> None:
     more = recipe(seeds=3, methods=("sgd", "sam", "asam"), out=Path("elsewhere"))
     folder.claim(more, 1)
     assert folder.recipe() == more
 
 
-def test_another_configuration_is_refused_naming_every_difference(folder: RunFolder) -> None:
+def test_other_configuration_raises_with_every_difference(folder: RunFolder) -> None:
     with pytest.raises(ExperimentError) as error:
         folder.claim(recipe(lr=0.5, width=3, seeds=2), 2)
     text = str(error.value)
@@ -39,8 +39,8 @@ def test_another_configuration_is_refused_naming_every_difference(folder: RunFol
     assert folder.recipe() == recipe()
 
 
-def test_somebody_elses_folder_is_refused_and_left_alone(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("precious")
+def test_foreign_folder_raises_and_is_unchanged(tmp_path: Path) -> None:
+    (tmp_path / "thesis.tex").write_text("unchanged")
     with pytest.raises(ExperimentError, match="not a run folder and not empty"):
         RunFolder(tmp_path).claim(recipe(), 1)
     with pytest.raises(ExperimentError, match="is a file"), RunFolder(tmp_path / "thesis.tex").locked():
@@ -49,13 +49,13 @@ def test_somebody_elses_folder_is_refused_and_left_alone(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', '{"recipe": 3}'])
-def test_a_damaged_configuration_is_refused(content: str, folder: RunFolder) -> None:
+def test_damaged_configuration_raises(content: str, folder: RunFolder) -> None:
     (folder.path / "config.json").write_text(content)
     with pytest.raises(ExperimentError, match=r"config.json is damaged or of another version"):
         folder.claim(recipe(), 1)
 
 
-def test_a_configuration_with_a_field_of_another_version_is_refused(folder: RunFolder) -> None:
+def test_configuration_with_an_unknown_field_raises(folder: RunFolder) -> None:
     config = json.loads((folder.path / "config.json").read_text())
     config["recipe"]["color"] = "red"
     (folder.path / "config.json").write_text(json.dumps(config))
@@ -63,14 +63,14 @@ def test_a_configuration_with_a_field_of_another_version_is_refused(folder: RunF
         folder.recipe()
 
 
-def test_two_cannot_work_in_one_folder(folder: RunFolder) -> None:
+def test_lock_is_exclusive_until_it_is_released(folder: RunFolder) -> None:
     with folder.locked(), pytest.raises(ExperimentError, match="another process is working in"), folder.locked():
         pass
     with folder.locked():
         pass
 
 
-def test_results_are_read_back_and_a_damaged_line_is_an_error(folder: RunFolder) -> None:
+def test_results_are_read_and_a_damaged_line_raises(folder: RunFolder) -> None:
     sgd, sam = recipe().runs()
     records = train_run(sgd, folder.run(sgd))
     assert folder.results(recipe()) == {sgd: records, sam: []}
@@ -79,15 +79,16 @@ def test_results_are_read_back_and_a_damaged_line_is_an_error(folder: RunFolder)
         folder.results(recipe())
 
 
-def test_a_write_that_fails_leaves_the_old_file_and_no_draft(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    write_atomically(path, b"old")
-
-    def full(descriptor: int) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
-        write_atomically(path, b"new")
-    assert path.read_bytes() == b"old"
-    assert list(tmp_path.iterdir()) == [path]
+def test_lock_is_released_when_its_process_is_killed_and_can_be_waited_for(folder: RunFolder) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from steppe.experiments.storage.run_folder import RunFolder\n"
+        "with RunFolder(Path(sys.argv[1])).locked(): print('locked', flush=True); time.sleep(600)"
+    )
+    with subprocess.Popen([sys.executable, "-c", program, str(folder.path)], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"locked\n"
+        with pytest.raises(ExperimentError, match="another process is working in"), folder.locked(timeout=0.1):
+            pass
+        process.kill()
+        with folder.locked(timeout=60):
+            pass
