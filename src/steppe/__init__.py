@@ -1,6 +1,6 @@
 """Steppe: sharpness-aware minimization for PyTorch."""
 
-from steppe import closures, compat, flatness, methods, rho_schedule, rules, testing, variants
+from steppe import closures, compat, flatness, integrations, methods, rho_schedule, rules, testing, variants
 from steppe._engine.side_effects import frozen_stats
 from steppe.methods.aesam import GradientNormThreshold
 from steppe.methods.asam import Adaptive
@@ -75,6 +75,7 @@ __all__ = [
     "compat",
     "flatness",
     "frozen_stats",
+    "integrations",
     "last_layers",
     "layers",
     "methods",
