@@ -49,7 +49,9 @@ def train(
     """Take steps in the model's precision; `forward` is called instead of the model if given."""
     for step in steps:
         x, y = images(step, next(model.parameters()).dtype)
-        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy((forward or model)(x).float(), y))
+        DRIVES[drive](
+            optimizer, lambda x=x, y=y: F.cross_entropy((model if forward is None else forward)(x).float(), y)
+        )
 
 
 def state(model: nn.Module) -> list[Tensor]:
