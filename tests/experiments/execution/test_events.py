@@ -10,7 +10,7 @@ from steppe.experiments.training.run import train
 def test_reader_forwards_every_event_of_the_writer(tmp_path: Path) -> None:
     run = next(recipe().runs())
     direct, forwarded = EventRecorder(), EventRecorder()
-    (tmp_path / EVENTS).write_text('{"event": "end", "records": []}\n')  # of an earlier session
+    (tmp_path / EVENTS).write_text('{"event": "end", "arguments": [[]]}\n')  # of an earlier session
     reader = EventReader(run, tmp_path, forwarded)
 
     class Both(EventWriter):

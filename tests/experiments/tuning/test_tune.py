@@ -65,7 +65,7 @@ def test_killed_search_resumes_to_the_same_trials(undisturbed: Path, tmp_path: P
         f"sys.exit(searching.tuned(sys.argv[1:], pytest.MonkeyPatch()))"
     )
     process = subprocess.Popen([sys.executable, "-c", program, *command(out)], stdout=subprocess.DEVNULL)
-    end = time.monotonic() + 90
+    end = time.monotonic() + 200
     while len(list(out.glob("trials/*/runs/*/checkpoint.pt"))) < 8:
         assert process.poll() is None
         assert time.monotonic() < end

@@ -28,26 +28,25 @@ class EventWriter(Reporter):
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Write where the run starts, and in which process."""
-        process = {"host": platform.node(), "pid": os.getpid()}
-        self._write("begin", epoch=standardized_epoch, records=[asdict(r) for r in records], **process)
+        self._write("begin", standardized_epoch, [asdict(r) for r in records], host=platform.node(), pid=os.getpid())
 
     def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
         """Write the state of the training."""
-        self._write("step", epoch=standardized_epoch, loss=loss, speed=images_per_second)
+        self._write("step", standardized_epoch, loss, images_per_second)
 
     def measured(self, run: Run, record: Record) -> None:
         """Write the measurement."""
-        self._write("measured", record=asdict(record))
+        self._write("measured", asdict(record))
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
         """Write that the run is finished."""
-        self._write("end", records=[asdict(r) for r in records])
+        self._write("end", [asdict(r) for r in records])
 
-    def _write(self, event: str, **values: Any) -> None:
+    def _write(self, event: str, *arguments: Any, **process: Any) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # opened anew for each line: on a network file system, other machines see a line when the file is closed
         with self._path.open("a") as file:
-            file.write(json.dumps({"event": event, **values}) + "\n")
+            file.write(json.dumps({"event": event, "arguments": arguments, **process}) + "\n")
 
 
 class EventReader:
@@ -73,20 +72,15 @@ class EventReader:
                 event = json.loads(line)
             except ValueError:  # the partial line of a killed process; it held no result
                 continue
-            self._forward(event)
+            getattr(self._reporter, event["event"])(self._run, *map(_decoded, event["arguments"]))
 
     def close(self) -> None:
         """Remove the file."""
         self._path.unlink(missing_ok=True)
 
-    def _forward(self, event: dict[str, Any]) -> None:
-        run, reporter = self._run, self._reporter
-        match event["event"]:
-            case "begin":
-                reporter.begin(run, event["epoch"], [Record(**values) for values in event["records"]])
-            case "step":
-                reporter.step(run, event["epoch"], event["loss"], event["speed"])
-            case "measured":
-                reporter.measured(run, Record(**event["record"]))
-            case "end":
-                reporter.end(run, [Record(**values) for values in event["records"]])
+
+def _decoded(argument: Any) -> Any:
+    """Restore the records of an event."""
+    if isinstance(argument, list):
+        return [Record(**values) for values in argument]
+    return Record(**argument) if isinstance(argument, dict) else argument

@@ -74,7 +74,8 @@ def measure_job(job: FlatnessJob, progress: Progress) -> None:
 def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], processes: int, console: Console) -> list[T]:
     """Call the function with each job, several at a time in worker processes with one CPU thread each.
 
-    A single one at a time runs in this process, with all of its threads. The first error ends the others.
+    A single one at a time runs in this process, with all of its threads. After an error, no further job is started;
+    the error is raised when those in progress have ended.
 
     Returns:
         The results, in the order of the jobs.
@@ -83,21 +84,27 @@ def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], proces
         if processes == 1 or len(jobs) == 1:
             return [_run_here(function, name, job, display) for name, job in jobs.items()]
         remaining, running, results = iter(jobs.items()), dict[Worker, str](), dict[str, T]()
+        error: ExperimentError | None = None
         with ProcessPool() as pool:
-            while len(results) < len(jobs):
-                for name, job in islice(remaining, processes - len(running)):
+            while len(results) < len(jobs) and (running or error is None):
+                for name, job in islice(remaining, 0 if error else processes - len(running)):
                     task = partial(_run_in_worker, function, job)
                     running[pool.submit(task, on_progress=partial(display.show, name))] = name
                 for worker in pool.wait(list(running), _INTERVAL):
                     name = running.pop(worker)
                     try:
                         results[name] = pool.result(worker)
-                    except WorkerDied as error:
-                        raise ExperimentError(
-                            f"the process that measures {name} died ({error}), perhaps because memory ran out: say "
+                    except ExperimentError as raised:
+                        error = error or raised
+                    except WorkerDied as died:
+                        error = error or ExperimentError(
+                            f"the process that measures {name} died ({died}), perhaps because memory ran out: say "
                             "--processes 1, or fewer --samples; finished measurements are kept"
-                        ) from error
-                    display.done(name)
+                        )
+                    else:
+                        display.done(name)
+        if error is not None:
+            raise error
         return [results[name] for name in jobs]
 
 

@@ -23,12 +23,12 @@ from steppe.experiments.execution.executor import ExecutionOptions, Executor, Jo
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, with_backbone
 from steppe.experiments.execution.progress import RunProgress
-from steppe.experiments.figures.rho import draw
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
 from steppe.experiments.training.stopping import on_signals
+from steppe.experiments.tuning.figure import draw
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.result import Search, TuningResult, summarize_search
 from steppe.experiments.tuning.search_space import spaces

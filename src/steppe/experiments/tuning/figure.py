@@ -1,22 +1,23 @@
-"""Figures of a search: validation accuracy and gap over each number that was searched, rho above all."""
+"""Figures of a search: validation accuracy and gap over each number that was searched, such as rho."""
 
 from __future__ import annotations
 
 import re
 import statistics
 from collections.abc import Sequence
-from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from steppe.experiments.figures.style import GREY, Style, caption, look, save, styles
+from steppe.experiments.figures.drawing import Drawing
+from steppe.experiments.figures.style import GREY, Style, add_caption, styles
 from steppe.experiments.storage.records import Record
-from steppe.experiments.tuning.result import Best, Findings, Tuning
+from steppe.experiments.tuning.result import Best, Search, TuningResult
 from steppe.experiments.tuning.search_space import Range, Space
-from steppe.experiments.tuning.studies import Result
+from steppe.experiments.tuning.studies import TrialResult
 
 __all__ = ["draw"]
 
@@ -25,72 +26,71 @@ _LOSS = ("test_loss", "Validation loss", "cross-entropy")
 _GAP = ("gap", "Gap, training minus validation accuracy", "percentage points")
 
 
-def draw(tuning: Tuning, results: Sequence[Result], findings: Findings, folder: Path) -> list[Path]:
+def draw(search: Search, results: Sequence[TrialResult], result: TuningResult, folder: Path) -> list[Path]:
     """Draw a figure for each searched number as PNG and SVG into `folder`; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     files: list[Path] = []
-    names = [d.name for space in tuning.spaces for d in space.dimensions]
-    with look():
-        for name in dict.fromkeys(names):
-            points = [r.values[name] for r in results if name in r.values and r.state != "running"]
-            if points and not any(isinstance(value, bool | str) for value in points):
-                files += save(_figure(tuning, results, findings, name), folder / name)
+    names = [d.name for space in search.spaces for d in space.dimensions]
+    for name in dict.fromkeys(names):
+        points = [r.values[name] for r in results if name in r.values and r.state != "running"]
+        if points and not any(isinstance(value, bool | str) for value in points):
+            files += Drawing(name, partial(_figure, search, results, result, name)).save(folder)
     return files
 
 
-def _figure(tuning: Tuning, results: Sequence[Result], findings: Findings, name: str) -> Figure:
+def _figure(search: Search, results: Sequence[TrialResult], result: TuningResult, name: str) -> Figure:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    first = _ACCURACY if tuning.objective == "accuracy" else _LOSS
-    names = [space.spec.label for space in tuning.spaces]
-    looks = {str(space.spec): style for space, style in zip(tuning.spaces, _styles(tuning), strict=True)}
-    for axes, (field, title, run) in zip(panels, (first, _GAP), strict=True):
-        if _is_log(tuning, results, name):
+    first = _ACCURACY if search.objective == "accuracy" else _LOSS
+    names = [space.spec.label for space in search.spaces]
+    by_method = {str(space.spec): style for space, style in zip(search.spaces, _styles(search), strict=True)}
+    for axes, (field, title, unit) in zip(panels, (first, _GAP), strict=True):
+        if _is_log(search, results, name):
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-        for space in tuning.spaces:
-            style = looks[str(space.spec)]
-            best = next((b for b in findings.best if b.space == space), None)
+        for space in search.spaces:
+            style = by_method[str(space.spec)]
+            best = next((b for b in result.best if b.space == space), None)
             if any(dimension.name == name for dimension in space.dimensions):
                 _series(axes, space, style, results, name, field)
                 if best is not None:
                     _mark(axes, style, best, name, field)
             elif best is not None:
-                _level(axes, style, [getattr(run, field) for run in best.result.runs])
+                _level(axes, style, _values(best.result.runs, field))
         axes.set_title(title)
         axes.set_xlabel(name)
-        axes.set_ylabel(run)
+        axes.set_ylabel(unit)
     handles, labels = panels[0].get_legend_handles_labels()
-    # matplotlib puts error bars last; here each method comes with its best
+    # matplotlib puts error bars last; here each method is next to its best trial
     order = sorted(zip(labels, handles, strict=True), key=lambda entry: _rank(entry[0], names))
     panels[0].legend([handle for _, handle in order], [text for text, _ in order])
-    caption(figure, tuning.recipe, f"equal compute; validation: one in {tuning.hold_out} training images, held out")
+    add_caption(figure, search.recipe, f"equal compute; validation: one in {search.hold_out} training images, held out")
     return figure
 
 
 def _rank(text: str, names: Sequence[str]) -> tuple[int, int]:
-    """The place of a legend entry: its method's, and within it the shorter one first."""
+    """Return the position of a legend entry: that of its method, then the shorter text first."""
     return names.index(re.sub(r"(, best: .*|: diverged)$", "", text)), len(text)
 
 
-def _styles(tuning: Tuning) -> list[Style]:
-    """One for each method, by its place, as in a comparison."""
-    methods = tuple(str(space.spec) for space in tuning.spaces)
-    return list(styles(replace(tuning.recipe, methods=methods)).values())
+def _styles(search: Search) -> list[Style]:
+    """Return the style of each method, by its position, as in a comparison."""
+    methods = tuple(space.spec for space in search.spaces)
+    return list(styles(search.recipe.replace(methods=methods)).values())
 
 
-def _is_log(tuning: Tuning, results: Sequence[Result], name: str) -> bool:
-    dimensions = [d for space in tuning.spaces for d in space.dimensions if d.name == name]
+def _is_log(search: Search, results: Sequence[TrialResult], name: str) -> bool:
+    dimensions = [d for space in search.spaces for d in space.dimensions if d.name == name]
     if any(isinstance(dimension, Range) for dimension in dimensions):
         return any(isinstance(dimension, Range) and dimension.log for dimension in dimensions)
     values = [float(r.values[name]) for r in results if name in r.values]
     return min(values) > 0 and max(values) >= 8 * min(values)
 
 
-def _series(axes: Axes, space: Space, style: Style, results: Sequence[Result], name: str, field: str) -> None:
-    """The trials: a line too where nothing but `name` changes from one to the next."""
+def _series(axes: Axes, space: Space, style: Style, results: Sequence[TrialResult], name: str, field: str) -> None:
+    """Plot the trials, with a line if only `name` changes from one to the next."""
     complete = [r for r in results if r.method == str(space.spec) and r.state == "complete"]
     complete.sort(key=lambda r: float(r.values[name]))
     x = [float(r.values[name]) for r in complete]
