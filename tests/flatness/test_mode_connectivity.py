@@ -88,7 +88,8 @@ def slow_reference(net, other, steps, lr, seed, train):
 def test_bend_equals_the_slow_reference():
     net, other = conv_net(0), conv_net(1)
     bend = connect(image_objective(net), other, total_steps=8, lr=0.05, seed=3).bend
-    torch.testing.assert_close(bend, slow_reference(net, other, 8, 0.05, 3, True), rtol=1e-9, atol=1e-11)
+    # atol: a bias before BatchNorm has no gradient but rounding, which Adam divides by its eps = 1e-8
+    torch.testing.assert_close(bend, slow_reference(net, other, 8, 0.05, 3, True), rtol=1e-9, atol=1e-8)
     # other arguments give another bend
     for wrong in ((8, 0.05, 4, True), (7, 0.05, 3, True), (8, 0.05, 3, False)):
         assert (slow_reference(net, other, *wrong) - bend).abs().max() > 1e-3
