@@ -71,7 +71,7 @@ def drawn():
     return torch.randn(30, 4), torch.randint(3, (30,))
 
 class Restless:
-    """Its own generator goes on from call to call."""
+    """A factory with a generator of its own, which advances from call to call."""
     g = torch.Generator()
     def __call__(self):
         return torch.randn(30, 4, generator=self.g), torch.randint(3, (30,), generator=self.g)
@@ -114,7 +114,7 @@ def loader():
     return DataLoader(TensorDataset(*x_y()), batch_size=7, shuffle=True)
 
 class Fading(list):
-    """Whose sixth pass is another one."""
+    """Batches that change at the sixth pass."""
     passes = 0
     def __iter__(self):
         self.passes += 1

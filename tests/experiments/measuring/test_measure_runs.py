@@ -1,4 +1,4 @@
-"""What `steppe measure RUN` writes, when it measures again, and that it restores what was trained."""
+"""`steppe measure RUN`: its files, the conditions for a new measurement, and the restored runs."""
 
 import dataclasses
 import io

@@ -1,4 +1,4 @@
-"""What a search trains and writes, and that it can be stopped at any point."""
+"""`steppe tune`: its trials and files, and resuming after an interruption."""
 
 import random
 import re

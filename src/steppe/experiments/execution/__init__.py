@@ -1,1 +1,1 @@
-"""Where runs are trained, and how their progress is shown."""
+"""Executors: train runs in this process, in worker processes or on Ray, and display their progress."""

@@ -19,7 +19,7 @@ __all__ = ["ExecutionOptions", "Executor", "Job", "Outcome", "failures"]
 
 @dataclass(frozen=True)
 class ExecutionOptions:
-    """Where the runs are trained, and how many at a time; no run's result depends on it."""
+    """The machines that train the runs, and the number of runs at a time; no run's result depends on them."""
 
     on: Literal["local", "ray"] = "local"
     """local: on this machine. ray: on all machines of a Ray cluster, or on this one's CPUs and GPUs, as many runs at a

@@ -1,1 +1,1 @@
-"""Run folders, checkpoints and files."""
+"""Storage: run folders, records, checkpoints and files."""

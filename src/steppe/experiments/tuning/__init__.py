@@ -1,1 +1,1 @@
-"""`steppe tune`."""
+"""`steppe tune`: search hyperparameters at equal compute, on a validation set."""

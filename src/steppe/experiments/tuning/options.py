@@ -18,9 +18,9 @@ class TuningOptions:
     """The search space, the sampler and the number of trials."""
 
     search: tuple[str, ...] = ()
-    """What to search, each as NAME=LOW..HIGH (on a logarithmic scale; whole numbers, and with :linear any, on a linear
-    one) or NAME=VALUE,VALUE,...: rho=0.01..1 lr=0.02,0.05,0.1 interval=2..8. A name is an argument of a method or an
-    option of the recipe. By default rho, from a tenth of each method's usual value to ten times that."""
+    """Names and values to search, each as NAME=LOW..HIGH (on a logarithmic scale; whole numbers, and with :linear any,
+    on a linear one) or NAME=VALUE,VALUE,...: rho=0.01..1 lr=0.02,0.05,0.1 interval=2..8. A name is an argument of a
+    method or an option of the recipe. By default rho, from a tenth of each method's usual value to ten times that."""
     trials: int | None = None
     """Trials of each method; by default 20, or the whole of a grid. Raise it later to add some."""
     sampler: Sampler = "tpe"
@@ -30,7 +30,7 @@ class TuningOptions:
     """Seed of the values. The same seed tries the same values, also after an interruption; with tpe, as long as one
     trial is trained at a time."""
     objective: Objective = "accuracy"
-    """What is best: the highest validation accuracy, or the lowest validation loss, after the last epoch."""
+    """The best trial has the highest validation accuracy, or the lowest validation loss, after the last epoch."""
     hold_out: int = 6
     """One in so many training images of each class is held out for validation; the test set is not used."""
     baseline: bool = True
