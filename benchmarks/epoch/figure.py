@@ -32,7 +32,7 @@ def draw(results: Sequence[Result], path: Path) -> list[Path]:
             by_width.set_xlabel(f"width, channels of the first stage (batches of {problem['batch']})")
         rows[0, 0].legend()
         add_text(figure, *dict.fromkeys(describe(result.data["problem"], sizes=False) for result in results))
-        return Drawing(path.stem, figure).save(path.parent)
+        return Drawing(path.stem, lambda: figure).save(path.parent)
 
 
 def _panel(axes: Axes, points: Sequence[dict[str, Any]], size: str) -> None:

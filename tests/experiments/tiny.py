@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from steppe.cli import main
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.execution import cpus
-from steppe.experiments.training.reporter import Reporter
-from steppe.experiments.figures import curves as figures
 from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
+from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import train
 from steppe.experiments.world import World
 
@@ -26,6 +26,10 @@ RESOLVED = {"cuda_graphs": False}
 
 def recipe(**fields: object) -> Recipe:
     return Recipe().replace(**(OPTIONS | RESOLVED | fields))
+
+
+def run_of(method: str, seed: int = 0, **fields: object) -> Run:
+    return Run(recipe(**fields), MethodSpec.parse(method), seed)
 
 
 def options(**fields: object) -> list[str]:
@@ -76,7 +80,6 @@ def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
         if not draws:
-            patch.setattr(figures, "draw", lambda recipe, results, folder: [])
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
         return main(words)
 

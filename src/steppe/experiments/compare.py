@@ -11,18 +11,15 @@ from rich.console import Console
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.double_descent import DoubleDescent
-from steppe.experiments.analysis.flatness import read_flatness, read_lines, verdicts
-from steppe.experiments.analysis.summary import Summary, setting, summarize
+from steppe.experiments.analysis.flatness import read_flatness, verdicts
+from steppe.experiments.analysis.summary import Summary, summarize
 from steppe.experiments.analysis.verdicts import Verdict
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, train_runs, with_backbone
-from steppe.experiments.figures import curves as figures
 from steppe.experiments.figures import double_descent as double_descent_figure
-from steppe.experiments.figures import flatness as flatness_figures
-from steppe.experiments.figures.style import styles
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import RunFolder
@@ -78,7 +75,6 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
     else:
         results = folder.results(recipe)
         summary = replace(summarize(recipe, results), flatness=_flatness(folder, recipe, console))
-        figures.draw(recipe, results, folder.figures)
         page.write(folder, recipe, results, summary)
     summary.write(folder)
     summary.show(console)
@@ -89,14 +85,8 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
 
 
 def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:
-    """Draw the measurements of flatness, if there are any, and return their verdicts."""
+    """Return the verdicts on flatness; none if it was not measured, or not with the same options."""
     found = read_flatness(folder, recipe)
-    groups = {m.label: [flat for run, flat in found.items() if run.method == m] for m in recipe.comparison.methods}
-    flatness_figures.draw(groups, folder.figures, setting(recipe))
-    if lines := read_lines(folder):
-        flatness_figures.draw_lines(
-            lines, {str(method): style for method, style in styles(recipe).items()}, folder.figures, setting(recipe)
-        )
     try:
         return verdicts(recipe, found)
     except ExperimentError as error:

@@ -17,7 +17,7 @@ from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import setting
-from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.files import write_atomically, write_json
@@ -41,7 +41,7 @@ _HEADINGS = (
     "runs",
 )
 
-Runs = Mapping[tuple[int, str], Mapping[int, Record]]
+Runs = Mapping[tuple[int, MethodSpec], Mapping[int, Record]]
 """By width and method, and then by seed: the measurement at the compute that all methods get."""
 
 
@@ -51,7 +51,7 @@ class Point:
 
     width: int
     parameters: int
-    method: str
+    method: MethodSpec
     train_error: Estimate
     test_error: Estimate
     against: Estimate | None
@@ -63,7 +63,7 @@ class Point:
         return [
             str(self.width),
             f"{self.parameters:,}",
-            parse(self.method).label,
+            self.method.label,
             *(_text(value, ".2f") for value in (self.train_error, self.test_error)),
             "" if self.against is None else _interval(self.against),
             *("" if value is None else _text(value, ".3g") for value in (self.sharpness, self.lambda_max)),
@@ -75,7 +75,7 @@ class Point:
 class Peak:
     """The highest of a method's mean test errors, and how far it is above those at both ends, paired by seed."""
 
-    method: str
+    method: MethodSpec
     width: int
     test_error: float
     narrowest: int
@@ -86,7 +86,7 @@ class Peak:
 
     def sentence(self) -> str:
         """What the runs allow to say."""
-        highest = f"{parse(self.method).label}: test error is highest at width {self.width}, {self.test_error:.2f} %"
+        highest = f"{self.method.label}: test error is highest at width {self.width}, {self.test_error:.2f} %"
         if self.above_narrowest is None or self.above_widest is None:
             return f"{highest}, an end of the range: no double descent is seen in it."
         signs = self.above_narrowest.sign, self.above_widest.sign
@@ -108,12 +108,12 @@ class DoubleDescent:
     """Every number of a comparison over widths, once, for the terminal, summary.md, summary.json and the figure."""
 
     title: str
-    reference: str
+    reference: MethodSpec
     points: Sequence[Point]
-    thresholds: Mapping[str, int | None]
+    thresholds: Mapping[MethodSpec, int | None]
     """For each method the smallest width that interpolates, None where none does."""
     peaks: Sequence[Peak]
-    overall: Mapping[str, Estimate]
+    overall: Mapping[MethodSpec, Estimate]
     """For each further method its test error minus the first one's, averaged over the widths, by seed."""
     unfinished: Sequence[str]
 
@@ -121,23 +121,23 @@ class DoubleDescent:
         """The sentences below the table."""
         for method, width in self.thresholds.items():
             where = "at none of these widths" if width is None else f"from width {width} on"
-            yield f"{parse(method).label} interpolates (training error below {INTERPOLATES:g} %) {where}."
+            yield f"{method.label} interpolates (training error below {INTERPOLATES:g} %) {where}."
         yield from (peak.sentence() for peak in self.peaks)
         if self.peaks:
             yield (
                 "Intervals are 95 % ones of runs paired by seed. The width of a peak is chosen by the same runs, "
                 "which makes it look a little higher than it is."
             )
-        reference = parse(self.reference).label
+        reference = self.reference.label
         for method, value in self.overall.items():
-            against = f"{parse(method).label} against {reference}"
+            against = f"{method.label} against {reference}"
             yield f"{against}, mean over the widths: test error {_interval(value)} points."
         if self.unfinished:
             yield f"Not finished, and not in the table: {', '.join(self.unfinished)}."
 
     def headings(self) -> list[str]:
         """The headings of the table."""
-        return [heading.format(parse(self.reference).label) for heading in _HEADINGS]
+        return [heading.format(self.reference.label) for heading in _HEADINGS]
 
     def markdown(self) -> str:
         """The summary as Markdown."""
@@ -148,7 +148,17 @@ class DoubleDescent:
 
     def json(self) -> dict[str, Any]:
         """The summary as JSON, with the verdicts in words."""
-        return asdict(self) | {"interpolates_below_percent": INTERPOLATES, "notes": list(self.notes())}
+        return {
+            "title": self.title,
+            "reference": str(self.reference),
+            "points": [asdict(point) | {"method": str(point.method)} for point in self.points],
+            "thresholds": {str(method): width for method, width in self.thresholds.items()},
+            "peaks": [asdict(peak) | {"method": str(peak.method)} for peak in self.peaks],
+            "overall": {str(method): asdict(value) for method, value in self.overall.items()},
+            "unfinished": list(self.unfinished),
+            "interpolates_below_percent": INTERPOLATES,
+            "notes": list(self.notes()),
+        }
 
     def write(self, folder: RunFolder) -> None:
         """Write summary.md and summary.json."""
@@ -170,11 +180,11 @@ class DoubleDescent:
 def parameters(recipe: Recipe) -> int:
     """Count the parameters of a recipe's network.
 
-    >>> parameters(Recipe(width=1))
+    >>> parameters(Recipe().replace(width=1))
     2945
     """
     with torch.device("meta"):
-        network = preact_resnet18(recipe.width, stem_stride=recipe.stem_stride, norm=recipe.norm)
+        network = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
     return sum(p.numel() for p in network.parameters())
 
 
@@ -184,35 +194,35 @@ def summarize(recipe: Recipe) -> DoubleDescent:
     Raises ExperimentError when a file is damaged.
     """
     runs, unfinished = _read(recipe)
-    sizes = {member.width: parameters(member) for member in recipe.members()}
+    sizes = {member.model.width: parameters(member) for member in recipe.members()}
     points = [_point(recipe, width, sizes[width], method, runs) for width, method in runs]
     thresholds = {
         method: min((p.width for p in points if p.method == method and p.train_error.mean < INTERPOLATES), default=None)
-        for method in recipe.methods
+        for method in recipe.comparison.methods
     }
-    peaks = [peak for method in recipe.methods if (peak := _peak(method, runs)) is not None]
-    reference, *others = recipe.methods
-    means = {method: _means(method, reference, recipe.widths, runs) for method in others}
+    peaks = [peak for method in recipe.comparison.methods if (peak := _peak(method, runs)) is not None]
+    reference, *others = recipe.comparison.methods
+    means = {method: _means(method, reference, recipe.comparison.widths, runs) for method in others}
     overall = {method: estimate(values) for method, values in means.items() if values}
     return DoubleDescent(f"{recipe.name}: {setting(recipe)}", reference, points, thresholds, peaks, overall, unfinished)
 
 
 def _read(recipe: Recipe) -> tuple[Runs, list[str]]:
-    runs: dict[tuple[int, str], dict[int, Record]] = {}
+    runs: dict[tuple[int, MethodSpec], dict[int, Record]] = {}
     unfinished = []
     for member in recipe.members():
         for run, records in RunFolder(member.folder).results(member).items():
-            record = next((r for r in records if r.standardized_epoch == recipe.epochs), None)
+            record = next((r for r in records if r.standardized_epoch == recipe.comparison.epochs), None)
             if record is None:
-                unfinished.append(f"width-{member.width}/{run.name}")
+                unfinished.append(f"width-{member.model.width}/{run.name}")
             else:
-                runs.setdefault((member.width, run.method), {})[run.seed] = record
+                runs.setdefault((member.model.width, run.method), {})[run.seed] = record
     return runs, unfinished
 
 
-def _point(recipe: Recipe, width: int, size: int, method: str, runs: Runs) -> Point:
+def _point(recipe: Recipe, width: int, size: int, method: MethodSpec, runs: Runs) -> Point:
     records = runs[width, method].values()
-    reference = recipe.methods[0]
+    reference = recipe.comparison.methods[0]
     pairs = _paired((width, method), (width, reference), runs) if method != reference else []
     return Point(
         width,
@@ -231,13 +241,13 @@ def _measured(values: Sequence[float | None]) -> Estimate | None:
     return estimate(known) if known else None
 
 
-def _paired(one: tuple[int, str], other: tuple[int, str], runs: Runs) -> list[float]:
+def _paired(one: tuple[int, MethodSpec], other: tuple[int, MethodSpec], runs: Runs) -> list[float]:
     """Test error at `one` minus that at `other`, for each seed that both have."""
     ours, theirs = runs.get(one, {}), runs.get(other, {})
     return [theirs[seed].test_accuracy - ours[seed].test_accuracy for seed in sorted(ours.keys() & theirs.keys())]
 
 
-def _peak(method: str, runs: Runs) -> Peak | None:
+def _peak(method: MethodSpec, runs: Runs) -> Peak | None:
     """Find the highest mean test error of a method, when there are three widths and one seed that all of them have."""
     widths = sorted(width for width, name in runs if name == method)
     common = set.intersection(*(set(runs[width, method]) for width in widths)) if widths else set()
@@ -252,7 +262,7 @@ def _peak(method: str, runs: Runs) -> Peak | None:
     return Peak(method, top, errors[top], narrowest, widest, *above)
 
 
-def _means(method: str, reference: str, widths: Sequence[int], runs: Runs) -> list[float]:
+def _means(method: MethodSpec, reference: MethodSpec, widths: Sequence[int], runs: Runs) -> list[float]:
     """The difference to the reference averaged over all widths, for each seed that has all of them in both."""
     seeds = [set(runs.get((width, name), {})) for width in widths for name in (method, reference)]
     return [

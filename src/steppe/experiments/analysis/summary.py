@@ -13,7 +13,7 @@ from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
-from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
@@ -46,7 +46,7 @@ _MANY = 6  # verdicts, from which on a reader must be told that some will be wro
 class Row:
     """One method after so many standardized epochs: mean and standard deviation over its runs."""
 
-    method: str
+    method: MethodSpec
     standardized_epoch: int
     passes: Estimate
     train_accuracy: Estimate
@@ -58,7 +58,7 @@ class Row:
     def cells(self) -> list[str]:
         """The row as text, under `_HEADINGS`."""
         return [
-            parse(self.method).label,
+            self.method.label,
             str(self.standardized_epoch),
             f"{self.passes.mean:.2f}",
             *(_text(value, 2) for value in (self.train_accuracy, self.test_accuracy, self.gap)),
@@ -72,8 +72,8 @@ class Row:
 class Difference:
     """A method minus the first one, paired by seed, at equal compute: percentage points."""
 
-    method: str
-    reference: str
+    method: MethodSpec
+    reference: MethodSpec
     standardized_epoch: int
     test_accuracy: Estimate
     gap: Estimate
@@ -82,7 +82,7 @@ class Difference:
         """What the runs allow to say."""
         runs = self.gap.n
         return (
-            f"{parse(self.method).label} against {parse(self.reference).label} at {self.standardized_epoch} "
+            f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} "
             f"standardized epochs, {runs} paired run{'s'[: runs > 1]}: "
             f"test accuracy {_verdict(self.test_accuracy, better=1)}; "
             f"generalization gap {_verdict(self.gap, better=-1)}."
@@ -127,7 +127,10 @@ class Summary:
         values = asdict(replace(self, flatness=())) | {"flatness": [verdict.json() for verdict in self.flatness]}
         if not self.flatness:
             del values["flatness"]
+        for row, value in zip(self.rows, values["rows"], strict=True):
+            value["method"] = str(row.method)
         for difference, value in zip(self.differences, values["differences"], strict=True):
+            value |= {"method": str(difference.method), "reference": str(difference.reference)}
             value["test_accuracy"]["half_width_95"] = difference.test_accuracy.half_width
             value["gap"]["half_width_95"] = difference.gap.half_width
             value["verdict"] = difference.sentence()
@@ -169,41 +172,43 @@ def _items(sentences: Iterable[str]) -> list[str]:
 
 def setting(recipe: Recipe) -> str:
     """What was trained on what, in one line."""
-    data = _NAMES[recipe.dataset]
-    if recipe.shots is not None:
-        data += f", {recipe.shots} image{'s'[: recipe.shots > 1]} a class"
-    if recipe.label_noise:
-        data += f", {100 * recipe.label_noise:g} % wrong training labels"
-    base = f"{recipe.base.upper() if recipe.base == 'sgd' else 'AdamW'}, lr {recipe.lr:g}"
-    if recipe.head_lr is not None:
-        base += f" (head {recipe.head_lr:g})"
+    data = _NAMES[recipe.data.dataset]
+    if recipe.data.shots is not None:
+        data += f", {recipe.data.shots} image{'s'[: recipe.data.shots > 1]} a class"
+    if recipe.data.label_noise:
+        data += f", {100 * recipe.data.label_noise:g} % wrong training labels"
+    base = f"{recipe.training.base.upper() if recipe.training.base == 'sgd' else 'AdamW'}, lr {recipe.training.lr:g}"
+    if recipe.training.head_lr is not None:
+        base += f" (head {recipe.training.head_lr:g})"
     if recipe.base_momentum:
         base += f", momentum {recipe.base_momentum:g}"
     # a rho that every method replaces by its own would only mislead
-    takes_it = any("rho" in s.method.arguments and "rho" not in dict(s.given) for s in map(parse, recipe.methods))
-    rho = f", rho {recipe.rho:g}" if takes_it else ""
-    return f"{_network(recipe)} on {data}: {base}, batch {recipe.batch_size}{rho}"
+    takes_it = any(
+        "rho" in s.definition.arguments and "rho" not in dict(s.overrides) for s in recipe.comparison.methods
+    )
+    rho = f", rho {recipe.training.rho:g}" if takes_it else ""
+    return f"{_network(recipe)} on {data}: {base}, batch {recipe.training.batch_size}{rho}"
 
 
 def _network(recipe: Recipe) -> str:
     """The network, and where it starts from."""
-    probe = ", linear probe" if recipe.freeze else ""
-    if recipe.backbone not in ("none", "own"):
-        size = f", {recipe.image_size} px" if recipe.image_size else ""
-        return f"{recipe.backbone} (pretrained{size}{probe})"
-    if recipe.backbone == "own":
-        epochs = f"{recipe.pretrain_epochs} epoch{'s'[: recipe.pretrain_epochs > 1]}"
-        where = _NAMES[recipe.pretrain_on] if recipe.pretrain_on != "auto" else "Fashion-MNIST"
-        return f"PreAct ResNet-18 (width {recipe.width}, pretrained on {where}, {epochs}{probe})"
-    widths = recipe.widths or (recipe.width,)
+    probe = ", linear probe" if recipe.model.freeze else ""
+    if recipe.model.backbone not in ("none", "own"):
+        size = f", {recipe.model.image_size} px" if recipe.model.image_size else ""
+        return f"{recipe.model.backbone} (pretrained{size}{probe})"
+    if recipe.model.backbone == "own":
+        epochs = f"{recipe.model.pretrain_epochs} epoch{'s'[: recipe.model.pretrain_epochs > 1]}"
+        where = _NAMES[recipe.model.pretrain_on] if recipe.model.pretrain_on != "auto" else "Fashion-MNIST"
+        return f"PreAct ResNet-18 (width {recipe.model.width}, pretrained on {where}, {epochs}{probe})"
+    widths = recipe.comparison.widths or (recipe.model.width,)
     width = f"width {widths[0]}" + (f" to {widths[-1]}" if len(widths) > 1 else "")
     return f"PreAct ResNet-18 ({width})"
 
 
 def summarize(recipe: Recipe, results: Results) -> Summary:
     """Summarize what there is: a unit counts where it was measured at the standardized epoch of the row."""
-    rows = [row for method in recipe.methods for row in _rows(recipe, method, results)]
-    reference, *others = recipe.methods
+    rows = [row for method in recipe.comparison.methods for row in _rows(recipe, method, results)]
+    reference, *others = recipe.comparison.methods
     differences = [d for d in (_difference(recipe, m, reference, results) for m in others) if d is not None]
     unfinished = [u.name for u in results if not _at(results, u, u.standardized_epochs)]
     return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished)
@@ -213,30 +218,30 @@ def _at(results: Results, run: Run, standardized_epoch: int) -> Record | None:
     return next((r for r in results.get(run, []) if r.standardized_epoch == standardized_epoch), None)
 
 
-def _rows(recipe: Recipe, method: str, results: Results) -> Iterator[Row]:
+def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]:
     """The row at equal compute, and one after the further epochs of a method that has them."""
     runs = [run for run in results if run.method == method]
-    for epoch in sorted({recipe.epochs} | {run.standardized_epochs for run in runs}):
+    for epoch in sorted({recipe.comparison.epochs} | {run.standardized_epochs for run in runs}):
         records = [record for run in runs if (record := _at(results, run, epoch)) is not None]
         if records:
             names = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
             yield Row(method, epoch, *(estimate([getattr(r, name) for r in records]) for name in names))
 
 
-def _difference(recipe: Recipe, method: str, reference: str, results: Results) -> Difference | None:
+def _difference(recipe: Recipe, method: MethodSpec, reference: MethodSpec, results: Results) -> Difference | None:
     """Pair the runs by seed: initial weights and the order of the images are then the same in both."""
     pairs = [
         (ours, theirs)
         for run in results
         if run.method == method
-        and (ours := _at(results, run, recipe.epochs)) is not None
-        and (theirs := _at(results, Run(recipe, reference, run.seed), recipe.epochs)) is not None
+        and (ours := _at(results, run, recipe.comparison.epochs)) is not None
+        and (theirs := _at(results, Run(recipe, reference, run.seed), recipe.comparison.epochs)) is not None
     ]
     if not pairs:
         return None
     accuracy = estimate([ours.test_accuracy - theirs.test_accuracy for ours, theirs in pairs])
     gap = estimate([ours.gap - theirs.gap for ours, theirs in pairs])
-    return Difference(method, reference, recipe.epochs, accuracy, gap)
+    return Difference(method, reference, recipe.comparison.epochs, accuracy, gap)
 
 
 def _text(value: Estimate, digits: int) -> str:

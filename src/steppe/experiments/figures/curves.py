@@ -1,10 +1,11 @@
-"""The article's four figures over compute and time, sharpness, and the Pareto picture: from the measurements alone."""
+"""Accuracy, loss, generalization gap and sharpness over compute and over time."""
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -12,31 +13,32 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 
 from steppe import flatness
-from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures import pareto
-from steppe.experiments.figures.style import GREY, Style, caption, look, save, styles
+from steppe.experiments.figures.drawing import Drawing, save_all, tag, tag_legend
+from steppe.experiments.figures.style import GREY, Style, add_caption, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
-__all__ = ["EXTENTS", "FLATNESS", "QUANTITIES", "Extent", "Quantity", "draw"]
+__all__ = ["EXTENTS", "QUANTITIES", "Extent", "Quantity", "draw", "drawings", "tracked"]
 
-_BESIDE = 4  # methods, from which on the legend is beside the curves and not among them
+_MANY = 4  # methods, from which on the legend is beside the curves and not among them
 
 
 @dataclass(frozen=True)
 class Quantity:
-    """One figure: a field of `Record`, its title, and its unit on the axis."""
+    """A field of `Record` that is drawn, its title, and its unit."""
 
     field: str
     title: str
-    run: str
+    unit: str
     log: bool = False
 
 
 @dataclass(frozen=True)
 class Extent:
-    """What a quantity is drawn over: a field of `Record`, the words on the axis, and what is added to a file's name."""
+    """The horizontal axis: a field of `Record`, its label, and the suffix of the files' names."""
 
     field: str
     title: str
@@ -50,7 +52,7 @@ QUANTITIES = (
     Quantity("gap", "Generalization gap", "percentage points"),
 )
 
-FLATNESS = (
+_TRACKED = (
     Quantity("sharpness", "Sharpness S(w)", "rise of the training loss", log=True),
     Quantity("lambda_max", "Largest eigenvalue of the Hessian", "of the training loss", log=True),
 )
@@ -62,85 +64,106 @@ EXTENTS = (
 
 
 def draw(recipe: Recipe, results: Results, folder: Path) -> list[Path]:
-    """Draw all figures as PNG and SVG into `folder`; return the files.
+    """Save all drawings as PNG and SVG into `folder`; return the files."""
+    return save_all(drawings(recipe, results), folder)
 
-    Each quantity over each extent, all quantities over an extent as `overview`, `pareto`, and `sharpness` where it was
-    measured. A line is the mean over the runs, its band one standard deviation to either side; one run is a thin line.
+
+def drawings(recipe: Recipe, results: Results) -> Iterator[Drawing]:
+    """Yield each quantity over each extent, all of them as `overview`, `pareto`, and `sharpness` where it was measured.
+
+    A line is the mean over the runs, its band one standard deviation to either side; one run is a thin line.
     """
-    folder.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-    with look():
+    for extent in EXTENTS:
+        for quantity in QUANTITIES:
+            yield Drawing(f"{quantity.field}{extent.suffix}", partial(_plot_single, recipe, results, quantity, extent))
+        yield Drawing(f"overview{extent.suffix}", partial(_plot_overview, recipe, results, extent))
+    yield Drawing("pareto", partial(pareto.draw, recipe, results))
+    if tracked(results):
         for extent in EXTENTS:
-            for quantity in QUANTITIES:
-                figure = Figure(figsize=(6.4 + _beside(recipe), 4.4), layout="constrained")
-                axes = figure.add_subplot()
-                _plot(axes, quantity, extent, recipe, results)
-                _legend(figure, axes, recipe)
-                caption(figure, recipe)
-                files += save(figure, folder / f"{quantity.field}{extent.suffix}")
-            figure = Figure(figsize=(10.5 + _beside(recipe), 7.4), layout="constrained")
-            panels = figure.subplots(2, 2, sharex=True)
-            for axes, quantity in zip(panels.flat, QUANTITIES, strict=True):
-                _plot(axes, quantity, extent, recipe, results)
-            for axes in panels[0]:
-                axes.set_xlabel("")
-            _legend(figure, panels[0, 1], recipe)
-            caption(figure, recipe)
-            files += save(figure, folder / f"overview{extent.suffix}")
-        files += save(pareto.draw(recipe, results), folder / "pareto")
-        if any(record.sharpness is not None for records in results.values() for record in records):
-            files += save(_sharpness(recipe, results), folder / "sharpness")
-    return files
+            yield Drawing(f"sharpness{extent.suffix}", partial(_plot_sharpness, recipe, results, extent))
 
 
-def _sharpness(recipe: Recipe, results: Results) -> Figure:
-    """S(w) and the largest eigenvalue over compute, and where it would make a full-batch step unstable."""
-    figure = Figure(figsize=(10.5 + _beside(recipe), 4.6), layout="constrained")
-    panels = figure.subplots(1, 2)
-    for axes, quantity in zip(panels, FLATNESS, strict=True):
-        _plot(axes, quantity, EXTENTS[0], recipe, results)
-    edges = False
-    if recipe.base == "sgd" and not recipe.base_momentum and not recipe.weight_decay:
-        for method, style in styles(recipe).items():
-            edges |= _edge(panels[1], method, style, recipe, results)
-    _legend(figure, panels[0], recipe)
-    stable = (
-        ["pale: the edge of stability of full-batch steps, 2/lr for SGD, for SAM by its gradient norm"] if edges else []
-    )
-    caption(figure, recipe, f"on {recipe.flatness_samples} training images, rho {recipe.rho:g}", *stable)
+def tracked(results: Results) -> list[Quantity]:
+    """Return the measures of flatness that at least one record has."""
+    records = [record for of_run in results.values() for record in of_run]
+    return [q for q in _TRACKED if any(getattr(record, q.field) is not None for record in records)]
+
+
+def _plot_single(recipe: Recipe, results: Results, quantity: Quantity, extent: Extent) -> Figure:
+    figure = Figure(figsize=(6.4 + _legend_width(recipe), 4.4), layout="constrained")
+    axes = figure.add_subplot()
+    _plot(axes, quantity, extent, recipe, results)
+    _add_legend(axes, recipe)
+    add_caption(figure, recipe)
     return figure
 
 
-def _edge(axes: Axes, method: str, style: Style, recipe: Recipe, results: Results) -> bool:
-    """Draw where a method's edge of stability lies, if it is one whose edge is known."""
-    spec = parse(method)
-    if spec.name not in ("sgd", "sam"):
+def _plot_overview(recipe: Recipe, results: Results, extent: Extent) -> Figure:
+    figure = Figure(figsize=(10.5 + _legend_width(recipe), 7.4), layout="constrained")
+    panels = figure.subplots(2, 2, sharex=True)
+    for axes, quantity in zip(panels.flat, QUANTITIES, strict=True):
+        _plot(axes, quantity, extent, recipe, results)
+    for axes in panels[0]:
+        axes.set_xlabel("")
+    _add_legend(panels[0, 1], recipe)
+    add_caption(figure, recipe)
+    return figure
+
+
+def _plot_sharpness(recipe: Recipe, results: Results, extent: Extent) -> Figure:
+    """Draw S(w) and the largest eigenvalue, with the value above which a full-batch step would be unstable."""
+    quantities = tracked(results)
+    figure = Figure(figsize=(5.25 * len(quantities) + _legend_width(recipe), 4.6), layout="constrained")
+    edges = False
+    for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
+        _plot(axes, quantity, extent, recipe, results)
+        if quantity.field == "lambda_max" and _has_edges(recipe):
+            for method, style in styles(recipe).items():
+                edges |= _plot_edge(axes, method, style, extent, recipe, results)
+    edge = "pale: the edge of stability of full-batch steps, 2/lr for SGD, for SAM by its gradient norm"
+    samples = f"on {recipe.evaluation.flatness_samples} training images, rho {recipe.training.rho:g}"
+    _add_legend(figure.axes[0], recipe)
+    add_caption(figure, recipe, samples, *([edge] if edges else []))
+    return figure
+
+
+def _has_edges(recipe: Recipe) -> bool:
+    """Return True if the base is plain gradient descent, the only one whose edge of stability is drawn."""
+    return recipe.training.base == "sgd" and not recipe.base_momentum and not recipe.training.weight_decay
+
+
+def _plot_edge(axes: Axes, method: MethodSpec, style: Style, extent: Extent, recipe: Recipe, results: Results) -> bool:
+    """Draw the edge of stability of a method; return False for a method whose edge is not known."""
+    if method.name not in ("sgd", "sam"):
         return False
-    points: dict[int, list[float]] = {}
-    for record in (record for run, records in results.items() if run.method == method for record in records):
-        if record.gradient_norm is not None:
-            edge = (
-                flatness.edge_of_stability(recipe.lr)
-                if spec.name == "sgd"
-                else flatness.sam_edge_of_stability(recipe.lr, spec.rho(recipe.rho), record.gradient_norm)
+    points = _points(method, "gradient_norm", results)
+    edges = [
+        [
+            float(flatness.edge_of_stability(recipe.training.lr))
+            if method.name == "sgd"
+            else float(
+                flatness.sam_edge_of_stability(
+                    recipe.training.lr, method.rho(recipe.training.rho), record.gradient_norm
+                )
             )
-            points.setdefault(record.standardized_epoch, []).append(float(edge))
-    x = sorted(points)
-    axes.plot(x, [statistics.fmean(points[e]) for e in x], style.line, color=style.color, linewidth=3, alpha=0.3)
-    return bool(x)
+            for record in records
+            if record.gradient_norm is not None
+        ]
+        for records in points
+    ]
+    x, y = _means(points, extent.field), [statistics.fmean(values) for values in edges]
+    for line in axes.plot(x, y, style.line, color=style.color, linewidth=3, alpha=0.3):
+        tag(line, style.label)
+    return bool(points)
 
 
 def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, results: Results) -> None:
     for method, style in styles(recipe).items():
-        points: dict[int, list[Record]] = {}
-        for record in (record for run, records in results.items() if run.method == method for record in records):
-            if getattr(record, quantity.field) is not None:
-                points.setdefault(record.standardized_epoch, []).append(record)
-        if points:
-            _line(axes, quantity, extent, style, [points[epoch] for epoch in sorted(points)])
+        if points := _points(method, quantity.field, results):
+            _plot_line(axes, quantity, extent, style, points)
     axes.set_title(quantity.title)
     axes.set_xlabel(extent.title)
-    axes.set_ylabel(quantity.run)
+    axes.set_ylabel(quantity.unit)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if quantity.log:
@@ -148,36 +171,58 @@ def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, result
         axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axes.yaxis.set_major_formatter("{x:g}")
         axes.yaxis.set_minor_formatter(NullFormatter())
-    if extent.field == "standardized_epoch" and any(u.standardized_epochs > recipe.epochs for u in results):
-        axes.axvline(recipe.epochs, color=GREY, linewidth=0.8, linestyle="--")
+    if extent.field == "standardized_epoch" and any(
+        run.standardized_epochs > recipe.comparison.epochs for run in results
+    ):
+        axes.axvline(recipe.comparison.epochs, color=GREY, linewidth=0.8, linestyle="--")
 
 
-def _line(axes: Axes, quantity: Quantity, extent: Extent, style: Style, points: Sequence[Sequence[Record]]) -> None:
-    """One method: the records of its runs, together for each point of the grid."""
-    x = [statistics.fmean(getattr(record, extent.field) for record in records) for records in points]
+def _points(method: MethodSpec, field: str, results: Results) -> list[list[Record]]:
+    """Return the records of a method that have a value, those of one standardized epoch together."""
+    points: dict[int, list[Record]] = {}
+    for record in (record for run, records in results.items() if run.method == method for record in records):
+        if getattr(record, field) is not None:
+            points.setdefault(record.standardized_epoch, []).append(record)
+    return [points[epoch] for epoch in sorted(points)]
+
+
+def _means(points: Sequence[Sequence[Record]], field: str) -> list[float]:
+    return [statistics.fmean(getattr(record, field) for record in records) for records in points]
+
+
+def _plot_line(
+    axes: Axes, quantity: Quantity, extent: Extent, style: Style, points: Sequence[Sequence[Record]]
+) -> None:
+    """Draw the mean of one method's runs, and its standard deviation as a band."""
+    x, mean = _means(points, extent.field), _means(points, quantity.field)
     values = [[getattr(record, quantity.field) for record in records] for records in points]
-    mean = [statistics.fmean(v) for v in values]
     several = any(len(v) > 1 for v in values)
+    sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     width = 2.0 if several else 1.2
-    axes.plot(x, mean, style.line, color=style.color, linewidth=width, marker="o", markersize=3, label=style.label)
+    (line,) = axes.plot(
+        x, mean, style.line, color=style.color, linewidth=width, marker="o", markersize=3, label=style.label
+    )
+    tag(
+        line,
+        style.label,
+        tips=[f"{style.label}: {m:.4g}" + (f" ± {s:.2g}" if s else "") for m, s in zip(mean, sd, strict=True)],
+    )
     if several:
-        sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-        # mean - sd may lie below 0, where a logarithmic axis ends: the band then ends at the smallest value
+        # mean - sd may be negative, which a logarithmic axis cannot show: the band then ends at the smallest value
         low = [max(m - s, min(v)) if quantity.log else m - s for m, s, v in zip(mean, sd, values, strict=True)]
         high = [m + s for m, s in zip(mean, sd, strict=True)]
-        axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
+        tag(axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0), style.label)
 
 
-def _beside(recipe: Recipe) -> float:
-    """The inches that a legend beside the curves takes."""
+def _add_legend(axes: Axes, recipe: Recipe) -> None:
+    handles, labels = axes.get_legend_handles_labels()
+    if handles and _legend_width(recipe):
+        axes.get_figure().legend(handles, labels, loc="outside right upper")  # type: ignore[union-attr]
+    elif handles:  # there are none before the first measurement
+        tag_legend(axes.legend())
+
+
+def _legend_width(recipe: Recipe) -> float:
+    """Return the inches that a legend beside the curves takes; 0 where the legend is among them."""
     longest = max(len(style.label) for style in styles(recipe).values())
-    return 0.8 + 0.09 * longest if len(recipe.methods) >= _BESIDE else 0.0
-
-
-def _legend(figure: Figure, axes: Axes, recipe: Recipe) -> None:
-    if not axes.lines:  # nothing may have been measured yet
-        return
-    if _beside(recipe):
-        figure.legend(*axes.get_legend_handles_labels(), loc="outside right upper")
-    else:
-        axes.legend()
+    return 0.8 + 0.09 * longest if len(recipe.comparison.methods) >= _MANY else 0.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
@@ -13,7 +14,8 @@ from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocat
 from steppe.experiments.analysis.double_descent import INTERPOLATES, DoubleDescent, Point
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.figures.style import GREY, Style, caption, look, save, styles
+from steppe.experiments.figures.drawing import Drawing, save_all
+from steppe.experiments.figures.style import GREY, Style, add_caption, styles
 
 __all__ = ["draw"]
 
@@ -24,26 +26,23 @@ def draw(recipe: Recipe, summary: DoubleDescent, folder: Path) -> list[Path]:
     Test and training error, and below them S(w) and the Hessian's largest eigenvalue where they were measured: the
     mean over the runs, its band one standard deviation to either side; on a logarithmic axis it ends at a tenth of it.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    return save_all([Drawing("double_descent", partial(_plot, recipe, summary))], folder)
+
+
+def _plot(recipe: Recipe, summary: DoubleDescent) -> Figure:
     sharp = any(point.sharpness is not None for point in summary.points)
-    with look():
-        figure = Figure(figsize=(7.6, 9.6 if sharp else 5.4), layout="constrained")
-        rows = figure.subplots(
-            3 if sharp else 1, 1, sharex=True, squeeze=False, height_ratios=[2, 1, 1] if sharp else [1]
-        )
-        errors, *below = rows[:, 0]
-        _errors(errors, recipe, summary)
-        if sharp:
-            _curves(below[0], recipe, summary, lambda p: p.sharpness, title=f"Sharpness S(w), rho {recipe.rho:g}")
-            _curves(below[1], recipe, summary, lambda p: p.lambda_max, title="Largest eigenvalue of the Hessian")
-        _widths([errors, *below], summary.points)
-        _thresholds([errors, *below], recipe, summary)
-        caption(
-            figure,
-            recipe,
-            f"threshold: the smallest width with a mean training error below {INTERPOLATES:g} %",
-        )
-        return save(figure, folder / "double_descent")
+    figure = Figure(figsize=(7.6, 9.6 if sharp else 5.4), layout="constrained")
+    heights = [2, 1, 1] if sharp else [1]
+    errors, *below = figure.subplots(len(heights), 1, sharex=True, squeeze=False, height_ratios=heights)[:, 0]
+    _errors(errors, recipe, summary)
+    if sharp:
+        title = f"Sharpness S(w), rho {recipe.training.rho:g}"
+        _curves(below[0], recipe, summary, lambda p: p.sharpness, title=title)
+        _curves(below[1], recipe, summary, lambda p: p.lambda_max, title="Largest eigenvalue of the Hessian")
+    _widths([errors, *below], summary.points)
+    _thresholds([errors, *below], recipe, summary)
+    add_caption(figure, recipe, f"threshold: the smallest width with a mean training error below {INTERPOLATES:g} %")
+    return figure
 
 
 def _errors(axes: Axes, recipe: Recipe, summary: DoubleDescent) -> None:
@@ -85,8 +84,8 @@ def _line(
     if not points:
         return
     x, mean = [p.parameters for p in points], [v.mean for v in values]
-    look = {"color": style.color, "linewidth": 1.2 if dashed else 2.0, "marker": "o", "markersize": 3}
-    axes.plot(x, mean, ":" if dashed else style.line, label=label, **look)  # type: ignore[arg-type]
+    style_of_line = {"color": style.color, "linewidth": 1.2 if dashed else 2.0, "marker": "o", "markersize": 3}
+    axes.plot(x, mean, ":" if dashed else style.line, label=label, **style_of_line)  # type: ignore[arg-type]
     if any(v.sd is not None for v in values):
         sd = [v.sd or 0.0 for v in values]
         # mean - sd may lie below 0, where a logarithmic axis ends
@@ -96,7 +95,7 @@ def _line(
 
 
 def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:
-    """Numbers of parameters on a logarithmic axis, and the widths that they belong to at the top."""
+    """Label the axis with numbers of parameters, and its top with the widths that they belong to."""
     sizes = {point.parameters: point.width for point in points}
     for axes in rows:
         axes.set_xscale("log")
@@ -113,7 +112,7 @@ def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:
 
 
 def _thresholds(rows: Sequence[Axes], recipe: Recipe, summary: DoubleDescent) -> None:
-    """A line at each method's interpolation threshold; two at the same width stand beside each other."""
+    """Draw a line at each method's interpolation threshold; two at the same width stand beside each other."""
     sizes = {point.width: point.parameters for point in summary.points}
     taken: dict[int, int] = {}
     for method, width in summary.thresholds.items():
@@ -121,13 +120,13 @@ def _thresholds(rows: Sequence[Axes], recipe: Recipe, summary: DoubleDescent) ->
             continue
         shift = taken[width] = taken.get(width, -1) + 1
         style = styles(recipe)[method]
-        at = sizes[width] * math.exp(0.02 * shift)
+        position = sizes[width] * math.exp(0.02 * shift)
         for axes in rows:
-            axes.axvline(at, color=style.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
-        right = at > math.sqrt(min(sizes.values()) * max(sizes.values()))
+            axes.axvline(position, color=style.color, linewidth=1.0, linestyle=(0, (4, 3)), zorder=1)
+        right = position > math.sqrt(min(sizes.values()) * max(sizes.values()))
         rows[0].annotate(
             f" {style.label}'s threshold ",
-            (at, 1.0 - 0.055 * list(summary.thresholds).index(method)),
+            (position, 1.0 - 0.055 * list(summary.thresholds).index(method)),
             xycoords=rows[0].get_xaxis_transform(),
             va="top",
             ha="right" if right else "left",

@@ -1,4 +1,4 @@
-"""Labels next to their points that cover neither each other nor the points, and lines only where they must."""
+"""Placement of labels next to their points: they cover neither points nor each other, and lines only if they must."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
-__all__ = ["label"]
+from steppe.experiments.figures.style import CARD, INK
+
+__all__ = ["Point", "add_labels", "place"]
 
 Point = tuple[float, float]
 Boxes = NDArray[np.float64]
@@ -26,7 +28,9 @@ _SWEEPS = 4
 _FONT_SIZE = 8
 
 
-def label(axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequence[tuple[Point, Point]] = ()) -> None:
+def add_labels(
+    axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequence[tuple[Point, Point]] = ()
+) -> None:
     """Write each text next to its point, away from level and upright lines, all in data coordinates.
 
     Call it when limits and layout are final.
@@ -34,7 +38,7 @@ def label(axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequ
     figure = axes.figure
     assert isinstance(figure, Figure)
     renderer = FigureCanvasAgg(figure).get_renderer()  # type: ignore[no-untyped-call]
-    at = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
+    pixels = axes.transData.transform(np.asarray(points, dtype=float).reshape(-1, 2))
     sizes = []
     for text in texts:
         draft = axes.text(0, 0, text, fontsize=_FONT_SIZE)
@@ -44,7 +48,8 @@ def label(axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequ
     ends = axes.transData.transform(np.asarray(lines, dtype=float).reshape(-1, 2)).reshape(-1, 2, 2)
     thin = np.concatenate([ends.min(1) - 1, ends.max(1) + 1], axis=1)
     inside = np.asarray(axes.get_window_extent(renderer).extents)
-    for text, point, pixel, center, size in zip(texts, points, at, place(at, sizes, inside, thin), sizes, strict=True):
+    centers = place(pixels, sizes, inside, thin)
+    for text, point, pixel, center, size in zip(texts, points, pixels, centers, sizes, strict=True):
         gap = np.abs(center - pixel) - np.array(size) / 2
         axes.annotate(
             text,
@@ -54,16 +59,16 @@ def label(axes: Axes, texts: Sequence[str], points: Sequence[Point], lines: Sequ
             ha="center",
             va="center",
             fontsize=_FONT_SIZE,
-            color="#222222",
+            color=INK,
             arrowprops=_LEADER if gap.max() > _NEAR else None,
-            path_effects=[withStroke(linewidth=2, foreground="white")],
+            path_effects=[withStroke(linewidth=2, foreground=CARD)],
         )
 
 
 def place(points: Boxes, sizes: Sequence[tuple[float, float]], inside: Boxes, thin: Boxes) -> list[Boxes]:
-    """Choose the centers of boxes of `sizes` near `points`, all in pixels, `inside` a box, rather not over `thin` ones.
+    """Choose centers of boxes of `sizes` near `points`, all in pixels, inside the box `inside`, away from `thin` boxes.
 
-    Each takes the cheapest of a few hundred places while the others stay; after a few rounds nothing moves any more.
+    Each box takes the cheapest of a few hundred positions while the others stay; after a few rounds none moves.
     """
     marks = np.concatenate([points - 5, points + 5], axis=1)
     candidates = [_around(point, size) for point, size in zip(points, sizes, strict=True)]
@@ -76,7 +81,7 @@ def place(points: Boxes, sizes: Sequence[tuple[float, float]], inside: Boxes, th
         nearness + 8 * _outside(b, inside) + 3 * _overlap(b, marks).sum(1) + 0.5 * (_overlap(b, thin) > 0).sum(1)
         for b in boxes
     ]
-    # those in the middle of a crowd have the least choice, so they choose first
+    # boxes among many others have the fewest free positions, so they are placed first
     crowd = [np.sort(np.hypot(*(points - point).T))[:4].sum() for point in points]
     order = np.argsort(crowd, kind="stable").tolist()
     chosen: dict[int, int] = {}
@@ -88,17 +93,17 @@ def place(points: Boxes, sizes: Sequence[tuple[float, float]], inside: Boxes, th
 
 
 def _around(point: Boxes, size: tuple[float, float]) -> Boxes:
-    """Centers of a box so that its edge is at each of the distances, in each of the directions."""
+    """Return centers of a box so that its edge is at each of the distances, in each of the directions."""
     angles = np.arange(_DIRECTIONS) * 2 * math.pi / _DIRECTIONS
     towards = np.stack([np.cos(angles), np.sin(angles)], axis=1)
-    # how far the center is from the edge of the box in that direction, for a box of half this size
+    # the distance from the center to the edge of the box in that direction
     with np.errstate(divide="ignore"):
         reach = np.min(np.array(size) / 2 / np.abs(towards).clip(1e-9), axis=1)
     return np.concatenate([point + towards * (ring + reach)[:, None] for ring in _RINGS])
 
 
 def _overlap(boxes: Boxes, others: Boxes) -> Boxes:
-    """How far each of the boxes reaches into each of the others: 0 where it does not, else 1 and more."""
+    """Return how far each of the boxes reaches into each of the others: 0 if it does not, else at least 1."""
     low = np.maximum(boxes[:, None, :2], others[None, :, :2])
     high = np.minimum(boxes[:, None, 2:], others[None, :, 2:])
     depth = (high - low).clip(0).min(axis=2)
@@ -106,6 +111,6 @@ def _overlap(boxes: Boxes, others: Boxes) -> Boxes:
 
 
 def _outside(boxes: Boxes, inside: Boxes) -> Boxes:
-    """By how many pixels each of the boxes sticks out."""
+    """Return by how many pixels each of the boxes sticks out."""
     stuck: Boxes = (inside[:2] - boxes[:, :2]).clip(0).sum(1) + (boxes[:, 2:] - inside[2:]).clip(0).sum(1)
     return stuck

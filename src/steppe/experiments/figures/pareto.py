@@ -1,4 +1,4 @@
-"""The Pareto picture: what a method costs against what it reaches, and which methods nothing else beats in both."""
+"""The cost of each method against its result, and the Pareto front: the methods that no other one beats in both."""
 
 from __future__ import annotations
 
@@ -11,18 +11,22 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.config.method_spec import parse
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.figures.label_placement import Point, label
-from steppe.experiments.figures.style import GREY, caption, freeze, styles
+from steppe.experiments.figures.drawing import freeze, tag
+from steppe.experiments.figures.label_placement import Point, add_labels
+from steppe.experiments.figures.style import GREY, add_caption, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
 __all__ = ["after_epochs", "common_epochs", "draw", "front"]
 
+_FIELDS = (("test_accuracy", "test accuracy, %", 1), ("gap", "generalization gap, points", -1))
+"""A field of `Record`, its label, and the sign of what is better."""
+
 
 def front(points: Sequence[Point]) -> list[int]:
-    """The points that no other one beats: none is at most as large in both coordinates and smaller in one.
+    """Return the points that no other one beats, that is, is at most as large in both coordinates and smaller in one.
 
     Indices in the order of the first coordinate; equal points are on the front together.
 
@@ -37,13 +41,13 @@ def front(points: Sequence[Point]) -> list[int]:
 
 
 @dataclass(frozen=True)
-class _Panel:
-    """One axes: what its points cost, in the words of the axis, and what they reach."""
+class _Cost:
+    """One column of panels: the cost of a record, its label, and the records of each method that are compared."""
 
     title: str
-    axis: str
-    cost: Callable[[str], Estimate]
-    reached: Mapping[str, Sequence[Record]]
+    label: str
+    of: Callable[[Record], float]
+    records: Mapping[MethodSpec, Sequence[Record]]
 
 
 def draw(recipe: Recipe, results: Results) -> Figure:
@@ -51,125 +55,116 @@ def draw(recipe: Recipe, results: Results) -> Figure:
 
     At equal compute all methods have spent the same gradient evaluations, so their cost shows where they have made
     the same number of epochs: as many as the most expensive one reaches. There, and in the time that equal compute
-    took, is cheaper better.
+    took, cheaper is better.
     """
-    epochs = common_epochs(recipe, results)
-    planned = [m for m in recipe.methods if parse(m).method.follows_plan]
-    same_epochs = {
-        method: runs
-        for method in recipe.methods
-        if method not in planned and (runs := _runs(results, method, lambda r: after_epochs(r, epochs)))
-    }
-    same_compute = {
-        method: runs for method in recipe.methods if (runs := _runs(results, method, lambda r: _at(r, recipe.epochs)))
-    }
-    base = next((m for m in same_epochs if parse(m).method.plain), next(iter(same_epochs), ""))
-    base_seconds = estimate([r.seconds for r in same_epochs[base]]).mean if base else 1.0
-    panels = (
-        _Panel(
-            f"Same number of epochs ({epochs:.3g})",
-            "gradient evaluations an image and epoch (passes)",
-            lambda method: estimate([r.passes for r in same_epochs[method]]),
-            same_epochs,
-        ),
-        _Panel(
-            f"Same number of epochs ({epochs:.3g})",
-            f"seconds a step, {parse(base).label if base else 'the first'} = 1",
-            lambda method: estimate([r.seconds / max(base_seconds, 1e-9) for r in same_epochs[method]]),
-            same_epochs,
-        ),
-        _Panel(
-            f"Same compute ({recipe.epochs} standardized epochs)",
-            "training time, seconds",
-            lambda method: estimate([r.seconds for r in same_compute[method]]),
-            same_compute,
-        ),
-    )
+    costs, scheduled = _costs(recipe, results)
     figure = Figure(figsize=(15.0, 8.6), layout="constrained")
     grid = figure.subplots(2, 3, sharex="col")
-    placed = [
-        _draw_panel(axes, panel, field, recipe, better=better)
-        for row, (field, better) in zip(grid, (("test_accuracy", 1), ("gap", -1)), strict=True)
-        for axes, panel in zip(row, panels, strict=True)
-    ]
-    for axes, panel in zip(grid[0], panels, strict=True):
-        axes.set_title(panel.title)
-    for axes, panel in zip(grid[1], panels, strict=True):
-        axes.set_xlabel(panel.axis)
-    grid[0, 0].set_ylabel("test accuracy, %")
-    grid[1, 0].set_ylabel("generalization gap, points")
-    caption(figure, recipe, *_explain(planned))
+    labels = []
+    for row, (field, label, better) in zip(grid, _FIELDS, strict=True):
+        for axes, cost in zip(row, costs, strict=True):
+            labels.append(_plot(axes, cost, field, recipe, better=better))
+            axes.tick_params(labelbottom=True)  # sharex hides it, but each panel also stands by itself on the page
+            axes.set(title=cost.title, xlabel=cost.label)
+        row[0].set_ylabel(label)
+    add_caption(figure, recipe, *_explain(scheduled))
     freeze(figure)
-    for axes, labels in zip(grid.flat, placed, strict=True):
-        label(axes, labels.texts, labels.points, labels.lines)
+    for axes, (texts, points, lines) in zip(grid.flat, labels, strict=True):
+        add_labels(axes, texts, points, lines)
     return figure
 
 
-def _explain(planned: Sequence[str]) -> Iterator[str]:
+def _costs(recipe: Recipe, results: Results) -> tuple[list[_Cost], list[MethodSpec]]:
+    """Select what is drawn; also return the methods that are compared at equal compute only."""
+    epochs = common_epochs(recipe, results)
+    scheduled = [m for m in recipe.comparison.methods if m.definition.follows_plan]
+    same_epochs = _select(recipe, results, lambda records: after_epochs(records, epochs))
+    same_epochs = {method: records for method, records in same_epochs.items() if method not in scheduled}
+    same_compute = _select(recipe, results, lambda records: _at(records, recipe.comparison.epochs))
+    base = next((m for m in same_epochs if m.definition.plain), next(iter(same_epochs), None))
+    seconds = max(estimate([r.seconds for r in same_epochs[base]]).mean, 1e-9) if base else 1.0
+    relative = f"seconds a step, {base.label if base else 'the first'} = 1"
+    title = f"Same number of epochs ({epochs:.3g})"
+    return [
+        _Cost(title, "gradient evaluations per image and epoch (passes)", lambda r: r.passes, same_epochs),
+        _Cost(title, relative, lambda r: r.seconds / seconds, same_epochs),
+        _Cost(
+            f"Same compute ({recipe.comparison.epochs} standardized epochs)",
+            "training time, seconds",
+            lambda r: r.seconds,
+            same_compute,
+        ),
+    ], scheduled
+
+
+def _explain(scheduled: Sequence[MethodSpec]) -> Iterator[str]:
     yield (
         "Left is cheaper. Filled and on the gray line: the Pareto front, no method is both cheaper and better (by "
         "the means; bars are standard deviations). Between two measurements values are interpolated."
     )
-    if planned:
-        labels = ", ".join(parse(method).label for method in planned)
+    if scheduled:
+        labels = ", ".join(method.label for method in scheduled)
         yield f"On the right only, because a schedule spans the whole run: {labels}."
 
 
-@dataclass(frozen=True)
-class _Labels:
-    """What is written into a panel when its layout is final, and where lines are that it should not cover."""
-
-    texts: list[str]
-    points: list[Point]
-    lines: list[tuple[Point, Point]]
-
-
-def _draw_panel(axes: Axes, panel: _Panel, field: str, recipe: Recipe, *, better: int) -> _Labels:
-    """Draw one panel without its labels."""
-    look = styles(recipe)
-    costs = [panel.cost(method) for method in panel.reached]
-    values = [estimate([getattr(r, field) for r in runs]) for runs in panel.reached.values()]
-    points = [(cost.mean, value.mean) for cost, value in zip(costs, values, strict=True)]
-    on_front = front([(cost, -better * value) for cost, value in points])
+def _plot(
+    axes: Axes, cost: _Cost, field: str, recipe: Recipe, *, better: int
+) -> tuple[list[str], list[Point], list[tuple[Point, Point]]]:
+    """Draw one panel without its labels; return these, their points, and the lines that they should not cover."""
+    costs = [estimate([cost.of(record) for record in records]) for records in cost.records.values()]
+    values = [estimate([getattr(r, field) for r in records]) for records in cost.records.values()]
+    points = [(x.mean, y.mean) for x, y in zip(costs, values, strict=True)]
+    on_front = front([(x, -better * y) for x, y in points])
     lines = []
     for (x, y), (next_x, next_y) in pairwise(points[index] for index in on_front):
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
     axes.add_collection(LineCollection(lines, colors="#BBBBBB", linewidths=3, capstyle="round", zorder=1))
-    for index, (method, (x, y), cost, value) in enumerate(zip(panel.reached, points, costs, values, strict=True)):
-        color = look[method].color
-        axes.errorbar(
-            x,
-            y,
-            xerr=cost.sd,
-            yerr=value.sd,
-            fmt="o",
-            markersize=8,
-            color=color,
-            markerfacecolor=color if index in on_front else "white",
-            markeredgewidth=1.6,
-            elinewidth=0.8,
-            zorder=3,
-        )
-        lines += [
-            ((x - (cost.sd or 0), y), (x + (cost.sd or 0), y)),
-            ((x, y - (value.sd or 0)), (x, y + (value.sd or 0))),
-        ]
+    look = [styles(recipe)[method] for method in cost.records]
+    for index, (style, x_of, y_of) in enumerate(zip(look, costs, values, strict=True)):
+        lines += _plot_point(axes, style.label, style.color, x_of, y_of, filled=index in on_front)
     axes.margins(0.14)
-    corner = {1: (0.01, 0.99, "top", "\N{NORTH WEST ARROW}"), -1: (0.01, 0.01, "bottom", "\N{SOUTH WEST ARROW}")}[
-        better
-    ]
-    axes.text(*corner[:2], f"{corner[3]} better", va=corner[2], transform=axes.transAxes, fontsize=8, color=GREY)
-    return _Labels([look[method].label.replace(" (", "\n(") for method in panel.reached], points, lines)
+    y, alignment, arrow = (0.99, "top", "↖") if better > 0 else (0.01, "bottom", "↙")
+    axes.text(0.01, y, f"{arrow} better", va=alignment, transform=axes.transAxes, fontsize=8, color=GREY)
+    return [style.label.replace(" (", "\n(") for style in look], points, lines
+
+
+def _plot_point(
+    axes: Axes, label: str, color: str, x: Estimate, y: Estimate, *, filled: bool
+) -> list[tuple[Point, Point]]:
+    """Draw one method with its standard deviations; return the bars."""
+    bars = axes.errorbar(
+        x.mean,
+        y.mean,
+        xerr=x.sd,
+        yerr=y.sd,
+        fmt="o",
+        markersize=8,
+        color=color,
+        markerfacecolor=color if filled else "white",
+        markeredgewidth=1.6,
+        elinewidth=0.8,
+        zorder=3,
+    )
+    point, _, deviations = bars.lines
+    assert point is not None
+    tag(point, label, tips=[f"{label}: {x.mean:.4g}, {y.mean:.4g}"])
+    for deviation in deviations:
+        tag(deviation, label)
+    dx, dy = x.sd or 0.0, y.sd or 0.0
+    return [((x.mean - dx, y.mean), (x.mean + dx, y.mean)), ((x.mean, y.mean - dy), (x.mean, y.mean + dy))]
 
 
 def common_epochs(recipe: Recipe, results: Results) -> float:
-    """How many epochs of its own every method has made when equal compute is spent."""
-    ends = (_at(records, recipe.epochs) for records in results.values())
+    """Return the number of its own epochs that every method has made when equal compute is spent."""
+    ends = (_at(records, recipe.comparison.epochs) for records in results.values())
     return min((float(record.epoch) for record in ends if record is not None), default=0.0)
 
 
 def after_epochs(records: Sequence[Record], epochs: float) -> Record | None:
-    """A run after so many epochs of its own, interpolated between its measurements; None where it has none around."""
+    """Return a run after `epochs` epochs of its own, interpolated between its measurements.
+
+    None if it has no measurement before or after.
+    """
     for record in records:
         if record.epoch == epochs:
             return record
@@ -178,7 +173,7 @@ def after_epochs(records: Sequence[Record], epochs: float) -> Record | None:
             part = (epochs - before.epoch) / (after.epoch - before.epoch)
             both = before.to_json().keys() & after.to_json().keys()
             mixed = {k: (1 - part) * getattr(before, k) + part * getattr(after, k) for k in both}
-            # what is paid is added up, so the average over the way is what interpolates, not the passes
+            # gradient evaluations add up and can be interpolated; passes are their average over the run so far
             images = before.gradient_evaluations / before.passes / before.epoch
             return Record(**{**mixed, "epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * images)})
     return None
@@ -188,6 +183,12 @@ def _at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
     return next((r for r in records if r.standardized_epoch == standardized_epoch), None)
 
 
-def _runs(results: Results, method: str, choose: Callable[[Sequence[Record]], Record | None]) -> list[Record]:
-    chosen = (choose(records) for run, records in results.items() if run.method == method)
-    return [record for record in chosen if record is not None]
+def _select(
+    recipe: Recipe, results: Results, choose: Callable[[Sequence[Record]], Record | None]
+) -> dict[MethodSpec, list[Record]]:
+    """Choose one record of each run; methods without one are left out."""
+    selected = {
+        method: [r for run, records in results.items() if run.method == method and (r := choose(records)) is not None]
+        for method in recipe.comparison.methods
+    }
+    return {method: records for method, records in selected.items() if records}

@@ -1,25 +1,30 @@
-"""The page: its skeleton, filled with what a run folder holds."""
+"""report.html: one page of everything that a run folder holds, which needs neither a network nor the folder."""
 
 from __future__ import annotations
 
 import base64
 import hashlib
 import json
+import math
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
-from string import Template
 from typing import Any
 
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from steppe.experiments.analysis.flatness import read_flatness, read_lines
 from steppe.experiments.analysis.summary import Summary, setting
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.measuring.measure import lines_of, measured
+from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
+from steppe.experiments.figures.landscapes import COLORMAP
+from steppe.experiments.figures.style import styles
 from steppe.experiments.report import tables, verdicts
-from steppe.experiments.report.markup import Markup, element, join
-from steppe.experiments.report.payload import dumps, payload, tracked
+from steppe.experiments.report.figures import Figures
+from steppe.experiments.report.numbers import typographic
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.flatness import Flatness
@@ -28,7 +33,6 @@ __all__ = ["FILE", "write"]
 
 FILE = "report.html"
 
-_SCRIPTS = ("page.js", "curves.js", "flatness.js", "lines.js", "landscapes.js", "start.js")
 _ICON = (
     "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cpath d='M2 6c2 24 7 24 10 6"
     "s5-3 6 4 8 9 12-6' fill='none' stroke='%232f6f62' stroke-width='3'/%3E%3C/svg%3E"
@@ -36,94 +40,105 @@ _ICON = (
 
 
 def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary) -> Path:
-    """Write RUN/report.html: everything that the folder holds, on one page that asks no network for anything.
+    """Draw everything that the folder holds: PNG and SVG files in figures/, and the page with the same drawings.
 
-    The same folder gives the same bytes. Flatness is on it where `steppe measure` has measured it.
-    Raises ExperimentError when a file of the folder is damaged, and OSError as `open` does.
+    The same folder gives the same bytes. Flatness is on the page once `steppe measure` has measured it.
+
+    Raises:
+        ExperimentError: a file of the folder is damaged.
+        OSError: a file cannot be written.
     """
-    found, lines = measured(folder, recipe), lines_of(folder)
+    found, lines = read_flatness(folder, recipe), read_lines(folder)
+    figures = Figures(recipe, results, found, lines)
+    save_all(figures.saved.values(), folder.figures)
     path = folder.path / FILE
-    write_atomically(path, _page(recipe, results, summary, found, lines, _sessions(folder)).encode())
+    write_atomically(path, render(recipe, summary, found, figures, _sessions(folder)).encode())
     return path
 
 
-def _page(
+def render(
     recipe: Recipe,
-    results: Results,
     summary: Summary,
     flatness: Mapping[Run, Flatness],
-    lines: Sequence[Mapping[str, Any]],
+    figures: Figures,
     sessions: Sequence[Mapping[str, Any]],
 ) -> str:
-    plotly, script = get_plotlyjs(), "\n".join(_file(name) for name in _SCRIPTS)
-    hint = join("These are made with ", element("code", f"steppe measure {_folder(recipe)}"), ".")
-    return Template(_file("page.html")).substitute(
-        # only these two scripts may run: one that comes in as text cannot
-        hashes=f"{_hash(plotly)} {_hash(script)}",
+    """Return the page."""
+    sections = {name: list(getattr(figures, name)()) for name in Figures.SECTIONS}
+    plotly = get_plotlyjs() if figures.surfaces else ""
+    script = "\n".join(_file(name) for name in ("page.js", *(["surfaces.js"] if plotly else [])))
+    environment = Environment(
+        loader=PackageLoader(__package__, ""),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters |= {"typographic": typographic, "text": tables.text, "color_variable": color_variable}
+    return environment.get_template("page.html").render(
+        recipe=recipe,
+        setting=setting(recipe),
+        summary=summary,
+        styles=styles(recipe),
+        headlines=verdicts.headlines(summary, measured=bool(flatness)),
+        details=list(verdicts.details(summary)),
+        word_kinds=verdicts.KINDS,
+        headings=tables.HEADINGS,
+        flatness=list(tables.flatness_groups(recipe, summary, flatness)) if flatness else [],
+        sections=sections,
+        figures=figures,
+        folder=shlex.quote(str(recipe.folder)),
+        commands=list(dict.fromkeys(str(session["command"]) for session in sessions if session.get("command"))),
+        sessions=sessions,
+        versions=_versions(sessions, plotly),
         icon=_ICON,
-        title=join(f"{recipe.name}: flatness and generalization"),
-        name=join(recipe.name),
-        setting=join(setting(recipe)),
-        css=_file("page.css"),
-        plotly=plotly,
-        script=script,
-        payload=dumps(payload(recipe, results, flatness, lines)),
-        chips=tables.chips(recipe),
-        headlines=join(
-            *(
-                element("p", sentence, class_="headline")
-                for sentence in verdicts.headlines(summary, measured=bool(flatness))
-            )
-        ),
-        details=join(*(element("li", sentence) for sentence in verdicts.details(summary))),
-        summary=tables.summary_table(recipe, summary),
-        flatness=tables.flatness_table(recipe, summary, flatness) if flatness else "",
-        unmeasured=element("p", "Flatness has not been measured in this run folder. ", hint, class_="empty"),
-        measured_only="" if flatness else "hidden",
-        unmeasured_only="hidden" if flatness else "",
-        tracked_only="" if tracked(results) else "hidden",
-        tracked=join(
-            *(_figure(f"curve-{quantity.field}", quantity.title, quantity.run) for quantity in tracked(results))
-        ),
-        commands=_commands(recipe, sessions),
-        configuration=tables.configuration(recipe),
-        environment=tables.environment(sessions),
-        versions=join(_versions(sessions, plotly)),
+        # only these scripts may run: a script inside of a text from outside cannot
+        hashes=Markup(" ".join(_hash(code) for code in (plotly, script) if code)),
+        configuration=_configuration(recipe),
+        gradient=Markup(", ".join(f"{color} {100 * place:g}%" for place, color in COLORMAP)),
+        light=Markup(theme_css(dark=False)),
+        dark=Markup(theme_css(dark=True)),
+        plotly=Markup(plotly),
+        script=Markup(script),
+        surfaces=Markup(dumps(figures.surfaces)),
     )
 
 
-def _figure(identity: str, title: str, run: str) -> Markup:
-    caption = element("figcaption", element("b", title), " ", element("small", run))
-    return element("figure", caption, element("div", id=identity, class_="plot", role="img", aria_label=title))
+def _configuration(recipe: Recipe) -> dict[str, Any]:
+    """Return every option of the recipe as JSON has it, without the sections."""
+    values = recipe.to_json()
+    sections = [value for value in values.values() if isinstance(value, dict)]
+    return {k: v for k, v in values.items() if not isinstance(v, dict)} | {k: v for s in sections for k, v in s.items()}
 
 
-def _commands(recipe: Recipe, sessions: Sequence[Mapping[str, Any]]) -> Markup:
-    """What made the folder, and what makes the rest of it again."""
-    typed = dict.fromkeys(str(session["command"]) for session in sessions if session.get("command"))
-    folder = _folder(recipe)
-    steps = (
-        ("Train what is missing, as it was typed:", [*typed]),
-        ("Draw the figures, the summary and this page again, from the measurements alone:", [f"steppe plot {folder}"]),
-        ("Measure flatness at the trained weights:", [f"steppe measure {folder}"]),
-    )
-    return join(
-        *(
-            join(element("p", why), element("pre", element("code", "\n".join(words)), tabindex="0"))
-            for why, words in steps
-            if words
-        )
-    )
+def dumps(value: Any) -> str:
+    """Write JSON that no browser reads as a tag, also inside a script element; what is not finite is null.
+
+    >>> dumps({"a": [math.nan, "</script>"]})
+    '{"a":[null,"\\\\u003c/script\\\\u003e"]}'
+    """
+    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
+    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions(sessions: Sequence[Mapping[str, Any]], plotly: str) -> str:
     last = sessions[-1] if sessions else {}
-    ours = (f"{name} {last[name]}" for name in ("steppe", "torch", "numpy", "python") if last.get(name))
-    drawn = plotly.partition("plotly.js v")[2].split(maxsplit=1)[0]
-    return ", ".join([*ours, f"plotly.js {drawn}"])
+    versions = [f"{name} {last[name]}" for name in ("steppe", "torch", "numpy", "python") if last.get(name)]
+    if plotly:
+        versions.append(f"plotly.js {plotly.partition('plotly.js v')[2].split(maxsplit=1)[0]}")
+    return ", ".join(versions)
 
 
 def _sessions(folder: RunFolder) -> list[Mapping[str, Any]]:
-    """Read environment.json; it is only a record, so a damaged one is none."""
+    """Read environment.json; a damaged one is ignored, as no result depends on it."""
     try:
         found = json.loads((folder.path / "environment.json").read_text())
     except (FileNotFoundError, ValueError):
@@ -131,14 +146,10 @@ def _sessions(folder: RunFolder) -> list[Mapping[str, Any]]:
     return [session for session in found if isinstance(session, dict)] if isinstance(found, list) else []
 
 
-def _folder(recipe: Recipe) -> str:
-    return shlex.quote(str(recipe.folder))
-
-
 def _file(name: str) -> str:
     return (resources.files(__package__) / name).read_text("utf-8")
 
 
 def _hash(script: str) -> str:
-    """The source expression by which a Content-Security-Policy lets one script run."""
+    """Return the source expression by which a Content-Security-Policy lets one script run."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

@@ -11,6 +11,7 @@ from rich.console import Console
 from tiny import recipe
 
 from steppe.experiments.analysis.summary import summarize
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import style as looks
 from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw
@@ -26,8 +27,8 @@ def results(of: Recipe, tests: dict[str, list[float]]) -> Results:
     """Two measurements of each unit, at half of its compute and at `epochs`, and one at the end of further ones."""
 
     def records(run: Run) -> list[Record]:
-        test = tests[run.method][run.seed]
-        points = sorted({2, of.epochs, run.standardized_epochs})
+        test = tests[str(run.method)][run.seed]
+        points = sorted({2, of.comparison.epochs, run.standardized_epochs})
         return [record(epoch, 90.0 + epoch, test + epoch) for epoch in points]
 
     return {run: records(run) for run in of.runs()}
@@ -36,7 +37,10 @@ def results(of: Recipe, tests: dict[str, list[float]]) -> Results:
 def test_rows_differences_and_verdicts() -> None:
     three = recipe(seeds=3)
     summary = summarize(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
-    assert [(row.method, row.standardized_epoch, row.gap.n) for row in summary.rows] == [("sgd", 4, 3), ("sam", 4, 3)]
+    assert [(str(row.method), row.standardized_epoch, row.gap.n) for row in summary.rows] == [
+        ("sgd", 4, 3),
+        ("sam", 4, 3),
+    ]
     assert summary.rows[0].test_accuracy.mean == pytest.approx(85.0)
     assert summary.rows[0].test_accuracy.sd == pytest.approx(1.0)
     (sentence,) = summary.notes()
@@ -63,14 +67,14 @@ def test_one_run_gives_no_verdict() -> None:
 def test_further_epochs_are_a_row_and_no_part_of_the_verdict() -> None:
     more = recipe(extra_epochs=2)
     summary = summarize(more, results(more, {"sgd": [80.0], "sam": [81.0]}))
-    assert [(row.method, row.standardized_epoch) for row in summary.rows] == [("sgd", 4), ("sam", 4), ("sam", 6)]
+    assert [(str(row.method), row.standardized_epoch) for row in summary.rows] == [("sgd", 4), ("sam", 4), ("sam", 6)]
     assert summary.differences[0].standardized_epoch == 4
 
 
 def test_what_is_not_finished_is_named_and_not_paired() -> None:
     two = recipe(seeds=2)
     partial: dict[Run, Any] = dict(results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}))
-    partial[Run(two, "sam", 1)] = partial[Run(two, "sam", 1)][:1]
+    partial[Run(two, MethodSpec.parse("sam"), 1)] = partial[Run(two, MethodSpec.parse("sam"), 1)][:1]
     summary = summarize(two, partial)
     assert summary.differences[0].gap.n == 1
     assert list(summary.notes())[-1].endswith("not come so far: sam-seed1.")
@@ -96,7 +100,9 @@ def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
 
 def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1", "looksam"), seeds=3)
-    summary = summarize(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
+    summary = summarize(
+        many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
+    )
     assert list(summary.notes())[-1].startswith("Each of these 6 intervals is a 95 % one by itself")
     console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)
@@ -110,7 +116,9 @@ def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) ->
 @pytest.mark.parametrize("width", [60, 80])
 def test_a_narrow_terminal_shows_who_is_who(tmp_path: Path, width: int) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1"), seeds=3)
-    summary = summarize(many, results(many, {method: [80.0, 81.0, 82.5] for method in many.methods}))
+    summary = summarize(
+        many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
+    )
     console = Console(width=width, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)
     console.file.close()

@@ -57,7 +57,7 @@ def folder(path: Path, recipe: Recipe, *, measured: bool = True, command: str = 
 def measure(made: RunFolder, recipe: Recipe, size: float = 0.5) -> None:
     """Write flatness.json of every run, in which each method is flatter than the one before; and the lines."""
     for run in recipe.runs():
-        write_json(made.run(run) / "flatness.json", flatness(run, size ** recipe.methods.index(run.method)))
+        write_json(made.run(run) / "flatness.json", flatness(run, size ** recipe.comparison.methods.index(run.method)))
     write_json(made.path / "flatness.json", _lines(recipe))
 
 
@@ -96,7 +96,7 @@ def flatness(run: Run, sharp: float) -> dict[str, Any]:
 
 def _records(run: Run) -> list[Record]:
     """A method later in the recipe trains slower, costs more and generalizes better; seeds differ a little."""
-    place, draws = run.recipe.methods.index(run.method), random.Random(run.name)
+    place, draws = run.recipe.comparison.methods.index(run.method), random.Random(run.name)
     passes, records = 1.0 + place, []
     for epoch in run.grid:
         train, test = 96 - 30 / (epoch + 1) - 2 * place + draws.gauss(0, 0.1), 88 - 26 / (epoch + 1) + place
@@ -112,8 +112,8 @@ def _records(run: Run) -> list[Record]:
 
 
 def _lines(recipe: Recipe) -> dict[str, Any]:
-    reference, *others = recipe.methods
-    seeds = range(recipe.first_seed, recipe.first_seed + recipe.seeds)
+    reference, *others = map(str, recipe.comparison.methods)
+    seeds = range(recipe.comparison.first_seed, recipe.comparison.first_seed + recipe.comparison.seeds)
     axis = [i / 20 for i in range(21)]
     barrier = [0.25 + 1.4 * math.sin(math.pi * a) ** 2 for a in axis]
     line = {"axis": axis, "train": barrier, "test": [v + 0.2 for v in barrier], "reestimated": True}

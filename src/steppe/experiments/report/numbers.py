@@ -1,46 +1,23 @@
-"""HTML in which what comes from outside cannot become markup, and numbers as a reader likes them."""
+"""Numbers as they are written on the page."""
 
 from __future__ import annotations
 
-import html
 import math
+import re
 from collections.abc import Sequence
 
-__all__ = ["Markup", "change", "element", "join", "number", "spread"]
+__all__ = ["change", "number", "spread", "typographic"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
-_VOID = frozenset({"col", "line", "rect", "circle"})
 
 
-class Markup(str):
-    """Text that is HTML already; any other string is escaped on its way in."""
+def typographic(text: str) -> str:
+    """Give numbers in a text their minus sign.
 
-    __slots__ = ()
-
-
-def element(name: str, *content: str, **attributes: str | None) -> Markup:
-    """Build one element. An attribute that is None is left out; `class_` is class, and `data_x` is data-x.
-
-    >>> element("td", "a < b", class_="wide", title=None, data_name='"')
-    '<td class="wide" data-name="&quot;">a &lt; b</td>'
+    >>> typographic("SAM -1.20 points, [-2.00, -0.40], PreAct ResNet-18")
+    'SAM −1.20 points, [−2.00, −0.40], PreAct ResNet-18'
     """
-    written = "".join(
-        f' {key.rstrip("_").replace("_", "-")}="{html.escape(value)}"'
-        for key, value in attributes.items()
-        if value is not None
-    )
-    if name in _VOID:
-        return Markup(f"<{name}{written}>" if name == "col" else f"<{name}{written}/>")
-    return Markup(f"<{name}{written}>{join(*content)}</{name}>")
-
-
-def join(*content: str) -> Markup:
-    """Put pieces after each other.
-
-    >>> join("1 < 2", Markup("<br>"))
-    '1 &lt; 2<br>'
-    """
-    return Markup("".join(piece if isinstance(piece, Markup) else html.escape(piece) for piece in content))
+    return re.sub(r"(?<![\w-])-(?=\d)", "−", text)
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -63,25 +40,25 @@ def spread(mean: float, sd: float | None) -> str:
     """
     if sd is None or not math.isfinite(mean + sd):
         return number(mean)
-    (ours, theirs), power = _alike((mean, sd), sd)
-    return f"({ours} ± {theirs}){power}" if power else f"{ours} ± {theirs}"
+    (middle, deviation), power = _aligned((mean, sd), sd)
+    return f"({middle} ± {deviation}){power}" if power else f"{middle} ± {deviation}"
 
 
 def change(mean: float, half: float | None) -> str:
-    """Write a difference and its interval from mean - half to mean + half, all to the same place.
+    """Write a difference and its interval from mean - half to mean + half, all to the same digit.
 
     >>> change(-0.25, 0.2322), change(0.25, None)
     ('−0.25 [−0.48, −0.02]', '+0.25')
     """
     if half is None or not math.isfinite(mean + half):
         return f"{'+' if mean > 0 else ''}{number(mean)}"
-    values, power = _alike((mean, mean - half, mean + half), half)
+    values, power = _aligned((mean, mean - half, mean + half), half)
     middle, low, high = (value if value[0] == "−" else f"+{value}" for value in values)
     return f"{middle} [{low}, {high}]{power}"
 
 
-def _alike(values: Sequence[float], accuracy: float) -> tuple[list[str], str]:
-    """Values to the second digit of `accuracy`, at most to the sixth of the largest; a power of ten that all share."""
+def _aligned(values: Sequence[float], accuracy: float) -> tuple[list[str], str]:
+    """Write values to the second digit of `accuracy`, at most to the sixth of the largest, with one power of ten."""
     largest = max(map(abs, values))
     order = math.floor(math.log10(largest)) if largest else 0
     power = 0 if -4 <= order < 5 else order

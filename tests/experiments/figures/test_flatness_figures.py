@@ -67,12 +67,12 @@ def test_a_hole_stays_a_hole():
 def test_the_density_is_that_of_the_runs_with_their_standard_error():
     x = torch.tensor([0.0, 1.0], dtype=torch.float64)
     runs = [flatness(s).density for s in (0.0, 0.1, 0.3)]
-    values = torch.stack([run.at(x, 0.2)[0] for run in runs])
+    values = torch.stack([run.smoothed(x, 0.2)[0] for run in runs])
     mean, spread = _density(runs, x, 0.2)
     torch.testing.assert_close(mean, values.mean(0))
     torch.testing.assert_close(spread, values.std(0) / math.sqrt(3))
     alone = _density(runs[:1], x, 0.2)
-    torch.testing.assert_close(alone, runs[0].at(x, 0.2))
+    torch.testing.assert_close(alone, runs[0].smoothed(x, 0.2))
 
 
 def test_files_are_those_of_what_was_measured_and_the_same_each_time(tmp_path):

@@ -1,6 +1,7 @@
 import io
 import json
 import shutil
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,16 @@ from tiny import command_line, options, recipe, train_run
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.compare import plot
-from steppe.experiments.config.recipe import RECIPES, Recipe
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.resolve import resolve
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import double_descent as double_descent_figure
+from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
-from steppe.experiments.world import resolve
 
 PLAIN = {"width": 16}  # Recipe's own, which --widths replaces
 
@@ -30,12 +33,12 @@ def wide(out: Path, widths: tuple[int, ...] = (1, 2, 4), **fields: object) -> Re
 
 def test_the_recipe_goes_on_the_command_line_and_into_json() -> None:
     given = RECIPES["double-descent"][0]
-    assert len(given.widths) >= 3
-    assert given.label_noise > 0
-    assert given.threads == 1
-    assert not given.channels_last
+    assert len(given.comparison.widths) >= 3
+    assert given.data.label_noise > 0
+    assert given.hardware.threads == 1
+    assert not given.hardware.channels_last
     assert Recipe.from_json(json.loads(json.dumps(given.to_json()))) == given
-    assert all(run.flatness_grid == {given.epochs} for member in given.members() for run in member.runs())
+    assert all(run.flatness_grid == {given.comparison.epochs} for member in given.members() for run in member.runs())
 
 
 def test_members_are_ordinary_comparisons_in_folders_of_their_own(tmp_path: Path) -> None:
@@ -118,7 +121,7 @@ def test_the_folder_alone_is_enough_wherever_it_lies(trained: Path, tmp_path: Pa
         path = moved / name
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("steppe.experiments.figures.curves.draw", lambda recipe, results, folder: [])
+        patch.setattr("steppe.experiments.report.page.write", lambda folder, recipe, results, summary: folder.path)
         plot(moved, Console(file=io.StringIO()))
     assert (moved / "summary.md").read_text() == (trained / "summary.md").read_text()
     assert (moved / "width-1" / "summary.md").read_text() == (trained / "width-1" / "summary.md").read_text()
@@ -165,10 +168,12 @@ def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:
     given = wide(out, (1, 2, 4, 8), seeds=3)
     for member in given.members():
         for run in member.runs():
-            off = OFF[run.seed] * (1 + wobble * (member.width == 2))
-            test = TEST[run.method][member.width] + off
+            off = OFF[run.seed] * (1 + wobble * (member.model.width == 2))
+            test = TEST[str(run.method)][member.model.width] + off
             early = replace(record(50.0, 50.0, None), standardized_epoch=2)
-            one = record(TRAIN[run.method][member.width], test, (1 + run.seed) / member.width if sharp else None)
+            one = record(
+                TRAIN[str(run.method)][member.model.width], test, (1 + run.seed) / member.model.width if sharp else None
+            )
             write_atomically(RunFolder(member.folder).run(run) / METRICS, write_records([early, one]))
     return given
 
@@ -176,7 +181,7 @@ def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:
 def test_thresholds_peaks_and_differences(tmp_path: Path) -> None:
     summary = double_descent.summarize(measured(tmp_path))
     assert summary.thresholds == {"sgd": 4, "sam": None}  # 1.0 is not below 1
-    points = {(p.method, p.width): p for p in summary.points}
+    points = {(str(p.method), p.width): p for p in summary.points}
     assert points["sam", 2].test_error.mean == pytest.approx(36.0)
     assert points["sam", 2].test_error.sd == pytest.approx(0.3)
     assert points["sam", 2].against is not None
@@ -217,8 +222,8 @@ def test_what_is_missing_is_named_and_pairs_need_both(tmp_path: Path) -> None:
     summary = double_descent.summarize(given)
     assert "width-2/sgd-seed1" in summary.unfinished
     assert len(summary.unfinished) == 1 + 6
-    points = {(p.method, p.width): p for p in summary.points}
-    assert [points[m, 2].test_error.n for m in given.methods] == [2, 3]
+    points = {(str(p.method), p.width): p for p in summary.points}
+    assert [points[m, 2].test_error.n for m in map(str, given.comparison.methods)] == [2, 3]
     assert points["sam", 2].against is not None
     assert points["sam", 2].against.n == 2
     assert (summary.peaks[0].above_widest or summary.peaks[1].above_widest) is not None
@@ -244,12 +249,11 @@ def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
 def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     figures: list[Figure] = []
 
-    def keep(figure: Figure, stem: Path) -> list[Path]:
-        figure.draw_without_rendering()
-        figures.append(figure)
+    def keep(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
+        figures.extend(drawing.figure for drawing in drawings)
         return []
 
-    monkeypatch.setattr(double_descent_figure, "save", keep)
+    monkeypatch.setattr(double_descent_figure, "save_all", keep)
     return figures
 
 

@@ -12,7 +12,7 @@ from tiny import recipe
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.label_placement import place
 from steppe.experiments.figures.pareto import after_epochs, common_epochs, draw, front
-from steppe.experiments.figures.style import look, styles
+from steppe.experiments.figures.style import styles, use_style
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
@@ -47,13 +47,13 @@ def made_up(of: Recipe) -> Results:
     def records(passes: float, grid: list[int]) -> list[Record]:
         return measured([point / passes for point in grid], passes)
 
-    return {run: records(float(run.spec.passes), run.grid) for run in of.runs()}
+    return {run: records(float(run.method.passes), run.grid) for run in of.runs()}
 
 
 def test_all_are_looked_at_after_the_epochs_that_the_most_expensive_one_makes() -> None:
     ours = recipe(methods=("sgd", "looksam", "sam"), epochs=6, eval_every=1, extra_epochs=2)
     assert common_epochs(ours, made_up(ours)) == 3.0
-    unfinished = {run: records[:2] if run.method == "sam" else records for run, records in made_up(ours).items()}
+    unfinished = {run: records[:2] if run.method.name == "sam" else records for run, records in made_up(ours).items()}
     assert common_epochs(ours, unfinished) == 5.0
     assert common_epochs(ours, {}) == 0.0
 
@@ -78,7 +78,7 @@ def test_what_was_paid_until_then_is_shown() -> None:
 
 def test_the_picture_has_a_point_and_a_label_for_each_and_schedules_on_the_right_only() -> None:
     ours = recipe(methods=("sgd", "sam:rho=0.1", "late_sam"), epochs=6, eval_every=1, seeds=2)
-    with look():
+    with use_style():
         figure = draw(ours, made_up(ours))
     panels = figure.axes
     assert len(panels) == 6
@@ -116,5 +116,5 @@ def test_labels_cover_neither_each_other_nor_points(n: int, seed: int) -> None:
 def test_every_contender_has_a_line_of_its_own_and_keeps_it() -> None:
     added = tuple(f"sam:rho={n}" for n in range(1, 19))
     few, more = recipe(methods=("sgd", "sam")), recipe(methods=("sgd", "sam", *added))
-    assert {method: styles(more)[method] for method in few.methods} == styles(few)
+    assert {method: styles(more)[method] for method in few.comparison.methods} == styles(few)
     assert len({(style.line, style.color) for style in styles(more).values()}) == 20

@@ -9,32 +9,57 @@ from typing import Any
 
 import browser as made_up
 import pytest
-from matplotlib.colors import to_rgba
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from tiny import recipe
 
-from steppe.experiments import report
-from steppe.experiments.analysis.summary import summarize
-from steppe.experiments.config.recipe import Run
+from steppe.experiments.analysis.flatness import read_flatness, read_lines, verdicts
+from steppe.experiments.analysis.summary import Summary, summarize
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.figures import pareto
-from steppe.experiments.measuring.measure import measured, verdicts
-from steppe.experiments.report.payload import payload
+from steppe.experiments.report import figures as page_figures
+from steppe.experiments.report import page as report
+from steppe.experiments.report.figures import Figures
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.flatness import Flatness
 
 NASTY = """steppe compare '</script><script>broken = 1</script><img src=x onerror=alert(1)>' "&amp;" """
-NOTHING: tuple[dict[Run, Flatness], list[Any]] = {}, []
 
 
-def write(folder: RunFolder) -> Path:
+class NoFigures:
+    """Stands for `Figures` where a test reads the text only: to draw takes longer than all else."""
+
+    SECTIONS = Figures.SECTIONS
+
+    def __init__(self, *_: object) -> None:
+        self.saved: dict[str, Any] = {}
+        self.surfaces: dict[str, Any] = {}
+        self.choices: dict[str, Any] = {}
+
+    def __getattr__(self, section: str) -> Any:
+        return lambda: []
+
+
+def summary_of(folder: RunFolder) -> tuple[Recipe, Any, Summary]:
     of, results = made_up.results(folder)
-    summary = dataclasses.replace(summarize(of, results), flatness=verdicts(of, measured(folder, of)))
+    return of, results, dataclasses.replace(summarize(of, results), flatness=verdicts(of, read_flatness(folder, of)))
+
+
+def write(folder: RunFolder, *, drawn: bool = False) -> Path:
+    of, results, summary = summary_of(folder)
     summary.write(folder)
-    return report.write(folder, of, results, summary)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page_figures, "_BANDWIDTHS", (page_figures.BANDWIDTH,))
+        patch.setattr(report, "save_all", lambda drawings, folder: [])
+        if not drawn:
+            patch.setattr(report, "Figures", NoFigures)
+        return report.write(folder, of, results, summary)
+
+
+def figures_of(folder: RunFolder) -> Figures:
+    of, results = made_up.results(folder)
+    return Figures(of, results, read_flatness(folder, of), read_lines(folder))
 
 
 def change(folder: RunFolder, run: Run, **parts: dict[str, Any]) -> None:
@@ -45,7 +70,7 @@ def change(folder: RunFolder, run: Run, **parts: dict[str, Any]) -> None:
 
 
 class Page(HTMLParser):
-    """What a reader of the page finds in it: tags, the payload, and the text of the rest."""
+    """What a reader of the page finds in it: tags, ids, and the text outside of scripts and styles."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
@@ -53,7 +78,6 @@ class Page(HTMLParser):
         self.attributes: list[tuple[str, str | None]] = []
         self.text, self.json, self._inside = "", "", [""]
         self.feed(path.read_text())
-        self.payload: dict[str, Any] = json.loads(self.json)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append(tag)
@@ -70,47 +94,47 @@ class Page(HTMLParser):
             self.text += text
 
 
-def test_the_same_folder_gives_the_same_bytes(tmp_path: Path) -> None:
-    folder = made_up.folder(tmp_path / "run", recipe(seeds=2))
-    path = write(folder)
+def test_same_folder_gives_same_bytes(tmp_path: Path) -> None:
+    of = recipe()
+    path = write(made_up.folder(tmp_path / "run", of), drawn=True)
     assert path == tmp_path / "run" / "report.html"
     first = path.read_bytes()
-    shutil.move(tmp_path / "run", tmp_path / "elsewhere")
-    assert write(RunFolder(tmp_path / "elsewhere")).read_bytes() == first
-    made_up.measure(RunFolder(tmp_path / "elsewhere"), recipe(seeds=2), size=0.7)
-    assert write(RunFolder(tmp_path / "elsewhere")).read_bytes() != first
+    shutil.move(tmp_path / "run", tmp_path / "moved")
+    assert write(RunFolder(tmp_path / "moved"), drawn=True).read_bytes() == first
+    made_up.measure(RunFolder(tmp_path / "moved"), of, size=0.7)
+    assert write(RunFolder(tmp_path / "moved"), drawn=True).read_bytes() != first
 
 
-def test_what_comes_from_outside_is_text(tmp_path: Path) -> None:
+def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     of = recipe(seeds=2, name="<b onclick=alert(1)>")
     folder = made_up.folder(tmp_path / "run", of, command=NASTY)
     for run in of.runs():
         change(folder, run, measures={name: {"value": 1.0, "note": NASTY} for name in ("sharpness", "loss")})
-    page = Page(write(folder))
+    page = Page(write(folder, drawn=True))
     assert page.tags.count("script") == 3, "the payload, plotly and the page's own"
     assert "img" not in page.tags
     assert not set("<>&") & set(page.json)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
     assert page.text.count(NASTY.strip()) >= 4, "the command and the note, twice each, as they were written"
-    assert page.payload["runs"][0]["values"]["sharpness"] == 1.0
+    assert "SGD, seed 0: 1, gap" in page.text
 
 
-def test_what_a_verdict_adds_is_said(tmp_path: Path) -> None:
+def test_notes_of_a_flatness_verdict_are_on_the_page(tmp_path: Path) -> None:
     of = recipe(seeds=3)
     folder = made_up.folder(tmp_path / "run", of)
     assert "minimum flatter" in Page(write(folder)).text
     for run in of.runs():
-        if run.method == "sam":
+        if run.method.name == "sam":
             change(folder, run, measures={"loss": {"value": 100.0}, "normalized_sharpness": {"value": 100.0}})
     text = Page(write(folder)).text
     assert "flatness inconclusive" in text
     assert "cannot be told apart here" in text
 
 
-def test_the_verdict_is_the_summary_s_and_no_file_s(tmp_path: Path) -> None:
+def test_flatness_verdict_is_that_of_the_summary_and_not_of_a_file(tmp_path: Path) -> None:
     of = recipe(seeds=3)
     folder = made_up.folder(tmp_path / "run", of)
-    file = folder.path / "flatness.json"  # as an earlier version wrote it
+    file = folder.path / "flatness.json"  # with verdicts in it
     old = {"verdicts": [{"method": "sam", "verdict": "sharper", "sentence": "An old sentence."}], "text": ["Old."]}
     file.write_text(json.dumps(json.loads(file.read_text()) | old))
     text = Page(write(folder)).text
@@ -118,25 +142,13 @@ def test_the_verdict_is_the_summary_s_and_no_file_s(tmp_path: Path) -> None:
     assert "An old sentence." not in text
     change(folder, next(of.runs()), settings={"samples": 1})
     results = made_up.results(folder)[1]
-    report.write(folder, of, results, summarize(of, results))  # which has none, as the runs cannot be compared
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report, "Figures", NoFigures)
+        report.write(folder, of, results, summarize(of, results))  # without a verdict, as the runs cannot be compared
     assert "flatness no verdict" in Page(folder.path / "report.html").text
 
 
-def test_nothing_is_asked_from_a_network(tmp_path: Path) -> None:
-    page = Page(write(made_up.folder(tmp_path / "run", recipe())))
-    assert {"link", "script", "meta"} <= set(page.tags)
-    sources = [value for name, value in page.attributes if name in ("src", "srcset", "data", "poster", "action")]
-    assert sources == []
-    links = [value or "" for name, value in page.attributes if name == "href"]
-    assert {link[:5] for link in links} == {"data:", "https"} | {link[:5] for link in links if link.startswith("#")}
-    assert all(link.startswith("https://arxiv.org/") for link in links if link.startswith("http"))
-    (policy,) = (value or "" for name, value in page.attributes if name == "content" and "default-src" in (value or ""))
-    assert policy.startswith("default-src 'none'; script-src 'sha256-")
-    assert "http" not in policy
-    assert "unsafe-eval" not in policy
-
-
-def test_without_flatness_the_page_says_how_to_measure_it(tmp_path: Path) -> None:
+def test_page_without_flatness_names_the_command_that_measures_it(tmp_path: Path) -> None:
     of = recipe(seeds=2, out=Path("runs/my own"))
     text = Page(write(made_up.folder(tmp_path / "run", of, measured=False))).text
     assert "Flatness has not been measured in this run folder." in text
@@ -145,7 +157,7 @@ def test_without_flatness_the_page_says_how_to_measure_it(tmp_path: Path) -> Non
     assert "largest Hessian eigenvalue" not in text
 
 
-def test_verdicts_are_said_as_they_are(tmp_path: Path) -> None:
+def test_headline_states_the_verdicts_of_the_summary(tmp_path: Path) -> None:
     many = recipe(seeds=3, methods=("sgd", "sam", "asam"))
     folder = made_up.folder(tmp_path / "run", many)
     text = Page(write(folder)).text
@@ -155,95 +167,89 @@ def test_verdicts_are_said_as_they_are(tmp_path: Path) -> None:
     sgd, sam, _ = (made_up.results(folder)[1][run] for run in list(many.runs())[:3])
     folder = made_up.folder(tmp_path / "same", recipe(seeds=2), measured=False)
     for run in recipe(seeds=2).runs():  # two methods of which each is better once
-        best = (run.method == "sam") == (run.seed == 0)
+        best = (run.method.name == "sam") == (run.seed == 0)
         (folder.run(run) / "metrics.jsonl").write_text(json.dumps((sam if best else sgd)[-1].to_json()) + "\n")
     text = Page(write(folder)).text
     assert "SAM against SGD: test accuracy and generalization gap not distinguishable; flatness not measured." in text
     assert "better" not in text.partition("Training")[0]
 
 
-def test_one_run_gives_no_verdict_and_has_no_spread(tmp_path: Path) -> None:
-    page = Page(write(made_up.folder(tmp_path / "run", recipe())))
-    assert "One run of each method gives no verdict" in page.text
-    assert "±" not in page.text.partition("Flat is not one thing")[2].partition("Mean ±")[0], "no spread in the table"
-    assert all(sd is None for curve in page.payload["curves"] for sd in curve["sd"])
-    assert not any(curve["several"] for curve in page.payload["curves"])
-    assert all(value["sd"] is None for panel in page.payload["pareto"] for value in panel["cost"])
+def test_one_run_has_no_verdict_and_no_spread(tmp_path: Path) -> None:
+    folder = made_up.folder(tmp_path / "run", recipe())
+    text = Page(write(folder)).text
+    assert "One run of each method gives no verdict" in text
+    assert "±" not in text.partition("Flat is not one thing")[2].partition("Mean ±")[0], "no spread in the table"
+    figures = figures_of(folder)
+    assert not any("±" in one.svg for one in figures.curves())
+    assert not any(axes.collections for axes in figures.saved["overview"].figure.axes), "no bands"
+    bars = [bar for axes in figures.saved["pareto"].figure.axes for point in axes.containers for bar in point.lines[2]]
+    assert bars == []
 
 
-def test_a_run_folder_with_nothing_in_it_has_a_page(tmp_path: Path) -> None:
+def test_empty_run_folder_has_a_page(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.claim(recipe(), 1)
-    assert "Nothing has been measured yet." in Page(write(folder)).text
+    assert "Nothing has been measured yet." in Page(write(folder, drawn=True)).text
 
 
-def test_a_hole_in_a_landscape_stays_one(tmp_path: Path) -> None:
+def test_surface_has_a_hole_where_the_loss_is_nan(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
     run, (i, j) = next(recipe().runs()), made_up.HOLE
     losses = json.loads((folder.run(run) / "flatness.json").read_text())["landscape"]["losses"]
     losses[i][j] = float("nan")  # as another JSON writer might
     change(folder, run, landscape={"losses": losses})
-    first = Page(write(folder)).payload["runs"][0]
-    assert [(a, b) for a, row in enumerate(first["landscape"]["losses"]) for b, v in enumerate(row) if v is None] == [
-        (i, j)
-    ]
-
-
-def test_the_profile_is_the_landscape_s_middle(tmp_path: Path) -> None:
-    first = Page(write(made_up.folder(tmp_path / "run", recipe()))).payload["runs"][0]
-    profile, landscape = first["profile"], first["landscape"]
-    assert profile["axis"] == landscape["axis"]
-    assert profile["losses"] == [row[made_up.POINTS // 2] for row in landscape["losses"]]
+    surfaces = json.loads(Page(write(folder, drawn=True)).json)["landscape"]["0"]
+    for scale in ("linear", "log"):
+        rows = surfaces[scale]["sgd"]["data"][0]["z"]  # whose rows go along the second direction
+        assert [(a, b) for b, row in enumerate(rows) for a, value in enumerate(row) if value is None] == [(i, j)]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "steppe flatness, version 9"}'])
-def test_a_damaged_file_is_named_and_the_old_page_stays(tmp_path: Path, content: str) -> None:
+def test_damaged_file_is_named_and_the_old_page_stays(tmp_path: Path, content: str) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
     before = write(folder).read_bytes()
     file = folder.run(next(recipe().runs())) / "flatness.json"
     file.write_text(content)
     with pytest.raises(ExperimentError, match=f"{re.escape(str(file))} is damaged.*steppe measure"):
-        write(folder)
+        of, results = made_up.results(folder)
+        report.write(folder, of, results, summarize(of, results))
     assert (folder.path / "report.html").read_bytes() == before
 
 
-def test_pareto_shows_what_the_figure_shows(tmp_path: Path) -> None:
-    three = recipe(seeds=3, methods=("sgd", "sam", "late_sam"), epochs=8)
-    of, results = made_up.results(made_up.folder(tmp_path / "run", three, measured=False))
-    panels = payload(of, results, *NOTHING)["pareto"]
-    assert [panel["methods"] for panel in panels] == [["sgd", "sam"], ["sgd", "sam"], ["sgd", "sam", "late_sam"]]
-    axes = iter(pareto.draw(of, results).axes)
-    for field in ("test_accuracy", "gap"):
-        for panel in panels:
-            drawn = next(axes).containers
-            points = [tuple(container[0].get_xydata()[0]) for container in drawn]
-            costs, values = panel["cost"], panel[field]["values"]
-            assert points == [(c["mean"], v["mean"]) for c, v in zip(costs, values, strict=True)]
-            white = to_rgba("white")
-            filled = [i for i, c in enumerate(drawn) if to_rgba(c[0].get_markerfacecolor()) != white]
-            assert filled == sorted(panel[field]["front"])
-
-
-def test_sharpness_while_training_is_drawn_where_it_was_measured(tmp_path: Path) -> None:
-    of, results = made_up.results(made_up.folder(tmp_path / "run", recipe(), measured=False))
-    assert not {"sharpness", "lambda_max"} & set(payload(of, results, *NOTHING)["quantities"])
-    some = {
-        run: [dataclasses.replace(r, lambda_max=3.0 if run.method == "sam" else None) for r in records]
-        for run, records in results.items()
-    }
-    shown = [curve for curve in payload(of, some, *NOTHING)["curves"] if curve["field"] == "lambda_max"]
-    assert [(curve["method"], curve["mean"]) for curve in shown] == [("sam", [3.0, 3.0])]
-
-
-# Everything below happens in one browser, on one page.
+# Everything below uses one page, and one browser.
 in_browser = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     of = recipe(seeds=3, epochs=6)
-    return write(made_up.folder(tmp_path_factory.mktemp("report") / "run", of, command=NASTY))
+    return write(made_up.folder(tmp_path_factory.mktemp("report") / "run", of, command=NASTY), drawn=True)
+
+
+@in_browser
+def test_page_requests_nothing_from_a_network(page: Path) -> None:
+    read = Page(page)
+    assert {"link", "script", "meta"} <= set(read.tags)
+    sources = [value for name, value in read.attributes if name in ("src", "srcset", "data", "poster", "action")]
+    assert sources == []
+    links = [value or "" for name, value in read.attributes if name.endswith("href")]
+    assert {link[:5] for link in links} == {"data:", "https"} | {link[:5] for link in links if link.startswith("#")}
+    assert all(link.startswith("https://arxiv.org/") for link in links if link.startswith("http"))
+    (policy,) = (value or "" for name, value in read.attributes if name == "content" and "default-src" in (value or ""))
+    assert policy.startswith("default-src 'none'; script-src 'sha256-")
+    assert "http" not in policy
+    assert "unsafe-eval" not in policy
+
+
+@in_browser
+def test_figures_have_text_alternatives_and_ids_of_their_own(page: Path) -> None:
+    read = Page(page)
+    ids = [value for name, value in read.attributes if name == "id"]
+    assert len(ids) == len(set(ids))
+    pictures = re.findall(r"<svg [^>]*viewBox[^>]*>", page.read_text().partition('<script type="application/json"')[0])
+    assert len(pictures) > 30
+    assert all('aria-hidden="true"' in svg or ('role="img"' in svg and 'aria-label="' in svg) for svg in pictures)
 
 
 @pytest.fixture(scope="module")
@@ -256,10 +262,10 @@ def chrome(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chr
 
 
 def come_to(chrome: Chrome, selector: str) -> Any:
-    """Scroll to an element and wait until its plot, if it is one, is drawn as the page's state says."""
+    """Scroll to an element; if it is a surface, wait until it is drawn as the page's choices say."""
     found = chrome.find_element(By.CSS_SELECTOR, selector)
     chrome.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
-    if "plot" in (found.get_attribute("class") or ""):
+    if "surface" in (found.get_attribute("class") or "").split():
         until(chrome, "const e = arguments[0]; return Boolean(e._fullLayout && drawn.has(e) && !stale.has(e))", found)
     return found
 
@@ -287,16 +293,21 @@ def together(chrome: Chrome, before: dict[str, float]) -> dict[str, float]:
     return WebDriverWait(chrome, made_up.PATIENCE).until(there)  # type: ignore[return-value]
 
 
-PLOTS = ("#curve-gap", "#pareto-gap", "#gap-over", "#spectrum", "#ranks", "#profile", "#lines")
+PLOTS = ("gap", "pareto-gap", "gap-over", "spectrum", "eigenvalues", "profile", "lines-training", "lines-test")
 SURFACES = tuple(f".surface[data-surface={method}]" for method in ("sgd", "sam"))
 EYES = f"return {list(SURFACES)}.map((s) => document.querySelector(s)._fullLayout.scene._scene.getCamera().eye)"
 
 
+def shown(name: str, method: str = "") -> str:
+    """The selector of a figure in the view that the page's choices select."""
+    return f"figure[data-figure={name}]:not([hidden])" + (f"[data-method={method}]" if method else "")
+
+
 @in_browser
-def test_the_page_opens_quietly_and_its_landscapes_turn_together(chrome: Chrome, page: Path) -> None:
+def test_page_opens_without_errors_and_its_surfaces_turn_together(chrome: Chrome, page: Path) -> None:
     press(chrome, "[data-choice=view] [data-value='3d']")
-    for plot in (*PLOTS, *SURFACES):
-        come_to(chrome, plot)
+    for selector in (*map(shown, PLOTS), *SURFACES):
+        come_to(chrome, selector)
     first, second = chrome.execute_script(EYES)
     assert first == second
     surface = come_to(chrome, SURFACES[0])
@@ -314,41 +325,45 @@ def test_the_page_opens_quietly_and_its_landscapes_turn_together(chrome: Chrome,
 
     assert severe(chrome) == []
     events = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
-    asked = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
-    assert {url for url in asked if not url.startswith(("data:", "blob:"))} == {page.as_uri()}
+    requested = {e["params"]["request"]["url"] for e in events if e["method"] == "Network.requestWillBeSent"}
+    assert {url for url in requested if not url.startswith(("data:", "blob:"))} == {page.as_uri()}
 
 
 @in_browser
-def test_contours_and_the_choices_of_seed_and_directions(chrome: Chrome) -> None:
+def test_contours_follow_the_choices_of_seed_and_directions(chrome: Chrome) -> None:
     come_to(chrome, "#surfaces")
     press(chrome, "[data-choice=view] [data-value='2d']")
-    shown = []
+    drawings = []
     for choice in ("[data-choice=seed] [data-value='1']", "[data-choice=seed] [data-value='0']", "[data-value^=eigen]"):
         press(chrome, choice)
-        contour = come_to(chrome, ".contour[data-surface=sgd]")
-        shown.append(chrome.execute_script("return arguments[0].data[0]", contour))
-    assert {one["type"] for one in shown} == {"contour"}
-    assert len({json.dumps(one["customdata"]) for one in shown}) == 3
-    assert not chrome.find_elements(By.CSS_SELECTOR, ".surface")
+        come_to(chrome, shown("contour", "sgd"))
+        (contour,) = chrome.find_elements(By.CSS_SELECTOR, shown("contour", "sgd"))
+        drawings.append(contour.get_attribute("innerHTML"))
+    assert len(set(drawings)) == 3
+    assert not any(surface.is_displayed() for surface in chrome.find_elements(By.CSS_SELECTOR, ".surface"))
     press(chrome, "[data-value=landscape]")
 
 
 @in_browser
-def test_a_contender_is_switched_off_everywhere(chrome: Chrome) -> None:
-    visible = "return arguments[0].data.filter((trace) => trace.meta === 'sam' && trace.visible !== false).length"
+def test_hidden_method_is_hidden_in_all_figures(chrome: Chrome) -> None:
+    visible = """return [...arguments[0].querySelectorAll("[data-method~=sam]")]
+        .filter((part) => getComputedStyle(part).display !== 'none').length"""
     press(chrome, "[data-choice=view] [data-value='2d']")
-    come_to(chrome, ".contour[data-surface=sam]")
+    come_to(chrome, shown("contour", "sam"))
     press(chrome, "[data-chip=sam]")
-    assert not [plot for plot in PLOTS if chrome.execute_script(visible, come_to(chrome, plot))]
-    assert not chrome.find_element(By.CSS_SELECTOR, ".contour[data-surface=sam]").is_displayed()
+    assert not [plot for plot in PLOTS if chrome.execute_script(visible, come_to(chrome, shown(plot)))]
+    assert not chrome.find_element(By.CSS_SELECTOR, shown("contour", "sam")).is_displayed()
     assert "off" in str(chrome.find_element(By.CSS_SELECTOR, "tr[data-method=sam]").get_attribute("class"))
     assert chrome.find_element(By.CSS_SELECTOR, "[data-chip=sam]").get_attribute("aria-pressed") == "false"
+    press(chrome, "[data-choice=view] [data-value='3d']")
+    assert not chrome.find_element(By.CSS_SELECTOR, SURFACES[1]).is_displayed()
     press(chrome, "[data-chip=sam]")
-    assert all(chrome.execute_script(visible, come_to(chrome, plot)) for plot in PLOTS)
+    come_to(chrome, SURFACES[1])
+    assert all(chrome.execute_script(visible, come_to(chrome, shown(plot))) for plot in PLOTS)
 
 
 @in_browser
-def test_the_numbers_are_those_of_the_summary(chrome: Chrome, page: Path) -> None:
+def test_numbers_are_those_of_the_summary(chrome: Chrome, page: Path) -> None:
     summary = json.loads((page.parent / "summary.json").read_text())
     for row in summary["rows"]:
         for column, field in (("test accuracy", "test_accuracy"), ("gap", "gap"), ("train accuracy", "train_accuracy")):
@@ -356,40 +371,64 @@ def test_the_numbers_are_those_of_the_summary(chrome: Chrome, page: Path) -> Non
             mean, _, sd = str(chrome.find_element(By.CSS_SELECTOR, where).get_attribute("textContent")).partition(" ± ")
             assert float(mean.replace("−", "-")) == pytest.approx(row[field]["mean"], abs=0.005)
             assert float(sd) == pytest.approx(row[field]["sd"], abs=0.005)
-    gap = come_to(chrome, "#curve-gap")
-    last = "return arguments[0].data.filter((trace) => trace.text).map((trace) => [trace.meta, trace.y.at(-1)])"
-    assert chrome.execute_script(last, gap) == [[row["method"], row["gap"]["mean"]] for row in summary["rows"]]
+    tips = "return [...arguments[0].querySelectorAll('use title')].map((title) => title.textContent)"
+    found = chrome.execute_script(tips, come_to(chrome, shown("gap")))
+    for label, row in zip(("SGD", "SAM"), summary["rows"], strict=True):
+        last = [tip for tip in found if tip.startswith(f"{label}: ")][-1]
+        assert last == f"{label}: {row['gap']['mean']:.4g} ± {row['gap']['sd']:.2g}"
     (difference,) = summary["differences"]
     assert re.sub(r"-(?=\d)", "−", difference["verdict"]) in chrome.find_element(By.CSS_SELECTOR, ".details").text
 
 
 @in_browser
-def test_time_instead_of_compute(chrome: Chrome) -> None:
-    x = "return arguments[0].data.find((trace) => trace.text).x"
-    assert chrome.execute_script(x, come_to(chrome, "#curve-gap")) == [2, 4, 6]
+def test_curves_over_time_replace_those_over_compute(chrome: Chrome) -> None:
+    x = """const uses = [...arguments[0].querySelectorAll('[data-method=sgd] use')];
+        return uses.filter((use) => use.querySelector('title')).map((use) => Number(use.getAttribute('x')))"""
+    first, second, third = chrome.execute_script(x, come_to(chrome, shown("gap")))
+    assert third - second == pytest.approx(second - first, abs=0.01), "epochs 2, 4 and 6"
+    assert "standardized epochs" in chrome.find_element(By.CSS_SELECTOR, shown("gap")).text
     press(chrome, "[data-choice=extent] [data-value=seconds]")
-    assert chrome.execute_script(x, come_to(chrome, "#curve-gap"))[-1] > 11
+    first, second, third = chrome.execute_script(x, come_to(chrome, shown("gap")))
+    assert third - second != pytest.approx(second - first, abs=0.01)
+    assert "training time in seconds" in chrome.find_element(By.CSS_SELECTOR, shown("gap")).text
     press(chrome, "[data-choice=extent] [data-value=standardized_epoch]")
 
 
 @in_browser
-def test_the_theme_is_that_of_the_page_and_of_the_plots(chrome: Chrome) -> None:
-    colors = """return [getComputedStyle(document.body).backgroundColor, arguments[0]._fullLayout.font.color,
-        arguments[0].querySelector('.xtick text').style.fill, arguments[0].data.at(-1).line.color]"""
-    before = chrome.execute_script(colors, come_to(chrome, "#curve-gap"))
-    press(chrome, "#theme")
-    after = chrome.execute_script(colors, come_to(chrome, "#curve-gap"))
-    assert all(a != b for a, b in zip(before, after, strict=True))
-    press(chrome, "#theme")
-    assert chrome.execute_script(colors, come_to(chrome, "#curve-gap")) == before
+def test_choices_of_a_figure_show_one_view_at_a_time(chrome: Chrome) -> None:
+    for name, choice, values in (
+        ("pareto-gap", "cost", ("1", "2", "0")),
+        ("gap-over", "measure", ("trace", "loss", "sharpness")),
+        ("profile", "scale", ("linear", "log")),
+    ):
+        for value in values:
+            choose = f"const group = document.querySelector('[data-choice={choice}]'); choose(group, '{value}')"
+            chrome.execute_script(choose)
+            (figure,) = chrome.find_elements(By.CSS_SELECTOR, shown(name))
+            assert f"{choice}:{value}" in str(figure.get_attribute("data-when"))
 
 
 @in_browser
-def test_a_phone_scrolls_down_only(chrome: Chrome) -> None:
+def test_theme_of_the_page_is_that_of_the_figures(chrome: Chrome) -> None:
+    colors = """const style = (selector) => getComputedStyle(arguments[0].querySelector(selector));
+        const line = style('[data-method=sam] path').stroke;
+        return [getComputedStyle(document.body).backgroundColor, style('text').fill, line]"""
+    before = chrome.execute_script(colors, come_to(chrome, shown("gap")))
+    press(chrome, "#theme")
+    after = chrome.execute_script(colors, come_to(chrome, shown("gap")))
+    assert all(a != b for a, b in zip(before, after, strict=True))
+    press(chrome, "#theme")
+    assert chrome.execute_script(colors, come_to(chrome, shown("gap"))) == before
+
+
+@in_browser
+def test_narrow_page_scrolls_vertically_only(chrome: Chrome) -> None:
     size = {"width": 360, "height": 740, "deviceScaleFactor": 1, "mobile": True}
     chrome.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
     try:
-        for place in ("#curve-gap", "#flatness-table", "#spectrum", "#surfaces", "#lines", "#reproduce pre"):
+        for place in (
+            *map(shown, ("gap", "spectrum", "lines-test")), "#flatness-table", "#surfaces", "#reproduce pre",
+        ):  # fmt: skip
             come_to(chrome, place)
             until(chrome, "return innerWidth === 360")
             widest = "return Math.max(document.documentElement.scrollWidth, document.body.scrollWidth)"
@@ -399,7 +438,7 @@ def test_a_phone_scrolls_down_only(chrome: Chrome) -> None:
 
 
 @in_browser
-def test_a_script_that_is_not_of_the_page_does_not_run(chrome: Chrome) -> None:
+def test_script_that_is_not_of_the_page_does_not_run(chrome: Chrome) -> None:
     assert severe(chrome) == []
     foreign = "const s = document.createElement('script'); s.textContent = 'window.broken = 1'; document.head.append(s)"
     chrome.execute_script(foreign)
@@ -408,14 +447,14 @@ def test_a_script_that_is_not_of_the_page_does_not_run(chrome: Chrome) -> None:
 
 
 @in_browser
-def test_without_webgl_there_are_contours(chrome: Chrome, page: Path) -> None:
+def test_contours_replace_surfaces_without_webgl(chrome: Chrome, page: Path) -> None:
     none = """const old = HTMLCanvasElement.prototype.getContext;
         HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
           return kind.startsWith('webgl') ? null : old.call(this, kind, ...more); };"""
     added = chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": none})
     try:
         chrome.get(page.as_uri())
-        come_to(chrome, ".contour[data-surface=sgd]")
+        come_to(chrome, shown("contour", "sgd"))
         assert chrome.find_element(By.ID, "no-webgl").is_displayed()
         assert not chrome.find_element(By.CSS_SELECTOR, "[data-value='3d']").is_enabled()
         assert severe(chrome) == []

@@ -1,0 +1,265 @@
+"""The figures of the page: panels of the drawings, and the choices under which each is visible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import matplotlib.figure
+from markupsafe import Markup
+
+from steppe.experiments.analysis.summary import setting
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.figures import curves, flatness
+from steppe.experiments.figures.drawing import Drawing
+from steppe.experiments.figures.landscapes import (
+    KINDS,
+    loss_range,
+    plot_landscapes,
+    plot_lines,
+    plot_profiles,
+    profiles_of,
+)
+from steppe.experiments.figures.spectra import (
+    BANDWIDTH,
+    Groups,
+    measures_of,
+    plot_eigenvalues,
+    plot_gap_over,
+    plot_spectra,
+    smoothing,
+)
+from steppe.experiments.figures.style import styles
+from steppe.experiments.figures.surfaces import is_logarithmic, surfaces
+from steppe.experiments.report.numbers import number
+from steppe.experiments.storage.run_folder import Results
+from steppe.flatness import Flatness, Landscape
+
+__all__ = ["Choice", "Figures", "Panel"]
+
+_BANDWIDTHS = (0.001, BANDWIDTH, 0.02, 0.1)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A group of buttons of which one is pressed; figures name it and one of its values in `data-when`."""
+
+    name: str
+    label: str
+    options: Mapping[str, str]
+    """Text of the buttons, by value."""
+    default: str
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One panel as SVG, and the values of choices under which it is visible."""
+
+    name: str
+    svg: Markup
+    when: Mapping[str, str] = field(default_factory=dict)
+    method: str = ""
+    """The method that it shows, where it shows a single one."""
+
+
+@dataclass(frozen=True)
+class Legend:
+    """The range of the losses of one set of landscapes."""
+
+    low: str
+    high: str
+    when: Mapping[str, str]
+
+
+class Figures:
+    """Everything that is drawn of a run folder; `saved` are the drawings that belong into its folder figures/."""
+
+    SECTIONS = ("curves", "tracked", "pareto", "gap_over", "spectra", "landscapes", "through")
+    """The methods that yield the figures of a section, in this order: later ones may use earlier ones' choices."""
+
+    def __init__(
+        self, recipe: Recipe, results: Results, measured: Mapping[Run, Flatness], lines: Sequence[Mapping[str, Any]]
+    ) -> None:
+        self._recipe, self._results, self._measured, self._lines = recipe, results, measured, lines
+        self._description = setting(recipe)
+        self._styles = styles(recipe)
+        self._names = {method.label: str(method) for method in recipe.comparison.methods}
+        self._by_label = {style.label: style for style in self._styles.values()}
+        self._by_name = {str(method): style for method, style in self._styles.items()}
+        self._groups: Groups = {
+            method.label: [flat for run, flat in measured.items() if run.method == method]
+            for method in recipe.comparison.methods
+        }
+        self._known: Groups = {label: flats for label, flats in self._groups.items() if flats}
+        self.choices: dict[str, Choice] = {}
+        self.surfaces: dict[str, Any] = {}
+        """By kind, seed, scale and method: figures for plotly."""
+        drawings = [
+            *curves.drawings(recipe, results),
+            *flatness.drawings(self._groups, self._description),
+            *([flatness.lines(lines, self._by_name, self._description)] if lines else []),
+        ]
+        self.saved: Mapping[str, Drawing] = {drawing.stem: drawing for drawing in drawings}
+
+    def curves(self) -> Iterator[Panel]:
+        """The quantities over compute or time."""
+        values = {
+            extent.field: text for extent, text in zip(curves.EXTENTS, ("Standardized epochs", "Seconds"), strict=True)
+        }
+        self._offer("extent", "Horizontal axis", values, curves.EXTENTS[0].field)
+        for extent in curves.EXTENTS:
+            for quantity in curves.QUANTITIES:
+                drawing, about = (
+                    self.saved[quantity.field + extent.suffix],
+                    f"{quantity.title} of each method over {extent.title}",
+                )
+                yield self._panel(quantity.field, drawing, 0, about, extent=extent.field)
+
+    def tracked(self) -> Iterator[Panel]:
+        """The measures of flatness that were taken during training."""
+        for extent in curves.EXTENTS:
+            for index, quantity in enumerate(curves.tracked(self._results)):
+                drawing, about = (
+                    self.saved["sharpness" + extent.suffix],
+                    f"{quantity.title} of each method over {extent.title}",
+                )
+                yield self._panel(quantity.field, drawing, index, about, extent=extent.field)
+
+    def pareto(self) -> Iterator[Panel]:
+        """Cost against accuracy and gap."""
+        costs = ("Passes a step", "Time a step", "Training time")
+        self._offer("cost", "Cost", {str(i): text for i, text in enumerate(costs)}, "0")
+        for row, (name, title) in enumerate((("test_accuracy", "test accuracy"), ("gap", "generalization gap"))):
+            for column, cost in enumerate(costs):
+                about = f"{cost} against {title}, one point a method"
+                yield self._panel(f"pareto-{name}", self.saved["pareto"], 3 * row + column, about, cost=str(column))
+
+    def gap_over(self) -> Iterator[Panel]:
+        """The gap over each measure of flatness."""
+        measures = measures_of(self._groups)
+        if not measures:
+            return
+        gaps: dict[str, list[tuple[int, float | None]]] = {label: [] for label in self._known}
+        for run in self._measured:
+            records = self._results.get(run, [])
+            gaps[run.method.label].append((run.seed, records[-1].gap if records else None))
+        drawing = self._drawing("gap_over_flatness", plot_gap_over, self._known, gaps, self._by_label)
+        self._offer("measure", "Measure", measures, next(iter(measures)))
+        for index, (name, title) in enumerate(measures.items()):
+            about = f"Generalization gap over {title}, one point a run"
+            yield self._panel("gap-over", drawing, index, about, measure=name)
+
+    def spectra(self) -> Iterator[Panel]:
+        """Spectra at several bandwidths, and the leading eigenvalues."""
+        if not self._known:
+            return
+        texts = {f"{bandwidth:g}": f"σ = {number(smoothing(self._known, bandwidth), 2)}" for bandwidth in _BANDWIDTHS}
+        self._offer("bandwidth", "Bandwidth", texts, f"{BANDWIDTH:g}")
+        for bandwidth in _BANDWIDTHS:
+            drawing = self.saved["spectra"]
+            if bandwidth != BANDWIDTH:
+                plot = partial(plot_spectra, bandwidth=bandwidth)
+                drawing = self._drawing(f"spectra_{bandwidth:g}", plot, self._known, self._by_label)
+            about = "Spectral density of the Hessian, one line a method"
+            yield self._panel("spectrum", drawing, 0, about, bandwidth=f"{bandwidth:g}")
+        drawing = self._drawing("eigenvalues", plot_eigenvalues, self._known, self._by_label)
+        yield self._panel("eigenvalues", drawing, 0, "Leading eigenvalues of the Hessian by rank")
+
+    def landscapes(self) -> Iterator[Panel | Legend]:
+        """Contours of each solution and the range of their losses; the surfaces are in `surfaces` afterwards."""
+        seeds = sorted({run.seed for run in self._measured})
+        found = {
+            (kind, seed): landscapes for kind in KINDS for seed in seeds if (landscapes := self._landscapes(kind, seed))
+        }
+        if not found:
+            return
+        first_kind, first_seed = next(iter(found))
+        scale = "log" if is_logarithmic([*found[first_kind, first_seed].values()]) else "linear"
+        kinds = {
+            kind: text
+            for kind, text in zip(KINDS, ("Random", "Eigenvectors"), strict=True)
+            if any(k == kind for k, _ in found)
+        }
+        self._offer("view", "View", {"3d": "Surface", "2d": "Contours"}, "2d")
+        self._offer("kind", "Directions", kinds, first_kind)
+        self._offer("scale", "Loss axis", {"linear": "Linear", "log": "Log"}, scale)
+        self._offer(
+            "seed",
+            "Seed",
+            {str(seed): f"Seed {seed}" for seed in dict.fromkeys(seed for _, seed in found)},
+            str(first_seed),
+        )
+        for (kind, seed), landscapes in found.items():
+            when = {"kind": kind, "seed": str(seed)}
+            low, high = loss_range([*landscapes.values()])
+            yield Legend(number(low, 4), number(high, 4), when)
+            yield from self._contours(landscapes, kind, seed)
+            self.surfaces.setdefault(kind, {})[str(seed)] = {
+                scale: {
+                    self._names[label]: figure
+                    for label, figure in surfaces(landscapes, self._by_label, log=scale == "log").items()
+                }
+                for scale in ("linear", "log")
+            }
+
+    def _landscapes(self, kind: str, seed: int) -> dict[str, Landscape]:
+        found = {run.method.label: getattr(flat, kind) for run, flat in self._measured.items() if run.seed == seed}
+        return {label: landscape for label, landscape in found.items() if landscape is not None}
+
+    def _contours(self, landscapes: Mapping[str, Landscape], kind: str, seed: int) -> Iterator[Panel]:
+        if landscapes == flatness.landscapes_of(self._known, kind):
+            drawing = self.saved[f"{kind}s"]
+        else:
+            drawing = self._drawing(f"{kind}s_{seed}", plot_landscapes, landscapes, kind)
+        for index, label in enumerate(landscapes):
+            about = f"Contours of the training loss around the weights of {label}, seed {seed}"
+            panel = self._panel("contour", drawing, index, about, view="2d", kind=kind, seed=str(seed))
+            yield replace(panel, method=self._names[label])
+
+    def through(self) -> Iterator[Panel]:
+        """The loss along a direction, and from one solution to another."""
+        has_profiles = any(profiles_of(self._known).values())
+        if not has_profiles and not self._lines:
+            return
+        if "scale" not in self.choices:
+            self._offer("scale", "Loss axis", {"linear": "Linear", "log": "Log"}, "linear")
+        if has_profiles:
+            drawing = self._drawing("profiles", plot_profiles, self._known, self._by_label)
+            about = "Loss along the first random direction, one line a method"
+            for index, scale in enumerate(("linear", "log")):
+                yield self._panel("profile", drawing, index, about, scale=scale)
+        if self._lines:
+            logarithmic = self._drawing("lines_log", partial(plot_lines, log=True), self._lines, self._by_name)
+            drawings = {"linear": self.saved["lines"], "log": logarithmic}
+            for index, split in enumerate(("training", "test")):
+                for scale, drawing in drawings.items():
+                    about = f"The {split} loss on the straight line between the weights of two methods"
+                    yield self._panel(f"lines-{split}", drawing, index, about, scale=scale)
+
+    @property
+    def about_lines(self) -> str:
+        """What was done to BatchNorm's statistics along the lines; empty without lines."""
+        if not self._lines:
+            return ""
+        reestimated = any(line["reestimated"] for line in self._lines)
+        return (
+            "BatchNorm's statistics were estimated anew at each point of a line."
+            if reestimated
+            else "Weights and buffers are interpolated as they are."
+        )
+
+    def is_visible(self, when: Mapping[str, str]) -> bool:
+        """Return True if a figure is visible before the first choice."""
+        return all(self.choices[name].default == value for name, value in when.items())
+
+    def _offer(self, name: str, label: str, options: Mapping[str, str], default: str) -> None:
+        self.choices[name] = Choice(name, label, options, default)
+
+    def _drawing(self, stem: str, plot: Callable[..., matplotlib.figure.Figure], *arguments: Any) -> Drawing:
+        """Return a drawing that is on the page only."""
+        return Drawing(stem, partial(plot, *arguments, self._description), layout=False)
+
+    def _panel(self, name: str, drawing: Drawing, index: int, description: str, **when: str) -> Panel:
+        return Panel(name, Markup(drawing.panel(index, self._names, description)), when)
