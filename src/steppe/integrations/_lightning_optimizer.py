@@ -32,7 +32,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
     # Lightning makes the class of this object a subclass of SAM's, so that isinstance(opt, SAM) holds. Methods that
     # write attributes would then write this object's; without the overrides below the SAM itself would not change.
 
-    def passes(self, *, accumulate: bool = False) -> "Iterator[Pass]":
+    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
         for sam_pass in self._sam.passes(accumulate=accumulate):
             yield sam_pass if sam_pass.is_first else RepeatedPass(sam_pass, self._muted())
 
@@ -89,10 +89,8 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
                 if not sam_pass.is_first:
                     closure() if window is None else window.repeat_all(sam_pass)
                     continue
-                if (
-                    window is not None and has_earlier and not sam_pass.is_at_w
-                ):  # their gradients in `outside` are those at w
-                    with self._muted():
+                if window is not None and has_earlier and not sam_pass.is_at_w:
+                    with self._muted():  # the gradients in `outside` are those at w
                         window.repeat_earlier()
                 else:
                     gradients.assign(outside)
