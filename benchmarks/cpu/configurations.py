@@ -31,7 +31,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Configuration:
-    """How a network is computed."""
+    """Threads, memory layout, precision and compilation of a network."""
 
     threads: int
     channels_last: bool = False

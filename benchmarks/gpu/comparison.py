@@ -19,7 +19,7 @@ class Comparison:
     recipe: Recipe
     records: Mapping[Run, list[Record]]
     flatness: Mapping[tuple[Run, int], Flatness]
-    """By run and standardized epoch."""
+    """Flatness by run and standardized epoch."""
     failures: Sequence[str]
     """The reason for each run that failed, and for each failed measurement of flatness."""
 

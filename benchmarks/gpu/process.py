@@ -20,7 +20,7 @@ _POLL_INTERVAL = 0.2
 
 @dataclass(frozen=True)
 class Ended:
-    """How a process ended."""
+    """Exit status and duration of a process."""
 
     status: int
     """The exit status; negative for a signal."""

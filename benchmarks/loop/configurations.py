@@ -22,7 +22,7 @@ _FIELDS = ("amp", "channels_last", "compile", "cuda_graphs")
 
 @dataclass(frozen=True)
 class Configuration:
-    """How Steppe's loop computes. The data are on the device in every configuration."""
+    """Options of Steppe's loop. The data are on the device in every configuration."""
 
     amp: bool = False
     channels_last: bool = False

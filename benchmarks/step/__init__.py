@@ -1,1 +1,1 @@
-"""What a step of SAM costs beside its two passes."""
+"""Measure what a step of SAM costs besides its two passes: see run.py."""

@@ -22,7 +22,7 @@ Clock = Callable[[], float]
 
 @dataclass(frozen=True)
 class Setup:
-    """How the steps are timed."""
+    """Device, precision and number of the timings."""
 
     device: str
     dtype: str = "float32"

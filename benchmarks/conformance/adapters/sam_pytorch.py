@@ -10,7 +10,7 @@ DOCS = "https://github.com/tourdeml/sam"
 
 
 class OneClosure(Session):
-    """One closure, called once per pass. The base stays the user's own, who schedules and saves it."""
+    """One closure, called once per pass. The user schedules and saves the base."""
 
     @property
     def scheduled(self):

@@ -84,11 +84,11 @@ def _gradient_in_one_pass(peer: Adapter, index: int) -> Outcome:
 
 @statement("C7b")
 def gradient_in_first_pass_only(peer: Adapter) -> Outcome:
-    """As with stochastic depth or a routed expert; rounding does not count here."""
+    """Omit a parameter from one pass, as stochastic depth or routed experts do; rounding does not count here."""
     return _gradient_in_one_pass(peer, 0)
 
 
 @statement("C7c")
 def gradient_in_second_pass_only(peer: Adapter) -> Outcome:
-    """As with stochastic depth or a routed expert; rounding does not count here."""
+    """Omit a parameter from one pass, as stochastic depth or routed experts do; rounding does not count here."""
     return _gradient_in_one_pass(peer, 1)
