@@ -1,11 +1,11 @@
-"""Make the method cards, docs/methods, of the catalogue and of what was measured, src/steppe/measured.json.
+"""Write the pages of docs/methods from the cards in src/steppe/methods and from measured.json beside them.
 
-    python scripts/make_cards.py                        the pages anew, from what is in measured.json
-    python scripts/make_cards.py RUN ...                with the results of these run folders of `steppe compare`
-    python scripts/make_cards.py --memory memory.json   with the output of benchmarks/memory.py --json
+    python scripts/make_cards.py                        write the pages
+    python scripts/make_cards.py RUN ...                store the results of run folders of `steppe compare` first
+    python scripts/make_cards.py --memory memory.json   store the output of benchmarks/memory.py --json first
+    python scripts/make_cards.py --check                write nothing; exit 1 if a page is stale
 
-What is not given stays as it is in measured.json; several RUNs stand in the order given. `--check` writes nothing, and
-exits 1 where a page is not what it should be.
+Other numbers stay as they are in measured.json; several RUNs are stored in the given order.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ _VALUES = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "se
 
 
 def pages() -> Mapping[str, str]:
-    """The name and the text of every page."""
+    """Return the name and the text of each page."""
     found = {f"{name}.md": cards.card(name) for name in CARDS}
     return {"README.md": cards.index(), **found}
 
 
 def comparison(path: Path) -> dict[str, Any]:
-    """The numbers of a run folder at equal compute, as measured.json has them; ExperimentError when there are none."""
+    """Return the results of a run folder at equal compute for measured.json; ExperimentError if there are none."""
     folder = RunFolder(path)
     recipe = folder.recipe()
     summary = summarize(recipe, folder.results(recipe))
@@ -85,7 +85,7 @@ def comparison(path: Path) -> dict[str, Any]:
 
 
 def _sam(recipe: Recipe) -> MethodSpec | None:
-    """The method that is SAM itself."""
+    """Return the spec of SAM itself, if it was compared."""
     found = [m for m in recipe.comparison.methods if CARDS["sam"].covers(str(m))]
     return min(found, key=lambda spec: len(str(spec))) if found else None
 
@@ -106,7 +106,7 @@ def _estimate(value: Estimate, *, interval: bool = False) -> dict[str, Any]:
 
 
 def _merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:
-    """New numbers of memory, and the old ones of the methods that were not measured again."""
+    """Return the new numbers, and the old ones of the methods that were not measured again."""
     found = {**(old["methods"] if old else {}), **new["methods"]}
     return {**new, "methods": {name: found[name] for name in CARDS if name in found}}
 
@@ -117,15 +117,15 @@ def read() -> dict[str, Any]:
 
 
 def private(values: Mapping[str, Any]) -> list[str]:
-    """Paths of a machine, which do not belong into a public file."""
+    """Return paths of a machine, which do not belong in a public file."""
     return re.findall(r"(?<![\w.:/])/(?:home|root|tmp|work|mnt|data|Users)\b[^\s\"]*", json.dumps(values))
 
 
 def main(words: Sequence[str]) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("runs", nargs="*", type=Path, metavar="RUN", help="run folders of `steppe compare`")
-    parser.add_argument("--memory", type=Path, metavar="FILE", help="what benchmarks/memory.py --json wrote")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a page is stale")
+    parser.add_argument("--memory", type=Path, metavar="FILE", help="output of benchmarks/memory.py --json")
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is stale")
     given = parser.parse_args(words)
     if given.check:
         stale = [name for name, text in pages().items() if _text(PAGES / name) != text]

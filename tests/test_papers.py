@@ -1,4 +1,4 @@
-"""What is cited is what is used."""
+"""Citations: the papers of all parts in use, each once, as valid BibTeX."""
 
 import re
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import steppe
-from steppe import papers
+from steppe.methods.registry import CARDS
 from steppe.papers import Paper, citation
 
-ALL = {name: paper for name, paper in vars(papers).items() if isinstance(paper, Paper)}
+ALL = {paper.key: paper for card in CARDS.values() for paper in card.papers}
 
 
 def base():
@@ -20,7 +20,7 @@ def keys(*used):
     return re.findall(r"^@\w+\{(\w+),$", citation(*used), flags=re.MULTILINE)
 
 
-def test_each_slot_is_cited_once_and_sam_first():
+def test_each_rule_is_cited_once_and_sam_first():
     optimizer = steppe.SAM(
         base(),
         perturbation=steppe.AscentSteps(steppe.ParameterSubset(steppe.Adaptive(), [torch.zeros(1)]), 2),
@@ -32,20 +32,20 @@ def test_each_slot_is_cited_once_and_sam_first():
     assert keys(base()) == []
 
 
-def test_closures_and_rules_of_ones_own_are_cited():
-    mine = Paper("me2026", ("Ada Lovelace",), "On Climbing", "2611.00001", 2026)
+def test_closures_and_rules_of_a_user_are_cited():
+    own_paper = Paper("me2026", ("Ada Lovelace",), "On Perturbing", "2611.00001", 2026)
 
-    class Mine(steppe.L2):
-        paper = mine
+    class OwnRule(steppe.L2):
+        paper = own_paper
 
-    optimizer = steppe.SAM(base(), perturbation=Mine())
+    optimizer = steppe.SAM(base(), perturbation=OwnRule())
     assert keys(optimizer, steppe.closures.fraction) == ["foret2021sam", "me2026", "bahri2022lmsam"]
     assert "@misc{me2026," in citation(optimizer)
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_an_entry_is_whole(name):
-    paper = ALL[name]
+@pytest.mark.parametrize("key", ALL)
+def test_bibtex_entry_is_valid_and_agrees_with_the_arxiv_number(key):
+    paper = ALL[key]
     entry = paper.bibtex()
     assert entry.count("{") == entry.count("}")
     assert re.fullmatch(r"\d{4}\.\d{5}", paper.arxiv)
@@ -54,5 +54,6 @@ def test_an_entry_is_whole(name):
     assert entry.isprintable() or "\n" in entry
 
 
-def test_no_paper_stands_twice():
-    assert len({p.key for p in ALL.values()}) == len({p.arxiv for p in ALL.values()}) == len(ALL)
+def test_no_paper_is_defined_twice():
+    papers = {paper for card in CARDS.values() for paper in card.papers}
+    assert len({p.key for p in papers}) == len({p.arxiv for p in papers}) == len(papers)

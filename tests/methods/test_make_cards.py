@@ -41,12 +41,12 @@ def test_memory_counted_again_agrees(name):
 
 def run_folder(path: Path, tests: dict[str, list[float]], **fields) -> Path:
     """A run folder of `steppe compare` with two measurements per run, and these test accuracies at the end."""
-    recipe = Recipe(methods=tuple(tests), epochs=4, seeds=3, out=path, **fields)
+    recipe = Recipe().replace(methods=tuple(tests), epochs=4, seeds=3, out=path, **fields)
     path.mkdir()
     folder = RunFolder(path)
     folder.claim(recipe, 1)
     for run in recipe.runs():
-        test = tests[run.method][run.seed]
+        test = tests[str(run.method)][run.seed]
         records = [Record(e, e, 10, 100, 1.5, 0.1, 99.0, 1.0, test, 99.0 - test, 30.0 * e, 100.0) for e in (2, 4)]
         folder.run(run).mkdir(parents=True)
         (folder.run(run) / METRICS).write_bytes(write_records(records))

@@ -253,10 +253,24 @@ def _check(group: dict[str, Any]) -> None:
 def bsam(
     params: Any, lr: Rho = 0.5, rho: Rho = 0.01, *, n_data: int, model: nn.Module | None = None, **kwargs: Any
 ) -> SAM:
-    """bSAM: SAM as the optimal relaxation of Bayes, with a variance for each weight. Two passes per step.
+    """bSAM: SAM as variational inference, with a mean and a variance for each weight. Two passes per step.
 
-    An optimizer of its own: it has no base, and takes the parameters. ``n_data`` is the number of training samples;
-    further arguments are those of :class:`steppe.methods.bsam.BSAM`.
+    This is an optimizer of its own: it has no base, and takes the parameters.
+
+    Args:
+        params: The parameters, or groups of them.
+        lr: The learning rate; 0.5 in the authors' CIFAR examples.
+        rho: rho, the factor of g / s, which is not normalized; 0.01 in the authors' CIFAR examples.
+        n_data: N, the number of training samples; with augmentation, the authors multiply it by 4.
+        model: The module that the passes run, as in :class:`steppe.SAM`.
+        **kwargs: The further arguments of :class:`steppe.methods.bsam.BSAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> bsam([torch.nn.Parameter(torch.zeros(2))], n_data=100).param_groups[0]["lr"]
+        0.5
 
     References:
         Möllenhoff and Khan, SAM as an Optimal Relaxation of Bayes, arXiv 2210.01620.

@@ -68,7 +68,7 @@ class Lookbehind(OwnStepMethod):
 
     A step costs 1 + k passes. The perturbed weights do not depend on the fast ones, so that all passes come first. A
     gradient that is not finite in any of them, or an exception, leaves base and weights as they were. It keeps a copy
-    of w, and within a step k - 1 gradients, the perturbation and (with alpha below 1) another copy of w; nothing from
+    of w, and within a step K - 1 gradients, the perturbation and (with alpha below 1) another copy of w; nothing from
     step to step.
 
     ``.grad`` after :meth:`passes` is the last of the k gradients: a change of it there (clipping, a loss scaler) does
@@ -208,9 +208,23 @@ def lookbehind_sam(
     alpha: float | None = 0.5,
     **options: Unpack[Options],
 ) -> SAM:
-    """Lookbehind: k ascent steps, a step of the base with the gradient of each, and a share alpha of that way.
+    """Lookbehind: K ascent steps, a step of the base for each, and a share alpha of the way. 1 + K passes per step.
 
-    1 + k passes per step, k = ``ascent_steps``.
+    w <- w + alpha (w_K - w), where w_i is a step of the base from w_{i-1} with the gradient after i ascent steps.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the length of each ascent step; the paper's values are unverified.
+        ascent_steps: K; 2 in the authors' example, and 5 is their default.
+        alpha: alpha, the share of the way; usually 0.2, 0.5 or 0.8. None chooses it for each tensor and step.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: A hyperparameter is out of range.
+
+    Example:
+        >>> lookbehind_sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).alpha
+        0.5
 
     References:
         Mordido et al., Lookbehind-SAM: k Steps Back, 1 Step Forward, arXiv 2307.16704.
@@ -223,27 +237,27 @@ CARD = MethodCard(
     function=lookbehind_sam,
     label="Lookbehind",
     paper=LOOKBEHIND_PAPER,
-    summary="K ascent steps, a step of the base with the gradient of each, and a share alpha of that way. The base's "
-    "momentum gets k gradients per step.",
-    equation="up_i = up_{i-1} + rho g(up_{i-1}) / |g(up_{i-1})|       from up_0 = w, for i = 1..k\n"
+    summary="Make K ascent steps and a step of the base with the gradient of each, then move a share alpha of the way. "
+    "The base's momentum gets K gradients per step.",
+    equation="up_i = up_{i-1} + rho g(up_{i-1}) / |g(up_{i-1})|       from up_0 = w, for i = 1..K\n"
     "down_i = Base(down_{i-1}, g(up_i))                        from down_0 = w\n"
-    "w <- w + alpha (down_k - w)",
-    cost="1 + k",
+    "w <- w + alpha (down_K - w)                                  K = ascent_steps",
+    cost="1 + ascent_steps",
     passes=lambda ascent_steps: 1 + ascent_steps,
-    memory=f"{COPY}; within a step k - 1 gradients, the perturbation, and with alpha below 1 another copy",
-    when="To look farther than one ascent step, where 1 + k passes are affordable.",
-    when_not="With a loss scaler, or to accumulate gradients: both are refused.",
+    memory=f"{COPY}; within a step K - 1 gradients, the perturbation, and with alpha below 1 another copy",
+    when="To perturb farther than one ascent step, if the further passes are affordable.",
+    when_not="With a loss scaler or gradient accumulation: both are errors.",
     usual={
         "rho": "unverified",
-        "ascent_steps": "k: 2 in the authors' example, 5 their default",
+        "ascent_steps": "2 in the authors' example, 5 their default",
         "alpha": "0.2, 0.5 or 0.8; None chooses it for each tensor and step",
     },
     checked="The official code, https://github.com/chandar-lab/Lookbehind-SAM: 20 steps in float64 agree. It makes "
-    "2 k passes, because it takes each gradient twice; here each is taken once. With dropout its two differ. Its ASAM "
-    "reads the weights at the perturbed point, ours at w.",
+    "2 K passes, because it computes each gradient twice; here once. With dropout its two differ. Its ASAM uses the "
+    "weights at the perturbed point, ours at w.",
     caveats=(
-        "The base steps k times a step: its momentum decays k times as fast, its hooks fire k times.",
-        "Clip in a step hook of the base; `.grad` after the passes is only the last of k gradients.",
+        "The base takes K steps per step: its momentum decays K times as fast, and its hooks are called K times.",
+        "Clip in a step hook of the base; `.grad` after the passes is only the last of K gradients.",
     ),
-    comparison=Comparison(summary="k ascent steps and a step of the base from each, at SAM's rho"),
+    comparison=Comparison(summary="several ascent steps and a step of the base for each, at SAM's rho"),
 )

@@ -311,9 +311,23 @@ def sampa(
     group: dist.ProcessGroup | None = None,
     **options: Unpack[Options],
 ) -> SAM:
-    """SAMPa: two passes per step that do not depend on each other. On two devices they take the time of one.
+    """SAMPa: two independent passes per step. On two devices they take the time of one.
 
-    They follow each other in one process; with ``group``, of two processes, each process runs one of them.
+    x~ = x + rho g(y) / |g(y)|,   y' = x - lr g(y),   x' = Base(x, (1 - lambda) g(x~) + lambda g(y')).
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; the paper's values are unverified.
+        lmbda: lambda, the share of g(y'); 0.2 is SAMPa-0.2, and 0 is SAMPa.
+        group: Two processes, each of which runs one of the passes; None runs both in one process.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: lambda is out of range, or the group is not of two processes.
+
+    Example:
+        >>> sampa(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).lmbda
+        0.2
 
     References:
         Xie et al., SAMPa: Sharpness-aware Minimization Parallelized, arXiv 2410.10683.
@@ -326,18 +340,18 @@ CARD = MethodCard(
     function=sampa,
     label="SAMPa",
     paper=SAMPA_PAPER,
-    summary="Two passes per step that do not depend on each other. The perturbation follows the gradient at an "
-    "auxiliary point, which is known one step earlier.",
+    summary="Perturb along the gradient at an auxiliary point, which is known one step earlier. The two passes of a "
+    "step are then independent, and two devices can make them at the same time.",
     equation="x~ = x + rho g(y) / |g(y)|\ny' = x - lr g(y)\nx' = Base(x, (1 - lambda) g(x~) + lambda g(y'))",
     cost="2",
     passes=2,
     memory=f"{COPY}; from step to step g(y) and the pending g(x~)",
     when="With two devices to spare (`group=`), for SAM in the time of the base.",
-    when_not="With a loss scaler in one process, or to accumulate gradients.",
+    when_not="With a loss scaler in one process, or with gradient accumulation.",
     usual={"rho": "unverified", "lmbda": "0.2 (SAMPa-0.2); 0 is SAMPa"},
-    checked="The official code, https://github.com/LIONS-EPFL/SAMPa, was read: it takes g(y) out of the sum by a "
-    "subtraction and a division by lambda, which rounds, and with lambda = 0 never perturbs; here both gradients "
-    "are sent. It leaves each rank its own BatchNorm statistics.",
+    checked="The official code, https://github.com/LIONS-EPFL/SAMPa, was read: it recovers g(y) from the sum by a "
+    "subtraction and a division by lambda, which rounds, and with lambda = 0 never perturbs; here both gradients are "
+    "sent. There each rank keeps its own BatchNorm statistics.",
     caveats=(
         "In one process it only costs: the speed is with two, and has not been measured here on devices.",
         "The loss that a step returns is that at y, not at w.",

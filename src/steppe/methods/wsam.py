@@ -215,10 +215,25 @@ def wsam(
     decoupled: bool = False,
     **options: Unpack[Options],
 ) -> SAM:
-    """WSAM: step with g + gamma / (1 - gamma) (g_s - g). Two passes per step.
+    """WSAM: weight the sharpness against the loss. Two passes per step.
 
-    ``decoupled`` is the paper's weight decouple: the base gets g alone, and the sharpness term acts after its step, as
-    AdamW's weight decay does. The two differ around a base that does more than subtract lr times its gradient.
+    w <- Base(w, g + gamma / (1 - gamma) (g_s - g)).
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the radius of the neighborhood; the paper's values are unverified.
+        gamma: gamma, the share of the sharpness; usually 0.8 to 0.95. 0 is the base, and 1/2 is SAM.
+        decoupled: True for the paper's weight decouple: the base gets g alone, and the sharpness term acts after its
+            step, as AdamW's weight decay does. This differs from the coupled form around a base that does more than
+            subtract lr times its gradient.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: gamma is out of range, or ``decoupled`` is used around a base without a learning rate.
+
+    Example:
+        >>> wsam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).combination
+        WeightedSharpness(gamma=0.9)
 
     References:
         Yue et al., Sharpness-Aware Minimization Revisited: Weighted Sharpness as a Regularization Term, arXiv
