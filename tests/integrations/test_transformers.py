@@ -1,10 +1,8 @@
-"""SAMTrainer against a plain loop, bit for bit: precision, accumulation, subclasses, resuming, callbacks, errors."""
+"""SAMTrainer against a plain loop, bit for bit: precision, accumulation, subclasses, resuming, callbacks, logs."""
 
 import copy
 import functools
-import warnings
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -16,29 +14,23 @@ from support import bits, model_bits
 pytest.importorskip("transformers")
 
 import transformers
-from accelerate.utils import DistributedType
-from tiny_transformer import TOKENS, SeedsEachStep, adamw, arguments, by_hand, gpt, groups, tokens
-from transformers import TrainerCallback, TrainingArguments
+from tiny_transformer import (
+    IGNORED_WARNINGS,
+    TOKENS,
+    SeedsEachStep,
+    adamw,
+    arguments,
+    by_hand,
+    gpt,
+    groups,
+    tokens,
+    trainer,
+)
+from transformers import TrainerCallback
 
 from steppe.integrations.transformers import SAMTrainer, SAMTrainerMixin
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:.*pin_memory.*:UserWarning",  # the loader's, without an accelerator
-    "ignore:.*joblib will operate in serial mode.*:UserWarning",
-    "ignore::DeprecationWarning:torch.*",
-    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo's, while it traces
-)
-
-
-def trainer(folder, model, *, of=SAMTrainer, data=None, callbacks=(), **options):
-    changes = {k: options.pop(k) for k in list(options) if k in TrainingArguments.__dataclass_fields__}
-    return of(
-        model=model,
-        args=arguments(folder, **changes),
-        train_dataset=tokens() if data is None else data,
-        callbacks=[SeedsEachStep(), *callbacks],
-        **options,
-    )
+pytestmark = IGNORED_WARNINGS
 
 
 def logged(trained, name: str) -> list[float]:
@@ -466,59 +458,3 @@ def test_pretrained_sentence_encoder_equals_plain_loop(tmp_path):
     mean = {"loss": lambda model, batch, window: model(**batch).loss, "amp": torch.bfloat16}
     by_hand(twin, steppe.SAM(optimizer, rho=0.1, model=twin), k=2, data=rows, **mean)
     assert model_bits(model) == model_bits(twin)
-
-
-# Errors.
-
-
-@pytest.mark.parametrize(
-    ("engine", "reason"),
-    [
-        (DistributedType.DEEPSPEED, "SAM would be silently off"),
-        (DistributedType.FSDP, "a norm of its own"),
-        (DistributedType.MEGATRON_LM, "SAM would be silently off"),
-        (DistributedType.XLA, r"in optimizer\.step\(\) only"),
-    ],
-)
-def test_unsupported_engines_raise_in_the_trainer(tmp_path, monkeypatch, engine, reason):
-    class Engine(SAMTrainer):
-        def create_accelerator_and_postprocess(self):
-            super().create_accelerator_and_postprocess()
-            self.accelerator = SimpleNamespace(
-                distributed_type=engine, parallelism_config=None, unwrap_model=lambda m: m
-            )
-
-    with pytest.raises(RuntimeError, match=f"{engine.value}.*{reason}"):
-        trainer(tmp_path, gpt(), of=Engine, rho=0.1)
-
-
-def test_sharded_loading_layerwise_optimizers_and_data_parallel_raise(tmp_path):
-    sharded = gpt()
-    of = type(sharded)
-    sharded.__class__ = type(of.__name__, (of,), {"is_distributed_loading_by_transformers": True})
-    with pytest.raises(RuntimeError, match="sharded at load time"):
-        trainer(tmp_path, sharded, rho=0.1)
-    for name in ("lomo", "galore_adamw_layerwise"):
-        with pytest.raises(RuntimeError, match=f"optim='{name}'.*steps during each backward"):
-            trainer(tmp_path, gpt(), rho=0.1, optim=name)
-    args = arguments(tmp_path)
-    args._n_gpu = 2
-    with pytest.raises(RuntimeError, match=r"nn\.DataParallel on 2 GPUs.*torchrun"):
-        SAMTrainer(model=gpt(), args=args, train_dataset=tokens(), rho=0.1)
-
-
-@pytest.mark.parametrize("form", ["instance", "class"])
-def test_plain_trainer_with_sam_raises(tmp_path, form):
-    model = gpt()
-    own = {"base_class": torch.optim.AdamW, "rho": 0.1, "lr": 0.01}
-    given = {
-        "instance": {"optimizers": (steppe.SAM(adamw(model), rho=0.1), None)},
-        "class": {"optimizer_cls_and_kwargs": (steppe.SAM, own)},
-    }[form]
-    plain = trainer(tmp_path, model, of=transformers.Trainer, **given)
-    with (
-        warnings.catch_warnings(),
-        pytest.raises(RuntimeError, match=r"steppe\.integrations\.transformers.*SAMTrainer"),
-    ):
-        warnings.simplefilter("ignore")
-        plain.train()

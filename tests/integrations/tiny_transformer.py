@@ -2,11 +2,20 @@
 
 import contextlib
 
+import pytest
 import torch
 import transformers
 from transformers import TrainerCallback, TrainingArguments
 
+from steppe.integrations.transformers import SAMTrainer
+
 TOKENS = 40
+IGNORED_WARNINGS = pytest.mark.filterwarnings(
+    "ignore:.*pin_memory.*:UserWarning",  # the loader's, without an accelerator
+    "ignore:.*joblib will operate in serial mode.*:UserWarning",
+    "ignore::DeprecationWarning:torch.*",
+    "ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning",  # Dynamo's, while it traces
+)
 
 
 def tokens(n: int = 10, length: int = 6) -> list[dict[str, torch.Tensor]]:
@@ -52,6 +61,17 @@ class SeedsEachStep(TrainerCallback):
 
     def on_step_begin(self, args, state, control, **kwargs):
         torch.manual_seed(state.global_step)
+
+
+def trainer(folder, model, *, of=SAMTrainer, data=None, callbacks=(), **options):
+    changes = {k: options.pop(k) for k in list(options) if k in TrainingArguments.__dataclass_fields__}
+    return of(
+        model=model,
+        args=arguments(folder, **changes),
+        train_dataset=tokens() if data is None else data,
+        callbacks=[SeedsEachStep(), *callbacks],
+        **options,
+    )
 
 
 def groups(model, weight_decay: float = 0.01):
