@@ -21,10 +21,10 @@ from steppe.experiments.data.batches import batches, count, order
 from steppe.experiments.data.datasets import Dataset, Split, normalize
 from steppe.experiments.data.few_shot import few_shot
 from steppe.experiments.execution import pretraining as finetune
-from steppe.experiments.execution.executor import InProcess
-from steppe.experiments.figures import curves as figures
+from steppe.experiments.execution.in_process import InProcessExecutor
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.training.run import train
@@ -37,7 +37,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of one's own, and tiny pictures in the place of the data sets."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setattr(data, "load", tiny_data)
-    monkeypatch.setattr(figures, "draw", lambda recipe, results, folder: [])
+    monkeypatch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
     return tmp_path / "cache" / "steppe" / "backbones"
 
 
@@ -137,7 +137,7 @@ def test_stopped_pretraining_goes_on_to_the_same_bits(
     run = Run(finetune.pretraining_recipe(recipe()), MethodSpec.parse("sgd"), 0)
     whole = tmp_path / "whole"
     train(run, whole, tiny_data("sample"), CPU)
-    executor = InProcess(recipe(), CPU)
+    executor = InProcessExecutor(recipe(), CPU)
     real = InProcess.run
 
     def stopped(self: InProcess, jobs: Any, images: Dataset, control: Path, reporter: Any, stop: Stop) -> Any:
@@ -165,14 +165,19 @@ def test_what_is_pretrained_on_is_settled_and_said(
     console = Console(width=500)
     assert finetune.resolve_pretraining(recipe(pretrain_on="auto"), console).model.pretrain_on == "sample"
     assert "is not on this machine, so the backbone is pretrained on the 3,000 images" in capsys.readouterr().out
-    assert finetune.resolve_pretraining(recipe(pretrain_on="auto", data_dir=tmp_path), console).model.pretrain_on == "fashion-mnist"
+    assert (
+        finetune.resolve_pretraining(recipe(pretrain_on="auto", data_dir=tmp_path), console).model.pretrain_on
+        == "fashion-mnist"
+    )
     folder = tmp_path / "steppe" / "fashion-mnist"
     folder.mkdir(parents=True)
     for file in (*data.fashion_mnist.TRAIN, *data.fashion_mnist.TEST):
         assert finetune.resolve_pretraining(recipe(pretrain_on="auto"), console).model.pretrain_on == "sample"
         (folder / f"{file.name}.gz").touch()
     assert finetune.resolve_pretraining(recipe(pretrain_on="auto"), console).model.pretrain_on == "fashion-mnist"
-    assert finetune.resolve_pretraining(recipe(backbone="none", pretrain_on="auto"), console).model.pretrain_on == "auto"
+    assert (
+        finetune.resolve_pretraining(recipe(backbone="none", pretrain_on="auto"), console).model.pretrain_on == "auto"
+    )
 
 
 @pytest.fixture(scope="module")

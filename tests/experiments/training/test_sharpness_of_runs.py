@@ -1,23 +1,18 @@
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from matplotlib.figure import Figure
 from tiny import CPU, dataset, recipe, split, train_run, untimed
 from torch import Tensor, nn
 
-from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.datasets import normalize
 from steppe.experiments.data.label_noise import mislabeled
-from steppe.experiments.figures import curves as figures
-from steppe.experiments.figures.pareto import after_epochs
-from steppe.experiments.storage.records import Record, read_records, write_records
-from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, Results, RunFolder
+from steppe.experiments.storage.records import read_records, write_records
+from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training import run as training
 from steppe.experiments.training.run import Training
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
@@ -218,64 +213,6 @@ def test_a_wrong_value_is_named_with_its_meaning(fields: dict[str, object], mean
 def test_more_than_all_compute_is_the_end_only() -> None:
     (run,) = recipe(methods=("sgd",), epochs=7, flatness_every=100).runs()
     assert run.flatness_grid == {7}
-
-
-# The figure.
-
-
-def results(of: Recipe, sharp: bool) -> Results:
-    def records(run: Run) -> list[Record]:
-        flat = [(0.1 * e, 4.0 * e, 0.5 * e) if sharp and e > 2 else (None, None, None) for e in (2, 4)]
-        return [
-            Record(e, e, 10, 100, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0, *f)
-            for e, f in zip((2, 4), flat, strict=True)
-        ]
-
-    return {run: records(run) for run in of.runs()}
-
-
-@pytest.fixture
-def drawn(monkeypatch: pytest.MonkeyPatch) -> dict[str, Figure]:
-    kept: dict[str, Figure] = {}
-
-    def keep(figure: Figure, stem: Path) -> list[Path]:
-        kept[stem.name] = figure
-        return []
-
-    monkeypatch.setattr(figures, "save", keep)
-    return kept
-
-
-def test_sharpness_is_drawn_where_it_was_measured_with_the_edges(drawn: dict[str, Figure], tmp_path: Path) -> None:
-    of = recipe(seeds=2, methods=("sgd", "sam", "asam"), lr=0.1, rho=0.2)
-    figures.draw(of, results(of, False), tmp_path)
-    assert "sharpness" not in drawn
-    figures.draw(of, results(of, True), tmp_path)
-    values, eigenvalues = drawn["sharpness"].axes
-    assert [line.get_xydata().tolist() for line in values.lines] == [[[4.0, pytest.approx(0.4)]]] * 3
-    curves = [line for line in eigenvalues.lines if line.get_alpha() is None]
-    edges = [line for line in eigenvalues.lines if line.get_alpha() is not None]
-    assert [line.get_ydata().tolist() for line in curves] == [[16.0]] * 3
-    # 2/lr, and |g|/(2 rho) (sqrt(1 + 8 rho/(lr |g|)) - 1) at |g| = 2; none for ASAM, whose edge is another
-    sam = 2.0 / 0.4 * (math.sqrt(1 + 8 * 0.2 / (0.1 * 2.0)) - 1)
-    assert [line.get_ydata().tolist() for line in edges] == [[pytest.approx(20.0)], [pytest.approx(sam)]]
-
-
-@pytest.mark.parametrize("fields", [{"momentum": 0.9}, {"base": "adamw", "methods": ("adamw", "sam")}], ids=str)
-def test_no_edge_is_drawn_that_is_another_ones(
-    fields: dict[str, object], drawn: dict[str, Figure], tmp_path: Path
-) -> None:
-    of = recipe(**fields)
-    figures.draw(of, results(of, True), tmp_path)
-    assert all(line.get_alpha() is None for line in drawn["sharpness"].axes[1].lines)
-
-
-def test_between_two_measurements_only_what_both_have_is_interpolated() -> None:
-    early, late = (Record(e, e, 10, 100 * e, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0) for e in (2, 4))
-    sharp = [replace(early, sharpness=0.2, lambda_max=3.0), replace(late, sharpness=0.4)]
-    between = after_epochs(sharp, 3.0)
-    assert between is not None
-    assert (between.sharpness, between.lambda_max) == (pytest.approx(0.3), None)
 
 
 def test_a_record_has_the_values_of_its_weights_on_the_noisy_sample(tmp_path: Path) -> None:

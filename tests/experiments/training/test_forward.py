@@ -1,5 +1,3 @@
-"""Drivers: what `forward` counts and weighs, and that another way to take a step is one small class."""
-
 import dataclasses
 from contextlib import nullcontext
 from pathlib import Path
@@ -14,14 +12,9 @@ from steppe.experiments.config import methods
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch, batches, order
-from steppe.experiments.data.datasets import normalize
-from steppe.experiments.training import evaluation
-from steppe.experiments.training.evaluation import evaluate
 from steppe.experiments.training.forward import Forward
-from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
 from steppe.methods._step_function import StepFunction
-from stops import StopAfter
 
 
 class Forgetful(StepFunction):
@@ -57,16 +50,9 @@ def test_a_pass_without_backward_counts_a_third(tmp_path: Path) -> None:
 
 
 PAST = "saf:epochs_ago=1,start=1,lmbda={}"
+
+
 AVERAGE = "mesa:beta=0.5,start=1,lmbda={}"
-
-
-@pytest.mark.parametrize("method", [PAST.format(2), AVERAGE.format(2), "esam", "fraction_sam", "aesam", "bsam"])
-def test_a_drivers_state_is_in_the_checkpoint(method: str, tmp_path: Path) -> None:
-    given = make_run(method)
-    whole = train_run(given, tmp_path / "whole")
-    with pytest.raises(Stopped):
-        train_run(given, tmp_path / "parts", stop=StopAfter(8))
-    assert untimed(train_run(given, tmp_path / "parts")) == untimed(whole)
 
 
 @pytest.mark.parametrize("method", [PAST, AVERAGE])
@@ -98,33 +84,6 @@ def test_micro_batches_pay_what_the_method_pays(tmp_path: Path) -> None:
 def test_a_driver_that_counts_nothing_is_found_out(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Forgetful took a step without .* never end"):
         train_run(make_run("forgetful"), tmp_path)
-
-
-def test_indices_say_which_images_they_are() -> None:
-    train = dataset().train
-    for batch in batches(train, 16, order(72, 0, 3), CPU, epoch=3):
-        assert torch.equal(batch.labels, train.labels[batch.indices])
-        assert batch.epoch == 3
-        assert len(batch) == len(batch.indices) == batch.size
-
-
-def test_a_batch_is_gathered_when_it_is_asked_for() -> None:
-    train = dataset().train
-    batch = next(batches(train, 16, order(72, 0, 3), CPU))
-    assert torch.equal(batch.images, normalize(train.images[batch.indices]))
-    indices = batch.indices.flip(0)
-    assert torch.equal(dataclasses.replace(batch, indices=indices).images, batch.images.flip(0))
-
-
-def test_a_score_depends_on_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
-    network, scores = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)), []
-    for chunk in (7, 50):
-        monkeypatch.setattr(evaluation, "_CHUNK", chunk)
-        asked: list[int] = []
-        scores.append(evaluate(network, dataset().test, CPU, nullcontext, lambda asked=asked: asked.append(1)))
-        assert len(asked) == -(-50 // chunk)
-    assert scores[0].accuracy == scores[1].accuracy
-    assert scores[0].loss == pytest.approx(scores[1].loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

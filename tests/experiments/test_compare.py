@@ -1,4 +1,4 @@
-"""The real thing: processes that are killed, stopped, or started twice in one folder."""
+"""`steppe compare` in real processes that are killed, stopped, or started twice in one folder."""
 
 import json
 import os
@@ -13,11 +13,9 @@ from subprocess import PIPE
 
 import pytest
 import torch
-from tiny import command_line, options, recipe
+from tiny import command_line, options
 
 from steppe.cli import main
-from steppe.experiments.config.resolve import resolve
-from steppe.experiments.errors import ExperimentError
 
 TINY = Path(__file__).with_name("tiny.py")
 
@@ -173,20 +171,3 @@ def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
         }.items():
             assert b[name] == pytest.approx(a[name], abs=tolerance)  # an accuracy within one image
         assert b["gradient_evaluations"] == a["gradient_evaluations"]
-
-
-def test_batch_norm_in_two_processes_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert resolve(recipe(norm="group")).model.norm == "group"
-    with pytest.raises(ExperimentError, match=r"SyncBatchNorm .* say --norm group"):
-        resolve(recipe(norm="batch"))
-
-
-@pytest.mark.parametrize(("width", "threads", "fits"), [(8, 2, False), (12, 4, False), (8, 1, True), (16, 2, True)])
-def test_a_layout_in_which_torch_writes_beyond_its_memory_is_refused(width: int, threads: int, fits: bool) -> None:
-    asked = recipe(width=width, threads=threads, channels_last=True)
-    if fits:
-        assert resolve(asked).hardware.channels_last
-    else:
-        with pytest.raises(ExperimentError, match="--threads 1"):
-            resolve(asked)

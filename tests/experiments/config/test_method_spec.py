@@ -1,0 +1,45 @@
+from fractions import Fraction
+from typing import Any
+
+from tiny import CPU, dataset, recipe
+
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.training.run import Training
+
+
+def test_a_spec_has_one_way_to_be_written() -> None:
+    methods = ("sam:rho=.10", "late_sam:start=5e-1,rho=1", "looksam")
+    assert tuple(map(str, recipe(methods=methods).comparison.methods)) == (
+        "sam:rho=0.1",
+        "late_sam:rho=1.0,start=0.5",
+        "looksam",
+    )
+    names = [run.name for run in recipe(methods=methods).runs()]
+    assert names == ["sam-rho=0.1-seed0", "late_sam-rho=1.0-start=0.5-seed0", "looksam-seed0"]
+    labels = [run.method.label for run in recipe(methods=methods).runs()]
+    assert labels == ["SAM (rho 0.1)", "Late SAM (rho 1.0, start 0.5)", "LookSAM"]
+
+
+def test_an_argument_reaches_the_method_and_the_plan() -> None:
+    assert MethodSpec.parse("sam:rho=0.3").rho(0.05) == 0.3
+    assert MethodSpec.parse("asam").rho(0.05) == 0.5
+    assert MethodSpec.parse("asam:rho=0.3").rho(0.05) == 0.3
+    planned = {
+        "sgd": 1,
+        "sam": 2,
+        "looksam": 1.2,
+        "looksam:interval=2": 1.5,
+        "late_sam:start=0.9": 1.1,
+        "random_sam:p=0.1": 1.1,
+    }
+    assert {spec: MethodSpec.parse(spec).passes for spec in planned} == {
+        k: Fraction(str(v)) for k, v in planned.items()
+    }
+    look = next(recipe(methods=("looksam:interval=2,alpha=0.3",)).runs())
+    optimizer: Any = Training(look, dataset(), CPU).optimizer
+    assert (optimizer.cadence.interval, optimizer.combination.alpha, optimizer.rho) == (2, 0.3, 0.05)
+    late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).runs())
+    optimizer = Training(late, dataset(), CPU).optimizer
+    assert (optimizer.cadence.start, optimizer.cadence.total_steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
+    draws: Any = [Training(run, dataset(), CPU).optimizer for run in recipe(methods=("random_sam",), seeds=2).runs()]
+    assert [optimizer.cadence.seed for optimizer in draws] == [0, 1]

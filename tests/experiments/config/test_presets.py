@@ -1,0 +1,20 @@
+from steppe.experiments.config.presets import RECIPES
+
+
+def test_article_is_the_article() -> None:
+    article, help_text = RECIPES["article"]
+    wanted = {
+        "dataset": "fashion-mnist", "methods": ("sgd", "sam"), "base": "sgd", "lr": 0.05, "momentum": 0.0,
+        "weight_decay": 0.0, "rho": 0.05, "batch_size": 128, "epochs": 150, "extra_epochs": 50, "width": 64,
+        "stem_stride": 1, "norm": "batch",
+    }  # fmt: skip
+    assert {k: article.options()[k] for k in wanted} | {
+        "methods": tuple(map(str, article.comparison.methods))
+    } == wanted
+    assert "does not give the batch size" in help_text
+    assert [run.steps(60_000) for run in article.runs()][:2] == [150 * 469, 75 * 469]
+    assert [run.standardized_epochs for run in article.runs()][:2] == [150, 200]
+
+
+def test_demo_needs_no_download() -> None:
+    assert RECIPES["demo"][0].data.dataset == "sample"

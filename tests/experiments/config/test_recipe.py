@@ -1,0 +1,88 @@
+import json
+import math
+
+import pytest
+from tiny import recipe
+
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.recipe import Recipe
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "meaning"),
+    [
+        ("lr", 0.0, "learning rate"),
+        ("lr", math.nan, "learning rate"),
+        ("rho", -0.1, "neighborhood"),
+        ("rho", math.inf, "neighborhood"),
+        ("batch_size", 0, "optimizer step"),
+        ("seeds", 0, "runs of each method"),
+        ("threads", 0, "CPU threads"),
+        ("name", "a/b", "names a folder"),
+        ("name", "", "names a folder"),
+        ("methods", (), "at least one method"),
+        ("methods", ("sgd", "sgd"), "each of them once"),
+        ("methods", ("sgd", "samm"), "did you mean 'sam'"),
+        ("methods", ("sam:rho=0.1", "sam:rho=.10"), "each of them once"),
+        ("methods", ("sam:rho",), "'rho' is not an argument: write NAME or NAME:KEY=VALUE"),
+        ("methods", ("sam:",), "'' is not an argument"),
+        ("methods", ("sam:row=0.1",), "arguments of sam: 'row' is unknown; did you mean 'rho'"),
+        ("methods", ("sgd:rho=0.1",), "'rho' is unknown. Known: none"),
+        ("methods", ("late_sam:total_steps=9",), "'total_steps' is unknown. Known: rho, start"),
+        ("methods", ("looksam:interval=2.5",), "interval='2.5', which must be a whole number"),
+        ("methods", ("looksam:interval=2,interval=3",), "interval is given twice"),
+        ("methods", ("sam:rho=nan",), "rho='nan', which must be a finite number"),
+        ("methods", ("sam:rho=-1",), "methods: sam:rho=-1.0: rho"),
+        ("methods", ("looksam:interval=0",), "methods: looksam:interval=0: interval must be 1 or more"),
+        ("methods", ("late_sam:start=2",), "start must be between 0 and 1"),
+        ("methods", ("adamw", "sam"), "mix two effects"),
+    ],
+)
+def test_a_wrong_value_is_named_with_its_meaning(field: str, value: object, meaning: str) -> None:
+    with pytest.raises(ValueError, match=meaning) as error:
+        recipe(**{field: value})
+    assert str(error.value).startswith(field)
+
+
+def test_a_base_without_momentum_takes_none() -> None:
+    with pytest.raises(ValueError, match=r"momentum=0\.9: adamw has none"):
+        recipe(base="adamw", methods=("adamw", "sam"), momentum=0.9)
+
+
+def test_a_climb_along_the_momentum_gets_one_and_so_does_everybody() -> None:
+    assert recipe().base_momentum == 0.0
+    assert recipe(methods=("sgd", "msam")).base_momentum == 0.9
+    assert recipe(methods=("sgd", "msam"), momentum=0.5).base_momentum == 0.5
+    assert recipe(methods=("adamw", "msam"), base="adamw").base_momentum == 0.0
+    assert recipe(methods=("sgd", "msam")).result() != recipe(methods=("sgd", "sam")).result()
+    with pytest.raises(ValueError, match=r"momentum=0: msam perturbs along .* Say --momentum 0\.9"):
+        recipe(methods=("sgd", "msam"), momentum=0)
+
+
+def test_units_are_paired_and_who_pays_for_climbing_gets_further_epochs() -> None:
+    runs = list(recipe(seeds=2, first_seed=3, epochs=4, extra_epochs=1, methods=("sgd", "looksam")).runs())
+    assert [run.name for run in runs] == ["sgd-seed3", "looksam-seed3", "sgd-seed4", "looksam-seed4"]
+    assert [run.standardized_epochs for run in runs[:2]] == [4, 5]
+
+
+def test_measurements_fall_on_the_same_standardized_epochs() -> None:
+    sgd, sam = recipe(epochs=8, extra_epochs=2, eval_every=4).runs()
+    assert (sgd.grid, sam.grid) == ([4, 8], [4, 8, 10])
+    sgd, sam = recipe(epochs=8, eval_every=3).runs()
+    assert sgd.grid == sam.grid == [3, 6, 8]
+
+
+def test_json_is_a_round_trip() -> None:
+    for given, _ in RECIPES.values():
+        given = given.replace(out=given.folder, methods=("sgd", "asam:rho=0.5"))
+        assert Recipe.from_json(json.loads(json.dumps(given.to_json()))) == given
+    with pytest.raises(ValueError, match="learning_rate"):
+        Recipe.from_json({"learning_rate": 1})
+
+
+def test_what_a_result_depends_on() -> None:
+    same = recipe(seeds=5, methods=("sam",), tensorboard=True, name="other", first_seed=1, checkpoint_seconds=1.0)
+    assert same.result() == recipe().result()
+    differing = {"lr": 0.1, "threads": 2, "epochs": 6, "amp": True, "norm": "group", "cuda_graphs": True}
+    for field, value in differing.items():
+        assert recipe(**{field: value}).result() != recipe().result()

@@ -1,0 +1,40 @@
+import dataclasses
+
+import torch
+from tiny import CPU, dataset
+
+from steppe.experiments.data.batches import batches, count, order
+from steppe.experiments.data.datasets import normalize
+
+
+def test_every_image_once_an_epoch_in_batches_of_nearly_one_size() -> None:
+    train = dataset().train
+    given = list(batches(train, 16, order(72, 0, 0), CPU))
+    assert [batch.size for batch in given] == [14, 14, 15, 14, 15]
+    assert len(given) == count(72, 16)
+    assert sorted(order(72, 0, 0).tolist()) == list(range(72))
+    resumed = list(batches(train, 16, order(72, 0, 0), CPU, first=3))
+    assert torch.equal(resumed[0].images, given[3].images)
+    assert len(resumed) == 2
+
+
+def test_orders_differ_by_seed_and_by_epoch() -> None:
+    orders = {tuple(order(50, seed, epoch).tolist()) for seed in (0, 1, 2) for epoch in (0, 1, 2)}
+    assert len(orders) == 9
+    assert torch.equal(order(50, 1, 2), order(50, 1, 2))
+
+
+def test_indices_say_which_images_they_are() -> None:
+    train = dataset().train
+    for batch in batches(train, 16, order(72, 0, 3), CPU, epoch=3):
+        assert torch.equal(batch.labels, train.labels[batch.indices])
+        assert batch.epoch == 3
+        assert len(batch) == len(batch.indices) == batch.size
+
+
+def test_a_batch_is_gathered_when_it_is_asked_for() -> None:
+    train = dataset().train
+    batch = next(batches(train, 16, order(72, 0, 3), CPU))
+    assert torch.equal(batch.images, normalize(train.images[batch.indices]))
+    indices = batch.indices.flip(0)
+    assert torch.equal(dataclasses.replace(batch, indices=indices).images, batch.images.flip(0))

@@ -1,0 +1,145 @@
+"""A run from a backbone is a plain fine-tuning loop."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from fine_tuning import dataset, pretrained, recipe, run_of, weights
+from tiny import CPU, untimed
+from torch import Tensor, nn
+
+import steppe
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.methods import METHODS
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.data.batches import order
+from steppe.experiments.data.datasets import MEAN, STD, Dataset
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.models.backbones import Backbone
+from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.training.run import Training, train
+from steppe.experiments.training.stopping import Stopped
+from stops import StopAfter
+
+
+def test_contenders_of_a_seed_share_images_and_head_and_seeds_do_not() -> None:
+    runs = list(recipe(shots=2, seeds=2).runs())
+    runs = [Training(run, dataset(), CPU) for run in runs]
+    sgd, sam, other = runs[:3]
+    assert sgd.images == 20
+    assert torch.equal(sgd.data.train.images, sam.data.train.images)
+    assert not torch.equal(sgd.data.train.images, other.data.train.images)
+    heads = [run.network.state_dict()["body.head.weight"] for run in runs]
+    assert torch.equal(heads[0], heads[1])
+    assert not torch.equal(heads[0], heads[2])
+    assert not torch.equal(heads[0], pretrained().model.state_dict()["head.weight"])
+    assert torch.equal(other.network.state_dict()["body.stem.weight"], pretrained().model.state_dict()["stem.weight"])
+
+
+def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Dataset) -> nn.Module:
+    """Fine-tuning as anybody would write it, for as many epochs as two standardized ones pay for."""
+    torch.manual_seed(seed)
+    model = preact_resnet18(r.model.width, stem_stride=r.model.stem_stride)
+    torch.manual_seed(seed)
+    head = nn.Linear(model.head.in_features, 10)
+    model.load_state_dict(backbone.model.state_dict())
+    model.head = head
+    model.train()
+    if r.freeze:
+        model.eval()
+        for p in model.parameters():
+            p.requires_grad_(p is head.weight or p is head.bias)
+    rest = [p for n, p in model.named_parameters() if p.requires_grad and not n.startswith("head.")]
+    groups = [{"params": rest}] if rest else []
+    groups += [{"params": list(head.parameters()), "lr": r.training.head_lr or r.training.lr}]
+    optimizer: Any = torch.optim.SGD(groups, lr=r.training.lr, momentum=r.base_momentum)
+    if method == "sam":
+        optimizer = steppe.SAM(optimizer, rho=r.training.rho, model=model)
+    for epoch in range(r.comparison.epochs // (2 if method == "sam" else 1)):
+        chosen = order(len(images.train), seed, epoch)
+        for start, end in ((0, 14), (14, 28), (28, 43), (43, 57), (57, 72)):
+            x, y = (t[chosen[start:end]] for t in (images.train.images, images.train.labels))
+            x = (x.float() / 255 - MEAN) / STD
+
+            def closure(x: Tensor = x, y: Tensor = y) -> Tensor:
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(x), y)
+                loss.backward()
+                return loss
+
+            optimizer.step(closure)
+    return model
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+@pytest.mark.parametrize("fields", [{}, {"head_lr": 0.1}, {"freeze": True}], ids=str)
+def test_a_run_is_a_plain_loop(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
+    r = recipe(norm="batch", **fields)
+    train(Run(r, MethodSpec.parse(method), 3), tmp_path, dataset(), CPU)
+    ours = {k.removeprefix("body."): v for k, v in weights(tmp_path).items()}
+    theirs = plain_loop(method, r, 3, pretrained(), dataset()).state_dict()
+    before = pretrained().model.state_dict()
+    assert ours.keys() == theirs.keys()
+    for name, tensor in theirs.items():
+        torch.testing.assert_close(ours[name], tensor, rtol=1e-5, atol=1e-6, msg=lambda m, name=name: f"{name}: {m}")
+        if not name.startswith("head."):
+            assert torch.equal(ours[name], before[name]) == bool(fields.get("freeze")), name
+
+
+def test_every_contender_protects_the_network_that_it_trains() -> None:
+    for method in (name for name, method in METHODS.items() if not method.plain):
+        run = Training(run_of(method, methods=("sgd", method)), dataset(), CPU)
+        assert getattr(run.optimizer, "model", run.network) is run.network, method
+
+
+def test_sam_is_not_sgd_and_a_climb_is_counted(tmp_path: Path) -> None:
+    ends = {m: train(run_of(m), tmp_path / m, dataset(), CPU)[-1] for m in ("sgd", "sam")}
+    assert (ends["sgd"].passes, ends["sam"].passes) == (1, 2)
+    assert ends["sgd"].gradient_evaluations == ends["sam"].gradient_evaluations == 144
+    assert not torch.equal(weights(tmp_path / "sgd")["body.head.weight"], weights(tmp_path / "sam")["body.head.weight"])
+
+
+@pytest.mark.parametrize("fields", [{}, {"freeze": True, "shots": 3, "head_lr": 0.1}], ids=str)
+def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(fields: dict[str, Any], tmp_path: Path) -> None:
+    run = run_of("sam", **fields)
+    whole = train(run, tmp_path / "whole", dataset(), CPU)
+    with pytest.raises(Stopped):
+        train(run, tmp_path / "parts", dataset(), CPU, stop=StopAfter(2))
+    torch.manual_seed(99)
+    assert untimed(train(run, tmp_path / "parts", dataset(), CPU)) == untimed(whole)
+    ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
+    assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
+
+
+def test_a_run_that_started_from_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+    run = run_of("sgd")
+    train(run, tmp_path, dataset(), CPU)
+    with pytest.raises(ExperimentError, match="belongs to another run or another configuration"):
+        train(run, tmp_path, dataset(pretrained(6)), CPU)
+
+
+def test_a_run_without_its_backbone_is_a_mistake_and_not_a_run_from_scratch() -> None:
+    with pytest.raises(RuntimeError, match=r"backbone=own, but the data came with None"):
+        Training(run_of("sgd"), dataclasses.replace(dataset(), backbone=None), CPU)
+
+
+def test_from_scratch_is_compares_own_network() -> None:
+    r = recipe(backbone="none", pretrain_on="auto")
+    network = Training(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), backbone=None), CPU).network
+    torch.manual_seed(4)
+    assert torch.equal(network.state_dict()["head.weight"], preact_resnet18(2, stem_stride=2).head.weight)
+
+
+@pytest.mark.parametrize(
+    ("method", "fields", "meaning"),
+    [
+        ("sam_on", {"freeze": True}, "climbs with weights that --freeze keeps"),
+        ("bsam", {"head_lr": 0.1}, "one learning rate of its own"),
+    ],
+)
+def test_what_would_be_ignored_is_refused(method: str, fields: dict[str, Any], meaning: str) -> None:
+    with pytest.raises(ExperimentError, match=meaning):
+        Training(run_of(method, methods=("sgd", method), **fields), dataset(), CPU)
