@@ -20,7 +20,7 @@ __all__ = ["methods"]
 
 
 def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) -> None:
-    """Show what matches: the card of a method that is named, else a table; ExperimentError when nothing does."""
+    """Show the card of a single named method, else a table of those that match; ExperimentError if none does."""
     found = _matching(patterns)
     if bibtex:
         entries = dict.fromkeys(paper.bibtex() for method in found for paper in method.papers)
@@ -38,7 +38,7 @@ def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) 
 
 
 def _matching(patterns: Sequence[str]) -> list[MethodCard]:
-    """The methods that match one of the patterns, in the catalogue's order; all, if there is no pattern."""
+    """Return the methods that match one of the patterns, in the order of the registry; all, if there is no pattern."""
     for pattern in patterns:
         if not any(_matches(method, pattern) for method in CARDS.values()):
             raise ExperimentError(_unknown(pattern))

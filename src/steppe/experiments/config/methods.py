@@ -1,6 +1,6 @@
-"""The methods of a comparison: a name -> how its optimizer is built, and what one of its steps costs.
+"""The methods that can be compared: how each builds its optimizer, and the cost of a step.
 
-An added method is one added entry of `METHODS`; nothing else looks at a name.
+They are made from the cards of `steppe.methods`; no other module depends on the name of a method.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunContext:
-    """What a run gives to a method: a required parameter of the same name, and rho, model and seed, are filled."""
+    """Values of a run for a method's parameters: required ones of the same name are filled, and rho, model and seed."""
 
     rho: float
     """The radius: the spec's own, or else `rho_factor` times the recipe's."""
@@ -43,7 +43,7 @@ class RunContext:
     classes: int
     seed: int
     replay_rng: bool = True
-    """Whether the passes of a step draw the same random numbers, which no CUDA graph can do."""
+    """True if the passes of a step draw the same random numbers; a CUDA graph cannot do that."""
 
 
 _FROM_CONTEXT = frozenset(field.name for field in fields(RunContext))
@@ -53,32 +53,32 @@ _ALWAYS = frozenset({"rho", "model", "seed", "replay_rng"})
 
 @dataclass(frozen=True)
 class Method:
-    """One method: `label` in tables and figures, one line of `summary`, and how it is made.
+    """One method: its label in tables and figures, one line of summary, and how it is built.
 
-    `build` and `step_function` take an optimizer first, the base and the built one. Their further parameters are filled by
-    their names: from `RunContext`, and the rest, with rho, are the arguments that a spec can give, else their defaults.
+    `build` takes the base optimizer first, `step_function` the built one. Their further parameters are filled by name:
+    from `RunContext`; the rest, and rho, are arguments of a spec, or else have their defaults.
     """
 
     label: str
     summary: str
     build: Callable[..., Optimizer]
-    """Make the optimizer around a base optimizer, as the functions of `steppe.variants` do; it may be the base."""
+    """Build the optimizer around a base optimizer, as the functions of `steppe.variants` do, or return the base."""
     passes: Fraction | float | Callable[..., Fraction | float] = 2
     """Planned gradient evaluations for an image in a step; a function takes arguments of the spec by name."""
     step_function: Callable[..., StepFunction] = StepFunction
     rho_factor: float = 1.0
-    """Turns the recipe's rho (SAM's) into the method's own, where the spec gives none: radii are not measured alike."""
+    """Factor from the recipe's rho (SAM's) to the method's own, where the spec gives none."""
     plain: str | None = None
-    """The base optimizer that the method *is*; None means that it wraps the recipe's base."""
+    """The name of the base optimizer that the method *is*; None if it wraps the recipe's base."""
     needs_momentum: bool = False
-    """Whether it climbs along the base's momentum."""
+    """True if it perturbs along the base's momentum."""
     capturable: bool = False
-    """Whether the device does the same at every step that climbs, and at every other one, so that a CUDA graph of each
-    stands for all: nothing but the climb is decided on the host, and nothing is drawn by the step's number."""
+    """True if one CUDA graph per kind of step can be replayed for all: nothing but the cadence is decided on the host,
+    and no random numbers depend on the step's number."""
 
     @property
     def arguments(self) -> Mapping[str, type[Value]]:
-        """What a spec can give: the names, in order, and their types."""
+        """The arguments of a spec, in order, and their types."""
         found = {
             name: kind
             for function in (self.build, self.step_function)
@@ -89,18 +89,18 @@ class Method:
 
     @property
     def follows_plan(self) -> bool:
-        """Whether it follows a schedule over the planned steps, so that a part of its run says little."""
+        """True if it follows a schedule over the planned steps, so that a part of its run is no result."""
         filled = {**_parameters(self.build), **_parameters(self.step_function)}
         return "total_steps" in filled and _is_filled(filled["total_steps"])
 
-    def cost(self, given: Mapping[str, Value]) -> Fraction:
-        """The planned gradient evaluations for an image in a step, with the arguments of a spec."""
+    def cost(self, overrides: Mapping[str, Value]) -> Fraction:
+        """Return the planned gradient evaluations for an image in a step, with the arguments of a spec."""
         cost = self.passes
         if callable(cost):
             defaults = {k: p.default for f in (self.build, self.step_function) for k, p in _parameters(f).items()}
-            values = {**defaults, **given}
+            values = {**defaults, **overrides}
             cost = cost(**{name: values[name] for name in inspect.signature(cost).parameters})
-        # a decimal or a third is meant, not the binary number next to it
+        # the decimal or the third that was written, not the nearest binary number
         return Fraction(cost).limit_denominator(10_000)
 
     def optimizer(self, base: Optimizer, context: RunContext, overrides: Mapping[str, Value]) -> Optimizer:
@@ -115,7 +115,7 @@ class Method:
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """The parameters after the first, which is the optimizer; of `**options: Unpack[...]`, what a run always gives."""
+    """Return the parameters after the optimizer; of `**options: Unpack[...]`, those that a run always fills."""
     found: dict[str, inspect.Parameter] = {}
     for name, parameter in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
         if parameter.kind is not parameter.VAR_KEYWORD:
@@ -128,7 +128,7 @@ def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Paramet
 
 
 def _is_filled(parameter: inspect.Parameter) -> bool:
-    """Whether the run gives it, and not the spec."""
+    """True if the run fills it, and not the spec."""
     required = parameter.default is parameter.empty
     return parameter.name in _ALWAYS or (required and parameter.name in _FROM_CONTEXT)
 
@@ -142,14 +142,14 @@ def _fill(function: Callable[..., T], context: RunContext, overrides: Mapping[st
 
 
 def _kind(annotation: Any) -> type[Value] | None:
-    """The type of an argument that can be written in a spec; None when it cannot."""
+    """Return the type of an argument that can be written in a spec; None if it cannot."""
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((kind for kind in (bool, int, float, str) if kind in kinds), None)
 
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`, and whether momentum is its."""
+    """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`; True if it has a momentum."""
 
     build: Callable[..., Optimizer]
     has_momentum: bool
@@ -173,11 +173,11 @@ BASES: Mapping[str, Base] = MappingProxyType(
 
 
 def _of_card(card: MethodCard) -> Method:
-    """Make the entry of a method from its card."""
+    """Make a method from its card."""
     how = card.comparison
     assert how is not None
     passes = how.passes if how.passes is not None else card.passes
-    assert passes is not None  # where the gradients decide, the comparison plans with a number
+    assert passes is not None  # a card without a number has one in its comparison
     return Method(
         card.label,
         how.summary,
@@ -200,7 +200,7 @@ METHODS: Mapping[str, Method] = MappingProxyType(
 
 
 def unknown(field: str, value: str, known: Iterable[str]) -> str:
-    """Say that `value` is not a known one, and which one was probably meant.
+    """Return the message that `value` is unknown, with the closest known one.
 
     >>> unknown("methods", "samm", ["sgd", "sam"])
     "methods: 'samm' is unknown; did you mean 'sam'? Known: sgd, sam"

@@ -1,7 +1,7 @@
-"""Training steps as CUDA graphs: what a step launches is recorded once for each kind of step, and then replayed.
+"""Training steps as CUDA graphs: the kernels of each kind of step are recorded once and then replayed.
 
-A replay runs what the device did, and nothing of what Python did; that is made up for here. So a run with graphs takes
-the steps of a run without, the first few of them one by one.
+A replay runs the work of the device and none of the Python code, whose counters are updated here instead. A run with
+graphs takes the same steps as one without, the first few of them without a graph.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ __all__ = ["RECORDERS", "Graphs", "OnCuda", "Recorder", "Step", "recorder"]
 
 T = TypeVar("T")
 
-# After so many steps all that a step allocates, compiles or chooses once is there.
+# Steps before a recording, in which everything is allocated, compiled and chosen that is so once.
 _WARM_UP = 3
 
 
 class Step(NamedTuple):
-    """What a step gives back: the loss at w, a tensor that the next step may overwrite, and its cost."""
+    """The result of a step: the loss at w, a tensor that the next step may overwrite, and the cost."""
 
     loss: Tensor
     cost: Fraction
@@ -41,20 +41,20 @@ class Step(NamedTuple):
 
 
 class Recorder(Protocol):
-    """A device that can record what it is told to do."""
+    """Records the work that is launched on a device."""
 
     def warm(self, work: Callable[[], T]) -> T:
-        """Do some work as it comes, where a recording will be made."""
+        """Do some work without a recording, on the stream of the recordings."""
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Run the Python of some work, record what it launches, and run nothing of that.
+        """Run the Python code of some work and record its kernels without running them.
 
-        Returns what the work returned, and the replay, which writes its tensors anew.
+        Returns the result of the work, and the replay, which writes to its tensors.
         """
 
 
 class OnCuda:
-    """Records CUDA graphs, all in one pool of memory: one runs at a time, and none finds anything in it."""
+    """Records CUDA graphs, in one pool of memory: one runs at a time, and none needs the content left by another."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -79,15 +79,15 @@ class OnCuda:
 
 
 RECORDERS: Mapping[str, Callable[[torch.device], Recorder]] = MappingProxyType({"cuda": OnCuda})
-"""What records steps, by the type of the device."""
+"""The recorder of each type of device."""
 
 
 def recorder(run: Run, world: World) -> Recorder | None:
-    """Make what records the unit's steps; None where each step is taken as it comes."""
+    """Make the recorder of a run's steps; None if they are taken without graphs."""
     recipe = run.recipe
     if recipe.hardware.cuda_graphs is False or not run.method.definition.capturable or world.size > 1:
         return None
-    # a foreign checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
+    # a published checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
     if recipe.model.backbone not in ("none", "own"):
         return None
     make = RECORDERS.get(world.device.type)
@@ -95,12 +95,12 @@ def recorder(run: Run, world: World) -> Recorder | None:
 
 
 class _Kind(NamedTuple):
-    """What makes two steps launch the same."""
+    """Properties that two steps with the same kernels share."""
 
     size: int
     """Images of the batch."""
-    ascent_steps: bool | None
-    """Whether it climbs; None of an optimizer that has nowhere to climb."""
+    perturbed: bool | None
+    """True if it perturbs the weights; None for an optimizer that is no SAM."""
 
 
 @dataclass(frozen=True)
@@ -108,30 +108,30 @@ class _Graph:
     """A step of one kind."""
 
     indices: Tensor
-    """Where it reads which images to take: all that it is given."""
+    """The tensor from which it reads the positions of its images; its only input."""
     step: Step
     replay: Callable[[], None]
 
 
 class Graphs:
-    """Takes steps by `take`: the first few of each kind as they come, the others by a replay."""
+    """Takes steps by `take`: the first few of each kind directly, the others by a replay."""
 
     def __init__(self, take: Callable[[Batch], Step], optimizer: Optimizer, recorder: Recorder) -> None:
         self._take, self._recorder = take, recorder
-        # another base keeps all it knows in tensors; SAM counts its steps itself, and asks its cadence, in Python
+        # other optimizers keep their state in tensors; SAM counts its steps and calls its cadence in Python
         self._sam = optimizer if isinstance(optimizer, SAM) else None
-        self._met: Counter[_Kind] = Counter()
+        self._warmed_up: Counter[_Kind] = Counter()
         self._graphs: dict[_Kind, _Graph] = {}
 
     def __call__(self, batch: Batch) -> Step:
-        """Take one step; ExperimentError when it cannot be recorded."""
+        """Take one step; ExperimentError if it cannot be recorded."""
         kind = _Kind(len(batch), None if self._sam is None else self._sam.perturbs_next)
         graph = self._graphs.get(kind)
         if graph is not None:
             if self._sam is not None:
                 self._sam.replayed()
-        elif self._met[kind] < _WARM_UP:
-            self._met[kind] += 1
+        elif self._warmed_up[kind] < _WARM_UP:
+            self._warmed_up[kind] += 1
             return self._recorder.warm(lambda: self._take(batch))
         else:
             graph = self._graphs[kind] = self._recorded(batch)  # its Python has counted this step

@@ -1,4 +1,4 @@
-"""What is measured: loss and accuracy over a whole split in eval mode, the same for every method."""
+"""Loss and accuracy over a whole split, in evaluation mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from steppe.experiments.world import World
 
 __all__ = ["Score", "evaluate"]
 
-# Images in one forward pass: it changes no result but the last bits, only memory and speed.
+# Images in one forward pass; the number changes memory, speed and the last bits of a result.
 _CHUNK, _CHUNK_ON_A_GPU = 500, 5000
 
 

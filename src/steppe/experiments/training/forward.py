@@ -1,6 +1,6 @@
-"""Drivers: how a method turns a batch into one optimizer step. Nearly all of them need only the plain closure.
+"""The network and its loss as a step function uses them, with a count of all samples.
 
-An added way is a subclass of `StepFunction`. With a builder of `steppe.closures` its `step` is one line:
+A step function is a subclass of `StepFunction`. With a builder of `steppe.closures` its `step` is one line:
 
     return self.optimizer.step(closures.fraction(self.optimizer, forward, batch.tensors, fraction=0.25))
 """
@@ -21,17 +21,17 @@ from steppe.experiments.world import World
 __all__ = ["FORWARD_ONLY", "Forward"]
 
 FORWARD_ONLY = Fraction(1, 3)
-"""What a sample costs without a backward pass, which does about twice the work of the forward one."""
+"""Cost of a sample without a backward pass, which does about twice the work of the forward pass."""
 
 
 class Forward:
-    """The network and its loss for one step, as a driver sees them: every sample that goes through is counted.
+    """The network and its loss for one step; every sample that it evaluates is counted.
 
     A sample is one gradient evaluation where autograd records, and `FORWARD_ONLY` of one under `torch.no_grad()`.
 
     Processes average their gradients, and their shares of a batch may differ by one image. So each mean loss is
-    weighted by this process's share of the whole batch; the samples that a driver chooses out of its share stand for
-    all of it.
+    weighted by this process's share of the whole batch; the samples that a step function selects from its share
+    represent all of it.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Forward:
         return F.cross_entropy(self.logits(images).float(), labels, reduction="none") * self._share
 
     def mean(self, losses: Tensor) -> Tensor:
-        """Average losses (n,) that a driver has computed from `logits`."""
+        """Average losses (n,) that a step function has computed from `logits`."""
         return losses.sum() * self._weight(len(losses))
 
     def logits(self, images: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ class Forward:
         return logits
 
     def count(self, images: int, *, recorded: bool) -> None:
-        """Count images that go through another network of the same size, such as a running mean."""
+        """Count images that another network of the same size evaluates, such as a running mean."""
         if recorded:
             self._recorded += images
         else:
             self._unrecorded += images
 
     def cost(self) -> Fraction:
-        """Gradient evaluations so far, of all processes together; every process must ask."""
+        """Return the gradient evaluations so far, of all processes together; every process must call it."""
         counts = self._recorded, self._unrecorded
         if self._world.size > 1:
             total = self._world.total(torch.tensor(counts, dtype=torch.int64, device=self._world.device))

@@ -1,4 +1,4 @@
-"""Flatness during training: what `steppe.flatness` measures, on a fixed sample of a run's training images."""
+"""Flatness during training: measures of `steppe.flatness` on a fixed sample of a run's training images."""
 
 from __future__ import annotations
 
@@ -7,22 +7,20 @@ from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-from numpy.random import SeedSequence
 from torch import nn
 
 from steppe import flatness
 from steppe.experiments.data.datasets import Split, normalize
+from steppe.experiments.data.seeds import FLATNESS_SAMPLE, generator
 
 __all__ = ["flatness_sample", "measure_flatness"]
 
-_DRAW = 0xF1A7  # apart from what else is drawn by the same seed
 _TOLERANCE = 1e-2  # of the eigenvalue, relative
 
 
 def flatness_sample(split: Split, samples: int, seed: int) -> Split:
     """Draw `samples` images, or all where there are fewer, by `seed`: the same at every measurement of a run."""
-    mixed = int(SeedSequence((seed, _DRAW)).generate_state(1)[0])
-    drawn = torch.randperm(len(split), generator=torch.Generator().manual_seed(mixed))[:samples]
+    drawn = torch.randperm(len(split), generator=generator(seed, FLATNESS_SAMPLE))[:samples]
     drawn = drawn.sort().values.to(split.labels.device)
     return Split(split.images[drawn], split.labels[drawn])
 
@@ -30,8 +28,8 @@ def flatness_sample(split: Split, samples: int, seed: int) -> Split:
 def measure_flatness(network: nn.Module, sample: Split, rho: float, pause: Callable[[], None]) -> dict[str, float]:
     """Measure S(w) at `rho`, the Hessian's largest eigenvalue and the norm of the gradient: fields of `Record`.
 
-    In evaluation mode and in the weights' own precision; nothing of the network is changed, nor any generator. All are
-    NaN where the loss is. `pause()` is called after every pass over the sample.
+    In evaluation mode and in the weights' own precision; the network and all generators are unchanged. All values are
+    NaN if the loss is not finite. `pause()` is called after every pass over the sample.
     """
     objective = flatness.Objective(
         network,
@@ -41,7 +39,7 @@ def measure_flatness(network: nn.Module, sample: Split, rho: float, pause: Calla
     )
     try:
         found = flatness.sharpness(objective, rho=rho, seed=0)
-    except FloatingPointError:  # the run itself goes on, and says what it has to say of its loss
+    except FloatingPointError:  # the run itself continues, and checks its loss
         return dict.fromkeys(("sharpness", "lambda_max", "gradient_norm"), math.nan)
     top = flatness.eigenvalues(flatness.Hessian(objective), k=1, tol=_TOLERANCE, seed=0)
     return {

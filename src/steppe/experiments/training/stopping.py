@@ -1,4 +1,4 @@
-"""Stopping a run where it can go on: a signal is remembered, and the training loop asks."""
+"""Stop a run where it can resume: a signal is recorded, and the training loop checks it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from types import FrameType
 __all__ = ["Stop", "Stopped", "on_signals"]
 
 
-class Stopped(Exception):  # noqa: N818 (it is no error: the run was asked to stop, and did)
-    """Training stopped on request, after a checkpoint; `signal` is what asked."""
+class Stopped(Exception):  # noqa: N818 (no error: the run stopped on request)
+    """Training stopped on request, after a checkpoint; `signal` is the number of the signal."""
 
     def __init__(self, number: int) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name}")
@@ -20,7 +20,7 @@ class Stopped(Exception):  # noqa: N818 (it is no error: the run was asked to st
 
 
 class Stop:
-    """Whether somebody asked to stop, and by which signal (0 when nobody did)."""
+    """A request to stop: true once a signal has arrived; `signal` is its number, or 0."""
 
     def __init__(self) -> None:
         self.signal = 0
@@ -33,7 +33,7 @@ class Stop:
 def on_signals() -> Iterator[Stop]:
     """Turn the first Ctrl-C or SIGTERM into a request to stop; a second one ends the process at once.
 
-    Outside the main thread, where Python gives no signals, it never asks.
+    Outside the main thread, where Python delivers no signals, there is never a request.
     """
     stop = Stop()
     if threading.current_thread() is not threading.main_thread():
