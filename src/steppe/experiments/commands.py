@@ -1,4 +1,4 @@
-"""The verbs of the command line, as tyro reads them: their fields are the options, their docstrings the help."""
+"""The commands, as tyro reads them: their fields are the options, their docstrings the help."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from steppe.experiments.tuning.tune import is_tuning, report_tuning, tune
 
 __all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 
-_COMPARE = "Train methods at equal compute and show who generalizes better."
+_COMPARE = "Train methods at equal compute and show which generalizes better."
 _FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."
 
 _FINETUNE_DETAILS = """
@@ -36,7 +36,7 @@ It is `steppe compare finetune`: the same options, run folder and figures; `step
 by its name, or a folder of one: --backbone timm:resnet18.a1_in1k, --backbone hf:microsoft/resnet-18 --image-size 64.
 """
 
-_MEASURE = "Measure how flat the minima of a run folder are, or those of any model, and say who has the flatter ones."
+_MEASURE = "Measure how flat the minima of a run folder are, or those of any model, and compare the methods."
 
 _MEASURE_DETAILS = """
 `steppe measure runs/demo` measures every run that is not measured yet, on a sample of its training images: sharpness,
@@ -55,24 +55,23 @@ _TUNE = "Search rho, and whatever else is named, at equal compute, by images hel
 
 _TUNE_DETAILS = """
 `steppe tune` alone searches the rho of the recipe demo's SAM: `steppe tune demo --search rho=0.01..1 lr=0.01..0.2`.
-Every field of a recipe is an option too, as of `steppe compare`; `--methods sam asam` tunes both.
+All options of `steppe compare` are options here too; `--methods sam asam` tunes both.
 
-What is chosen is chosen by images that are held out of the training set; the test set is not touched. At the end
-stands the command that confirms the choice on it. The same command in the same folder goes on where it was stopped or
-killed. Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
+The choice is made by images that are held out of the training set; the test set is not used. At the end the command is
+printed that confirms the choice on it. The same command in the same folder resumes where it was stopped or killed. Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
 """
 
 _DETAILS = """
-`steppe compare` alone runs the recipe demo; every field of a recipe is an option: `steppe compare --seeds 3`.
-`steppe compare demo --help` and `steppe compare article --help` list them, with that recipe's values.
+`steppe compare` alone runs the recipe demo; every option of a recipe can be set: `steppe compare --seeds 3`.
+`steppe compare demo --help` and `steppe compare article --help` list them, with the values of the recipe.
 
 The run folder keeps configuration, metrics, checkpoints, summary and figures. The same command in the same folder
-goes on where it was stopped or killed, and ends with the same bits. Raise --seeds or --methods to add runs.
+resumes where it was stopped or killed, and ends with the same bits. Raise --seeds or --methods to add runs.
 
 On several devices: torchrun --nproc-per-node 2 -m steppe compare ...
 On CPUs, as many runs are trained at a time as there is room for (--runs-at-once); on many machines: --on ray
 
-The methods are named by --methods, with arguments where you want others than the usual ones:
+The methods are named by --methods, with arguments that differ from the usual ones:
 `--methods sgd sam sam:rho=0.1 looksam:interval=2,rho=0.1`. They are, with their arguments in brackets:
 """
 
