@@ -102,7 +102,7 @@ def test_each_width_has_the_bits_of_a_comparison_by_itself(trained: Path, tmp_pa
     assert (trained / "width-1" / "summary.md").exists()
 
 
-def test_it_goes_on_where_it_was_and_widths_may_be_added(trained: Path, tmp_path: Path) -> None:
+def test_comparison_resumes_and_takes_further_widths(trained: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     shutil.copytree(trained, out)
     before = {p: p.read_bytes() for p in out.glob("width-*/runs/*/metrics.jsonl")}
@@ -129,7 +129,7 @@ def test_the_folder_alone_is_enough_wherever_it_lies(trained: Path, tmp_path: Pa
     assert (moved / picture).read_bytes() == (trained / picture).read_bytes()
 
 
-def test_a_run_that_fails_is_told_of_with_its_width_and_the_others_are_trained(
+def test_failed_run_is_reported_with_its_width_and_the_others_are_trained(
     trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "run"
@@ -180,7 +180,10 @@ def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:
 
 def test_thresholds_peaks_and_differences(tmp_path: Path) -> None:
     summary = double_descent.summarize(measured(tmp_path))
-    assert summary.thresholds == {"sgd": 4, "sam": None}  # 1.0 is not below 1
+    assert {str(method): width for method, width in summary.thresholds.items()} == {
+        "sgd": 4,
+        "sam": None,
+    }  # 1.0 is not below 1
     points = {(str(p.method), p.width): p for p in summary.points}
     assert points["sam", 2].test_error.mean == pytest.approx(36.0)
     assert points["sam", 2].test_error.sd == pytest.approx(0.3)
@@ -192,7 +195,8 @@ def test_thresholds_peaks_and_differences(tmp_path: Path) -> None:
     assert points["sgd", 4].sharpness.mean == pytest.approx(0.5)
     assert points["sgd", 4].lambda_max is not None
     assert points["sgd", 4].lambda_max.mean == pytest.approx(1.5)
-    assert summary.overall["sam"].mean == pytest.approx((1 - 4 - 0.5 - 1) / 4)
+    (overall,) = summary.overall.values()
+    assert overall.mean == pytest.approx((1 - 4 - 0.5 - 1) / 4)
     sgd, sam = summary.peaks
     assert (sgd.width, sam.width) == (2, 4)
     assert sgd.above_narrowest is not None
@@ -206,15 +210,15 @@ def test_thresholds_peaks_and_differences(tmp_path: Path) -> None:
     assert notes[2].endswith("a peak, and so a double descent.")
 
 
-def test_a_peak_that_the_runs_do_not_show_is_none(tmp_path: Path) -> None:
+def test_peak_within_the_noise_is_not_called_a_double_descent(tmp_path: Path) -> None:
     unclear = double_descent.summarize(measured(tmp_path, wobble=20.0)).peaks[0]
     # differences 7 -+ 6 in three seeds: the interval [-7.9, 21.9] holds 0
     assert "[-7.90, +21.90]" in unclear.sentence()
-    assert "which so few runs cannot tell from none" in unclear.sentence()
+    assert "which so few runs cannot distinguish from none" in unclear.sentence()
     assert "an end of the range: no double descent is seen" in replace(unclear, above_widest=None).sentence()
 
 
-def test_what_is_missing_is_named_and_pairs_need_both(tmp_path: Path) -> None:
+def test_missing_runs_are_named_and_not_paired(tmp_path: Path) -> None:
     given = measured(tmp_path)
     stopped = tmp_path / "width-2" / "runs" / "sgd-seed1" / METRICS
     stopped.write_text(stopped.read_text().splitlines()[0] + "\n")  # it has come to the middle
@@ -231,7 +235,7 @@ def test_what_is_missing_is_named_and_pairs_need_both(tmp_path: Path) -> None:
     assert double_descent.summarize(wide(tmp_path / "nothing")).points == []
 
 
-def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
+def test_terminal_markdown_and_json_of_double_descent_agree(tmp_path: Path) -> None:
     summary, out = double_descent.summarize(measured(tmp_path)), io.StringIO()
     summary.show(Console(width=110, file=out))
     text, markdown = out.getvalue(), summary.markdown()
@@ -257,7 +261,7 @@ def drawn(monkeypatch: pytest.MonkeyPatch) -> list[Figure]:
     return figures
 
 
-def test_the_picture_shows_the_measurements(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_figure_shows_the_measurements(tmp_path: Path, drawn: list[Figure]) -> None:
     given = measured(tmp_path)
     summary = double_descent.summarize(given)
     double_descent_figure.draw(given, summary, tmp_path / "figures")
@@ -280,7 +284,7 @@ def test_the_picture_shows_the_measurements(tmp_path: Path, drawn: list[Figure])
     assert "below 1 %" in drawn[0].get_suptitle()
 
 
-def test_without_sharpness_or_without_anything_there_is_still_a_picture(tmp_path: Path, drawn: list[Figure]) -> None:
+def test_figure_without_sharpness_or_without_runs_is_drawn(tmp_path: Path, drawn: list[Figure]) -> None:
     for given in (measured(tmp_path / "a", sharp=False), wide(tmp_path / "b")):
         double_descent_figure.draw(given, double_descent.summarize(given), tmp_path / "figures")
     assert [sum(axes.get_title(loc="left") != "" for axes in figure.axes) for figure in drawn] == [1, 1]

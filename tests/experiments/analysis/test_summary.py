@@ -1,11 +1,7 @@
 import json
-import re
 from pathlib import Path
 from typing import Any
-from xml.etree import ElementTree
 
-import matplotlib
-import matplotlib.image
 import pytest
 from rich.console import Console
 from tiny import recipe
@@ -13,8 +9,6 @@ from tiny import recipe
 from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.figures import style as looks
-from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw
 from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
@@ -50,7 +44,7 @@ def test_rows_differences_and_verdicts() -> None:
     assert "generalization gap -1.07 points, 95 % interval [-1.21, -0.92]: better" in sentence
 
 
-def test_worse_and_not_distinguishable_are_said() -> None:
+def test_worse_and_not_distinguishable_are_stated() -> None:
     three = recipe(seeds=3)
     worse = summarize(three, results(three, {"sgd": [81.0, 82.1, 83.1], "sam": [80.0, 81.0, 82.0]}))
     assert next(worse.notes()).count(": worse") == 2
@@ -71,7 +65,7 @@ def test_further_epochs_are_a_row_and_no_part_of_the_verdict() -> None:
     assert summary.differences[0].standardized_epoch == 4
 
 
-def test_what_is_not_finished_is_named_and_not_paired() -> None:
+def test_unfinished_runs_are_named_and_not_paired() -> None:
     two = recipe(seeds=2)
     partial: dict[Run, Any] = dict(results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}))
     partial[Run(two, MethodSpec.parse("sam"), 1)] = partial[Run(two, MethodSpec.parse("sam"), 1)][:1]
@@ -81,7 +75,7 @@ def test_what_is_not_finished_is_named_and_not_paired() -> None:
     assert summarize(two, {run: [] for run in two.runs()}).rows == []
 
 
-def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
+def test_terminal_markdown_and_json_agree(tmp_path: Path) -> None:
     three = recipe(seeds=3)
     summary = summarize(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
     console = Console(width=100, record=True, quiet=False, file=(tmp_path / "out").open("w"))
@@ -98,7 +92,7 @@ def test_terminal_markdown_and_json_say_the_same(tmp_path: Path) -> None:
     assert values["rows"][1]["test_accuracy"]["mean"] == summary.rows[1].test_accuracy.mean
 
 
-def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) -> None:
+def test_wide_table_fits_and_many_verdicts_carry_a_warning(tmp_path: Path) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1", "looksam"), seeds=3)
     summary = summarize(
         many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
@@ -114,7 +108,7 @@ def test_a_table_of_many_fits_and_many_verdicts_are_warned_of(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("width", [60, 80])
-def test_a_narrow_terminal_shows_who_is_who(tmp_path: Path, width: int) -> None:
+def test_narrow_terminal_keeps_the_labels(tmp_path: Path, width: int) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1"), seeds=3)
     summary = summarize(
         many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
@@ -127,37 +121,6 @@ def test_a_narrow_terminal_shows_who_is_who(tmp_path: Path, width: int) -> None:
     for row in summary.rows:
         assert all(word in text for word in row.cells()[0].split())
         assert row.cells()[4] in text, "the test accuracy is not left out"
-
-
-@pytest.mark.slow
-def test_all_figures_are_drawn_the_same_twice(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "_LOOK", {**looks._LOOK, "savefig.dpi": 50})  # drawn in less time
-    two = recipe(seeds=2, extra_epochs=2)
-    values = results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]})
-    first = draw(two, values, tmp_path / "a")
-    with matplotlib.rc_context({"lines.linewidth": 9, "axes.grid": False}):  # a reader's style is not the figure's
-        second = draw(two, values, tmp_path / "b")
-    stems = {f"{name}{extent.suffix}" for name in [q.field for q in QUANTITIES] + ["overview"] for extent in EXTENTS}
-    names = {f"{stem}.{suffix}" for stem in {*stems, "pareto"} for suffix in ("png", "svg")}
-    assert {path.name for path in first} == names
-    for a, b in zip(first, second, strict=True):
-        assert a.read_bytes() == b.read_bytes()
-        if a.suffix == ".svg":
-            ElementTree.parse(a)
-            assert not re.search(rb"<dc:date>", a.read_bytes())
-        else:
-            assert matplotlib.image.imread(a).std() > 0.05  # there is something on it
-
-
-def test_figures_show_the_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(looks, "_SUFFIXES", ("svg",))
-    two = recipe(seeds=2)
-    draw(two, results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}), tmp_path / "a")
-    draw(two, results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 84.0]}), tmp_path / "b")
-    for name, changes in {"test_accuracy": True, "gap_seconds": True, "pareto": True, "train_loss": False}.items():
-        a, b = ((tmp_path / folder / f"{name}.svg").read_bytes() for folder in "ab")
-        assert (a != b) is changes
-    draw(recipe(), {run: [] for run in recipe().runs()}, tmp_path / "c")  # nothing measured yet: empty axes
 
 
 def test_records_are_one_json_line_each() -> None:

@@ -74,7 +74,7 @@ def test_differences_are_paired_by_run() -> None:
         ([LOW[:1]], [LOW[:1]], ("no verdict", "no verdict", "no verdict")),
     ],
 )
-def test_only_where_both_kinds_agree_there_is_a_word(
+def test_verdict_needs_agreement_of_all_families(
     raw: list[tuple[float, ...]], adaptive: list[tuple[float, ...]], words: tuple[str, str, str]
 ) -> None:
     runs = len(raw[0])
@@ -136,7 +136,7 @@ def test_one_run_gives_no_verdict() -> None:
     assert "±" not in found.rows[0].cells()[3]
 
 
-def test_what_is_not_finite_or_not_measured_somewhere_is_left_out() -> None:
+def test_measures_that_are_not_finite_in_all_runs_are_left_out() -> None:
     ours = {"sharpness": (1.0, math.inf, 1.0), "trace": (1.0, math.nan, 1.0), "loss": LOW}
     found = verdict(ours, dict.fromkeys(ours, AT_TWO))
     assert [row.name for row in found.rows] == ["loss"]
@@ -145,7 +145,7 @@ def test_what_is_not_finite_or_not_measured_somewhere_is_left_out() -> None:
     assert [row.name for row in compared("a", "b", ("A", "B"), pairs).rows] == ["trace"]  # type: ignore[union-attr]
 
 
-def test_without_pairs_there_is_nothing_to_say() -> None:
+def test_no_verdict_without_pairs() -> None:
     assert compared("sam", "sgd", ("SAM", "SGD"), []) is None
     assert compared("sam", "sgd", ("SAM", "SGD"), [(flat(trace=math.nan), flat(trace=1.0))]) is None
 
@@ -154,10 +154,10 @@ def losses(ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
     return verdict({"trace": (1.0, 1.0), "loss": ours}, {"trace": (1.0, 1.0), "loss": theirs}).notes()
 
 
-def test_losses_that_are_far_apart_are_told_of() -> None:
+def test_note_warns_of_losses_that_are_far_apart() -> None:
     assert losses((0.1, 0.3), (0.04, 0.04)) == [
         "The loss is 0.04 for SGD and 0.2 for SAM, a factor of 5. Raw curvature falls with the loss itself, so being "
-        "flatter and being fitted further cannot be told apart here: compare at equal loss as well, by training SAM "
+        "flatter and being fitted further cannot be distinguished here: compare at equal loss as well, by training SAM "
         "for longer."
     ]
     (other,) = losses((0.04, 0.04), (0.1, 0.3))
@@ -167,7 +167,7 @@ def test_losses_that_are_far_apart_are_told_of() -> None:
     assert "The loss is 0 for SAM and 0.2 for SGD. Raw" in fitted
 
 
-def test_losses_that_are_not_are_not() -> None:
+def test_no_note_where_losses_are_similar() -> None:
     assert losses((0.1, 0.1), (0.19, 0.21)) == []  # a factor of 2, to the bit
     assert losses((0.1, 0.1), (0.2, 0.21)) != []
     assert losses((0.0, 0.0), (0.0, 0.0)) == []
@@ -185,7 +185,7 @@ def test_notes_are_in_all_that_is_written() -> None:
 
 def test_markdown_has_a_row_for_each_measure_by_family() -> None:
     lines = judged([LOW], [LOW, LOW]).markdown().splitlines()
-    assert lines[0] == "| measure | SGD | SAM | difference ± 95 % | says |"
+    assert lines[0] == "| measure | SGD | SAM | difference ± 95 % | verdict |"
     assert all(line.count("|") - line.count("\\|") == 6 for line in lines[:7])
     label = FAMILIES["raw"].measures["sharpness"]
     assert f"| {label} | 2 ± 0 | 1 ± 0.1 | -1 ± 0.25 | flatter |" in lines
@@ -203,13 +203,13 @@ def test_a_narrow_terminal_has_the_differences_on_a_line_each() -> None:
     found = verdict(every, dict.fromkeys(every, (1.0234, 2.2345, 1.8)))
     wide, narrow = shown(found, 140).splitlines(), shown(found, 80).splitlines()
     assert wide[0].split()[:3] == ["measure", "SGD", "SAM"]
-    assert narrow[0].split() == ["measure", "difference", "±", "95", "%", "says"]
+    assert narrow[0].split() == ["measure", "difference", "±", "95", "%", "verdict"]
     for kind, family in FAMILIES.items():
         for label in family.measures.values():
             (line,) = [line for line in narrow if line.startswith(f"{label} ")]
             assert line.rstrip().endswith("flatter") == (kind != "context")
 
 
-def test_labels_are_no_markup() -> None:
+def test_labels_are_not_markup_on_the_terminal() -> None:
     (row,) = verdict({"trace": LOW}, {"trace": HIGH}).rows
     assert "[bold]" in shown(Verdict("sam", "sgd", ("[bold]", "SGD"), [row]), 140)

@@ -6,7 +6,9 @@ import numpy as np
 import torch
 from matplotlib.contour import QuadContourSet
 
-from steppe.experiments.figures.flatness import _density, _landscapes, draw, draw_lines
+from steppe.experiments.figures.flatness import draw, lines
+from steppe.experiments.figures.landscapes import plot_landscapes, plot_profiles
+from steppe.experiments.figures.spectra import mean_density
 from steppe.experiments.figures.style import Style
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
@@ -32,8 +34,8 @@ def contours(figure):
     return [c for c in axes.get_children() if isinstance(c, QuadContourSet) and not c.filled]
 
 
-def test_the_first_direction_is_the_horizontal_axis():
-    (lines,) = contours(_landscapes({"SGD": along_the_first()}, "title", "|e|", "told"))
+def test_first_direction_is_the_horizontal_axis():
+    (lines,) = contours(plot_landscapes({"SGD": along_the_first()}, "landscape", "described"))
     paths = [p.vertices for p in lines.get_paths() if len(p.vertices) > 2]
     assert paths
     for path in lines.allsegs:
@@ -41,9 +43,9 @@ def test_the_first_direction_is_the_horizontal_axis():
             assert np.ptp(segment[:, 0]) < 1e-9  # where the loss depends on the first direction only, they are upright
 
 
-def test_contenders_share_one_scale():
+def test_methods_share_one_scale():
     higher = Landscape(AXIS, 100 * along_the_first().losses, 100.0, False, "test")
-    figure = _landscapes({"SGD": along_the_first(), "SAM": higher}, "title", "|e|", "told")
+    figure = plot_landscapes({"SGD": along_the_first(), "SAM": higher}, "landscape", "described")
     filled = [c for axes in figure.axes for c in axes.get_children() if isinstance(c, QuadContourSet) and c.filled]
     assert len(filled) == 2
     assert np.array_equal(filled[0].levels, filled[1].levels)
@@ -51,9 +53,9 @@ def test_contenders_share_one_scale():
     assert filled[0].levels[-1] >= 200.0
 
 
-def test_a_hole_stays_a_hole():
-    (whole,) = contours(_landscapes({"SGD": along_the_first()}, "title", "|e|", "told"))
-    (holed,) = contours(_landscapes({"SGD": along_the_first(hole=True)}, "title", "|e|", "told"))
+def test_contours_leave_a_hole_where_the_loss_is_nan():
+    (whole,) = contours(plot_landscapes({"SGD": along_the_first()}, "landscape", "described"))
+    (holed,) = contours(plot_landscapes({"SGD": along_the_first(hole=True)}, "landscape", "described"))
 
     def lowest(lines):
         return min(
@@ -64,26 +66,26 @@ def test_a_hole_stays_a_hole():
     assert lowest(holed) > -1.0
 
 
-def test_the_density_is_that_of_the_runs_with_their_standard_error():
+def test_density_is_the_mean_of_the_runs_with_its_standard_error():
     x = torch.tensor([0.0, 1.0], dtype=torch.float64)
     runs = [flatness(s).density for s in (0.0, 0.1, 0.3)]
     values = torch.stack([run.smoothed(x, 0.2)[0] for run in runs])
-    mean, spread = _density(runs, x, 0.2)
+    mean, spread = mean_density(runs, x, 0.2)
     torch.testing.assert_close(mean, values.mean(0))
     torch.testing.assert_close(spread, values.std(0) / math.sqrt(3))
-    alone = _density(runs[:1], x, 0.2)
+    alone = mean_density(runs[:1], x, 0.2)
     torch.testing.assert_close(alone, runs[0].smoothed(x, 0.2))
 
 
-def test_files_are_those_of_what_was_measured_and_the_same_each_time(tmp_path):
+def test_files_are_those_of_the_measurements_and_the_same_each_time(tmp_path):
     groups = {"SGD": [], "SAM": [flatness(surface=along_the_first())]}
-    first = {file.name: file.read_bytes() for file in draw(groups, tmp_path / "a", "told")}
+    first = {file.name: file.read_bytes() for file in draw(groups, tmp_path / "a", "described")}
     assert set(first) == {f"{stem}.{suffix}" for stem in ("spectra", "landscapes") for suffix in ("png", "svg")}
-    assert first == {file.name: file.read_bytes() for file in draw(groups, tmp_path / "b", "told")}
-    assert draw({"SGD": [], "SAM": []}, tmp_path / "c", "told") == []
+    assert first == {file.name: file.read_bytes() for file in draw(groups, tmp_path / "b", "described")}
+    assert draw({"SGD": [], "SAM": []}, tmp_path / "c", "described") == []
 
 
-def test_lines_with_holes(tmp_path):
+def test_lines_with_missing_losses_are_saved(tmp_path):
     line = {
         "a": "sgd",
         "b": "sam",
@@ -93,5 +95,22 @@ def test_lines_with_holes(tmp_path):
         "test": [1.0, 1.0, 2.0],
     }
     styles = {"sgd": Style("SGD", "-", "red"), "sam": Style("SAM", "-", "blue")}
-    files = draw_lines([line | {"reestimated": True}], styles, tmp_path, "told")
+    files = lines([line | {"reestimated": True}], styles, "described").save(tmp_path)
     assert [file.name for file in files] == ["lines.png", "lines.svg"]
+
+
+def test_profile_is_the_middle_of_the_landscape():
+    generator = torch.Generator().manual_seed(0)
+    surface = Landscape(AXIS, torch.rand(9, 9, generator=generator, dtype=torch.float64), 1.0, False, "test")
+    figure = plot_profiles({"SGD": [flatness(surface=surface)]}, {"SGD": Style("SGD", "-", "#D55E00")}, "described")
+    for axes in figure.axes:
+        x, y = axes.lines[0].get_data()
+        assert list(x) == AXIS.tolist()
+        assert list(y) == surface.losses[:, 4].tolist()
+
+
+def test_profile_has_a_gap_where_one_run_is_nan():
+    runs = [flatness(surface=Landscape(AXIS, torch.ones(9, 9), 1.0, False, "test")) for _ in range(2)]
+    runs[1].landscape.losses[2, 4] = math.nan
+    figure = plot_profiles({"SGD": runs}, {"SGD": Style("SGD", "-", "#D55E00")}, "described")
+    assert [math.isnan(value) for value in figure.axes[0].lines[0].get_ydata()] == [i == 2 for i in range(9)]

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from matplotlib.colors import to_rgba
 from tiny import recipe
 
 from steppe.experiments.config.recipe import Recipe
@@ -25,7 +26,7 @@ def beaten(point: tuple[float, float], by: tuple[float, float]) -> bool:
 
 
 @given(st.lists(st.tuples(coordinates, coordinates), max_size=12))
-def test_the_front_is_what_nothing_beats(points: list[tuple[float, float]]) -> None:
+def test_front_holds_the_points_that_no_other_beats(points: list[tuple[float, float]]) -> None:
     found = front(points)
     assert sorted(found) == [i for i, p in enumerate(points) if not any(beaten(p, q) for q in points)]
     assert [points[i][0] for i in found] == sorted(points[i][0] for i in found)
@@ -50,7 +51,7 @@ def made_up(of: Recipe) -> Results:
     return {run: records(float(run.method.passes), run.grid) for run in of.runs()}
 
 
-def test_all_are_looked_at_after_the_epochs_that_the_most_expensive_one_makes() -> None:
+def test_common_epochs_are_those_of_the_most_expensive_method() -> None:
     ours = recipe(methods=("sgd", "looksam", "sam"), epochs=6, eval_every=1, extra_epochs=2)
     assert common_epochs(ours, made_up(ours)) == 3.0
     unfinished = {run: records[:2] if run.method.name == "sam" else records for run, records in made_up(ours).items()}
@@ -58,7 +59,7 @@ def test_all_are_looked_at_after_the_epochs_that_the_most_expensive_one_makes() 
     assert common_epochs(ours, {}) == 0.0
 
 
-def test_between_two_measurements_it_is_interpolated() -> None:
+def test_records_between_two_measurements_are_interpolated() -> None:
     records = measured([1.0, 2.0, 4.0], 1.2)
     assert after_epochs(records, 2.0) is records[1]
     between = after_epochs(records, 2.5)
@@ -69,14 +70,14 @@ def test_between_two_measurements_it_is_interpolated() -> None:
     assert after_epochs(records, 4.5) is None
 
 
-def test_what_was_paid_until_then_is_shown() -> None:
-    plain_first = [*measured([4.0], 1.0), *measured([8.0], 1.5)]  # no climbs in four epochs, then two passes
+def test_interpolated_passes_are_the_average_so_far() -> None:
+    plain_first = [*measured([4.0], 1.0), *measured([8.0], 1.5)]  # four epochs of one pass, then two passes
     between = after_epochs(plain_first, 6.0)
     assert between is not None
     assert between.passes == pytest.approx((4 + 2 * 2) / 6)
 
 
-def test_the_picture_has_a_point_and_a_label_for_each_and_schedules_on_the_right_only() -> None:
+def test_panels_have_a_point_and_a_label_per_method_and_schedules_at_equal_compute_only() -> None:
     ours = recipe(methods=("sgd", "sam:rho=0.1", "late_sam"), epochs=6, eval_every=1, seeds=2)
     with use_style():
         figure = draw(ours, made_up(ours))
@@ -90,6 +91,23 @@ def test_the_picture_has_a_point_and_a_label_for_each_and_schedules_on_the_right
     assert points[0] == [1.0, 2.0]
     assert points[1] == [1.0, 2.0]  # seconds a step relative to SGD
     assert panels[2].get_title(loc="left") == "Same compute (6 standardized epochs)"
+
+
+def test_filled_points_are_the_front_of_the_means() -> None:
+    ours = recipe(methods=("sgd", "sam:rho=0.1", "late_sam"), epochs=6, eval_every=1, seeds=2)
+    results = made_up(ours)
+    epochs = common_epochs(ours, results)
+    with use_style():
+        figure = draw(ours, results)
+    white = to_rgba("white")
+    for index, axes in enumerate(figure.axes):
+        points = [tuple(container[0].get_xydata()[0]) for container in axes.containers]
+        better = -1 if index < 3 else 1  # accuracy above, gap below
+        filled = [i for i, c in enumerate(axes.containers) if to_rgba(c[0].get_markerfacecolor()) != white]
+        assert filled == sorted(front([(x, better * y) for x, y in points]))
+    records = [after_epochs(results[run], epochs) for run in ours.runs() if run.method.name == "sam"]
+    sam = figure.axes[0].containers[1][0].get_xydata()[0]
+    assert sam[1] == pytest.approx(sum(r.test_accuracy for r in records if r is not None) / 2)
 
 
 @pytest.mark.parametrize("n", [3, 12, 20])
@@ -113,7 +131,7 @@ def test_labels_cover_neither_each_other_nor_points(n: int, seed: int) -> None:
         assert not ((low[i] < points + 4) & (points - 4 < high[i])).all(axis=1).any()
 
 
-def test_every_contender_has_a_line_of_its_own_and_keeps_it() -> None:
+def test_each_method_has_its_own_style_and_keeps_it() -> None:
     added = tuple(f"sam:rho={n}" for n in range(1, 19))
     few, more = recipe(methods=("sgd", "sam")), recipe(methods=("sgd", "sam", *added))
     assert {method: styles(more)[method] for method in few.comparison.methods} == styles(few)

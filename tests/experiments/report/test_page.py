@@ -128,7 +128,7 @@ def test_notes_of_a_flatness_verdict_are_on_the_page(tmp_path: Path) -> None:
             change(folder, run, measures={"loss": {"value": 100.0}, "normalized_sharpness": {"value": 100.0}})
     text = Page(write(folder)).text
     assert "flatness inconclusive" in text
-    assert "cannot be told apart here" in text
+    assert "cannot be distinguished here" in text
 
 
 def test_flatness_verdict_is_that_of_the_summary_and_not_of_a_file(tmp_path: Path) -> None:
@@ -411,7 +411,7 @@ def test_choices_of_a_figure_show_one_view_at_a_time(chrome: Chrome) -> None:
 @in_browser
 def test_theme_of_the_page_is_that_of_the_figures(chrome: Chrome) -> None:
     colors = """const style = (selector) => getComputedStyle(arguments[0].querySelector(selector));
-        const line = style('[data-method=sam] path').stroke;
+        const line = style('[data-method=sam] path[style*="fill: none"]').stroke;
         return [getComputedStyle(document.body).backgroundColor, style('text').fill, line]"""
     before = chrome.execute_script(colors, come_to(chrome, shown("gap")))
     press(chrome, "#theme")

@@ -1,1 +1,1 @@
-"""Statistics, summaries and verdicts."""
+"""Statistics, summaries and verdicts, from records alone."""

@@ -1,4 +1,4 @@
-"""Double descent over the width: errors and sharpness at each, the interpolation threshold, and what runs allow to say.
+"""Double descent over the width: errors and sharpness at each width, interpolation thresholds, and a verdict.
 
 Belkin, Hsu, Ma and Mandal 2019, https://arxiv.org/abs/1812.11118; Nakkiran et al. 2020, https://arxiv.org/abs/1912.02292.
 """
@@ -59,7 +59,7 @@ class Point:
     lambda_max: Estimate | None
 
     def cells(self) -> list[str]:
-        """The point as text, under the headings."""
+        """Return the point as text, under the headings."""
         return [
             str(self.width),
             f"{self.parameters:,}",
@@ -85,7 +85,7 @@ class Peak:
     """None where the peak is at that end."""
 
     def sentence(self) -> str:
-        """What the runs allow to say."""
+        """State the peak and whether the runs support a double descent."""
         highest = f"{self.method.label}: test error is highest at width {self.width}, {self.test_error:.2f} %"
         if self.above_narrowest is None or self.above_widest is None:
             return f"{highest}, an end of the range: no double descent is seen in it."
@@ -95,7 +95,7 @@ class Peak:
             if None in signs
             else "a peak, and so a double descent"
             if signs == (1, 1)
-            else "a peak of the means only, which so few runs cannot tell from none"
+            else "a peak of the means only, which so few runs cannot distinguish from none"
         )
         return (
             f"{highest}, above width {self.narrowest} by {_interval(self.above_narrowest)} and above width "
@@ -118,7 +118,7 @@ class DoubleDescent:
     unfinished: Sequence[str]
 
     def notes(self) -> Iterator[str]:
-        """The sentences below the table."""
+        """Yield the sentences below the table."""
         for method, width in self.thresholds.items():
             where = "at none of these widths" if width is None else f"from width {width} on"
             yield f"{method.label} interpolates (training error below {INTERPOLATES:g} %) {where}."
@@ -136,18 +136,18 @@ class DoubleDescent:
             yield f"Not finished, and not in the table: {', '.join(self.unfinished)}."
 
     def headings(self) -> list[str]:
-        """The headings of the table."""
+        """Return the headings of the table."""
         return [heading.format(self.reference.label) for heading in _HEADINGS]
 
     def markdown(self) -> str:
-        """The summary as Markdown."""
+        """Return the summary as Markdown."""
         headings = (heading.replace("\n", " ") for heading in self.headings())
         lines = ["| " + " | ".join(headings) + " |", "|---:|---:|---|" + "---:|" * (len(_HEADINGS) - 3)]
         lines += ["| " + " | ".join(point.cells()) + " |" for point in self.points]
         return "\n".join([f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes()), ""])
 
     def json(self) -> dict[str, Any]:
-        """The summary as JSON, with the verdicts in words."""
+        """Return the summary as JSON, with the verdicts in words."""
         return {
             "title": self.title,
             "reference": str(self.reference),
@@ -189,9 +189,10 @@ def parameters(recipe: Recipe) -> int:
 
 
 def summarize(recipe: Recipe) -> DoubleDescent:
-    """Summarize what the members' folders hold; a run counts where it has spent the compute that all methods get.
+    """Summarize the members' folders; a run counts once it has spent the compute that all methods get.
 
-    Raises ExperimentError when a file is damaged.
+    Raises:
+        ExperimentError: a file is damaged.
     """
     runs, unfinished = _read(recipe)
     sizes = {member.model.width: parameters(member) for member in recipe.members()}
@@ -242,13 +243,13 @@ def _measured(values: Sequence[float | None]) -> Estimate | None:
 
 
 def _paired(one: tuple[int, MethodSpec], other: tuple[int, MethodSpec], runs: Runs) -> list[float]:
-    """Test error at `one` minus that at `other`, for each seed that both have."""
+    """Return the test error at `one` minus that at `other`, for each seed that both have."""
     ours, theirs = runs.get(one, {}), runs.get(other, {})
     return [theirs[seed].test_accuracy - ours[seed].test_accuracy for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def _peak(method: MethodSpec, runs: Runs) -> Peak | None:
-    """Find the highest mean test error of a method, when there are three widths and one seed that all of them have."""
+    """Find the highest mean test error of a method; None unless there are three widths with a common seed."""
     widths = sorted(width for width, name in runs if name == method)
     common = set.intersection(*(set(runs[width, method]) for width in widths)) if widths else set()
     if len(widths) < 3 or not common:
@@ -263,7 +264,7 @@ def _peak(method: MethodSpec, runs: Runs) -> Peak | None:
 
 
 def _means(method: MethodSpec, reference: MethodSpec, widths: Sequence[int], runs: Runs) -> list[float]:
-    """The difference to the reference averaged over all widths, for each seed that has all of them in both."""
+    """Return the difference to the reference averaged over all widths, for each seed that has all of them in both."""
     seeds = [set(runs.get((width, name), {})) for width in widths for name in (method, reference)]
     return [
         fmean(runs[w, reference][seed].test_accuracy - runs[w, method][seed].test_accuracy for w in widths)

@@ -1,4 +1,4 @@
-"""The little statistics that a comparison over a few seeds needs."""
+"""Mean, standard deviation and confidence interval of a few runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The summary of a comparison: a row for each method, the paired differences, and what they allow to say."""
+"""The summary of a comparison: a row for each method, the paired differences, and their verdicts."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _NAMES: Mapping[str, str] = MappingProxyType(
     {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 )
 
-_MANY = 6  # verdicts, from which on a reader must be told that some will be wrong
+_MANY = 6  # verdicts, from which on the notes warn that some will be wrong by chance
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class Row:
     seconds: Estimate
 
     def cells(self) -> list[str]:
-        """The row as text, under `_HEADINGS`."""
+        """Return the row as text, under `_HEADINGS`."""
         return [
             self.method.label,
             str(self.standardized_epoch),
@@ -79,7 +79,7 @@ class Difference:
     gap: Estimate
 
     def sentence(self) -> str:
-        """What the runs allow to say."""
+        """State both differences with their intervals and verdicts."""
         runs = self.gap.n
         return (
             f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} "
@@ -91,17 +91,17 @@ class Difference:
 
 @dataclass(frozen=True)
 class Summary:
-    """Every number of the summary, once: the terminal, summary.md and summary.json all say the same."""
+    """Every number of the summary, once, for the terminal, summary.md and summary.json."""
 
     title: str
     rows: Sequence[Row]
     differences: Sequence[Difference]
     unfinished: Sequence[str]
     flatness: Sequence[Verdict] = ()
-    """Whether the minima are flatter, where that was measured."""
+    """The verdicts on flatness, where it was measured."""
 
     def notes(self) -> Iterator[str]:
-        """The sentences below the table."""
+        """Yield the sentences below the table."""
         yield from (difference.sentence() for difference in self.differences)
         verdicts = sum(value.sign is not None for d in self.differences for value in (d.test_accuracy, d.gap))
         if verdicts >= _MANY:
@@ -113,7 +113,7 @@ class Summary:
             yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
 
     def markdown(self) -> str:
-        """The summary as Markdown."""
+        """Return the summary as Markdown."""
         headings = (heading.replace("\n", " ") for heading in _HEADINGS)
         lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
         lines += ["| " + " | ".join(row.cells()) + " |" for row in self.rows]
@@ -123,7 +123,7 @@ class Summary:
         )
 
     def json(self) -> dict[str, Any]:
-        """The summary as JSON, with the verdicts in words."""
+        """Return the summary as JSON, with the verdicts in words."""
         values = asdict(replace(self, flatness=())) | {"flatness": [verdict.json() for verdict in self.flatness]}
         if not self.flatness:
             del values["flatness"]
@@ -142,7 +142,7 @@ class Summary:
         write_json(folder.path / "summary.json", self.json())
 
     def show(self, console: Console) -> None:
-        """Print the table and the verdicts; what a narrow console has no room for is in summary.md only."""
+        """Print the table and the verdicts; columns that do not fit a narrow console are in summary.md only."""
         left_out: list[str] = []
         for further in (None, *_LEAST_NEEDED):
             left_out += [further] if further else []
@@ -171,7 +171,7 @@ def _items(sentences: Iterable[str]) -> list[str]:
 
 
 def setting(recipe: Recipe) -> str:
-    """What was trained on what, in one line."""
+    """Describe in one line the network, the data and the optimizer."""
     data = _NAMES[recipe.data.dataset]
     if recipe.data.shots is not None:
         data += f", {recipe.data.shots} image{'s'[: recipe.data.shots > 1]} a class"
@@ -191,7 +191,7 @@ def setting(recipe: Recipe) -> str:
 
 
 def _network(recipe: Recipe) -> str:
-    """The network, and where it starts from."""
+    """Describe the network and its initial weights."""
     probe = ", linear probe" if recipe.model.freeze else ""
     if recipe.model.backbone not in ("none", "own"):
         size = f", {recipe.model.image_size} px" if recipe.model.image_size else ""
@@ -219,7 +219,7 @@ def _at(results: Results, run: Run, standardized_epoch: int) -> Record | None:
 
 
 def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]:
-    """The row at equal compute, and one after the further epochs of a method that has them."""
+    """Yield the row at equal compute, and one after the further epochs of a method that has them."""
     runs = [run for run in results if run.method == method]
     for epoch in sorted({recipe.comparison.epochs} | {run.standardized_epochs for run in runs}):
         records = [record for run in runs if (record := _at(results, run, epoch)) is not None]
@@ -229,7 +229,7 @@ def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]
 
 
 def _difference(recipe: Recipe, method: MethodSpec, reference: MethodSpec, results: Results) -> Difference | None:
-    """Pair the runs by seed: initial weights and the order of the images are then the same in both."""
+    """Pair the runs by seed, which have the same initial weights and order of images; None without pairs."""
     pairs = [
         (ours, theirs)
         for run in results

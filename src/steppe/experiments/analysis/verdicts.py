@@ -1,4 +1,4 @@
-"""Is a method's minimum flatter? What its runs and the reference's allow to say, measure by measure."""
+"""Verdicts on flatness: a method's minima against the reference's, measure by measure."""
 
 from __future__ import annotations
 
@@ -18,16 +18,17 @@ from steppe.flatness import FAMILIES, Flatness
 
 __all__ = ["Row", "Verdict", "compared"]
 
-_HEADINGS = ("measure", "", "", "difference ± 95 %", "says")
+_HEADINGS = ("measure", "", "", "difference ± 95 %", "verdict")
 _WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}
 
-_APART = 2.0  # a ratio of two losses, from which on flatness and being fitted are not told apart
+_APART = 2.0  # ratio of two losses, from which on the difference in fit may explain that in flatness
 
 _FAMILIES = tuple(name for name in FAMILIES if name != "context")
 
 CAVEATS = (
-    "A network can be rescaled without changing its function, and its raw measures change; it can be surer of itself, "
-    "and all that see its logits do. Only where every kind of measure agrees is a minimum called flatter or sharper.",
+    "A network can be rescaled without changing its function, and its raw measures change; it can become more "
+    "confident, and all measures that depend on its logits change. Only where every kind of measure agrees is a minimum "
+    "called flatter or sharper.",
     "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
     "Flatter does not mean better: sharpness often does not track generalization (arXiv 2302.07011). Look at the test "
     "accuracies and the gap beside it.",
@@ -46,16 +47,16 @@ class Row:
 
     @property
     def label(self) -> str:
-        """What the measure is called."""
+        """The name of the measure in tables."""
         return FAMILIES[self.family].measures[self.name]
 
     @property
     def word(self) -> str:
-        """What it says: of the context, nothing."""
+        """The verdict of this measure; empty for the context."""
         return "" if self.family == "context" else _WORDS[self.difference.sign]
 
     def cells(self) -> list[str]:
-        """The row as text."""
+        """Return the row as text."""
         half = "" if self.difference.half_width is None else f" ± {self.difference.half_width:.2g}"
         return [self.label, _text(self.reference), _text(self.ours), f"{self.difference.mean:+.3g}{half}", self.word]
 
@@ -67,18 +68,18 @@ class Verdict:
     method: str
     reference: str
     labels: tuple[str, str]
-    """What they are called, the method first."""
+    """Their names in tables and sentences, the method first."""
     rows: Sequence[Row]
     further: str = ""
-    """What else a reader must know."""
+    """A further note for the reader."""
 
     @property
     def runs(self) -> int:
-        """Pairs."""
+        """The number of pairs."""
         return self.rows[0].difference.n
 
     def family(self, name: str) -> str:
-        """What a family says: one word where its measures that say anything agree, else "mixed"."""
+        """Return the verdict of a family: one word if its measures do not contradict each other, else "mixed"."""
         words = Counter(row.word for row in self.rows if row.family == name)
         if not words or set(words) == {"no verdict"}:
             return "no verdict"
@@ -88,50 +89,50 @@ class Verdict:
 
     @property
     def word(self) -> str:
-        """The verdict: what raw and adaptive measures say, and normalized logits where measured, if it is the same."""
-        said = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalized"}
-        return said.pop() if len(said) == 1 and "mixed" not in said else "inconclusive"
+        """The verdict of raw and adaptive measures, and of normalized logits where measured, if all have the same."""
+        words = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalized"}
+        return words.pop() if len(words) == 1 and "mixed" not in words else "inconclusive"
 
     def sentence(self) -> str:
-        """What the runs allow to say, and why."""
+        """State the verdict and its reasons."""
         ours, theirs = self.labels
         about = f"{ours}'s minima against {theirs}'s, {self.runs} paired run{'s'[: self.runs > 1]}: "
         if self.runs == 1:
             return f"{about}no verdict on flatness, which needs two runs of each at least."
         if self.word == "no verdict":
             return f"{about}no verdict on flatness, as no raw or adaptive measure is finite in all of them."
-        said = "; ".join(self._count(name) for name in _FAMILIES if self._of(name))
+        counts = "; ".join(self._count(name) for name in _FAMILIES if self._of(name))
         because = ""
         if self.word == "inconclusive":
             mixed = any(self.family(name) == "mixed" for name in _FAMILIES)
             because = f", because measures of {'one kind' if mixed else 'different kinds'} do not agree"
-        return f"{about}{self.word}{because} ({said})."
+        return f"{about}{self.word}{because} ({counts})."
 
     def notes(self) -> list[str]:
-        """What else a reader must know: that the two are not fitted alike, where their losses are far apart."""
+        """Return further notes: a warning where the two losses are far apart, as the two are then not fitted alike."""
         further = [self.further] if self.further else []
         row = next((row for row in self.rows if row.name == "loss"), None)
         if row is None:
             return further
-        (low, ahead), (high, behind) = sorted(zip((row.ours.mean, row.reference.mean), self.labels, strict=True))
+        (low, lower), (high, higher) = sorted(zip((row.ours.mean, row.reference.mean), self.labels, strict=True))
         if low < 0 or high <= _APART * low:
             return further
         factor = f", a factor of {high / low:.2g}" if low else ""
         return [
             *further,
-            f"The loss is {low:.2g} for {ahead} and {high:.2g} for {behind}{factor}. Raw curvature falls with the loss "
-            "itself, so being flatter and being fitted further cannot be told apart here: compare at equal loss as "
-            f"well, by training {behind} for longer.",
+            f"The loss is {low:.2g} for {lower} and {high:.2g} for {higher}{factor}. Raw curvature falls with the loss "
+            "itself, so being flatter and being fitted further cannot be distinguished here: compare at equal loss as "
+            f"well, by training {higher} for longer.",
         ]
 
     def markdown(self) -> str:
-        """The table and what it says, as Markdown."""
+        """Return the table and its verdict as Markdown."""
         lines = ["| " + " | ".join(self._headings()) + " |", "|---" + "|---:" * 3 + "|---|"]
         for name, family in FAMILIES.items():
             rows = self._of(name)
             lines += [f"| **{family.title}** | | | | |"] if rows else []
             lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
-        return "\n".join([*lines, "", *(f"- {said}" for said in (self.sentence(), *self.notes()))])
+        return "\n".join([*lines, "", *(f"- {sentence}" for sentence in (self.sentence(), *self.notes()))])
 
     def show(self, console: Console) -> None:
         """Print the table, the sentence and the notes; a narrow console shows the differences only."""
@@ -140,11 +141,11 @@ class Verdict:
             if table.__rich_measure__(console, console.options.update(max_width=1000)).maximum <= console.width:
                 break
         console.print(table)
-        for said in (self.sentence(), *self.notes()):
-            console.print(said, highlight=False, markup=False)
+        for sentence in (self.sentence(), *self.notes()):
+            console.print(sentence, highlight=False, markup=False)
 
     def json(self) -> dict[str, Any]:
-        """The verdict as JSON."""
+        """Return the verdict as JSON."""
         return {
             "method": self.method,
             "reference": self.reference,
@@ -183,8 +184,8 @@ class Verdict:
 
     def _count(self, family: str) -> str:
         words = Counter(row.word for row in self._of(family))
-        said = ", ".join(f"{n} {word}" for word, n in words.most_common())
-        return f"{FAMILIES[family].title.lower()} measures: {said}"
+        counts = ", ".join(f"{n} {word}" for word, n in words.most_common())
+        return f"{FAMILIES[family].title.lower()} measures: {counts}"
 
 
 def compared(
@@ -194,7 +195,7 @@ def compared(
     pairs: Sequence[tuple[Flatness, Flatness]],
     further: str = "",
 ) -> Verdict | None:
-    """Compare what was measured, pair by pair of (ours, the reference's); None without pairs.
+    """Compare measurements, pair by pair of (ours, the reference's); None without pairs.
 
     A measure that is not finite in some run is left out of the comparison.
     """

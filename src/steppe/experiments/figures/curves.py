@@ -136,7 +136,8 @@ def _plot_edge(axes: Axes, method: MethodSpec, style: Style, extent: Extent, rec
     """Draw the edge of stability of a method; return False for a method whose edge is not known."""
     if method.name not in ("sgd", "sam"):
         return False
-    points = _points(method, "gradient_norm", results)
+    if not (points := _points(method, "gradient_norm", results)):
+        return False
     edges = [
         [
             float(flatness.edge_of_stability(recipe.training.lr))
@@ -154,7 +155,7 @@ def _plot_edge(axes: Axes, method: MethodSpec, style: Style, extent: Extent, rec
     x, y = _means(points, extent.field), [statistics.fmean(values) for values in edges]
     for line in axes.plot(x, y, style.line, color=style.color, linewidth=3, alpha=0.3):
         tag(line, style.label)
-    return bool(points)
+    return True
 
 
 def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, results: Results) -> None:
