@@ -1,0 +1,63 @@
+"""Write the tests of each statement into docs/contract.md: those named test_cN_..., and whole files.
+
+usage: python scripts/make_contract.py [--check]
+"""
+
+import ast
+import re
+import sys
+import textwrap
+from collections import defaultdict
+from collections.abc import Mapping
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "contract.md"
+# A file whose docstring names a statement, "C21", holds it as a whole.
+_STATEMENT = re.compile(r"\bC\d+\b")
+
+
+def find_tests() -> Mapping[str, str]:
+    """Return the tests of each statement as a line of Markdown."""
+    found: dict[str, list[str]] = defaultdict(list)
+    for path in sorted((ROOT / "tests").rglob("test_*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
+        own: dict[str, list[str]] = defaultdict(list)
+        for name in names:
+            if match := re.match(r"test_c(\d+)_(.*)", name):
+                own[f"C{match[1]}"].append(match[2].replace("_", " "))
+        whole = set(_STATEMENT.findall(ast.get_docstring(tree) or "")) - set(own)
+        link = f"[{path.stem}](../{path.relative_to(ROOT).as_posix()})"
+        for number, tests in {**{number: [] for number in whole}, **own}.items():
+            found[number].append(f"{link}: {'; '.join(tests)}" if tests else link)
+    return {number: ". ".join(files) for number, files in found.items()}
+
+
+def page(text: str, tests: Mapping[str, str]) -> str:
+    """Return the page with the tests of each statement filled in anew."""
+
+    def fill(item: re.Match[str]) -> str:
+        line = f"Tests: {tests.get(item['number'], 'none yet')}."
+        return f"{item['statement']}\n\n" + "\n".join(
+            textwrap.wrap(line, 120, break_long_words=False, break_on_hyphens=False)
+        )
+
+    statement = r"(?P<statement>^\*\*(?P<number>C\d+)\.\*\*.*?)\n\nTests: .*?(?=\n\n|\n?\Z)"
+    return re.sub(statement, fill, text, flags=re.MULTILINE | re.DOTALL)
+
+
+def main(arguments: list[str]) -> int:
+    """Write the page, or with --check return 1 if it is stale."""
+    old = PAGE.read_text(encoding="utf-8")
+    new = page(old, find_tests())
+    if "--check" in arguments:
+        if new != old:
+            print(f"{PAGE} is stale: run python scripts/make_contract.py", file=sys.stderr)
+        return int(new != old)
+    PAGE.write_text(new, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
