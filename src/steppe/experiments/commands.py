@@ -58,7 +58,8 @@ _TUNE_DETAILS = """
 All options of `steppe compare` are options here too; `--methods sam asam` tunes both.
 
 The choice is made by images that are held out of the training set; the test set is not used. At the end the command is
-printed that confirms the choice on it. The same command in the same folder resumes where it was stopped or killed. Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
+printed that confirms the choice on it. The same command in the same folder resumes where it was stopped or killed.
+Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
 """
 
 _DETAILS = """
