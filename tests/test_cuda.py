@@ -125,9 +125,9 @@ def experiment(folder: Path, method: str, *, stops: tuple[int, ...] = (), **fiel
     """Train to the end, with interruptions, and return what the last checkpoint holds."""
     base = "adamw" if method == "adamw" else "sgd"
     options = {"width": 8, "batch_size": 16, "epochs": 8, "seeds": 1, "base": base, "lr": 0.01, "amp": False}
-    recipe = Recipe(methods=(method,), device="cuda", **{**options, **fields})
+    recipe = Recipe().replace(methods=(method,), device="cuda", **{**options, **fields})
     run, data = next(recipe.runs()), Dataset("made", images(72, 0), images(50, 1), "made for tests")
-    with join(recipe) as world:
+    with join(recipe.hardware.device, recipe.hardware.threads) as world:
         for steps in stops:
             with pytest.raises(Stopped):
                 train_unit(run, folder, data.to("cuda"), world, stop=StopAfter(steps))
@@ -152,7 +152,7 @@ OPTIONS = {
 }
 
 
-@pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam", "looksam:k=2"])
+@pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam", "looksam:interval=2"])
 @pytest.mark.parametrize("options", OPTIONS)
 def test_a_run_that_is_resumed_ends_with_the_same_bits(options, method, tmp_path):
     whole = experiment(tmp_path / "whole", method, **OPTIONS[options])
@@ -196,5 +196,5 @@ def test_a_measurement_draws_nothing_from_the_gpus_generator():
     torch.cuda.manual_seed(3)
     expected = torch.rand(1, device="cuda")
     torch.cuda.manual_seed(3)
-    steppe.flatness.sharpness(steppe.flatness.Objective(model, (x, y), loss=F.cross_entropy), rho=0.05, steps=2)
+    steppe.flatness.sharpness(steppe.flatness.Objective(model, (x, y), loss=F.cross_entropy), rho=0.05, ascent_steps=2)
     assert torch.equal(torch.rand(1, device="cuda"), expected)

@@ -1,4 +1,4 @@
-"""The contract that outsiders run must fail for rules that break it: each broken rule here is killed by its check."""
+"""The public checks of the contract: each mutant here breaks a rule, and its check must fail."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -18,7 +18,7 @@ def around(model, *, rho=0.1, protect=True, **slots):
 
 
 class Mean(steppe.L2):
-    """A mean of the gradient, kept where no checkpoint finds it."""
+    """A mean of the gradient, kept in the rule, so that no checkpoint contains it."""
 
     def __init__(self):
         object.__setattr__(self, "mean", None)
@@ -44,7 +44,7 @@ class Waits(steppe.L2):
 
 
 class InThePlace(steppe.L2):
-    """Looks at the parameters instead of their real weights."""
+    """Uses the complex parameters in place of their real views."""
 
     def __call__(self, point):
         along = [g * p.detach().abs() for g, p in zip(point.gradients, point.parameters, strict=True)]
@@ -53,7 +53,7 @@ class InThePlace(steppe.L2):
 
 @dataclass(frozen=True)
 class Smeared:
-    """Goes down with a mean of g_s that remembers a NaN for ever."""
+    """Updates with a mean of g_s, which keeps a NaN forever."""
 
     needs_unperturbed_gradient: ClassVar[bool] = False
 
@@ -65,7 +65,7 @@ class Smeared:
 
 
 class Always(steppe.Perturbed):
-    """Adds to what goes down even where nothing was climbed."""
+    """Changes the update gradient even at a step without perturbation."""
 
     def __call__(self, point, perturbed):
         return [g * 1.001 for g in (point.gradients if perturbed is None else perturbed)]
@@ -76,22 +76,22 @@ KILLED = {
     "a memory in the rule, and a neighbor": (testing.rules_are_stateless, lambda m: around(m, perturbation=SHARED)),
     "a direction of 0 / 0": (testing.gradients_may_be_absent_or_zero, lambda m: around(m, perturbation=NotANumber())),
     "other dropout masks": (testing.radius_zero_is_the_base, lambda m: around(m, replay_rng=False)),
-    "statistics of the second pass": (testing.surroundings_are_those_of_one_pass, lambda m: around(m, protect=False)),
-    "a remembered NaN": (testing.what_is_not_finite_is_skipped, lambda m: around(m, combination=Smeared())),
-    "a value read on the host": (testing.nothing_waits_for_the_device, lambda m: around(m, perturbation=Waits())),
+    "statistics of the second pass": (testing.side_effects_are_those_of_one_pass, lambda m: around(m, protect=False)),
+    "a remembered NaN": (testing.steps_that_are_not_finite_are_skipped, lambda m: around(m, combination=Smeared())),
+    "a value read on the host": (testing.no_value_is_read_on_the_host, lambda m: around(m, perturbation=Waits())),
     "a complex direction": (testing.complex_parameters_work, lambda m: around(m, perturbation=InThePlace())),
     "a step beside the base's": (testing.radius_zero_is_the_base, lambda m: around(m, combination=Always())),
 }
 
 
 @pytest.mark.parametrize("mutant", KILLED)
-def test_a_broken_rule_is_killed_by_its_check(mutant):
+def test_mutant_rule_is_killed_by_its_check(mutant):
     check, make = KILLED[mutant]
     with pytest.raises((AssertionError, RuntimeError, DataDependentOutputException)):
         check(make)
 
 
-def test_a_way_back_by_subtraction_is_killed(monkeypatch):
+def test_mutant_restore_by_subtraction_is_killed(monkeypatch):
     def by_subtraction(self):
         for w, alpha, d in reversed(self._moves):
             w.sub_(alpha * d)
@@ -107,8 +107,8 @@ def test_a_way_back_by_subtraction_is_killed(monkeypatch):
         "steppe._engine.displacement.Displacement.restore",
         lambda s: by_subtraction(s) if hasattr(s, "_moves") else None,
     )
-    with pytest.raises(AssertionError, match=r"not at w after a pass|did not come back"):
-        testing.weights_come_back_exactly(around)
+    with pytest.raises(AssertionError, match=r"not at w after a pass|were not restored"):
+        testing.weights_are_restored_exactly(around)
 
 
 @pytest.mark.parametrize("check", testing.CHECKS)
@@ -116,7 +116,7 @@ def test_sam_itself_keeps_the_contract(check):
     check(around)
 
 
-def test_the_cost_is_counted():
+def test_passes_per_step_are_counted():
     assert testing.passes_per_step(lambda m: around(m, cadence=steppe.Periodic(4)), 8) == 1.25
 
 
@@ -126,25 +126,25 @@ def flat(ps, rule=None, **slots):
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 0.0, 0.999])
-def test_a_reference_kills_a_wrong_climb(wrong):
+def test_reference_kills_a_wrong_perturbation(wrong):
     testing.matches_reference(flat, lambda w, g: 0.3 * g / g.norm())
     with pytest.raises(AssertionError):
         testing.matches_reference(flat, lambda w, g: wrong * 0.3 * g / g.norm())
 
 
-def test_a_reference_may_have_a_combination_and_a_cadence():
+def test_reference_can_have_a_combination_and_a_cadence():
     slots = {"combination": steppe.PenalizedNorm(0.7), "cadence": steppe.Periodic(2)}
     testing.matches_reference(
         lambda ps: flat(ps, **slots),
         lambda w, g: 0.3 * g / g.norm(),
         lambda g, g_s: g if g_s is None else 0.3 * g + 0.7 * g_s,
-        climbs_at=lambda step: step % 2 == 0,
+        is_perturbed=lambda step: step % 2 == 0,
     )
 
 
-def test_a_reference_that_does_not_climb_is_no_reference():
-    def still(ps):
+def test_reference_without_perturbation_is_an_error():
+    def unperturbed(ps):
         return steppe.SAM(torch.optim.SGD(ps, lr=0.03), 0.0)
 
     with pytest.raises(AssertionError, match="could not fail"):
-        testing.matches_reference(still, lambda w, g: 0.0 * g)
+        testing.matches_reference(unperturbed, lambda w, g: 0.0 * g)

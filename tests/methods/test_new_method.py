@@ -1,4 +1,4 @@
-"""A new method is one new file: docs/extending.md's example, written into a copy of the package, is found everywhere."""
+"""A new method is one new file: the example of docs/extending.md, in a copy of the package, is found everywhere."""
 
 import os
 import re
@@ -26,7 +26,9 @@ def package(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def run(package: Path, *words: str, cwd: Path = ROOT) -> str:
     environment = os.environ | {"PYTHONPATH": str(package), "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, *words], env=environment, cwd=cwd, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, *words], env=environment, cwd=cwd, capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -52,16 +54,18 @@ def test_new_method_is_in_variants_and_in_the_citation_of_its_optimizer(package)
     assert "title = {The Mean of Two Gradients}" in out
 
 
+@pytest.mark.slow
 def test_new_method_is_trained_by_compare(package, tmp_path):
-    options = "--epochs 1 --seeds 1 --width 2 --dataset sample --out run --no-open --rho 0.1".split()
+    options = ["--epochs", "1", "--seeds", "1", "--width", "2", "--dataset", "sample", "--out", "run", "--rho", "0.1"]
     out = run(package, "-m", "steppe", "compare", *options, "--methods", "sgd", "my_new_method:beta=0.25", cwd=tmp_path)
     assert "MeanSAM (beta 0.25)" in out
 
 
+@pytest.mark.slow
 def test_new_method_has_the_tests_of_all_methods_and_its_own(package, tmp_path):
     tests = tmp_path / "test_my_new_method.py"
     tests.write_text(ITS_TESTS, encoding="utf-8")
     shared = ["tests/methods/test_named_methods.py", "tests/methods/test_cards.py", "tests/methods/test_registry.py"]
-    words = ["-m", "pytest", "-q", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", "pyproject.toml"]
+    words = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", "pyproject.toml"]
     out = run(package, *words, "-k", "my_new_method or MeanGradient or beta_one", str(tests), *shared)
     assert int(re.search(r"(\d+) passed", out).group(1)) > 50
