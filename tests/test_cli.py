@@ -37,7 +37,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "Expected one of {compare, tune, measure, plot, methods, finetune}"),
     ],
 )
-def test_a_wrong_command_is_answered_with_what_was_meant(
+def test_a_wrong_command_line_is_reported_with_a_suggestion(
     words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:

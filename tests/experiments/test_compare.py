@@ -89,7 +89,7 @@ def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
 
 
 @pytest.mark.slow
-def test_killed_at_any_moment_it_ends_with_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_killed_comparison_resumes_to_the_same_bits(undisturbed: Path, tmp_path: Path) -> None:
     out, chance = tmp_path / "run", random.Random(0)
     process = start(command(out))
     wait_for_checkpoint(out, process)
@@ -105,7 +105,7 @@ def test_killed_at_any_moment_it_ends_with_the_same_bits(undisturbed: Path, tmp_
     assert_same(out, undisturbed)
 
 
-def test_stopped_it_says_how_to_go_on(undisturbed: Path, tmp_path: Path) -> None:
+def test_a_stopped_comparison_prints_the_command_that_resumes_it(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(command(out))
     wait_for_checkpoint(out, process)
@@ -130,7 +130,9 @@ def test_the_same_command_again_trains_nothing_and_seeds_can_be_added(
     assert len(json.loads((out / "environment.json").read_text())) == 2
 
 
-def test_a_refusal_is_one_line_and_leaves_the_folder(undisturbed: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_another_configuration_is_one_line_of_error_and_changes_no_file(
+    undisturbed: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     before = {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()}
     assert command_line(command(undisturbed, lr=0.1)) == 1
     errors = capsys.readouterr().err
@@ -139,7 +141,7 @@ def test_a_refusal_is_one_line_and_leaves_the_folder(undisturbed: Path, capsys: 
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
 
 
-def test_everything_is_drawn_again_from_the_folder_alone(undisturbed: Path, tmp_path: Path) -> None:
+def test_plot_draws_everything_from_the_folder_alone(undisturbed: Path, tmp_path: Path) -> None:
     shutil.copytree(undisturbed, out := tmp_path / "elsewhere")
     made = [*out.glob("summary.*"), *(out / "figures").iterdir()]
     before = {path: path.read_bytes() for path in made}
@@ -150,7 +152,7 @@ def test_everything_is_drawn_again_from_the_folder_alone(undisturbed: Path, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_give_the_curve_of_one(tmp_path: Path) -> None:
+def test_two_processes_give_the_same_curve_as_one(tmp_path: Path) -> None:
     # a small step keeps rounding from growing; 72 images are 4 * 15 + 12, and 15 are shared as 7 + 8
     fields = {"norm": "group", "width": 4, "batch_size": 15, "lr": 0.01, "epochs": 4, "eval_every": 2}
     fields["methods"] = "sam looksam"

@@ -7,7 +7,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.training.run import Training
 
 
-def test_a_spec_has_one_way_to_be_written() -> None:
+def test_equal_specs_have_one_spelling() -> None:
     methods = ("sam:rho=.10", "late_sam:start=5e-1,rho=1", "looksam")
     assert tuple(map(str, recipe(methods=methods).comparison.methods)) == (
         "sam:rho=0.1",
@@ -20,7 +20,7 @@ def test_a_spec_has_one_way_to_be_written() -> None:
     assert labels == ["SAM (rho 0.1)", "Late SAM (rho 1.0, start 0.5)", "LookSAM"]
 
 
-def test_an_argument_reaches_the_method_and_the_plan() -> None:
+def test_arguments_of_a_spec_reach_the_optimizer_and_the_plan() -> None:
     assert MethodSpec.parse("sam:rho=0.3").rho(0.05) == 0.3
     assert MethodSpec.parse("asam").rho(0.05) == 0.5
     assert MethodSpec.parse("asam:rho=0.3").rho(0.05) == 0.3

@@ -1,4 +1,3 @@
-import inspect
 from pathlib import Path
 
 import pytest
@@ -13,20 +12,18 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.training.run import Training
 
 
-def test_every_variant_is_a_contender_and_can_be_built() -> None:
-    public = {n for n, f in vars(variants).items() if inspect.isfunction(f) and f.__module__ == variants.__name__}
-    public = {name for name in public if not name.startswith("_")}
-    assert public <= set(METHODS), "add an entry to steppe.experiments.config.methods.METHODS"
+def test_every_variant_is_a_method_of_comparisons_and_can_be_built() -> None:
+    assert variants.__all__
+    assert set(variants.__all__) <= set(METHODS), "give its card a comparison"
     for name, method in METHODS.items():
         base = method.plain or "sgd"
         (run,) = recipe(methods=(name,), base=base).runs()
-        run = Training(run, dataset(), CPU)
-        assert isinstance(run.optimizer, torch.optim.Optimizer)
+        assert isinstance(Training(run, dataset(), CPU).optimizer, torch.optim.Optimizer)
         assert 1 <= run.method.passes <= 6
         assert "_" not in run.method.label
 
 
-def test_registry_is_all_there_is_to_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_entry_of_the_registry_suffices_for_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = Method("Mine", "a method of my own", METHODS["sam"].build, rho_factor=2.0)
     monkeypatch.setattr(methods, "METHODS", {**METHODS, "mine": mine})
     double, plain = recipe(methods=("mine",)), recipe(methods=("sam",), rho=0.1)

@@ -1,7 +1,7 @@
 from steppe.experiments.config.presets import RECIPES
 
 
-def test_article_is_the_article() -> None:
+def test_article_recipe_has_the_articles_settings() -> None:
     article, help_text = RECIPES["article"]
     wanted = {
         "dataset": "fashion-mnist", "methods": ("sgd", "sam"), "base": "sgd", "lr": 0.05, "momentum": 0.0,

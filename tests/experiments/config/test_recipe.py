@@ -38,18 +38,18 @@ from steppe.experiments.config.recipe import Recipe
         ("methods", ("adamw", "sam"), "mix two effects"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_meaning(field: str, value: object, meaning: str) -> None:
+def test_an_invalid_value_is_reported_with_its_meaning(field: str, value: object, meaning: str) -> None:
     with pytest.raises(ValueError, match=meaning) as error:
         recipe(**{field: value})
     assert str(error.value).startswith(field)
 
 
-def test_a_base_without_momentum_takes_none() -> None:
+def test_momentum_with_adamw_raises() -> None:
     with pytest.raises(ValueError, match=r"momentum=0\.9: adamw has none"):
         recipe(base="adamw", methods=("adamw", "sam"), momentum=0.9)
 
 
-def test_a_climb_along_the_momentum_gets_one_and_so_does_everybody() -> None:
+def test_a_method_that_needs_momentum_gives_it_to_all_methods() -> None:
     assert recipe().base_momentum == 0.0
     assert recipe(methods=("sgd", "msam")).base_momentum == 0.9
     assert recipe(methods=("sgd", "msam"), momentum=0.5).base_momentum == 0.5
@@ -59,20 +59,20 @@ def test_a_climb_along_the_momentum_gets_one_and_so_does_everybody() -> None:
         recipe(methods=("sgd", "msam"), momentum=0)
 
 
-def test_units_are_paired_and_who_pays_for_climbing_gets_further_epochs() -> None:
+def test_runs_are_paired_by_seed_and_only_two_pass_methods_get_extra_epochs() -> None:
     runs = list(recipe(seeds=2, first_seed=3, epochs=4, extra_epochs=1, methods=("sgd", "looksam")).runs())
     assert [run.name for run in runs] == ["sgd-seed3", "looksam-seed3", "sgd-seed4", "looksam-seed4"]
     assert [run.standardized_epochs for run in runs[:2]] == [4, 5]
 
 
-def test_measurements_fall_on_the_same_standardized_epochs() -> None:
+def test_all_methods_are_measured_at_the_same_standardized_epochs() -> None:
     sgd, sam = recipe(epochs=8, extra_epochs=2, eval_every=4).runs()
     assert (sgd.grid, sam.grid) == ([4, 8], [4, 8, 10])
     sgd, sam = recipe(epochs=8, eval_every=3).runs()
     assert sgd.grid == sam.grid == [3, 6, 8]
 
 
-def test_json_is_a_round_trip() -> None:
+def test_json_round_trip() -> None:
     for given, _ in RECIPES.values():
         given = given.replace(out=given.folder, methods=("sgd", "asam:rho=0.5"))
         assert Recipe.from_json(json.loads(json.dumps(given.to_json()))) == given
@@ -80,7 +80,7 @@ def test_json_is_a_round_trip() -> None:
         Recipe.from_json({"learning_rate": 1})
 
 
-def test_what_a_result_depends_on() -> None:
+def test_result_contains_the_options_that_change_a_run_and_no_others() -> None:
     same = recipe(seeds=5, methods=("sam",), tensorboard=True, name="other", first_seed=1, checkpoint_seconds=1.0)
     assert same.result() == recipe().result()
     differing = {"lr": 0.1, "threads": 2, "epochs": 6, "amp": True, "norm": "group", "cuda_graphs": True}

@@ -14,7 +14,7 @@ from steppe.experiments.config.presets import RECIPES
     [
         ({"backbone": "owm"}, r"backbone: 'owm' is unknown; did you mean 'own'"),
         ({"backbone": "hf:"}, r"backbone: 'hf:' is unknown"),
-        ({"dataset": "sample"}, r"dataset=sample: the own backbone .* has seen these images"),
+        ({"dataset": "sample"}, r"dataset=sample: the own backbone .* nothing would be transferred"),
         ({"backbone": "none", "freeze": True}, r"freeze=True: without a backbone all layers are new"),
         ({"backbone": "none", "head_lr": 0.1}, r"head_lr=0.1: without a backbone"),
         ({"head_lr": 0.0}, r"head_lr=0.0: .* above 0"),
@@ -23,18 +23,18 @@ from steppe.experiments.config.presets import RECIPES
         ({"backbone": "none", "data_dir": Path("d")}, r"data_dir=d: nothing here is read from the full Fashion-MNIST"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_meaning(fields: dict[str, Any], meaning: str) -> None:
+def test_an_invalid_value_is_reported_with_its_meaning(fields: dict[str, Any], meaning: str) -> None:
     with pytest.raises(ValueError, match=meaning):
         recipe(**fields)
 
 
-def test_the_verb_is_the_recipe_finetune() -> None:
+def test_steppe_finetune_is_the_recipe_finetune() -> None:
     short, long = parse(["finetune", "--shots", "5"]), parse(["compare", "finetune", "--shots", "5"])
     assert short.recipe == long.recipe == RECIPES["finetune"][0].replace(shots=5)  # type: ignore[union-attr]
     assert parse(["tune", "finetune"]).recipe == RECIPES["finetune"][0]  # type: ignore[union-attr]
 
 
-def test_the_title_says_where_runs_start() -> None:
+def test_title_names_the_backbone() -> None:
     assert setting(recipe(shots=1, freeze=True, head_lr=0.1, pretrain_on="fashion-mnist", pretrain_epochs=3)) == (
         "PreAct ResNet-18 (width 2, pretrained on Fashion-MNIST, 3 epochs, linear probe) on digits, 1 image a class: "
         "SGD, lr 0.02 (head 0.1), momentum 0.9, batch 16, rho 0.05"

@@ -6,7 +6,7 @@ from steppe.experiments.config.resolve import resolve
 from steppe.experiments.errors import ExperimentError
 
 
-def test_what_is_left_open_is_what_is_faster_here(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_open_options_resolve_to_the_fastest_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cpu._is_avx512_bf16_supported", lambda: True, raising=False)
     monkeypatch.setattr("torch.backends.mkldnn.is_available", lambda: True)
     given = Recipe().replace(device="cpu")
@@ -22,7 +22,7 @@ def test_what_is_left_open_is_what_is_faster_here(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("has", [True, False])
-def test_what_is_left_open_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
+def test_open_options_resolve_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.is_bf16_supported", lambda *, including_emulation: has and not including_emulation)
     found = resolve(Recipe())
@@ -34,7 +34,7 @@ def test_what_is_left_open_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: bool) 
     )
 
 
-def test_batch_norm_in_two_processes_on_cpus_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_batch_norm_in_two_processes_on_cpus_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolve(recipe(norm="group")).model.norm == "group"
     with pytest.raises(ExperimentError, match=r"SyncBatchNorm .* say --norm group"):
@@ -42,7 +42,7 @@ def test_batch_norm_in_two_processes_on_cpus_is_refused(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(("width", "threads", "fits"), [(8, 2, False), (12, 4, False), (8, 1, True), (16, 2, True)])
-def test_a_layout_in_which_torch_writes_beyond_its_memory_is_refused(width: int, threads: int, fits: bool) -> None:
+def test_channels_last_that_makes_torch_write_beyond_its_memory_raises(width: int, threads: int, fits: bool) -> None:
     asked = recipe(width=width, threads=threads, channels_last=True)
     if fits:
         assert resolve(asked).hardware.channels_last

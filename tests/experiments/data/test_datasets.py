@@ -89,15 +89,15 @@ def test_damaged_sample(
     assert "Install Steppe again" in str(caught.value)
 
 
-def test_sample_archive_bears_no_date_of_its_making() -> None:
+def test_sample_archive_has_no_dates() -> None:
     with zipfile.ZipFile(Path(data.__file__).parent / "sample" / data.SAMPLE) as archive:
         assert {info.date_time for info in archive.infolist()} == {(1980, 1, 1, 0, 0, 0)}
         assert [info.filename for info in archive.infolist()] == [f"{name}.npy" for name in data.SAMPLE_ARRAYS]
     assert len(packaged()) < 4_000_000
 
 
-def test_sample_refuses_a_directory_and_unknown_names_are_told(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="comes with Steppe"):
+def test_sample_with_a_directory_and_unknown_names_raise(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is part of Steppe"):
         load("sample", tmp_path)
     with pytest.raises(DataError, match="no dataset 'mnist': choose one of sample, fashion-mnist"):
         load("mnist")  # type: ignore[arg-type]
@@ -113,7 +113,7 @@ def test_to_moves_both_splits_and_keeps_the_rest() -> None:
     assert len(moved.train) == 3000
 
 
-def test_normalize_is_the_formula_and_leaves_the_images_alone() -> None:
+def test_normalize_is_the_formula_and_leaves_the_images_unchanged() -> None:
     images = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16)
     result = normalize(images)
     expected = (np.arange(256) / 255 - 0.2860) / 0.3530
@@ -123,7 +123,7 @@ def test_normalize_is_the_formula_and_leaves_the_images_alone() -> None:
     assert images.flatten().tolist() == list(range(256))
 
 
-def test_normalize_twice_is_refused() -> None:
+def test_normalize_twice_raises() -> None:
     with pytest.raises(TypeError, match=r"torch.float32.*normalized before"):
         normalize(normalize(torch.zeros(1, dtype=torch.uint8)))
 

@@ -32,13 +32,13 @@ def test_digits_are_scikit_learns_with_one_in_three_of_each_class_for_testing(wh
     assert torch.bincount(images.flatten(1).max(1).values.long())[:128].sum() == 0  # every image is scaled to 0..255
 
 
-def test_digits_that_are_others_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_digits_with_another_checksum_raise(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(digits, "SHA256", "0" * 64)
     with pytest.raises(DataError, match=r"digits of this scikit-learn are not those .* Install scikit-learn again"):
         load("digits")
 
 
-def test_a_missing_scikit_learn_is_named_with_its_command(
+def test_missing_scikit_learn_is_reported_with_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     without("sklearn", monkeypatch)

@@ -228,7 +228,7 @@ def test_cache_is_in_the_home_directory_without_xdg(tiny: Tiny, monkeypatch: pyt
 
 @pytest.mark.parametrize("how", ["data_dir", "STEPPE_DATA"])
 @pytest.mark.parametrize("place", ["empty", "absent", "a file", "one lacks"])
-def test_a_named_place_without_the_files_is_an_error_and_no_other_place_is_used(
+def test_a_given_directory_without_the_files_raises_and_no_other_is_read(
     tiny: Tiny, server: Server, monkeypatch: pytest.MonkeyPatch, how: str, place: str
 ) -> None:
     tiny.write(tiny.system)
@@ -249,7 +249,7 @@ def test_a_named_place_without_the_files_is_an_error_and_no_other_place_is_used(
 
 @every_damage
 @pytest.mark.parametrize("place", ["data_dir", "STEPPE_DATA", "system"])
-def test_damage_in_a_place_that_is_not_ours_is_reported_and_left_alone(
+def test_damage_outside_the_cache_is_reported_and_left_unchanged(
     tiny: Tiny,
     server: Server,
     monkeypatch: pytest.MonkeyPatch,
@@ -272,7 +272,9 @@ def test_damage_in_a_place_that_is_not_ours_is_reported_and_left_alone(
 
 
 @every_damage
-def test_damage_in_the_cache_heals(tiny: Tiny, server: Server, damage: Callable[[bytes], bytes], says: str) -> None:
+def test_damage_in_the_cache_is_repaired(
+    tiny: Tiny, server: Server, damage: Callable[[bytes], bytes], says: str
+) -> None:
     path = tiny.write(tiny.cache) / f"{LABELS}.gz"
     path.write_bytes(damage(path.read_bytes()))
     assert_is_the_stand_in(load("fashion-mnist"), tiny)
@@ -282,14 +284,14 @@ def test_damage_in_the_cache_heals(tiny: Tiny, server: Server, damage: Callable[
     assert len(server.asked) == 1, "a healed file is not downloaded again"
 
 
-def test_damage_in_the_cache_is_gone_even_when_nothing_can_replace_it(tiny: Tiny) -> None:
+def test_damage_in_the_cache_is_removed_without_a_network(tiny: Tiny) -> None:
     path = tiny.write(tiny.cache) / f"{LABELS}.gz"
     path.write_bytes(cut_short(path.read_bytes()))
     refusal(LABELS)
     assert sorted(tiny.cached()) == sorted(f"{name}.gz" for name in tiny.files if name != LABELS)
 
 
-def test_a_damaged_unpacked_file_in_the_cache_gives_way_to_a_good_gzipped_one(tiny: Tiny, server: Server) -> None:
+def test_a_good_gzipped_file_replaces_a_damaged_unpacked_one(tiny: Tiny, server: Server) -> None:
     (tiny.write(tiny.cache) / IMAGES).write_bytes(b"damaged")
     assert_is_the_stand_in(load("fashion-mnist"), tiny)
     assert IMAGES not in tiny.cached()
@@ -304,7 +306,7 @@ def test_damage_in_the_cache_that_cannot_be_removed_is_an_error(tiny: Tiny, monk
 
 
 @pytest.mark.parametrize("place", ["data_dir", "cache"])
-def test_a_file_that_may_not_be_read_is_reported_and_kept(
+def test_an_unreadable_file_is_reported_and_kept(
     tiny: Tiny, server: Server, monkeypatch: pytest.MonkeyPatch, place: str
 ) -> None:
     directory = tiny.write(tiny.cache if place == "cache" else tiny.root / "mine")
@@ -357,13 +359,13 @@ def test_connection_that_stalls(tiny: Tiny, server: Server, monkeypatch: pytest.
 
 
 @every_damage
-def test_a_download_of_anything_else_is_thrown_away(
+def test_a_download_with_another_checksum_is_discarded(
     tiny: Tiny, server: Server, damage: Callable[[bytes], bytes], says: str
 ) -> None:
     server.files[f"{LABELS}.gz"] = damage(server.files[f"{LABELS}.gz"])
     message = refusal(LABELS)
     assert says in message
-    assert "thrown away" in message
+    assert "discarded" in message
     assert list(tiny.cached()) == [f"{IMAGES}.gz"], "the good one before it stays, and nothing else"
 
 
@@ -389,7 +391,7 @@ def test_a_cache_that_cannot_be_written(
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no always-full device here")
-def test_a_disk_that_is_really_full(tiny: Tiny, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_full_disk(tiny: Tiny, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
     part = tiny.root / "a.part"
 
     def on_a_full_disk(**_: Any) -> tuple[int, str]:
@@ -503,7 +505,7 @@ def full() -> data.Dataset:
 
 
 @pytest.mark.full_data
-def test_one_changed_byte_of_the_full_set_is_refused(tmp_path: Path, full: data.Dataset) -> None:
+def test_one_changed_byte_of_the_full_set_raises(tmp_path: Path, full: data.Dataset) -> None:
     file = fashion_mnist.TEST[1]
     content = bytearray(idx_bytes(full.test.labels.numpy().astype(np.uint8)))
     assert np.array_equal(unpack(bytes(content), file), full.test.labels.numpy())

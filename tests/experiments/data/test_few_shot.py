@@ -15,7 +15,7 @@ def whole() -> Dataset:
     return load("digits")
 
 
-def test_few_shots_are_stratified_drawn_by_the_seed_and_nested(whole: Dataset) -> None:
+def test_few_shots_are_stratified_seeded_and_nested(whole: Dataset) -> None:
     seven, three, other = (few_shot(whole.train, shots, seed) for shots, seed in ((7, 0), (3, 0), (7, 1)))
     assert torch.equal(torch.bincount(seven.labels), torch.full((10,), 7))
     keys = [{image.numpy().tobytes() for image in s.images} for s in (seven, three, other, whole.test, whole.train)]
@@ -34,10 +34,10 @@ def test_few_shots_are_stratified_drawn_by_the_seed_and_nested(whole: Dataset) -
         few_shot(whole.train, 900, 0)
 
 
-def test_a_run_folder_refuses_another_number_of_shots(tmp_path: Path) -> None:
+def test_run_folder_rejects_another_number_of_shots(tmp_path: Path) -> None:
     demo = RECIPES["demo"][0]
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.claim(demo, 1)
-    with pytest.raises(ExperimentError, match=r"holds another configuration.*: shots was None and is 3\. Take"):
+    with pytest.raises(ExperimentError, match=r"holds another configuration.*: shots was None and is 3\. Use"):
         folder.claim(demo.replace(shots=3), 1)

@@ -15,7 +15,7 @@ from steppe.experiments.training.run import Training
 from steppe.experiments.world import World
 
 
-def test_exactly_the_asked_share_is_wrong_and_more_noise_keeps_the_less() -> None:
+def test_exact_fraction_of_labels_is_wrong_and_smaller_fractions_are_subsets() -> None:
     clean = split(200, 0)
     small, large, other = mislabeled(clean, 0.1, 0), mislabeled(clean, 0.33, 0), mislabeled(clean, 0.33, 1)
     wrong = [noisy.labels != clean.labels for noisy in (small, large, other)]
@@ -28,7 +28,7 @@ def test_exactly_the_asked_share_is_wrong_and_more_noise_keeps_the_less() -> Non
     assert torch.equal(mislabeled(clean, 0.33, 0).labels, large.labels)
 
 
-def test_every_wrong_class_is_as_likely() -> None:
+def test_wrong_classes_are_uniform() -> None:
     zeros = type(split(1, 0))(torch.zeros(9000, 1, 1, 1, dtype=torch.uint8), torch.full((9000,), 7))
     counts = torch.bincount(mislabeled(zeros, 0.999999, 3).labels, minlength=10)
     assert counts[7] == 0
@@ -36,14 +36,14 @@ def test_every_wrong_class_is_as_likely() -> None:
     assert ((counts[counts > 0] - 1000).abs() < 6 * 1000**0.5).all()
 
 
-def test_the_draw_is_the_one_of_older_run_folders() -> None:
+def test_draw_of_wrong_labels_is_stable_across_versions() -> None:
     # a run that goes on must find the labels that it was begun with
     assert split(20, 0).labels.tolist() == [4, 9, 3, 0, 3, 9, 7, 3, 7, 3, 1, 6, 6, 9, 8, 6, 6, 8, 4, 3]
     noisy = mislabeled(split(20, 0), 0.5, 0)
     assert noisy.labels.tolist() == [4, 9, 3, 8, 4, 6, 2, 3, 8, 2, 1, 6, 5, 4, 5, 6, 6, 8, 4, 0]
 
 
-def test_contenders_of_a_seed_are_fitted_to_the_same_wrong_labels_and_tested_on_right_ones() -> None:
+def test_methods_of_a_seed_share_wrong_training_labels_and_correct_test_labels() -> None:
     runs = list(recipe(label_noise=0.25, shots=3, seeds=2).runs())
     sgd, sam, other, _ = (Training(run, dataset(), CPU) for run in runs)
     few = few_shot(dataset().train, 3, 0)
@@ -54,7 +54,7 @@ def test_contenders_of_a_seed_are_fitted_to_the_same_wrong_labels_and_tested_on_
     assert torch.equal(sgd.data.test.labels, dataset().test.labels)
 
 
-def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_what_is_fitted(tmp_path: Path) -> None:
+def test_noise_leaves_initial_weights_unchanged_and_training_is_measured_on_noisy_labels(tmp_path: Path) -> None:
     (run,) = recipe(methods=("sgd",), label_noise=0.5).runs()
     (plain,) = recipe(methods=("sgd",)).runs()
     noisy, clean = Training(run, dataset(), CPU), Training(plain, dataset(), CPU)
@@ -69,7 +69,7 @@ def test_weights_and_order_are_those_without_noise_and_training_is_measured_on_w
 
 
 @pytest.mark.parametrize("share", [-0.1, 1.0, 20.0, float("nan")])
-def test_a_share_that_is_none_is_refused(share: float) -> None:
+def test_invalid_fraction_of_noise_raises(share: float) -> None:
     with pytest.raises(ValueError, match=r"label_noise=.*fraction of"):
         recipe(label_noise=share)
 
@@ -84,7 +84,7 @@ def test_label_noise_is_part_of_a_runs_configuration(tmp_path: Path) -> None:
         folder.claim(demo.replace(label_noise=0.3), 1)
 
 
-def test_the_title_says_it() -> None:
+def test_title_names_the_label_noise() -> None:
     assert "a sample of Fashion-MNIST, 5 images a class, 12.5 % wrong training labels: SGD" in setting(
         recipe(shots=5, label_noise=0.125)
     )

@@ -7,7 +7,7 @@ from steppe.experiments.data.batches import batches, count, order
 from steppe.experiments.data.datasets import normalize
 
 
-def test_every_image_once_an_epoch_in_batches_of_nearly_one_size() -> None:
+def test_an_epoch_has_every_image_once_in_batches_of_nearly_equal_size() -> None:
     train = dataset().train
     given = list(batches(train, 16, order(72, 0, 0), CPU))
     assert [batch.size for batch in given] == [14, 14, 15, 14, 15]
@@ -24,7 +24,7 @@ def test_orders_differ_by_seed_and_by_epoch() -> None:
     assert torch.equal(order(50, 1, 2), order(50, 1, 2))
 
 
-def test_indices_say_which_images_they_are() -> None:
+def test_batch_indices_are_positions_in_the_split() -> None:
     train = dataset().train
     for batch in batches(train, 16, order(72, 0, 3), CPU, epoch=3):
         assert torch.equal(batch.labels, train.labels[batch.indices])
@@ -32,7 +32,7 @@ def test_indices_say_which_images_they_are() -> None:
         assert len(batch) == len(batch.indices) == batch.size
 
 
-def test_a_batch_is_gathered_when_it_is_asked_for() -> None:
+def test_a_batch_is_gathered_at_first_use() -> None:
     train = dataset().train
     batch = next(batches(train, 16, order(72, 0, 3), CPU))
     assert torch.equal(batch.images, normalize(train.images[batch.indices]))

@@ -79,7 +79,7 @@ def test_the_backbone_is_pretrained_once_and_taken_from_the_cache(
     assert len(list(cache.iterdir())) == 2
 
 
-def test_a_truncated_backbone_is_refused_by_its_name(
+def test_a_truncated_backbone_raises_with_its_path(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words(tmp_path / "a", methods="sgd")) == 0
@@ -96,7 +96,7 @@ def test_a_truncated_backbone_is_refused_by_its_name(
     assert all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_a_backbone_of_another_configuration_in_its_place_is_refused(
+def test_a_backbone_of_another_configuration_raises(
     cache: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words(tmp_path / "a", methods="sgd")) == 0
@@ -110,7 +110,7 @@ def test_a_backbone_of_another_configuration_in_its_place_is_refused(
     assert "belongs to another run or another configuration" in capsys.readouterr().err
 
 
-def test_a_folder_takes_no_runs_from_another_backbone_of_the_same_name(
+def test_a_folder_rejects_runs_from_another_backbone_of_the_same_name(
     cache: Path, saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from transformers import AutoModelForImageClassification
@@ -131,22 +131,22 @@ def test_a_folder_takes_no_runs_from_another_backbone_of_the_same_name(
     assert "backbone.json is damaged" in capsys.readouterr().err
 
 
-def test_stopped_pretraining_goes_on_to_the_same_bits(
+def test_stopped_pretraining_resumes_to_the_same_bits(
     cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = Run(finetune.pretraining_recipe(recipe()), MethodSpec.parse("sgd"), 0)
     whole = tmp_path / "whole"
     train(run, whole, tiny_data("sample"), CPU)
     executor = InProcessExecutor(recipe(), CPU)
-    real = InProcess.run
+    real = InProcessExecutor.run
 
-    def stopped(self: InProcess, jobs: Any, images: Dataset, control: Path, reporter: Any, stop: Stop) -> Any:
+    def stopped(self: InProcessExecutor, jobs: Any, images: Dataset, control: Path, reporter: Any, stop: Stop) -> Any:
         return real(self, jobs, images, control, reporter, StopAfter(2))
 
     console = Console(quiet=True)
     (tmp_path / "run").mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(InProcess, "run", stopped)
+        patch.setattr(InProcessExecutor, "run", stopped)
         with pytest.raises(Stopped):
             finetune.with_backbone(tiny_data("digits"), executor, tmp_path / "run", console)
     (kept,) = cache.glob(f"*/runs/*/{CHECKPOINT}")
@@ -156,7 +156,7 @@ def test_stopped_pretraining_goes_on_to_the_same_bits(
     assert all(torch.equal(v, weights(whole)[k]) for k, v in start.model.state_dict().items())
 
 
-def test_what_is_pretrained_on_is_settled_and_said(
+def test_pretrain_on_auto_is_resolved_and_printed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

@@ -72,18 +72,18 @@ def edited(saved: Path, to: Path, **processor: object) -> str:
     ("processor", "meaning"),
     [
         ({"image_mean": None}, r"has no image_mean and image_std"),
-        ({"rescale_factor": 1 / 127.5}, r"wants its pixels scaled by 0\.00784"),
-        ({"size": None}, r"does not say the size of its images: give it with --image-size"),
+        ({"rescale_factor": 1 / 127.5}, r"needs pixels scaled by 0\.00784"),
+        ({"size": None}, r"does not state the size of its images: give it with --image-size"),
     ],
 )
-def test_what_is_not_known_of_a_checkpoint_is_not_guessed(
+def test_missing_metadata_of_a_checkpoint_raises(
     saved: Path, tmp_path: Path, processor: dict[str, Any], meaning: str
 ) -> None:
     with pytest.raises(ExperimentError, match=meaning):
         from_hub(edited(saved, tmp_path / "copy", **processor), 10, None)
 
 
-def test_weights_that_a_checkpoint_lacks_are_not_left_random(saved: Path, tmp_path: Path) -> None:
+def test_missing_weights_of_a_checkpoint_raise(saved: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
     shutil.copytree(saved, to := tmp_path / "copy")
@@ -94,7 +94,7 @@ def test_weights_that_a_checkpoint_lacks_are_not_left_random(saved: Path, tmp_pa
         from_hub(f"hf:{to}", 10, None)
 
 
-def test_a_name_that_cannot_be_loaded_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_an_unknown_checkpoint_is_reported_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "empty").mkdir()
     assert main(["finetune", "--backbone", f"hf:{tmp_path / 'empty'}", "--out", str(tmp_path / "run")]) == 1
     said = capsys.readouterr().err
@@ -103,7 +103,7 @@ def test_a_name_that_cannot_be_loaded_is_one_line(tmp_path: Path, capsys: pytest
     assert "check the name and the network connection" in said
 
 
-def test_a_missing_transformers_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_transformers_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     without("transformers", monkeypatch)
     with pytest.raises(ExperimentError, match=r"transformers is not installed.*pip install 'steppe\[transformers\]'"):
         from_hub("hf:some/model", 10, None)
@@ -154,7 +154,7 @@ def test_a_timm_model_becomes_a_backbone(monkeypatch: pytest.MonkeyPatch) -> Non
     assert [n for n, p in network.named_parameters() if p.requires_grad] == ["body.fc.weight", "body.fc.bias"]
 
 
-def test_a_timm_model_that_is_not_there_or_has_two_heads(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_timm_model_or_one_with_two_heads_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(name: str, **_: Any) -> nn.Module:
         raise RuntimeError(f"Unknown model ({name})")
 
@@ -168,17 +168,17 @@ def test_a_timm_model_that_is_not_there_or_has_two_heads(monkeypatch: pytest.Mon
         return model
 
     stand_in(monkeypatch, distilled)
-    with pytest.raises(ExperimentError, match=r"has not one last layer but \('head', 'head_dist'\)"):
+    with pytest.raises(ExperimentError, match=r"has no single last layer but \('head', 'head_dist'\)"):
         from_hub("timm:small", 10, None)
 
 
-def test_a_missing_timm_or_torchvision_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_timm_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:
     without("timm", monkeypatch)
     with pytest.raises(ExperimentError, match=r"timm is not installed.*pip install timm torchvision"):
         from_hub("timm:resnet18.a1_in1k", 10, None)
 
 
-def test_images_that_a_network_does_not_take_are_found_before_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_that_a_network_rejects_are_found_before_any_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Fixed(Small):
         def forward(self, x: Tensor) -> Tensor:
             if x.shape[-1] != 20:

@@ -150,7 +150,7 @@ def test_initialization_is_torchs_own() -> None:
     assert torch.equal(model.stem.weight, nn.Conv2d(1, 4, 3, bias=False).weight)
 
 
-def test_input_is_not_written_to() -> None:
+def test_input_is_unchanged() -> None:
     images = torch.randn(2, 1, 28, 28)
     before = images.clone()
     preact_resnet18(4)(images).sum().backward()
@@ -158,11 +158,11 @@ def test_input_is_not_written_to() -> None:
 
 
 @pytest.mark.parametrize("name", ["width", "in_channels", "num_classes", "stem_stride"])
-def test_sizes_below_one_are_refused(name: str) -> None:
+def test_sizes_below_one_raise(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
         preact_resnet18(**{name: 0})  # type: ignore[arg-type]
 
 
-def test_unknown_norm_is_refused() -> None:
+def test_unknown_norm_raises() -> None:
     with pytest.raises(ValueError, match=r"norm is 'layer'.*'batch', 'group'"):
         preact_resnet18(norm="layer")  # type: ignore[arg-type]

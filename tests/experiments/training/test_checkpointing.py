@@ -28,7 +28,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     "method", ["sgd", "sam", "looksam:interval=3", "late_sam:start=0.4", "random_sam", "friendly_sam"]
 )
 @pytest.mark.parametrize("asked", [0, 4, 5, 7])  # at the first batch, at an epoch's last one, in the next epoch
-def test_stopped_anywhere_it_goes_on_to_the_same_bits(method: str, asked: int, tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_to_the_same_bits(method: str, asked: int, tmp_path: Path) -> None:
     run = run_of(method, momentum=0.9, methods=(method,), eval_every=1)
     whole = train_run(run, tmp_path / "whole")
     with pytest.raises(Stopped):
@@ -66,7 +66,7 @@ def test_checkpoints_are_written_within_an_epoch(tmp_path: Path, monkeypatch: py
 
 
 def flip_a_weight(content: bytes) -> bytes:
-    """Flip one bit of the largest tensor: nothing but its checksum can tell."""
+    """Flip one bit of the largest tensor: only its checksum shows it."""
     with zipfile.ZipFile(io.BytesIO(content)) as archive:
         entry = max(archive.infolist(), key=lambda entry: entry.file_size)
         data = archive.read(entry)
@@ -83,7 +83,7 @@ def flip_a_weight(content: bytes) -> bytes:
         lambda content: b"something else entirely",
     ],
 )
-def test_a_damaged_checkpoint_is_refused(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
+def test_a_damaged_checkpoint_raises(spoil: Callable[[bytes], bytes], tmp_path: Path) -> None:
     run = run_of("sgd")
     train_run(run, tmp_path)
     path = tmp_path / CHECKPOINT
@@ -92,7 +92,7 @@ def test_a_damaged_checkpoint_is_refused(spoil: Callable[[bytes], bytes], tmp_pa
         train_run(run, tmp_path)
 
 
-def test_a_foreign_checkpoint_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_run_raises(tmp_path: Path) -> None:
     train_run(run_of("sgd"), tmp_path)
     with pytest.raises(ExperimentError, match="belongs to another run"):
         train_run(run_of("sgd", 1), tmp_path)
@@ -112,7 +112,7 @@ def make_run(method: str, **fields: object) -> Run:
 
 
 @pytest.mark.parametrize("method", [PAST.format(2), AVERAGE.format(2), "esam", "fraction_sam", "aesam", "bsam"])
-def test_a_drivers_state_is_in_the_checkpoint(method: str, tmp_path: Path) -> None:
+def test_state_of_a_step_function_is_in_the_checkpoint(method: str, tmp_path: Path) -> None:
     given = make_run(method)
     whole = train_run(given, tmp_path / "whole")
     with pytest.raises(Stopped):

@@ -31,7 +31,7 @@ from stops import StopAfter
 
 T = TypeVar("T")
 CAPTURABLE = [name for name, method in METHODS.items() if method.capturable]
-# of the methods that do not climb at every step, so that both kinds of step are recorded in a short run
+# of the methods that do not perturb at every step, so that both kinds of step are recorded in a short run
 AT_SOME_STEPS = {"looksam": "looksam:interval=2", "late_sam": "late_sam:start=0.5", "random_sam": "random_sam:p=0.5"}
 
 
@@ -154,7 +154,7 @@ def test_graphs_take_the_same_steps(method: str, tmp_path: Path, stand_in: type[
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam:fraction=0.5", "friendly_sam", "looksam:interval=2"])
-def test_a_stopped_run_goes_on_with_graphs(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
+def test_a_stopped_run_resumes_with_graphs(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
     given = make_run(method, epochs=12, checkpoint_seconds=0)
     train_run(one_by_one(given), tmp_path / "eager")
     for steps in (2, 19):  # before the first graph, and after replays in the middle of an epoch
@@ -176,7 +176,7 @@ def test_the_real_network_under_autocast(
     assert_same(kept(tmp_path / "graphs"), kept(tmp_path / "eager"))
 
 
-def test_a_further_size_and_a_look_between(stand_in: type[StandIn]) -> None:
+def test_another_batch_size_and_a_measurement_between_steps(stand_in: type[StandIn]) -> None:
     """A few steps of a size that has no graph, amid replays; measuring changes modes and runs other shapes."""
     weights, losses = [], []
     for given in (make_run("sam"), one_by_one(make_run("sam"))):
@@ -205,7 +205,7 @@ def test_the_step_counter_is_that_of_all_steps(stand_in: type[StandIn]) -> None:
     assert moving.spent == 15 / 5 * 2 * 72
 
 
-def test_who_gets_graphs(stand_in: type[StandIn]) -> None:
+def test_which_runs_use_graphs(stand_in: type[StandIn]) -> None:
     assert recorder(make_run("sam"), CPU) is not None
     assert recorder(make_run("sam", cuda_graphs=True), CPU) is not None
     assert recorder(make_run("sam", cuda_graphs=False), CPU) is None
@@ -219,7 +219,7 @@ def test_no_graphs_on_a_cpu() -> None:
     assert recorder(make_run("sam"), CPU) is None
 
 
-def test_a_capture_that_fails_says_what_to_do() -> None:
+def test_a_failed_capture_reports_the_remedy() -> None:
     def record(work: Callable[[], T]) -> None:
         raise RuntimeError("operation not permitted when stream is capturing.\nmore")
 

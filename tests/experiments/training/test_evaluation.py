@@ -8,7 +8,7 @@ from steppe.experiments.training import evaluation
 from steppe.experiments.training.evaluation import evaluate
 
 
-def test_a_score_depends_on_no_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_scores_do_not_depend_on_the_chunk_size(monkeypatch: pytest.MonkeyPatch) -> None:
     network, scores = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10)), []
     for chunk in (7, 50):
         monkeypatch.setattr(evaluation, "_CHUNK", chunk)

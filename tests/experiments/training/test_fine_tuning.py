@@ -25,7 +25,7 @@ from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
 
 
-def test_contenders_of_a_seed_share_images_and_head_and_seeds_do_not() -> None:
+def test_methods_of_a_seed_share_images_and_head_and_seeds_differ() -> None:
     runs = list(recipe(shots=2, seeds=2).runs())
     runs = [Training(run, dataset(), CPU) for run in runs]
     sgd, sam, other = runs[:3]
@@ -40,7 +40,7 @@ def test_contenders_of_a_seed_share_images_and_head_and_seeds_do_not() -> None:
 
 
 def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Dataset) -> nn.Module:
-    """Fine-tuning as anybody would write it, for as many epochs as two standardized ones pay for."""
+    """Fine-tuning in a plain loop, for as many epochs as two standardized ones allow."""
     torch.manual_seed(seed)
     model = preact_resnet18(r.model.width, stem_stride=r.model.stem_stride)
     torch.manual_seed(seed)
@@ -76,7 +76,7 @@ def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Da
 
 @pytest.mark.parametrize("method", ["sgd", "sam"])
 @pytest.mark.parametrize("fields", [{}, {"head_lr": 0.1}, {"freeze": True}], ids=str)
-def test_a_run_is_a_plain_loop(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_run_equals_a_plain_fine_tuning_loop(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
     r = recipe(norm="batch", **fields)
     train(Run(r, MethodSpec.parse(method), 3), tmp_path, dataset(), CPU)
     ours = {k.removeprefix("body."): v for k, v in weights(tmp_path).items()}
@@ -89,13 +89,13 @@ def test_a_run_is_a_plain_loop(method: str, fields: dict[str, Any], tmp_path: Pa
             assert torch.equal(ours[name], before[name]) == bool(fields.get("freeze")), name
 
 
-def test_every_contender_protects_the_network_that_it_trains() -> None:
+def test_every_method_protects_the_network_that_it_trains() -> None:
     for method in (name for name, method in METHODS.items() if not method.plain):
         run = Training(run_of(method, methods=("sgd", method)), dataset(), CPU)
         assert getattr(run.optimizer, "model", run.network) is run.network, method
 
 
-def test_sam_is_not_sgd_and_a_climb_is_counted(tmp_path: Path) -> None:
+def test_sam_differs_from_sgd_and_its_second_pass_is_counted(tmp_path: Path) -> None:
     ends = {m: train(run_of(m), tmp_path / m, dataset(), CPU)[-1] for m in ("sgd", "sam")}
     assert (ends["sgd"].passes, ends["sam"].passes) == (1, 2)
     assert ends["sgd"].gradient_evaluations == ends["sam"].gradient_evaluations == 144
@@ -103,7 +103,7 @@ def test_sam_is_not_sgd_and_a_climb_is_counted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("fields", [{}, {"freeze": True, "shots": 3, "head_lr": 0.1}], ids=str)
-def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(fields: dict[str, Any], tmp_path: Path) -> None:
+def test_a_stopped_fine_tuning_resumes_to_the_same_bits(fields: dict[str, Any], tmp_path: Path) -> None:
     run = run_of("sam", **fields)
     whole = train(run, tmp_path / "whole", dataset(), CPU)
     with pytest.raises(Stopped):
@@ -114,19 +114,19 @@ def test_stopped_in_the_middle_it_goes_on_to_the_same_bits(fields: dict[str, Any
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
-def test_a_run_that_started_from_other_weights_is_not_gone_on_with(tmp_path: Path) -> None:
+def test_a_run_from_other_initial_weights_does_not_resume(tmp_path: Path) -> None:
     run = run_of("sgd")
     train(run, tmp_path, dataset(), CPU)
     with pytest.raises(ExperimentError, match="belongs to another run or another configuration"):
         train(run, tmp_path, dataset(pretrained(6)), CPU)
 
 
-def test_a_run_without_its_backbone_is_a_mistake_and_not_a_run_from_scratch() -> None:
-    with pytest.raises(RuntimeError, match=r"backbone=own, but the data came with None"):
+def test_a_missing_backbone_raises() -> None:
+    with pytest.raises(RuntimeError, match=r"backbone=own, but the data has None"):
         Training(run_of("sgd"), dataclasses.replace(dataset(), backbone=None), CPU)
 
 
-def test_from_scratch_is_compares_own_network() -> None:
+def test_backbone_none_is_the_network_of_compare() -> None:
     r = recipe(backbone="none", pretrain_on="auto")
     network = Training(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), backbone=None), CPU).network
     torch.manual_seed(4)
@@ -136,10 +136,10 @@ def test_from_scratch_is_compares_own_network() -> None:
 @pytest.mark.parametrize(
     ("method", "fields", "meaning"),
     [
-        ("sam_on", {"freeze": True}, "climbs with weights that --freeze keeps"),
+        ("sam_on", {"freeze": True}, "perturbs weights that --freeze keeps"),
         ("bsam", {"head_lr": 0.1}, "one learning rate of its own"),
     ],
 )
-def test_what_would_be_ignored_is_refused(method: str, fields: dict[str, Any], meaning: str) -> None:
+def test_an_option_that_would_be_ignored_raises(method: str, fields: dict[str, Any], meaning: str) -> None:
     with pytest.raises(ExperimentError, match=meaning):
         Training(run_of(method, methods=("sgd", method), **fields), dataset(), CPU)

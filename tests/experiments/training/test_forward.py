@@ -32,13 +32,13 @@ def make_run(method: str, **fields: object) -> Run:
     return next(recipe(methods=(method,), **fields).runs())
 
 
-def test_a_climb_on_a_fraction_pays_for_a_fraction(tmp_path: Path) -> None:
+def test_second_pass_on_a_fraction_costs_a_fraction(tmp_path: Path) -> None:
     records = train_run(make_run("fraction_sam:fraction=0.5", eval_every=1, batch_size=12), tmp_path)
     assert records[0].gradient_evaluations == 12 * 1.5 * 4
     assert [r.passes for r in records] == pytest.approx([1.5] * 4)
 
 
-def test_a_climb_on_the_whole_batch_is_sam(tmp_path: Path) -> None:
+def test_fraction_one_is_sam(tmp_path: Path) -> None:
     whole = train_run(make_run("fraction_sam:fraction=1.0"), tmp_path / "fraction")
     assert untimed(whole) == untimed(train_run(make_run("sam"), tmp_path / "sam"))
 
@@ -56,7 +56,7 @@ AVERAGE = "mesa:beta=0.5,start=1,lmbda={}"
 
 
 @pytest.mark.parametrize("method", [PAST, AVERAGE])
-def test_a_term_of_the_loss_matters(method: str, tmp_path: Path) -> None:
+def test_the_term_in_the_loss_changes_the_run(method: str, tmp_path: Path) -> None:
     with_it, without = (
         train_run(make_run(method.format(2)), tmp_path / "a"),
         train_run(make_run(method.format(0)), tmp_path / "b"),
@@ -71,7 +71,7 @@ def test_a_term_of_the_loss_matters(method: str, tmp_path: Path) -> None:
         )
 
 
-def test_micro_batches_pay_what_the_method_pays(tmp_path: Path) -> None:
+def test_micro_batches_cost_as_much_as_whole_batches(tmp_path: Path) -> None:
     whole, parts = (
         train_run(make_run("micro_batch_sam:m=16"), tmp_path / "a"),
         train_run(make_run("micro_batch_sam:m=5"), tmp_path / "b"),
@@ -81,7 +81,7 @@ def test_micro_batches_pay_what_the_method_pays(tmp_path: Path) -> None:
     assert whole[-1].train_loss != parts[-1].train_loss
 
 
-def test_a_driver_that_counts_nothing_is_found_out(tmp_path: Path) -> None:
+def test_a_step_function_that_bypasses_forward_raises(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match=r"Forgetful took a step without .* never end"):
         train_run(make_run("forgetful"), tmp_path)
 

@@ -28,7 +28,7 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-def test_contenders_of_a_seed_share_initial_weights(tmp_path: Path) -> None:
+def test_methods_of_a_seed_share_initial_weights(tmp_path: Path) -> None:
     runs = list(recipe(seeds=2, methods=("sgd", "sam", "asam")).runs())
     first = [Training(run, dataset(), CPU).network.state_dict() for run in runs]
     assert same(first[0], first[1])
@@ -94,7 +94,7 @@ def test_a_step_that_crosses_two_points_is_measured_at_both(tmp_path: Path) -> N
     assert records[0].test_loss == records[1].test_loss
 
 
-def test_late_sam_climbs_in_the_last_part_of_its_compute(tmp_path: Path) -> None:
+def test_late_sam_perturbs_in_the_last_part_of_its_compute(tmp_path: Path) -> None:
     late = "late_sam:start=0.5"
     records = train_run(run_of(late, methods=(late,), epochs=6, eval_every=1), tmp_path)
     assert [r.passes for r in records][:2] == [1.0, 1.0]
@@ -134,7 +134,7 @@ def test_training_learns(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore:a step was skipped:RuntimeWarning")
 @pytest.mark.parametrize("method", ["sgd", "sam"])
-def test_a_diverging_run_names_itself_and_leaves_a_usable_folder(method: str, tmp_path: Path) -> None:
+def test_a_diverged_run_is_reported_and_leaves_a_usable_folder(method: str, tmp_path: Path) -> None:
     run = run_of(method, lr=1e18)
     with pytest.raises(ExperimentError, match=rf"{method}-seed0 diverged in epoch 1: .* smaller --lr"):
         train_run(run, tmp_path)

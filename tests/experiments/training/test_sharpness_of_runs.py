@@ -54,7 +54,7 @@ def test_measuring_changes_no_bit_of_the_training_and_adds_to_the_records(
     )
 
 
-def test_records_of_before_are_read_and_written_to_the_same_byte() -> None:
+def test_records_without_flatness_round_trip_to_the_same_bytes() -> None:
     line = (
         '{"standardized_epoch": 2, "epoch": 2, "steps": 10, "gradient_evaluations": 144, "passes": 1.0, '
         '"train_loss": 2.0, "train_accuracy": 30.0, "test_loss": 2.5, "test_accuracy": 20.0, "gap": 10.0, '
@@ -65,7 +65,7 @@ def test_records_of_before_are_read_and_written_to_the_same_byte() -> None:
     assert write_records([record]) == line.encode()
 
 
-def test_a_run_that_was_stopped_measures_the_same(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_stopped_run_measures_the_same_sharpness(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Soon(Stop):
         """Asked for in the third of four epochs, after the first measurement."""
 
@@ -137,7 +137,7 @@ class Small32(nn.Module):
         return logits
 
 
-def test_a_loss_that_is_not_finite_is_no_number_and_no_end_of_the_run() -> None:
+def test_a_loss_that_is_not_finite_gives_nan_and_does_not_raise() -> None:
     network = Small32(Small().double())
     with torch.no_grad():
         network.inner.head.weight[0, 0] = math.nan
@@ -146,7 +146,7 @@ def test_a_loss_that_is_not_finite_is_no_number_and_no_end_of_the_run() -> None:
     assert all(math.isnan(value) for value in found.values())
 
 
-def test_it_can_be_stopped_in_the_middle() -> None:
+def test_a_measurement_can_be_stopped() -> None:
     asked: list[int] = []
 
     def pause() -> None:
@@ -173,7 +173,7 @@ def slow_sharpness(at: Any, w: Tensor, rho: float) -> float:
     return best
 
 
-def test_the_sample_is_of_the_fitted_images_and_always_the_same() -> None:
+def test_the_sample_has_the_noisy_labels_and_is_always_the_same() -> None:
     runs = list(recipe(seeds=2, label_noise=0.5, shots=4, flatness_every=2).runs())
     sgd, sam, other, _ = (Training(run, dataset(), CPU).data.train for run in runs)
     first, again = flatness_sample(sgd, 15, 0), flatness_sample(sam, 15, 0)
@@ -187,7 +187,7 @@ def test_the_sample_is_of_the_fitted_images_and_always_the_same() -> None:
     assert torch.equal(flatness_sample(sgd, 4000, 0).images, sgd.images)
 
 
-def test_how_often_and_on_what_is_no_part_of_the_result_and_may_change(tmp_path: Path) -> None:
+def test_flatness_options_are_no_part_of_the_result(tmp_path: Path) -> None:
     assert recipe(flatness_every=2, flatness_samples=9).result() == recipe().result()
     folder = RunFolder(tmp_path / "run")
     with folder.locked():
@@ -205,12 +205,12 @@ def test_how_often_and_on_what_is_no_part_of_the_result_and_may_change(tmp_path:
         ({"flatness_every": 2, "rho": 0.0}, "rho=0: sharpness is a maximum"),
     ],
 )
-def test_a_wrong_value_is_named_with_its_meaning(fields: dict[str, object], meaning: str) -> None:
+def test_an_invalid_value_is_reported_with_its_meaning(fields: dict[str, object], meaning: str) -> None:
     with pytest.raises(ValueError, match=meaning):
         recipe(**fields)
 
 
-def test_more_than_all_compute_is_the_end_only() -> None:
+def test_an_interval_beyond_the_compute_measures_at_the_end_only() -> None:
     (run,) = recipe(methods=("sgd",), epochs=7, flatness_every=100).runs()
     assert run.flatness_grid == {7}
 
