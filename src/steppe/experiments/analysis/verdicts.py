@@ -27,8 +27,8 @@ _FAMILIES = tuple(name for name in FAMILIES if name != "context")
 
 CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change; it can become more "
-    "confident, and all measures that depend on its logits change. Only where every kind of measure agrees is a minimum "
-    "called flatter or sharper.",
+    "confident, and all measures that depend on its logits change. Only where every kind of measure agrees is a "
+    "minimum called flatter or sharper.",
     "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
     "Flatter does not mean better: sharpness often does not track generalization (arXiv 2302.07011). Look at the test "
     "accuracies and the gap beside it.",
