@@ -63,7 +63,7 @@ def head(results: dict) -> str:
     machine = results["machine"]
     return (
         "# Conformance\n\n"
-        "The requirements of [the contract](architecture.md#the-contract) for sharpness-aware minimization in a real "
+        "The requirements of [the contract](contract.md) for sharpness-aware minimization in a real "
         "training loop, as behavior that a user meets, measured for Steppe and for the other implementations that can "
         "be installed. No statement uses an API of Steppe, and every number can be [reproduced](#reproduce-a-cell). "
         "Measured with\n\n"
