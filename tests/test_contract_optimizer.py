@@ -694,5 +694,5 @@ def test_c13_the_class_form_as_hugging_face_and_skorch_call_it():
 def test_repr_names_the_rules_and_the_base():
     text = repr(SAM(torch.optim.SGD([parameter(1.0)], lr=0.1)))
     assert "L2()" in text
-    assert "Periodic(k=1)" in text
+    assert "Periodic(interval=1)" in text
     assert "SGD" in text

@@ -222,7 +222,7 @@ def test_one_perturbation_a_rank_is_m_sharpness(name, rule, options):
 
 def test_one_perturbation_a_rank_is_what_micro_batches_give_one_process():
     model = network()
-    optimizer = named("sam", steps=2)(model)
+    optimizer = named("sam", ascent_steps=2)(model)
     for step in range(4):
         steppe.closures.micro_batches(optimizer, lambda x, y: F.cross_entropy(model(x), y), samples(step), m=SEEN // 2)
     for found in together()(apart, "sam", 4, {}, {"steps": 2}):
@@ -239,7 +239,7 @@ def communications(per_rank):
         return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
 
     model.register_comm_hook(None, hook)
-    run(model, named("late_sam", start=0.5, steps=4, per_rank=per_rank)(model), range(4))
+    run(model, named("late_sam", start=0.5, total_steps=4, per_rank=per_rank)(model), range(4))
     return len(calls)
 
 
@@ -325,7 +325,7 @@ def refused():
         lambda: steppe.SAM(base, model=model.module, per_rank=True),
         lambda: steppe.SAM(base, per_rank=True),
         lambda: steppe.variants.msam(base, model=model, per_rank=True),
-        lambda: steppe.variants.aesam(base, steps=9, model=model, per_rank=True),
+        lambda: steppe.variants.aesam(base, total_steps=9, model=model, per_rank=True),
         lambda: steppe.variants.sampa(base, model=model, per_rank=True),
         lambda: run(model, steppe.variants.friendly_sam(base, model=model, per_rank=True), range(1)),
         lambda: DRIVES["classic"](steppe.SAM(base, model=model, per_rank=True), lambda: model(samples(0)[0]).sum()),

@@ -1,4 +1,4 @@
-"""What a rule sees, and the three questions that a rule can answer."""
+"""The interface of rules: the :class:`Point` that a rule gets, and the three protocols."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -10,42 +10,42 @@ from torch import Tensor
 from steppe._tensors.ops import as_real, norm
 
 Memory: TypeAlias = dict[str, dict[Tensor, dict[str, Tensor]]]
-"""Rule name -> parameter -> the rule's own tensors."""
+"""Name of the rule -> parameter -> the tensors of the rule."""
 
 
 @dataclass(frozen=True)
 class Point:
-    """Where the optimizer stands: what a rule sees at w.
+    """The state of the optimizer at w, as a rule gets it.
 
-    All sequences run in parallel, one entry a parameter that has a gradient. Complex parameters appear as real views
-    with a last dimension of 2, as ``torch.optim`` treats them.
+    All sequences are parallel, with one entry per parameter that has a gradient. Complex parameters appear as real
+    views with a last dimension of 2, as ``torch.optim`` treats them.
     """
 
     parameters: Sequence[Tensor]
-    """The parameters themselves (w, or w + e while the second pass has not come back)."""
+    """The parameters themselves: w, or w + e until the second pass has restored them."""
     gradients: Sequence[Tensor]
-    """g, the gradient of the first pass: real, of the shapes of ``weights``. It is empty where nobody needs it: for
-    a perturbation with ``needs_gradient = False``, and after a climb for a combination without ``needs_unperturbed_gradient``."""
+    """g, the gradient of the first pass: real, of the shapes of ``weights``. Empty for a perturbation with
+    ``needs_gradient = False``, and, at a perturbed step, for a combination without ``needs_unperturbed_gradient``."""
     rho: Sequence[float | Tensor]
-    """The neighborhood radius of each parameter's group."""
+    """rho, the radius of each parameter's group."""
     base_state: Sequence[Mapping[str, Any]]
-    """The base optimizer's state of each parameter (momentum buffers, ...), to be read only."""
+    """The base optimizer's state of each parameter (momentum buffers, ...); read only."""
     step: int
-    """How many steps were taken before this one."""
+    """The number of steps before this one."""
     memory: Memory = field(default_factory=dict)
-    """The tensors that rules keep from step to step; a rule asks for its own with :meth:`memory_of`."""
+    """The tensors that rules keep from step to step; :meth:`memory_of` returns those of one rule."""
     ascent_so_far: "ScaledDirection | None" = None
-    """The climb at whose end the gradients were taken, within a step of several climbs; None for gradients at w."""
+    """The perturbation at which the gradients were computed, between several ascent steps; None for gradients at w."""
     anchor: Tensor | None = None
-    """A parameter that is always the same one, for what a rule keeps once and not for each parameter."""
+    """A fixed parameter, the key of what a rule keeps once and not per parameter; None is the first one."""
 
     @cached_property
     def weights(self) -> list[Tensor]:
-        """The parameters' values as real tensors without autograd."""
+        """The values of the parameters as real tensors without autograd."""
         return [as_real(p.detach()) for p in self.parameters]
 
     def restricted(self, to: Sequence[int]) -> "Point":
-        """The same point seen by a rule that looks at some of the parameters only, given by their positions."""
+        """Return this point with the parameters at some positions only."""
         return replace(
             self,
             parameters=[self.parameters[i] for i in to],
@@ -57,81 +57,83 @@ class Point:
         )
 
     def memory_of(self, rule: object) -> list[dict[str, Tensor]]:
-        """This rule's own tensors for each parameter, to read and to fill; they are saved in checkpoints."""
+        """Return a rule's dictionary of tensors for each parameter, to read and to fill; checkpoints contain them."""
         own = self.memory.setdefault(type(rule).__name__, {})
         return [own.setdefault(p, {}) for p in self.parameters]
 
     def shared_memory_of(self, rule: object) -> dict[str, Tensor]:
-        """What this rule keeps once, such as a running mean of |g|: to read and to fill; saved in checkpoints."""
+        """Return the tensors that a rule keeps once, such as a running mean of |g|; checkpoints contain them."""
         anchor = self.parameters[0] if self.anchor is None else self.anchor
         return self.memory.setdefault(type(rule).__name__, {}).setdefault(anchor, {})
 
     @cached_property
     def gradient_norm(self) -> Tensor:
-        """|g|, over all parameters together: a 0-dim tensor, computed once."""
+        """|g| over all parameters together: a 0-dim tensor, computed once."""
         return norm(self.gradients)
 
 
 class ScaledDirection(NamedTuple):
-    """The climb of a perturbation, without its length: e = rho * scale * direction."""
+    """A perturbation in units of rho: e = rho * scale * direction."""
 
     direction: Sequence[Tensor | None]
-    """One real tensor a parameter, which is only read; None for a parameter that stays at w."""
+    """One real tensor per parameter, which is only read; None for a parameter that is not perturbed."""
     scale: Tensor | float = 1.0
-    """What makes rho the radius in the rule's norm; a 0-dim tensor when it depends on values."""
+    """The factor that makes rho the radius in the rule's norm; a 0-dim tensor if it depends on values."""
 
 
 class Perturbation(Protocol):
-    """Which way up: Point -> e, given as an :class:`ScaledDirection`.
+    """A function from the point to e, as a :class:`ScaledDirection`.
 
-    A rule that does not look at the gradient may say so with a class attribute ``needs_gradient = False``. A step that
-    climbs is then one pass, at w + e, unless the combination wants g too; its Point has every trainable parameter, and
-    no gradients. A rule that climbs K times says ``ascent_steps = K``: it is asked K times, each time with the gradient at
-    the end of the climb before and that climb as ``point.ascent_so_far``, and answers with the whole climb from w. One whose e
-    is the same for any multiple of the gradient may say ``scale_free = True``, which saves a copy of the gradient where
-    a loss scaler is in use.
+    Optional class attributes declare what the rule needs:
+
+    - ``needs_gradient = False``: e does not depend on the gradient. A perturbed step is then a single pass, at w + e,
+      unless the combination needs g; the point has every trainable parameter, and no gradients.
+    - ``ascent_steps = K``: the rule makes K ascent steps. It is called K times, each time with the gradient at the
+      perturbation so far, which is ``point.ascent_so_far``, and returns the whole perturbation from w.
+    - ``scale_free = True``: e is the same for any multiple of the gradient. This saves a copy of the gradient when a
+      loss scaler is used.
     """
 
     def __call__(self, point: Point, /) -> ScaledDirection:
-        """Return the climb from w."""
+        """Return the perturbation from w."""
 
 
 def needs_gradient(rule: "Perturbation | Cadence") -> bool:
-    """Whether the rule needs the gradient at w, and so a pass at w before it is asked."""
+    """Return True if the rule needs the gradient at w, and so a pass at w before it is called."""
     return bool(getattr(rule, "needs_gradient", True))
 
 
 def ascent_steps(perturbation: Perturbation) -> int:
-    """How many climbs, each with a pass at its end, a step makes that climbs."""
+    """Return the number of ascent steps in a perturbed step; each is followed by a pass."""
     return int(getattr(perturbation, "ascent_steps", 1))
 
 
 def scale_free(rule: "Perturbation | Combination | Cadence") -> bool:
-    """Whether a multiple of all gradients changes nothing but the length of what goes down.
+    """Return True if a multiple of all gradients changes only the length of the update gradient.
 
-    A loss scaler multiplies the gradients by a number that changes on the way. What depends on their size, such as a
-    running mean that they are compared with, has to see them without it; that costs a copy of the gradient.
+    A loss scaler multiplies the gradients by a factor that changes during training. A rule that depends on their size,
+    such as one with a running mean, must get them without that factor, which costs a copy of the gradient.
     """
     return bool(getattr(rule, "scale_free", False))
 
 
 class Combination(Protocol):
-    """Which gradient goes down: (clean, perturbed) -> what the base optimizer gets."""
+    """A function from the gradients at w and at w + e to the update gradient."""
 
     @property
     def needs_unperturbed_gradient(self) -> bool:
-        """Whether g is needed after the second pass; it costs one copy of the gradient."""
+        """True if g is needed after the second pass, which costs one copy of the gradient."""
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None, /) -> Sequence[Tensor]:
-        """Return one gradient a parameter; ``perturbed`` is None at a step that did not climb."""
+        """Return one gradient per parameter; ``perturbed`` is None at a step without perturbation."""
 
 
 class Cadence(Protocol):
-    """When to pay: Point -> climb at this step or not.
+    """A function from the point to True if this step is perturbed.
 
-    A rule that looks at no more than ``at.step`` may say so with a class attribute ``needs_gradient = False``: it is
-    then asked before the first pass, so that it is known what that pass is for.
+    A rule that uses no more than ``point.step`` declares ``needs_gradient = False``, a class attribute: it is then
+    called before the first pass, so that this pass can be the only one, or use a part of the batch.
     """
 
     def __call__(self, point: Point, /) -> bool:
-        """Return whether to climb."""
+        """Return True to perturb."""
