@@ -10,7 +10,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
+from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
 from torch import Tensor
 
 from steppe.experiments.figures.drawing import tag, tag_legend
@@ -82,6 +82,7 @@ def plot_profiles(groups: Groups, styles: Mapping[str, Style], description: str)
         for label, measured in profiles.items():
             if measured:
                 _plot_profile(axes, styles[label], measured[0][0], torch.stack([losses for _, losses in measured]))
+        axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set(title="Along the first direction", xlabel="length along the direction", ylabel="training loss")
         _scale_losses(axes, log=log)
         tag_legend(axes.legend())
