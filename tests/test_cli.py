@@ -113,7 +113,7 @@ def test_methods_are_listed_by_name_and_label(
     assert max(map(len, everything.splitlines())) <= 100
     names = [line.split()[0] for line in everything.splitlines() if not line.startswith(" ")]
     assert [n for n in names if n in CARDS] == list(CARDS)
-    assert "1 + 1/k" in everything
+    assert "1 + 1/interval" in everything
     assert "Zhuang et al. 2022" in everything
     some = listed(["look*", "RST"], capsys)
     assert all(name in some for name in ("looksam", "lookbehind_sam", "random_sam"))

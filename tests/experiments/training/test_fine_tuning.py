@@ -48,7 +48,7 @@ def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Da
     model.load_state_dict(backbone.model.state_dict())
     model.head = head
     model.train()
-    if r.freeze:
+    if r.model.freeze:
         model.eval()
         for p in model.parameters():
             p.requires_grad_(p is head.weight or p is head.bias)
