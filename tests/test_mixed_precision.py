@@ -225,7 +225,7 @@ class _Scaled:
 def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, drive, overflow):
     model = net()
     scaler = growing(growth_interval=100)
-    optimizer = made(name, "momentum", model, scaler=scaler, **({"k": 1} if name == "looksam" else {}))
+    optimizer = made(name, "momentum", model, scaler=scaler, **({"interval": 1} if name == "looksam" else {}))
     calls = []
 
     def run(bad):
