@@ -225,7 +225,7 @@ def test_one_perturbation_a_rank_is_what_micro_batches_give_one_process():
     optimizer = named("sam", ascent_steps=2)(model)
     for step in range(4):
         steppe.closures.micro_batches(optimizer, lambda x, y: F.cross_entropy(model(x), y), samples(step), m=SEEN // 2)
-    for found in together()(apart, "sam", 4, {}, {"steps": 2}):
+    for found in together()(apart, "sam", 4, {}, {"ascent_steps": 2}):
         close(found, weights(model))
 
 
