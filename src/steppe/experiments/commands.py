@@ -1,7 +1,5 @@
 """The commands, as tyro reads them: their fields are the options, their docstrings the help."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,8 +21,6 @@ from steppe.experiments.methods_table import methods
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.search_space import grid, spaces
 from steppe.experiments.tuning.tune import is_tuning, report_tuning, tune
-
-__all__ = ["Compare", "Finetune", "Measure", "Methods", "Plot", "Tune", "parse"]
 
 _COMPARE = "Train methods at equal compute and show which generalizes better."
 _FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."

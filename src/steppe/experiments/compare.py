@@ -1,7 +1,5 @@
 """Train every run of a recipe and report which method generalizes better."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -23,8 +21,6 @@ from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import RunFolder
-
-__all__ = ["compare", "plot", "report"]
 
 _LOCAL = ExecutionOptions()
 

@@ -1,7 +1,5 @@
 """Errors that a user can fix: the command line prints one clear line and no traceback."""
 
-__all__ = ["DataError", "ExperimentError"]
-
 
 class ExperimentError(RuntimeError):
     """States the cause, the consequence and the remedy; the command line prints it and exits with 1."""

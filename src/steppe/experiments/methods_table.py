@@ -1,7 +1,5 @@
 """`steppe methods`: a table of the methods, or the card of one."""
 
-from __future__ import annotations
-
 import difflib
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
@@ -15,8 +13,6 @@ from steppe.experiments.errors import ExperimentError
 from steppe.methods._card import MethodCard
 from steppe.methods.cards import card, memory
 from steppe.methods.registry import CARDS
-
-__all__ = ["methods"]
 
 
 def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) -> None:

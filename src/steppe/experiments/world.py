@@ -1,7 +1,5 @@
 """The processes that train a run together, and their devices; torchrun starts them."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,8 +9,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-
-__all__ = ["World", "has_bfloat16", "join", "launched"]
 
 
 def has_bfloat16(*, on_gpu: bool) -> bool:

@@ -3,8 +3,6 @@
 Belkin, Hsu, Ma and Mandal 2019, https://arxiv.org/abs/1812.11118; Nakkiran et al. 2020, https://arxiv.org/abs/1912.02292.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
@@ -23,8 +21,6 @@ from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder
-
-__all__ = ["INTERPOLATES", "DoubleDescent", "Peak", "Point", "parameters", "summarize"]
 
 INTERPOLATES = 1.0
 """Percent: a method interpolates from the smallest width on whose mean training error is below it."""

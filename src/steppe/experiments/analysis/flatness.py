@@ -1,7 +1,5 @@
 """The measured flatness of a run folder: its files, and the verdicts on its methods."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,8 +10,6 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Flatness
-
-__all__ = ["FLATNESS", "read_flatness", "read_flatness_file", "read_lines", "verdicts"]
 
 FLATNESS = "flatness.json"
 

@@ -1,13 +1,9 @@
 """Mean, standard deviation and confidence interval of a few runs."""
 
-from __future__ import annotations
-
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-__all__ = ["Estimate", "estimate", "t_quantile"]
 
 # 97.5 % quantiles of Student's t for 1 to 30 degrees of freedom: the table of every textbook, for example
 # NIST/SEMATECH e-Handbook of Statistical Methods, section 1.3.6.7.2, to one digit more.

@@ -1,7 +1,5 @@
 """The summary of a comparison: a row for each method, the paired differences, and their verdicts."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
@@ -18,8 +16,6 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results, RunFolder
-
-__all__ = ["Difference", "Row", "Summary", "setting", "summarize"]
 
 _HEADINGS = (
     "method",

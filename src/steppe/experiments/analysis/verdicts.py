@@ -1,7 +1,5 @@
 """Verdicts on flatness: a method's minima against the reference's, measure by measure."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -15,8 +13,6 @@ from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.flatness import FAMILIES, Flatness
-
-__all__ = ["Row", "Verdict", "compared"]
 
 _HEADINGS = ("measure", "", "", "difference ± 95 %", "verdict")
 _WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}

@@ -1,11 +1,7 @@
 """Range checks for the sections of a recipe; each error names the field, its value and its meaning."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-
-__all__ = ["at_least", "positive"]
 
 
 def at_least(section: object, limits: Mapping[str, tuple[float, str]]) -> None:

@@ -1,14 +1,10 @@
 """Sections of a recipe that say which runs there are, when they are measured and where they are stored."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 
 from steppe.experiments.config.checks import at_least
 from steppe.experiments.config.method_spec import MethodSpec
-
-__all__ = ["ComparisonConfig", "EvaluationConfig", "OutputConfig"]
 
 
 @dataclass(frozen=True)

@@ -15,8 +15,6 @@ from steppe.experiments.config import methods
 from steppe.experiments.config.methods import BASES, Method, RunContext, Value, unknown
 from steppe.methods._step_function import StepFunction
 
-__all__ = ["MethodSpec"]
-
 _SYNTAX = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
 _BOOLEANS: Mapping[str, bool] = {"true": True, "false": False}
 

@@ -3,8 +3,6 @@
 They are made from the cards of `steppe.methods`; no other module depends on the name of a method.
 """
 
-from __future__ import annotations
-
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
@@ -20,8 +18,6 @@ from torch.optim import Optimizer
 from steppe.methods._card import MethodCard, plain_base
 from steppe.methods._step_function import StepFunction
 from steppe.methods.registry import CARDS
-
-__all__ = ["BASES", "METHODS", "Base", "Method", "RunContext", "unknown"]
 
 T = TypeVar("T")
 Value = bool | int | float | str

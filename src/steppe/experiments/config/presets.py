@@ -1,13 +1,9 @@
 """Recipes by name: `steppe compare NAME` runs one."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from types import MappingProxyType
 
 from steppe.experiments.config.recipe import Recipe
-
-__all__ = ["RECIPES"]
 
 _SMALL = Recipe().replace(channels_last=True)
 

@@ -15,8 +15,6 @@ from steppe.experiments.config.task import DataConfig, ModelConfig
 from steppe.experiments.config.training import HardwareConfig, TrainingConfig
 from steppe.experiments.data.batches import count
 
-__all__ = ["Recipe", "Run", "option_types"]
-
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
 _FREE = frozenset(
     {

@@ -1,14 +1,10 @@
 """Fill in the options that a recipe leaves open, for the machine that trains it."""
 
-from __future__ import annotations
-
 import torch
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.world import has_bfloat16, launched
-
-__all__ = ["fill_in", "resolve"]
 
 
 def resolve(recipe: Recipe) -> Recipe:

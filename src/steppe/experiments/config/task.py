@@ -1,7 +1,5 @@
 """Sections of a recipe that say what is trained: the data and the network."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -9,8 +7,6 @@ from typing import Literal
 from steppe.experiments.config.checks import at_least
 from steppe.experiments.config.methods import unknown
 from steppe.experiments.data.datasets import DatasetName
-
-__all__ = ["DataConfig", "ModelConfig"]
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,10 @@
 """Sections of a recipe that say how a run is trained: the optimizer and the hardware."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Literal
 
 from steppe.experiments.config.checks import at_least, positive
 from steppe.experiments.config.methods import BASES
-
-__all__ = ["HardwareConfig", "TrainingConfig"]
 
 
 @dataclass(frozen=True)

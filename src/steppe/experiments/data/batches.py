@@ -1,7 +1,5 @@
 """Batches of a split, shuffled and normalized on its device."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,8 +10,6 @@ from torch import Tensor
 from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.data.seeds import generator
 from steppe.experiments.world import World
-
-__all__ = ["Batch", "batches", "count", "order", "start"]
 
 
 @dataclass(frozen=True, eq=False)

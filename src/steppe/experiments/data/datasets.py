@@ -27,20 +27,6 @@ from steppe.experiments.data import digits, fashion_mnist
 from steppe.experiments.data.fashion_mnist import IdxFile
 from steppe.experiments.errors import DataError
 
-__all__ = [
-    "CLASSES",
-    "MEAN",
-    "STD",
-    "Dataset",
-    "DatasetName",
-    "PretrainedNetwork",
-    "Split",
-    "cache_home",
-    "is_available",
-    "load",
-    "normalize",
-]
-
 DatasetName = Literal["sample", "fashion-mnist", "digits"]
 
 CLASSES: tuple[str, ...] = (

@@ -5,8 +5,6 @@ References:
     https://doi.org/10.24432/C50P49 (its test set, which is part of scikit-learn).
 """
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np
@@ -15,8 +13,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from steppe.experiments.errors import DataError
-
-__all__ = ["read"]
 
 SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 

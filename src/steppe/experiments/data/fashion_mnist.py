@@ -3,8 +3,6 @@
 The SHA-256 of each file's unpacked content is known, so a damaged, truncated or wrong file is never used.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import logging
@@ -23,8 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steppe.experiments.errors import DataError
-
-__all__ = ["TEST", "TRAIN", "IdxFile", "from_cache", "from_directory", "unpack"]
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 TIMEOUT = 30.0  # seconds in which not one byte arrives

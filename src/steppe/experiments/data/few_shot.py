@@ -1,14 +1,10 @@
 """Draw a few training images of each class."""
 
-from __future__ import annotations
-
 import torch
 
 from steppe.experiments.data.datasets import Split
 from steppe.experiments.data.seeds import FEW_SHOT, generator
 from steppe.experiments.errors import ExperimentError
-
-__all__ = ["few_shot"]
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:

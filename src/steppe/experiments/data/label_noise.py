@@ -1,13 +1,9 @@
 """Label noise: a fraction of the training labels is wrong, so a network can fit them by memorizing only."""
 
-from __future__ import annotations
-
 import torch
 
 from steppe.experiments.data.datasets import CLASSES, Split
 from steppe.experiments.data.seeds import LABEL_NOISE, generator
-
-__all__ = ["mislabeled"]
 
 
 def mislabeled(split: Split, fraction: float, seed: int) -> Split:

@@ -1,11 +1,7 @@
 """Random generators for the data, independent of each other and of torch's global one."""
 
-from __future__ import annotations
-
 import torch
 from numpy.random import SeedSequence
-
-__all__ = ["FEW_SHOT", "FLATNESS_SAMPLE", "LABEL_NOISE", "generator"]
 
 # One number for each purpose, so that the draws of one seed are independent.
 FEW_SHOT, LABEL_NOISE, FLATNESS_SAMPLE = 0x5407, 0x401E, 0xF1A7

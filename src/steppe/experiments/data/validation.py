@@ -1,13 +1,9 @@
 """Hold out a validation set, so that tuning does not use the test set."""
 
-from __future__ import annotations
-
 import torch
 
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.errors import ExperimentError
-
-__all__ = ["hold_out"]
 
 
 def hold_out(data: Dataset, one_in: int) -> Dataset:

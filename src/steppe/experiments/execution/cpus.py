@@ -1,11 +1,7 @@
 """The number of CPUs for this process: containers and batch systems often give fewer than the machine has."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
-
-__all__ = ["available"]
 
 
 def available(groups: Path = Path("/sys/fs/cgroup")) -> int:

@@ -1,7 +1,5 @@
 """Progress of a run in another process: a file of events in its folder, written there and read here."""
 
-from __future__ import annotations
-
 import json
 import os
 import platform
@@ -13,8 +11,6 @@ from typing import Any
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.reporter import Reporter
-
-__all__ = ["EVENTS", "EventReader", "EventWriter"]
 
 EVENTS = ".events.jsonl"
 

@@ -1,7 +1,5 @@
 """Executors train runs: the interface, its inputs and its results. :mod:`.launch` makes one."""
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
@@ -13,8 +11,6 @@ from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop
 from steppe.experiments.world import World
-
-__all__ = ["ExecutionOptions", "Executor", "Job", "Outcome", "failures"]
 
 
 @dataclass(frozen=True)

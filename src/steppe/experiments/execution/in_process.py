@@ -1,7 +1,5 @@
 """Train runs in this process, one after the other."""
 
-from __future__ import annotations
-
 from collections.abc import Generator, Iterable
 from pathlib import Path
 
@@ -14,8 +12,6 @@ from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop
 from steppe.experiments.world import World
-
-__all__ = ["InProcessExecutor"]
 
 
 class InProcessExecutor(Executor):

@@ -1,7 +1,5 @@
 """Make the executor that the options ask for."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -17,8 +15,6 @@ from steppe.experiments.execution.local import LocalExecutor
 from steppe.experiments.execution.ray import RayExecutor
 from steppe.experiments.execution.tensorboard import TensorBoard
 from steppe.experiments.world import join, launched
-
-__all__ = ["start_executor"]
 
 
 @contextmanager

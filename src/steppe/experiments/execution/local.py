@@ -1,7 +1,5 @@
 """Train several runs at a time in processes of this machine."""
 
-from __future__ import annotations
-
 import pickle
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -15,8 +13,6 @@ from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.execution.pool import ProcessPool, Worker
 from steppe.experiments.execution.worker import POLL_SECONDS, RunTask, train_task
 from steppe.experiments.execution.workers import WorkerExecutor
-
-__all__ = ["LocalExecutor"]
 
 
 class LocalExecutor(WorkerExecutor[Worker]):

@@ -4,8 +4,6 @@ Neither concurrent.futures nor loky can replace it: when one of their workers is
 each run in progress would lose what it did since its checkpoint. Here, only the task of that worker fails.
 """
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import pickle
@@ -20,8 +18,6 @@ from types import TracebackType
 from typing import Any
 
 from steppe.experiments.errors import ExperimentError
-
-__all__ = ["ProcessPool", "Worker", "WorkerDied"]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NOTHING = pickle.dumps(None)

@@ -1,7 +1,5 @@
 """Backbones that runs start from: a network pretrained here once and kept, or a published checkpoint."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterable
@@ -28,8 +26,6 @@ from steppe.experiments.training.checkpointing import owner
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.world import World
-
-__all__ = ["load_data", "pretraining_recipe", "resolve_pretraining", "train_runs", "with_backbone"]
 
 # Options of the pretraining that are those of the recipe.
 _SHARED = (

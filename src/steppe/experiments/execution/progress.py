@@ -1,7 +1,5 @@
 """The progress display of all commands: bars on a terminal, plain lines elsewhere."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
@@ -15,8 +13,6 @@ from rich.text import Text
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.reporter import Reporter
-
-__all__ = ["JobProgress", "ProgressDisplay", "RunProgress"]
 
 
 class _TimeColumn(TimeRemainingColumn):

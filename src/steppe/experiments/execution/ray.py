@@ -1,7 +1,5 @@
 """Train runs on Ray: each is a task that trains into the shared run folder."""
 
-from __future__ import annotations
-
 import math
 import os
 import signal
@@ -22,8 +20,6 @@ from steppe.experiments.execution.pool import WorkerDied
 from steppe.experiments.execution.worker import POLL_SECONDS, RunTask, train_task
 from steppe.experiments.execution.workers import WorkerExecutor
 from steppe.experiments.world import has_bfloat16
-
-__all__ = ["RayExecutor"]
 
 
 class RayExecutor(WorkerExecutor[Any]):

@@ -1,7 +1,5 @@
 """Measurements of runs as TensorBoard logs."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
@@ -10,8 +8,6 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.reporter import Reporter
-
-__all__ = ["TensorBoard"]
 
 
 class TensorBoard(Reporter):

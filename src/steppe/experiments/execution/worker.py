@@ -1,7 +1,5 @@
 """Train one run in a worker process, of this machine or of Ray."""
 
-from __future__ import annotations
-
 import math
 import signal
 import time
@@ -20,8 +18,6 @@ from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import join
-
-__all__ = ["POLL_SECONDS", "STOPPED", "RunTask", "StopFile", "train_task"]
 
 POLL_SECONDS = 0.25
 STOPPED = "stopped"

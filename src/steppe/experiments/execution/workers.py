@@ -1,7 +1,5 @@
 """Train several runs at a time in workers: the loop that hands out jobs, and resumes those of workers that died."""
 
-from __future__ import annotations
-
 import time
 import uuid
 from abc import abstractmethod
@@ -23,8 +21,6 @@ from steppe.experiments.execution.worker import POLL_SECONDS, STOPPED, RunTask
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
-
-__all__ = ["WorkerExecutor"]
 
 _RETRIES = 3
 

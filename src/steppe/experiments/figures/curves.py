@@ -1,7 +1,5 @@
 """Accuracy, loss, generalization gap and sharpness over compute and over time."""
 
-from __future__ import annotations
-
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,8 +18,6 @@ from steppe.experiments.figures.drawing import Drawing, save_all, tag, tag_legen
 from steppe.experiments.figures.style import GREY, Style, add_caption, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
-
-__all__ = ["EXTENTS", "QUANTITIES", "Extent", "Quantity", "draw", "drawings", "tracked"]
 
 _MANY = 4  # methods, from which on the legend is beside the curves and not among them
 

@@ -1,7 +1,5 @@
 """Errors and sharpness over the number of parameters, with each method's interpolation threshold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,8 +14,6 @@ from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import Drawing, save_all
 from steppe.experiments.figures.style import GREY, Style, add_caption, styles
-
-__all__ = ["draw"]
 
 
 def draw(recipe: Recipe, summary: DoubleDescent, folder: Path) -> list[Path]:

@@ -1,7 +1,5 @@
 """A drawn figure: rendered once, saved as PNG and SVG, and shown on the page panel by panel from the same SVG."""
 
-from __future__ import annotations
-
 import io
 import json
 import re
@@ -16,8 +14,6 @@ from matplotlib.figure import Figure
 from matplotlib.legend import Legend
 
 from steppe.experiments.figures.style import CARD, COLORS, GRID, INK, SOFT, use_style
-
-__all__ = ["Drawing", "color_variable", "freeze", "save_all", "tag", "tag_legend", "theme_css"]
 
 _SUFFIXES = ("png", "svg")
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"

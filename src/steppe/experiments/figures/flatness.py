@@ -1,7 +1,5 @@
 """The figures of flatness: spectra, landscapes, and lines between solutions."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -12,8 +10,6 @@ from steppe.experiments.figures.landscapes import KINDS, plot_landscapes, plot_l
 from steppe.experiments.figures.spectra import Groups, plot_spectra
 from steppe.experiments.figures.style import Style, styles_of
 from steppe.flatness import Landscape
-
-__all__ = ["draw", "drawings", "landscapes_of", "lines"]
 
 
 def draw(groups: Groups, folder: Path, description: str) -> list[Path]:

@@ -1,7 +1,5 @@
 """Placement of labels next to their points: they cover neither points nor each other, and lines only if they must."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 
@@ -13,8 +11,6 @@ from matplotlib.patheffects import withStroke
 from numpy.typing import NDArray
 
 from steppe.experiments.figures.style import CARD, INK
-
-__all__ = ["Point", "add_labels", "place"]
 
 Point = tuple[float, float]
 Boxes = NDArray[np.float64]

@@ -1,7 +1,5 @@
 """The loss around solutions, and on the straight lines between them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,8 +15,6 @@ from steppe.experiments.figures.drawing import tag, tag_legend
 from steppe.experiments.figures.spectra import Groups
 from steppe.experiments.figures.style import Style, add_text
 from steppe.flatness import Landscape
-
-__all__ = ["COLORMAP", "KINDS", "loss_range", "plot_landscapes", "plot_lines", "plot_profiles", "profiles_of"]
 
 COLORMAP = ((0.0, "#0f2f38"), (0.2, "#1d5560"), (0.4, "#3c7f74"), (0.6, "#7da978"), (0.8, "#c3c87f"), (1.0, "#f6e9b2"))
 """Colors of the loss, from low to high."""

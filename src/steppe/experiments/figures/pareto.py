@@ -1,7 +1,5 @@
 """The cost of each method against its result, and the Pareto front: the methods that no other one beats in both."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -18,8 +16,6 @@ from steppe.experiments.figures.label_placement import Point, add_labels
 from steppe.experiments.figures.style import GREY, add_caption, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
-
-__all__ = ["after_epochs", "common_epochs", "draw", "front"]
 
 _FIELDS = (("test_accuracy", "test accuracy, %", 1), ("gap", "generalization gap, points", -1))
 """A field of `Record`, its label, and the sign of what is better."""

@@ -1,7 +1,5 @@
 """The Hessian's spectral density and leading eigenvalues, and the generalization gap over each measure of flatness."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 
@@ -14,17 +12,6 @@ from torch import Tensor
 from steppe.experiments.figures.drawing import tag, tag_legend
 from steppe.experiments.figures.style import CARD, GREY, Style, add_text
 from steppe.flatness import FAMILIES, Density, Flatness
-
-__all__ = [
-    "BANDWIDTH",
-    "Groups",
-    "mean_density",
-    "measures_of",
-    "plot_eigenvalues",
-    "plot_gap_over",
-    "plot_spectra",
-    "smoothing",
-]
 
 BANDWIDTH = 0.005
 """The Gaussian's standard deviation by which a spectrum is smoothed, as a share of the range of all eigenvalues."""

@@ -1,7 +1,5 @@
 """The style of every figure: one look for each method, whatever the reader's own matplotlib style is."""
 
-from __future__ import annotations
-
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -16,21 +14,6 @@ from matplotlib.figure import Figure
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
-
-__all__ = [
-    "CARD",
-    "COLORS",
-    "GREY",
-    "GRID",
-    "INK",
-    "SOFT",
-    "Style",
-    "add_caption",
-    "add_text",
-    "styles",
-    "styles_of",
-    "use_style",
-]
 
 GREY = "#888888"
 INK, SOFT, GRID, CARD = "#222222", "#555555", "#E4E4E4", "#FFFFFF"

@@ -3,8 +3,6 @@
 Colors of the theme are CSS variables, which the page's script replaces by their values.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -15,8 +13,6 @@ from steppe.experiments.figures.drawing import color_variable
 from steppe.experiments.figures.landscapes import COLORMAP, loss_range
 from steppe.experiments.figures.style import Style
 from steppe.flatness import Landscape
-
-__all__ = ["is_logarithmic", "surfaces"]
 
 _LINES = 14
 _HIDDEN = {"show": False, "highlight": False}

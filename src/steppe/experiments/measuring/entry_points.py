@@ -1,7 +1,5 @@
 """Objects in a user's own code, named as "package.module:name": a model, data, a loss."""
 
-from __future__ import annotations
-
 import pkgutil
 import sys
 from collections.abc import Callable
@@ -9,8 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from steppe.experiments.errors import ExperimentError
-
-__all__ = ["call_factory", "check_name", "load_entry_point", "one_line"]
 
 
 def check_name(option: str, name: str) -> None:

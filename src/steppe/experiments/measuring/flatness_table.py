@@ -1,7 +1,5 @@
 """The measured flatness of a user's model, as a table on the terminal and in Markdown."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,8 +10,6 @@ from rich.table import Table
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict, compared
 from steppe.flatness import FAMILIES, Flatness, Measure
-
-__all__ = ["TITLE", "FlatnessTable"]
 
 TITLE = "# Flatness of "
 

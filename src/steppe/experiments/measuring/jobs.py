@@ -1,7 +1,5 @@
 """Jobs of `steppe measure`: each measures one network and writes a file, several at a time."""
 
-from __future__ import annotations
-
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
@@ -18,8 +16,6 @@ from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 from steppe.experiments.execution.progress import JobProgress
 from steppe.experiments.storage.files import write_json
 from steppe.flatness import Budget, Flatness, Objective, measure
-
-__all__ = ["FlatnessJob", "Progress", "measure_missing", "run_jobs"]
 
 J = TypeVar("J")
 T = TypeVar("T")

@@ -1,7 +1,5 @@
 """Measure the flatness of every run of a run folder, and the loss on the lines between the runs."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -30,8 +28,6 @@ from steppe.experiments.training.run import Training
 from steppe.experiments.training.sharpness import flatness_sample
 from steppe.experiments.world import World
 from steppe.flatness import Budget, Flatness, Objective, interpolation, normalized_logits
-
-__all__ = ["measure_runs", "objectives"]
 
 _LINE_POINTS = 13
 

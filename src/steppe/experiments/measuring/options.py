@@ -10,8 +10,6 @@ import torch
 from steppe.experiments.execution import cpus
 from steppe.flatness import Budget
 
-__all__ = ["MeasuringOptions", "Sampling"]
-
 
 @dataclass(frozen=True)
 class Sampling:

@@ -1,7 +1,5 @@
 """A user's data, in tensors, a dataset or batches, prepared for many passes."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -13,8 +11,6 @@ from torch.utils.data import IterableDataset, default_collate
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.measuring.entry_points import one_line
 from steppe.flatness._batches import num_samples
-
-__all__ = ["digest_of_data", "first_length", "prepare_data"]
 
 _FORMS = "a tuple of tensors (inputs, targets), a Dataset of such pairs, or batches: a DataLoader, a list"
 

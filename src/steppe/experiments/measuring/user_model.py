@@ -1,7 +1,5 @@
 """Measure the flatness of a user's model, from files of its weights, on the user's data."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,8 +22,6 @@ from steppe.experiments.measuring.weights import digest, digest_of_model, load_w
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Budget, Flatness, Objective, normalized_logits
-
-__all__ = ["UserModel", "measure_user_model"]
 
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 _ENTRY_POINTS = ("model", "data", "loss", "evaluate")

@@ -1,7 +1,5 @@
 """Files of weights from training scripts: a state dict, alone or among other entries."""
 
-from __future__ import annotations
-
 import hashlib
 import zipfile
 from collections.abc import Mapping
@@ -13,8 +11,6 @@ from torch import Tensor, nn
 
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.measuring.entry_points import one_line
-
-__all__ = ["digest", "digest_of_model", "load_weights"]
 
 _KEYS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile

@@ -15,8 +15,6 @@ from torch import Tensor, nn
 from steppe.experiments.data.datasets import MEAN, STD
 from steppe.experiments.errors import ExperimentError
 
-__all__ = ["Backbone", "FineTuned", "from_hub"]
-
 _REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError)
 """Exceptions of the hubs for an unknown name, a damaged file or a missing connection."""
 

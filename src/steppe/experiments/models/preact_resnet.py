@@ -11,8 +11,6 @@ from typing import Literal, get_args
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-__all__ = ["Norm", "PreActBlock", "PreActResNet18", "preact_resnet18"]
-
 Norm = Literal["batch", "group"]
 
 MAX_GROUPS = 8

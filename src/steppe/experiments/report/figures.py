@@ -1,7 +1,5 @@
 """The figures of the page: panels of the drawings, and the choices under which each is visible."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -36,8 +34,6 @@ from steppe.experiments.figures.surfaces import is_logarithmic, surfaces
 from steppe.experiments.report.numbers import number
 from steppe.experiments.storage.run_folder import Results
 from steppe.flatness import Flatness, Landscape
-
-__all__ = ["Choice", "Figures", "Panel"]
 
 _BANDWIDTHS = (0.001, BANDWIDTH, 0.02, 0.1)
 

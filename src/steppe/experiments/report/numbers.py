@@ -1,12 +1,8 @@
 """Numbers as they are written on the page."""
 
-from __future__ import annotations
-
 import math
 import re
 from collections.abc import Sequence
-
-__all__ = ["change", "number", "spread", "typographic"]
 
 _SUPERSCRIPTS = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 

@@ -1,7 +1,5 @@
 """report.html: one page of everything that a run folder holds, which needs neither a network nor the folder."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -28,8 +26,6 @@ from steppe.experiments.report.numbers import typographic
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.flatness import Flatness
-
-__all__ = ["FILE", "write"]
 
 FILE = "report.html"
 

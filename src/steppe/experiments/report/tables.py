@@ -1,7 +1,5 @@
 """The rows of the page's tables; tables.html writes them as HTML."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,8 +12,6 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.report.numbers import change, spread
 from steppe.experiments.report.verdicts import word
 from steppe.flatness import FAMILIES, Flatness
-
-__all__ = ["HEADINGS", "Cell", "Group", "Line", "flatness_groups", "text"]
 
 HEADINGS = (
     ("method", ""),

@@ -1,15 +1,11 @@
 """The verdict in one sentence; unknown is stated as plainly as known."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.summary import Difference, Summary
 from steppe.experiments.analysis.verdicts import CAVEATS
-
-__all__ = ["KINDS", "Headline", "details", "headlines", "word"]
 
 KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad", "sharper": "bad"}
 """The class of a verdict's word on the page; every other word is "open"."""

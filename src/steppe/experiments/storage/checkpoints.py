@@ -1,7 +1,5 @@
 """Checkpoints: one file for each run, replaced atomically and verified when it is loaded."""
 
-from __future__ import annotations
-
 import io
 import zipfile
 from collections.abc import Mapping
@@ -12,8 +10,6 @@ import torch
 
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import write_atomically
-
-__all__ = ["load", "save"]
 
 _FORMAT = "steppe run checkpoint, version 3"
 

@@ -1,7 +1,5 @@
 """The environment of a comparison: versions, machine and command, for those who want the same numbers."""
 
-from __future__ import annotations
-
 import datetime
 import json
 import os
@@ -18,8 +16,6 @@ import torch
 from rich.console import Console
 
 from steppe.experiments.storage.files import write_json
-
-__all__ = ["describe", "record_session"]
 
 
 def record_session(path: Path, command: Sequence[str], console: Console) -> None:

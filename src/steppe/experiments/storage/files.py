@@ -1,13 +1,9 @@
 """Atomic writes: a file is complete or absent, whenever the process is killed."""
 
-from __future__ import annotations
-
 import json
 import os
 from pathlib import Path
 from typing import Any
-
-__all__ = ["write_atomically", "write_json"]
 
 
 def write_atomically(path: Path, content: bytes | memoryview) -> None:

@@ -1,13 +1,9 @@
 """The records of metrics.jsonl: one for each measurement of a run."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
-
-__all__ = ["Record", "read_records", "write_records"]
 
 
 @dataclass(frozen=True)

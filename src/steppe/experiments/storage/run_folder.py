@@ -1,7 +1,5 @@
 """The run folder: its files, the configuration that owns it, and the lock for one process at a time."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -14,8 +12,6 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.records import Record, read_records
-
-__all__ = ["CHECKPOINT", "METRICS", "Results", "RunFolder", "check_same", "check_unused"]
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 

@@ -1,7 +1,5 @@
 """Save and restore the checkpoint and the metrics of a run in progress."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -14,8 +12,6 @@ from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.world import World
-
-__all__ = ["CheckpointManager", "owner"]
 
 
 class _Resumable(Protocol):

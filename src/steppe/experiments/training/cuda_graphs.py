@@ -4,8 +4,6 @@ A replay runs the work of the device and none of the Python code, whose counters
 graphs takes the same steps as one without, the first few of them without a graph.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
@@ -23,8 +21,6 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.world import World
-
-__all__ = ["RECORDERS", "Graphs", "OnCuda", "Recorder", "Step", "recorder"]
 
 T = TypeVar("T")
 

@@ -1,7 +1,5 @@
 """Loss and accuracy over a whole split, in evaluation mode."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -12,8 +10,6 @@ from torch import nn
 
 from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.world import World
-
-__all__ = ["Score", "evaluate"]
 
 # Images in one forward pass; the number changes memory, speed and the last bits of a result.
 _CHUNK, _CHUNK_ON_A_GPU = 500, 5000

@@ -5,8 +5,6 @@ A step function is a subclass of `StepFunction`. With a builder of `steppe.closu
     return self.optimizer.step(closures.fraction(self.optimizer, forward, batch.tensors, fraction=0.25))
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from fractions import Fraction
@@ -17,8 +15,6 @@ from torch import Tensor, nn
 
 from steppe.experiments.data.batches import Batch
 from steppe.experiments.world import World
-
-__all__ = ["FORWARD_ONLY", "Forward"]
 
 FORWARD_ONLY = Fraction(1, 3)
 """Cost of a sample without a backward pass, which does about twice the work of the forward pass."""

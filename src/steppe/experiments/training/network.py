@@ -1,7 +1,5 @@
 """Build the network of a run, and check that a method can fine-tune it."""
 
-from __future__ import annotations
-
 from torch import nn
 from torch.optim import Optimizer
 
@@ -9,8 +7,6 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.preact_resnet import preact_resnet18
-
-__all__ = ["build_network", "check_fine_tuning"]
 
 
 def build_network(run: Run, data: Dataset) -> nn.Module:

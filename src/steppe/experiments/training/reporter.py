@@ -1,15 +1,11 @@
 """The interface through which a run reports its progress."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from types import TracebackType
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.records import Record
-
-__all__ = ["Reporter"]
 
 
 class Reporter(AbstractContextManager["Reporter"]):

@@ -1,7 +1,5 @@
 """Train one run, from its seed or its checkpoint, until its compute is spent."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -32,8 +30,6 @@ from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
-
-__all__ = ["Training", "train"]
 
 # Guessing gives log(10) = 2.3. SAM skips steps that are not finite, so with it a loss may stay at 1e17 for ever.
 _DIVERGED_LOSS = 1e4

@@ -1,7 +1,5 @@
 """Flatness during training: measures of `steppe.flatness` on a fixed sample of a run's training images."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable
 
@@ -12,8 +10,6 @@ from torch import nn
 from steppe import flatness
 from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.data.seeds import FLATNESS_SAMPLE, generator
-
-__all__ = ["flatness_sample", "measure_flatness"]
 
 _TOLERANCE = 1e-2  # of the eigenvalue, relative
 

@@ -1,14 +1,10 @@
 """Stop a run where it can resume: a signal is recorded, and the training loop checks it."""
 
-from __future__ import annotations
-
 import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
-
-__all__ = ["Stop", "Stopped", "on_signals"]
 
 
 class Stopped(Exception):  # noqa: N818 (no error: the run stopped on request)

@@ -1,7 +1,5 @@
 """Commands that compare the tuned methods on the test set."""
 
-from __future__ import annotations
-
 import shlex
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +7,6 @@ from pathlib import Path
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
-
-__all__ = ["command_line", "confirmations"]
 
 _RUNS = 3  # the minimum for a verdict
 

@@ -1,7 +1,5 @@
 """Figures of a search: validation accuracy and gap over each number that was searched, such as rho."""
 
-from __future__ import annotations
-
 import re
 import statistics
 from collections.abc import Sequence
@@ -18,8 +16,6 @@ from steppe.experiments.storage.records import Record
 from steppe.experiments.tuning.result import Best, Search, TuningResult
 from steppe.experiments.tuning.search_space import Range, Space
 from steppe.experiments.tuning.studies import TrialResult
-
-__all__ = ["draw"]
 
 _ACCURACY = ("test_accuracy", "Validation accuracy", "%")
 _LOSS = ("test_loss", "Validation loss", "cross-entropy")

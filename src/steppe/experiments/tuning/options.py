@@ -1,11 +1,7 @@
 """The options of `steppe tune`."""
 
-from __future__ import annotations
-
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
-
-__all__ = ["Objective", "Sampler", "TuningOptions"]
 
 Objective = Literal["accuracy", "loss"]
 Sampler = Literal["tpe", "random", "grid"]

@@ -1,7 +1,5 @@
 """The result of a search: the best values of each method, their uncertainty, and the commands that confirm them."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -20,8 +18,6 @@ from steppe.experiments.tuning.confirm import confirmations
 from steppe.experiments.tuning.options import Objective
 from steppe.experiments.tuning.search_space import Range, Space, Values
 from steppe.experiments.tuning.studies import TrialResult
-
-__all__ = ["Best", "Search", "TuningResult", "summarize_search"]
 
 _SHOWN = 5  # trials of a method on the terminal; the files have them all
 _LISTED = 6  # values within one standard error that are listed; of more, the ends only

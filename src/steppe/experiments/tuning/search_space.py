@@ -16,8 +16,6 @@ from steppe.experiments.config.recipe import Recipe, option_types
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["Choices", "Dimension", "Range", "Space", "Values", "grid", "read", "spaces"]
-
 _SYNTAX = "write NAME=LOW..HIGH, NAME=LOW..HIGH:linear, NAME=LOW..HIGH:log or NAME=VALUE,VALUE,..."
 
 # Others would change the compute, what it is spent on, or how a run is named, stored and computed.

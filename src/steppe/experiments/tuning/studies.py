@@ -26,8 +26,6 @@ from steppe.experiments.tuning.search_space import Space, Values, grid
 if TYPE_CHECKING:
     import optuna
 
-__all__ = ["Study", "Trial", "TrialResult", "open_storage"]
-
 _STARTUP = 6  # random trials before TPE
 
 

@@ -1,7 +1,5 @@
 """Search rho and other values at equal compute, judged by images that are held out of training."""
 
-from __future__ import annotations
-
 import json
 import re
 import uuid
@@ -34,8 +32,6 @@ from steppe.experiments.tuning.result import Search, TuningResult, summarize_sea
 from steppe.experiments.tuning.search_space import spaces
 from steppe.experiments.tuning.studies import Study, Trial, TrialResult, open_storage
 from steppe.experiments.world import launched
-
-__all__ = ["is_tuning", "report_tuning", "tune"]
 
 _FORMAT = "steppe tuning, version 2"
 
