@@ -136,9 +136,7 @@ def page(text: str, folder: Path = results.RESULTS) -> str:
         text = f"{before}{begin}\n\n{part(name, folder)}\n\n{end}{rest.partition(end)[2]}"
     unknown = set(re.findall(r"<!-- begin (\S+) -->", text)) - set(PARTS)
     if unknown:
-        raise ValueError(
-            f"{PAGE} has unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}"
-        )
+        raise ValueError(f"{PAGE} has unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
     return text
 
 
