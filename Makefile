@@ -1,6 +1,7 @@
 # make demo   set everything up and run the main job      make test    set everything up and run the tests
 # make check  lint, types, import layers                  make clean   remove what these made
 # make test-slow  the few tests that take ten seconds and more; CI runs them too
+# make pages  write the generated pages and the stub of steppe.variants again
 # make conformance  run the contract over Steppe and its peers, and write docs/conformance.md
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 BIN := .venv/bin
@@ -9,7 +10,7 @@ READY := .venv/.ready
 # Two threads that wait for each other by spinning lose most of their time when anything else wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-slow check conformance clean
+.PHONY: demo test test-slow check pages conformance clean
 
 demo: $(READY)
 	$(BIN)/steppe compare demo
@@ -30,6 +31,12 @@ check: $(READY)
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/pytest --doctest-modules src -m "not full_data"
+
+pages: $(READY)
+	$(BIN)/python scripts/make_cards.py
+	$(BIN)/python scripts/make_variants.py
+	$(BIN)/python scripts/make_contract.py
+	$(BIN)/python scripts/make_performance.py
 
 conformance: $(READY)
 	$(BIN)/python benchmarks/conformance/run.py
