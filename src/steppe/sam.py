@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe import papers
-from steppe._engine.callers import called_by_scaler, called_by_trainer, refuse_accumulation, warn
+from steppe._engine.callers import called_by_scaler, refuse_accumulation
 from steppe._engine.constructor import (
     Options,
     Params,
@@ -98,7 +98,6 @@ class SAM(Step):
     """
 
     paper: ClassVar[papers.Paper] = papers.SAM
-    _warned_of_plain_step = False
 
     @overload
     def __init__(self, base_optimizer: Optimizer, rho: float | Tensor = 0.05, **options: Unpack[Options]) -> None: ...
@@ -200,12 +199,7 @@ class SAM(Step):
         for sam_pass in self._step_passes(accumulate=accumulate):
             self._pass = sam_pass
             yield sam_pass
-            if not sam_pass.done:
-                self._engine.stage = Stage.AT_W
-                raise RuntimeError(
-                    "a pass of passes() was not entered, so it ran without protection and perturbation. Write `for "
-                    "sam_pass in optimizer.passes():` and, inside, `with sam_pass:` around forward and backward"
-                )
+            sam_pass.check_entered()
         self._engine.stage = Stage.READY
 
     @_eager
@@ -299,7 +293,7 @@ class SAM(Step):
             self._engine.stage = Stage.AT_W
             self._engine.side_effects.mark_generators()
 
-    # What the three ways share. The passes themselves are those of Step.
+    # What the three ways share. The passes, and the step without them, are those of Step.
 
     def _begin(self, caller: str) -> None:
         """Check everything that a step depends on; called at the start of each step."""
@@ -344,21 +338,3 @@ class SAM(Step):
         self._engine.stage = Stage.AT_W
         if self._step_base():
             self._engine.steps += 1
-
-    def _plain_step(self) -> Any:
-        if called_by_trainer():
-            raise RuntimeError(
-                "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
-                "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
-            )
-        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
-            # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
-            self._template = self._empty_memory()
-        elif not self._warned_of_plain_step:
-            self._warned_of_plain_step = True
-            warn(
-                "step() was called with neither passes behind it nor a closure: this is a plain step of "
-                f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
-                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
-            )
-        return self.base.step()

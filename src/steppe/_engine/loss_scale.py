@@ -38,7 +38,7 @@ def refuse_closure_of_scaler() -> None:
     if called_by_scaler():
         raise RuntimeError(
             "scaler.step(optimizer, closure): the scaler has unscaled the gradients of before, and the base would step "
-            "with those of the closure's passes, multiplied by the scale (65536 at first). Make the optimizer with "
+            "with those of the closure's passes, multiplied by its scale (65536 at first). Make the optimizer with "
             "scaler=scaler and call optimizer.step(closure); or use passes(), then scaler.step(optimizer)"
         )
 

@@ -64,6 +64,19 @@ class Pass:
         engine.stage = Stage.IN_PASS
         return self
 
+    def check_entered(self) -> None:
+        """Refuse to go on after a pass that was yielded and not entered.
+
+        Raises:
+            RuntimeError: the pass has not run.
+        """
+        if not self.done:
+            self._engine.stage = Stage.AT_W
+            raise RuntimeError(
+                "a pass of passes() was not entered, so it ran without protection and perturbation. Write `for "
+                "sam_pass in optimizer.passes():` and, inside, `with sam_pass:` around forward and backward"
+            )
+
     def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
         self.done = True
         self._context.__exit__(None, None, None)

@@ -6,10 +6,12 @@ whose step is another one, and says when each is called and what it must leave.
 
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steppe._engine.callers import called_by_trainer, warn
 from steppe._engine.capture import GraphCapture
 from steppe._engine.loss_scale import check_scale, loss_scale
 from steppe._engine.passes import Pass
@@ -27,6 +29,7 @@ class Step(GraphCapture, Wrapper):
     per_rank: bool
     stochastic_rounding: bool
     scaler: torch.amp.GradScaler | None
+    _warned_of_plain_step = False
 
     def _has_single_pass(self) -> bool:
         """True if the step runs a single pass, at w + e."""
@@ -84,6 +87,25 @@ class Step(GraphCapture, Wrapper):
     def _step_base(self) -> bool:
         """Step the base unless a gradient is not finite; return False if the host skipped the step."""
         return self._engine.gradients.step_if_finite()
+
+    def _plain_step(self) -> Any:
+        """Step the base without passes, with a warning the first time."""
+        if called_by_trainer():
+            raise RuntimeError(
+                "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
+                "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
+            )
+        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
+            # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
+            self._template = self._empty_memory()
+        elif not self._warned_of_plain_step:
+            self._warned_of_plain_step = True
+            warn(
+                "step() was called with neither passes behind it nor a closure: this is a plain step of "
+                f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
+                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
+            )
+        return self.base.step()
 
     def _empty_memory(self) -> Memory:
         """Return what the rules keep from step to step, empty."""

@@ -65,10 +65,10 @@ class MethodSpec:
     def label(self) -> str:
         """The name in tables and figures.
 
-        >>> MethodSpec.parse("late_sam:start=0.5,rho=.1").label
-        'Late SAM (rho 0.1, start 0.5)'
+        >>> MethodSpec.parse("sam:rho=.1,ascent_steps=2").label
+        'SAM (rho 0.1, ascent steps 2)'
         """
-        overrides = ", ".join(f"{key} {_write(value)}" for key, value in self.overrides)
+        overrides = ", ".join(f"{key.replace('_', ' ')} {_write(value)}" for key, value in self.overrides)
         return f"{self.definition.label} ({overrides})" if overrides else self.definition.label
 
     @property
