@@ -15,7 +15,7 @@ def test_trial_is_held_by_one_process_and_resumed_when_that_process_dies(tmp_pat
     (space,) = spaces(recipe(methods=("sam",)), [], baseline=False)
 
     def study(storage: optuna.storages.BaseStorage) -> Study:
-        return Study(space, storage, tmp_path, TuningOptions(trials=3), name="one", depends_on="{}", folder_id=None)
+        return Study(space, storage, tmp_path, TuningOptions(trials=3), depends_on="{}", folder_id=None)
 
     with open_storage(None, tmp_path) as storage, open_storage(None, tmp_path) as other:
         mine, theirs = study(storage), study(other)

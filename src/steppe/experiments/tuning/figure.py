@@ -1,7 +1,6 @@
 """Figures of a search: validation accuracy and gap over each number that was searched, such as rho."""
 
 import re
-import statistics
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -10,6 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
+from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.figures.style import GREY, Style, add_caption, styles
 from steppe.experiments.storage.records import Record
@@ -37,67 +37,57 @@ def draw(search: Search, results: Sequence[TrialResult], result: TuningResult, f
 def _figure(search: Search, results: Sequence[TrialResult], result: TuningResult, name: str) -> Figure:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    first = _ACCURACY if search.objective == "accuracy" else _LOSS
-    names = [space.spec.label for space in search.spaces]
-    by_method = {str(space.spec): style for space, style in zip(search.spaces, _styles(search), strict=True)}
+    first = _ACCURACY if search.by_accuracy else _LOSS
+    best_of = {str(best.space.spec): best for best in result.best}
+    # by position, as in a comparison
+    methods = styles(search.recipe.replace(methods=tuple(space.spec for space in search.spaces)))
+    log = _is_log(search, results, name)
     for axes, (field, title, unit) in zip(panels, (first, _GAP), strict=True):
-        if _is_log(search, results, name):
+        if log:
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
             axes.xaxis.set_major_formatter("{x:g}")
             axes.xaxis.set_minor_formatter(NullFormatter())
-        for space in search.spaces:
-            style = by_method[str(space.spec)]
-            best = next((b for b in result.best if b.space == space), None)
+        for space, style in zip(search.spaces, methods.values(), strict=True):
+            best = best_of.get(str(space.spec))
             if any(dimension.name == name for dimension in space.dimensions):
                 _series(axes, space, style, results, name, field)
                 if best is not None:
                     _mark(axes, style, best, name, field)
             elif best is not None:
-                _level(axes, style, _values(best.result.runs, field))
+                _level(axes, style, best, field)
         axes.set_title(title)
         axes.set_xlabel(name)
         axes.set_ylabel(unit)
     handles, labels = panels[0].get_legend_handles_labels()
-    # matplotlib puts error bars last; here each method is next to its best trial
-    order = sorted(zip(labels, handles, strict=True), key=lambda entry: _rank(entry[0], names))
+    # matplotlib puts error bars last; here each method is next to its best trial, the shorter text first
+    names = [space.spec.label for space in search.spaces]
+    method = {text: names.index(re.sub(r"(, best: .*|: diverged)$", "", text)) for text in labels}
+    order = sorted(zip(labels, handles, strict=True), key=lambda entry: (method[entry[0]], len(entry[0])))
     panels[0].legend([handle for _, handle in order], [text for text, _ in order])
     add_caption(figure, search.recipe, f"equal compute; validation: one in {search.hold_out} training images, held out")
     return figure
 
 
-def _rank(text: str, names: Sequence[str]) -> tuple[int, int]:
-    """Return the position of a legend entry: that of its method, then the shorter text first."""
-    return names.index(re.sub(r"(, best: .*|: diverged)$", "", text)), len(text)
-
-
-def _styles(search: Search) -> list[Style]:
-    """Return the style of each method, by its position, as in a comparison."""
-    methods = tuple(space.spec for space in search.spaces)
-    return list(styles(search.recipe.replace(methods=methods)).values())
-
-
 def _is_log(search: Search, results: Sequence[TrialResult], name: str) -> bool:
-    dimensions = [d for space in search.spaces for d in space.dimensions if d.name == name]
-    if any(isinstance(dimension, Range) for dimension in dimensions):
-        return any(isinstance(dimension, Range) and dimension.log for dimension in dimensions)
+    ranges = [d for space in search.spaces for d in space.dimensions if d.name == name and isinstance(d, Range)]
+    if ranges:
+        return any(dimension.log for dimension in ranges)
     values = [float(r.values[name]) for r in results if name in r.values]
     return min(values) > 0 and max(values) >= 8 * min(values)
 
 
 def _series(axes: Axes, space: Space, style: Style, results: Sequence[TrialResult], name: str, field: str) -> None:
     """Plot the trials, with a line if only `name` changes from one to the next."""
-    complete = [r for r in results if r.method == str(space.spec) and r.state == "complete"]
-    complete.sort(key=lambda r: float(r.values[name]))
-    x = [float(r.values[name]) for r in complete]
-    mean = [statistics.fmean(_values(r.runs, field)) for r in complete]
-    sd = [statistics.stdev(v) if len(v := _values(r.runs, field)) > 1 else 0.0 for r in complete]
-    line = "-" if len(space.dimensions) == 1 else "none"
+    trials = [r for r in results if r.method == str(space.spec)]
+    complete = sorted((r for r in trials if r.state == "complete"), key=lambda r: float(r.values[name]))
+    diverged = [float(r.values[name]) for r in trials if r.state == "diverged"]
+    each = [estimate(_values(r.runs, field)) for r in complete]
     axes.errorbar(
-        x,
-        mean,
-        yerr=sd if any(sd) else None,
-        linestyle=line,
+        [float(r.values[name]) for r in complete],
+        [value.mean for value in each],
+        yerr=[value.sd or 0.0 for value in each] if any(value.sd for value in each) else None,
+        linestyle="-" if len(space.dimensions) == 1 else "none",
         color=style.color,
         linewidth=1.0,
         elinewidth=0.9,
@@ -106,7 +96,6 @@ def _series(axes: Axes, space: Space, style: Style, results: Sequence[TrialResul
         markersize=4,
         label=space.spec.label,
     )
-    diverged = [float(r.values[name]) for r in results if r.method == str(space.spec) and r.state == "diverged"]
     if diverged:
         axes.plot(
             diverged,
@@ -119,18 +108,16 @@ def _series(axes: Axes, space: Space, style: Style, results: Sequence[TrialResul
 
 
 def _mark(axes: Axes, style: Style, best: Best, name: str, field: str) -> None:
-    value = best.result.values[name]
-    x, y = float(value), statistics.fmean(_values(best.result.runs, field))
-    label = f"{best.space.spec.label}, best: {name} {value:g}"
-    axes.plot([x], [y], "*", color=style.color, markersize=15, markeredgecolor="white", zorder=5, label=label)
+    x, mean = float(best.result.values[name]), estimate(_values(best.result.runs, field)).mean
+    label = f"{best.space.spec.label}, best: {name} {best.result.values[name]:g}"
+    axes.plot([x], [mean], "*", color=style.color, markersize=15, markeredgecolor="white", zorder=5, label=label)
 
 
-def _level(axes: Axes, style: Style, values: Sequence[float]) -> None:
-    mean = statistics.fmean(values)
-    axes.axhline(mean, color=GREY, linewidth=1.2, linestyle="--", label=style.label)
-    if len(values) > 1:
-        sd = statistics.stdev(values)
-        axes.axhspan(mean - sd, mean + sd, color=GREY, alpha=0.15, linewidth=0)
+def _level(axes: Axes, style: Style, best: Best, field: str) -> None:
+    value = estimate(_values(best.result.runs, field))
+    axes.axhline(value.mean, color=GREY, linewidth=1.2, linestyle="--", label=style.label)
+    if value.sd is not None:
+        axes.axhspan(value.mean - value.sd, value.mean + value.sd, color=GREY, alpha=0.15, linewidth=0)
 
 
 def _values(runs: Sequence[Record], field: str) -> list[float]:

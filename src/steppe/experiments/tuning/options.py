@@ -1,10 +1,15 @@
 """The options of `steppe tune`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from types import MappingProxyType
 from typing import Any, Literal
 
 Objective = Literal["accuracy", "loss"]
 Sampler = Literal["tpe", "random", "grid"]
+
+MEASURES: Mapping[Objective, str] = MappingProxyType({"accuracy": "test_accuracy", "loss": "test_loss"})
+"""The field of a record that a trial is judged by; the held-out images take the place of the test set."""
 
 _TRIALS = 20
 
@@ -44,7 +49,6 @@ class TuningOptions:
 
     @property
     def max_trials(self) -> int:
-        """The maximum number of trials of a method."""
         return self.trials or (10**9 if self.sampler == "grid" else _TRIALS)
 
     def result(self) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """The result of a search: the best values of each method, their uncertainty, and the commands that confirm them."""
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import fmean, variance
@@ -15,8 +15,8 @@ from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.tuning.confirm import confirmations
-from steppe.experiments.tuning.options import Objective
-from steppe.experiments.tuning.search_space import Range, Space, Values
+from steppe.experiments.tuning.options import MEASURES, Objective
+from steppe.experiments.tuning.search_space import Range, Space
 from steppe.experiments.tuning.studies import TrialResult
 
 _SHOWN = 5  # trials of a method on the terminal; the files have them all
@@ -39,7 +39,6 @@ class Search:
 
     @property
     def by_accuracy(self) -> bool:
-        """True if trials are judged by accuracy, else by loss."""
         return self.objective == "accuracy"
 
     @property
@@ -49,17 +48,11 @@ class Search:
 
     def goal(self, result: TrialResult) -> list[float]:
         """Return the value that a trial is judged by, for each of its runs."""
-        return [run.test_accuracy if self.by_accuracy else run.test_loss for run in result.runs]
+        return [getattr(run, MEASURES[self.objective]) for run in result.runs]
 
     def score(self, result: TrialResult) -> float:
         """Return the mean of the goal, with the sign for which higher is better."""
         return fmean(self.goal(result)) * (1 if self.by_accuracy else -1)
-
-    def label(self, space: Space, values: Values) -> str:
-        """Return the label of a method at its values, including values of the recipe's options."""
-        arguments = space.spec.definition.arguments
-        options = [_text_of(name, value) for name, value in values.items() if name not in arguments]
-        return ", ".join([space.at(values).comparison.methods[0].label, *options])
 
 
 @dataclass(frozen=True)
@@ -67,12 +60,24 @@ class Best:
     """The best trial of a method."""
 
     space: Space
-    result: TrialResult
+    ranked: Sequence[TrialResult]
+    """The complete trials, the best first."""
     error: float | None
     """The standard error of a trial's mean, pooled over the better half of the trials; None for single runs."""
     near: Sequence[TrialResult]
     """The trials within one standard error of it, itself among them."""
-    complete: int
+
+    @property
+    def result(self) -> TrialResult:
+        return self.ranked[0]
+
+    @property
+    def complete(self) -> int:
+        return len(self.ranked)
+
+    @property
+    def label(self) -> str:
+        return _label(self.space, self.result)
 
 
 @dataclass(frozen=True)
@@ -81,8 +86,6 @@ class TuningResult:
 
     title: str
     search: Search
-    ranked: Mapping[str, Sequence[TrialResult]]
-    """The complete trials of each method, the best first."""
     best: Sequence[Best]
     notes: Sequence[str]
     warnings: Sequence[str]
@@ -90,14 +93,12 @@ class TuningResult:
 
     def rows(self, limit: int | None = None) -> Iterator[list[str]]:
         """Yield the rows of the table, for at most `limit` trials of a method."""
-        for space in self.search.spaces:
-            for result in self.ranked[str(space.spec)][:limit]:
-                label = f"{result.number}: {self.search.label(space, result.values)}"
+        for best in self.best:
+            for result in best.ranked[:limit]:
                 cells = [_text(estimate([getattr(run, n) for run in result.runs]), d) for n, d in _COLUMNS.items()]
-                yield [label, *cells, str(len(result.runs))]
+                yield [f"{result.number}: {_label(best.space, result)}", *cells, str(len(result.runs))]
 
     def markdown(self) -> str:
-        """Return all trials and the notes as Markdown."""
         headings = (heading.replace("\n", " ") for heading in _HEADINGS)
         lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
         lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
@@ -106,7 +107,6 @@ class TuningResult:
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, *confirm, ""])
 
     def json(self) -> dict[str, Any]:
-        """Return the result as JSON has it."""
         return {
             "title": self.title,
             "objective": f"validation {self.search.objective}",
@@ -129,7 +129,6 @@ class TuningResult:
         }
 
     def show(self, console: Console) -> None:
-        """Print the best trials, the notes and the commands."""
         table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for index, heading in enumerate(_HEADINGS):
             table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
@@ -146,24 +145,22 @@ class TuningResult:
 
 def summarize_search(search: Search, results: Sequence[TrialResult]) -> TuningResult:
     """Rank the complete trials and write the report."""
-    ranked: dict[str, Sequence[TrialResult]] = {}
     best: list[Best] = []
     for space in search.spaces:
         complete = [r for r in results if r.method == str(space.spec) and r.state == "complete"]
-        ranked[str(space.spec)] = order = sorted(complete, key=search.score, reverse=True)
-        if order:
-            error = _standard_error(search, order)
-            near = [r for r in order if search.score(r) >= search.score(order[0]) - (error or 0.0)]
-            best.append(Best(space, order[0], error, near, len(order)))
+        if complete:
+            ranked = sorted(complete, key=search.score, reverse=True)
+            error = _standard_error(search, ranked)
+            near = [r for r in ranked if search.score(r) >= search.score(ranked[0]) - (error or 0.0)]
+            best.append(Best(space, ranked, error, near))
     chosen = [one.space.at(one.result.values) for one in best]
     names = [dimension.name for one in best for dimension in one.space.dimensions]
     return TuningResult(
         f"{search.recipe.name}, tuned: {setting(search.recipe)}",
         search,
-        ranked,
         best,
         [*_notes(search, best, results)],
-        [*_warnings(best)],
+        [warning for one in best for warning in _warnings(one)],
         confirmations(search.recipe, chosen, names, search.path),
     )
 
@@ -197,7 +194,7 @@ def _notes(search: Search, best: Sequence[Best], results: Sequence[TrialResult])
 def _best_note(search: Search, best: Best) -> str:
     digits = 2 if search.by_accuracy else 4
     value = _text(estimate(search.goal(best.result)), digits) + (" %" if search.by_accuracy else "")
-    text = f"{search.label(best.space, best.result.values)}: {value}"
+    text = f"{best.label}: {value}"
     if not best.space.dimensions:
         return f"{text}."
     text += f", the best of {best.complete} trial{'s'[: best.complete > 1]} (trial {best.result.number})."
@@ -225,11 +222,8 @@ def _differences(search: Search, best: Sequence[Best]) -> Iterator[str]:
     for one in others:
         pairs = zip(search.goal(one.result), search.goal(reference.result), strict=True)
         value = estimate([ours - theirs for ours, theirs in pairs])
-        text = (
-            f"{search.label(one.space, one.result.values)} against "
-            f"{search.label(reference.space, reference.result.values)}, on the images it was chosen by: "
-            f"{value.mean:+.3g}{search.points}"
-        )
+        about = f"{one.label} against {reference.label}, on the images it was chosen by"
+        text = f"{about}: {value.mean:+.3g}{search.points}"
         if value.half_width is None:
             yield f"{text} (one run: no verdict)."
             continue
@@ -238,22 +232,21 @@ def _differences(search: Search, best: Sequence[Best]) -> Iterator[str]:
         yield f"{text}, 95 % interval [{low:+.3g}, {high:+.3g}]{verdict}."
 
 
-def _warnings(best: Sequence[Best]) -> Iterator[str]:
-    for one in best:
-        for dimension in one.space.dimensions:
-            value = one.result.values[dimension.name]
-            edge = dimension.edge(value)
-            if edge is None or one.complete < 2:
-                continue
-            text = (
-                f"{one.result.method}: the best {dimension.name}, {value}, lies at the {edge} edge of {dimension}, so "
-                "a better one may lie beyond."
-            )
-            if isinstance(dimension, Range) and dimension.log:
-                factor = 10.0 if edge == "upper" else 0.1
-                low, high = float(f"{dimension.low * factor:.3g}"), float(f"{dimension.high * factor:.3g}")
-                text += f" Search there, in another --out: --search {dimension.name}={low:g}..{high:g}"
-            yield text
+def _warnings(best: Best) -> Iterator[str]:
+    for dimension in best.space.dimensions:
+        value = best.result.values[dimension.name]
+        edge = dimension.edge(value)
+        if edge is None or best.complete < 2:
+            continue
+        text = (
+            f"{best.result.method}: the best {dimension.name}, {value}, lies at the {edge} edge of {dimension}, so a "
+            "better one may lie beyond."
+        )
+        if isinstance(dimension, Range) and dimension.log:
+            factor = 10.0 if edge == "upper" else 0.1
+            low, high = (float(f"{end * factor:.3g}") for end in (dimension.low, dimension.high))
+            text += f" Search there, in another --out: --search {dimension.name}={low:g}..{high:g}"
+        yield text
 
 
 def _standard_error(search: Search, order: Sequence[TrialResult]) -> float | None:
@@ -265,6 +258,13 @@ def _standard_error(search: Search, order: Sequence[TrialResult]) -> float | Non
     if not values:
         return None
     return math.sqrt(fmean(variance(goal) for goal in values) / len(values[0]))
+
+
+def _label(space: Space, result: TrialResult) -> str:
+    """Return the label of a method at a trial's values, including values of the recipe's options."""
+    arguments = space.spec.definition.arguments
+    options = [_text_of(name, value) for name, value in result.values.items() if name not in arguments]
+    return ", ".join([space.at(result.values).comparison.methods[0].label, *options])
 
 
 def _text_of_values(result: TrialResult) -> str:

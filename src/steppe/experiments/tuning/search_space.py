@@ -11,21 +11,20 @@ from typing import TYPE_CHECKING, Any
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import Value, unknown
-from steppe.experiments.config.recipe import Recipe, option_types
+from steppe.experiments.config.recipe import Recipe
 
 if TYPE_CHECKING:
     import optuna
 
 _SYNTAX = "write NAME=LOW..HIGH, NAME=LOW..HIGH:linear, NAME=LOW..HIGH:log or NAME=VALUE,VALUE,..."
 
-# Others would change the compute, what it is spent on, or how a run is named, stored and computed.
+# The options of a recipe that can be searched. Others would change the compute, what it is spent on, or how a run is
+# named, stored and computed.
 _OPTIONS: Mapping[str, type[Value]] = MappingProxyType(
-    {
-        **{"lr": float, "head_lr": float, "momentum": float, "weight_decay": float, "batch_size": int, "shots": int},
-        **{"backbone": str, "pretrain_on": str, "pretrain_epochs": int, "freeze": bool, "image_size": int},
-    }
+    dict.fromkeys(("lr", "head_lr", "momentum", "weight_decay"), float)
+    | dict.fromkeys(("batch_size", "shots", "pretrain_epochs", "image_size"), int)
+    | {"backbone": str, "pretrain_on": str, "freeze": bool}
 )
-"""The options of a recipe that can be searched, and the types of their values."""
 
 Values = Mapping[str, Value]
 
@@ -42,12 +41,11 @@ class Range:
     integer: bool = False
 
     @property
-    def examples(self) -> tuple[Value, ...]:
+    def values(self) -> tuple[Value, ...]:
         """The two ends."""
         return (int(self.low), int(self.high)) if self.integer else (self.low, self.high)
 
     def suggest(self, trial: optuna.trial.Trial) -> Value:
-        """Let Optuna choose the value of a trial."""
         if self.integer:
             return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
         return trial.suggest_float(self.name, self.low, self.high, log=self.log)
@@ -59,7 +57,6 @@ class Range:
         return min(max(float(f"{float(value):.3g}"), self.low), self.high)
 
     def contains(self, value: Value) -> bool:
-        """True if the value lies within the range."""
         return self.low <= float(value) <= self.high
 
     def edge(self, value: Value) -> str | None:
@@ -81,21 +78,13 @@ class Choices:
     name: str
     values: tuple[Value, ...]
 
-    @property
-    def examples(self) -> tuple[Value, ...]:
-        """All values."""
-        return self.values
-
     def suggest(self, trial: optuna.trial.Trial) -> Value:
-        """Let Optuna choose the value of a trial."""
         return trial.suggest_categorical(self.name, self.values)  # type: ignore[return-value]  # none of them is None
 
     def round(self, value: Value) -> Value:
-        """Return the value as it is."""
         return value
 
     def contains(self, value: Value) -> bool:
-        """True if the value is one of them."""
         return value in self.values
 
     def edge(self, value: Value) -> str | None:
@@ -122,7 +111,6 @@ class Space:
 
     @property
     def spec(self) -> MethodSpec:
-        """The method, without the searched values."""
         return self.recipe.comparison.methods[0]
 
     def at(self, values: Values) -> Recipe:
@@ -134,14 +122,15 @@ class Space:
 
     def usual(self) -> Values | None:
         """Return the recipe's own values, if all of them lie within what is searched; else None."""
-        arguments, overrides = self.spec.definition.arguments, dict(self.spec.overrides)
-        options = self.recipe.options()
+        arguments, options = self.spec.definition.arguments, self.recipe.options()
         known: dict[str, Value] = {k: v for k, v in options.items() if k not in arguments and v is not None}
-        known |= overrides
-        known["rho"] = self.spec.rho(self.recipe.training.rho)
-        if all(d.name in known and d.contains(known[d.name]) for d in self.dimensions):
-            return {d.name: known[d.name] for d in self.dimensions}
-        return None
+        known |= {**dict(self.spec.overrides), "rho": self.spec.rho(self.recipe.training.rho)}
+        within = all(d.name in known and d.contains(known[d.name]) for d in self.dimensions)
+        return {d.name: known[d.name] for d in self.dimensions} if within else None
+
+    def rounded(self, values: Values) -> Values:
+        """Round the values of the searched dimensions; a trial that has just begun has none yet."""
+        return {d.name: d.round(values[d.name]) for d in self.dimensions if d.name in values}
 
 
 def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Space]:
@@ -157,7 +146,7 @@ def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Spac
     methods = list(recipe.comparison.methods)
     if baseline and not any(method.definition.plain for method in methods):
         methods.insert(0, MethodSpec(recipe.training.base))
-    found = [_space(recipe.replace(methods=(method,)), words, methods) for method in methods]
+    found = [_space(recipe.replace(methods=(method,)), words) for method in methods]
     for word in words:
         name = word.partition("=")[0]
         if not any(dimension.name == name for space in found for dimension in space.dimensions):
@@ -168,7 +157,12 @@ def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Spac
             "--methods, or what to search with --search"
         )
     for space in found:
-        _try(space)
+        for dimension in space.dimensions:
+            for value in dimension.values:  # an error in a value is found before anything is trained
+                try:
+                    space.at({dimension.name: value})
+                except ValueError as error:
+                    raise ValueError(f"search: {dimension}: {error}") from error
     return found
 
 
@@ -179,8 +173,10 @@ def grid(dimensions: Sequence[Dimension]) -> list[Values]:
             raise ValueError(
                 f"search: {dimension} is a range, and a grid needs its values: write {dimension.name}=VALUE,VALUE,..."
             )
-    names = [dimension.name for dimension in dimensions]
-    return [dict(zip(names, values, strict=True)) for values in product(*(d.examples for d in dimensions))]
+    return [
+        dict(zip((d.name for d in dimensions), values, strict=True))
+        for values in product(*(d.values for d in dimensions))
+    ]
 
 
 def read(word: str, kind: type[Value]) -> Dimension:
@@ -216,20 +212,15 @@ def read(word: str, kind: type[Value]) -> Dimension:
     return Range(name, float(low), float(high), log, integer=kind is int)
 
 
-def _space(recipe: Recipe, words: Sequence[str], methods: Sequence[MethodSpec]) -> Space:
+def _space(recipe: Recipe, words: Sequence[str]) -> Space:
     known = recipe.comparison.methods[0].definition.arguments
     if not words:
         return Space(recipe, _usual_range(recipe) if "rho" in known else ())
-    dimensions: list[Dimension] = []
-    for word in words:
-        name = word.partition("=")[0]
-        kind = known.get(name) or _OPTIONS.get(name)
-        if kind is not None:
-            dimensions.append(read(word, kind))
-    names = [dimension.name for dimension in dimensions]
-    if len(set(names)) < len(names):
+    kinds = [known.get(name) or _OPTIONS.get(name) for name in (word.partition("=")[0] for word in words)]
+    dimensions = tuple(read(word, kind) for word, kind in zip(words, kinds, strict=True) if kind is not None)
+    if len({dimension.name for dimension in dimensions}) < len(dimensions):
         raise ValueError(f"search: {' '.join(words)}: give each name once")
-    return Space(recipe, tuple(dimensions))
+    return Space(recipe, dimensions)
 
 
 def _usual_range(recipe: Recipe) -> tuple[Dimension, ...]:
@@ -248,22 +239,12 @@ def _explain(word: str, methods: Sequence[MethodSpec]) -> str:
     arguments = {key for method in methods for key in method.definition.arguments}
     if not equals:
         return f"search: {word!r} names no values to try: {_SYNTAX}"
-    if name in option_types().keys() - {"rho"} - _OPTIONS.keys():
+    if name in Recipe().options().keys() - {"rho"} - _OPTIONS.keys():
         return (
             f"search: {name} is the same for all trials: with it the compute, the measurement or the machine would "
             "differ from trial to trial, and not only how well they train"
         )
     return unknown("search", name, sorted({*arguments, *_OPTIONS}))
-
-
-def _try(space: Space) -> None:
-    """Make recipes at the ends, so that an error in a value is found before anything is trained."""
-    for dimension in space.dimensions:
-        for value in dimension.examples:
-            try:
-                space.at({dimension.name: value})
-            except ValueError as error:
-                raise ValueError(f"search: {dimension}: {error}") from error
 
 
 def _value(word: str, text: str, kind: type[Value]) -> Value:

@@ -31,7 +31,7 @@ _STARTUP = 6  # random trials before TPE
 
 @dataclass(frozen=True)
 class TrialResult:
-    """The values of a trial, its state, and the last measurement of each of its runs."""
+    """The state of a trial, and the last measurement of each of its runs."""
 
     method: str
     number: int
@@ -41,12 +41,10 @@ class TrialResult:
     reason: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """Return the result as JSON has it; `from_json` is the inverse."""
         return {**asdict(self), "runs": [run.to_json() for run in self.runs]}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> TrialResult:
-        """Make a result from the output of `to_json`."""
         return cls(**{**values, "runs": tuple(Record(**run) for run in values["runs"])})
 
 
@@ -54,12 +52,16 @@ class TrialResult:
 class Trial:
     """A trial that this process holds."""
 
+    study: Study
     number: int
     recipe: Recipe
     """The recipe with the method at the trial's values."""
     folder: RunFolder
-    lock: ExitStack = field(repr=False)
-    handle: optuna.trial.Trial = field(repr=False)
+    lock: ExitStack
+    handle: optuna.trial.Trial
+    waiting: set[Path] = field(default_factory=set)
+    """The folders of the runs that have not ended."""
+    errors: list[str] = field(default_factory=list)
 
 
 @contextmanager
@@ -106,36 +108,37 @@ class Study:
         path: Path,
         options: TuningOptions,
         *,
-        name: str,
         depends_on: str,
         folder_id: str | None,
     ) -> None:
-        """Open or create a study.
+        """Open the study in the storage, or create one.
 
         Args:
             space: The method and its search space.
             storage: The database.
             path: The run folder for the trials.
             options: The sampler, the objective and the number of trials.
-            name: The study's name in the storage.
-            depends_on: Everything that the trials depend on.
+            depends_on: Everything that the trials depend on; ExperimentError if it differs from the storage's.
             folder_id: The run folder's id, if other run folders share the storage; else None.
-
-        Raises:
-            ExperimentError: if the storage holds a study of that name whose trials depend on something else.
         """
         import optuna
 
+        name = f"{space.recipe.name}/{space.spec}"
         self.space, self._path, self._folder_id, self._optuna = space, path, folder_id, optuna
-        combinations = grid(space.dimensions) if options.sampler == "grid" else None
-        limit = options.max_trials if combinations is None else min(options.max_trials, len(combinations))
-        self.total = limit if space.dimensions else 1
+        total = options.max_trials
+        if options.sampler == "grid":
+            first = grid(space.dimensions)
+            total = min(total, len(first))
+        else:  # the first trial is the level that tuning must improve on
+            usual = space.usual()
+            first = [] if usual is None else [usual]
+        self.total = total if space.dimensions else 1
         self._study = optuna.create_study(
             study_name=name,
             storage=storage,
             direction="maximize" if options.objective == "accuracy" else "minimize",
             load_if_exists=True,
-            sampler=_sampler(options.sampler, options.sampler_seed, space.usual(), combinations),
+            sampler=_sampler(options.sampler, options.sampler_seed, first),
         )
         if self._study.user_attrs.setdefault("depends_on", depends_on) != depends_on:
             raise ExperimentError(
@@ -164,7 +167,6 @@ class Study:
         return self._trial(handle, lock)
 
     def complete(self, trial: Trial, runs: Sequence[Record], value: float) -> None:
-        """Record the result of a trial, and release it."""
         trial.handle.set_user_attr("runs", [run.to_json() for run in runs])
         self._study.tell(trial.number, value)
         trial.lock.close()
@@ -176,7 +178,6 @@ class Study:
         trial.lock.close()
 
     def results(self) -> list[TrialResult]:
-        """Return the results of all processes that share the study."""
         return [self._result(frozen) for frozen in self._trials()]
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
@@ -198,31 +199,28 @@ class Study:
         return stack
 
     def _trial(self, handle: optuna.trial.Trial, lock: ExitStack) -> Trial:
-        values = {dimension.name: dimension.round(dimension.suggest(handle)) for dimension in self.space.dimensions}
         try:
-            recipe = self.space.at(values)
+            recipe = self.space.at(self.space.rounded({d.name: d.suggest(handle) for d in self.space.dimensions}))
         except ValueError as error:
             raise ExperimentError(f"trial {handle.number} of {self.space.spec}: {error}") from error
-        return Trial(handle.number, recipe, self._folder(handle.number), lock, handle)
+        return Trial(self, handle.number, recipe, self._folder(handle.number), lock, handle)
 
     def _result(self, frozen: optuna.trial.FrozenTrial) -> TrialResult:
-        states = self._optuna.trial.TrialState
-        values = {d.name: d.round(frozen.params[d.name]) for d in self.space.dimensions if d.name in frozen.params}
-        method = str(self.space.spec)
+        attributes, states = frozen.user_attrs, self._optuna.trial.TrialState
+        method, number, values = str(self.space.spec), frozen.number, self.space.rounded(frozen.params)
         if frozen.state is states.COMPLETE:
-            runs = tuple(Record(**run) for run in frozen.user_attrs["runs"])
-            return TrialResult(method, frozen.number, values, "complete", runs)
+            runs = tuple(Record(**run) for run in attributes["runs"])
+            return TrialResult(method, number, values, "complete", runs)
         if frozen.state is states.PRUNED:
-            return TrialResult(method, frozen.number, values, "diverged", reason=frozen.user_attrs["reason"])
-        return TrialResult(method, frozen.number, values, "running")
+            return TrialResult(method, number, values, "diverged", reason=attributes["reason"])
+        return TrialResult(method, number, values, "running")
 
 
-def _sampler(
-    kind: Sampler, seed: int, usual: Values | None, combinations: Sequence[Values] | None
-) -> optuna.samplers.BaseSampler:
+def _sampler(kind: Sampler, seed: int, first: Sequence[Values]) -> optuna.samplers.BaseSampler:
     """Make a sampler that depends only on the trial's number and the earlier trials, so a resumed study is unchanged.
 
-    Optuna's own samplers draw from a generator whose state is lost with the process.
+    Optuna's own samplers draw from a generator whose state is lost with the process. The first trials have the values
+    of `first`.
     """
     import optuna
 
@@ -238,9 +236,11 @@ def _sampler(
 
     class Numbered(optuna.samplers.BaseSampler):
         def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-            if combinations is not None or trial.number == 0:
-                return {}
-            return make(trial.number).infer_relative_search_space(study, trial)
+            return (
+                make(trial.number).infer_relative_search_space(study, trial)
+                if trial.number >= max(1, len(first))
+                else {}
+            )
 
         def sample_relative(
             self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, Any]
@@ -250,10 +250,8 @@ def _sampler(
         def sample_independent(
             self, study: optuna.Study, trial: optuna.trial.FrozenTrial, param_name: str, param_distribution: Any
         ) -> Any:
-            if combinations is not None:
-                return combinations[trial.number][param_name]
-            if trial.number == 0 and usual is not None:
-                return usual[param_name]  # the first trial is the level that tuning must improve on
+            if trial.number < len(first):
+                return first[trial.number][param_name]
             return make(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
 
     return Numbered()

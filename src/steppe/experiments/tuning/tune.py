@@ -5,7 +5,7 @@ import re
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
@@ -23,11 +23,10 @@ from steppe.experiments.execution.pretraining import load_data, resolve_pretrain
 from steppe.experiments.execution.progress import RunProgress
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.files import write_atomically, write_json
-from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.tuning.figure import draw
-from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.options import MEASURES, Objective, TuningOptions
 from steppe.experiments.tuning.result import Search, TuningResult, summarize_search
 from steppe.experiments.tuning.search_space import spaces
 from steppe.experiments.tuning.studies import Study, Trial, TrialResult, open_storage
@@ -48,37 +47,27 @@ def tune(
             "steppe tune under torchrun: trials are independent runs, and need no processes that train one together. "
             "Start it without torchrun, with --on ray for many at a time, or several times in one run folder"
         )
-    recipe, path = resolve_pretraining(recipe, console), _path(recipe)
+    recipe = resolve_pretraining(recipe, console)
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
     one_by_one = options.sampler == "tpe" and execution.on == "local" and execution.runs_at_once is None
     max_runs = recipe.comparison.seeds if one_by_one else None
     # runs of different trials may have the same name, so their logs would overwrite each other
     with (
         start_executor(recipe.replace(tensorboard=False), execution, console, max_runs=max_runs) as executor,
-        open_storage(options.storage, _checked(path)) as storage,
+        open_storage(options.storage, path := _folder(recipe)) as storage,
     ):
         depends_on = _depends_on(executor.recipe, options)
         found = spaces(executor.recipe, options.search, baseline=options.baseline)
         with RunFolder(path).locked(timeout=-1):
             folder_id = _claim(path, recipe, options, depends_on)
             record_session(path / "environment.json", [_without_password(word) for word in command], console)
-            studies = [
-                Study(
-                    space,
-                    storage,
-                    path,
-                    options,
-                    name=f"{recipe.name}/{space.spec}",
-                    depends_on=json.dumps(depends_on, sort_keys=True),
-                    folder_id=None if options.storage is None else folder_id,
-                )
-                for space in found
-            ]
+            inputs, shared = json.dumps(depends_on, sort_keys=True), None if options.storage is None else folder_id
+            studies = [Study(space, storage, path, options, depends_on=inputs, folder_id=shared) for space in found]
         held_out = hold_out(load_data(recipe, executor.world), options.hold_out)
         held_out = with_backbone(held_out, executor, path, console)
-        trials = _Trials(studies, path, by_accuracy=options.objective == "accuracy")
+        trials = _Trials(studies, path, options.objective)
         try:
-            _train(executor, trials, held_out, console, one_by_one=one_by_one)
+            trials.train(executor, held_out, console, one_by_one=one_by_one)
         finally:
             with RunFolder(path).locked(timeout=-1):  # a copy of the database that can be read without Optuna
                 lines = [json.dumps(result.to_json()) + "\n" for study in studies for result in study.results()]
@@ -118,89 +107,61 @@ def report_tuning(path: Path, console: Console) -> TuningResult:
     return result
 
 
-@dataclass
-class _TrialInProgress:
-    study: Study
-    trial: Trial
-    waiting: set[Path]
-    """The folders of the runs that have not ended."""
-    errors: list[str] = field(default_factory=list)
-
-
 class _Trials:
     """The trials of all studies: takes one after the other, and records their results."""
 
-    def __init__(self, studies: Sequence[Study], path: Path, *, by_accuracy: bool) -> None:
-        self._studies, self.path, self._by_accuracy = studies, path, by_accuracy
-        self._in_progress: dict[Path, _TrialInProgress] = {}
+    def __init__(self, studies: Sequence[Study], path: Path, objective: Objective) -> None:
+        self._studies, self._path, self._measure = studies, path, MEASURES[objective]
+        self._in_progress: dict[Path, Trial] = {}
 
-    @property
-    def remaining(self) -> int:
-        """The number of trials that have not ended."""
-        results = [result for study in self._studies for result in study.results()]
-        ended = sum(result.state != "running" for result in results)
-        return max(0, sum(study.total for study in self._studies) - ended)
+    def train(self, executor: Executor, held_out: Dataset, console: Console, *, one_by_one: bool) -> None:
+        """Train the remaining trials; at the end, release those in progress, so that any process can resume them."""
+        results, comparison = [r for study in self._studies for r in study.results()], executor.recipe.comparison
+        remaining = sum(study.total for study in self._studies) - sum(r.state != "running" for r in results)
+        total = max(0, remaining) * comparison.seeds * comparison.epochs
+        try:
+            with RunProgress(console, total, "validation") as progress, on_signals() as stop:
+                jobs = self._jobs()
+                for group in jobs if one_by_one else [chain.from_iterable(jobs)]:
+                    with closing(executor.run(group, held_out, self._path, progress, stop)) as outcomes:
+                        for outcome in outcomes:
+                            self._record(outcome)
+        finally:
+            for trial in self._in_progress.values():
+                trial.lock.close()
 
-    def jobs(self) -> Iterator[list[Job]]:
-        """Yield the jobs of each trial."""
+    def _jobs(self) -> Iterator[list[Job]]:
         for study in self._studies:
             while True:
-                with RunFolder(self.path).locked(timeout=-1):
+                with RunFolder(self._path).locked(timeout=-1):
                     trial = study.take()
                 if trial is None:
                     break
                 jobs = [Job(run, trial.folder.run(run)) for run in trial.recipe.runs()]
-                folders = {job.folder for job in jobs}  # runs of two trials may be equal, their folders are not
-                self._in_progress.update(dict.fromkeys(folders, _TrialInProgress(study, trial, folders)))
+                trial.waiting = {job.folder for job in jobs}  # runs of two trials may be equal, their folders are not
+                self._in_progress.update(dict.fromkeys(trial.waiting, trial))
                 yield jobs
 
-    def record(self, outcome: Outcome) -> None:
+    def _record(self, outcome: Outcome) -> None:
         """Record the end of a run; with its last run, a trial is complete or has diverged."""
-        one = self._in_progress.pop(outcome.job.folder)
-        one.waiting.remove(outcome.job.folder)
+        trial = self._in_progress.pop(outcome.job.folder)
+        trial.waiting.remove(outcome.job.folder)
         if outcome.error is not None:
             if " diverged in epoch " not in outcome.error:
                 raise ExperimentError(outcome.error)
-            one.errors.append(outcome.error)
-        if one.waiting:
+            trial.errors.append(outcome.error)
+        if trial.waiting:
             return
-        if one.errors:
-            one.study.diverged(one.trial, one.errors[0])
-            return
-        runs = [records[-1] for records in one.trial.folder.results(one.trial.recipe).values()]
-        one.study.complete(one.trial, runs, fmean(map(self._goal, runs)))
-
-    def release(self) -> None:
-        """Release the trials in progress, so that any process can resume them."""
-        for one in self._in_progress.values():
-            one.trial.lock.close()
-
-    def _goal(self, record: Record) -> float:
-        # the held-out images take the place of the test set
-        return record.test_accuracy if self._by_accuracy else record.test_loss
+        if trial.errors:
+            trial.study.diverged(trial, trial.errors[0])
+        else:
+            runs = [records[-1] for records in trial.folder.results(trial.recipe).values()]
+            trial.study.complete(trial, runs, fmean(getattr(run, self._measure) for run in runs))
 
 
-def _train(executor: Executor, trials: _Trials, held_out: Dataset, console: Console, *, one_by_one: bool) -> None:
-    comparison = executor.recipe.comparison
-    total = trials.remaining * comparison.seeds * comparison.epochs
-    try:
-        with RunProgress(console, total, "validation") as progress, on_signals() as stop:
-            jobs = trials.jobs()
-            for group in jobs if one_by_one else [chain.from_iterable(jobs)]:
-                with closing(executor.run(group, held_out, trials.path, progress, stop)) as outcomes:
-                    for outcome in outcomes:
-                        trials.record(outcome)
-    finally:
-        trials.release()
-
-
-def _path(recipe: Recipe) -> Path:
-    """Return the folder of a recipe's search, which is not that of its comparison."""
-    return recipe.output.out if recipe.output.out is not None else Path("runs") / f"{recipe.name}-tune"
-
-
-def _checked(path: Path) -> Path:
-    """Make the folder; ExperimentError if it is used for something else."""
+def _folder(recipe: Recipe) -> Path:
+    """Make the folder of a recipe's search, not that of its comparison; ExperimentError if it is used otherwise."""
+    path = recipe.output.out if recipe.output.out is not None else Path("runs") / f"{recipe.name}-tune"
     if (path / "config.json").exists() and not is_tuning(path):
         raise ExperimentError(
             f"{path} is the folder of a comparison or of another version, not of `steppe tune`: choose another "
