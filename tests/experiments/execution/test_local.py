@@ -2,17 +2,19 @@ import io
 import multiprocessing
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from executing import DEMO, FIELDS, EventRecorder, assert_same, jobs, start_process, within_an_epoch, worker
 from rich.console import Console
-from tiny import RecordingReporter, command_line, dataset, recipe
+from tiny import CPU, RecordingReporter, command_line, dataset, options, recipe
 
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.execution.executor import ExecutionOptions, Job
 from steppe.experiments.execution.launch import start_executor
+from steppe.experiments.execution.local import InProcessExecutor
 from steppe.experiments.training.stopping import Stop
 
 
@@ -93,3 +95,35 @@ def test_stopped_and_killed_runs_resume_to_the_same_bits(undisturbed: Path, tmp_
     assert len(torch.load(runs / "sam-seed0" / "checkpoint.pt", weights_only=True)["records"]) < 4  # at once
     assert command_line(message.partition("steppe ")[2].replace("at-once 2", "at-once 1").split(), draws=False) == 0
     assert_same(runs, undisturbed)
+
+
+def test_next_job_is_taken_only_when_the_last_one_has_ended(tmp_path: Path) -> None:
+    taken: list[str] = []
+
+    def watched() -> Iterator[Job]:
+        for job in jobs(tmp_path, seeds=2, epochs=2):
+            taken.append(job.run.name)
+            yield job
+
+    outcomes = InProcessExecutor(recipe(), CPU).run(watched(), dataset(), tmp_path, RecordingReporter(), Stop())
+    assert taken == []
+    assert next(outcomes).job.run.name == "sgd-seed0"
+    assert taken == ["sgd-seed0"]
+    assert [outcome.job.run.name for outcome in outcomes] == ["sam-seed0", "sgd-seed1", "sam-seed1"]
+
+
+def test_failed_run_does_not_end_the_others_and_is_reported_at_the_end(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["compare", "demo", *options(seeds=2, out=tmp_path / "run")]
+    damaged = tmp_path / "run" / "runs" / "sgd-seed0" / "checkpoint.pt"
+    assert command_line(words, draws=False) == 0
+    damaged.write_bytes(b"no checkpoint")
+    (tmp_path / "run" / "runs" / "sam-seed1" / "checkpoint.pt").unlink()
+    capsys.readouterr()
+    assert command_line(words, draws=False) == 1
+    out, err = capsys.readouterr()
+    assert "SAM seed 1  standardized epoch 4/4" in out
+    assert "SAM against SGD" in out
+    assert err.count("\n") == 1
+    assert f"the checkpoint {damaged} is damaged" in err

@@ -1,6 +1,5 @@
 import multiprocessing
 import os
-import pickle
 import signal
 from collections.abc import Callable
 from functools import partial
@@ -11,16 +10,16 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 
 
-def add(number: int, shared: int, report: Callable[..., None]) -> tuple[int, int]:
+def add(number: int, other: int, report: Callable[..., None]) -> tuple[int, int]:
     report("adding", number)
-    return os.getpid(), number + shared
+    return os.getpid(), number + other
 
 
-def fail(shared: None, report: Callable[..., None]) -> None:
+def fail(report: Callable[..., None]) -> None:
     raise ExperimentError("the cause")
 
 
-def die(shared: None, report: Callable[..., None]) -> None:
+def die(report: Callable[..., None]) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -31,11 +30,10 @@ def wait_for(pool: ProcessPool, worker: Worker) -> None:
 
 def test_workers_are_reused_report_progress_and_end_with_the_pool() -> None:
     before, reports = set(multiprocessing.active_children()), list[tuple[str, int]]()
-    shared = pickle.dumps(10)
     with ProcessPool() as pool:
         pids = set()
         for number in (1, 2):
-            worker = pool.submit(partial(add, number), shared, lambda *values: reports.append(values))
+            worker = pool.submit(partial(add, number, 10), lambda *values: reports.append(values))
             wait_for(pool, worker)
             pid, result = pool.result(worker)
             pids.add(pid)
@@ -47,7 +45,7 @@ def test_workers_are_reused_report_progress_and_end_with_the_pool() -> None:
 
 def test_killed_worker_fails_its_own_task_only() -> None:
     with ProcessPool() as pool:
-        other = pool.submit(partial(add, 1), pickle.dumps(1))
+        other = pool.submit(partial(add, 1, 1))
         worker = pool.submit(die)
         wait_for(pool, worker)
         with pytest.raises(WorkerDied, match="ended by SIGKILL"):

@@ -24,14 +24,14 @@ def test_bars_show_loss_accuracies_speed_and_time(tmp_path: Path) -> None:
     with progress:
         for run in two.runs():
             records = train_run(run, tmp_path / run.name, reporter=progress)
-            progress._display._bars.refresh()
+            progress._bars.refresh()
     for part in ("SGD seed 0", "SAM seed 0", "all runs", f"{records[-1].test_accuracy:.2f} %", "8/8"):
         assert part in printed(console)
     progress = RunProgress(terminal(), 8)
     run = next(two.runs())
     progress.begin(run, 1.0, [])
     progress.step(run, 1.5, 0.789, 1234.0)
-    (task,) = [task for task in progress._display._bars.tasks if task.description == "SGD seed 0"]
+    (task,) = [task for task in progress._bars.tasks if task.description == "SGD seed 0"]
     assert task.completed == 1.5
     assert "loss 0.789" in task.fields["detail"]
     assert "1,234 images/s" in task.fields["detail"]
@@ -42,10 +42,10 @@ def test_several_runs_have_a_bar_each_and_one_that_begins_again_moves_back() -> 
     first, second = recipe().runs()
     for run, epoch in ((first, 2.0), (second, 1.0), (first, 1.0)):
         progress.begin(run, epoch, [])
-    completed = {task.description: task.completed for task in progress._display._bars.tasks}
+    completed = {task.description: task.completed for task in progress._bars.tasks}
     assert completed == {"all runs": 2.0, "SGD seed 0": 1.0, "SAM seed 0": 1.0}
     progress.end(first, [Record(4, 2, 10, 100, 2.0, 0.1, 99.0, 0.5, 80.0, 19.0, 1.0, 1.0)])
-    completed = {task.description: task.completed for task in progress._display._bars.tasks}
+    completed = {task.description: task.completed for task in progress._bars.tasks}
     assert completed == {"all runs": 5.0, "SAM seed 0": 1.0}
 
 

@@ -4,7 +4,7 @@ import pytest
 from executing import jobs
 from tiny import CPU, RecordingReporter, dataset, recipe, train_run
 
-from steppe.experiments.execution.in_process import InProcessExecutor
+from steppe.experiments.execution.local import InProcessExecutor
 from steppe.experiments.execution.tensorboard import TensorBoard
 from steppe.experiments.training.stopping import Stop
 

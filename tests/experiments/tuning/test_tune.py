@@ -19,7 +19,7 @@ from tiny import CPU, command_line, dataset, options
 from steppe.cli import main
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.execution.executor import Job, Outcome
-from steppe.experiments.execution.in_process import InProcessExecutor
+from steppe.experiments.execution.local import InProcessExecutor
 from steppe.experiments.storage.records import read_records
 from steppe.experiments.tuning import tune
 

@@ -23,26 +23,22 @@ class EventWriter(Reporter):
         self.interval = interval
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Write where the run starts, and in which process."""
-        self._write("begin", standardized_epoch, [asdict(r) for r in records], host=platform.node(), pid=os.getpid())
+        self._write("begin", standardized_epoch, records, host=platform.node(), pid=os.getpid())
 
     def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """Write the state of the training."""
         self._write("step", standardized_epoch, loss, images_per_second)
 
     def measured(self, run: Run, record: Record) -> None:
-        """Write the measurement."""
-        self._write("measured", asdict(record))
+        self._write("measured", record)
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
-        """Write that the run is finished."""
-        self._write("end", [asdict(r) for r in records])
+        self._write("end", records)
 
     def _write(self, event: str, *arguments: Any, **process: Any) -> None:
         self._path.parent.mkdir(parents=True, exist_ok=True)
         # opened anew for each line: on a network file system, other machines see a line when the file is closed
         with self._path.open("a") as file:
-            file.write(json.dumps({"event": event, "arguments": arguments, **process}) + "\n")
+            file.write(json.dumps({"event": event, "arguments": arguments, **process}, default=asdict) + "\n")
 
 
 class EventReader:
@@ -65,18 +61,10 @@ class EventReader:
         self._offset += len(lines) + 1 if lines else 0
         for line in lines.splitlines():
             try:
-                event = json.loads(line)
+                event = json.loads(line, object_hook=lambda d: d if "event" in d else Record(**d))
             except ValueError:  # the partial line of a killed process; it held no result
                 continue
-            getattr(self._reporter, event["event"])(self._run, *map(_decoded, event["arguments"]))
+            getattr(self._reporter, event["event"])(self._run, *event["arguments"])
 
     def close(self) -> None:
-        """Remove the file."""
         self._path.unlink(missing_ok=True)
-
-
-def _decoded(argument: Any) -> Any:
-    """Restore the records of an event."""
-    if isinstance(argument, list):
-        return [Record(**values) for values in argument]
-    return Record(**argument) if isinstance(argument, dict) else argument

@@ -10,8 +10,7 @@ from steppe.experiments.config.resolve import resolve
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.executor import ExecutionOptions, Executor
-from steppe.experiments.execution.in_process import InProcessExecutor
-from steppe.experiments.execution.local import LocalExecutor
+from steppe.experiments.execution.local import InProcessExecutor, LocalExecutor
 from steppe.experiments.execution.ray import RayExecutor
 from steppe.experiments.execution.tensorboard import TensorBoard
 from steppe.experiments.world import join, launched

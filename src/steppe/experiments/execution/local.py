@@ -1,18 +1,45 @@
-"""Train several runs at a time in processes of this machine."""
+"""Train runs on this machine: in this process, one after the other, or several at a time in processes of a pool."""
 
-import pickle
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
-from types import TracebackType
+from pathlib import Path
 from typing import Self
 
 from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.execution.executor import Executor, Job, Outcome
 from steppe.experiments.execution.pool import ProcessPool, Worker
-from steppe.experiments.execution.worker import POLL_SECONDS, RunTask, train_task
-from steppe.experiments.execution.workers import WorkerExecutor
+from steppe.experiments.execution.tensorboard import with_tensorboard
+from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
+from steppe.experiments.training.reporter import Reporter
+from steppe.experiments.training.run import train
+from steppe.experiments.training.stopping import Stop
+from steppe.experiments.world import World
+
+
+class InProcessExecutor(Executor):
+    """Trains one run at a time, in this process or in all of torchrun's processes together."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+
+    def run(
+        self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
+    ) -> Generator[Outcome, None, None]:
+        data = data.to(self.world.device)
+        for job in jobs:
+            try:
+                with with_tensorboard(reporter, job.run, control, self.world) as logged:
+                    train(job.run, job.folder, data, self.world, logged, stop)
+            except ExperimentError as error:
+                if self.world.size > 1:  # the other processes may not have met it, and would wait for this one forever
+                    raise
+                yield Outcome(job, str(error))
+            else:
+                yield Outcome(job)
 
 
 class LocalExecutor(WorkerExecutor[Worker]):
@@ -22,28 +49,22 @@ class LocalExecutor(WorkerExecutor[Worker]):
         super().__init__(recipe, console)
         self._max = capacity
         self._pool = ProcessPool()
-        self._data: Dataset | None = None
-        self._pickled = b""
+        self._data: Dataset
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """End the processes."""
-        self._pool.__exit__(kind, error, trace)
+    def __exit__(self, *exception: object) -> None:
+        self._pool.__exit__(*exception)
 
     def _capacity(self) -> int:
         return self._max
 
     def _share(self, data: Dataset) -> None:
-        if data is not self._data:
-            # pickle, because multiprocessing would use shared memory, of which containers have little
-            self._data, self._pickled = data, pickle.dumps(data)
+        self._data = data
 
     def _start(self, task: RunTask) -> Worker:
-        return self._pool.submit(partial(_train, task), self._pickled)
+        return self._pool.submit(partial(_train, task, self._data))
 
     def _wait(self, running: Sequence[Worker]) -> list[Worker]:
         return self._pool.wait(running, POLL_SECONDS)

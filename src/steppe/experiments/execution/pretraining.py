@@ -16,7 +16,7 @@ from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import CLASSES, Dataset
 from steppe.experiments.errors import DataError, ExperimentError
 from steppe.experiments.execution.executor import Executor, Job, failures
-from steppe.experiments.execution.progress import RunProgress
+from steppe.experiments.execution.progress import RunProgress, print_line
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage import checkpoints
@@ -57,7 +57,7 @@ def resolve_pretraining(recipe: Recipe, console: Console) -> Recipe:
         return recipe
     if data.is_available(recipe.data.data_dir):
         return recipe.replace(pretrain_on="fashion-mnist")
-    _print(
+    print_line(
         console,
         "Note: the full Fashion-MNIST is not on this machine, so the backbone is pretrained on the 3,000 images of the "
         "sample, and will be a weaker one. `--pretrain-on fashion-mnist` downloads it; --data-dir names a folder.",
@@ -113,7 +113,7 @@ def _claim(file: Path, backbone: Backbone, console: Console) -> None:
             f"now ({digest[:12]}), and could not be compared with these: choose another folder with --out"
         )
     write_json(file, {"source": backbone.source, "sha256": digest})
-    _print(console, f"Backbone: {backbone.source} (SHA-256 {digest[:12]})")
+    print_line(console, f"Backbone: {backbone.source} (SHA-256 {digest[:12]})")
 
 
 def pretraining_recipe(recipe: Recipe) -> Recipe:
@@ -146,7 +146,7 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
         with folder.locked() if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 folder.claim(recipe, world.size)
-                _print(console, f"Pretraining the backbone, once: it is kept in {folder.path}")
+                print_line(console, f"Pretraining the backbone, once: it is kept in {folder.path}")
             failed = train_runs([run], load_data(recipe, world), executor, folder, console)
             if failed is not None:
                 raise ExperimentError(failed)
@@ -177,7 +177,3 @@ def _finished(checkpoint: Path, its_owner: str, epochs: int) -> bool:
         return False
     records = checkpoints.load(checkpoint, its_owner)["records"]
     return bool(records) and records[-1]["standardized_epoch"] >= epochs
-
-
-def _print(console: Console, text: str) -> None:
-    console.print(text, highlight=False, markup=False, soft_wrap=True)

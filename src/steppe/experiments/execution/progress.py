@@ -2,8 +2,6 @@
 
 import time
 from collections.abc import Hashable, Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
 from typing import Self
 
 from rich.console import Console
@@ -15,6 +13,11 @@ from steppe.experiments.storage.records import Record
 from steppe.experiments.training.reporter import Reporter
 
 
+def print_line(console: Console, text: str) -> None:
+    """Print a text as it is; the terminal wraps it."""
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
+
+
 class _TimeColumn(TimeRemainingColumn):
     """Remaining time, or elapsed time where the total is unknown."""
 
@@ -22,7 +25,7 @@ class _TimeColumn(TimeRemainingColumn):
         return TimeElapsedColumn().render(task) if task.total is None else super().render(task)
 
 
-class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
+class ProgressDisplay:
     """A bar for each task in progress and one for all tasks; without a terminal, only printed lines appear."""
 
     def __init__(self, console: Console, title: str, total: float, detail: str) -> None:
@@ -45,10 +48,7 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         self._bars.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Leave the terminal as it was."""
+    def __exit__(self, *exception: object) -> None:
         self._bars.stop()
 
     def update(self, key: Hashable, title: str, completed: float, total: float | None, detail: str) -> None:
@@ -66,8 +66,7 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         self._complete(key, completed)
 
     def print(self, line: str) -> None:
-        """Print a line above the bars."""
-        self._bars.console.print(line, highlight=False, markup=False, soft_wrap=True)
+        print_line(self._bars.console, line)  # above the bars
 
     def _complete(self, key: Hashable, completed: float) -> None:
         self._completed[key] = completed
@@ -75,57 +74,44 @@ class ProgressDisplay(AbstractContextManager["ProgressDisplay"]):
         self._bars.update(self._all, completed=done, count=f"{done:.0f}/{self._total:.0f}")
 
 
-class RunProgress(Reporter):
+class RunProgress(ProgressDisplay, Reporter):
     """Displays runs, of `total` standardized epochs; `split` is the name of the images in place of the test set."""
 
     def __init__(self, console: Console, total: int, split: str = "test") -> None:
-        self._display = ProgressDisplay(console, "all runs", total, "standardized epochs")
+        super().__init__(console, "all runs", total, "standardized epochs")
         self._terminal = console.is_terminal
         self.interval = 0.5 if self._terminal else float("inf")
         self._split = split
         self._scores: dict[Run, str] = {}
 
-    def __enter__(self) -> Self:
-        self._display.__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the display."""
-        self._display.__exit__(kind, error, trace)
-
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Show the run's bar; a run that begins again after its worker died moves back on it."""
         self._scores[run] = self._text(records[-1]) if records else ""
-        self._update(run, standardized_epoch, self._scores[run])
+        self._move(run, standardized_epoch, self._scores[run])
         if standardized_epoch and not self._terminal:
             state = "is finished" if standardized_epoch >= run.standardized_epochs else "resumes"
-            self._display.print(f"{_title(run)}: {state} at standardized epoch {standardized_epoch:.2f}")
+            self.print(f"{_title(run)}: {state} at standardized epoch {standardized_epoch:.2f}")
 
     def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """Move the bars."""
         detail = f"loss {loss:.3f}  {self._scores.get(run, '')}  {images_per_second:,.0f} images/s"
-        self._update(run, standardized_epoch, detail)
+        self._move(run, standardized_epoch, detail)
 
     def measured(self, run: Run, record: Record) -> None:
-        """Show the new accuracies; without a terminal, on a line."""
         self._scores[run] = self._text(record)
-        self._update(run, record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scores[run]}")
+        self._move(run, record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scores[run]}")
         if not self._terminal:
-            self._display.print(
+            self.print(
                 f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
                 f"loss {record.train_loss:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} images/s"
             )
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
-        """Replace the run's bar by a line."""
-        self._display.finish(run, run.standardized_epochs)
+        self.finish(run, run.standardized_epochs)
         if self._terminal:
-            self._display.print(f"{_title(run)}: {self._text(records[-1])}  in {records[-1].seconds:.0f} s")
+            self.print(f"{_title(run)}: {self._text(records[-1])}  in {records[-1].seconds:.0f} s")
 
-    def _update(self, run: Run, standardized_epoch: float, detail: str) -> None:
-        self._display.update(run, _title(run), standardized_epoch, run.standardized_epochs, detail)
+    def _move(self, run: Run, standardized_epoch: float, detail: str) -> None:
+        self.update(run, _title(run), standardized_epoch, run.standardized_epochs, detail)
 
     def _text(self, record: Record) -> str:
         accuracies = f"train {record.train_accuracy:6.2f} %  {self._split} {record.test_accuracy:5.2f} %"
@@ -147,7 +133,6 @@ class JobProgress(ProgressDisplay):
             self.update(name, name, 0, None, f"{activity} (pass {passes})")
 
     def done(self, name: str) -> None:
-        """Replace the job's bar by a line."""
         self._finished.add(name)
         self.finish(name, 1)
         seconds = time.monotonic() - self._started.get(name, time.monotonic())

@@ -6,7 +6,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from types import TracebackType
 from typing import Any, Self
 
 from rich.console import Console
@@ -17,8 +16,7 @@ from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.pool import WorkerDied
-from steppe.experiments.execution.worker import POLL_SECONDS, RunTask, train_task
-from steppe.experiments.execution.workers import WorkerExecutor
+from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
 from steppe.experiments.world import has_bfloat16
 
 
@@ -48,9 +46,7 @@ class RayExecutor(WorkerExecutor[Any]):
             self._stack = stack.pop_all()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *exception: object) -> None:
         """Disconnect from Ray; one that was started for this command ends."""
         self._stack.close()
 

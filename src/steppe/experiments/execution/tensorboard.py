@@ -1,13 +1,14 @@
 """Measurements of runs as TensorBoard logs."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from types import TracebackType
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.reporter import Reporter
+from steppe.experiments.world import World
 
 
 class TensorBoard(Reporter):
@@ -28,32 +29,29 @@ class TensorBoard(Reporter):
         self._writer: SummaryWriter | None = None
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
-        """Open the run's log, and drop what was logged after the point where the run resumes."""
-        self._close()
+        self.__exit__()
+        # drops what was logged after the point where the run resumes
         self._writer = self._make(str(self._folder / run.name), purge_step=int(standardized_epoch) + 1)
         self._reporter.begin(run, standardized_epoch, records)
 
     def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        """Forward the state of the training."""
         self._reporter.step(run, standardized_epoch, loss, images_per_second)
 
     def measured(self, run: Run, record: Record) -> None:
-        """Log every number of the record over the standardized epochs."""
         assert self._writer is not None  # begin() comes first
         for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "gap", "images_per_second"):
             self._writer.add_scalar(name, getattr(record, name), int(record.standardized_epoch))
         self._reporter.measured(run, record)
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
-        """Forward the end of the run."""
         self._reporter.end(run, records)
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Flush and close the log."""
-        self._close()
-
-    def _close(self) -> None:
+    def __exit__(self, *exception: object) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def with_tensorboard(reporter: Reporter, run: Run, control: Path, world: World) -> AbstractContextManager[Reporter]:
+    """Let a reporter also log to TensorBoard, in the folder `control`, if the run's options say so."""
+    wanted = run.recipe.output.tensorboard and world.rank == 0
+    return TensorBoard(control / "tensorboard", reporter) if wanted else nullcontext(reporter)

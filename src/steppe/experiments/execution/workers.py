@@ -1,5 +1,7 @@
-"""Train several runs at a time in workers: the loop that hands out jobs, and resumes those of workers that died."""
+"""Train several runs at a time in workers, of this machine or of Ray, and resume the runs of workers that died."""
 
+import math
+import signal
 import time
 import uuid
 from abc import abstractmethod
@@ -14,17 +16,74 @@ from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.execution.events import EventReader
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.execution.events import EventReader, EventWriter
 from steppe.experiments.execution.executor import Executor, Job, Outcome
 from steppe.experiments.execution.pool import WorkerDied
-from steppe.experiments.execution.worker import POLL_SECONDS, STOPPED, RunTask
+from steppe.experiments.execution.progress import print_line
+from steppe.experiments.execution.tensorboard import with_tensorboard
+from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.reporter import Reporter
+from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop, Stopped
-from steppe.experiments.world import World
+from steppe.experiments.world import World, join
 
+POLL_SECONDS = 0.25
+_STOPPED = "stopped"
 _RETRIES = 3
+_LOCK_SECONDS = 60.0  # time for the worker of a killed session to release the run's folder
 
 W = TypeVar("W")
+
+
+@dataclass(frozen=True)
+class RunTask:
+    """A job and the settings of the session, as a worker gets them."""
+
+    job: Job
+    control: Path
+    stop_file: Path
+    """A file that appears when the runs must stop."""
+    interval: float
+    torch_version: str
+
+
+class StopFile(Stop):
+    """A request to stop by a file, which may lie on another machine, so it is looked up now and then only."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self._path, self._checked = path, -math.inf
+
+    def __bool__(self) -> bool:
+        if not self.signal and time.monotonic() - self._checked > POLL_SECONDS:
+            self._checked = time.monotonic()
+            self.signal = signal.SIGINT if self._path.exists() else 0
+        return self.signal != 0
+
+
+def train_task(task: RunTask, data: Dataset) -> str | None:
+    """Train a job in a worker; return the reason why it was not trained to the end, `_STOPPED`, or None."""
+    job, hardware = task.job, task.job.run.recipe.hardware
+    try:
+        if task.torch_version != torch.__version__:
+            raise ExperimentError(
+                f"a worker has torch {torch.__version__} and the command {task.torch_version}, so its results could "
+                "differ: install the same version on all machines"
+            )
+        with (
+            RunFolder(job.folder).locked(timeout=_LOCK_SECONDS),
+            join(hardware.device, hardware.threads) as world,
+            with_tensorboard(EventWriter(job.folder, task.interval), job.run, task.control, world) as reporter,
+        ):
+            train(job.run, job.folder, data.to(world.device), world, reporter, StopFile(task.stop_file))
+    except Stopped:
+        return _STOPPED
+    except ExperimentError as error:
+        return str(error)
+    except OSError as error:
+        return f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    return None
 
 
 @dataclass
@@ -68,8 +127,8 @@ class WorkerExecutor(Executor, Generic[W]):
     def run(
         self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
     ) -> Generator[Outcome, None, None]:
-        """Train the jobs."""
-        stop_file = control.absolute() / f".stop-{uuid.uuid4().hex[:12]}"
+        control = control.absolute()
+        stop_file = control / f".stop-{uuid.uuid4().hex[:12]}"
         self._share(data)
         remaining, running, exhausted = iter(jobs), dict[W, _RunInProgress](), False
         try:
@@ -79,7 +138,8 @@ class WorkerExecutor(Executor, Generic[W]):
                         exhausted = True
                     else:
                         events = EventReader(job.run, job.folder, reporter)
-                        task = self._task(job, control, stop_file, reporter)
+                        job = replace(job, folder=job.folder.absolute())
+                        task = RunTask(job, control, stop_file, reporter.interval, torch.__version__)
                         running[self._start(task)] = _RunInProgress(task, events)
                 if not running:
                     if stop or exhausted:
@@ -103,7 +163,7 @@ class WorkerExecutor(Executor, Generic[W]):
                         error = _final_error(one, died)
                     one.events.poll()  # drain events written after the last poll
                     one.events.close()
-                    if error != STOPPED:
+                    if error != _STOPPED:
                         yield Outcome(one.task.job, error)
         finally:
             for worker in running:
@@ -113,18 +173,11 @@ class WorkerExecutor(Executor, Generic[W]):
         if stop:
             raise Stopped(stop.signal)
 
-    def _task(self, job: Job, control: Path, stop_file: Path, reporter: Reporter) -> RunTask:
-        tensorboard = control.absolute() / "tensorboard" if job.run.recipe.output.tensorboard else None
-        job = replace(job, folder=job.folder.absolute())
-        return RunTask(job, stop_file, tensorboard, reporter.interval, torch.__version__)
-
     def _announce_retry(self, one: _RunInProgress, died: WorkerDied) -> None:
-        self._console.print(
+        print_line(
+            self._console,
             f"{one.task.job.run.name}: its worker died ({died}); another one resumes it from its checkpoint, "
             f"retry {one.retries + 1} of {_RETRIES}",
-            highlight=False,
-            markup=False,
-            soft_wrap=True,
         )
 
 

@@ -58,7 +58,6 @@ def measure_missing(jobs: Sequence[FlatnessJob], processes: int, console: Consol
 
 
 def measure_job(job: FlatnessJob, progress: Progress) -> None:
-    """Measure one network and write its file."""
     plain, normalized, budget = job.prepare(progress)
     try:
         found = measure(plain, budget, normalized=normalized)
@@ -76,10 +75,14 @@ def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], proces
     Returns:
         The results, in the order of the jobs.
     """
+    results: dict[str, T] = {}
     with JobProgress(console, len(jobs)) as display:
         if processes == 1 or len(jobs) == 1:
-            return [_run_here(function, name, job, display) for name, job in jobs.items()]
-        remaining, running, results = iter(jobs.items()), dict[Worker, str](), dict[str, T]()
+            for name, job in jobs.items():
+                results[name] = function(job, partial(display.show, name))
+                display.done(name)
+            return list(results.values())
+        remaining, running = iter(jobs.items()), dict[Worker, str]()
         error: ExperimentError | None = None
         with ProcessPool() as pool:
             while len(results) < len(jobs) and (running or error is None):
@@ -104,13 +107,7 @@ def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], proces
         return [results[name] for name in jobs]
 
 
-def _run_here(function: Callable[[J, Progress], T], name: str, job: J, display: JobProgress) -> T:
-    result = function(job, partial(display.show, name))
-    display.done(name)
-    return result
-
-
-def _run_in_worker(function: Callable[[J, Progress], T], job: J, shared: None, report: Callable[..., None]) -> T:
+def _run_in_worker(function: Callable[[J, Progress], T], job: J, report: Callable[..., None]) -> T:
     torch.set_num_threads(1)
     reported = -_INTERVAL
 

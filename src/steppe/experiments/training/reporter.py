@@ -1,18 +1,22 @@
 """The interface through which a run reports its progress."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager
-from types import TracebackType
+from typing import Self
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.records import Record
 
 
-class Reporter(AbstractContextManager["Reporter"]):
+class Reporter:
     """Base class of progress reporters; does nothing. Use it as a context manager."""
 
     interval = 0.5
     """Seconds between two calls of `step`: each waits for the device."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None: ...
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Report that a run starts, or resumes at its checkpoint."""
@@ -25,8 +29,3 @@ class Reporter(AbstractContextManager["Reporter"]):
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
         """Report that the run is finished."""
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """Close the reporter."""
