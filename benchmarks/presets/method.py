@@ -67,5 +67,5 @@ class OptionalFraction(FractionSAMStep):
 
 def register() -> None:
     """Add the method to those that a recipe can name."""
-    own = Method("Preset", "combined cheaper perturbations", preset, passes=passes, step_function=OptionalFraction)
+    own = Method("combined cheaper perturbations", preset, passes, OptionalFraction, label="Preset")
     methods.METHODS = {**methods.METHODS, "preset": own}

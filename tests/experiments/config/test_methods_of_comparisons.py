@@ -24,7 +24,7 @@ def test_every_variant_is_a_method_of_comparisons_and_can_be_built() -> None:
 
 
 def test_an_entry_of_the_registry_suffices_for_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = Method("Mine", "a method of my own", METHODS["sam"].build, rho_factor=2.0)
+    mine = Method("a method of my own", METHODS["sam"].build, rho_factor=2.0, label="Mine")
     monkeypatch.setattr(methods, "METHODS", {**METHODS, "mine": mine})
     double, plain = recipe(methods=("mine",)), recipe(methods=("sam",), rho=0.1)
     ours, theirs = (

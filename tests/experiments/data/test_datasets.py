@@ -175,7 +175,7 @@ def test_sample_is_the_first_of_each_class_of_the_same_split(full: data.Dataset,
 def test_the_script_makes_the_packaged_sample_and_the_same_bytes_twice(
     full: data.Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    script = Path(__file__).parents[2] / "scripts" / "make_sample.py"
+    script = Path(__file__).parents[3] / "scripts" / "make_sample.py"
     spec = importlib.util.spec_from_file_location("make_sample", script)
     assert spec is not None
     assert spec.loader is not None

@@ -460,7 +460,7 @@ def test_threads_that_load_at_once_over_a_damaged_cache(tiny: Tiny, server: Serv
 @pytest.mark.slow
 def test_processes_that_load_at_once(tiny: Tiny, server: Server) -> None:
     program = (
-        "import sys; from pathlib import Path; from steppe.experiments import fashion_mnist as f\n"
+        "import sys; from pathlib import Path; from steppe.experiments.data import fashion_mnist as f\n"
         "f.URL, directory, name, digest = sys.argv[1:]\n"
         "print(f.from_cache(Path(directory), f.IdxFile(name, (20, 28, 28), digest)).sum())"
     )

@@ -12,7 +12,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from steppe.experiments.config import methods
-from steppe.experiments.config.methods import BASES, Method, RunContext, Value, unknown
+from steppe.experiments.config.methods import BASES, Method, RunContext, Value, fill, unknown
 from steppe.methods._step_function import StepFunction
 
 _SYNTAX = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
@@ -90,12 +90,10 @@ class MethodSpec:
         return float(dict(self.overrides).get("rho", self.definition.rho_factor * recipe_rho))
 
     def optimizer(self, base: Optimizer, context: RunContext) -> Optimizer:
-        """Build the method's optimizer."""
-        return self.definition.optimizer(base, context, dict(self.overrides))
+        return fill(self.definition.build, base, context, dict(self.overrides))
 
     def step_function(self, optimizer: Optimizer, context: RunContext) -> StepFunction:
-        """Build the method's step function."""
-        return self.definition.make_step_function(optimizer, context, dict(self.overrides))
+        return fill(self.definition.step_function, optimizer, context, dict(self.overrides))
 
     def check(self, base: str, recipe_rho: float) -> None:
         """Build it once around a tiny model: ValueError when a value is out of the method's range."""

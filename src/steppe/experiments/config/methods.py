@@ -6,7 +6,7 @@ They are made from the cards of `steppe.methods`; no other module depends on the
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from types import MappingProxyType, UnionType
 from typing import Any, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.methods._card import MethodCard, plain_base
-from steppe.methods._step_function import StepFunction
+from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods.registry import CARDS
 
 T = TypeVar("T")
@@ -42,43 +41,32 @@ class RunContext:
     """True if the passes of a step draw the same random numbers; a CUDA graph cannot do that."""
 
 
-_FROM_CONTEXT = frozenset(field.name for field in fields(RunContext))
+_FROM_CONTEXT = frozenset(f.name for f in fields(RunContext))
 # filled even where they have a default
 _ALWAYS = frozenset({"rho", "model", "seed", "replay_rng"})
 
 
 @dataclass(frozen=True)
-class Method:
-    """One method: its label in tables and figures, one line of summary, and how it is built.
+class Method(Comparison):
+    """A method as a recipe can name it: how it is built and run, and its label in tables and figures."""
 
-    `build` takes the base optimizer first, `step_function` the built one. Their further parameters are filled by name:
-    from `RunContext`; the rest, and rho, are arguments of a spec, or else have their defaults.
-    """
-
-    label: str
-    summary: str
-    build: Callable[..., Optimizer]
-    """Build the optimizer around a base optimizer, as the functions of `steppe.variants` do, or return the base."""
+    build: Callable[..., Optimizer] = plain_base
     passes: Fraction | float | Callable[..., Fraction | float] = 2
-    """Planned gradient evaluations for an image in a step; a function takes arguments of the spec by name."""
-    step_function: Callable[..., StepFunction] = StepFunction
-    rho_factor: float = 1.0
-    """Factor from the recipe's rho (SAM's) to the method's own, where the spec gives none."""
+    label: str = field(kw_only=True)
     plain: str | None = None
     """The name of the base optimizer that the method *is*; None if it wraps the recipe's base."""
-    needs_momentum: bool = False
-    """True if it perturbs along the base's momentum."""
-    capturable: bool = False
-    """True if one CUDA graph per kind of step can be replayed for all: nothing but the cadence is decided on the host,
-    and no random numbers depend on the step's number."""
+
+    @property
+    def parameters(self) -> Mapping[str, inspect.Parameter]:
+        """The parameters of `build` and `step_function` after the optimizer."""
+        return {**_parameters(self.build), **_parameters(self.step_function)}
 
     @property
     def arguments(self) -> Mapping[str, type[Value]]:
-        """The arguments of a spec, in order, and their types."""
+        """The arguments of a spec, rho first, and their types."""
         found = {
             name: kind
-            for function in (self.build, self.step_function)
-            for name, parameter in _parameters(function).items()
+            for name, parameter in self.parameters.items()
             if (name == "rho" or not _is_filled(parameter)) and (kind := _kind(parameter.annotation))
         }
         return dict(sorted(found.items(), key=lambda item: item[0] != "rho"))
@@ -86,28 +74,17 @@ class Method:
     @property
     def follows_plan(self) -> bool:
         """True if it follows a schedule over the planned steps, so that a part of its run is no result."""
-        filled = {**_parameters(self.build), **_parameters(self.step_function)}
-        return "total_steps" in filled and _is_filled(filled["total_steps"])
+        steps = self.parameters.get("total_steps")
+        return steps is not None and _is_filled(steps)
 
     def cost(self, overrides: Mapping[str, Value]) -> Fraction:
         """Return the planned gradient evaluations for an image in a step, with the arguments of a spec."""
         cost = self.passes
         if callable(cost):
-            defaults = {k: p.default for f in (self.build, self.step_function) for k, p in _parameters(f).items()}
-            values = {**defaults, **overrides}
+            values = {name: parameter.default for name, parameter in self.parameters.items()} | dict(overrides)
             cost = cost(**{name: values[name] for name in inspect.signature(cost).parameters})
         # the decimal or the third that was written, not the nearest binary number
         return Fraction(cost).limit_denominator(10_000)
-
-    def optimizer(self, base: Optimizer, context: RunContext, overrides: Mapping[str, Value]) -> Optimizer:
-        """Build the optimizer around `base`."""
-        return _fill(self.build, context, overrides, base)
-
-    def make_step_function(
-        self, optimizer: Optimizer, context: RunContext, overrides: Mapping[str, Value]
-    ) -> StepFunction:
-        """Build the step function of an optimizer that `optimizer` built."""
-        return _fill(self.step_function, context, overrides, optimizer)
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
@@ -129,8 +106,8 @@ def _is_filled(parameter: inspect.Parameter) -> bool:
     return parameter.name in _ALWAYS or (required and parameter.name in _FROM_CONTEXT)
 
 
-def _fill(function: Callable[..., T], context: RunContext, overrides: Mapping[str, Value], optimizer: Optimizer) -> T:
-    """Call `function` with the values of the run and of the spec for its parameters."""
+def fill(function: Callable[..., T], optimizer: Optimizer, context: RunContext, overrides: Mapping[str, Value]) -> T:
+    """Call `function` with the optimizer, and with the values of the run and of the spec for its parameters."""
     parameters = _parameters(function)
     from_run = {name: getattr(context, name) for name, parameter in parameters.items() if _is_filled(parameter)}
     from_spec = {k: v for k, v in overrides.items() if k in parameters and k not in from_run}
@@ -145,7 +122,7 @@ def _kind(annotation: Any) -> type[Value] | None:
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`; True if it has a momentum."""
+    """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`."""
 
     build: Callable[..., Optimizer]
     has_momentum: bool
@@ -168,29 +145,16 @@ BASES: Mapping[str, Base] = MappingProxyType(
 )
 
 
-def _of_card(card: MethodCard) -> Method:
-    """Make a method from its card."""
-    how = card.comparison
-    assert how is not None
-    passes = how.passes if how.passes is not None else card.passes
-    assert passes is not None  # a card without a number has one in its comparison
-    return Method(
-        card.label,
-        how.summary,
-        how.build or card.function,
-        passes=passes,
-        step_function=how.step_function,
-        rho_factor=how.rho_factor,
-        needs_momentum=how.needs_momentum,
-        capturable=how.capturable,
-    )
+def _of_card(card: MethodCard, how: Comparison) -> Method:
+    own = {"build": how.build or card.function, "passes": how.passes or card.passes}
+    return Method(**vars(how) | own, label=card.label)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
-        "sgd": Method("SGD", "plain SGD", plain_base, passes=1, plain="sgd", capturable=True),
-        "adamw": Method("AdamW", "plain AdamW", plain_base, passes=1, plain="adamw", capturable=True),
-        **{name: _of_card(card) for name, card in CARDS.items() if card.comparison is not None},
+        "sgd": Method("plain SGD", passes=1, label="SGD", plain="sgd", capturable=True),
+        "adamw": Method("plain AdamW", passes=1, label="AdamW", plain="adamw", capturable=True),
+        **{name: _of_card(card, card.comparison) for name, card in CARDS.items() if card.comparison is not None},
     }
 )
 

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from steppe.experiments.config.comparison import ComparisonConfig, EvaluationConfig, OutputConfig
+from steppe.experiments.config.checks import check_ranges
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.methods import BASES
-from steppe.experiments.config.task import DataConfig, ModelConfig
-from steppe.experiments.config.training import HardwareConfig, TrainingConfig
+from steppe.experiments.config.methods import BASES, unknown
+from steppe.experiments.config.sections import (
+    ComparisonConfig,
+    DataConfig,
+    EvaluationConfig,
+    HardwareConfig,
+    ModelConfig,
+    OutputConfig,
+    TrainingConfig,
+)
 from steppe.experiments.data.batches import count
 
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
@@ -24,17 +32,13 @@ _FREE = frozenset(
 )
 
 
-def _path(value: str | Path | None) -> Path | None:
-    return None if value is None else Path(value)
-
-
+# Functions from an option's JSON value to its own type, where the two differ.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "methods": lambda specs: tuple(s if isinstance(s, MethodSpec) else MethodSpec.parse(s) for s in specs),
     "widths": tuple,
-    "data_dir": _path,
-    "out": _path,
+    "data_dir": lambda path: None if path is None else Path(path),
+    "out": lambda path: None if path is None else Path(path),
 }
-"""Functions from an option's JSON value to its own type, where the two differ."""
 
 
 @dataclass(frozen=True)
@@ -54,16 +58,20 @@ class Recipe:
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name={self.name!r}: it names a folder, so it must be a plain, non-empty name")
-        for section in _sections():
-            getattr(self, section).check()  # here, so that an error of the command line is one of its recipe
+        check_ranges(self.options())
         self._check_methods()
         self._check_flatness()
         self._check_widths()
         self._check_backbone()
 
     def _check_methods(self) -> None:
-        training = self.training
-        for spec in self.comparison.methods:
+        methods, training = self.comparison.methods, self.training
+        if not methods or len(set(methods)) < len(methods):
+            named = " ".join(map(str, methods))
+            raise ValueError(f"methods={named!r}: name at least one method, each of them once")
+        if training.momentum and not BASES[training.base].has_momentum:
+            raise ValueError(f"momentum={training.momentum}: {training.base} has none that could be set; leave it at 0")
+        for spec in methods:
             spec.check(training.base, training.rho)
             method = spec.definition
             if method.plain not in (None, training.base):
@@ -93,9 +101,12 @@ class Recipe:
             )
 
     def _check_widths(self) -> None:
-        if not self.comparison.widths:
+        found = self.comparison.widths
+        if not found:
             return
-        widths = f"widths={' '.join(map(str, self.comparison.widths))}"
+        widths = f"widths={' '.join(map(str, found))}"
+        if found[0] < 1 or len(set(found)) < len(found):
+            raise ValueError(f"{widths}: channels of the network's first stage, each at least 1 and there once")
         if self.model.width != ModelConfig.width:
             raise ValueError(
                 f"width={self.model.width}: {widths} are compared, and it would be ignored: leave it out, or them"
@@ -106,15 +117,23 @@ class Recipe:
             )
 
     def _check_backbone(self) -> None:
-        dataset, backbone = self.data.dataset, self.model.backbone
+        dataset, backbone, image_size = self.data.dataset, self.model.backbone, self.model.image_size
+        kind, _, name = backbone.partition(":")
+        if backbone not in ("none", "own") and not (name and kind in ("timm", "hf")):
+            raise ValueError(unknown("backbone", backbone, ("none", "own", "timm:NAME", "hf:NAME", "hf:FOLDER")))
+        if image_size is not None and backbone in ("none", "own"):
+            raise ValueError(
+                f"image_size={image_size}: images are resized for timm and hf checkpoints only, and "
+                f"backbone={backbone} takes them as they are: leave it out"
+            )
         if backbone == "own" and dataset != "digits":
             raise ValueError(
                 f"dataset={dataset}: the own backbone is pretrained on Fashion-MNIST, and nothing would be transferred "
                 "to the same images. Say --dataset digits, or --backbone none"
             )
         if backbone == "none":
-            for name in ("freeze", "head_lr"):
-                if value := self.options()[name]:
+            for name, value in (("freeze", self.model.freeze), ("head_lr", self.training.head_lr)):
+                if value:
                     raise ValueError(
                         f"{name}={value}: without a backbone all layers are new, so it would mean nothing. Say "
                         f"--backbone own or a checkpoint's name, or leave --{name.replace('_', '-')} out"
@@ -126,21 +145,24 @@ class Recipe:
                 "ignored: leave it out"
             )
 
+    def _sections(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name != "name"}
+
     def options(self) -> dict[str, Any]:
         """Return every option by its name, without its section.
 
         >>> Recipe().options()["lr"]
         0.05
         """
-        sections = (getattr(self, name) for name in _sections())
-        return {"name": self.name} | {f.name: getattr(s, f.name) for s in sections for f in fields(s)}
+        options = {"name": self.name}
+        for section in self._sections().values():
+            options |= vars(section)
+        return options
 
     def replace(self, **options: Any) -> Recipe:
         """Return a recipe with other values for some options, each by its name; methods may be texts.
 
-        Raises:
-            TypeError: for a name that is no option.
-            ValueError: for a value that an option cannot take.
+        Raises TypeError for a name that is no option, ValueError for a value that an option cannot take.
 
         >>> Recipe().replace(lr=0.1, methods=["sgd", "sam:rho=.1"]).comparison.methods[1].overrides
         (('rho', 0.1),)
@@ -149,9 +171,8 @@ class Recipe:
             raise TypeError(f"not an option of a recipe: {', '.join(sorted(unknown))}")
         values = {name: _READERS[name](v) if name in _READERS else v for name, v in options.items()}
         changed: dict[str, Any] = {"name": values.get("name", self.name)}
-        for name, kind in _sections().items():
-            own = {f.name: values[f.name] for f in fields(kind) if f.name in values}
-            changed[name] = replace(getattr(self, name), **own)
+        for name, section in self._sections().items():
+            changed[name] = replace(section, **{k: values[k] for k in vars(section) if k in values})
         return Recipe(**changed)
 
     @property
@@ -194,45 +215,24 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the sections with their options as JSON has them; `from_json` is the inverse."""
-        sections = {name: asdict(getattr(self, name)) for name in _sections()}
-        sections["comparison"]["methods"] = [str(spec) for spec in self.comparison.methods]
-        sections["comparison"]["widths"] = list(self.comparison.widths)
-        for section, name in (("data", "data_dir"), ("output", "out")):
-            path = sections[section][name]
-            sections[section][name] = None if path is None else str(path)
-        return {"name": self.name, **sections}
+        text = json.dumps(vars(self), default=lambda v: str(v) if isinstance(v, (MethodSpec, Path)) else vars(v))
+        values: dict[str, Any] = json.loads(text)
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
-        """Make a recipe from the output of `to_json`; ValueError when the fields are not a recipe's."""
-        default = cls()
-        expected = {"name", *_sections()}
-        if expected != set(values):
-            raise ValueError(f"not the sections of a recipe: {', '.join(sorted(expected ^ set(values)))}")
-        options = {"name": values["name"]}
-        for section in _sections():
-            options |= values[section]
-        if differing := options.keys() ^ default.options().keys():
+        """Make a recipe from the output of `to_json`; ValueError when the options are not a recipe's."""
+        options = dict[str, Any]()
+        for name, value in values.items():
+            options |= value if isinstance(value, Mapping) else {name: value}
+        if differing := options.keys() ^ cls().options().keys():
             raise ValueError(f"not the options of a recipe: {', '.join(sorted(differing))}")
-        return default.replace(**options)
+        return cls().replace(**options)
 
     def result(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, as JSON has them."""
         options = {name: value for name, value in self.options().items() if name not in _FREE}
         return options | {"momentum": self.base_momentum} | ({"width": "several"} if self.comparison.widths else {})
-
-
-def _sections() -> dict[str, Any]:
-    """Return the class of each section by its name."""
-    return {name: kind for name, kind in get_type_hints(Recipe).items() if name != "name"}
-
-
-def option_types() -> dict[str, Any]:
-    """Return the annotation of every option of a recipe by its name."""
-    types: dict[str, Any] = {"name": str}
-    for section in _sections().values():
-        types |= get_type_hints(section)
-    return types
 
 
 @dataclass(frozen=True)

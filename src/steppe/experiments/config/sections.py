@@ -1,0 +1,134 @@
+"""Sections of a recipe. A field is an option of the command line, and its docstring the help."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.data.datasets import DatasetName
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """The images and their labels."""
+
+    dataset: DatasetName = "sample"
+    """fashion-mnist: the whole data set. sample: 3000 training and 3000 test images of it, included in Steppe. digits:
+    scikit-learn's 1797 handwritten digits, one in three of them for testing (needs the finetune extra)."""
+    shots: int | None = None
+    """Training images per class, drawn by the run's seed; by default all."""
+    label_noise: float = 0.0
+    """Fraction of the training images that get a wrong label, drawn by the run's seed. Training loss, training
+    accuracy and gap are measured on these labels; the test labels are unchanged."""
+    data_dir: Path | None = None
+    """Folder of the full Fashion-MNIST; else $STEPPE_DATA, the system's package, the user's cache, or a download."""
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network and its initial weights."""
+
+    width: int = 16
+    """Width of the PreAct ResNet-18: channels of its first stage; the full network has 64."""
+    stem_stride: int = 2
+    """Stride of its first convolution: 1 as in the article, 2 for a quarter of the work."""
+    norm: Literal["batch", "group"] = "batch"
+    """Its normalization layers. Several processes on CPUs need group."""
+    backbone: str = "none"
+    """Initial weights. none: random. own: the same network, pretrained once on Fashion-MNIST and kept in the user's
+    cache. timm:NAME, hf:NAME or hf:FOLDER: a checkpoint. Its last layer is replaced by a new one."""
+    pretrain_on: Literal["auto", "fashion-mnist", "sample"] = "auto"
+    """Data that the own backbone is pretrained on; auto: the whole Fashion-MNIST if it is on this machine, else the
+    sample."""
+    pretrain_epochs: int = 3
+    """Epochs of this pretraining, with SGD (lr 0.05, momentum 0.9, batch 128)."""
+    freeze: bool = False
+    """Train the new head only (a linear probe): weights and running statistics of the backbone are unchanged."""
+    image_size: int | None = None
+    """Height and width to which images are resized for a timm or hf checkpoint; by default those of its training."""
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """The base optimizer, the radius and the batch size."""
+
+    base: Literal["sgd", "adamw"] = "sgd"
+    """The base optimizer, plain and inside SAM."""
+    lr: float = 0.05
+    """Learning rate, constant."""
+    head_lr: float | None = None
+    """Learning rate of the new head; by default that of the rest."""
+    momentum: float | None = None
+    """Momentum of SGD; by default 0, or 0.9 for all methods when one of them (msam) perturbs along it."""
+    weight_decay: float = 0.0
+    """Weight decay of the base optimizer."""
+    rho: float = 0.05
+    """Radius of SAM's neighborhood; a method takes its usual multiple of it, unless its spec gives a rho."""
+    batch_size: int = 64
+    """Maximum number of images per step, over all devices; the batches of an epoch differ in size by one at most."""
+
+
+@dataclass(frozen=True)
+class HardwareConfig:
+    """The device and the precision."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Device to train on; auto takes a GPU if there is one."""
+    amp: bool | None = None
+    """Compute in bfloat16 where it is safe (autocast); the weights stay float32. By default where the machine has
+    instructions for it."""
+    channels_last: bool = False
+    """Keep images and convolutions in the channels-last layout: faster on most machines."""
+    compile: bool = False
+    """Compile the network with torch.compile. Runs that are resumed may then differ in the last bits."""
+    cuda_graphs: bool | None = None
+    """Capture training steps as CUDA graphs, where the method allows it; by default on a GPU."""
+    threads: int | None = None
+    """CPU threads of a run; by default 1. Results differ in the last bits with their number."""
+
+
+@dataclass(frozen=True)
+class ComparisonConfig:
+    """The methods, the seeds and the compute of each run."""
+
+    methods: tuple[MethodSpec, ...] = (MethodSpec("sgd"), MethodSpec("sam"))
+    """The methods, each as NAME or NAME:KEY=VALUE,... (looksam:interval=2). The others are compared with the first."""
+    epochs: int = 20
+    """Standardized epochs: the compute of each method. One is as many gradient evaluations as there are training
+    images, so an epoch of SAM (two passes) counts as 2."""
+    extra_epochs: int = 0
+    """Further standardized epochs for methods with more than one pass a step; they have rows of their own."""
+    widths: tuple[int, ...] = ()
+    """Compare at each of these widths, and draw the errors over the number of parameters; `width` is then not used."""
+    seeds: int = 3
+    """Runs of each method. Raise it later to add runs to the same folder; one run gives no verdict."""
+    first_seed: int = 0
+    """Seed of the first run. Methods of one seed share initial weights and the order of the images."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "widths", tuple(sorted(self.widths)))
+
+
+@dataclass(frozen=True)
+class EvaluationConfig:
+    """The measurements during training."""
+
+    eval_every: int = 2
+    """Standardized epochs from one measurement on the whole training and test set to the next."""
+    flatness_every: int | None = None
+    """Measure sharpness S(w) at `rho`, the largest eigenvalue of the Hessian and the gradient norm as well: every so
+    many standardized epochs, a multiple of `eval_every`, and at the end. By default not."""
+    flatness_samples: int = 256
+    """Training images for these measurements, drawn by the run's seed, in evaluation mode."""
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """The run folder, checkpoints and logs."""
+
+    out: Path | None = None
+    """The run folder; by default runs/NAME. The same command in the same folder resumes it."""
+    checkpoint_seconds: float = 60.0
+    """Seconds from one checkpoint within an epoch to the next; there is always one at an epoch's end."""
+    tensorboard: bool = False
+    """Log to RUN/tensorboard as well (needs the tensorboard extra)."""
