@@ -84,7 +84,7 @@ class Fingerprint:
     def add(self, batch: Any, size: int) -> None:
         """Add a batch."""
         self.samples += size
-        self._sums += [_weighted_sums(t.detach()) for t in _tensors(batch) if t.numel() > 0]
+        self._sums += [_weighted_sums(t.detach()) for t in list_tensors(batch) if t.numel() > 0]
 
     def compare(self, previous: "Fingerprint") -> None:
         """Raise ValueError if this pass had other samples than the previous one."""
@@ -113,7 +113,7 @@ def num_samples(batch: Any) -> int:
     Raises:
         TypeError: the batch holds no tensor of at least one dimension.
     """
-    for tensor in _tensors(batch):
+    for tensor in list_tensors(batch):
         if tensor.dim() > 0:
             return len(tensor)
     raise TypeError(
@@ -149,7 +149,7 @@ def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     return tree
 
 
-def _tensors(tree: Any) -> list[Tensor]:
+def list_tensors(tree: Any) -> list[Tensor]:
     """List all tensors of a nested structure, in order."""
     found: list[Tensor] = []
     _map_tensors(tree, lambda t: (found.append(t), t)[1])  # type: ignore[func-returns-value]

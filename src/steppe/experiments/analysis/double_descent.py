@@ -9,12 +9,11 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import setting
+from steppe.experiments.analysis.tables import markdown_table, terminal_table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.models.preact_resnet import preact_resnet18
@@ -60,9 +59,9 @@ class Point:
             str(self.width),
             f"{self.parameters:,}",
             self.method.label,
-            *(_text(value, ".2f") for value in (self.train_error, self.test_error)),
+            *(value.text(".2f") for value in (self.train_error, self.test_error)),
             "" if self.against is None else _interval(self.against),
-            *("" if value is None else _text(value, ".3g") for value in (self.sharpness, self.lambda_max)),
+            *("" if value is None else value.text(".3g") for value in (self.sharpness, self.lambda_max)),
             str(self.test_error.n),
         ]
 
@@ -137,9 +136,7 @@ class DoubleDescent:
 
     def markdown(self) -> str:
         """Return the summary as Markdown."""
-        headings = (heading.replace("\n", " ") for heading in self.headings())
-        lines = ["| " + " | ".join(headings) + " |", "|---:|---:|---|" + "---:|" * (len(_HEADINGS) - 3)]
-        lines += ["| " + " | ".join(point.cells()) + " |" for point in self.points]
+        lines = markdown_table(self.headings(), [point.cells() for point in self.points], left=(2,))
         return "\n".join([f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes()), ""])
 
     def json(self) -> dict[str, Any]:
@@ -163,12 +160,8 @@ class DoubleDescent:
 
     def show(self, console: Console) -> None:
         """Print the table and the verdicts."""
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        for i, heading in enumerate(self.headings()):
-            table.add_column(heading, justify="left" if i == 2 else "right", no_wrap=i != 2)
-        for point in self.points:
-            table.add_row(*point.cells())
-        console.print(table)
+        rows = [point.cells() for point in self.points]
+        console.print(terminal_table(self.headings(), rows, left=(2,), title=self.title))
         for note in self.notes():
             console.print(note, highlight=False, markup=False)
 
@@ -266,10 +259,6 @@ def _means(method: MethodSpec, reference: MethodSpec, widths: Sequence[int], run
         fmean(runs[w, reference][seed].test_accuracy - runs[w, method][seed].test_accuracy for w in widths)
         for seed in sorted(set.intersection(*seeds))
     ]
-
-
-def _text(value: Estimate, form: str) -> str:
-    return f"{value.mean:{form}}" + ("" if value.sd is None else f"±{value.sd:{form}}")
 
 
 def _interval(value: Estimate) -> str:

@@ -49,6 +49,10 @@ class Estimate:
             return None
         return 0 if abs(self.mean) <= self.half_width else int(math.copysign(1, self.mean))
 
+    def text(self, form: str) -> str:
+        """Return mean and standard deviation, each formatted by `form`."""
+        return f"{self.mean:{form}}" + ("" if self.sd is None else f"±{self.sd:{form}}")
+
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Summarize at least one value.

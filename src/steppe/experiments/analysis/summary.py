@@ -5,11 +5,11 @@ from dataclasses import asdict, dataclass, replace
 from types import MappingProxyType
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.tables import markdown_table, terminal_table
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
@@ -57,8 +57,8 @@ class Row:
             self.method.label,
             str(self.standardized_epoch),
             f"{self.passes.mean:.2f}",
-            *(_text(value, 2) for value in (self.train_accuracy, self.test_accuracy, self.gap)),
-            _text(self.train_loss, 3),
+            *(value.text(".2f") for value in (self.train_accuracy, self.test_accuracy, self.gap)),
+            self.train_loss.text(".3f"),
             f"{self.seconds.mean:.0f}",
             str(self.gap.n),
         ]
@@ -110,9 +110,7 @@ class Summary:
 
     def markdown(self) -> str:
         """Return the summary as Markdown."""
-        headings = (heading.replace("\n", " ") for heading in _HEADINGS)
-        lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
-        lines += ["| " + " | ".join(row.cells()) + " |" for row in self.rows]
+        lines = markdown_table(_HEADINGS, [row.cells() for row in self.rows])
         flat = ["## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *_items(CAVEATS), ""]
         return "\n".join(
             [f"# {self.title}", "", *lines, "", *_items(self.notes()), "", *(flat if self.flatness else [])]
@@ -152,14 +150,9 @@ class Summary:
             verdict.show(console)
 
     def _table(self, *, without: Sequence[str]) -> Table:
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         shown = [i for i, heading in enumerate(_HEADINGS) if heading not in without]
-        for i in shown:
-            table.add_column(_HEADINGS[i], justify="right" if i else "left", no_wrap=i > 0)
-        for row in self.rows:
-            cells = row.cells()
-            table.add_row(*(cells[i] for i in shown))
-        return table
+        rows = [[row.cells()[i] for i in shown] for row in self.rows]
+        return terminal_table([_HEADINGS[i] for i in shown], rows, title=self.title)
 
 
 def _items(sentences: Iterable[str]) -> list[str]:
@@ -238,10 +231,6 @@ def _difference(recipe: Recipe, method: MethodSpec, reference: MethodSpec, resul
     accuracy = estimate([ours.test_accuracy - theirs.test_accuracy for ours, theirs in pairs])
     gap = estimate([ours.gap - theirs.gap for ours, theirs in pairs])
     return Difference(method, reference, recipe.comparison.epochs, accuracy, gap)
-
-
-def _text(value: Estimate, digits: int) -> str:
-    return f"{value.mean:.{digits}f}" + ("" if value.sd is None else f"±{value.sd:.{digits}f}")
 
 
 def _verdict(value: Estimate, *, better: int) -> str:

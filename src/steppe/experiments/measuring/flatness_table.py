@@ -2,18 +2,18 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, chain
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from steppe.experiments.analysis.statistics import estimate
+from steppe.experiments.analysis.tables import markdown_row, markdown_table, terminal_table
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict, compared
 from steppe.flatness import FAMILIES, Flatness, Measure
 
 TITLE = "# Flatness of "
 
-_HEADINGS = ("measure", "value", "note")
+_HEADINGS, _LEFT = ("measure", "value", "note"), (0, 2)
 
 
 @dataclass(frozen=True)
@@ -51,22 +51,21 @@ class FlatnessTable:
         )
 
     def markdown(self) -> str:
-        """Return every number, and the verdict, as Markdown."""
+        """Return every number of every file, and the verdict."""
         parts = [f"{TITLE}{self.model}", self.caption()]
         verdict = self.verdict()
         if verdict is not None:
             parts += [f"## {' against '.join(self.names)}", verdict.markdown()]
             parts += ["\n".join(f"- {caveat}" for caveat in CAVEATS)]
         for name, one in self.found.items():
-            lines = ["| " + " | ".join(_HEADINGS) + " |", "|---|---:|---|"]
+            lines = markdown_table(_HEADINGS, [], _LEFT)
             for family, rows in _rows([one]):
-                lines.append(f"| **{family}** | | |")
-                lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row) + " |" for row in rows]
+                lines += [f"| **{family}** | | |", *map(markdown_row, rows)]
             parts += [f"## {name}", "\n".join(lines)]
         return "\n\n".join(parts) + "\n"
 
     def show(self, console: Console) -> None:
-        """Print the numbers or, with a reference, the comparison."""
+        """Print the mean of the numbers or, with a reference, the comparison."""
         console.print(f"{self.model}: {self.caption()}", highlight=False, markup=False)
         verdict = self.verdict()
         if verdict is not None:
@@ -74,13 +73,9 @@ class FlatnessTable:
             for caveat in CAVEATS:
                 console.print(caveat, highlight=False, markup=False)
             return
-        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        for heading in _HEADINGS:
-            table.add_column(heading, justify="right" if heading == "value" else "left", no_wrap=heading == "value")
-        for _, rows in _rows(list(self.found.values())):
-            for row in rows:
-                table.add_row(*row, end_section=row is rows[-1])
-        console.print(table)
+        rows = [rows for _, rows in _rows(list(self.found.values()))]
+        ends = [end - 1 for end in accumulate(map(len, rows))]
+        console.print(terminal_table(_HEADINGS, chain.from_iterable(rows), _LEFT, ends=ends))
 
 
 def _rows(measured: Sequence[Flatness]) -> Iterator[tuple[str, list[list[str]]]]:

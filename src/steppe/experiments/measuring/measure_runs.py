@@ -1,6 +1,6 @@
 """Measure the flatness of every run of a run folder, and the loss on the lines between the runs."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from steppe.experiments.analysis.flatness import FLATNESS, read_flatness_file, read_lines
 from steppe.experiments.config.recipe import Recipe, Run
@@ -44,12 +44,10 @@ class RunJob(FlatnessJob):
 
     @property
     def name(self) -> str:
-        """The name of the run."""
         return self.run.name
 
     @property
     def path(self) -> Path:
-        """The file in the run's folder."""
         return RunFolder(self.folder).run(self.run) / FLATNESS
 
     def is_measured(self) -> bool:
@@ -62,14 +60,10 @@ class RunJob(FlatnessJob):
         )
 
     def prepare(self, progress: Progress) -> tuple[Objective, Objective, Budget]:
-        """Return the run's losses, at the weights of its checkpoint."""
-        training = self.restore()
-        return *objectives(
-            training.network, self.sample(training), self.options.sampling, progress
-        ), self.options.budget
+        training, options = self.restore(), self.options
+        return *objectives(training.network, self.sample(training), options.sampling, progress), options.budget
 
     def to_json(self, found: Flatness) -> dict[str, Any]:
-        """Return the measures with their settings."""
         content = found.to_json()
         content["settings"] |= self.options.settings()
         return content
@@ -100,7 +94,6 @@ class LineJob:
 
     @property
     def name(self) -> str:
-        """The name in messages."""
         return f"{self.reference.name} to {self.job.name}"
 
     @property
@@ -135,22 +128,18 @@ def objectives(
     network: nn.Module, sample: Split, sampling: Sampling, progress: Progress
 ) -> tuple[Objective, Objective]:
     """Return a network's mean cross-entropy on a sample, and that of its normalized logits."""
-    losses = F.cross_entropy, normalized_logits(F.cross_entropy)
-    plain, normalized = (_objective(network, sample, sampling, loss, progress) for loss in losses)
-    return plain, normalized
-
-
-def _objective(
-    network: nn.Module, sample: Split, sampling: Sampling, loss: Callable[[Tensor, Tensor], Tensor], progress: Progress
-) -> Objective:
-    return Objective(
-        network,
-        (normalize(sample.images), sample.labels),
-        loss=loss,
-        batch_norm=sampling.batch_norm,
-        batch_size=sampling.batch_size,
-        progress=progress,
+    plain, normalized = (
+        Objective(
+            network,
+            (normalize(sample.images), sample.labels),
+            loss=loss,
+            batch_norm=sampling.batch_norm,
+            batch_size=sampling.batch_size,
+            progress=progress,
+        )
+        for loss in (F.cross_entropy, normalized_logits(F.cross_entropy))
     )
+    return plain, normalized
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:
@@ -191,7 +180,7 @@ def measure_line(line: LineJob, progress: Progress) -> dict[str, Any]:
     reference, method, seed = line.key
     found: dict[str, Any] = {"a": reference, "b": method, "seed": seed}
     for split, sample in samples.items():
-        objective = _objective(start.network, sample, options.sampling, F.cross_entropy, progress)
+        objective, _ = objectives(start.network, sample, options.sampling, progress)
         losses = interpolation(objective, end.network.state_dict(), points=_LINE_POINTS, statistics=True)
         found |= {"axis": losses.axis.tolist(), split: losses.to_json()["losses"], "reestimated": losses.statistics}
     return found

@@ -1,7 +1,7 @@
 """A user's data, in tensors, a dataset or batches, prepared for many passes."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -10,7 +10,8 @@ from torch.utils.data import IterableDataset, default_collate
 
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.measuring.entry_points import one_line
-from steppe.flatness._batches import num_samples
+from steppe.experiments.measuring.weights import content_of
+from steppe.flatness._batches import list_tensors, num_samples
 
 _FORMS = "a tuple of tensors (inputs, targets), a Dataset of such pairs, or batches: a DataLoader, a list"
 
@@ -45,25 +46,24 @@ def prepare_data(given: Any, name: str, samples: int, batch_size: int, seed: int
             f"--data {name} gives {type(given).__name__}, which can be iterated over only once, and a measure needs "
             f"many passes: give {_FORMS}"
         )
-    if isinstance(given, tuple | list) or not hasattr(given, "__getitem__"):
-        if isinstance(given, tuple) or not hasattr(given, "__iter__"):
-            raise ExperimentError(f"--data {name} gives {_describe(given)}: give {_FORMS}")
-        return given
-    if isinstance(given, Tensor | Mapping | str) or not hasattr(given, "__len__"):
+    indexable = hasattr(given, "__getitem__") and not isinstance(given, list)
+    if not hasattr(given, "__len__" if indexable else "__iter__") or isinstance(given, tuple | Tensor | Mapping | str):
         raise ExperimentError(f"--data {name} gives {_describe(given)}: give {_FORMS}")
+    if not indexable:
+        return given
     return _collated(given, name, _drawn(len(given), samples, seed), batch_size, pairs=pairs)
 
 
 def digest_of_data(batches: Any) -> str:
     """Return the sum of the samples' SHA-256, which does not depend on their order and batches."""
     total = 0
-    for batch in _batches(batches):
-        tensors, n = list(_tensors(batch)), num_samples(batch)
+    for batch in [batches] if isinstance(batches, tuple) else batches:
+        tensors, n = list_tensors(batch), num_samples(batch)
         for i in range(n):
             found = hashlib.sha256()
             for tensor in tensors:
                 mine = tensor[i] if tensor.dim() and len(tensor) == n else tensor
-                found.update(mine.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+                found.update(content_of(mine))
             total += int.from_bytes(found.digest(), "big")
     return f"{total % 2**256:064x}"
 
@@ -73,10 +73,6 @@ def first_length(batches: Any, batch_size: int) -> int:
     if isinstance(batches, tuple):
         return min(len(batches[0]), batch_size)
     return next((num_samples(batch) for batch in batches), 0)
-
-
-def _batches(batches: Any) -> Iterable[Any]:
-    return [batches] if isinstance(batches, tuple) else batches
 
 
 def _drawn(n: int, samples: int, seed: int) -> Tensor:
@@ -101,14 +97,6 @@ def _collated(dataset: Any, name: str, drawn: Tensor, batch_size: int, *, pairs:
             f"--data {name}: its items cannot be put into one batch ({one_line(error)}): give a DataLoader with a "
             "collate_fn of its own"
         ) from error
-
-
-def _tensors(tree: Any) -> Iterator[Tensor]:
-    if isinstance(tree, Tensor):
-        yield tree
-    elif isinstance(tree, Mapping | tuple | list):
-        for branch in tree.values() if isinstance(tree, Mapping) else tree:
-            yield from _tensors(branch)
 
 
 def _describe(thing: Any) -> str:

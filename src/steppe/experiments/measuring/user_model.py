@@ -131,12 +131,10 @@ class UserModelJob(FlatnessJob):
 
     @property
     def name(self) -> str:
-        """The name of the weights."""
         return self.label
 
     @property
     def path(self) -> Path:
-        """The file in the output folder."""
         return self.model.out / f"{self.label}.json"
 
     def is_measured(self) -> bool:
@@ -154,13 +152,11 @@ class UserModelJob(FlatnessJob):
         return {**self.model.entry_points(), **digests, **self.options.settings()}
 
     def to_json(self, found: Flatness) -> dict[str, Any]:
-        """Return the measures with their settings and inputs."""
         content = found.to_json()
         content["settings"] |= self.model.entry_points()
         return {**content, "weights": str(self.weights), "inputs": self.inputs()}
 
     def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
-        """Return the losses of the network with its weights; normalized logits for classifiers only."""
         model, sampling, budget = self.model, self.options.sampling, self.options.budget
         network, data = self._load()
         network.to("cuda" if torch.cuda.is_available() else "cpu")

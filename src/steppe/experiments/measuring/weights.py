@@ -62,8 +62,13 @@ def digest_of_model(network: nn.Module) -> str:
     for name, tensor in network.state_dict().items():
         found.update(name.encode())
         if isinstance(tensor, Tensor) and tensor.numel():
-            found.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+            found.update(content_of(tensor))
     return found.hexdigest()
+
+
+def content_of(tensor: Tensor) -> memoryview:
+    """Return the bytes of a tensor."""
+    return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(path: Path) -> Any:

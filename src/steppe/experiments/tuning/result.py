@@ -7,12 +7,11 @@ from pathlib import Path
 from statistics import fmean, variance
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.summary import setting
+from steppe.experiments.analysis.tables import markdown_table, terminal_table
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.tuning.confirm import confirmations
 from steppe.experiments.tuning.options import MEASURES, Objective
@@ -23,8 +22,8 @@ _SHOWN = 5  # trials of a method on the terminal; the files have them all
 _LISTED = 6  # values within one standard error that are listed; of more, the ends only
 
 _HEADINGS = ("trial", "validation\naccuracy %", "validation\nloss", "train\naccuracy %", "gap,\npoints", "runs")
-_COLUMNS = {"test_accuracy": 2, "test_loss": 3, "train_accuracy": 2, "gap": 2}
-"""The measures in the table, with their digits."""
+_COLUMNS = {"test_accuracy": ".2f", "test_loss": ".3f", "train_accuracy": ".2f", "gap": ".2f"}
+"""The measures in the table, with their formats."""
 
 
 @dataclass(frozen=True)
@@ -95,15 +94,13 @@ class TuningResult:
         """Yield the rows of the table, for at most `limit` trials of a method."""
         for best in self.best:
             for result in best.ranked[:limit]:
-                cells = [_text(estimate([getattr(run, n) for run in result.runs]), d) for n, d in _COLUMNS.items()]
+                cells = [estimate([getattr(run, n) for run in result.runs]).text(form) for n, form in _COLUMNS.items()]
                 yield [f"{result.number}: {_label(best.space, result)}", *cells, str(len(result.runs))]
 
     def markdown(self) -> str:
-        headings = (heading.replace("\n", " ") for heading in _HEADINGS)
-        lines = ["| " + " | ".join(headings) + " |", "|---" + "|---:" * (len(_HEADINGS) - 1) + "|"]
-        lines += ["| " + " | ".join(row) + " |" for row in self.rows()]
         notes = [f"- {note}" for note in self.notes] + [f"- **{warning}**" for warning in self.warnings]
         confirm = ["", "To confirm on the test set:", "", "```", *self.commands, "```"] if self.commands else []
+        lines = markdown_table(_HEADINGS, self.rows())
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, *confirm, ""])
 
     def json(self) -> dict[str, Any]:
@@ -129,12 +126,7 @@ class TuningResult:
         }
 
     def show(self, console: Console) -> None:
-        table = Table(title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        for index, heading in enumerate(_HEADINGS):
-            table.add_column(heading, justify="right" if index else "left", no_wrap=index > 0)
-        for row in self.rows(_SHOWN):
-            table.add_row(*row)
-        console.print(table)
+        console.print(terminal_table(_HEADINGS, self.rows(_SHOWN), title=self.title))
         for note in (*self.notes, *(f"Warning: {warning}" for warning in self.warnings)):
             console.print(note, highlight=False, markup=False)
         if self.commands:
@@ -193,7 +185,7 @@ def _notes(search: Search, best: Sequence[Best], results: Sequence[TrialResult])
 
 def _best_note(search: Search, best: Best) -> str:
     digits = 2 if search.by_accuracy else 4
-    value = _text(estimate(search.goal(best.result)), digits) + (" %" if search.by_accuracy else "")
+    value = estimate(search.goal(best.result)).text(f".{digits}f") + (" %" if search.by_accuracy else "")
     text = f"{best.label}: {value}"
     if not best.space.dimensions:
         return f"{text}."
@@ -273,7 +265,3 @@ def _text_of_values(result: TrialResult) -> str:
 
 def _text_of(name: str, value: object) -> str:
     return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
-
-
-def _text(value: Estimate, digits: int) -> str:
-    return f"{value.mean:.{digits}f}" + ("" if value.sd is None else f"±{value.sd:.{digits}f}")

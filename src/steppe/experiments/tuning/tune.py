@@ -15,7 +15,7 @@ from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.data.validation import hold_out
+from steppe.experiments.data.sampling import hold_out
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, Outcome
 from steppe.experiments.execution.launch import start_executor
