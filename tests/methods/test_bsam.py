@@ -1,18 +1,35 @@
-"""bSAM: against its slow reference with the same noise, its noise, and its reductions."""
+"""bSAM: against its slow reference with the same noise; its noise, special cases and arguments."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import agree, loss, start, through_a_file, trained
-from reference_methods import bsam
+from own_step_problem import Loss, assert_close, gradient, loss, saved_and_loaded, start, trained
+from torch import Tensor
 
 from checks import split
 from steppe._tensors import random as random_tensors
 from steppe.methods.bsam import BSAM
 from support import batch, bits, by_closure, model_bits, net, plain, train
 
-OURS = {"lr": 0.02, "n_data": 50, "rho": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.01, "damping": 0.2}
-THEIRS = {"alpha": 0.02, "N": 50, "rho": 0.1, "beta1": 0.8, "beta2": 0.9, "delta": 0.01, "gamma": 0.2}
+
+def bsam(L: Loss, w: Tensor, steps: int, noise: Callable[[int], Tensor], *, alpha, N, rho, beta1, beta2, delta, gamma):
+    """arXiv 2210.01620, algorithm 1."""
+    omega, s, g_m = w.detach().clone(), torch.ones_like(w), torch.zeros_like(w)
+    for t in range(steps):
+        theta = omega + noise(t) * (1 / (N * s)).sqrt()
+        g = gradient(L, theta, t)
+        epsilon = rho * g / s
+        g_epsilon = gradient(L, omega + epsilon, t)
+        g_m = beta1 * g_m + (1 - beta1) * (g_epsilon + delta * omega)
+        s = beta2 * s + (1 - beta2) * (s.sqrt() * g.abs() + delta + gamma)
+        omega = omega - alpha * g_m / s
+    return omega
+
+
+ARGUMENTS = {"lr": 0.02, "n_data": 50, "rho": 0.1, "betas": (0.8, 0.9), "weight_decay": 0.01, "damping": 0.2}
+PAPER_ARGUMENTS = {"alpha": 0.02, "N": 50, "rho": 0.1, "beta1": 0.8, "beta2": 0.9, "delta": 0.01, "gamma": 0.2}
 
 
 def noise(t):
@@ -20,35 +37,35 @@ def noise(t):
     return torch.cat([n.reshape(-1) for n in drawn])
 
 
-def want(noise=noise, **changes):
-    return bsam(loss, start(), 20, noise, **(THEIRS | changes))
+def reference(noise=noise, **changes):
+    return bsam(loss, start(), 20, noise, **(PAPER_ARGUMENTS | changes))
 
 
 @pytest.mark.parametrize("drive", ["closure", "passes"])
-def test_it_matches_its_slow_reference(drive):
-    agree(trained(lambda ps: BSAM(ps, seed=4, **OURS), drive), want())
+def test_bsam_matches_its_slow_reference(drive):
+    assert_close(trained(lambda ps: BSAM(ps, seed=4, **ARGUMENTS), drive), reference())
 
 
-@pytest.mark.parametrize("changed", THEIRS)
-def test_mutants_are_killed(changed):
-    ours = trained(lambda ps: BSAM(ps, seed=4, **OURS))
+@pytest.mark.parametrize("changed", PAPER_ARGUMENTS)
+def test_mutant_without_noise_or_with_another_hyperparameter_is_killed(changed):
+    ours = trained(lambda ps: BSAM(ps, seed=4, **ARGUMENTS))
     with pytest.raises(AssertionError):
-        agree(ours, want(**{changed: 1.001 * THEIRS[changed]}))
+        assert_close(ours, reference(**{changed: 1.001 * PAPER_ARGUMENTS[changed]}))
     with pytest.raises(AssertionError):
-        agree(ours, want(lambda t: 0 * noise(t)))
+        assert_close(ours, reference(lambda t: 0 * noise(t)))
     with pytest.raises(AssertionError):
-        agree(ours, want(rho=0.0))
+        assert_close(ours, reference(rho=0.0))
 
 
-def test_the_noise_has_the_posteriors_variance_and_depends_on_seed_and_step_alone():
+def test_noise_has_the_variance_of_the_posterior_and_depends_on_seed_and_step_only():
     w = torch.nn.Parameter(torch.full((20000,), 5.0))
-    seen = []
+    visited = []
 
     def sampled(seed):
         optimizer = BSAM([w], 0.0, n_data=25, scale=4.0, seed=seed)
         for sam_pass in optimizer.passes():
             with sam_pass:
-                seen.append(w.detach().clone())
+                visited.append(w.detach().clone())
                 w.sum().backward()
         optimizer.step()
         return optimizer
@@ -57,23 +74,23 @@ def test_the_noise_has_the_posteriors_variance_and_depends_on_seed_and_step_alon
     again = sampled(0)
     assert torch.equal(torch.get_rng_state(), before)
     assert (w == 5).all()
-    n = seen[0] - 5
+    n = visited[0] - 5
     assert n.mean().item() == pytest.approx(0, abs=3e-3)
     assert n.std().item() == pytest.approx((25 * 4.0) ** -0.5, rel=0.03)
-    torch.testing.assert_close(seen[1], torch.full_like(w, 5 + 0.01 / 4))
+    torch.testing.assert_close(visited[1], torch.full_like(w, 5 + 0.01 / 4))
     torch.manual_seed(123)
     sampled(0)
     sampled(1)
-    assert torch.equal(seen[2], seen[0])
-    assert not torch.equal(seen[4], seen[0])
+    assert torch.equal(visited[2], visited[0])
+    assert not torch.equal(visited[4], visited[0])
     for sam_pass in again.passes():
         with sam_pass:
-            seen.append(w.detach().clone())
+            visited.append(w.detach().clone())
             w.sum().backward()
-    assert abs(torch.corrcoef(torch.stack([seen[6], seen[0]]))[0, 1]) < 0.05
+    assert abs(torch.corrcoef(torch.stack([visited[6], visited[0]]))[0, 1]) < 0.05
 
 
-def test_the_loss_is_that_at_the_sample_and_the_scale_grows_with_the_gradient():
+def test_loss_is_that_at_the_sample_and_the_scale_grows_with_the_gradient():
     w = torch.nn.Parameter(torch.tensor([1.0, 1.0]))
     optimizer = BSAM([w], lr=0.0, n_data=10, betas=(0.9, 0.5), weight_decay=0.0, damping=0.0)
     got = by_closure(optimizer, lambda: (w * torch.tensor([4.0, 0.0])).sum())
@@ -82,7 +99,7 @@ def test_the_loss_is_that_at_the_sample_and_the_scale_grows_with_the_gradient():
     torch.testing.assert_close(optimizer.state[w]["scale"], torch.tensor([0.5 + 0.5 * 4, 0.5]))
 
 
-def test_accumulated_micro_batches_each_have_their_own_noise_and_climb():
+def test_each_accumulated_micro_batch_has_its_own_noise_and_perturbation():
     w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = BSAM([w], lr=0.1, n_data=10, rho=0.2, betas=(0.0, 0.5), weight_decay=0.0, damping=0.1)
     for i, a in enumerate((1.0, -2.0)):
@@ -101,7 +118,7 @@ def test_accumulated_micro_batches_each_have_their_own_noise_and_climb():
     assert w.item() == pytest.approx(1 - 0.1 * g_e / s, rel=1e-12)
 
 
-def test_groups_have_their_own_values():
+def test_groups_have_their_own_hyperparameters():
     a, b = (torch.nn.Parameter(torch.ones(1)) for _ in range(2))
     groups = [{"params": [a], "lr": 0.0}, {"params": [b], "scale": 3.0, "weight_decay": 0.0, "sam_rho": 0.7}]
     optimizer = BSAM(groups, lr=0.1, n_data=10)
@@ -112,10 +129,10 @@ def test_groups_have_their_own_values():
     assert b.item() != 1.0
 
 
-def test_without_noise_climb_prior_and_curvature_it_is_momentum():
+def test_without_noise_perturbation_prior_and_curvature_bsam_is_sgd_with_momentum():
     model, twin = net(dropout=0.0), net(dropout=0.0)
-    nothing = {"n_data": 1e30, "rho": 0.0, "betas": (0.9, 1 - 1e-12), "weight_decay": 0.0, "damping": 0.0}
-    train(model, BSAM(model.parameters(), 0.1, **nothing, model=model), by_closure, 4)
+    neutral = {"n_data": 1e30, "rho": 0.0, "betas": (0.9, 1 - 1e-12), "weight_decay": 0.0, "damping": 0.0}
+    train(model, BSAM(model.parameters(), 0.1, **neutral, model=model), by_closure, 4)
     sgd = torch.optim.SGD(twin.parameters(), lr=0.1, momentum=0.9, dampening=0.9)
     for p in twin.parameters():
         sgd.state[p]["momentum_buffer"] = torch.zeros_like(p)  # else the first gradient counts in full
@@ -124,7 +141,7 @@ def test_without_noise_climb_prior_and_curvature_it_is_momentum():
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
 
 
-def test_on_an_accelerator_a_bad_step_is_skipped_exactly():
+def test_accelerator_skips_a_step_that_is_not_finite_without_changing_weights_or_state():
     model = net(dropout=0.0)
     optimizer = BSAM(model.parameters(), 0.1, n_data=100, model=model)
     train(model, optimizer, by_closure, 2)
@@ -134,16 +151,16 @@ def test_on_an_accelerator_a_bad_step_is_skipped_exactly():
         with sam_pass:
             (F.cross_entropy(model(x), y) * (float("nan") if sam_pass.is_perturbed else 1)).backward()
     gradients = optimizer._engine.gradients
-    gradients._step_on_device(torch.tensor(False), gradients.of(gradients.parameters()))  # what a device would do
+    gradients._step_on_device(torch.tensor(False), gradients.of(gradients.parameters()))  # as on an accelerator
     assert (bits(model.parameters()), bits(t for s in optimizer.state.values() for t in s.values())) == before
 
 
-def test_the_base_checkpoint_is_the_whole_state():
+def test_checkpoint_loaded_into_the_base_restores_the_whole_state():
     model, twin = net(dropout=0.0), net(dropout=0.0)
     one, two = (BSAM(m.parameters(), 0.1, n_data=100, model=m) for m in (model, twin))
     train(model, one, by_closure, 2)
     twin.load_state_dict(model.state_dict())
-    two.base.load_state_dict(through_a_file(one.state_dict()))  # behind the wrapper's back
+    two.base.load_state_dict(saved_and_loaded(one.state_dict()))  # and not by the wrapper
     train(model, one, by_closure, 2, start=2)
     train(twin, two, by_closure, 2, start=2)
     assert model_bits(twin) == model_bits(model)
@@ -153,12 +170,12 @@ def test_the_base_checkpoint_is_the_whole_state():
     "wrong",
     [{"n_data": 0}, {"betas": (1.0, 0.9)}, {"weight_decay": -1.0}, {"damping": -0.1}, {"scale": 0.0}, {"lr": -1.0}],
 )
-def test_wrong_arguments_are_refused(wrong):
+def test_argument_out_of_range_is_an_error(wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         BSAM([torch.nn.Parameter(torch.ones(1))], **({"n_data": 10} | wrong))
 
 
-def test_a_plain_step_uses_the_gradient_that_is_there():
+def test_plain_step_uses_the_present_gradient():
     w = torch.nn.Parameter(torch.ones(1))
     optimizer = BSAM([w], 0.1, n_data=10)
     w.grad = torch.ones(1)

@@ -1,15 +1,28 @@
-"""SAMPa: against its slow reference, one process against two, and its reductions."""
+"""SAMPa: against its slow reference; two processes against one; special cases, exceptions and arguments."""
 
 import itertools
 import os
+import warnings
 from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from problems import CALM, agree, flat, loss, start, through_a_file, trained
-from reference_methods import sampa
+from own_step_problem import (
+    STABLE_BASES,
+    Loss,
+    assert_close,
+    base_step,
+    flat,
+    gradient,
+    loss,
+    normalized,
+    saved_and_loaded,
+    start,
+    trained,
+)
+from torch import Tensor
 
 import steppe
 from checks import split
@@ -19,33 +32,52 @@ from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net,
 RHO = 0.3
 
 
-def want(base, lmbda=0.2):
-    return sampa(loss, start(), CALM[base], 20, RHO, lmbda)
+def sampa(L: Loss, w: Tensor, base, steps: int, rho: float, lambda_: float) -> Tensor:
+    """arXiv 2410.10683, as the authors' loop runs it: batch t - 1 at the perturbed weights, batch t at y."""
+    x = w.detach().clone().requires_grad_()
+    optimizer = base([x])
+    g_y = torch.zeros_like(x)
+    for t in range(steps):
+        group, eta = optimizer.param_groups[0], optimizer.param_groups[0]["lr"]
+        x_tilde = x.detach() + rho * normalized(g_y)
+        descent = g_y
+        m = optimizer.state[x].get("momentum_buffer")
+        if m is not None:
+            descent = g_y + group["weight_decay"] * x.detach() + group["momentum"] * m
+        y = x.detach() - eta * descent
+        g_x = gradient(L, x_tilde, max(t - 1, 0))
+        g_y = gradient(L, y, t)
+        base_step(optimizer, x, (1 - lambda_) * g_x + lambda_ * g_y)
+    return x.detach()
+
+
+def reference(base, lmbda=0.2):
+    return sampa(loss, start(), STABLE_BASES[base], 20, RHO, lmbda)
 
 
 @pytest.mark.parametrize("drive", ["closure", "passes"])
-@pytest.mark.parametrize("base", CALM)
+@pytest.mark.parametrize("base", STABLE_BASES)
 @pytest.mark.parametrize("lmbda", [0.2, 0.0, 1.0, 0.7])
-def test_it_matches_its_slow_reference(base, drive, lmbda):
-    agree(trained(lambda ps: SAMPa(CALM[base](ps), RHO, lmbda=lmbda), drive), want(base, lmbda))
+def test_sampa_matches_its_slow_reference(base, drive, lmbda):
+    assert_close(trained(lambda ps: SAMPa(STABLE_BASES[base](ps), RHO, lmbda=lmbda), drive), reference(base, lmbda))
 
 
-@pytest.mark.parametrize("base", CALM)
-def test_mutants_are_killed(base, monkeypatch):
+@pytest.mark.parametrize("base", STABLE_BASES)
+def test_mutant_other_rho_lambda_or_y_is_killed(base, monkeypatch):
     for rho, lmbda in ((0.999 * RHO, 0.2), (0.0, 0.2), (RHO, 0.0), (RHO, 0.2 * 0.999)):
-        mutant = trained(lambda ps, r=rho, m=lmbda: SAMPa(CALM[base](ps), r, lmbda=m))
+        mutant = trained(lambda ps, r=rho, m=lmbda: SAMPa(STABLE_BASES[base](ps), r, lmbda=m))
         with pytest.raises(AssertionError):
-            agree(mutant, want(base))
-    sam = trained(lambda ps: steppe.SAM(CALM[base](ps), RHO))
+            assert_close(mutant, reference(base))
+    sam = trained(lambda ps: steppe.SAM(STABLE_BASES[base](ps), RHO))
     with pytest.raises(AssertionError):
-        agree(sam, want(base, 0.0))
+        assert_close(sam, reference(base, 0.0))
     monkeypatch.setattr(SAMPa, "_move_to_y", lambda self: None)  # y = x
     with pytest.raises(AssertionError):
-        agree(trained(lambda ps: SAMPa(CALM[base](ps), RHO)), want(base))
+        assert_close(trained(lambda ps: SAMPa(STABLE_BASES[base](ps), RHO)), reference(base))
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_rho_and_lambda_zero_on_one_batch_are_the_base_bit_for_bit(base):
+def test_rho_and_lambda_zero_on_one_batch_are_the_base_to_the_bit(base):
     runs = []
     for make in (lambda ps: SAMPa(BASES[base](ps), 0.0, lmbda=0.0), BASES[base]):
         params = [torch.nn.Parameter(p.float()) for p in split(start())]
@@ -56,23 +88,23 @@ def test_rho_and_lambda_zero_on_one_batch_are_the_base_bit_for_bit(base):
     assert runs[0] == runs[1]
 
 
-def test_each_pass_is_where_it_should_be():
+def test_passes_run_at_y_and_at_the_perturbed_weights():
     w = torch.nn.Parameter(torch.tensor([1.0]))
     optimizer = SAMPa(torch.optim.SGD([w], lr=0.1), rho=0.5, lmbda=0.2)
-    seen = []
+    points = []
     for _ in range(2):
         for sam_pass in optimizer.passes():
             with sam_pass:
-                seen.append((round(w.item(), 4), sam_pass.is_perturbed))
+                points.append((round(w.item(), 4), sam_pass.is_perturbed))
                 w.square().sum().backward()
         assert w.grad is None
         optimizer.step()
-    assert seen[:3] == [(1.0, False), (1.3, True), (0.6, False)]
+    assert points[:3] == [(1.0, False), (1.3, True), (0.6, False)]
     assert w.item() == pytest.approx(0.8 - 0.1 * (0.8 * 2.6 + 0.2 * 1.2))
-    assert seen[3] == (pytest.approx(0.568 + 0.5), True)
+    assert points[3] == (pytest.approx(0.568 + 0.5), True)
 
 
-def test_maximize_and_another_climb():
+def test_adaptive_perturbation_and_maximize_mirror_minimization():
     w, v = (torch.nn.Parameter(torch.tensor([3.0, 4.0])) for _ in range(2))
     options = {"lr": 1e-3, "momentum": 0.9, "weight_decay": 0.0}
     down = SAMPa(torch.optim.SGD([w], **options), rho=0.5, perturbation=steppe.Adaptive())
@@ -83,9 +115,9 @@ def test_maximize_and_another_climb():
     assert bits([w]) == bits([v])
 
 
-def test_after_an_exception_at_the_climb_it_starts_afresh():
+def test_after_an_exception_at_the_perturbed_weights_the_next_step_is_a_first_one():
     params = [torch.nn.Parameter(p) for p in split(start())]
-    optimizer = SAMPa(CALM["sgd"](params), RHO)
+    optimizer = SAMPa(STABLE_BASES["sgd"](params), RHO)
     by_closure(optimizer, lambda: loss(flat(params), 0))
     calls = []
 
@@ -96,26 +128,26 @@ def test_after_an_exception_at_the_climb_it_starts_afresh():
     with pytest.raises(ZeroDivisionError):
         by_closure(optimizer, fails)
     twin = [torch.nn.Parameter(p.detach().clone()) for p in params]
-    fresh = SAMPa(CALM["sgd"](twin), RHO)
+    fresh = SAMPa(STABLE_BASES["sgd"](twin), RHO)
     for t in range(2, 5):
         by_closure(optimizer, lambda t=t: loss(flat(params), t))
         by_closure(fresh, lambda t=t: loss(flat(twin), t))
     assert bits(params) == bits(twin)
 
 
-def test_delayed_batches():
+def test_delayed_yields_each_batch_one_step_later_and_the_first_twice():
     delayed = Delayed([1, 2, 3])
     assert (list(delayed), list(delayed), len(delayed)) == ([1, 1, 2], [3, 1, 2], 3)
     with pytest.raises(TypeError, match="have no length"):
         len(Delayed(itertools.count()))
 
 
-def test_wrong_arguments_are_refused():
+def test_argument_out_of_range_is_an_error():
     w = torch.nn.Parameter(torch.ones(1))
     sgd = torch.optim.SGD([w], lr=0.1)
     with pytest.raises(ValueError, match="lmbda must be between 0 and 1"):
         SAMPa(sgd, lmbda=1.2)
-    with pytest.raises(ValueError, match="climbs once along the gradient"):
+    with pytest.raises(ValueError, match="perturbs once a step along the gradient"):
         SAMPa(sgd, perturbation=steppe.Momentum())
     with pytest.raises(TypeError, match="a cadence of its own"):
         SAMPa(sgd, cadence=steppe.Periodic(2))
@@ -135,8 +167,8 @@ def test_wrong_arguments_are_refused():
 STEPS = 12
 
 
-def in_two_processes(rank, folder):
-    """Each case of test_two_processes_are_one, on one rank; the results go to a file."""
+def run_rank(rank, folder):
+    """Run the cases of the tests below on one rank, and save the results."""
     torch.set_num_threads(1)
     dist.init_process_group(
         "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
@@ -144,17 +176,17 @@ def in_two_processes(rank, folder):
     results = {}
     for base, lmbda, drive in CASES:
         params = [torch.nn.Parameter(p) for p in split(start())]
-        optimizer = SAMPa(CALM[base](params), RHO, lmbda=lmbda, group=dist.group.WORLD)
+        optimizer = SAMPa(STABLE_BASES[base](params), RHO, lmbda=lmbda, group=dist.group.WORLD)
         calls = []
         batches = Delayed(range(4)) if rank == 0 else range(4)
         for step, t in enumerate(itertools.chain(*(list(batches) for _ in range(STEPS // 4)))):
             if step == 5:  # through a checkpoint
-                saved = through_a_file(optimizer.state_dict())
-                optimizer = SAMPa(CALM[base](params), RHO, lmbda=lmbda, group=dist.group.WORLD)
+                saved = saved_and_loaded(optimizer.state_dict())
+                optimizer = SAMPa(STABLE_BASES[base](params), RHO, lmbda=lmbda, group=dist.group.WORLD)
                 optimizer.load_state_dict(saved)
             DRIVES[drive](optimizer, lambda t=t, ps=params, c=calls: (c.append(1), loss(flat(ps), t))[1])
         results[base, lmbda, drive] = flat(params).detach()
-        assert len(calls) == STEPS, "one pass a step and rank"
+        assert len(calls) == STEPS, "not one pass a step and rank"
     model = net(seed=rank, dropout=0.0)
     model.load_state_dict(net(seed=0, dropout=0.0).state_dict())
     optimizer = SAMPa(BASES["momentum"](model.parameters()), RHO, group=dist.group.WORLD, model=model)
@@ -164,22 +196,13 @@ def in_two_processes(rank, folder):
     w = torch.nn.Parameter(torch.ones(2))
     optimizer = SAMPa(torch.optim.SGD([w], lr=0.1), group=dist.group.WORLD)
     for factor in (1.0, float("nan") if rank == 1 else 1.0, 1.0, float("nan") if rank == 0 else 1.0, 1.0):
-        if factor == factor:
-            by_closure_quietly(optimizer, lambda f=factor: f * w.square().sum())
-        else:
-            by_closure_quietly(optimizer, lambda f=factor: f * w.square().sum())
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            by_closure(optimizer, lambda f=factor: f * w.square().sum())
     results["skipped"] = torch.tensor(optimizer.skipped_steps)
     results["finite"] = w.detach()
     torch.save(results, os.path.join(folder, f"rank{rank}"))  # noqa: PTH118
     dist.destroy_process_group()
-
-
-def by_closure_quietly(optimizer, f):
-    import warnings
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        by_closure(optimizer, f)
 
 
 CASES = [("sgd", 0.2, "closure"), ("momentum", 0.2, "passes"), ("adamw", 0.7, "closure"), ("momentum", 0.0, "closure")]
@@ -188,25 +211,25 @@ CASES = [("sgd", 0.2, "closure"), ("momentum", 0.2, "passes"), ("adamw", 0.7, "c
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("two")
-    mp.spawn(in_two_processes, (str(folder),), nprocs=2)
+    mp.spawn(run_rank, (str(folder),), nprocs=2)
     return [torch.load(folder / f"rank{rank}", weights_only=True) for rank in range(2)]
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_two_processes_are_one(ranks, case):
+def test_two_processes_equal_one(ranks, case):
     base, lmbda, _ = case
     params = [torch.nn.Parameter(p) for p in split(start())]
-    optimizer = SAMPa(CALM[base](params), RHO, lmbda=lmbda)
+    optimizer = SAMPa(STABLE_BASES[base](params), RHO, lmbda=lmbda)
     for step in range(STEPS):
         by_closure(optimizer, lambda t=step % 4: loss(flat(params), t))
-    agree(ranks[0][case], flat(params).detach())
-    assert bits([ranks[0][case]]) == bits([ranks[1][case]]), "the replicas are the same"
-    far = trained(lambda ps: SAMPa(CALM[base](ps), RHO, lmbda=0.999 * lmbda + 1e-3), steps=STEPS)
+    assert_close(ranks[0][case], flat(params).detach())
+    assert bits([ranks[0][case]]) == bits([ranks[1][case]]), "the replicas differ"
+    far = trained(lambda ps: SAMPa(STABLE_BASES[base](ps), RHO, lmbda=0.999 * lmbda + 1e-3), steps=STEPS)
     with pytest.raises(AssertionError):
-        agree(ranks[0][case], far)
+        assert_close(ranks[0][case], far)
 
 
-def test_two_processes_share_weights_and_buffers_with_one(ranks):
+def test_model_in_two_processes_has_the_weights_and_buffers_of_one(ranks):
     model = net(dropout=0.0)
     train(model, SAMPa(BASES["momentum"](model.parameters()), RHO, model=model), by_passes, 4)
     for rank in ranks:
@@ -214,14 +237,14 @@ def test_two_processes_share_weights_and_buffers_with_one(ranks):
     assert all(torch.equal(a, b) for a, b in zip(ranks[0]["model"].values(), ranks[1]["model"].values(), strict=True))
 
 
-def test_a_bad_gradient_on_either_rank_skips_the_step_on_both(ranks):
+def test_gradient_that_is_not_finite_on_one_rank_skips_the_step_on_both(ranks):
     for rank in ranks:
         assert rank["skipped"] == 2
         assert rank["finite"].isfinite().all()
     assert torch.equal(ranks[0]["finite"], ranks[1]["finite"])
 
 
-def test_a_group_of_another_size_is_refused(tmp_path):
+def test_group_of_another_size_is_an_error(tmp_path):
     dist.init_process_group("gloo", init_method=f"file://{tmp_path}/meet", rank=0, world_size=1)
     try:
         with pytest.raises(ValueError, match="1 processes.*groups of two"):
@@ -230,14 +253,14 @@ def test_a_group_of_another_size_is_refused(tmp_path):
         dist.destroy_process_group()
 
 
-def test_a_model_trains_like_its_base_without_climb_ahead():
+def test_rho_and_lambda_zero_train_a_model_as_the_base_on_the_batch_before():
     model, twin = net(dropout=0.0), net(dropout=0.0)
     one = SAMPa(BASES["sgd"](model.parameters()), 0.0, lmbda=0.0, model=model)
     two = BASES["sgd"](twin.parameters())
     for step in (0, 1, 2):
         train(model, one, by_closure, 1, start=step)
-    for step in (0, 0, 1):  # what goes down is on the batch before
+    for step in (0, 0, 1):  # the update gradient is that of the batch before
         train(twin, two, plain, 1, start=step)
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
-    assert model_bits(model) != model_bits(twin), "the buffers have seen batch 2"
+    assert model_bits(model) != model_bits(twin), "the buffers hold statistics of batch 2"

@@ -1,4 +1,4 @@
-"""What every method owes, whatever it computes: costs, checkpoints, copies, skipped steps, exceptions, surroundings."""
+"""The contract, for each method with a step of its own: costs, checkpoints, copies, skipped steps, side effects."""
 
 import copy
 import functools
@@ -8,7 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from problems import counted, state_bits
+from own_step_problem import forward_passes_per_step, state_bits
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
@@ -30,32 +30,32 @@ METHODS = {
     "bsam": lambda base, m, rho=0.1: BSAM(m.parameters(), 0.05, n_data=500, rho=rho, model=m),
 }
 COST = {"decoupled_wsam": 2, "lookbehind": 4, "lookbehind-adaptive": 3, "sampa": 2, "bsam": 2}
-each = pytest.mark.parametrize("name", METHODS)
+every_method = pytest.mark.parametrize("name", METHODS)
 every_drive = pytest.mark.parametrize("drive", ["closure", "passes"])
 
 
-@each
+@every_method
 @every_drive
-def test_the_passes_are_counted(name, drive):
+def test_step_costs_the_stated_number_of_passes(name, drive):
     model = net()
-    assert counted(model, METHODS[name]("sgd", model), drive, 6) == COST[name]
+    assert forward_passes_per_step(model, METHODS[name]("sgd", model), drive, 6) == COST[name]
 
 
-@each
+@every_method
 @every_drive
 @pytest.mark.parametrize("base", BASES)
-def test_a_checkpoint_resumes_bit_exactly(name, drive, base):
+def test_resumed_run_has_the_same_bits(name, drive, base):
     for after in (1, 3):
         resumes(functools.partial(METHODS[name], base), drive, after=after, steps=6)
 
 
-@each
-@pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
-def test_a_copy_takes_the_identical_next_steps(name, how):
+@every_method
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])
+def test_copy_takes_the_same_next_steps(name, copied):
     model = net(dropout=0.0)
     optimizer = METHODS[name]("momentum", model)
     train(model, optimizer, by_closure, 3)
-    model2, optimizer2 = how((model, optimizer))
+    model2, optimizer2 = copied((model, optimizer))
     train(model, optimizer, by_closure, 3, start=3)
     assert model_bits(model2) != model_bits(model)
     train(model2, optimizer2, by_closure, 3, start=3)
@@ -63,8 +63,8 @@ def test_a_copy_takes_the_identical_next_steps(name, how):
     assert repr(optimizer2) == repr(optimizer)
 
 
-@each
-def test_closure_and_passes_are_the_same(name):
+@every_method
+def test_closure_and_passes_give_the_same_bits(name):
     one, two = net(), net()
     for model, drive in ((one, by_closure), (two, by_passes)):
         torch.manual_seed(4)
@@ -72,9 +72,9 @@ def test_closure_and_passes_are_the_same(name):
     assert model_bits(one) == model_bits(two)
 
 
-@each
+@every_method
 @every_drive
-def test_buffers_and_generators_move_on_by_one_pass(name, drive):
+def test_step_changes_buffers_and_generators_as_one_pass_does(name, drive):
     model, twin = net(), net()
     optimizer = METHODS[name]("sgd", model)
     optimizer.param_groups[0]["lr"] = 0.0
@@ -93,8 +93,8 @@ def test_buffers_and_generators_move_on_by_one_pass(name, drive):
             assert torch.equal(buffer, want)
 
 
-@each
-def test_every_pass_sees_the_same_masks(name):
+@every_method
+def test_passes_of_a_step_have_the_same_dropout_masks(name):
     torch.manual_seed(0)
     dropout, w = torch.nn.Dropout(0.5), torch.nn.Parameter(torch.ones(40))
     model = torch.nn.Module()
@@ -117,10 +117,10 @@ def test_every_pass_sees_the_same_masks(name):
     assert set(masks[-COST[name] :]) != before
 
 
-@each
+@every_method
 @pytest.mark.parametrize("value", ["nan", "inf"])
 @pytest.mark.parametrize("bad", [0, 1, -1])
-def test_a_gradient_that_is_not_finite_skips_one_step_and_is_never_remembered(name, bad, value):
+def test_gradient_that_is_not_finite_skips_one_step_and_enters_no_memory(name, bad, value):
     model = net(dropout=0.0)
     optimizer = METHODS[name]("momentum", model)
     train(model, optimizer, by_closure, 2)
@@ -134,7 +134,7 @@ def test_a_gradient_that_is_not_finite_skips_one_step_and_is_never_remembered(na
         out = F.cross_entropy(model(x), y)
         return out * float(value) if len(calls) == bad + 1 else out
 
-    if name == "sampa" and bad == 1:  # it goes down in the next step
+    if name == "sampa" and bad == 1:  # this gradient updates the weights in the next step
         by_closure(optimizer, loss)
         assert optimizer.skipped_steps == 0
         before = bits(model.parameters())
@@ -152,11 +152,11 @@ def test_a_gradient_that_is_not_finite_skips_one_step_and_is_never_remembered(na
     )
 
 
-@each
+@every_method
 @every_drive
 @pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
-def test_an_exception_in_any_pass_leaves_the_weights(name, drive, error):
-    for at in range(COST[name]):
+def test_exception_in_any_pass_leaves_weights_and_state_unchanged(name, drive, error):
+    for failing in range(COST[name]):
         model = net(dropout=0.0)
         optimizer = METHODS[name]("momentum", model)
         train(model, optimizer, DRIVES[drive], 2)
@@ -167,17 +167,17 @@ def test_an_exception_in_any_pass_leaves_the_weights(name, drive, error):
         x, y = batch()
         calls = []
 
-        def loss(model=model, x=x, y=y, at=at, calls=calls):
+        def loss(model=model, x=x, y=y, failing=failing, calls=calls):
             calls.append(1)
             out = F.cross_entropy(model(x), y)
-            if len(calls) == at + 1:
+            if len(calls) == failing + 1:
                 raise error("in a pass")
             return out
 
         with pytest.raises(error):
             DRIVES[drive](optimizer, loss)
-        if name == "sampa" and at == 1:
-            assert bits(model.parameters()) == stepped[-1], "x_{t+1}"
+        if name == "sampa" and failing == 1:
+            assert bits(model.parameters()) == stepped[-1], "the weights are not at x_{t+1}"
             assert state_bits(optimizer) != state
         else:
             assert not stepped
@@ -187,23 +187,23 @@ def test_an_exception_in_any_pass_leaves_the_weights(name, drive, error):
         train(model, optimizer, DRIVES[drive], 2, start=2)
         train(twin, twin_optimizer, DRIVES[drive], 2, start=2)
         same = bits(model.parameters()) == bits(twin.parameters())
-        assert same == (name != "sampa" or at == 0), "nothing is left of it"
+        assert same == (name != "sampa" or failing == 0), "the failed step has changed the next ones"
 
 
-@each
+@every_method
 @every_drive
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_with_a_learning_rate_of_zero_the_weights_keep_their_bits_and_places(name, drive, dtype):
+def test_with_a_learning_rate_of_zero_the_weights_keep_their_bits_and_storage(name, drive, dtype):
     model = net(dtype=dtype)
     optimizer = METHODS[name]("sgd", model, rho=0.7)
     optimizer.param_groups[0]["lr"] = 0.0
-    before, places = bits(model.parameters()), [p.data_ptr() for p in model.parameters()]
+    before, storage = bits(model.parameters()), [p.data_ptr() for p in model.parameters()]
     train(model, optimizer, DRIVES[drive], 4)
     assert bits(model.parameters()) == before
-    assert [p.data_ptr() for p in model.parameters()] == places
+    assert [p.data_ptr() for p in model.parameters()] == storage
 
 
-@each
+@every_method
 def test_schedulers_work_on_wrapper_and_base_without_a_warning(name):
     for on in ("wrapper", "base"):
         model = net()
@@ -218,8 +218,8 @@ def test_schedulers_work_on_wrapper_and_base_without_a_warning(name):
         assert optimizer.base.param_groups[0]["lr"] == pytest.approx(rate / 8)
 
 
-@each
-def test_state_and_groups_are_the_bases_and_the_loss_comes_back(name):
+@every_method
+def test_state_and_groups_are_those_of_the_base_and_step_returns_the_loss(name):
     model = net()
     optimizer = METHODS[name]("momentum", model)
     assert isinstance(optimizer, torch.optim.Optimizer)
@@ -231,8 +231,8 @@ def test_state_and_groups_are_the_bases_and_the_loss_comes_back(name):
     assert got is losses[0]
 
 
-@each
-def test_a_group_can_be_added(name):
+@every_method
+def test_added_group_is_trained(name):
     model = net()
     optimizer = METHODS[name]("sgd", model)
     w = torch.nn.Parameter(torch.ones(2))
@@ -244,8 +244,8 @@ def test_a_group_can_be_added(name):
     assert (w != 1).all()
 
 
-@each
-def test_complex_and_tied_parameters(name):
+@every_method
+def test_complex_and_tied_parameters_equal_real_ones(name):
     z = torch.nn.Parameter(torch.tensor([3.0 + 4.0j, 1.0 - 2.0j]))
     model = torch.nn.Module()
     model.z = model.tied = z
@@ -262,8 +262,8 @@ def test_complex_and_tied_parameters(name):
     torch.testing.assert_close(torch.view_as_real(z), other.z)
 
 
-@each
-def test_missing_gradients_are_no_trouble(name):
+@every_method
+def test_missing_gradients_leave_the_weights_finite(name):
     a, b, c = (torch.nn.Parameter(torch.tensor([v])) for v in (1.0, 2.0, 3.0))
     model = torch.nn.Module()
     model.a, model.b, model.c = a, b, c
@@ -280,9 +280,9 @@ def test_missing_gradients_are_no_trouble(name):
     assert all(p.isfinite().all() for p in (a, b, c))
 
 
-@each
-def test_no_host_synchronization(name, monkeypatch):
-    monkeypatch.setattr(random_tensors, "generator", lambda device, key: None)  # there is no such device
+@every_method
+def test_step_reads_no_value_on_the_host(name, monkeypatch):
+    monkeypatch.setattr(random_tensors, "generator", lambda device, key: None)  # fake tensors have no device
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = torch.nn.Sequential(torch.nn.Linear(3, 3, device="meta"), torch.nn.LayerNorm(3, device="meta"))
         for layer in model:
@@ -290,17 +290,17 @@ def test_no_host_synchronization(name, monkeypatch):
                 setattr(layer, key, torch.nn.Parameter(torch.empty(p.shape, device="cuda")))
         optimizer = METHODS[name]("momentum", model)
 
-        def give():
+        def set_gradients():
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
 
         for _ in range(5):
-            optimizer.step(give)
+            optimizer.step(set_gradients)
         assert optimizer._engine.steps == 5
 
 
-@each
-def test_the_classic_api_works_or_says_why_not(name):
+@every_method
+def test_classic_api_works_or_raises_with_the_reason(name):
     model = net()
     optimizer = METHODS[name]("sgd", model)
     x, y = batch()
@@ -317,8 +317,8 @@ def test_the_classic_api_works_or_says_why_not(name):
     train(model, optimizer, by_closure, 1)
 
 
-@each
-def test_torch_distributed_checkpoint_takes_it(name):
+@every_method
+def test_distributed_checkpoint_restores_the_state(name):
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
     straight, model = net(dropout=0.0), net(seed=5, dropout=0.0)
@@ -333,14 +333,14 @@ def test_torch_distributed_checkpoint_takes_it(name):
     assert model_bits(model) == model_bits(straight)
 
 
-@each
-def test_a_citation_names_its_paper(name):
+@every_method
+def test_citation_names_the_paper_of_the_method(name):
     assert type(METHODS[name]("sgd", net())).paper.bibtex() in steppe.papers.citation(METHODS[name]("sgd", net()))
 
 
-@each
+@every_method
 @every_drive
-def test_an_open_autocast_region_runs_each_pass_on_its_own_weights(name, drive):
+def test_each_pass_in_an_open_autocast_region_runs_on_its_own_weights(name, drive):
     torch.manual_seed(1)
     model = torch.nn.Linear(4, 1)
     optimizer = METHODS[name]("sgd", model, rho=0.5)
@@ -356,22 +356,22 @@ def test_an_open_autocast_region_runs_each_pass_on_its_own_weights(name, drive):
     assert len({value.item() for value in losses}) == 2 * COST[name]
 
 
-def test_a_pass_elsewhere_does_not_run_on_the_casts_of_w():
+def test_pass_at_a_sample_does_not_run_on_cached_casts_of_w():
     torch.manual_seed(1)
     model = torch.nn.Linear(4, 1)
     optimizer = BSAM(model.parameters(), 0.0, n_data=1, model=model)
     x = torch.ones(2, 4)
     with torch.autocast("cpu", torch.bfloat16):
         for sam_pass in optimizer.passes():
-            at_w = model(x)  # leaves casts of w in the region's cache
+            out_at_w = model(x)  # leaves casts of w in the region's cache
             with sam_pass:
                 out = model(x)
-                assert sam_pass.is_perturbed or not torch.equal(out, at_w)
+                assert sam_pass.is_perturbed or not torch.equal(out, out_at_w)
                 out.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["sampa", "bsam"])
-def test_an_interrupt_between_the_move_and_the_first_pass_restores(name, monkeypatch):
+def test_interrupt_between_displacement_and_first_pass_restores_the_weights(name, monkeypatch):
     model = net(dropout=0.0)
     optimizer = METHODS[name]("sgd", model)
     train(model, optimizer, by_closure, 2)
@@ -383,8 +383,8 @@ def test_an_interrupt_between_the_move_and_the_first_pass_restores(name, monkeyp
     assert bits(model.parameters()) == before
 
 
-@each
-def test_a_step_given_up_leaves_nothing_behind(name):
+@every_method
+def test_aborted_step_does_not_change_the_next_ones(name):
     model = net(dropout=0.0)
     optimizer = METHODS[name]("momentum", model)
     train(model, optimizer, by_closure, 2)
@@ -405,8 +405,8 @@ def test_a_step_given_up_leaves_nothing_behind(name):
     assert bits(model.parameters()) == bits(twin.parameters())
 
 
-@each
-def test_a_loss_scaler_works_or_is_refused(name):
+@every_method
+def test_loss_scaler_works_or_raises_with_the_reason(name):
     model = net(dropout=0.0)
     optimizer = METHODS[name]("sgd", model)
     scaler = torch.amp.GradScaler("cpu")
@@ -422,7 +422,7 @@ def test_a_loss_scaler_works_or_is_refused(name):
         by_closure(METHODS[name]("sgd", twin), lambda: F.cross_entropy(twin(x), y))
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    elif name == "sampa":  # nothing is left to unscale
+    elif name == "sampa":  # .grad is cleared: the scaler has nothing to unscale
         with pytest.raises(AssertionError, match="No inf checks"):
             scaler.step(optimizer)
     else:

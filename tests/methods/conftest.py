@@ -1,6 +1,0 @@
-"""The tests of single methods share the problems and checks of the tests above them."""
-
-import sys
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
