@@ -1,11 +1,8 @@
-"""The tests of several processes share the problems of the tests above them, and one set of processes."""
+"""Run the tests of several processes on one worker, because they share one set of processes."""
 
-import sys
 from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent.parent))
 
 
 def pytest_collection_modifyitems(items):

@@ -1,4 +1,4 @@
-"""One small problem, and the ways to lay its network out over processes; each must train as one process does."""
+"""A small problem, and layouts of its network over processes; each must train as one process does."""
 
 import warnings
 from collections.abc import Callable
@@ -6,6 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from named_methods import TOTAL_STEPS
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -19,16 +20,15 @@ from torch.distributed.tensor.parallel import (
 from torch.nn.parallel import DistributedDataParallel
 
 import steppe
-from named_methods import TOTAL_STEPS
 from steppe._tensors.dtensor import full_tensor
 from steppe.methods.registry import CARDS, FUNCTIONS
 
 Make = Callable[[nn.Module], steppe.SAM]
-SEEN = 8  # samples a step, of all processes together
+BATCH_SIZE = 8  # samples of a step, over all processes
 
 
 def network(seed: int = 0) -> nn.Sequential:
-    """7 is odd, so that its shards are of unequal size."""
+    """Return a network with shards of unequal size: 7 is odd."""
     torch.manual_seed(seed)
     return nn.Sequential(
         nn.Linear(5, 7), nn.LayerNorm(7), nn.Tanh(), nn.Linear(7, 4), nn.Tanh(), nn.Linear(4, 3)
@@ -37,13 +37,13 @@ def network(seed: int = 0) -> nn.Sequential:
 
 def samples(step: int) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(step)
-    return torch.randn(SEEN, 5, generator=generator, dtype=torch.float64), torch.randint(
-        3, (SEEN,), generator=generator
+    return torch.randn(BATCH_SIZE, 5, generator=generator, dtype=torch.float64), torch.randint(
+        3, (BATCH_SIZE,), generator=generator
     )
 
 
-def mine(*tensors: Tensor) -> list[Tensor]:
-    """This process's part of the samples; all of them where there is one process."""
+def own_share(*tensors: Tensor) -> list[Tensor]:
+    """Return this process's share of the samples; all of them in a single process."""
     if not dist.is_initialized():
         return list(tensors)
     return [t.chunk(dist.get_world_size())[dist.get_rank()] for t in tensors]
@@ -64,57 +64,57 @@ def fsdp(model: nn.Module) -> nn.Module:
     return fully_shard(model, mesh=mesh)
 
 
-class Partly(nn.Module):
-    """Sharded and plain parameters in one network; the plain ones' gradients are averaged by hand."""
+class PartlySharded(nn.Module):
+    """A network with sharded and plain parameters; the gradients of the plain ones are averaged by hand."""
 
     def __init__(self, model: nn.Sequential) -> None:
         super().__init__()
         self.layers = model
         fully_shard(model[0], mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
         for p in model[1:].parameters():
-            p.register_post_accumulate_grad_hook(_averaged)
+            p.register_post_accumulate_grad_hook(_average)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x)
 
 
-def _averaged(p: Tensor) -> None:
+def _average(p: Tensor) -> None:
     dist.all_reduce(p.grad)
     p.grad /= dist.get_world_size()
 
 
 def tensor_parallel(model: nn.Module) -> nn.Module:
-    """All processes see all samples, and each has half of two layers' weights."""
+    """Give each process half of the weights of two layers; all processes run all samples."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
     return parallelize_module(model, mesh, {"3": ColwiseParallel(), "5": RowwiseParallel()})
 
 
 def sequence_parallel(model: nn.Module) -> nn.Module:
-    """The same, with the samples shared out where they are normalized: those gradients are still to be summed up."""
+    """Split the samples over the processes for LayerNorm, too, whose gradients then are partial sums."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
-    shared_out = ColwiseParallel(output_layouts=Shard(0), use_local_output=False)
+    to_shards = ColwiseParallel(output_layouts=Shard(0), use_local_output=False)
     norm = SequenceParallel(sequence_dim=0)
-    together = ColwiseParallel(input_layouts=Shard(0))
-    return parallelize_module(model, mesh, {"0": shared_out, "1": norm, "3": together, "5": RowwiseParallel()})
+    from_shards = ColwiseParallel(input_layouts=Shard(0))
+    return parallelize_module(model, mesh, {"0": to_shards, "1": norm, "3": from_shards, "5": RowwiseParallel()})
 
 
 LAYOUTS = {
     "ddp": ddp,
     "fsdp2": fsdp,
-    "partly": Partly,
+    "partly sharded": PartlySharded,
     "tensor parallel": tensor_parallel,
     "sequence parallel": sequence_parallel,
 }
-SEE_ALL = ("tensor parallel", "sequence parallel")  # every process is given the whole batch
+WHOLE_BATCH_LAYOUTS = ("tensor parallel", "sequence parallel")  # every process gets the whole batch
 
 
-def named(name: str, *, rho: float = 0.1, **more) -> Make:
-    """The named method, around SGD with momentum."""
-    given = CARDS[name].short_arguments(total_steps=TOTAL_STEPS)
+def method(name: str, *, rho: float = 0.1, **more) -> Make:
+    """Return model -> optimizer of the named method, around SGD with momentum."""
+    arguments = CARDS[name].short_arguments(total_steps=TOTAL_STEPS)
 
     def make(model: nn.Module) -> steppe.SAM:
         base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-        return FUNCTIONS[name](base, **{"rho": rho, **given, **more}, model=model)
+        return FUNCTIONS[name](base, **{"rho": rho, **arguments, **more}, model=model)
 
     return make
 
@@ -122,7 +122,7 @@ def named(name: str, *, rho: float = 0.1, **more) -> Make:
 def train(
     layout: Callable[[nn.Module], nn.Module], make: Make, steps: int, *, whole_batch: bool = False
 ) -> list[Tensor]:
-    """The weights after so many steps, all of them on every process."""
+    """Return the full weights after some steps, on every process."""
     model = layout(network())
     optimizer = make(model)
     with warnings.catch_warnings():
@@ -133,7 +133,7 @@ def train(
 
 def run(model: nn.Module, optimizer: steppe.SAM, steps: range, *, whole_batch: bool = False) -> None:
     for step in steps:
-        x, y = samples(step) if whole_batch else mine(*samples(step))
+        x, y = samples(step) if whole_batch else own_share(*samples(step))
 
         def closure(x=x, y=y):
             optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""C21, C22: replicas that climb together train as one process does; those that climb apart, as m-sharpness says."""
+"""C21, C22: replicas with a shared perturbation train as one process does; with one for each rank, m-sharpness."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 import steppe
-from layouts import SEEN, ddp, mine, named, network, plain, run, samples, train, weights
+from layouts import BATCH_SIZE, ddp, method, network, own_share, plain, run, samples, train, weights
 from ranks import together
 from support import DRIVES, bits
 
@@ -25,23 +25,23 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-# All ranks climb together.
+# One perturbation for all ranks.
 
 
-def with_options(name, options):
-    return train(lambda model: ddp(model, **options), named(name), 4)
+def train_with_options(name, options):
+    return train(lambda model: ddp(model, **options), method(name), 4)
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", SOME)
-def test_one_perturbation_for_all_equals_one_process(name, options):
-    expected = train(plain, named(name), 4)
-    for found in together()(with_options, name, OPTIONS[options]):
+def test_shared_perturbation_equals_one_process(name, options):
+    expected = train(plain, method(name), 4)
+    for found in together()(train_with_options, name, OPTIONS[options]):
         close(found, expected)
 
 
 class Partial(nn.Module):
-    """One branch of two is in use."""
+    """A network that uses one of its two branches."""
 
     def __init__(self):
         super().__init__()
@@ -51,46 +51,46 @@ class Partial(nn.Module):
         return self.layers(x)
 
 
-def with_an_unused_branch():
+def train_with_an_unused_branch():
     model = ddp(Partial(), find_unused_parameters=True)
-    optimizer = named("gsam")(model)
+    optimizer = method("gsam")(model)
     run(model, optimizer, range(3))
     return weights(model), [p.grad is None for p in model.module.other.parameters()]
 
 
-def test_unused_parameters_stay_unused():
+def test_unused_parameters_keep_no_gradient():
     model = Partial()
-    run(model, named("gsam")(model), range(3))
-    for found, unused in together()(with_an_unused_branch):
+    run(model, method("gsam")(model), range(3))
+    for found, unused in together()(train_with_an_unused_branch):
         close(found, weights(model))
         assert unused == [True, True]
 
 
-def driven(drive):
+def train_by(drive):
     model = ddp(network())
-    optimizer = named("sam")(model)
-    x, y = mine(*samples(0))
+    optimizer = method("sam")(model)
+    x, y = own_share(*samples(0))
     for _ in range(3):
         DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
     return weights(model)
 
 
 @pytest.mark.parametrize("drive", DRIVES)
-def test_every_way_to_drive_a_step(drive):
+def test_each_api_equals_one_process(drive):
     model = network()
-    optimizer = named("sam")(model)
+    optimizer = method("sam")(model)
     x, y = samples(0)
     for _ in range(3):
         DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
-    for found in together()(driven, drive):
+    for found in together()(train_by, drive):
         close(found, weights(model))
 
 
 def micro_batches_without_sync():
-    """The usual way to save communication: gradients meet at the last micro-batch of each pass."""
+    """Average gradients at the last micro-batch of each pass only, which saves communication."""
     model = ddp(network())
-    optimizer = named("gsam")(model)
-    x, y = mine(*samples(0))
+    optimizer = method("gsam")(model)
+    x, y = own_share(*samples(0))
     for _ in range(3):
         for sam_pass in optimizer.passes():
             with sam_pass:
@@ -101,9 +101,9 @@ def micro_batches_without_sync():
     return weights(model)
 
 
-def test_accumulation_with_no_sync_inside_a_walk_is_one_big_batch():
+def test_micro_batches_with_no_sync_in_a_pass_equal_one_batch():
     model = network()
-    optimizer = named("gsam")(model)
+    optimizer = method("gsam")(model)
     x, y = samples(0)
     for _ in range(3):
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
@@ -112,7 +112,7 @@ def test_accumulation_with_no_sync_inside_a_walk_is_one_big_batch():
 
 
 class SynchronizedNorm(nn.BatchNorm1d):
-    """SyncBatchNorm, which has no kernels for CPUs: the same statistics by two all-reduces."""
+    """The statistics of SyncBatchNorm, which has no kernels for CPUs, by two all-reduces."""
 
     def forward(self, x):
         if not self.training:
@@ -127,36 +127,36 @@ class SynchronizedNorm(nn.BatchNorm1d):
         return (x - mean) / (variance + self.eps).sqrt() * self.weight + self.bias
 
 
-def normed(norm):
+def network_with(norm):
     model = network()
     model[1] = norm(7).double()
     return model
 
 
-def with_synchronized_norms():
-    model = ddp(normed(SynchronizedNorm))
-    run(model, named("sam")(model), range(4))
+def train_with_synchronized_norms():
+    model = ddp(network_with(SynchronizedNorm))
+    run(model, method("sam")(model), range(4))
     return weights(model), list(model.buffers())
 
 
-def test_synchronized_batch_norm_sees_one_batch_and_is_moved_by_one_pass():
-    model = normed(nn.BatchNorm1d)
-    run(model, named("sam")(model), range(4))
-    for found, buffers in together()(with_synchronized_norms):
+def test_synchronized_batch_norm_has_statistics_of_all_ranks_after_one_pass():
+    model = network_with(nn.BatchNorm1d)
+    run(model, method("sam")(model), range(4))
+    for found, buffers in together()(train_with_synchronized_norms):
         close(found, weights(model))
         close(buffers, list(model.buffers()))
         assert buffers[-1] == 4
 
 
-# Each rank climbs by itself.
+# A perturbation for each rank.
 
 
-def apart(name, steps, options, more):
-    return train(lambda model: warmed(ddp(model, **options)), named(name, per_rank=True, **more), steps)
+def train_per_rank(name, steps, options, more):
+    return train(lambda model: warm_up(ddp(model, **options)), method(name, per_rank=True, **more), steps)
 
 
-def warmed(model):
-    """A static graph is learned from one ordinary backward."""
+def warm_up(model):
+    """Run one ordinary backward, from which torch learns a static graph."""
     if model.static_graph:
         model(samples(0)[0]).sum().backward()
         model.zero_grad()
@@ -164,7 +164,7 @@ def warmed(model):
 
 
 def by_hand(steps, *, direction, combine=lambda g, g_s: g_s, rho=0.1):
-    """m-sharpness in the paper's notation: e_r from the samples of rank r, the mean of the gradients found there."""
+    """Train by m-sharpness, in the paper's notation: e_r from the samples of rank r, and the mean of all g_s."""
     model = network()
     params = list(model.parameters())
     base = torch.optim.SGD(params, lr=0.1, momentum=0.9)
@@ -172,17 +172,17 @@ def by_hand(steps, *, direction, combine=lambda g, g_s: g_s, rho=0.1):
         x, y = samples(step)
         w = [p.detach().clone() for p in params]
         parts = [(x[:4], y[:4]), (x[4:], y[4:])]
-        clean = [torch.autograd.grad(F.cross_entropy(model(a), b), params) for a, b in parts]
-        there = []
-        for g, (a, b) in zip(clean, parts, strict=True):
+        unperturbed = [torch.autograd.grad(F.cross_entropy(model(a), b), params) for a, b in parts]
+        perturbed = []
+        for g, (a, b) in zip(unperturbed, parts, strict=True):
             with torch.no_grad():
                 for p, value, d in zip(params, w, direction(w, g), strict=True):
                     p.copy_(value + rho * d)
-            there.append(torch.autograd.grad(F.cross_entropy(model(a), b), params))
+            perturbed.append(torch.autograd.grad(F.cross_entropy(model(a), b), params))
         with torch.no_grad():
             for p, value in zip(params, w, strict=True):
                 p.copy_(value)
-        means = [[(a + b) / 2 for a, b in zip(*both, strict=True)] for both in (clean, there)]
+        means = [[(a + b) / 2 for a, b in zip(*both, strict=True)] for both in (unperturbed, perturbed)]
         for p, d in zip(params, combine(*means), strict=True):
             p.grad = d
         base.step()
@@ -213,24 +213,26 @@ def weighted(g, g_s):
         ("wsam", {"direction": along_g, "combine": weighted}),
     ],
 )
-def test_one_perturbation_a_rank_is_m_sharpness(name, rule, options):
+def test_perturbation_for_each_rank_is_m_sharpness(name, rule, options):
     expected = by_hand(4, **rule)
-    for found in together()(apart, name, 4, options, {}):
+    for found in together()(train_per_rank, name, 4, options, {}):
         close(found, expected)
-    assert max((a - b).abs().max() for a, b in zip(expected, train(plain, named(name), 4), strict=True)) > 1e-5
+    assert max((a - b).abs().max() for a, b in zip(expected, train(plain, method(name), 4), strict=True)) > 1e-5
 
 
-def test_one_perturbation_a_rank_is_what_micro_batches_give_one_process():
+def test_perturbation_for_each_rank_equals_micro_batches_in_one_process():
     model = network()
-    optimizer = named("sam", ascent_steps=2)(model)
+    optimizer = method("sam", ascent_steps=2)(model)
     for step in range(4):
-        steppe.closures.micro_batches(optimizer, lambda x, y: F.cross_entropy(model(x), y), samples(step), m=SEEN // 2)
-    for found in together()(apart, "sam", 4, {}, {"ascent_steps": 2}):
+        steppe.closures.micro_batches(
+            optimizer, lambda x, y: F.cross_entropy(model(x), y), samples(step), m=BATCH_SIZE // 2
+        )
+    for found in together()(train_per_rank, "sam", 4, {}, {"ascent_steps": 2}):
         close(found, weights(model))
 
 
 def communications(per_rank):
-    """How often gradients were averaged, in three steps of LookSAM (a climb at the first and the third)."""
+    """Return the number of averages of gradients in four steps of Late SAM, of which the last two perturb."""
     model = ddp(network())
     calls = []
 
@@ -239,12 +241,12 @@ def communications(per_rank):
         return dist.all_reduce(bucket.buffer().div_(2), async_op=True).get_future().then(lambda f: f.value()[0])
 
     model.register_comm_hook(None, hook)
-    run(model, named("late_sam", start=0.5, total_steps=4, per_rank=per_rank)(model), range(4))
+    run(model, method("late_sam", start=0.5, total_steps=4, per_rank=per_rank)(model), range(4))
     return len(calls)
 
 
 @pytest.mark.parametrize(("per_rank", "expected"), [(False, 6), (True, 4)])
-def test_the_gradient_that_says_where_to_climb_is_not_sent(per_rank, expected):
+def test_gradient_of_the_perturbation_of_each_rank_is_not_communicated(per_rank, expected):
     assert together()(communications, per_rank) == [expected] * 2
 
 
@@ -268,29 +270,29 @@ def test_replicas_are_identical_after_1000_steps(per_rank):
     assert skipped == 0
 
 
-def overflow_on_one_rank(per_rank, climbed):
-    """A NaN on rank 1, in the pass at w or in the pass at w + e."""
+def overflow_on_one_rank(per_rank, perturbed):
+    """Take a step with a NaN on rank 1, in the pass at w or in the pass at w + e."""
     model = ddp(network())
-    optimizer = named("wsam", per_rank=per_rank)(model)
+    optimizer = method("wsam", per_rank=per_rank)(model)
     before = bits(model.parameters())
-    x, y = mine(*samples(0))
+    x, y = own_share(*samples(0))
     for sam_pass in optimizer.passes():
         with sam_pass:
-            bad = dist.get_rank() == 1 and sam_pass.is_perturbed == climbed
+            bad = dist.get_rank() == 1 and sam_pass.is_perturbed == perturbed
             F.cross_entropy(model(x * float("nan") if bad else x), y).backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
     return bits(model.parameters()) == before, optimizer.skipped_steps
 
 
-@pytest.mark.parametrize("climbed", [False, True], ids=["at w", "at w + e"])
+@pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
 @pytest.mark.parametrize("per_rank", [False, True])
-def test_a_nan_on_one_rank_skips_the_step_on_all(per_rank, climbed):
-    assert together()(overflow_on_one_rank, per_rank, climbed) == [(True, 1)] * 2
+def test_nan_on_one_rank_skips_the_step_on_all(per_rank, perturbed):
+    assert together()(overflow_on_one_rank, per_rank, perturbed) == [(True, 1)] * 2
 
 
 class Branches(nn.Module):
-    """Rank 1 leaves a branch out."""
+    """A network in which rank 1 does not use one of two branches."""
 
     def __init__(self):
         super().__init__()
@@ -300,10 +302,10 @@ class Branches(nn.Module):
         return self.layers(x) + self.extra(x) if with_extra else self.layers(x)
 
 
-def uneven_branches():
+def train_with_uneven_branches():
     model = ddp(Branches(), find_unused_parameters=True)
-    optimizer = named("wsam", per_rank=True)(model)
-    x, y = mine(*samples(0))
+    optimizer = method("wsam", per_rank=True)(model)
+    x, y = own_share(*samples(0))
     for _ in range(3):
         for sam_pass in optimizer.passes():
             with sam_pass:
@@ -312,12 +314,12 @@ def uneven_branches():
     return bits(model.parameters())
 
 
-def test_a_branch_that_one_rank_leaves_out_does_not_part_the_replicas():
-    first, second = together()(uneven_branches)
+def test_branch_that_one_rank_does_not_use_keeps_the_replicas_identical():
+    first, second = together()(train_with_uneven_branches)
     assert first == second
 
 
-def refused():
+def errors_of_per_rank():
     model = ddp(network())
     base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
     messages = []
@@ -336,13 +338,13 @@ def refused():
         dist.barrier()
     cold = ddp(network(), static_graph=True)
     with pytest.raises(RuntimeError, match="learns the graph"):
-        run(cold, named("sam", per_rank=True)(cold), range(1))
-    run(warmed(cold), named("sam", per_rank=True)(cold), range(1))  # and nothing was broken by it
+        run(cold, method("sam", per_rank=True)(cold), range(1))
+    run(warm_up(cold), method("sam", per_rank=True)(cold), range(1))  # the error has changed nothing
     return messages
 
 
-def test_what_cannot_climb_apart_is_refused_with_the_reason():
-    messages, _ = together()(refused)
+def test_per_rank_that_does_not_fit_is_an_error_with_the_reason():
+    messages, _ = together()(errors_of_per_rank)
     hints = ["Sequential", "NoneType", "does not look at the gradient", "differs between the ranks", "its own"]
     for message, hint in zip(messages, [*hints, "remembers", "averaged the ranks' gradients already"], strict=True):
         assert hint in message

@@ -1,9 +1,10 @@
-"""C23: FSDP2, tensor parallelism and mixtures train as one process does."""
+"""C23: FSDP2, tensor parallelism and partly sharded models train as one process does."""
 
 import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from named_methods import WRAPPERS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
@@ -11,8 +12,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import steppe
 import steppe._tensors.ops
-from layouts import LAYOUTS, SEE_ALL, fsdp, mine, named, network, plain, run, samples, train, weights
-from named_methods import WRAPPERS
+from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, fsdp, method, network, own_share, plain, run, samples, train, weights
 from ranks import together
 from steppe._tensors.dtensor import local
 from support import DRIVES, bits
@@ -22,65 +22,68 @@ def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def ranked(layout: str, name: str, steps: int):
-    return train(LAYOUTS[layout], named(name), steps, whole_batch=layout in SEE_ALL)
+def train_in_layout(layout: str, name: str, steps: int):
+    return train(LAYOUTS[layout], method(name), steps, whole_batch=layout in WHOLE_BATCH_LAYOUTS)
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_method_equals_one_process(name, layout):
-    expected = train(plain, named(name), 4)
-    for found in together()(ranked, layout, name, 4):
+    expected = train(plain, method(name), 4)
+    for found in together()(train_in_layout, layout, name, 4):
         close(found, expected)
 
 
-def with_norms_of_their_own(layout: str):
-    """What happens where a library does not know of shards: every rank divides by the norm of its own part."""
-    over_ranks, steppe._tensors.ops.sum_over_ranks = steppe._tensors.ops.sum_over_ranks, lambda summand, spread: summand
+def train_with_norms_of_own_shards(layout: str):
+    """Divide by the norm of the own shard on each rank, as a library that does not support shards does."""
+    over_ranks, steppe._tensors.ops.sum_over_ranks = (
+        steppe._tensors.ops.sum_over_ranks,
+        lambda summand, placement: summand,
+    )
     try:
-        return ranked(layout, "sam", 4)
+        return train_in_layout(layout, "sam", 4)
     finally:
         steppe._tensors.ops.sum_over_ranks = over_ranks
 
 
-@pytest.mark.parametrize("layout", ["fsdp2", "partly", "tensor parallel"])
-def test_that_test_can_fail(layout):
-    expected = train(plain, named("sam"), 4)
-    for found in together()(with_norms_of_their_own, layout):
+@pytest.mark.parametrize("layout", ["fsdp2", "partly sharded", "tensor parallel"])
+def test_mutant_norms_of_own_shards_is_killed(layout):
+    expected = train(plain, method("sam"), 4)
+    for found in together()(train_with_norms_of_own_shards, layout):
         assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) > 1e-6
 
 
-def driven(drive):
+def train_by(drive):
     model = fsdp(network())
-    optimizer = named("gsam")(model)
-    x, y = mine(*samples(0))
+    optimizer = method("gsam")(model)
+    x, y = own_share(*samples(0))
     for _ in range(3):
         DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
     return weights(model)
 
 
 @pytest.mark.parametrize("drive", DRIVES)
-def test_every_way_to_drive_a_step(drive):
+def test_each_api_equals_one_process(drive):
     model = network()
-    optimizer = named("gsam")(model)
+    optimizer = method("gsam")(model)
     x, y = samples(0)
     for _ in range(3):
         DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
-    for found in together()(driven, drive):
+    for found in together()(train_by, drive):
         close(found, weights(model))
 
 
-def comes_back():
-    """With lr = 0: the bits and the storage of each shard before and after, and whether it was away in between."""
+def perturb_and_restore():
+    """With lr = 0, return if bits and storage of the shards are unchanged, and in which passes they were displaced."""
     model = fsdp(network())
     optimizer = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.1, model=model)
     shards = [local(p.detach()) for p in model.parameters()]
-    before, places = bits(shards), [s.data_ptr() for s in shards]
-    away = []
-    x, y = mine(*samples(0))
+    before, storage = bits(shards), [s.data_ptr() for s in shards]
+    displaced = []
+    x, y = own_share(*samples(0))
     for sam_pass in optimizer.passes():
         with sam_pass:
-            away.append(bits(local(p.detach()) for p in model.parameters()) != before)
+            displaced.append(bits(local(p.detach()) for p in model.parameters()) != before)
             F.cross_entropy(model(x), y).backward()
     optimizer.step()
     try:
@@ -90,35 +93,35 @@ def comes_back():
                 if sam_pass.is_perturbed:
                     raise KeyboardInterrupt
     except KeyboardInterrupt:
-        away.append(bits(local(p.detach()) for p in model.parameters()) != before)
+        displaced.append(bits(local(p.detach()) for p in model.parameters()) != before)
     after = [local(p.detach()) for p in model.parameters()]
-    return bits(after) == before, [s.data_ptr() for s in after] == places, away
+    return bits(after) == before, [s.data_ptr() for s in after] == storage, displaced
 
 
-def test_shards_come_back_to_the_bit_in_the_same_storage():
-    assert together()(comes_back) == [(True, True, [False, True, False])] * 2
+def test_shards_are_restored_to_the_bit_in_the_same_storage():
+    assert together()(perturb_and_restore) == [(True, True, [False, True, False])] * 2
 
 
-def kept_gathered():
-    """The weights stay gathered after a backward, as for an accumulation without communication."""
+def train_with_gathered_weights():
+    """Keep the weights gathered after a backward, as for accumulation without communication."""
     model = fsdp(network())
     model.set_reshard_after_backward(False)
-    optimizer = named("sam")(model)
+    optimizer = method("sam")(model)
     run(model, optimizer, range(4))
     return weights(model)
 
 
-def test_weights_that_stay_gathered_are_not_stale_in_the_second_pass():
-    expected = train(plain, named("sam"), 4)
-    for found in together()(kept_gathered):
+def test_second_pass_does_not_run_on_stale_gathered_weights():
+    expected = train(plain, method("sam"), 4)
+    for found in together()(train_with_gathered_weights):
         close(found, expected)
 
 
 def micro_batches():
-    """FSDP2's accumulation: gradients meet at the last micro-batch."""
+    """Reduce gradients at the last micro-batch only, as FSDP2 accumulates."""
     model = fsdp(network())
-    optimizer = named("wsam")(model)
-    x, y = mine(*samples(0))
+    optimizer = method("wsam")(model)
+    x, y = own_share(*samples(0))
     for _ in range(3):
         for sam_pass in optimizer.passes():
             with sam_pass:
@@ -129,9 +132,9 @@ def micro_batches():
     return weights(model)
 
 
-def test_accumulation_inside_a_walk_is_one_big_batch():
+def test_micro_batches_in_a_pass_equal_one_batch():
     model = network()
-    optimizer = named("wsam")(model)
+    optimizer = method("wsam")(model)
     x, y = samples(0)
     for _ in range(3):
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
@@ -139,14 +142,14 @@ def test_accumulation_inside_a_walk_is_one_big_batch():
         close(found, weights(model))
 
 
-def in_bfloat16(shard):
-    """Weights in float32, passes in bfloat16."""
+def train_in_bfloat16(shard):
+    """Train with weights in float32 and passes in bfloat16."""
     model = network().float()
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
     if shard:
         model = fully_shard(model, mesh=init_device_mesh("cpu", (dist.get_world_size(),)), mp_policy=policy)
-    optimizer = named("sam")(model)
-    x, y = (t.float() if t.is_floating_point() else t for t in mine(*samples(0)))
+    optimizer = method("sam")(model)
+    x, y = (t.float() if t.is_floating_point() else t for t in own_share(*samples(0)))
     for _ in range(3):
         for sam_pass in optimizer.passes():
             with sam_pass:
@@ -162,19 +165,19 @@ def in_bfloat16(shard):
     return weights(model)
 
 
-def test_mixed_precision_of_fsdp():
-    expected = in_bfloat16(shard=False)
+def test_mixed_precision_policy_is_close_to_one_process():
+    expected = train_in_bfloat16(shard=False)
     moved = max((a - b).detach().abs().max() for a, b in zip(expected, network().float().parameters(), strict=True))
-    for found in together()(in_bfloat16, True):
+    for found in together()(train_in_bfloat16, True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * float(moved))
 
 
 def in_two_dimensions(name):
-    """Four ranks: tensor parallelism in one dimension of the mesh, FSDP2 in the other; some shards are empty."""
+    """Train on four ranks, by tensor parallelism and FSDP2 in the two dimensions of a mesh; some shards are empty."""
     mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "tensor"))
     model = parallelize_module(network(), mesh["tensor"], {"3": ColwiseParallel(), "5": RowwiseParallel()})
     fully_shard(model, mesh=mesh["data"])
-    optimizer = named(name)(model)
+    optimizer = method(name)(model)
     for step in range(4):
         x, y = (t.chunk(2)[mesh.get_local_rank("data")] for t in samples(step))
         DRIVES["passes"](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
@@ -182,43 +185,43 @@ def in_two_dimensions(name):
 
 
 def fsdp_over_four(name):
-    """Three rows on four ranks: the last one's shard is empty."""
-    return train(fsdp, named(name), 4)
+    """Train on four ranks with three rows, so that the shard of the last rank is empty."""
+    return train(fsdp, method(name), 4)
 
 
 @pytest.mark.parametrize("name", ["gsam", "layerwise_sam", "zsharp", "sparse_sam", "esam", "rwp", "looksam"])
 @pytest.mark.parametrize("function", [in_two_dimensions, fsdp_over_four])
 @pytest.mark.xdist_group("four ranks")
-def test_four_ranks(function, name):
-    expected = train(plain, named(name), 4)
+def test_four_ranks_equal_one_process(function, name):
+    expected = train(plain, method(name), 4)
     for found in together(4)(function, name):
         close(found, expected)
 
 
-def nan_on_one_rank(climbed):
+def nan_on_one_rank(perturbed):
     model = fsdp(network())
-    optimizer = named("wsam")(model)
+    optimizer = method("wsam")(model)
     before = bits(weights(model))
-    x, y = mine(*samples(0))
+    x, y = own_share(*samples(0))
     for sam_pass in optimizer.passes():
         with sam_pass:
-            bad = dist.get_rank() == 1 and sam_pass.is_perturbed == climbed
+            bad = dist.get_rank() == 1 and sam_pass.is_perturbed == perturbed
             F.cross_entropy(model(x * float("nan") if bad else x), y).backward()
     with pytest.warns(RuntimeWarning, match="not finite"):
         optimizer.step()
     return bits(weights(model)) == before, optimizer.skipped_steps
 
 
-@pytest.mark.parametrize("climbed", [False, True], ids=["at w", "at w + e"])
-def test_a_nan_on_one_rank_skips_the_step_on_all(climbed):
-    assert together()(nan_on_one_rank, climbed) == [(True, 1)] * 2
+@pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
+def test_nan_on_one_rank_skips_the_step_on_all(perturbed):
+    assert together()(nan_on_one_rank, perturbed) == [(True, 1)] * 2
 
 
-def scaled(scaler):
+def train_with_scaler(scaler):
     model = fsdp(network().float())
-    optimizer = named("friendly_sam", scaler=scaler)(model)
+    optimizer = method("friendly_sam", scaler=scaler)(model)
     for step in range(4):
-        x, y = (t.float() if t.is_floating_point() else t for t in mine(*samples(step)))
+        x, y = (t.float() if t.is_floating_point() else t for t in own_share(*samples(step)))
         for sam_pass in optimizer.passes():
             with sam_pass:
                 loss = F.cross_entropy(model(x), y)
@@ -231,30 +234,30 @@ def scaled(scaler):
     return bits(weights(model))
 
 
-def test_a_loss_scaler():
+def test_loss_scale_of_fsdp_changes_no_bit():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    assert together()(scaled, scaler) == together()(scaled, None)
+    assert together()(train_with_scaler, scaler) == together()(train_with_scaler, None)
 
 
-# Engines that are refused.
+# Engines and options that are errors.
 
 
-def under_fsdp1(use_orig_params):
+def build_under_fsdp1(use_orig_params):
     messages = []
     model = FullyShardedDataParallel(network(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
-    for given in ({"model": model}, {}):
+    for options in ({"model": model}, {}):
         with pytest.raises(TypeError, match=r"FSDP1.*fully_shard") as error:
-            steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), **given)
+            steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), **options)
         messages.append(str(error.value))
     return messages
 
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
-def test_fsdp1_is_refused(use_orig_params):
-    together()(under_fsdp1, use_orig_params)
+def test_fsdp1_is_an_error(use_orig_params):
+    together()(build_under_fsdp1, use_orig_params)
 
 
-def test_deepspeed_is_refused():
+def test_deepspeed_is_an_error():
     engine = type("DeepSpeedEngine", (nn.Linear,), {"__module__": "deepspeed.runtime.engine"})(2, 2)
     with pytest.raises(TypeError, match=r"DeepSpeed.*FSDP2"):
         steppe.SAM(torch.optim.SGD(engine.parameters(), lr=0.1), model=engine)
@@ -264,11 +267,11 @@ def test_deepspeed_is_refused():
         steppe.SAM(torch.optim.SGD([w], lr=0.1))
 
 
-def per_rank_on_shards():
+def build_per_rank_on_shards():
     model = fsdp(network())
     with pytest.raises(ValueError, match="no rank has a whole gradient"):
         steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model, per_rank=True)
 
 
-def test_one_perturbation_a_rank_of_shards_is_refused():
-    together()(per_rank_on_shards)
+def test_per_rank_on_shards_is_an_error():
+    together()(build_per_rank_on_shards)

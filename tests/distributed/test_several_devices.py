@@ -1,4 +1,4 @@
-"""examples/several_devices.py, in the processes that are there: the ways differ as they should, and in nothing else."""
+"""examples/several_devices.py on two ranks: sharding changes no loss, and a perturbation for each rank does."""
 
 import runpy
 from pathlib import Path
@@ -15,7 +15,7 @@ def losses(way: str) -> tuple[float, float]:
     return runpy.run_path(str(EXAMPLE))["train"](way, steps=30)
 
 
-def test_several_devices():
+def test_several_devices_example_gives_equal_losses_where_it_should():
     assert EXAMPLE.name == "several_devices.py"
     found = {way: together()(losses, way) for way in ("together", "per-rank", "sharded")}
     for way, (here, there) in found.items():
@@ -23,5 +23,5 @@ def test_several_devices():
     assert found["sharded"][0] == pytest.approx(found["together"][0], rel=1e-4)
     first, last = found["per-rank"][0]
     assert first == pytest.approx(found["together"][0][0], rel=1e-6)
-    assert abs(last - found["together"][0][1]) > 1e-5, "another perturbation is another path"
+    assert abs(last - found["together"][0][1]) > 1e-5, "a perturbation for each rank gave the same trajectory"
     assert torch.isfinite(torch.tensor(last))

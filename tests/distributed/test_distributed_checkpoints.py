@@ -1,4 +1,4 @@
-"""C2, C23, C24 on many devices: what is saved by so many ranks goes on, to the bit or the last digit, on others."""
+"""C2, C23, C24 on several devices: checkpoints resume on the same ranks to the bit, on others to 1e-12."""
 
 import copy
 import tempfile
@@ -10,45 +10,45 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import steppe
-from layouts import LAYOUTS, SEE_ALL, ddp, named, network, plain, run, train, weights
+from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, ddp, method, network, plain, run, train, weights
 from ranks import together
 from support import bits
 
-# A rule with a memory of tensors, one with numbers, one with a mask, one with a base's momentum only.
-REMEMBER = ["friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa"]
+# Memories of tensors, of numbers and of a mask; no memory beside the base's momentum; a step of its own.
+METHODS = ["friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa"]
 
 
 def close(found, expected):
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def started(layout, name, seed=0):
+def build(layout, name, seed=0):
     model = layout(network(seed))
-    return model, named(name)(model)
+    return model, method(name)(model)
 
 
 def save(layout, name, folder, options=None):
-    model, optimizer = started(LAYOUTS[layout], name)
-    run(model, optimizer, range(3), whole_batch=layout in SEE_ALL)
+    model, optimizer = build(LAYOUTS[layout], name)
+    run(model, optimizer, range(3), whole_batch=layout in WHOLE_BATCH_LAYOUTS)
     parts = get_state_dict(model, optimizer, options=options and StateDictOptions(**options))
     dcp.save(dict(zip(("model", "optimizer"), parts, strict=True)), checkpoint_id=folder)
 
 
-def load_and_go_on(layout, name, folder, options=None):
-    """In another network, whose own weights and optimizer state are different ones."""
-    model, optimizer = started(LAYOUTS[layout] if layout else plain, name, seed=7)
+def load_and_train(layout, name, folder, options=None):
+    """Load into a network with other weights and another optimizer state, and train on."""
+    model, optimizer = build(LAYOUTS[layout] if layout else plain, name, seed=7)
     options = options and StateDictOptions(**options)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
     dcp.load(parts, checkpoint_id=folder)
     set_state_dict(
         model, optimizer, model_state_dict=parts["model"], optim_state_dict=parts["optimizer"], options=options
     )
-    run(model, optimizer, range(3, 6), whole_batch=layout in SEE_ALL)
-    return weights(model), remembered(optimizer)
+    run(model, optimizer, range(3, 6), whole_batch=layout in WHOLE_BATCH_LAYOUTS)
+    return weights(model), sizes_of_memory(optimizer)
 
 
-def remembered(optimizer):
-    """What the rules know and when: by rule, how many parameters they know it of."""
+def sizes_of_memory(optimizer):
+    """Return the number of steps and, by rule, the number of parameters with a memory."""
     return optimizer._engine.steps, {rule: len(own) for rule, own in optimizer._engine.memory.items()}
 
 
@@ -56,35 +56,35 @@ FOUR = pytest.param("fsdp2", 4, marks=pytest.mark.xdist_group("four ranks"))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("there", "ranks"), [("fsdp2", 2), FOUR, ("ddp", 2), ("tensor parallel", 2)])
-@pytest.mark.parametrize("name", REMEMBER)
-def test_a_distributed_checkpoint_goes_on_with_other_ranks(name, there, ranks):
-    model, optimizer = started(plain, name)
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 2), FOUR, ("ddp", 2), ("tensor parallel", 2)])
+@pytest.mark.parametrize("name", METHODS)
+def test_distributed_checkpoint_loads_in_another_layout(name, layout, ranks):
+    model, optimizer = build(plain, name)
     run(model, optimizer, range(6))
     with tempfile.TemporaryDirectory() as folder:
         together()(save, "fsdp2", name, folder)
-        for found, kept in together(ranks)(load_and_go_on, there, name, folder):
+        for found, kept in together(ranks)(load_and_train, layout, name, folder):
             close(found, weights(model))
-            assert kept == remembered(optimizer)
+            assert kept == sizes_of_memory(optimizer)
 
 
 def resume_in_place(layout, name):
-    """state_dict() and load_state_dict() of the optimizer itself, on the same ranks: to the bit."""
-    whole_batch = layout in SEE_ALL
-    model, optimizer = started(LAYOUTS[layout], name)
+    """Return True if state_dict() and load_state_dict() on the same ranks resume with the same bits."""
+    whole_batch = layout in WHOLE_BATCH_LAYOUTS
+    model, optimizer = build(LAYOUTS[layout], name)
     run(model, optimizer, range(3), whole_batch=whole_batch)
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     run(model, optimizer, range(3, 6), whole_batch=whole_batch)
-    other, its_optimizer = started(LAYOUTS[layout], name, seed=7)
+    other, other_optimizer = build(LAYOUTS[layout], name, seed=7)
     other.load_state_dict(saved[0])
-    its_optimizer.load_state_dict(saved[1])
-    run(other, its_optimizer, range(3, 6), whole_batch=whole_batch)
+    other_optimizer.load_state_dict(saved[1])
+    run(other, other_optimizer, range(3, 6), whole_batch=whole_batch)
     return bits(weights(model)) == bits(weights(other))
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", REMEMBER)
-def test_a_checkpoint_of_each_rank_goes_on_to_the_bit(name, layout):
+@pytest.mark.parametrize("name", METHODS)
+def test_run_resumed_on_the_same_ranks_has_the_same_bits(name, layout):
     assert together()(resume_in_place, layout, name) == [True, True]
 
 
@@ -97,8 +97,8 @@ def zero_redundancy(params):
     return ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
-def zero(name, save_at=None):
-    """The base's state is spread over the ranks."""
+def train_with_zero(name, save_at=None):
+    """Train with the state of the base spread over the ranks; after three steps, save and load it if ``save_at``."""
     model = ddp(network())
 
     def make(model):
@@ -118,19 +118,19 @@ def zero(name, save_at=None):
 
 
 def rules(name):
-    like = named(name)(network())
-    return {slot: getattr(like, slot) for slot in ("perturbation", "combination", "cadence")}
+    optimizer = method(name)(network())
+    return {slot: getattr(optimizer, slot) for slot in ("perturbation", "combination", "cadence")}
 
 
 @pytest.mark.parametrize("resume", [None, 3])
 @pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam"])
-def test_zero_redundancy_optimizer_as_the_base(name, resume):
-    expected = train(plain, named(name), 6)
-    for found in together()(zero, name, resume):
+def test_zero_redundancy_optimizer_as_base_equals_one_process(name, resume):
+    expected = train(plain, method(name), 6)
+    for found in together()(train_with_zero, name, resume):
         close(found, expected)
 
 
-def unconsolidated():
+def save_unconsolidated_state():
     model = ddp(network())
     base = zero_redundancy(model.parameters())
     optimizer = steppe.SAM(base, rho=0.1, model=model)
@@ -139,5 +139,5 @@ def unconsolidated():
         optimizer.state_dict()
 
 
-def test_its_state_must_be_consolidated_first_as_ever():
-    together()(unconsolidated)
+def test_state_of_zero_redundancy_optimizer_that_is_not_consolidated_is_an_error():
+    together()(save_unconsolidated_state)

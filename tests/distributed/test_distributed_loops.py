@@ -1,4 +1,4 @@
-"""Each way to use several devices, in each precision, with accumulation, clipping, schedules, and a way back."""
+"""Training loops on several devices: precision, accumulation, clipping, schedules and checkpoints."""
 
 import copy
 import functools
@@ -9,16 +9,17 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import steppe
-from layouts import LAYOUTS, SEE_ALL, mine, network, plain, samples, weights
+from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, network, own_share, plain, samples, weights
 from ranks import together
 from support import bits
-from test_checkpoints_of_many import zero_redundancy
+from test_distributed_checkpoints import zero_redundancy
 
 WAYS = [*LAYOUTS, "ddp per rank", "zero"]
-MIXED = ["partly", "tensor parallel"]  # sharded and plain parameters, which torch's own scaler and clipping refuse
+# Layouts with sharded and plain parameters, for which scaler and clipping of torch raise.
+MIXED = ["partly sharded", "tensor parallel"]
 
 
-def made(way, *, dtype=torch.float64, seed=0, **options):
+def build(way, *, dtype=torch.float64, seed=0, **options):
     layout = LAYOUTS[{"ddp per rank": "ddp", "zero": "ddp"}.get(way, way)] if way else plain
     model = layout(network(seed).to(dtype))
     sgd = functools.partial(torch.optim.SGD, lr=0.1, momentum=0.9)
@@ -31,11 +32,11 @@ def made(way, *, dtype=torch.float64, seed=0, **options):
 
 def batches(way, step, dtype=torch.float64):
     x, y = samples(step)
-    x, y = (x, y) if way is None or way in SEE_ALL else mine(x, y)
+    x, y = (x, y) if way is None or way in WHOLE_BATCH_LAYOUTS else own_share(x, y)
     return x.to(dtype), y
 
 
-def walked(optimizer, loss):
+def run_passes(optimizer, loss):
     for sam_pass in optimizer.passes():
         with sam_pass:
             loss()
@@ -48,30 +49,30 @@ def close(found, expected, **tolerance):
 # Precision.
 
 
-def with_a_scaler(way, scales):
-    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=scales)
-    model, optimizer = made(way, dtype=torch.float32, scaler=scaler)
+def train_with_scaler(way, enabled):
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2, enabled=enabled)
+    model, optimizer = build(way, dtype=torch.float32, scaler=scaler)
     for step in range(5):
         x, y = batches(way, step, torch.float32)
-        walked(optimizer, lambda x=x, y=y: scaler.scale(F.cross_entropy(model(x), y)).backward())
+        run_passes(optimizer, lambda x=x, y=y: scaler.scale(F.cross_entropy(model(x), y)).backward())
         scaler.step(optimizer)
         scaler.update()
     return bits(weights(model)), scaler.get_scale()
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in MIXED])
-def test_a_changing_loss_scale_changes_no_bit(way):
+def test_changing_loss_scale_changes_no_bit(way):
     for (found, scale), (expected, _) in zip(
-        together()(with_a_scaler, way, True), together()(with_a_scaler, way, False), strict=True
+        together()(train_with_scaler, way, True), together()(train_with_scaler, way, False), strict=True
     ):
         assert found == expected
         assert scale == 2.0**12
 
 
-def overflows(way):
-    """One rank's loss is infinite, in the second of three steps, at w + e."""
+def train_with_overflow(way):
+    """Make the loss of one rank infinite at w + e, in the second of three steps."""
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=100)
-    model, optimizer = made(way, dtype=torch.float32, scaler=scaler)
+    model, optimizer = build(way, dtype=torch.float32, scaler=scaler)
     for step in range(3):
         x, y = batches(way, step, torch.float32)
         before = bits(weights(model))
@@ -86,14 +87,14 @@ def overflows(way):
 
 
 @pytest.mark.parametrize("way", ["ddp", "ddp per rank", "fsdp2", "zero"])
-def test_an_overflow_on_one_rank_halves_the_scale_on_all(way):
-    (scale, found), (other, same) = together()(overflows, way)
+def test_overflow_on_one_rank_skips_the_step_and_halves_the_scale_on_all(way):
+    (scale, found), (other, same) = together()(train_with_overflow, way)
     assert scale == other == 2.0**9
     assert found == same
 
 
-def in_bfloat16(way):
-    model, optimizer = made(way, dtype=torch.float32)
+def train_in_bfloat16(way):
+    model, optimizer = build(way, dtype=torch.float32)
 
     def loss(x, y):
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -101,24 +102,24 @@ def in_bfloat16(way):
         value.backward()
 
     for step in range(4):
-        walked(optimizer, functools.partial(loss, *batches(way, step, torch.float32)))
+        run_passes(optimizer, functools.partial(loss, *batches(way, step, torch.float32)))
         optimizer.step()
     return weights(model)
 
 
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
-def test_autocast_equals_one_process(way):
-    expected = in_bfloat16(None)
+def test_autocast_is_close_to_one_process(way):
+    expected = train_in_bfloat16(None)
     moved = max((a - b).detach().abs().max() for a, b in zip(expected, network().float().parameters(), strict=True))
-    for found in together()(in_bfloat16, way):
+    for found in together()(train_in_bfloat16, way):
         close(found, expected, rtol=0, atol=0.05 * float(moved))
 
 
 # Accumulation, clipping, schedules.
 
 
-def a_loop(way, parts):
-    model, optimizer = made(way)
+def train_with_clipping(way, parts):
+    model, optimizer = build(way)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=6)
     lengths = []
     for step in range(4):
@@ -128,7 +129,7 @@ def a_loop(way, parts):
             for a, b in zip(x.chunk(parts), y.chunk(parts), strict=True):
                 (F.cross_entropy(model(a), b) / parts).backward()
 
-        walked(optimizer, loss)
+        run_passes(optimizer, loss)
         if way not in MIXED:
             lengths.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)))
         optimizer.step()
@@ -137,13 +138,13 @@ def a_loop(way, parts):
     return weights(model)
 
 
-def without_clipping():
-    """The loop above, as a mixture has to go it, in one process."""
-    model, optimizer = made(None)
+def train_without_clipping():
+    """Train in one process by the loop above without clipping, as mixed parameters require."""
+    model, optimizer = build(None)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.2, total_steps=6)
     for step in range(4):
         x, y = batches(None, step)
-        walked(optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y).backward())
+        run_passes(optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y).backward())
         optimizer.step()
         schedule.step()
     return weights(model)
@@ -151,63 +152,62 @@ def without_clipping():
 
 @pytest.mark.parametrize("parts", [1, 2])
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
-def test_accumulation_clipping_and_a_schedule_equal_one_process(way, parts):
-    expected = without_clipping() if way in MIXED else a_loop(None, 1)
-    for found in together()(a_loop, way, parts):
+def test_accumulation_clipping_and_schedule_equal_one_process(way, parts):
+    expected = train_without_clipping() if way in MIXED else train_with_clipping(None, 1)
+    for found in together()(train_with_clipping, way, parts):
         close(found, expected)
 
 
-def test_accumulation_with_a_perturbation_a_rank():
-    """All micro-batches of a rank climb together, however many there are."""
-    one, two = (together()(a_loop, "ddp per rank", parts) for parts in (1, 2))
+def test_micro_batches_of_a_rank_share_its_perturbation():
+    one, two = (together()(train_with_clipping, "ddp per rank", parts) for parts in (1, 2))
     for found, expected in zip(two, one, strict=True):
         close(found, expected)
-    assert max((a - b).abs().max() for a, b in zip(one[0], a_loop(None, 1), strict=True)) > 1e-6
+    assert max((a - b).abs().max() for a, b in zip(one[0], train_with_clipping(None, 1), strict=True)) > 1e-6
 
 
-def torch_refuses(way):
+def errors_of_torch(way):
     messages = []
-    for steps in (lambda model, scaler, optimizer: scaler.step(optimizer), _clipped):
+    for act in (lambda model, scaler, optimizer: scaler.step(optimizer), _clip):
         scaler = torch.amp.GradScaler("cpu")
-        model, optimizer = made(way, dtype=torch.float32, scaler=scaler)
+        model, optimizer = build(way, dtype=torch.float32, scaler=scaler)
         x, y = batches(way, 0, torch.float32)
-        walked(optimizer, lambda x=x, y=y, model=model, s=scaler: s.scale(F.cross_entropy(model(x), y)).backward())
+        run_passes(optimizer, lambda x=x, y=y, model=model, s=scaler: s.scale(F.cross_entropy(model(x), y)).backward())
         with pytest.raises(RuntimeError) as error:
-            steps(model, scaler, optimizer)
+            act(model, scaler, optimizer)
         messages.append(str(error.value))
     return messages
 
 
-def _clipped(model, scaler, optimizer):
+def _clip(model, scaler, optimizer):
     torch.nn.utils.clip_grad_norm_(model.parameters(), 0.2)
 
 
 @pytest.mark.parametrize("way", MIXED)
-def test_mixtures_are_refused_by_torch_s_own_scaler_and_clipping(way):
-    for messages in together()(torch_refuses, way):
+def test_scaler_and_clipping_of_torch_raise_for_mixed_parameters(way):
+    for messages in together()(errors_of_torch, way):
         assert all("mixed torch.Tensor and DTensor" in message for message in messages)
 
 
-# The way back.
+# Checkpoints.
 
 
-def resumed(way):
+def resumes_with_the_same_bits(way):
     def run(model, optimizer, steps):
         for step in steps:
             x, y = batches(way, step)
-            walked(optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y).backward())
+            run_passes(optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y).backward())
             optimizer.step()
 
-    model, optimizer = made(way)
+    model, optimizer = build(way)
     run(model, optimizer, range(3))
     saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
     run(model, optimizer, range(3, 6))
-    other, its_optimizer = made(way, seed=7)
+    other, other_optimizer = build(way, seed=7)
     other.load_state_dict(saved[0])
-    its_optimizer.load_state_dict(saved[1])
-    run(other, its_optimizer, range(3, 6))
+    other_optimizer.load_state_dict(saved[1])
+    run(other, other_optimizer, range(3, 6))
     return bits(weights(other)) == bits(weights(model))
 
 
-def test_a_perturbation_a_rank_goes_on_to_the_bit():
-    assert together()(resumed, "ddp per rank") == [True, True]
+def test_resumed_run_with_a_perturbation_for_each_rank_has_the_same_bits():
+    assert together()(resumes_with_the_same_bits, "ddp per rank") == [True, True]
