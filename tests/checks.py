@@ -1,4 +1,4 @@
-"""Checks that the suite runs on the package, and that its mutants must fail."""
+"""Checks of the contract, shared by the tests."""
 
 import copy
 import io
@@ -32,14 +32,14 @@ RULES = {
 }
 
 
-def matches_reference(rule: str, base: str, drive: str, *, every: int = 1, steps: int = 20) -> None:
-    """20 steps in float64 agree with the slow reference to 1e-12."""
+def matches_reference(rule: str, base: str, drive: str, *, interval: int = 1, steps: int = 20) -> None:
+    """Assert that 20 steps in float64 agree with the slow reference to 1e-12."""
     torch.manual_seed(3)
     start = torch.randn(10, dtype=torch.float64)
-    perturbation, climb = RULES[rule]
-    want = trajectory(bumpy, start, climb, BASES[base], steps, every)
+    perturbation, slow_perturbation = RULES[rule]
+    want = trajectory(bumpy, start, slow_perturbation, BASES[base], steps, interval)
     params = [torch.nn.Parameter(p) for p in split(start)]
-    optimizer = steppe.SAM(BASES[base](params), rho=0.3, perturbation=perturbation, cadence=steppe.Periodic(every))
+    optimizer = steppe.SAM(BASES[base](params), rho=0.3, perturbation=perturbation, cadence=steppe.Periodic(interval))
     for _ in range(steps):
         DRIVES[drive](optimizer, lambda: bumpy(torch.cat([p.reshape(-1) for p in params])))
     got = torch.cat([p.detach().reshape(-1) for p in params])
@@ -47,18 +47,18 @@ def matches_reference(rule: str, base: str, drive: str, *, every: int = 1, steps
 
 
 def restores_exactly(drive: str, dtype: torch.dtype, *, rho: float = 0.7) -> None:
-    """With a base that does not move (lr = 0), the weights have the same bits in the same place after a step."""
+    """Assert that steps with lr = 0 leave the same bits in the same storage."""
     model = net(dtype=dtype)
     base = torch.optim.SGD(model.parameters(), lr=0.0)
     optimizer = steppe.SAM(base, rho=rho, model=model)
-    before, places = bits(model.parameters()), [p.data_ptr() for p in model.parameters()]
+    before, pointers = bits(model.parameters()), [p.data_ptr() for p in model.parameters()]
     train(model, optimizer, DRIVES[drive], 5)
     assert bits(model.parameters()) == before
-    assert [p.data_ptr() for p in model.parameters()] == places
+    assert [p.data_ptr() for p in model.parameters()] == pointers
 
 
-class Mean(steppe.Adaptive):
-    """A rule with a memory: climb along an exponential mean of the gradient."""
+class MeanGradient(steppe.Adaptive):
+    """A rule with a memory: perturb along an exponential mean of the gradient."""
 
     def __call__(self, point: steppe.Point) -> steppe.ScaledDirection:
         direction = []
@@ -68,14 +68,14 @@ class Mean(steppe.Adaptive):
         return steppe.ScaledDirection(direction, 1.0)
 
 
-def build(base: str, model: torch.nn.Module) -> steppe.SAM:
+def build_with_memory(base: str, model: torch.nn.Module) -> steppe.SAM:
     return steppe.SAM(
-        BASES[base](model.parameters()), rho=0.1, model=model, perturbation=Mean(), cadence=steppe.Periodic(2)
+        BASES[base](model.parameters()), rho=0.1, model=model, perturbation=MeanGradient(), cadence=steppe.Periodic(2)
     )
 
 
 def resumes(make: Callable[[torch.nn.Module], steppe.SAM], drive: str, *, after: int = 3, steps: int = 8) -> None:
-    """A run that goes through a file after some steps ends with the same bits as one that does not."""
+    """Assert that a run resumed from a file after some steps ends with the same bits as one without interruption."""
     straight = net()
     torch.manual_seed(11)
     train(straight, make(straight), DRIVES[drive], steps)

@@ -1,4 +1,4 @@
-"""Processes that train one model together (gloo, on this machine), kept for many tests: starting one takes seconds."""
+"""Processes with one gloo process group on this machine, kept for many tests: a start takes seconds."""
 
 import atexit
 import contextlib
@@ -15,11 +15,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_SILENT = datetime.timedelta(seconds=60)
+_TIMEOUT = datetime.timedelta(seconds=60)
 
 
 class RankError(AssertionError):
-    """What was raised in one of the processes, with its traceback."""
+    """An exception in one of the processes, with its traceback."""
 
 
 class Ranks:
@@ -38,7 +38,7 @@ class Ranks:
             self._processes.append(process)
 
     def __call__(self, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """``function(*args)`` in every process; what each gives back, by rank."""
+        """Call ``function(*args)`` in every process and return the results by rank."""
         for pipe in self._pipes:
             pipe.send((function, args))
         answers = [pipe.recv() for pipe in self._pipes]
@@ -69,7 +69,7 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("error", UserWarning)
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
-    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=size, timeout=_SILENT)
+    dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=size, timeout=_TIMEOUT)
     while (task := pipe.recv()) is not None:
         function, args = task
         try:

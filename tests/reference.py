@@ -1,4 +1,4 @@
-"""SAM and ASAM in the notation of their papers: slow, flat, float64, without a line of the package."""
+"""SAM and ASAM in the notation of their papers: slow, on one flat float64 vector, without code of the package."""
 
 from collections.abc import Callable
 
@@ -28,18 +28,18 @@ def asam_e(w: Tensor, g: Tensor, rho: float, eta: float = 0.01) -> Tensor:
 def trajectory(
     L: Callable[[Tensor], Tensor],
     w: Tensor,
-    climb: Callable[[Tensor, Tensor], Tensor],
+    perturbation: Callable[[Tensor, Tensor], Tensor],
     base: Callable[[list[Tensor]], Optimizer],
     steps: int,
-    every: int = 1,
+    interval: int = 1,
 ) -> Tensor:
-    """w after so many steps: g at w, e(w, g), g_s at w + e, and the base steps from w with g_s."""
+    """Return w after some steps, each: g at w; e(w, g); g_s at w + e; the base steps from w with g_s."""
     w = w.detach().clone().requires_grad_()
     optimizer = base([w])
     for t in range(steps):
         _, g = loss_and_gradient(L, w)
-        if t % every == 0:
-            _, g = loss_and_gradient(L, w.detach() + climb(w.detach(), g))
+        if t % interval == 0:
+            _, g = loss_and_gradient(L, w.detach() + perturbation(w.detach(), g))
         w.grad = g
         optimizer.step()
     return w.detach()

@@ -1,10 +1,10 @@
-"""A stop that comes at a chosen time, for tests of what is interrupted."""
+"""A stop signal at a chosen time, for tests of interrupted runs."""
 
 from steppe.experiments.training.stopping import Stop
 
 
 class StopAfter(Stop):
-    """Says no the first ``n`` times that it is asked, and yes from then on."""
+    """False for the first ``n`` checks, and true after them."""
 
     def __init__(self, n: int) -> None:
         super().__init__()

@@ -1,7 +1,8 @@
-"""Small problems, bases and ways to drive a step, shared by the tests."""
+"""Small problems, base optimizers and the three APIs of a step, shared by the tests."""
 
 from collections.abc import Callable
 
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,7 +18,7 @@ BASES: dict[str, Callable[..., Optimizer]] = {
 
 
 class Net(nn.Module):
-    """A network with all that a second pass can spoil: BatchNorm, a cumulative one too, and dropout."""
+    """A network with what a second pass can change: BatchNorm, also with a cumulative mean, and dropout."""
 
     def __init__(self, dropout: float = 0.3) -> None:
         super().__init__()
@@ -36,6 +37,10 @@ class Net(nn.Module):
         return self.layers(x)
 
 
+def parameter(*values: float, dtype: torch.dtype = torch.float32) -> nn.Parameter:
+    return nn.Parameter(torch.tensor(values, dtype=dtype))
+
+
 def net(seed: int = 0, *, dropout: float = 0.3, dtype: torch.dtype = torch.float32) -> Net:
     torch.manual_seed(seed)
     return Net(dropout).to(dtype)
@@ -47,7 +52,7 @@ def batch(seed: int = 0, *, n: int = 12, dtype: torch.dtype = torch.float32) -> 
 
 
 def bits(tensors) -> list[bytes]:
-    """The exact contents, -0.0 and NaN payloads included."""
+    """Return the exact contents, -0.0 and NaN payloads included."""
     return [t.detach().contiguous().view(torch.uint8).numpy().tobytes() for t in map(torch.atleast_1d, tensors)]
 
 
@@ -56,7 +61,7 @@ def model_bits(model: nn.Module) -> dict[str, bytes]:
     return dict(zip(state, bits(state.values()), strict=True))
 
 
-# Three ways to drive one step; each takes loss(): the forward alone.
+# One step by each of the three APIs; loss() is the forward alone.
 
 
 def by_closure(optimizer: Optimizer, loss: Callable[[], Tensor]):
@@ -91,6 +96,9 @@ def plain(optimizer: Optimizer, loss: Callable[[], Tensor]):
 
 
 DRIVES = {"closure": by_closure, "passes": by_passes, "classic": by_classic}
+
+every_drive = pytest.mark.parametrize("drive", DRIVES)
+every_base = pytest.mark.parametrize("base", BASES)
 
 
 def train(model: nn.Module, optimizer: Optimizer, drive, steps: int, *, start: int = 0) -> None:

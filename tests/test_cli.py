@@ -1,3 +1,5 @@
+"""The command line: default recipe, options, help, and errors of one line."""
+
 import builtins
 import re
 from pathlib import Path
@@ -11,19 +13,19 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.methods.registry import CARDS
 
 
-def said(capsys: pytest.CaptureFixture[str]) -> str:
-    """What was printed, without the frame around it."""
+def printed(capsys: pytest.CaptureFixture[str]) -> str:
+    """Return the printed text without the frame around it."""
     captured = capsys.readouterr()
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", captured.out + captured.err).split())
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
-    assert said(capsys) == f"steppe {steppe.__version__}"
+    assert printed(capsys) == f"steppe {steppe.__version__}"
 
 
 @pytest.mark.parametrize(
-    ("words", "answer"),
+    ("words", "message"),
     [
         (["compare", "--epoch", "3"], "Perhaps you meant: --epochs"),
         (["compare", "artcle"], "Available subcommands: demo, article"),
@@ -37,13 +39,13 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
         ([], "Expected one of {compare, tune, measure, plot, methods, finetune}"),
     ],
 )
-def test_a_wrong_command_line_is_reported_with_a_suggestion(
-    words: list[str], answer: str, capsys: pytest.CaptureFixture[str]
+def test_wrong_command_line_is_reported_with_a_suggestion(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 2
-    assert answer in said(capsys)
+    assert message in printed(capsys)
 
 
 @pytest.mark.parametrize(
@@ -56,20 +58,22 @@ def test_a_wrong_command_line_is_reported_with_a_suggestion(
         (["methods", "--help"], ["with wildcards", "--bibtex"]),
     ],
 )
-def test_help_reads_like_documentation(words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_explains_commands_and_options(
+    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as stop:
         main(words)
     assert stop.value.code == 0
-    text = said(capsys)
+    text = printed(capsys)
     assert all(part in text for part in parts)
 
 
 @pytest.mark.parametrize("words", [["compare"], ["compare", "--rho", "0.1"], ["compare", "demo"]])
 def test_demo_is_the_default(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[object] = []
-    monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: seen.append(recipe))
+    recipes: list[object] = []
+    monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: recipes.append(recipe))
     assert main(words) == 0
-    (recipe,) = seen
+    (recipe,) = recipes
     assert (recipe.name, recipe.training.rho) == ("demo", 0.1 if "--rho" in words else 0.05)  # type: ignore[attr-defined]
 
 
@@ -83,16 +87,16 @@ def test_demo_is_the_default(words: list[str], monkeypatch: pytest.MonkeyPatch) 
         (["--amp", "None"], None, None),
     ],
 )
-def test_what_may_be_left_open_is_said_like_any_other_option(
+def test_options_with_an_automatic_default_take_values(
     words: list[str], amp: bool | None, graphs: bool | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    seen: list[Recipe] = []
-    monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: seen.append(recipe))
+    recipes: list[Recipe] = []
+    monkeypatch.setattr("steppe.experiments.commands.compare", lambda recipe, *_: recipes.append(recipe))
     assert main(["compare", *words]) == 0
-    assert (seen[0].hardware.amp, seen[0].hardware.cuda_graphs) == (amp, graphs)
+    assert (recipes[0].hardware.amp, recipes[0].hardware.cuda_graphs) == (amp, graphs)
 
 
-def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_errors_are_printed_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plot", str(tmp_path)]) == 1
     out, err = capsys.readouterr()
     assert not out
@@ -100,7 +104,7 @@ def test_errors_are_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert "is not a run folder" in err
 
 
-def listed(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+def list_methods(words: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     assert main(["methods", *words]) == 0
     return capsys.readouterr().out
 
@@ -109,28 +113,28 @@ def test_methods_are_listed_by_name_and_label(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-    everything = listed([], capsys)
-    assert max(map(len, everything.splitlines())) <= 100
-    names = [line.split()[0] for line in everything.splitlines() if not line.startswith(" ")]
+    table = list_methods([], capsys)
+    assert max(map(len, table.splitlines())) <= 100
+    names = [line.split()[0] for line in table.splitlines() if not line.startswith(" ")]
     assert [n for n in names if n in CARDS] == list(CARDS)
-    assert "1 + 1/interval" in everything
-    assert "Zhuang et al. 2022" in everything
-    some = listed(["look*", "RST"], capsys)
+    assert "1 + 1/interval" in table
+    assert "Zhuang et al. 2022" in table
+    some = list_methods(["look*", "RST"], capsys)
     assert all(name in some for name in ("looksam", "lookbehind_sam", "random_sam"))
     assert "gsam" not in some.partition("Cost:")[0]
 
 
 @pytest.mark.parametrize("name", ["gsam", "GSAM", "Late SAM", "fraction_sam"])
-def test_one_method_shows_its_card(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "Checked against" in listed([name], capsys)
+def test_single_method_shows_its_card(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "Checked against" in list_methods([name], capsys)
 
 
-def test_a_wildcard_that_finds_one_method_still_lists(capsys: pytest.CaptureFixture[str]) -> None:
-    assert "when to use it" in listed(["gs*"], capsys)
+def test_wildcard_with_one_match_prints_a_list(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "when to use it" in list_methods(["gs*"], capsys)
 
 
-def test_methods_give_their_bibtex(capsys: pytest.CaptureFixture[str]) -> None:
-    entries = listed(["gsam", "looksam", "--bibtex"], capsys)
+def test_bibtex_option_prints_the_entries_of_the_methods(capsys: pytest.CaptureFixture[str]) -> None:
+    entries = list_methods(["gsam", "looksam", "--bibtex"], capsys)
     assert re.findall(r"^@\w+\{(\w+),$", entries, flags=re.MULTILINE) == [
         "foret2021sam",
         "zhuang2022gsam",
@@ -138,26 +142,26 @@ def test_methods_give_their_bibtex(capsys: pytest.CaptureFixture[str]) -> None:
     ]
 
 
-def test_an_unknown_method_is_one_line_that_names_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_for_an_unknown_method_names_the_closest(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["methods", "sam", "loksam"]) == 1
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert "no method matches 'loksam'; did you mean 'looksam'?" in err
 
 
-def test_a_wrong_data_folder_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_for_a_wrong_data_folder_names_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["compare", "--dataset", "fashion-mnist", "--data-dir", str(tmp_path), "--out", str(tmp_path / "run")]
     assert main(words) == 1
-    assert str(tmp_path) in said(capsys)
+    assert str(tmp_path) in printed(capsys)
 
 
-def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_error_for_an_unwritable_folder_names_the_folder(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "file").touch()
     assert main(["compare", "--out", str(tmp_path / "file" / "run")]) == 1
-    assert f"Not a directory: {tmp_path / 'file' / 'run'}" in said(capsys)
+    assert f"Not a directory: {tmp_path / 'file' / 'run'}" in printed(capsys)
 
 
-def test_ctrl_c_while_loading_says_how_to_go_on(
+def test_interrupt_while_loading_prints_the_command_to_resume(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def interrupted(*_: object) -> None:
@@ -166,11 +170,11 @@ def test_ctrl_c_while_loading_says_how_to_go_on(
     monkeypatch.setattr("steppe.experiments.data.datasets.load", interrupted)
     words = ["compare", "demo", "--out", str(tmp_path / "a folder")]
     assert main(words) == 130
-    assert f"To resume: steppe compare demo --out '{tmp_path}/a folder'" in said(capsys)
+    assert f"To resume: steppe compare demo --out '{tmp_path}/a folder'" in printed(capsys)
 
 
 def forbid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `import name` fail as when it is not installed."""
+    """Make `import name` fail as if the package were not installed."""
     real = builtins.__import__
 
     def guarded(module: str, *args: object, **kwargs: object) -> ModuleType:
@@ -181,19 +185,19 @@ def forbid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", guarded)
 
 
-def test_a_missing_extra_is_named_with_its_command(
+def test_error_for_a_missing_extra_gives_the_install_command(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     forbid("rich", monkeypatch)
     assert main(["compare"]) == 1
-    assert said(capsys).endswith("rich is not installed, and experiments need it: pip install 'steppe[experiments]'")
+    assert printed(capsys).endswith("rich is not installed, and experiments need it: pip install 'steppe[experiments]'")
 
 
-def test_a_missing_tensorboard_is_named_with_its_command(
+def test_error_for_a_missing_tensorboard_gives_the_install_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import matplotlib  # noqa: F401 (so that its own imports are not the ones that fail)
+    import matplotlib  # noqa: F401 (imported first, so that its own imports do not fail)
 
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     assert main(["compare", "--tensorboard", "--out", str(tmp_path / "run")]) == 1
-    assert "pip install 'steppe[tensorboard]'" in said(capsys)
+    assert "pip install 'steppe[tensorboard]'" in printed(capsys)

@@ -1,4 +1,4 @@
-"""The classic API: code written for the well-known implementation runs with one changed import."""
+"""The classic API: code for the well-known implementation runs after a change of one import."""
 
 import copy
 
@@ -12,7 +12,7 @@ from steppe.compat import SAM, disable_bn_stats, disable_running_stats, enable_b
 from support import batch, by_classic, model_bits, net
 
 
-def test_the_articles_own_loop_runs_and_keeps_the_statistics_of_the_first_pass():
+def test_classic_loop_keeps_the_statistics_of_the_first_pass():
     model, twin = net(dropout=0.0), net(dropout=0.0)
     optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.05, lr=0.0)
     for step in range(3):
@@ -30,11 +30,11 @@ def test_the_articles_own_loop_runs_and_keeps_the_statistics_of_the_first_pass()
 
 
 @pytest.mark.parametrize("adaptive", [False, True])
-def test_the_classic_rules(adaptive):
+def test_classic_rules_match_the_reference(adaptive):
     L = lambda w: (w**3).sum() + w.prod()  # noqa: E731
     start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
 
-    def perturb(w, g):  # the classic ASAM: no eta
+    def perturb(w, g):  # the classic ASAM has no eta
         return w**2 * g * 0.5 / (w.abs() * g).norm() if adaptive else sam_e(w, g, 0.5)
 
     base = lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)  # noqa: E731
@@ -45,7 +45,7 @@ def test_the_classic_rules(adaptive):
     torch.testing.assert_close(w.detach(), trajectory(L, start, perturb, base, 20), rtol=1e-12, atol=1e-12)
 
 
-def test_classic_arguments():
+def test_classic_constructor_arguments():
     w = nn.Parameter(torch.ones(2))
     optimizer = SAM([w], torch.optim.SGD, 0.1, False, lr=0.3)
     assert (optimizer.param_groups[0]["sam_rho"], optimizer.base_optimizer.param_groups[0]["lr"]) == (0.1, 0.3)
@@ -57,7 +57,7 @@ def test_classic_arguments():
     assert copy.deepcopy(optimizer).base_optimizer.defaults["lr"] == 0.3
 
 
-def test_the_classic_step_with_a_closure_for_the_second_pass():
+def test_classic_step_calls_the_closure_for_the_second_pass_only():
     L = lambda w: (w**3).sum() + w.prod()  # noqa: E731
     start = torch.tensor([1.0, -2.0, 0.5], dtype=torch.float64)
     base = lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9)  # noqa: E731
@@ -66,7 +66,7 @@ def test_the_classic_step_with_a_closure_for_the_second_pass():
     calls, hooks = [], []
     optimizer.register_step_pre_hook(lambda *_: hooks.append(1))
 
-    def closure():  # it does not clear the gradient: step() does, between the passes
+    def closure():  # step() clears the gradient between the passes
         calls.append(1)
         loss = L(w)
         loss.backward()
@@ -87,7 +87,7 @@ def test_the_classic_step_with_a_closure_for_the_second_pass():
     optimizer.zero_grad()
 
 
-def test_classic_code_that_writes_the_radius_into_the_group_is_heard():
+def test_radius_written_into_the_group_takes_effect():
     w = nn.Parameter(torch.tensor([3.0, 4.0]))
     optimizer = SAM([w], torch.optim.SGD, rho=0.1, lr=0.0)
     optimizer.param_groups[0]["rho"] = 2.0
@@ -101,13 +101,13 @@ NORMS = {"batch": nn.BatchNorm1d, "cumulative": lambda n: nn.BatchNorm1d(n, mome
 
 
 @pytest.mark.parametrize("norm", NORMS)
-def test_disabled_statistics_do_not_move_and_enabled_ones_do(norm):
+def test_disabled_statistics_stay_and_enabled_statistics_change(norm):
     layer, untouched = NORMS[norm](3), NORMS[norm](3)
     x = torch.randn(8, 3)
     before = model_bits(layer)
     disable_bn_stats(layer)
     disable_bn_stats(layer)
-    torch.testing.assert_close(layer(x), untouched(x), msg="batch statistics are used all the same")
+    torch.testing.assert_close(layer(x), untouched(x), msg="batch statistics are still used")
     assert model_bits(layer) == before
     assert model_bits(untouched) != before
     enable_bn_stats(layer)
@@ -119,7 +119,7 @@ def test_disabled_statistics_do_not_move_and_enabled_ones_do(norm):
     torch.testing.assert_close(layer(x), untouched.eval()(x), msg="in eval mode the running statistics are used")
 
 
-def test_layers_that_were_frozen_already_stay_so():
+def test_layers_frozen_before_stay_frozen():
     stateless = nn.BatchNorm1d(3, track_running_stats=False)
     switched_off = nn.BatchNorm1d(3)
     switched_off.track_running_stats = False
@@ -131,7 +131,7 @@ def test_layers_that_were_frozen_already_stay_so():
     assert zero.momentum == 0.0
 
 
-def test_a_copy_made_while_disabled_can_be_enabled():
+def test_copy_made_while_disabled_can_be_enabled():
     layer = nn.BatchNorm1d(3)
     disable_running_stats(layer)
     other = copy.deepcopy(layer)

@@ -1,4 +1,4 @@
-"""What only a GPU can show: a whole step in a CUDA graph, no synchronization on the way, flatness as on a CPU."""
+"""Tests that need a GPU: steps in CUDA graphs, no synchronization, flatness equal to that on a CPU."""
 
 from pathlib import Path
 
@@ -10,13 +10,13 @@ import steppe
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset, Split
-from steppe.experiments.training.run import train as train_unit
+from steppe.experiments.training.run import train as train_run
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import join
 from stops import StopAfter
 from support import batch, net
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU is at hand")
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=torch.tensor(0.1, device="cuda"), momentum=0.9, fused=True),
@@ -31,8 +31,8 @@ RULES = {
 }
 
 
-def warmed(base, rules):
-    """A network after three steps, its batch, and the function that makes a further one."""
+def warm_up(base, rules):
+    """Return a network after three steps, its batch, a function that takes a further step, and the stream."""
     model = net(dropout=0.0).cuda()
     model.layers[4].momentum = 0.1  # with None, BatchNorm itself reads its counter on the host
     optimizer = steppe.SAM(BASES[base](model.parameters()), rho=0.1, model=model, replay_rng=False, **RULES[rules])
@@ -53,7 +53,7 @@ def warmed(base, rules):
 
 
 def trained(base, rules, *, captured: bool, steps: int = 8) -> list[torch.Tensor]:
-    model, xy, step, stream = warmed(base, rules)
+    model, xy, step, stream = warm_up(base, rules)
     graph = torch.cuda.CUDAGraph()
     if captured:
         with torch.cuda.graph(graph, stream=stream):
@@ -67,15 +67,15 @@ def trained(base, rules, *, captured: bool, steps: int = 8) -> list[torch.Tensor
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("base", BASES)
-def test_a_captured_step_is_the_eager_one(base, rules):
+def test_captured_step_equals_the_eager_step(base, rules):
     found, expected = (trained(base, rules, captured=captured) for captured in (True, False))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("base", BASES)
-def test_a_step_waits_for_nothing(base, rules):
-    *_, step, _ = warmed(base, rules)
+def test_step_does_not_synchronize_with_the_host(base, rules):
+    *_, step, _ = warm_up(base, rules)
     torch.cuda.set_sync_debug_mode("error")
     try:
         step()
@@ -83,7 +83,7 @@ def test_a_step_waits_for_nothing(base, rules):
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_a_replay_counts_what_it_skips():
+def test_replays_count_skipped_steps():
     model = net(dropout=0.0).cuda()
     model.layers[4].momentum = 0.1
     optimizer = steppe.SAM(BASES["sgd"](model.parameters()), rho=0.1, model=model, replay_rng=False)
@@ -109,7 +109,7 @@ def test_a_replay_counts_what_it_skips():
     assert all(map(torch.equal, model.parameters(), before))
 
 
-# The experiments' steps, by graphs and one by one: 72 images in batches of 14 and of 15.
+# Runs of the experiments with and without graphs: 72 images in batches of 14 and 15.
 
 CAPTURABLE = [name for name, method in METHODS.items() if method.capturable]
 
@@ -122,7 +122,7 @@ def images(n: int, seed: int) -> Split:
 
 
 def experiment(folder: Path, method: str, *, stops: tuple[int, ...] = (), **fields) -> dict:
-    """Train to the end, with interruptions, and return what the last checkpoint holds."""
+    """Train to the end, with interruptions, and return the last checkpoint."""
     base = "adamw" if method == "adamw" else "sgd"
     options = {"width": 8, "batch_size": 16, "epochs": 8, "seeds": 1, "base": base, "lr": 0.01, "amp": False}
     recipe = Recipe().replace(methods=(method,), device="cuda", **{**options, **fields})
@@ -130,45 +130,45 @@ def experiment(folder: Path, method: str, *, stops: tuple[int, ...] = (), **fiel
     with join(recipe.hardware.device, recipe.hardware.threads) as world:
         for steps in stops:
             with pytest.raises(Stopped):
-                train_unit(run, folder, data.to("cuda"), world, stop=StopAfter(steps))
-        train_unit(run, folder, data.to("cuda"), world)
+                train_run(run, folder, data.to("cuda"), world, stop=StopAfter(steps))
+        train_run(run, folder, data.to("cuda"), world)
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 @pytest.mark.parametrize("method", CAPTURABLE)
-def test_a_run_with_graphs_is_the_run_without(method, tmp_path):
+def test_run_with_cuda_graphs_equals_the_run_without(method, tmp_path):
     found, expected = (experiment(tmp_path / str(on), method, cuda_graphs=on) for on in (True, False))
     assert found["steps"] == expected["steps"]
     torch.testing.assert_close(found["model"], expected["model"], rtol=1e-4, atol=1e-5)
-    ours, theirs = (state["optimizer"]["param_groups"][0].get("sam_step") for state in (found, expected))
-    assert ours == theirs
+    steps, expected_steps = (state["optimizer"]["param_groups"][0].get("sam_step") for state in (found, expected))
+    assert steps == expected_steps
 
 
 OPTIONS = {
     "float32": {},
     "bfloat16": {"amp": True, "channels_last": True},
-    "one by one": {"cuda_graphs": False},
+    "without graphs": {"cuda_graphs": False},
     "momentum": {"momentum": 0.9},
 }
 
 
 @pytest.mark.parametrize("method", ["sgd", "sam", "fraction_sam", "looksam:interval=2"])
 @pytest.mark.parametrize("options", OPTIONS)
-def test_a_run_that_is_resumed_ends_with_the_same_bits(options, method, tmp_path):
-    whole = experiment(tmp_path / "whole", method, **OPTIONS[options])
-    parts = experiment(tmp_path / "parts", method, stops=(2, 9), checkpoint_seconds=0, **OPTIONS[options])
-    assert whole["steps"] == parts["steps"]
-    assert all(torch.equal(whole["model"][name], parts["model"][name]) for name in whole["model"])
+def test_resumed_run_ends_with_the_same_bits(options, method, tmp_path):
+    straight = experiment(tmp_path / "straight", method, **OPTIONS[options])
+    resumed = experiment(tmp_path / "resumed", method, stops=(2, 9), checkpoint_seconds=0, **OPTIONS[options])
+    assert straight["steps"] == resumed["steps"]
+    assert all(torch.equal(straight["model"][name], resumed["model"][name]) for name in straight["model"])
 
 
-def test_a_compiled_step_is_captured(tmp_path):
+def test_captured_compiled_step_equals_the_eager_step(tmp_path):
     found, expected = (
         experiment(tmp_path / str(on), "sam", cuda_graphs=on, compile=on, width=16) for on in (True, False)
     )
     torch.testing.assert_close(found["model"], expected["model"], rtol=1e-2, atol=1e-3)
 
 
-def test_flatness_is_that_of_a_cpu():
+def test_flatness_on_gpu_equals_flatness_on_cpu():
     model = net(dropout=0.3).double()
     x, y = (t.double() if t.is_floating_point() else t for t in batch(0))
     found = []
@@ -182,7 +182,7 @@ def test_flatness_is_that_of_a_cpu():
     torch.testing.assert_close(found[1], found[0], rtol=1e-8, atol=1e-10)
 
 
-def test_attention_on_a_gpu_is_differentiated_twice():
+def test_attention_on_gpu_is_differentiated_twice():
     model = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True, device="cuda")
     x = torch.randn(4, 6, 16, device="cuda")
     objective = steppe.flatness.Objective(model, (x, x), loss=F.mse_loss)
@@ -191,7 +191,7 @@ def test_attention_on_a_gpu_is_differentiated_twice():
     assert product.norm() > 0
 
 
-def test_a_measurement_draws_nothing_from_the_gpus_generator():
+def test_flatness_measurement_leaves_the_gpu_generator_unchanged():
     model, (x, y) = net(dropout=0.3).cuda(), batch(0)
     torch.cuda.manual_seed(3)
     expected = torch.rand(1, device="cuda")

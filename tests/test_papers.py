@@ -1,4 +1,4 @@
-"""Citations: the papers of all parts in use, each once, as valid BibTeX."""
+"""Citations: the papers of all rules in use, each once, as valid BibTeX."""
 
 import re
 

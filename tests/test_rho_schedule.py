@@ -1,4 +1,4 @@
-"""The schedules of rho against torch's schedules of the learning rate, and through checkpoints."""
+"""Schedules of rho: compared with torch's schedules of the learning rate, and resumed from checkpoints."""
 
 import io
 
@@ -26,7 +26,7 @@ def radii(optimizer):
     return [group["sam_rho"] for group in optimizer.param_groups]
 
 
-# Ours, and the schedule of torch that gives a learning rate of 0.5 the same course.
+# A schedule of rho, and the schedule of torch that gives a learning rate of 0.5 the same course.
 PAIRS = {
     "linear": (
         lambda o: LinearRho(o, STEPS, end=0.1),
@@ -55,7 +55,7 @@ def courses(name):
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_the_course_is_that_of_torchs_learning_rate(name):
+def test_rho_follows_the_course_of_torchs_learning_rate_schedule(name):
     for ours, theirs in courses(name):
         assert ours == pytest.approx(theirs, rel=1e-12)
 
@@ -69,11 +69,11 @@ def test_mutant_off_by_one_step_is_killed(monkeypatch, name, shift):
             kind, "rho_at", lambda self, step, *rest, right=right: right(self, max(step + shift, 0), *rest)
         )
     with pytest.raises(AssertionError):
-        test_the_course_is_that_of_torchs_learning_rate(name)
+        test_rho_follows_the_course_of_torchs_learning_rate_schedule(name)
 
 
 @pytest.mark.parametrize("name", PAIRS)
-def test_after_its_steps_it_stays(name):
+def test_rho_is_constant_after_the_last_step(name):
     sam = wrapped()
     schedule = PAIRS[name][0](sam)
     for _ in range(STEPS):
@@ -84,7 +84,7 @@ def test_after_its_steps_it_stays(name):
         assert radii(sam) == schedule.get_last_rho() == last
 
 
-def test_proportional_follows_the_learning_rate():
+def test_proportional_rho_follows_the_learning_rate():
     sam = wrapped(lr=0.5)
     learning = lr_scheduler.CosineAnnealingLR(sam, T_max=STEPS, eta_min=0.1)
     schedule = ProportionalRho(sam, rho_max=0.9, rho_min=0.3, lr_max=0.5, lr_min=0.1)
@@ -94,7 +94,7 @@ def test_proportional_follows_the_learning_rate():
         lr, rho = sam.param_groups[0]["lr"], radii(sam)[0]
         assert (rho - 0.3) / (0.9 - 0.3) == pytest.approx((lr - 0.1) / (0.5 - 0.1), abs=1e-12)
         assert rho == pytest.approx(radii(same)[0], rel=1e-12)
-        sam._opt_called = True  # what a step sets, for torch's warning
+        sam._opt_called = True  # set by a step; torch warns without it
         learning.step()
         schedule.step()
         cosine.step()
@@ -103,21 +103,21 @@ def test_proportional_follows_the_learning_rate():
 
 @pytest.mark.parametrize(("lr", "rho"), [(0.0, 0.3), (0.05, 0.3), (0.3, 0.6), (9.0, 0.9)])
 @pytest.mark.parametrize("tensor", [False, True])
-def test_proportional_stays_in_its_range(lr, rho, tensor):
+def test_proportional_rho_stays_in_its_range(lr, rho, tensor):
     sam = wrapped(lr=torch.tensor(lr, dtype=torch.float64) if tensor else lr)
     ProportionalRho(sam, rho_max=0.9, rho_min=0.3, lr_max=0.5, lr_min=0.1)
     assert float(radii(sam)[0]) == pytest.approx(rho, rel=1e-12)
 
 
-def test_the_climb_has_the_scheduled_length():
+def test_perturbation_has_the_scheduled_norm():
     w = torch.nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     sam = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=0.4)
     schedule = WarmupRho(sam, 4)
-    seen = []
+    visited = []
 
     def closure():
         sam.zero_grad()
-        seen.append(w.detach().clone())
+        visited.append(w.detach().clone())
         loss = w.square().sum()
         loss.backward()
         return loss
@@ -125,11 +125,11 @@ def test_the_climb_has_the_scheduled_length():
     for _ in range(5):
         sam.step(closure)
         schedule.step()
-    lengths = [float((b - a).norm()) for a, b in zip(seen[::2], seen[1::2], strict=True)]
-    assert lengths == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=1e-12)
+    norms = [float((b - a).norm()) for a, b in zip(visited[::2], visited[1::2], strict=True)]
+    assert norms == pytest.approx([0.0, 0.1, 0.2, 0.3, 0.4], abs=1e-12)
 
 
-def test_groups_keep_their_own_radii_and_late_groups_join():
+def test_groups_keep_their_own_radii_and_added_groups_are_scheduled():
     parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
     base = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:2], "sam_rho": 0.2}], lr=0.1)
     sam = steppe.SAM(base, rho=0.4)
@@ -142,15 +142,15 @@ def test_groups_keep_their_own_radii_and_late_groups_join():
     assert radii(sam.base) == radii(sam)
 
 
-def test_a_tensor_stays_the_same_tensor():
+def test_tensor_radius_is_changed_in_place():
     rho = torch.tensor(0.5)
     sam = wrapped(rho=rho)
-    held = radii(sam)[0]
+    radius = radii(sam)[0]
     for make in (lambda: LinearRho(sam, 2), lambda: ProportionalRho(sam, 0.9, 0.1, lr_max=1.0)):
         schedule = make()
         schedule.step()
-        assert radii(sam)[0] is held
-    assert float(held) == pytest.approx(0.5)
+        assert radii(sam)[0] is radius
+    assert float(radius) == pytest.approx(0.5)
 
 
 # Checkpoints.
@@ -161,11 +161,11 @@ ALL = {**{name: ours for name, (ours, _) in PAIRS.items()}, "proportional": lamb
 def build(model, name, tensor):
     base = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     sam = steppe.SAM(base, rho=torch.tensor(0.5) if tensor else 0.5, model=model)
-    # The radius follows before the learning rate moves, so that it cannot be worked out again from a checkpoint.
+    # The schedule of rho steps before that of the learning rate, so that rho cannot be derived from the loaded rate.
     return sam, ALL[name](sam), lr_scheduler.ExponentialLR(sam, gamma=0.8)
 
 
-def go(model, sam, schedule, learning, first, last):
+def train_with_schedules(model, sam, schedule, learning, first, last):
     for step in range(first, last):
         train(model, sam, by_closure, 1, start=step)
         schedule.step()
@@ -175,12 +175,12 @@ def go(model, sam, schedule, learning, first, last):
 @pytest.mark.parametrize("schedule_first", [False, True])
 @pytest.mark.parametrize("tensor", [False, True])
 @pytest.mark.parametrize("name", ALL)
-def test_resumes_to_the_bit(name, tensor, schedule_first):
+def test_schedule_resumes_bit_for_bit(name, tensor, schedule_first):
     straight = net(dropout=0.0)
-    go(straight, *build(straight, name, tensor), 0, 6)
+    train_with_schedules(straight, *build(straight, name, tensor), 0, 6)
     model = net(dropout=0.0)
     parts = build(model, name, tensor)
-    go(model, *parts, 0, 3)
+    train_with_schedules(model, *parts, 0, 3)
     file = io.BytesIO()
     torch.save([model.state_dict(), *(part.state_dict() for part in parts)], file)
     file.seek(0)
@@ -192,7 +192,7 @@ def test_resumes_to_the_bit(name, tensor, schedule_first):
     for part, state in reversed(pairs) if schedule_first else pairs:
         part.load_state_dict(state)
     assert radii(new_parts[0]) == radii(parts[0])
-    go(fresh, *new_parts, 3, 6)
+    train_with_schedules(fresh, *new_parts, 3, 6)
     assert model_bits(fresh) == model_bits(straight)
 
 
@@ -205,10 +205,10 @@ def test_mutant_incomplete_checkpoint_is_killed(monkeypatch, lost):
         fresh_value = [0.4]
     monkeypatch.setattr(rho_schedule.RhoSchedule, "state_dict", lambda self: {**right(self), lost: fresh_value})
     with pytest.raises(AssertionError):
-        test_resumes_to_the_bit("linear", False, False)
+        test_schedule_resumes_bit_for_bit("linear", False, False)
 
 
-def test_a_checkpoint_is_a_copy():
+def test_state_dict_holds_copies():
     sam = wrapped(rho=torch.tensor(0.5))
     schedule = LinearRho(sam, 2)
     state = schedule.state_dict()
@@ -219,7 +219,7 @@ def test_a_checkpoint_is_a_copy():
     assert float(state["_last_rho"][0]) == 0.5
 
 
-def test_a_wrong_checkpoint_is_refused():
+def test_checkpoint_of_another_schedule_or_optimizer_raises():
     with pytest.raises(ValueError, match="it is of another schedule"):
         WarmupRho(wrapped(), 3).load_state_dict(LinearRho(wrapped(), 3).state_dict())
     two = steppe.SAM(torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=0.1))
@@ -243,12 +243,12 @@ def test_a_wrong_checkpoint_is_refused():
         (lambda: ProportionalRho(wrapped(), 1, 0, 0.1, 0.1), ValueError, "0 <= lr_min < lr_max"),
     ],
 )
-def test_wrong_arguments_are_refused(make, error, message):
+def test_wrong_schedule_arguments_raise(make, error, message):
     with pytest.raises(error, match=message):
         make()
 
 
-def test_a_refused_schedule_leaves_the_radius_alone():
+def test_schedule_with_wrong_arguments_leaves_the_radius_unchanged():
     sam = wrapped(rho=0.5)
     with pytest.raises(ValueError, match="end must be"):
         LinearRho(sam, 3, end=-1.0)

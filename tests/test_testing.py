@@ -1,4 +1,4 @@
-"""The public checks of the contract: each mutant here breaks a rule, and its check must fail."""
+"""The public checks of the contract: each mutant here breaks a statement, and its check must fail."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -12,13 +12,13 @@ from steppe import testing
 from steppe._tensors.ops import norm, reciprocal
 
 
-def around(model, *, rho=0.1, protect=True, **slots):
+def wrap(model, *, rho=0.1, protect=True, **slots):
     base = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     return steppe.SAM(base, rho, model=model if protect else None, **slots)
 
 
-class Mean(steppe.L2):
-    """A mean of the gradient, kept in the rule, so that no checkpoint contains it."""
+class MeanInTheRule(steppe.L2):
+    """Perturb along a mean of the gradient that is kept in the rule, so that no checkpoint contains it."""
 
     def __init__(self):
         object.__setattr__(self, "mean", None)
@@ -30,20 +30,20 @@ class Mean(steppe.L2):
         return steppe.ScaledDirection(mean)
 
 
-SHARED = Mean()
+SHARED = MeanInTheRule()
 
 
-class NotANumber(steppe.L2):
+class ZeroByZero(steppe.L2):
     def __call__(self, point):
         return steppe.ScaledDirection([g / point.gradient_norm for g in point.gradients])
 
 
-class Waits(steppe.L2):
+class ReadsNormOnHost(steppe.L2):
     def __call__(self, point):
         return steppe.ScaledDirection(point.gradients, 1 / max(point.gradient_norm.item(), 1e-12))
 
 
-class InThePlace(steppe.L2):
+class ComplexDirection(steppe.L2):
     """Uses the complex parameters in place of their real views."""
 
     def __call__(self, point):
@@ -52,7 +52,7 @@ class InThePlace(steppe.L2):
 
 
 @dataclass(frozen=True)
-class Smeared:
+class MeanUpdate:
     """Updates with a mean of g_s, which keeps a NaN forever."""
 
     needs_unperturbed_gradient: ClassVar[bool] = False
@@ -64,7 +64,7 @@ class Smeared:
         return [own["mean"] for own in memory]
 
 
-class Always(steppe.Perturbed):
+class ScaledUpdate(steppe.Perturbed):
     """Changes the update gradient even at a step without perturbation."""
 
     def __call__(self, point, perturbed):
@@ -72,15 +72,21 @@ class Always(steppe.Perturbed):
 
 
 KILLED = {
-    "a memory in the rule, and a checkpoint": (testing.resumes_to_the_bit, lambda m: around(m, perturbation=Mean())),
-    "a memory in the rule, and a neighbor": (testing.rules_are_stateless, lambda m: around(m, perturbation=SHARED)),
-    "a direction of 0 / 0": (testing.gradients_may_be_absent_or_zero, lambda m: around(m, perturbation=NotANumber())),
-    "other dropout masks": (testing.radius_zero_is_the_base, lambda m: around(m, replay_rng=False)),
-    "statistics of the second pass": (testing.side_effects_are_those_of_one_pass, lambda m: around(m, protect=False)),
-    "a remembered NaN": (testing.steps_that_are_not_finite_are_skipped, lambda m: around(m, combination=Smeared())),
-    "a value read on the host": (testing.no_value_is_read_on_the_host, lambda m: around(m, perturbation=Waits())),
-    "a complex direction": (testing.complex_parameters_work, lambda m: around(m, perturbation=InThePlace())),
-    "a step beside the base's": (testing.radius_zero_is_the_base, lambda m: around(m, combination=Always())),
+    "a memory in the rule, and a checkpoint": (
+        testing.resumes_to_the_bit,
+        lambda m: wrap(m, perturbation=MeanInTheRule()),
+    ),
+    "a memory in the rule, and a neighbor": (testing.rules_are_stateless, lambda m: wrap(m, perturbation=SHARED)),
+    "a direction of 0 / 0": (testing.gradients_may_be_absent_or_zero, lambda m: wrap(m, perturbation=ZeroByZero())),
+    "other dropout masks": (testing.radius_zero_is_the_base, lambda m: wrap(m, replay_rng=False)),
+    "statistics of the second pass": (testing.side_effects_are_those_of_one_pass, lambda m: wrap(m, protect=False)),
+    "a remembered NaN": (testing.steps_that_are_not_finite_are_skipped, lambda m: wrap(m, combination=MeanUpdate())),
+    "a value read on the host": (
+        testing.no_value_is_read_on_the_host,
+        lambda m: wrap(m, perturbation=ReadsNormOnHost()),
+    ),
+    "a complex direction": (testing.complex_parameters_work, lambda m: wrap(m, perturbation=ComplexDirection())),
+    "a step beside the base's": (testing.radius_zero_is_the_base, lambda m: wrap(m, combination=ScaledUpdate())),
 }
 
 
@@ -108,34 +114,34 @@ def test_mutant_restore_by_subtraction_is_killed(monkeypatch):
         lambda s: by_subtraction(s) if hasattr(s, "_moves") else None,
     )
     with pytest.raises(AssertionError, match=r"not at w after a pass|were not restored"):
-        testing.weights_are_restored_exactly(around)
+        testing.weights_are_restored_exactly(wrap)
 
 
 @pytest.mark.parametrize("check", testing.CHECKS)
-def test_sam_itself_keeps_the_contract(check):
-    check(around)
+def test_sam_passes_every_check(check):
+    check(wrap)
 
 
 def test_passes_per_step_are_counted():
-    assert testing.passes_per_step(lambda m: around(m, cadence=steppe.Periodic(4)), 8) == 1.25
+    assert testing.passes_per_step(lambda m: wrap(m, cadence=steppe.Periodic(4)), 8) == 1.25
 
 
-def flat(ps, rule=None, **slots):
+def make_optimizer(ps, rule=None, **slots):
     base = torch.optim.SGD(ps, lr=0.03, momentum=0.9)
     return steppe.SAM(base, 0.3, perturbation=rule or steppe.L2(), **slots)
 
 
 @pytest.mark.parametrize("wrong", [-1.0, 0.0, 0.999])
 def test_reference_kills_a_wrong_perturbation(wrong):
-    testing.matches_reference(flat, lambda w, g: 0.3 * g / g.norm())
+    testing.matches_reference(make_optimizer, lambda w, g: 0.3 * g / g.norm())
     with pytest.raises(AssertionError):
-        testing.matches_reference(flat, lambda w, g: wrong * 0.3 * g / g.norm())
+        testing.matches_reference(make_optimizer, lambda w, g: wrong * 0.3 * g / g.norm())
 
 
-def test_reference_can_have_a_combination_and_a_cadence():
+def test_reference_takes_a_combination_and_a_cadence():
     slots = {"combination": steppe.PenalizedNorm(0.7), "cadence": steppe.Periodic(2)}
     testing.matches_reference(
-        lambda ps: flat(ps, **slots),
+        lambda ps: make_optimizer(ps, **slots),
         lambda w, g: 0.3 * g / g.norm(),
         lambda g, g_s: g if g_s is None else 0.3 * g + 0.7 * g_s,
         is_perturbed=lambda step: step % 2 == 0,

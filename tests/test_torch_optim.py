@@ -1,4 +1,4 @@
-"""Every base of torch.optim, through PyTorch's own optimizer test database; the plain optimizer is the baseline."""
+"""Every optimizer of torch.optim as the base, with the inputs of PyTorch's own optimizer test database."""
 
 import copy
 import warnings
@@ -10,13 +10,13 @@ from torch import nn
 from support import bits
 
 with warnings.catch_warnings():
-    warnings.simplefilter("ignore")  # the module is torch's own, and so are its deprecations
+    warnings.simplefilter("ignore")  # deprecations within torch's own module
     from torch.testing._internal.common_optimizers import optim_db
 
 from steppe import SAM
 
-# What cannot hold for a base is refused, with a reason.
-REFUSED = {
+# Optimizers that cannot be the base, and the error that each raises.
+UNSUPPORTED = {
     "LBFGS": (TypeError, "LBFGS cannot be the base: its step needs a closure"),
     "SparseAdam": (RuntimeError, "sparse gradient"),
 }
@@ -35,12 +35,12 @@ def implementations(info):
 
 
 CASES = [
-    pytest.param(info.optim_cls, {**case.kwargs, **how}, id=f"{info.optim_cls.__name__}-{case.desc}-{name}")
+    pytest.param(info.optim_cls, {**case.kwargs, **option}, id=f"{info.optim_cls.__name__}-{case.desc}-{name}")
     for info in optim_db
-    if info.optim_cls.__name__ not in REFUSED
+    if info.optim_cls.__name__ not in UNSUPPORTED
     for case in info.optim_inputs_func(device="cpu")
-    for name, how in implementations(info)
-    if not (name == "foreach" and isinstance(case.kwargs.get("lr"), torch.Tensor))  # torch refuses that pair itself
+    for name, option in implementations(info)
+    if not (name == "foreach" and isinstance(case.kwargs.get("lr"), torch.Tensor))  # torch itself raises for this pair
 ]
 
 
@@ -70,7 +70,7 @@ def fresh(optim_cls, kwargs):
 
 
 @pytest.mark.parametrize(("optim_cls", "kwargs"), CASES)
-def test_rho_zero_is_the_plain_optimizer_bit_for_bit(optim_cls, kwargs):
+def test_rho_zero_equals_the_base_optimizer_bit_for_bit(optim_cls, kwargs):
     params, base = fresh(optim_cls, kwargs)
     plain, baseline = fresh(optim_cls, kwargs)
     sam = SAM(base, rho=0.0)
@@ -78,11 +78,11 @@ def test_rho_zero_is_the_plain_optimizer_bit_for_bit(optim_cls, kwargs):
         sam.step(closure_of(sam, params))
         baseline.step(closure_of(baseline, plain))
     assert bits(params) == bits(plain)
-    assert bits(plain) != bits(parameters()), "the baseline did not move"
+    assert bits(plain) != bits(parameters()), "the baseline must change the weights"
 
 
 @pytest.mark.parametrize(("optim_cls", "kwargs"), CASES)
-def test_steps_from_w_with_the_gradient_at_w_plus_e(optim_cls, kwargs):
+def test_base_steps_from_w_with_the_gradient_at_w_plus_e(optim_cls, kwargs):
     params, base = fresh(optim_cls, kwargs)
     reference, baseline = fresh(optim_cls, kwargs)
     sam = SAM(base, rho=0.3)
@@ -91,10 +91,10 @@ def test_steps_from_w_with_the_gradient_at_w_plus_e(optim_cls, kwargs):
         sam.step(closure_of(sam, params))
         g = torch.autograd.grad(L(reference), reference)
         n = torch.cat([t.reshape(-1) for t in g]).double().norm()
-        climbed = [
+        perturbed = [
             (p.detach() + sign * 0.3 * t / n).float().requires_grad_() for p, t in zip(reference, g, strict=True)
         ]
-        for p, t in zip(reference, torch.autograd.grad(L(climbed), climbed), strict=True):
+        for p, t in zip(reference, torch.autograd.grad(L(perturbed), perturbed), strict=True):
             p.grad = t
         baseline.step()
     for p, q in zip(params, reference, strict=True):
@@ -121,12 +121,12 @@ def test_checkpoints_and_copies_take_the_identical_next_step(optim_cls, kwargs):
 
 
 @pytest.mark.parametrize("info", optim_db, ids=lambda i: i.optim_cls.__name__)
-def test_every_optimizer_of_the_database_is_tested_or_refused_with_a_reason(info):
+def test_every_torch_optimizer_is_tested_or_raises_with_the_reason(info):
     name = info.optim_cls.__name__
-    if name not in REFUSED:
+    if name not in UNSUPPORTED:
         assert any(name in str(case.id) for case in CASES)
         return
-    error, message = REFUSED[name]
+    error, message = UNSUPPORTED[name]
     w = nn.Parameter(torch.ones(2))
     with pytest.raises(error, match=message):
         optimizer = SAM(info.optim_cls([w]))
@@ -137,12 +137,12 @@ def test_every_optimizer_of_the_database_is_tested_or_refused_with_a_reason(info
 
 
 @pytest.mark.parametrize("info", optim_db, ids=lambda i: i.optim_cls.__name__)
-def test_wrong_inputs_of_the_base_are_still_the_bases_errors(info):
+def test_wrong_arguments_of_the_base_raise_the_error_of_the_base(info):
     for case in info.optim_error_inputs_func(device="cpu", dtype=torch.float32):
         if case.error_on.name != "CONSTRUCTION_ERROR" or info.optim_cls is torch.optim.Adadelta:
             continue  # Adadelta has no class form: see C5
         params = case.optimizer_error_input.params
         if isinstance(params, torch.Tensor) or params is None or not list(params):
-            continue  # ours to refuse: see C9
+            continue  # SAM raises its own error: see C9
         with pytest.raises(case.error_type):
             SAM(params, info.optim_cls, **case.optimizer_error_input.kwargs)

@@ -1,4 +1,4 @@
-"""Run the tests that need a GPU, those of the contract and of mixed precision, and device_checks.py on this device.
+"""Run the tests that need a GPU, those of the contract and of the engine, and device_checks.py on this device.
 
 python benchmarks/gpu/run.py --only correctness
 """
@@ -21,7 +21,7 @@ import results  # noqa: E402
 from gpu.device_results import add_arguments  # noqa: E402
 
 DEVICE_CHECKS = HERE / "device_checks.py"
-FILES = ("test_cuda.py", "test_mixed_precision.py", "test_contract_*.py")
+FILES = ("test_cuda.py", "contract/test_*.py", "engine/test_*.py")
 _LOG_LINES = 12
 _TINY = "not momentum and not adamw and not classic and not closure"
 """An expression of pytest -k that selects one test of each kind."""

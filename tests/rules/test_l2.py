@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import steppe
-from checks import build, matches_reference, restores_exactly, resumes
+from checks import build_with_memory, matches_reference, restores_exactly, resumes
 from steppe._engine import displacement, engine, wrapper
 from steppe._engine import state_dict as checkpoints
 from steppe.rules import ScaledDirection
@@ -81,4 +81,4 @@ def test_mutant_incomplete_checkpoint_is_killed(monkeypatch, lost):
 
     monkeypatch.setattr(wrapper, "pack", lossy)
     with pytest.raises(AssertionError):
-        resumes(functools.partial(build, "momentum"), "closure")
+        resumes(functools.partial(build_with_memory, "momentum"), "closure")

@@ -8,7 +8,7 @@ from checks import matches_reference
 
 @pytest.mark.parametrize("interval", [2, 3])
 def test_every_interval_has_one_perturbed_step(interval):
-    matches_reference("sam", "momentum", "passes", every=interval)
+    matches_reference("sam", "momentum", "passes", interval=interval)
 
 
 @pytest.mark.parametrize("interval", [2, 3])
@@ -16,7 +16,7 @@ def test_mutant_wrong_interval_is_killed(monkeypatch, interval):
     wrong = steppe.Periodic(interval + 1)
     monkeypatch.setattr(steppe, "Periodic", lambda _: wrong)
     with pytest.raises(AssertionError):
-        matches_reference("sam", "momentum", "passes", every=interval)
+        matches_reference("sam", "momentum", "passes", interval=interval)
 
 
 def test_interval_of_zero_is_an_error():

@@ -1,36 +1,35 @@
-"""C17: loss scaling and autocast, in every way to drive a step, change nothing but the precision."""
+"""Contract C17: loss scaling and autocast change nothing but the precision, in each of the three APIs."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from named_methods import RULE_METHODS, build
 
 import steppe
-from named_methods import RULE_METHODS, build
 from support import BASES, DRIVES, batch, bits, model_bits, net
 
-each = pytest.mark.parametrize("name", RULE_METHODS)
-BY_HAND = sorted(set(DRIVES) - {"closure"})
+every_method = pytest.mark.parametrize("name", RULE_METHODS)
 
 
-def growing(**options) -> torch.amp.GradScaler:
-    """A scaler whose scale changes at every second step; powers of two, so that nothing is rounded."""
+def growing_scaler(**options) -> torch.amp.GradScaler:
+    """Return a scaler whose scale doubles at every second step; powers of two round no gradient."""
     return torch.amp.GradScaler("cpu", **{"init_scale": 2.0**10, "growth_interval": 2, **options})
 
 
-def step(optimizer, scaler) -> None:
+def take_step(optimizer, scaler) -> None:
     if scaler is None:
         optimizer.step()
     else:
         scaler.step(optimizer)
 
 
-def made(name, base, model, **more) -> steppe.SAM:
+def make_optimizer(name, base, model, **more) -> steppe.SAM:
     return build(name, base, **more)(model)
 
 
 def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, steps=7):
     model = net()
-    optimizer = made(name, base, model, scaler=scaler if known else None)
+    optimizer = make_optimizer(name, base, model, scaler=scaler if known else None)
     for t in range(steps):
         x, y = batch(t)
         scale = scaler.scale if scaler else lambda loss: loss
@@ -47,13 +46,13 @@ def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, s
             for sam_pass in optimizer.passes():
                 with sam_pass:
                     scale(F.cross_entropy(model(x), y)).backward()
-            step(optimizer, scaler)
+            take_step(optimizer, scaler)
         else:
             optimizer.zero_grad()
             scale(F.cross_entropy(model(x), y)).backward()
             optimizer.first_step(zero_grad=True)
             scale(F.cross_entropy(model(x), y)).backward()
-            step(optimizer, scaler)
+            take_step(optimizer, scaler)
         if scaler:
             scaler.update()
     assert scaler is None or scaler.get_scale() == 2.0**13
@@ -61,49 +60,49 @@ def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, s
 
 
 @pytest.mark.parametrize("drive", ["passes", "closure"])
-@each
-def test_a_changing_scale_changes_no_bit(name, drive):
-    assert trained(name, scaler=growing(), drive=drive) == trained(name, drive=drive)
+@every_method
+def test_changing_loss_scale_changes_no_bit(name, drive):
+    assert trained(name, scaler=growing_scaler(), drive=drive) == trained(name, drive=drive)
 
 
 @pytest.mark.parametrize("name", ["sam", "asam", "gsam", "wsam", "looksam", "friendly_sam", "aesam"])
-def test_nor_in_the_classic_api(name):
-    assert trained(name, scaler=growing(), drive="classic") == trained(name, drive="classic")
+def test_changing_loss_scale_changes_no_bit_in_the_classic_api(name):
+    assert trained(name, scaler=growing_scaler(), drive="classic") == trained(name, drive="classic")
 
 
 @pytest.mark.parametrize("name", ["sam", "asam", "gsam", "zsharp", "looksam", "sam_on"])
-def test_rules_that_are_scale_free_need_not_know_the_scaler(name):
-    assert trained(name, scaler=growing(), known=False) == trained(name)
+def test_scale_free_rules_need_no_scaler_argument(name):
+    assert trained(name, scaler=growing_scaler(), known=False) == trained(name)
 
 
 @pytest.mark.parametrize("name", ["friendly_sam", "vasso", "fisher_sam", "aesam"])
-def test_rules_that_depend_on_the_size_of_the_gradient_must_know_it(name):
+def test_rules_that_depend_on_the_gradient_size_raise_without_scaler_argument(name):
     with pytest.raises(RuntimeError, match=r"depends on the size of the gradients.*scaler=scaler"):
-        trained(name, scaler=growing(), known=False)
+        trained(name, scaler=growing_scaler(), known=False)
 
 
-@each
-def test_what_says_that_it_is_scale_free_is(name):
-    """Powers of two, so that the same climb means the same bits; and whoever does not say so is not."""
+@every_method
+def test_scale_free_attribute_is_true_exactly_for_scale_free_rules(name):
+    """A rule has scale_free exactly if gradients times a power of two give the same perturbation."""
     torch.manual_seed(0)
     parameters = [torch.randn(4, 3), torch.randn(5)]
-    rule = made(name, "momentum", torch.nn.Sequential(torch.nn.LayerNorm(2))).perturbation
+    rule = make_optimizer(name, "momentum", torch.nn.Sequential(torch.nn.LayerNorm(2))).perturbation
     rule = rule.rule if name == "sam_on" else rule
     state = [{"momentum_buffer": torch.ones_like(p)} for p in parameters]
     memories = {}, {}
     for t in range(3):
         g = [torch.randn_like(p) for p in parameters]
-        ascent_steps = []
+        perturbations = []
         for size, memory in zip((1.0, 2.0 ** (9 + t)), memories, strict=True):
             scaled = [size * part for part in g]
             direction, scale = rule(steppe.Point(parameters, scaled, [0.1] * 2, state, step=t, memory=memory))
-            ascent_steps.append(torch.cat([(scale * d).flatten() for d in direction]))
-    same = torch.allclose(*ascent_steps, rtol=1e-6)
+            perturbations.append(torch.cat([(scale * d).flatten() for d in direction]))
+    same = torch.allclose(*perturbations, rtol=1e-6)
     assert same == getattr(rule, "scale_free", False)
 
 
-class Unscaled(steppe.methods.wsam.WeightedSharpness):
-    """A combination that depends on the size of the gradients, and does not say that it is scale-free."""
+class ClampedSum(steppe.methods.wsam.WeightedSharpness):
+    """A combination that depends on the size of the gradients, and so is not scale-free."""
 
     scale_free = False
 
@@ -111,30 +110,30 @@ class Unscaled(steppe.methods.wsam.WeightedSharpness):
         return [g + s.clamp(max=0.01) for g, s in zip(point.gradients, perturbed, strict=True)]
 
 
-def test_a_combination_that_depends_on_the_size_sees_gradients_without_the_scale():
+def test_combination_that_depends_on_the_gradient_size_receives_unscaled_gradients():
     results = []
-    for scaler in (None, growing()):
+    for scaler in (None, growing_scaler()):
         model = net()
         base = BASES["momentum"](model.parameters())
-        optimizer = steppe.SAM(base, rho=0.1, model=model, combination=Unscaled(), scaler=scaler)
+        optimizer = steppe.SAM(base, rho=0.1, model=model, combination=ClampedSum(), scaler=scaler)
         for t in range(3):
             x, y = batch(t)
             for sam_pass in optimizer.passes():
                 with sam_pass:
                     loss = F.cross_entropy(model(x), y)
                     (scaler.scale(loss) if scaler else loss).backward()
-            step(optimizer, scaler)
+            take_step(optimizer, scaler)
             _ = scaler and scaler.update()
         results.append(model_bits(model))
     assert results[0] == results[1]
 
 
 @pytest.mark.parametrize("base", BASES)
-def test_accumulation_clipping_and_a_schedule(base):
+def test_accumulation_clipping_and_a_schedule_with_loss_scaler_change_no_bit(base):
     results = []
-    for scaler in (None, growing()):
+    for scaler in (None, growing_scaler()):
         model = net()
-        optimizer = made("sam", base, model, scaler=scaler)
+        optimizer = make_optimizer("sam", base, model, scaler=scaler)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)
         for t in range(5):
             x, y = batch(t)
@@ -145,7 +144,7 @@ def test_accumulation_clipping_and_a_schedule(base):
                         (scaler.scale(loss) if scaler else loss).backward()
             _ = scaler and scaler.unscale_(optimizer)
             assert torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5) > 0.5
-            step(optimizer, scaler)
+            take_step(optimizer, scaler)
             _ = scaler and scaler.update()
             schedule.step()
         results.append(model_bits(model))
@@ -154,11 +153,11 @@ def test_accumulation_clipping_and_a_schedule(base):
 
 @pytest.mark.parametrize("drive", DRIVES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_autocast_is_what_a_hand_written_loop_makes_of_it(dtype, drive):
-    """The slow way: two passes under autocast, and everything else in float32."""
-    scaler = growing(enabled=dtype is torch.float16)
+def test_autocast_equals_a_hand_written_loop(dtype, drive):
+    """The reference makes two passes under autocast and computes everything else in float32."""
+    scaler = growing_scaler(enabled=dtype is torch.float16)
     model, twin = net(dropout=0.0), net(dropout=0.0)
-    optimizer = made("sam", "momentum", model, scaler=scaler)
+    optimizer = make_optimizer("sam", "momentum", model, scaler=scaler)
     base = BASES["momentum"](twin.parameters())
     parameters = list(twin.parameters())
 
@@ -205,7 +204,7 @@ def test_autocast_is_what_a_hand_written_loop_makes_of_it(dtype, drive):
 
 
 class _Scaled:
-    """An optimizer whose step is the scaler's."""
+    """An optimizer whose step() is scaler.step(optimizer)."""
 
     def __init__(self, optimizer, scaler):
         self._optimizer, self._scaler = optimizer, scaler
@@ -222,10 +221,10 @@ class _Scaled:
 @pytest.mark.parametrize("overflow", ["w", "w + e"])
 @pytest.mark.parametrize("drive", ["passes", "closure"])
 @pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam"])
-def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, drive, overflow):
+def test_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, drive, overflow):
     model = net()
-    scaler = growing(growth_interval=100)
-    optimizer = made(name, "momentum", model, scaler=scaler, **({"interval": 1} if name == "looksam" else {}))
+    scaler = growing_scaler(growth_interval=100)
+    optimizer = make_optimizer(name, "momentum", model, scaler=scaler, **({"interval": 1} if name == "looksam" else {}))
     calls = []
 
     def run(bad):
@@ -234,9 +233,10 @@ def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, dr
 
         def closure():
             optimizer.zero_grad()
-            climbed = optimizer.current_pass.is_perturbed
-            calls.append(climbed)
-            loss = F.cross_entropy(model(x), y) * (float("inf") if bad and climbed == (overflow == "w + e") else 1.0)
+            is_perturbed = optimizer.current_pass.is_perturbed
+            calls.append(is_perturbed)
+            overflows = bad and is_perturbed == (overflow == "w + e")
+            loss = F.cross_entropy(model(x), y) * (float("inf") if overflows else 1.0)
             scaler.scale(loss).backward()
             return loss
 
@@ -254,7 +254,7 @@ def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, dr
     run(bad=True)
     assert bits(model.parameters()) == weights
     assert str(optimizer.base.state_dict()) == state
-    assert "nan" not in str(optimizer.state_dict()), "nor is it remembered"
+    assert "nan" not in str(optimizer.state_dict()), "no rule memory holds it"
     assert "inf" not in str(optimizer.state_dict())
     assert scaler.get_scale() == 2.0**9
     run(bad=False)
@@ -263,10 +263,10 @@ def test_an_overflow_in_either_pass_skips_the_step_and_halves_the_scale(name, dr
     assert scaler.get_scale() == 2.0**9
 
 
-def test_hooks_see_one_step():
+def test_hooks_fire_once_a_step_with_loss_scaler():
     model = net()
-    scaler = growing()
-    optimizer = made("sam", "sgd", model, scaler=scaler)
+    scaler = growing_scaler()
+    optimizer = make_optimizer("sam", "sgd", model, scaler=scaler)
     seen = []
     optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
     optimizer.register_step_post_hook(lambda *_: seen.append("after"))
@@ -282,10 +282,10 @@ def test_hooks_see_one_step():
     assert seen == ["before", "base", "after"]
 
 
-def test_a_step_that_nobody_has_unscaled_is_refused():
+def test_step_with_scaled_gradients_raises():
     model = net()
-    scaler = growing()
-    optimizer = made("sam", "sgd", model, scaler=scaler)
+    scaler = growing_scaler()
+    optimizer = make_optimizer("sam", "sgd", model, scaler=scaler)
     before = bits(model.parameters())
     for sam_pass in optimizer.passes():
         with sam_pass:
@@ -298,11 +298,11 @@ def test_a_step_that_nobody_has_unscaled_is_refused():
 
 
 @pytest.mark.parametrize("which", ["fraction", "selected", "micro_batches"])
-def test_the_closures_that_choose_data_scale_their_losses(which):
+def test_closures_that_choose_data_scale_their_losses(which):
     results = []
-    for scaler in (None, growing()):
+    for scaler in (None, growing_scaler()):
         model = net(dropout=0.0)
-        optimizer = made("friendly_sam", "momentum", model, scaler=scaler)
+        optimizer = make_optimizer("friendly_sam", "momentum", model, scaler=scaler)
         reduction = "none" if which == "selected" else "mean"
         loss = lambda x, y, m=model, r=reduction: F.cross_entropy(m(x), y, reduction=r)  # noqa: E731
         for t in range(5):

@@ -1,4 +1,4 @@
-"""Half-precision weights: a climb that rounds to nothing is said, and stochastic rounding brings it there."""
+"""Perturbations of half-precision weights: a warning if they round to nothing, and stochastic rounding."""
 
 import warnings
 
@@ -13,11 +13,10 @@ from steppe._tensors.ops import add_scaled_
 from support import BASES, DRIVES, batch, bits, net, plain
 
 HALF = [torch.bfloat16, torch.float16]
-quiet = pytest.mark.filterwarnings("ignore:of the climb")
 
 
 def neighbors(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
-    """The numbers of a dtype around x, by trying: slow, and without a trick with bits."""
+    """Return the largest number of the dtype below x and the smallest above, by search among all its numbers."""
     numbers = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).double()
     numbers = numbers[numbers.isfinite()].unique()
     above = torch.searchsorted(numbers, x.double())
@@ -26,7 +25,7 @@ def neighbors(x: torch.Tensor, dtype: torch.dtype) -> tuple[torch.Tensor, torch.
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_sum_is_rounded_to_a_neighbor_and_right_on_average(dtype):
+def test_stochastic_rounding_gives_a_neighbor_and_is_unbiased(dtype):
     torch.manual_seed(0)
     w = torch.randn(50).to(dtype)
     e = torch.randn(50) * 10.0 ** torch.randint(-4, 0, (50,))
@@ -43,19 +42,18 @@ def test_a_sum_is_rounded_to_a_neighbor_and_right_on_average(dtype):
     assert ((w.double() + (e * 0.5).to(dtype).double()).to(dtype) == w).sum() > 5, "rounding to nearest loses some"
 
 
-@quiet
-def test_the_draws_depend_on_the_step_and_the_position():
-    def drawn(step):
+def test_rounding_draws_depend_on_the_step_and_the_position():
+    def rounded(step):
         targets = [torch.ones(64, dtype=torch.bfloat16) for _ in range(2)]
         add_scaled_stochastically_(targets, torch.tensor(1.0), [torch.full((64,), 2**-9)] * 2, step=step)
         return bits(targets)
 
-    assert drawn(3) == drawn(3)
-    assert drawn(3) != drawn(4)
-    assert drawn(3)[0] != drawn(3)[1]
+    assert rounded(3) == rounded(3)
+    assert rounded(3) != rounded(4)
+    assert rounded(3)[0] != rounded(3)[1]
 
 
-def test_float32_weights_are_added_to_as_ever():
+def test_float32_weights_are_added_without_stochastic_rounding():
     a, b, step = torch.randn(9), torch.randn(9), torch.randn(9)
     mixed = [a.clone(), b.bfloat16()]
     add_scaled_stochastically_(mixed, torch.tensor(0.1), [step, step], step=0)
@@ -66,7 +64,7 @@ def test_float32_weights_are_added_to_as_ever():
 @pytest.mark.parametrize("drive", DRIVES)
 @pytest.mark.parametrize("base", ["sgd", "momentum"])  # AdamW's eps of 1e-8 is 0 in float16
 @pytest.mark.parametrize("dtype", HALF)
-def test_rho_0_is_the_base_and_the_weights_come_back(dtype, base, drive):
+def test_rho_zero_with_stochastic_rounding_equals_the_base(dtype, base, drive):
     model, twin = net(dropout=0.0, dtype=dtype), net(dropout=0.0, dtype=dtype)
     optimizer = steppe.SAM(BASES[base](model.parameters()), rho=0.0, model=model, stochastic_rounding=True)
     other = BASES[base](twin.parameters())
@@ -78,26 +76,29 @@ def test_rho_0_is_the_base_and_the_weights_come_back(dtype, base, drive):
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_a_climb_that_rounds_to_nothing_is_said_once(dtype):
+def test_perturbation_that_rounds_to_nothing_warns_once(dtype):
     w = nn.Parameter(torch.ones(100, dtype=dtype))
     optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=1e-3)
-    with pytest.warns(UserWarning, match=rf"only 0% arrives in {dtype} weights.*autocast.*stochastic_rounding=True"):
+    with pytest.warns(
+        UserWarning,
+        match=rf"only 0% of the perturbation arrives in {dtype} weights.*autocast.*stochastic_rounding=True",
+    ):
         DRIVES["passes"](optimizer, lambda: w.sum())
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         DRIVES["passes"](optimizer, lambda: w.sum())
 
 
-@pytest.mark.parametrize(("rho", "rounds"), [(0.5, True), (1e-3, False)])
-def test_nor_is_it_said_without_a_reason(rho, rounds):
-    """A large step arrives; so does a small one, on average, with stochastic rounding."""
+@pytest.mark.parametrize(("rho", "stochastic"), [(0.5, False), (1e-3, True)])
+def test_perturbation_that_arrives_does_not_warn(rho, stochastic):
+    """A large perturbation arrives; a small one does on average, with stochastic rounding."""
     w = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
-    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=rho, stochastic_rounding=not rounds)
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=rho, stochastic_rounding=stochastic)
     DRIVES["passes"](optimizer, lambda: w.sum())
 
 
-def test_the_gradient_found_there_is_that_of_float32_weights():
-    """What the option is for: to nearest, the climb of a wide layer is lost, and g_s is g."""
+def test_gradient_with_stochastic_rounding_is_close_to_that_of_float32_weights():
+    """With rounding to nearest, the perturbation of a wide layer is lost and g_s is g; stochastic rounding keeps it."""
     torch.manual_seed(0)
     weights = torch.randn(20_000).bfloat16()
     a = torch.randn(20_000)

@@ -1,4 +1,4 @@
-"""The code in the documentation runs as it stands, and its links lead somewhere."""
+"""The documentation: its Python blocks run, its links have targets, and its contract page is current."""
 
 import re
 import sys
@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
+import make_contract
+
 ROOT = Path(__file__).parent.parent
-
-
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
@@ -18,7 +18,7 @@ PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob
 def test_python_blocks_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
     assert blocks
-    # a module of that name: dataclasses look theirs up
+    # A registered module, because dataclasses look up their module in sys.modules.
     names = vars(sys.modules.setdefault("page", types.ModuleType("page")))
     names |= {"model": torch.nn.Linear(2, 1)}
     for block in blocks:
@@ -27,7 +27,7 @@ def test_python_blocks_run(page):
     assert result is not None
 
 
-def test_links_to_files_and_headings_lead_somewhere():
+def test_links_to_files_and_headings_have_targets():
     for page in PAGES:
         text = (ROOT / page).read_text()
         for target, anchor in re.findall(r'\]\((?!http)([^)#\s]*)(?:#([^)\s]*))?(?:\s+"[^"]*")?\)', text):
@@ -37,3 +37,17 @@ def test_links_to_files_and_headings_lead_somewhere():
                 headings = re.findall(r"^#+ (.*)$", path.read_text(), flags=re.MULTILINE)
                 slugs = {re.sub(r"[^\w\- ]", "", h.lower()).replace(" ", "-") for h in headings}
                 assert anchor in slugs, (page, anchor)
+
+
+def test_contract_page_is_current():
+    assert make_contract.main(["--check"]) == 0, "run python scripts/make_contract.py"
+
+
+def test_stale_contract_page_is_found(tmp_path, monkeypatch, capsys):
+    page = tmp_path / "contract.md"
+    page.write_text("**C1.** A statement.\n\nTests: none yet.\n")
+    monkeypatch.setattr(make_contract, "PAGE", page)
+    assert make_contract.main(["--check"]) == 1
+    assert "is stale: run python scripts/make_contract.py" in capsys.readouterr().err
+    assert make_contract.main([]) == 0
+    assert make_contract.main(["--check"]) == 0

@@ -1,0 +1,221 @@
+"""Contract C14 to C16: the second pass leaves buffers, generators, casts and other gradients as one pass does."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from steppe import SAM, frozen_stats
+from steppe._engine import side_effects
+from support import BASES, DRIVES, batch, bits, by_closure, every_drive, model_bits, net, plain, train
+
+
+class EvoNorm(nn.Module):
+    """A norm that reads its running variance in training, and replaces the buffer instead of writing into it."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(channels))
+        self.register_buffer("running_var", torch.ones(channels))
+        self.register_buffer("calls", None)
+
+    def forward(self, x):
+        variance = x.var(dim=(0, *range(2, x.dim())), unbiased=False)
+        if self.training:
+            self.running_var = (0.9 * self.running_var + 0.1 * variance).detach()
+            self.calls = torch.ones(()) if self.calls is None else self.calls + 1
+        shape = (1, -1) + (1,) * (x.dim() - 2)
+        return x * self.weight.view(shape) / self.running_var.view(shape).sqrt()
+
+
+NORMS = {
+    "batch": lambda: nn.BatchNorm2d(4),
+    "cumulative": lambda: nn.BatchNorm2d(4, momentum=None),
+    "sync": lambda: nn.SyncBatchNorm(4),
+    "instance": lambda: nn.InstanceNorm2d(4, track_running_stats=True, affine=True),
+    "evo": lambda: EvoNorm(4),
+    "spectral": lambda: nn.utils.parametrizations.spectral_norm(nn.Conv2d(4, 4, 1)),
+    "lazy": lambda: nn.LazyBatchNorm2d(),
+}
+
+
+def model_with(norm: str) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(1, 4, 3), NORMS[norm](), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 36, 3))
+    if norm == "lazy":
+        model(batch()[0])
+        model[1].reset_running_stats()
+    return model
+
+
+@every_drive
+@pytest.mark.parametrize("norm", NORMS)
+def test_c14_buffers_equal_those_after_one_pass_without_sam(norm, drive):
+    model, twin = model_with(norm), model_with(norm)
+    # With lr = 0, the weights and therefore the first passes are the same with and without SAM.
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=2.0, model=model)
+    train(model, optimizer, DRIVES[drive], 3)
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.0), plain, 3)
+    assert model_bits(model) == model_bits(twin)
+    unprotected = model_with(norm)
+    train(unprotected, SAM(torch.optim.SGD(unprotected.parameters(), lr=0.0), rho=2.0), DRIVES[drive], 3)
+    assert model_bits(unprotected) != model_bits(twin), "without model= the second pass must change the buffers"
+
+
+def test_c14_both_passes_read_the_same_buffers():
+    model = model_with("evo")
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.0, model=model)
+    x, y = batch()
+    losses = []
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            losses.append(F.cross_entropy(model(x), y))
+            losses[-1].backward()
+    assert losses[0].item() == losses[1].item(), "same weights, same buffers, same loss"
+
+
+def test_c14_modules_in_eval_mode_are_unchanged_and_all_modes_are_kept():
+    model = net()
+    model.layers[1].eval()
+    frozen = copy.deepcopy(model.layers[1].state_dict())
+    optimizer = SAM(BASES["sgd"](model.parameters()), rho=1.0, model=model)
+    modes = [m.training for m in model.modules()]
+    train(model, optimizer, by_closure, 2)
+    assert [m.training for m in model.modules()] == modes
+    for name in ("running_mean", "running_var", "num_batches_tracked"):
+        assert torch.equal(model.layers[1].state_dict()[name], frozen[name])
+
+
+def test_c14_model_copied_inside_a_pass_updates_its_statistics():
+    model = net(dropout=0.0)
+    optimizer = SAM(BASES["sgd"](model.parameters()), rho=1.0, model=model)
+    x, y = batch()
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            F.cross_entropy(model(x), y).backward()
+            saved = copy.deepcopy(model)
+    before = saved.layers[1].num_batches_tracked.item()
+    saved(x)
+    assert saved.layers[1].num_batches_tracked.item() == before + 1
+    assert saved.layers[1].momentum == 0.1
+    assert saved.layers[4].momentum is None
+
+
+def test_c14_frozen_stats_restores_buffers_also_after_an_exception():
+    model = model_with("batch")
+    x, _ = batch()
+    model(x)
+    before = model_bits(model)
+    with frozen_stats(model):
+        model(x + 1)
+        assert model_bits(model) != before
+    assert model_bits(model) == before
+    with pytest.raises(ZeroDivisionError), frozen_stats(model):
+        model(x + 1)
+        1 / 0  # noqa: B018
+    assert model_bits(model) == before
+    model(x)
+    assert model_bits(model) != before
+
+
+def test_c14_frozen_stats_restores_expanded_replaced_and_deleted_buffers():
+    model = nn.Linear(2, 1)
+    model.register_buffer("wide", torch.zeros(1).expand(5))
+    model.register_buffer("count", torch.zeros(()))
+    count = model.count
+    with frozen_stats(model):
+        model.count += 1
+        model.register_buffer("new", torch.ones(1))
+        del model.wide
+    assert model.count is count
+    assert count.item() == 0
+    assert list(model._buffers) == ["wide", "count"]
+
+
+@every_drive
+def test_parameters_of_other_optimizers_get_the_gradient_of_one_pass(drive):
+    model, twin = net(dropout=0.0), net(dropout=0.0)
+    own, others = list(model.parameters())[:4], list(model.parameters())[4:]
+    optimizer = SAM(torch.optim.SGD(own, lr=0.0), rho=1.0, model=model)
+    train(model, optimizer, DRIVES[drive], 1)
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.0), plain, 1)
+    for p, q in zip(others, list(twin.parameters())[4:], strict=True):
+        assert bits([p.grad]) == bits([q.grad])
+
+
+def test_interrupt_before_second_pass_keeps_buffers_and_gradients_of_the_first(monkeypatch):
+    model, twin = net(), net()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=1.0, model=model)
+    train(model, optimizer, by_closure, 1)
+    train(twin, torch.optim.SGD(twin.parameters(), lr=0.0), plain, 1)
+    with monkeypatch.context() as patched:
+        patched.setattr(side_effects.OtherGradients, "clear", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(model, optimizer, by_closure, 1, start=1)
+    x, _ = batch(1)
+    twin(x)
+    assert model_bits(model) == model_bits(twin)
+    assert all(p.grad is not None for p in model.parameters())
+
+
+@every_drive
+def test_c15_second_pass_has_the_dropout_masks_of_the_first(drive):
+    equal_masks = []
+    for replay in (True, False):
+        w = nn.Parameter(torch.ones(64))
+        optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=0.1, replay_rng=replay)
+        dropped = []
+
+        def loss(w=w, dropped=dropped):
+            dropped.append(F.dropout(torch.ones(64), 0.5))
+            return (w * dropped[-1]).sum()
+
+        DRIVES[drive](optimizer, loss)
+        equal_masks.append(torch.equal(*dropped))
+    assert equal_masks == [True, False]
+
+
+@every_drive
+def test_c15_generators_advance_as_in_one_pass(drive):
+    def draw():
+        return torch.rand(3).tolist(), random.random(), np.random.rand()
+
+    w = nn.Parameter(torch.ones(2))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.0), rho=0.1)
+    draws = []
+
+    def seed():
+        torch.manual_seed(1)
+        random.seed(1)
+        np.random.seed(1)
+
+    seed()
+    DRIVES[drive](optimizer, lambda: (draws.append(draw()), w.sum())[1])
+    after = draw()
+    seed()
+    assert draws == [draw()] * 2
+    assert after == draw()
+
+
+@pytest.mark.parametrize("drive", ["closure", "passes", "classic"])
+def test_c16_open_autocast_region_does_not_reuse_weights_cast_at_w(drive):
+    torch.manual_seed(0)
+    model = nn.Linear(8, 1)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=1.0, model=model)
+    x = torch.randn(4, 8)
+    losses = []
+
+    def loss():
+        losses.append(model(x).float().square().mean())
+        return losses[-1]
+
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        DRIVES[drive](optimizer, loss)
+        loss()
+    at_w, perturbed, again = (v.item() for v in losses)
+    assert perturbed > at_w * 1.05, "the second pass ran with casts of w"
+    assert again == at_w, "the pass after the step ran with casts of w + e"
