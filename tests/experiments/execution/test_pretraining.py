@@ -19,7 +19,7 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.batches import batches, count, order
 from steppe.experiments.data.datasets import Dataset, Split, normalize
-from steppe.experiments.data.few_shot import few_shot
+from steppe.experiments.data.sampling import few_shot
 from steppe.experiments.execution import pretraining as finetune
 from steppe.experiments.execution.local import InProcessExecutor
 from steppe.experiments.models.backbones import Backbone, from_hub

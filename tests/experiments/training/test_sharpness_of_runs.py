@@ -10,7 +10,7 @@ from tiny import CPU, dataset, recipe, split, train_run, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.data.datasets import normalize
-from steppe.experiments.data.label_noise import mislabeled
+from steppe.experiments.data.sampling import mislabeled
 from steppe.experiments.storage.records import read_records, write_records
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training import run as training

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe.experiments.data.datasets import Split, normalize
-from steppe.experiments.data.seeds import generator
+from steppe.experiments.data.sampling import generator
 from steppe.experiments.world import World
 
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
@@ -24,24 +24,14 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from steppe.experiments.data import digits, fashion_mnist
-from steppe.experiments.data.fashion_mnist import IdxFile
 from steppe.experiments.errors import DataError
 
 DatasetName = Literal["sample", "fashion-mnist", "digits"]
 
-CLASSES: tuple[str, ...] = (
-    "T-shirt/top",
-    "Trouser",
-    "Pullover",
-    "Dress",
-    "Coat",
-    "Sandal",
-    "Shirt",
-    "Sneaker",
-    "Bag",
-    "Ankle boot",
+CLASSES = (
+    *("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat"),
+    *("Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot"),
 )
-
 MEAN, STD = 0.2860, 0.3530  # over all pixels of the 60,000 training images, scaled to [0, 1]
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
@@ -58,8 +48,10 @@ class Split:
     labels: Tensor
 
     def to(self, device: torch.device | str) -> Split:
-        """Return this split on `device`."""
         return Split(self.images.to(device), self.labels.to(device))
+
+    def select(self, index: Tensor) -> Split:
+        return Split(self.images[index], self.labels[index])
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -87,7 +79,6 @@ class Dataset:
     """None: each run starts from its own random weights."""
 
     def to(self, device: torch.device | str) -> Dataset:
-        """Return this dataset on `device`."""
         return replace(self, train=self.train.to(device), test=self.test.to(device))
 
 
@@ -144,28 +135,30 @@ def sample_digest(arrays: Mapping[str, NDArray[np.uint8]]) -> str:
 
 
 def _load_full(data_dir: Path | None) -> Dataset:
-    source, read = _source(data_dir)
+    if (found := _directory(data_dir)) is not None:
+        directory, origin = found
+        source, read = f"{directory} ({origin})", partial(fashion_mnist.from_directory, directory.expanduser())
+    else:
+        source, read = f"{_cache()} (cache)", partial(fashion_mnist.from_cache, _cache())
     train, test = (_split(*map(read, files)) for files in (fashion_mnist.TRAIN, fashion_mnist.TEST))
     return Dataset("fashion-mnist", train, test, source)
 
 
-def _source(data_dir: Path | None) -> tuple[str, Callable[[IdxFile], NDArray[np.uint8]]]:
+def _directory(data_dir: Path | None) -> tuple[Path, str] | None:
+    """Return the directory of the full set, which is read only, and who named it; None for the cache."""
     if data_dir is not None:
-        return f"{data_dir} (data_dir)", partial(fashion_mnist.from_directory, Path(data_dir).expanduser())
+        return Path(data_dir), "data_dir"
     if named := os.environ.get("STEPPE_DATA"):
-        return f"{named} ($STEPPE_DATA)", partial(fashion_mnist.from_directory, Path(named).expanduser())
-    if SYSTEM.is_dir():
-        return f"{SYSTEM} (system package)", partial(fashion_mnist.from_directory, SYSTEM)
-    cache = cache_home() / "steppe" / "fashion-mnist"
-    return f"{cache} (cache)", partial(fashion_mnist.from_cache, cache)
+        return Path(named), "$STEPPE_DATA"
+    return (SYSTEM, "system package") if SYSTEM.is_dir() else None
 
 
 def is_available(data_dir: Path | None = None) -> bool:
     """True if `load("fashion-mnist", data_dir)` can read from this machine without a download."""
-    if data_dir is not None or os.environ.get("STEPPE_DATA") or SYSTEM.is_dir():
+    if _directory(data_dir) is not None:
         return True
     try:
-        cache = cache_home() / "steppe" / "fashion-mnist"
+        cache = _cache()
     except DataError:
         return False
     files = (*fashion_mnist.TRAIN, *fashion_mnist.TEST)
@@ -181,6 +174,10 @@ def cache_home() -> Path:
             "Fashion-MNIST is not on this machine, and there is no place to keep a download: this user has no "
             f"home directory. Set $XDG_CACHE_HOME to a directory. {fashion_mnist.WAYS_OUT}"
         ) from error
+
+
+def _cache() -> Path:
+    return cache_home() / "steppe" / "fashion-mnist"
 
 
 def _load_sample() -> Dataset:

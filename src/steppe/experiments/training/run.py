@@ -16,8 +16,8 @@ from steppe.experiments.config.methods import BASES, RunContext
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch, batches, count, order, start
 from steppe.experiments.data.datasets import CLASSES, Dataset
-from steppe.experiments.data.few_shot import few_shot
-from steppe.experiments.data.label_noise import mislabeled
+from steppe.experiments.data.sampling import few_shot
+from steppe.experiments.data.sampling import mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.storage.records import Record

@@ -9,7 +9,7 @@ from torch import nn
 
 from steppe import flatness
 from steppe.experiments.data.datasets import Split, normalize
-from steppe.experiments.data.seeds import FLATNESS_SAMPLE, generator
+from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
 
 _TOLERANCE = 1e-2  # of the eigenvalue, relative
 
