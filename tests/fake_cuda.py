@@ -5,7 +5,7 @@ from torch import nn
 
 from steppe import SAM
 
-FUSED_BASES = {
+CUDA_BASES = {
     "sgd": lambda p: torch.optim.SGD(p, lr=0.1),
     "momentum": lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9),
     "adamw": lambda p: torch.optim.AdamW(p, lr=0.1),

@@ -45,7 +45,7 @@ class Ranks:
         failures = [f"rank {rank}:\n{trace}" for rank, (trace, _) in enumerate(answers) if trace]
         if failures:
             self.close()
-            together.cache_clear()
+            start_ranks.cache_clear()
             raise RankError("\n".join(failures))
         return [result for _, result in answers]
 
@@ -59,7 +59,8 @@ class Ranks:
 
 
 @functools.cache
-def together(size: int = 2) -> Ranks:
+def start_ranks(size: int = 2) -> Ranks:
+    """Start the processes at the first call, and return the same ones at later calls."""
     ranks = Ranks(size)
     atexit.register(ranks.close)
     return ranks

@@ -112,30 +112,30 @@ def test_c19_stale_gradients_cleared_by_the_closure_are_allowed(set_to_none):
 def test_c20_clipping_after_the_passes_acts_on_the_update_gradient_only():
     w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
     optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=1.0)
-    seen = []
+    visited = []
     for sam_pass in optimizer.passes():
         with sam_pass:
-            seen.append(w.detach().clone())
+            visited.append(w.detach().clone())
             w.square().sum().backward()
     nn.utils.clip_grad_norm_([w], 0.5)
     optimizer.step()
-    torch.testing.assert_close(seen[1], torch.tensor([3.6, 4.8], dtype=torch.float64))
+    torch.testing.assert_close(visited[1], torch.tensor([3.6, 4.8], dtype=torch.float64))
     torch.testing.assert_close(w.detach(), torch.tensor([3.0 - 0.3, 4.0 - 0.4], dtype=torch.float64), atol=1e-6, rtol=0)
 
 
 def test_c20_clipping_by_norm_in_the_closure_does_not_change_the_perturbation():
-    seen = []
+    visited = []
     for clip in (1e9, 0.5):
         w = nn.Parameter(torch.tensor([3.0, 4.0], dtype=torch.float64))
         optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=1.0)
 
         def closure(w=w, optimizer=optimizer, clip=clip):
             optimizer.zero_grad()
-            seen.append(w.detach().clone())
+            visited.append(w.detach().clone())
             loss = w.square().sum()
             loss.backward()
             nn.utils.clip_grad_norm_([w], clip)
             return loss
 
         optimizer.step(closure)
-    torch.testing.assert_close(seen[1], seen[3])
+    torch.testing.assert_close(visited[1], visited[3])

@@ -13,13 +13,13 @@ from support import BASES, DRIVES, every_drive, net, train
 def test_c4_step_hooks_fire_once_on_wrapper_and_base(drive):
     model = net()
     optimizer = SAM(BASES["sgd"](model.parameters()), model=model)
-    seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("sam pre"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("sam post"))
-    optimizer.base.register_step_pre_hook(lambda *_: seen.append("base pre"))
-    optimizer.base.register_step_post_hook(lambda *_: seen.append("base post"))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("sam pre"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("sam post"))
+    optimizer.base.register_step_pre_hook(lambda *_: calls.append("base pre"))
+    optimizer.base.register_step_post_hook(lambda *_: calls.append("base post"))
     train(model, optimizer, DRIVES[drive], 1)
-    assert seen == ["sam pre", "base pre", "base post", "sam post"]
+    assert calls == ["sam pre", "base pre", "base post", "sam post"]
 
 
 @pytest.mark.parametrize("on", ["wrapper", "base"])

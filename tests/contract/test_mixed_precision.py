@@ -27,9 +27,9 @@ def make_optimizer(name, base, model, **more) -> steppe.SAM:
     return build(name, base, **more)(model)
 
 
-def trained(name, base="momentum", drive="passes", *, scaler=None, known=True, steps=7):
+def trained(name, base="momentum", drive="passes", *, scaler=None, pass_scaler=True, steps=7):
     model = net()
-    optimizer = make_optimizer(name, base, model, scaler=scaler if known else None)
+    optimizer = make_optimizer(name, base, model, scaler=scaler if pass_scaler else None)
     for t in range(steps):
         x, y = batch(t)
         scale = scaler.scale if scaler else lambda loss: loss
@@ -72,13 +72,13 @@ def test_changing_loss_scale_changes_no_bit_in_the_classic_api(name):
 
 @pytest.mark.parametrize("name", ["sam", "asam", "gsam", "zsharp", "looksam", "sam_on"])
 def test_scale_free_rules_need_no_scaler_argument(name):
-    assert trained(name, scaler=growing_scaler(), known=False) == trained(name)
+    assert trained(name, scaler=growing_scaler(), pass_scaler=False) == trained(name)
 
 
 @pytest.mark.parametrize("name", ["friendly_sam", "vasso", "fisher_sam", "aesam"])
 def test_rules_that_depend_on_the_gradient_size_raise_without_scaler_argument(name):
     with pytest.raises(RuntimeError, match=r"depends on the size of the gradients.*scaler=scaler"):
-        trained(name, scaler=growing_scaler(), known=False)
+        trained(name, scaler=growing_scaler(), pass_scaler=False)
 
 
 @every_method
@@ -267,10 +267,10 @@ def test_hooks_fire_once_a_step_with_loss_scaler():
     model = net()
     scaler = growing_scaler()
     optimizer = make_optimizer("sam", "sgd", model, scaler=scaler)
-    seen = []
-    optimizer.register_step_pre_hook(lambda *_: seen.append("before"))
-    optimizer.register_step_post_hook(lambda *_: seen.append("after"))
-    optimizer.base.register_step_post_hook(lambda *_: seen.append("base"))
+    calls = []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    optimizer.base.register_step_post_hook(lambda *_: calls.append("base"))
 
     def closure():
         optimizer.zero_grad()
@@ -279,7 +279,7 @@ def test_hooks_fire_once_a_step_with_loss_scaler():
         return loss
 
     assert torch.isfinite(optimizer.step(closure))
-    assert seen == ["before", "base", "after"]
+    assert calls == ["before", "base", "after"]
 
 
 def test_step_with_scaled_gradients_raises():

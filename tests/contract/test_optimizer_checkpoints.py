@@ -148,13 +148,13 @@ def test_c2_rule_memory_loads_even_if_the_base_drops_unknown_state(rule):
 
 def test_c2_state_dict_hooks_fire():
     optimizer = SAM(torch.optim.SGD([parameter(1.0)], lr=0.1))
-    seen = []
-    optimizer.register_state_dict_pre_hook(lambda o: seen.append("pre"))
+    calls = []
+    optimizer.register_state_dict_pre_hook(lambda o: calls.append("pre"))
     optimizer.register_state_dict_post_hook(lambda o, s: {**s, "extra": 1})
-    optimizer.register_load_state_dict_pre_hook(lambda o, s: seen.append(s.pop("extra")))
-    optimizer.register_load_state_dict_post_hook(lambda o: seen.append("post"))
+    optimizer.register_load_state_dict_pre_hook(lambda o, s: calls.append(s.pop("extra")))
+    optimizer.register_load_state_dict_post_hook(lambda o: calls.append("post"))
     optimizer.load_state_dict(optimizer.state_dict())
-    assert seen == ["pre", 1, "post"]
+    assert calls == ["pre", 1, "post"]
 
 
 @pytest.mark.parametrize("how", [copy.deepcopy, lambda pair: pickle.loads(pickle.dumps(pair))])

@@ -88,9 +88,9 @@ def test_c12_sparse_gradients_raise_and_leave_weights_unchanged(drive):
 def test_c12_tied_parameters_are_perturbed_once(drive):
     w = parameter(3.0, 4.0)
     optimizer = SAM(torch.optim.SGD([w, w], lr=0.0), rho=0.5)
-    seen = []
-    DRIVES[drive](optimizer, lambda: (seen.append(w.detach().clone()), w.square().sum())[1])
-    torch.testing.assert_close(seen[1], torch.tensor([3.3, 4.4]))
+    visited = []
+    DRIVES[drive](optimizer, lambda: (visited.append(w.detach().clone()), w.square().sum())[1])
+    torch.testing.assert_close(visited[1], torch.tensor([3.3, 4.4]))
     model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 2))
     model[1].weight = model[0].weight
     tied = SAM(torch.optim.SGD(model.parameters(), lr=0.0), rho=0.5, model=model)

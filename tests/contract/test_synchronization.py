@@ -7,7 +7,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
-from fake_cuda import FUSED_BASES, fake_parameters, step_with_ones
+from fake_cuda import CUDA_BASES, fake_parameters, step_with_ones
 from steppe import SAM
 from support import DRIVES, by_passes
 
@@ -29,11 +29,11 @@ class FakeScaler:
 
 @pytest.mark.parametrize("drive", DRIVES)
 @pytest.mark.parametrize("rule", RULES, ids=str)
-@pytest.mark.parametrize("base", FUSED_BASES)
+@pytest.mark.parametrize("base", CUDA_BASES)
 def test_c25_step_does_not_synchronize_with_the_device(base, rule, drive):
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = fake_parameters()
-        optimizer = SAM(FUSED_BASES[base](params), rho=0.1, perturbation=rule)
+        optimizer = SAM(CUDA_BASES[base](params), rho=0.1, perturbation=rule)
         for _ in range(3):
             step_with_ones(optimizer, params, drive)
         assert optimizer._engine.steps == 3

@@ -11,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_
 
 import steppe
 from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, ddp, method, network, plain, run, train, weights
-from ranks import together
+from ranks import start_ranks
 from support import bits
 
 # Memories of tensors, of numbers and of a mask; no memory beside the base's momentum; a step of its own.
@@ -62,8 +62,8 @@ def test_distributed_checkpoint_loads_in_another_layout(name, layout, ranks):
     model, optimizer = build(plain, name)
     run(model, optimizer, range(6))
     with tempfile.TemporaryDirectory() as folder:
-        together()(save, "fsdp2", name, folder)
-        for found, kept in together(ranks)(load_and_train, layout, name, folder):
+        start_ranks()(save, "fsdp2", name, folder)
+        for found, kept in start_ranks(ranks)(load_and_train, layout, name, folder):
             close(found, weights(model))
             assert kept == sizes_of_memory(optimizer)
 
@@ -85,7 +85,7 @@ def resume_in_place(layout, name):
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", METHODS)
 def test_run_resumed_on_the_same_ranks_has_the_same_bits(name, layout):
-    assert together()(resume_in_place, layout, name) == [True, True]
+    assert start_ranks()(resume_in_place, layout, name) == [True, True]
 
 
 # ZeroRedundancyOptimizer.
@@ -126,7 +126,7 @@ def rules(name):
 @pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam"])
 def test_zero_redundancy_optimizer_as_base_equals_one_process(name, resume):
     expected = train(plain, method(name), 6)
-    for found in together()(train_with_zero, name, resume):
+    for found in start_ranks()(train_with_zero, name, resume):
         close(found, expected)
 
 
@@ -140,4 +140,4 @@ def save_unconsolidated_state():
 
 
 def test_state_of_zero_redundancy_optimizer_that_is_not_consolidated_is_an_error():
-    together()(save_unconsolidated_state)
+    start_ranks()(save_unconsolidated_state)

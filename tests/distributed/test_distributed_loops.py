@@ -10,7 +10,7 @@ import torch.nn.functional as F
 
 import steppe
 from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, network, own_share, plain, samples, weights
-from ranks import together
+from ranks import start_ranks
 from support import bits
 from test_distributed_checkpoints import zero_redundancy
 
@@ -63,7 +63,7 @@ def train_with_scaler(way, enabled):
 @pytest.mark.parametrize("way", [way for way in WAYS if way not in MIXED])
 def test_changing_loss_scale_changes_no_bit(way):
     for (found, scale), (expected, _) in zip(
-        together()(train_with_scaler, way, True), together()(train_with_scaler, way, False), strict=True
+        start_ranks()(train_with_scaler, way, True), start_ranks()(train_with_scaler, way, False), strict=True
     ):
         assert found == expected
         assert scale == 2.0**12
@@ -88,7 +88,7 @@ def train_with_overflow(way):
 
 @pytest.mark.parametrize("way", ["ddp", "ddp per rank", "fsdp2", "zero"])
 def test_overflow_on_one_rank_skips_the_step_and_halves_the_scale_on_all(way):
-    (scale, found), (other, same) = together()(train_with_overflow, way)
+    (scale, found), (other, same) = start_ranks()(train_with_overflow, way)
     assert scale == other == 2.0**9
     assert found == same
 
@@ -111,7 +111,7 @@ def train_in_bfloat16(way):
 def test_autocast_is_close_to_one_process(way):
     expected = train_in_bfloat16(None)
     moved = max((a - b).detach().abs().max() for a, b in zip(expected, network().float().parameters(), strict=True))
-    for found in together()(train_in_bfloat16, way):
+    for found in start_ranks()(train_in_bfloat16, way):
         close(found, expected, rtol=0, atol=0.05 * float(moved))
 
 
@@ -154,12 +154,12 @@ def train_without_clipping():
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
 def test_accumulation_clipping_and_schedule_equal_one_process(way, parts):
     expected = train_without_clipping() if way in MIXED else train_with_clipping(None, 1)
-    for found in together()(train_with_clipping, way, parts):
+    for found in start_ranks()(train_with_clipping, way, parts):
         close(found, expected)
 
 
 def test_micro_batches_of_a_rank_share_its_perturbation():
-    one, two = (together()(train_with_clipping, "ddp per rank", parts) for parts in (1, 2))
+    one, two = (start_ranks()(train_with_clipping, "ddp per rank", parts) for parts in (1, 2))
     for found, expected in zip(two, one, strict=True):
         close(found, expected)
     assert max((a - b).abs().max() for a, b in zip(one[0], train_with_clipping(None, 1), strict=True)) > 1e-6
@@ -184,7 +184,7 @@ def _clip(model, scaler, optimizer):
 
 @pytest.mark.parametrize("way", MIXED)
 def test_scaler_and_clipping_of_torch_raise_for_mixed_parameters(way):
-    for messages in together()(errors_of_torch, way):
+    for messages in start_ranks()(errors_of_torch, way):
         assert all("mixed torch.Tensor and DTensor" in message for message in messages)
 
 
@@ -210,4 +210,4 @@ def resumes_with_the_same_bits(way):
 
 
 def test_resumed_run_with_a_perturbation_for_each_rank_has_the_same_bits():
-    assert together()(resumes_with_the_same_bits, "ddp per rank") == [True, True]
+    assert start_ranks()(resumes_with_the_same_bits, "ddp per rank") == [True, True]

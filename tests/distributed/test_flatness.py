@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from layouts import network
-from ranks import together
+from ranks import start_ranks
 from steppe.flatness import (
     Hessian,
     Objective,
@@ -86,7 +86,7 @@ def m_sharpness_values() -> tuple:
     ],
 )
 def test_replicas_measure_the_same_as_one_process(measurement, tolerance):
-    single, (first, second) = measurement(), together(2)(measurement)
+    single, (first, second) = measurement(), start_ranks(2)(measurement)
     torch.testing.assert_close(first, single, **tolerance)
     torch.testing.assert_close(first, second, rtol=0, atol=0)  # else the ascents of the ranks would diverge
 
@@ -117,7 +117,7 @@ def statistics() -> dict[str, Tensor]:
 
 
 def test_statistics_are_the_mean_over_batches_of_all_ranks():
-    first, second = together(2)(statistics)
+    first, second = start_ranks(2)(statistics)
     torch.testing.assert_close(first, statistics(), **EXACT)
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
@@ -135,7 +135,7 @@ def replica_is_unchanged() -> bool:
 
 
 def test_replicas_are_unchanged_and_can_be_trained():
-    assert together(2)(replica_is_unchanged) == [True, True]
+    assert start_ranks(2)(replica_is_unchanged) == [True, True]
 
 
 def samples_of_first_part() -> str:
@@ -146,4 +146,4 @@ def samples_of_first_part() -> str:
 
 
 def test_parts_lie_within_one_rank():
-    assert together(2)(samples_of_first_part) == ["3", "3"]
+    assert start_ranks(2)(samples_of_first_part) == ["3", "3"]

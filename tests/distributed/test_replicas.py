@@ -9,7 +9,7 @@ from torch.distributed.nn.functional import all_reduce
 
 import steppe
 from layouts import BATCH_SIZE, ddp, method, network, own_share, plain, run, samples, train, weights
-from ranks import together
+from ranks import start_ranks
 from support import DRIVES, bits
 
 OPTIONS = {
@@ -36,7 +36,7 @@ def train_with_options(name, options):
 @pytest.mark.parametrize("name", SOME)
 def test_shared_perturbation_equals_one_process(name, options):
     expected = train(plain, method(name), 4)
-    for found in together()(train_with_options, name, OPTIONS[options]):
+    for found in start_ranks()(train_with_options, name, OPTIONS[options]):
         close(found, expected)
 
 
@@ -61,7 +61,7 @@ def train_with_an_unused_branch():
 def test_unused_parameters_keep_no_gradient():
     model = Partial()
     run(model, method("gsam")(model), range(3))
-    for found, unused in together()(train_with_an_unused_branch):
+    for found, unused in start_ranks()(train_with_an_unused_branch):
         close(found, weights(model))
         assert unused == [True, True]
 
@@ -82,7 +82,7 @@ def test_each_api_equals_one_process(drive):
     x, y = samples(0)
     for _ in range(3):
         DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
-    for found in together()(train_by, drive):
+    for found in start_ranks()(train_by, drive):
         close(found, weights(model))
 
 
@@ -107,7 +107,7 @@ def test_micro_batches_with_no_sync_in_a_pass_equal_one_batch():
     x, y = samples(0)
     for _ in range(3):
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
-    for found in together()(micro_batches_without_sync):
+    for found in start_ranks()(micro_batches_without_sync):
         close(found, weights(model))
 
 
@@ -142,7 +142,7 @@ def train_with_synchronized_norms():
 def test_synchronized_batch_norm_has_statistics_of_all_ranks_after_one_pass():
     model = network_with(nn.BatchNorm1d)
     run(model, method("sam")(model), range(4))
-    for found, buffers in together()(train_with_synchronized_norms):
+    for found, buffers in start_ranks()(train_with_synchronized_norms):
         close(found, weights(model))
         close(buffers, list(model.buffers()))
         assert buffers[-1] == 4
@@ -215,7 +215,7 @@ def weighted(g, g_s):
 )
 def test_perturbation_for_each_rank_is_m_sharpness(name, rule, options):
     expected = by_hand(4, **rule)
-    for found in together()(train_per_rank, name, 4, options, {}):
+    for found in start_ranks()(train_per_rank, name, 4, options, {}):
         close(found, expected)
     assert max((a - b).abs().max() for a, b in zip(expected, train(plain, method(name), 4), strict=True)) > 1e-5
 
@@ -227,7 +227,7 @@ def test_perturbation_for_each_rank_equals_micro_batches_in_one_process():
         steppe.closures.micro_batches(
             optimizer, lambda x, y: F.cross_entropy(model(x), y), samples(step), m=BATCH_SIZE // 2
         )
-    for found in together()(train_per_rank, "sam", 4, {}, {"ascent_steps": 2}):
+    for found in start_ranks()(train_per_rank, "sam", 4, {}, {"ascent_steps": 2}):
         close(found, weights(model))
 
 
@@ -247,7 +247,7 @@ def communications(per_rank):
 
 @pytest.mark.parametrize(("per_rank", "expected"), [(False, 6), (True, 4)])
 def test_gradient_of_the_perturbation_of_each_rank_is_not_communicated(per_rank, expected):
-    assert together()(communications, per_rank) == [expected] * 2
+    assert start_ranks()(communications, per_rank) == [expected] * 2
 
 
 def thousand_steps(per_rank):
@@ -265,7 +265,7 @@ def thousand_steps(per_rank):
 @pytest.mark.slow
 @pytest.mark.parametrize("per_rank", [False, True])
 def test_replicas_are_identical_after_1000_steps(per_rank):
-    (first, skipped), (second, _) = together()(thousand_steps, per_rank)
+    (first, skipped), (second, _) = start_ranks()(thousand_steps, per_rank)
     assert first == second
     assert skipped == 0
 
@@ -288,7 +288,7 @@ def overflow_on_one_rank(per_rank, perturbed):
 @pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
 @pytest.mark.parametrize("per_rank", [False, True])
 def test_nan_on_one_rank_skips_the_step_on_all(per_rank, perturbed):
-    assert together()(overflow_on_one_rank, per_rank, perturbed) == [(True, 1)] * 2
+    assert start_ranks()(overflow_on_one_rank, per_rank, perturbed) == [(True, 1)] * 2
 
 
 class Branches(nn.Module):
@@ -315,7 +315,7 @@ def train_with_uneven_branches():
 
 
 def test_branch_that_one_rank_does_not_use_keeps_the_replicas_identical():
-    first, second = together()(train_with_uneven_branches)
+    first, second = start_ranks()(train_with_uneven_branches)
     assert first == second
 
 
@@ -344,7 +344,7 @@ def errors_of_per_rank():
 
 
 def test_per_rank_that_does_not_fit_is_an_error_with_the_reason():
-    messages, _ = together()(errors_of_per_rank)
-    hints = ["Sequential", "NoneType", "does not look at the gradient", "differs between the ranks", "its own"]
+    messages, _ = start_ranks()(errors_of_per_rank)
+    hints = ["Sequential", "NoneType", "does not use the gradient", "differs between the ranks", "its own"]
     for message, hint in zip(messages, [*hints, "remembers", "averaged the ranks' gradients already"], strict=True):
         assert hint in message

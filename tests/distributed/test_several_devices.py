@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from ranks import together
+from ranks import start_ranks
 
 EXAMPLE = Path(__file__).parent.parent.parent / "examples" / "several_devices.py"
 
@@ -17,7 +17,7 @@ def losses(way: str) -> tuple[float, float]:
 
 def test_several_devices_example_gives_equal_losses_where_it_should():
     assert EXAMPLE.name == "several_devices.py"
-    found = {way: together()(losses, way) for way in ("together", "per-rank", "sharded")}
+    found = {way: start_ranks()(losses, way) for way in ("together", "per-rank", "sharded")}
     for way, (here, there) in found.items():
         assert here == there, way
     assert found["sharded"][0] == pytest.approx(found["together"][0], rel=1e-4)

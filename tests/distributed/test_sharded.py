@@ -13,7 +13,7 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 import steppe
 import steppe._tensors.ops
 from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, fsdp, method, network, own_share, plain, run, samples, train, weights
-from ranks import together
+from ranks import start_ranks
 from steppe._tensors.dtensor import local
 from support import DRIVES, bits
 
@@ -30,7 +30,7 @@ def train_in_layout(layout: str, name: str, steps: int):
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_every_method_equals_one_process(name, layout):
     expected = train(plain, method(name), 4)
-    for found in together()(train_in_layout, layout, name, 4):
+    for found in start_ranks()(train_in_layout, layout, name, 4):
         close(found, expected)
 
 
@@ -49,7 +49,7 @@ def train_with_norms_of_own_shards(layout: str):
 @pytest.mark.parametrize("layout", ["fsdp2", "partly sharded", "tensor parallel"])
 def test_mutant_norms_of_own_shards_is_killed(layout):
     expected = train(plain, method("sam"), 4)
-    for found in together()(train_with_norms_of_own_shards, layout):
+    for found in start_ranks()(train_with_norms_of_own_shards, layout):
         assert max((a - b).abs().max() for a, b in zip(found, expected, strict=True)) > 1e-6
 
 
@@ -69,7 +69,7 @@ def test_each_api_equals_one_process(drive):
     x, y = samples(0)
     for _ in range(3):
         DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
-    for found in together()(train_by, drive):
+    for found in start_ranks()(train_by, drive):
         close(found, weights(model))
 
 
@@ -99,7 +99,7 @@ def perturb_and_restore():
 
 
 def test_shards_are_restored_to_the_bit_in_the_same_storage():
-    assert together()(perturb_and_restore) == [(True, True, [False, True, False])] * 2
+    assert start_ranks()(perturb_and_restore) == [(True, True, [False, True, False])] * 2
 
 
 def train_with_gathered_weights():
@@ -113,7 +113,7 @@ def train_with_gathered_weights():
 
 def test_second_pass_does_not_run_on_stale_gathered_weights():
     expected = train(plain, method("sam"), 4)
-    for found in together()(train_with_gathered_weights):
+    for found in start_ranks()(train_with_gathered_weights):
         close(found, expected)
 
 
@@ -138,7 +138,7 @@ def test_micro_batches_in_a_pass_equal_one_batch():
     x, y = samples(0)
     for _ in range(3):
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
-    for found in together()(micro_batches):
+    for found in start_ranks()(micro_batches):
         close(found, weights(model))
 
 
@@ -168,7 +168,7 @@ def train_in_bfloat16(shard):
 def test_mixed_precision_policy_is_close_to_one_process():
     expected = train_in_bfloat16(shard=False)
     moved = max((a - b).detach().abs().max() for a, b in zip(expected, network().float().parameters(), strict=True))
-    for found in together()(train_in_bfloat16, True):
+    for found in start_ranks()(train_in_bfloat16, True):
         torch.testing.assert_close(found, expected, rtol=0, atol=0.03 * float(moved))
 
 
@@ -194,7 +194,7 @@ def fsdp_over_four(name):
 @pytest.mark.xdist_group("four ranks")
 def test_four_ranks_equal_one_process(function, name):
     expected = train(plain, method(name), 4)
-    for found in together(4)(function, name):
+    for found in start_ranks(4)(function, name):
         close(found, expected)
 
 
@@ -214,7 +214,7 @@ def nan_on_one_rank(perturbed):
 
 @pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
 def test_nan_on_one_rank_skips_the_step_on_all(perturbed):
-    assert together()(nan_on_one_rank, perturbed) == [(True, 1)] * 2
+    assert start_ranks()(nan_on_one_rank, perturbed) == [(True, 1)] * 2
 
 
 def train_with_scaler(scaler):
@@ -236,7 +236,7 @@ def train_with_scaler(scaler):
 
 def test_loss_scale_of_fsdp_changes_no_bit():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10, growth_interval=2)
-    assert together()(train_with_scaler, scaler) == together()(train_with_scaler, None)
+    assert start_ranks()(train_with_scaler, scaler) == start_ranks()(train_with_scaler, None)
 
 
 # Engines and options that are errors.
@@ -254,7 +254,7 @@ def build_under_fsdp1(use_orig_params):
 
 @pytest.mark.parametrize("use_orig_params", [True, False])
 def test_fsdp1_is_an_error(use_orig_params):
-    together()(build_under_fsdp1, use_orig_params)
+    start_ranks()(build_under_fsdp1, use_orig_params)
 
 
 def test_deepspeed_is_an_error():
@@ -274,4 +274,4 @@ def build_per_rank_on_shards():
 
 
 def test_per_rank_on_shards_is_an_error():
-    together()(build_per_rank_on_shards)
+    start_ranks()(build_per_rank_on_shards)
