@@ -12,7 +12,7 @@ from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.training.checkpointing import owner
-from steppe.experiments.training.sharpness import flatness_sample
+from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.flatness import Budget, measure
 

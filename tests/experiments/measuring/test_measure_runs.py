@@ -32,8 +32,8 @@ from steppe.experiments.measuring.options import MeasuringOptions, Sampling
 from steppe.experiments.models.preact_resnet import preact_resnet18
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
+from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import train
-from steppe.experiments.training.sharpness import flatness_sample
 from steppe.flatness import FAMILIES, Budget, Objective
 
 BUDGET = Budget(

@@ -1,4 +1,3 @@
-import dataclasses
 import math
 from fractions import Fraction
 from pathlib import Path
@@ -145,7 +144,7 @@ def test_a_diverged_run_is_reported_and_leaves_a_usable_folder(method: str, tmp_
 
 def test_bfloat16_and_adamw_and_channels_last_train(tmp_path: Path) -> None:
     odd = recipe(base="adamw", methods=("adamw", "sam"), lr=1e-3, amp=True, channels_last=True, norm="group", epochs=2)
-    precise = dataclasses.replace(odd, amp=False)
+    precise = odd.replace(amp=False)
     for method in odd.comparison.methods:
         (rounded,), (exact,) = (
             train_run(Run(r, method, 0), tmp_path / f"{method}{r.hardware.amp}") for r in (odd, precise)

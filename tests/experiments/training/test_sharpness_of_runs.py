@@ -14,8 +14,8 @@ from steppe.experiments.data.sampling import mislabeled
 from steppe.experiments.storage.records import read_records, write_records
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training import run as training
+from steppe.experiments.training.evaluation import flatness_sample, measure_flatness
 from steppe.experiments.training.run import Training
-from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
 
 FIELDS = ("sharpness", "lambda_max", "gradient_norm")

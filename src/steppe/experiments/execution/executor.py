@@ -73,17 +73,8 @@ class Executor(ABC):
     ) -> Generator[Outcome, None, None]:
         """Train each job, taking the next one only when there is room for it; yield each when it ends.
 
-        An ExperimentError of one run does not end the others.
-
-        Args:
-            jobs: The runs and their folders.
-            data: The data set, on the CPU.
-            control: A folder that all processes and machines see.
-            reporter: Gets the progress of all runs.
-            stop: A request to stop; the runs in progress then save a checkpoint.
-
-        Raises:
-            Stopped: after a request to stop.
+        The data are on the CPU, and all processes and machines see the folder `control`. An ExperimentError of one run
+        does not end the others. After a request to stop, the runs in progress save a checkpoint, and Stopped is raised.
         """
 
 

@@ -49,7 +49,6 @@ class LocalExecutor(WorkerExecutor[Worker]):
         super().__init__(recipe, console)
         self._max = capacity
         self._pool = ProcessPool()
-        self._data: Dataset
 
     def __enter__(self) -> Self:
         return self
@@ -60,11 +59,8 @@ class LocalExecutor(WorkerExecutor[Worker]):
     def _capacity(self) -> int:
         return self._max
 
-    def _share(self, data: Dataset) -> None:
-        self._data = data
-
-    def _start(self, task: RunTask) -> Worker:
-        return self._pool.submit(partial(_train, task, self._data))
+    def _start(self, task: RunTask, shared: Dataset) -> Worker:
+        return self._pool.submit(partial(_train, task, shared))
 
     def _wait(self, running: Sequence[Worker]) -> list[Worker]:
         return self._pool.wait(running, POLL_SECONDS)

@@ -68,11 +68,7 @@ def resolve_pretraining(recipe: Recipe, console: Console) -> Recipe:
 def with_backbone(dataset: Dataset, executor: Executor, path: Path, console: Console) -> Dataset:
     """Return `dataset` with the backbone that the runs of `executor.recipe` start from, pretrained if need be.
 
-    Args:
-        dataset: the data set of the runs.
-        executor: pretrains the backbone.
-        path: the run folder.
-        console: for the progress.
+    `path` is the run folder.
 
     Raises:
         ExperimentError: if the backbone cannot be loaded or trained, or differs from that of the folder.
@@ -142,7 +138,8 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
     (run,) = recipe.runs()
     folder = RunFolder(_folder(recipe, world, path))
     checkpoint, its_owner = folder.run(run) / CHECKPOINT, owner(run, world.size, None)
-    if not _finished(checkpoint, its_owner, epochs):
+    state = checkpoints.load(checkpoint, its_owner) if checkpoint.exists() else {"records": []}
+    if not state["records"] or state["records"][-1]["standardized_epoch"] < epochs:
         with folder.locked() if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 folder.claim(recipe, world.size)
@@ -150,7 +147,7 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
             failed = train_runs([run], load_data(recipe, world), executor, folder, console)
             if failed is not None:
                 raise ExperimentError(failed)
-    state = checkpoints.load(checkpoint, its_owner)
+        state = checkpoints.load(checkpoint, its_owner)
     # the drawn weights are overwritten, so the caller's generator must not advance
     with torch.random.fork_rng(devices=[]):
         network = preact_resnet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
@@ -170,10 +167,3 @@ def _folder(recipe: Recipe, world: World, path: Path) -> Path:
         return data.cache_home() / "steppe" / "backbones" / key
     except DataError:  # the user of a container may have no home
         return path / "backbones" / key
-
-
-def _finished(checkpoint: Path, its_owner: str, epochs: int) -> bool:
-    if not checkpoint.exists():
-        return False
-    records = checkpoints.load(checkpoint, its_owner)["records"]
-    return bool(records) and records[-1]["standardized_epoch"] >= epochs

@@ -4,8 +4,8 @@ import math
 import os
 import signal
 import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, Self
 
 from rich.console import Console
@@ -13,7 +13,7 @@ from rich.console import Console
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.resolve import fill_in, resolve
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.pool import WorkerDied
 from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
@@ -27,9 +27,6 @@ class RayExecutor(WorkerExecutor[Any]):
         super().__init__(recipe, console)
         self._options = options
         self._cpus, self._gpus = 1, 0.0
-        self._stack = ExitStack()
-        self._data: Any = None
-        self._train: Any = None
 
     def __enter__(self) -> Self:
         try:
@@ -38,7 +35,8 @@ class RayExecutor(WorkerExecutor[Any]):
             raise ExperimentError("ray is not installed, and --on ray needs it: pip install 'steppe[ray]'") from error
         self._ray: Any = ray
         with ExitStack() as stack:
-            stack.enter_context(_signal_handlers_restored())
+            if threading.current_thread() is threading.main_thread():  # in another thread, Ray sets no handler
+                stack.callback(signal.signal, signal.SIGTERM, signal.getsignal(signal.SIGTERM))
             if not ray.is_initialized():
                 self._connect()
                 stack.callback(ray.shutdown)
@@ -47,15 +45,13 @@ class RayExecutor(WorkerExecutor[Any]):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        """Disconnect from Ray; one that was started for this command ends."""
-        self._stack.close()
+        self._stack.close()  # a Ray that was started for this command ends
 
-    def _share(self, data: Dataset) -> None:
-        # by Ray's object store, so that the machines need no copy of the data set
-        self._data, self._train = self._ray.put(data), self._remote(train_task)
+    def _share(self, data: Dataset) -> Any:
+        return self._ray.put(data)  # in Ray's object store, so that the machines need no copy of the data set
 
-    def _start(self, task: RunTask) -> Any:
-        return self._train.remote(task, self._data)
+    def _start(self, task: RunTask, shared: Any) -> Any:
+        return self._train.remote(task, shared)
 
     def _wait(self, running: Sequence[Any]) -> list[Any]:
         done: list[Any] = self._ray.wait(list(running), timeout=POLL_SECONDS)[0]
@@ -67,7 +63,7 @@ class RayExecutor(WorkerExecutor[Any]):
         except self._ray.exceptions.RayTaskError:
             raise  # a bug, with the worker's traceback
         except self._ray.exceptions.RayError as died:
-            raise WorkerDied(_first_line(died)) from died
+            raise WorkerDied(first_line(died)) from died
         return result
 
     def _kill(self, worker: Any) -> None:
@@ -89,7 +85,7 @@ class RayExecutor(WorkerExecutor[Any]):
         except (ConnectionError, RuntimeError, ValueError, OSError) as error:
             what = "a Ray on this machine could not be started" if size else f"there is no Ray at {address}"
             raise ExperimentError(
-                f"{what} ({_first_line(error)}): check --ray-address and $RAY_ADDRESS, or leave --on ray out"
+                f"{what} ({first_line(error)}): check --ray-address and $RAY_ADDRESS, or leave --on ray out"
             ) from error
 
     def _resolve(self) -> None:
@@ -109,6 +105,7 @@ class RayExecutor(WorkerExecutor[Any]):
         amp = hardware.amp
         if amp is None:  # this machine may have other instructions than those that train
             amp = self._ray.get(self._remote(has_bfloat16).remote(on_gpu=device == "cuda"))
+        self._train = self._remote(train_task)
         recipe = self.recipe.replace(amp=amp, device=device)
         self.recipe = fill_in(recipe) if device == "cuda" else resolve(recipe)
 
@@ -124,18 +121,3 @@ class RayExecutor(WorkerExecutor[Any]):
             min(math.floor(machine.get(resource, 0.0) / need) for resource, need in needs.items() if need)
             for machine in self._machines()
         )
-
-
-@contextmanager
-def _signal_handlers_restored() -> Iterator[None]:
-    """Restore the handler of SIGTERM, which Ray replaces when it starts."""
-    before = signal.getsignal(signal.SIGTERM)
-    try:
-        yield
-    finally:
-        if threading.current_thread() is threading.main_thread():  # in another thread, Ray cannot replace it
-            signal.signal(signal.SIGTERM, before)
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")

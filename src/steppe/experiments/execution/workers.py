@@ -9,7 +9,7 @@ from collections.abc import Generator, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from rich.console import Console
@@ -104,13 +104,13 @@ class WorkerExecutor(Executor, Generic[W]):
     def _capacity(self) -> int:
         """Return how many runs may be in progress at a time."""
 
-    @abstractmethod
-    def _share(self, data: Dataset) -> None:
-        """Set the data of the tasks that follow."""
+    def _share(self, data: Dataset) -> Any:
+        """Return the data as `_start` takes them."""
+        return data
 
     @abstractmethod
-    def _start(self, task: RunTask) -> W:
-        """Let a worker call `train_task` with the task and the data."""
+    def _start(self, task: RunTask, shared: Any) -> W:
+        """Let a worker call `train_task` with the task and the shared data."""
 
     @abstractmethod
     def _wait(self, running: Sequence[W]) -> list[W]:
@@ -129,8 +129,7 @@ class WorkerExecutor(Executor, Generic[W]):
     ) -> Generator[Outcome, None, None]:
         control = control.absolute()
         stop_file = control / f".stop-{uuid.uuid4().hex[:12]}"
-        self._share(data)
-        remaining, running, exhausted = iter(jobs), dict[W, _RunInProgress](), False
+        shared, remaining, running, exhausted = self._share(data), iter(jobs), dict[W, _RunInProgress](), False
         try:
             while True:
                 while not exhausted and not stop and len(running) < self._capacity():
@@ -140,7 +139,7 @@ class WorkerExecutor(Executor, Generic[W]):
                         events = EventReader(job.run, job.folder, reporter)
                         job = replace(job, folder=job.folder.absolute())
                         task = RunTask(job, control, stop_file, reporter.interval, torch.__version__)
-                        running[self._start(task)] = _RunInProgress(task, events)
+                        running[self._start(task, shared)] = _RunInProgress(task, events)
                 if not running:
                     if stop or exhausted:
                         break
@@ -158,7 +157,7 @@ class WorkerExecutor(Executor, Generic[W]):
                     except WorkerDied as died:
                         if one.retries < _RETRIES and not stop:
                             self._announce_retry(one, died)
-                            running[self._start(one.task)] = replace(one, retries=one.retries + 1)
+                            running[self._start(one.task, shared)] = replace(one, retries=one.retries + 1)
                             continue
                         error = _final_error(one, died)
                     one.events.poll()  # drain events written after the last poll

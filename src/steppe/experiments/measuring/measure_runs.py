@@ -24,8 +24,8 @@ from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.training.checkpointing import owner
+from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
-from steppe.experiments.training.sharpness import flatness_sample
 from steppe.experiments.world import World
 from steppe.flatness import Budget, Flatness, Objective, interpolation, normalized_logits
 

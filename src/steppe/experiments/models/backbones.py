@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steppe.experiments.data.datasets import MEAN, STD
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, first_line
 
 _REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError)
 """Exceptions of the hubs for an unknown name, a damaged file or a missing connection."""
@@ -208,10 +208,9 @@ def _size(processor: Mapping[str, Any]) -> int | None:
 
 
 def _not_loaded(name: str, error: BaseException) -> ExperimentError:
-    reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
     return ExperimentError(
-        f"the backbone {name} could not be loaded ({reason}): check the name and the network connection; a folder of "
-        "save_pretrained() works too, hf:FOLDER"
+        f"the backbone {name} could not be loaded ({first_line(error)}): check the name and the network connection; "
+        "a folder of save_pretrained() works too, hf:FOLDER"
     )
 
 
@@ -221,9 +220,8 @@ def _check_forward(name: str, backbone: Backbone, classes: int) -> None:
         try:
             logits = backbone.network(freeze=False).eval()(torch.zeros(2, 1, 28, 28))
         except _REASONS as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise ExperimentError(
-                f"{name} does not take images of {backbone.size} x {backbone.size} pixels ({reason}): leave "
+                f"{name} does not take images of {backbone.size} x {backbone.size} pixels ({first_line(error)}): leave "
                 "--image-size out, or take another checkpoint"
             ) from error
     if logits.shape != (2, classes):

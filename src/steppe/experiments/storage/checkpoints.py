@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.storage.files import write_atomically
 
 _FORMAT = "steppe run checkpoint, version 3"
@@ -38,9 +38,8 @@ def load(path: Path, owner: str) -> dict[str, Any]:
     except PermissionError:
         raise
     except Exception as error:  # damaged archives raise many kinds of errors, in zipfile and in torch
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise ExperimentError(
-            f"the checkpoint {path} is damaged ({reason}), so the run cannot resume. {remedy}"
+            f"the checkpoint {path} is damaged ({first_line(error)}), so the run cannot resume. {remedy}"
         ) from error
     if not isinstance(state, dict) or state.get("format") != _FORMAT:
         raise ExperimentError(f"{path} is not a checkpoint of a run of this version. {remedy}")

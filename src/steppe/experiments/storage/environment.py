@@ -7,7 +7,6 @@ import platform
 import shlex
 import subprocess
 from collections.abc import Sequence
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import torch
 from rich.console import Console
 
+import steppe
 from steppe.experiments.storage.files import write_json
 
 
@@ -37,7 +37,7 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
     return {
         "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         "command": shlex.join(command),
-        "steppe": _version(),
+        "steppe": steppe.__version__,
         "commit": _commit(),
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -49,13 +49,6 @@ def describe(command: Sequence[str]) -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "cuda": torch.version.cuda,
     }
-
-
-def _version() -> str | None:
-    try:
-        return metadata.version("steppe")
-    except metadata.PackageNotFoundError:  # a checkout on the path, without an installation
-        return None
 
 
 def _cpu() -> str:
@@ -75,9 +68,8 @@ def _commit() -> str | None:
         return done.stdout.strip()
 
     try:
-        git(
-            "ls-files", "--error-unmatch", Path(__file__).name
-        )  # else it is installed inside another project's checkout
+        # fails if Steppe is installed inside another project's checkout
+        git("ls-files", "--error-unmatch", Path(__file__).name)
         return git("rev-parse", "HEAD") + (" with changes" if git("status", "--porcelain", ".") else "")
     except (OSError, subprocess.SubprocessError):
         return None

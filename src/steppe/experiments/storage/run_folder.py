@@ -33,7 +33,6 @@ class RunFolder:
 
     @property
     def figures(self) -> Path:
-        """The folder of the figures."""
         return self.path / "figures"
 
     def run(self, run: Run) -> Path:
@@ -44,11 +43,7 @@ class RunFolder:
     def locked(self, timeout: float = 0.0) -> Iterator[None]:
         """Hold the exclusive lock of the folder, which ends with the process at the latest.
 
-        Args:
-            timeout: Seconds to wait for another process that holds it; -1 waits without end.
-
-        Raises:
-            ExperimentError: if another process still holds it.
+        Waits `timeout` seconds, or without end if it is -1; ExperimentError if another process still holds it.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -68,24 +63,18 @@ class RunFolder:
     def claim(self, recipe: Recipe, processes: int) -> None:
         """Make this the folder of a resolved recipe, or check that it is already.
 
-        Methods and seeds may be added: they are runs of their own and leave the present ones unchanged.
-
-        Raises:
-            ExperimentError: if it belongs to another configuration, listing the differences, or is no run folder.
+        Methods and seeds may be added: they are runs of their own and leave the present ones unchanged. ExperimentError
+        if it belongs to another configuration, with the differences, or is no run folder.
         """
         config = self.path / "config.json"
         if config.exists():
-            before, processes_before = self.read()
-            check_same(
-                self.path,
-                before.result() | {"processes": processes_before},
-                recipe.result() | {"processes": processes},
-            )
+            before, number = self.read()
+            now = recipe.result() | {"processes": processes}
+            check_same(self.path, before.result() | {"processes": number}, now)
         check_unused(self.path)
         write_json(config, {"format": _FORMAT, "recipe": recipe.to_json(), "processes": processes})
 
     def recipe(self) -> Recipe:
-        """Return the recipe of the folder; ExperimentError when it is no run folder."""
         return self.read()[0]
 
     def read(self) -> tuple[Recipe, int]:
@@ -107,18 +96,16 @@ class RunFolder:
 
     def results(self, recipe: Recipe) -> Results:
         """Read the measurements of every run; ExperimentError when a file is damaged."""
-        return {run: self._records(self.run(run) / METRICS) for run in recipe.runs()}
-
-    @staticmethod
-    def _records(path: Path) -> list[Record]:
-        if not path.exists():
-            return []
-        try:
-            return read_records(path.read_text())
-        except (ValueError, TypeError) as error:
-            raise ExperimentError(
-                f"{path} is damaged ({error}): run the comparison again, which writes it anew from the checkpoint"
-            ) from error
+        results = {}
+        for run in recipe.runs():
+            path = self.run(run) / METRICS
+            try:
+                results[run] = read_records(path.read_text()) if path.exists() else []
+            except (ValueError, TypeError) as error:
+                raise ExperimentError(
+                    f"{path} is damaged ({error}): run the comparison again, which writes it anew from the checkpoint"
+                ) from error
+        return results
 
 
 def check_unused(path: Path) -> None:

@@ -24,9 +24,8 @@ class _Resumable(Protocol):
 
 def owner(run: Run, processes: int, start: str | None) -> str:
     """Describe everything that a run's result depends on; `start` is the digest of its initial weights, if any."""
-    begun = {} if start is None else {"start": start}
-    depends_on = json.dumps(run.recipe.result() | {"processes": processes} | begun, sort_keys=True)
-    return f"{run.name} of {depends_on}"
+    depends_on = run.recipe.result() | {"processes": processes} | ({} if start is None else {"start": start})
+    return f"{run.name} of {json.dumps(depends_on, sort_keys=True)}"
 
 
 class CheckpointManager:

@@ -5,12 +5,11 @@ graphs takes the same steps as one without, the first few of them without a grap
 """
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from fractions import Fraction
-from types import MappingProxyType
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -19,7 +18,7 @@ from torch.optim import Optimizer
 from steppe import SAM
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.world import World
 
 T = TypeVar("T")
@@ -36,20 +35,7 @@ class Step(NamedTuple):
     """Gradient evaluations."""
 
 
-class Recorder(Protocol):
-    """Records the work that is launched on a device."""
-
-    def warm(self, work: Callable[[], T]) -> T:
-        """Do some work without a recording, on the stream of the recordings."""
-
-    def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Run the Python code of some work and record its kernels without running them.
-
-        Returns the result of the work, and the replay, which writes to its tensors.
-        """
-
-
-class OnCuda:
+class Recorder:
     """Records CUDA graphs, in one pool of memory: one runs at a time, and none needs the content left by another."""
 
     def __init__(self, device: torch.device) -> None:
@@ -58,7 +44,7 @@ class OnCuda:
         self._pool = torch.cuda.graph_pool_handle()
 
     def warm(self, work: Callable[[], T]) -> T:
-        """Do the work on the stream of the recordings: libraries keep their workspaces by stream."""
+        """Do some work without a recording, on the stream of the recordings: libraries keep workspaces by stream."""
         around = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(around)
         with torch.cuda.stream(self._stream):
@@ -67,14 +53,17 @@ class OnCuda:
         return result
 
     def record(self, work: Callable[[], T]) -> tuple[T, Callable[[], None]]:
-        """Record a graph."""
+        """Run the Python code of some work and record its kernels without running them.
+
+        Returns the result of the work, and the replay, which writes to its tensors.
+        """
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self._pool, stream=self._stream):
             result = work()
         return result, graph.replay
 
 
-RECORDERS: Mapping[str, Callable[[torch.device], Recorder]] = MappingProxyType({"cuda": OnCuda})
+RECORDERS = {"cuda": Recorder}
 """The recorder of each type of device."""
 
 
@@ -99,8 +88,7 @@ class _Kind(NamedTuple):
     """True if it perturbs the weights; None for an optimizer that is no SAM."""
 
 
-@dataclass(frozen=True)
-class _Graph:
+class _Graph(NamedTuple):
     """A step of one kind."""
 
     indices: Tensor
@@ -141,9 +129,8 @@ class Graphs:
             with nullcontext() if self._sam is None else self._sam.recording():
                 step, replay = self._recorder.record(lambda: self._take(replace(batch, indices=indices)))
         except RuntimeError as error:
-            reason = next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
             raise ExperimentError(
-                f"the training step could not be captured as a CUDA graph ({reason}): say --no-cuda-graphs, with which "
-                "each step is launched anew"
+                f"the training step could not be captured as a CUDA graph ({first_line(error)}): say --no-cuda-graphs, "
+                "with which each step is launched anew"
             ) from error
         return _Graph(indices, step, replay)

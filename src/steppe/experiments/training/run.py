@@ -16,18 +16,16 @@ from steppe.experiments.config.methods import BASES, RunContext
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch, batches, count, order, start
 from steppe.experiments.data.datasets import CLASSES, Dataset
-from steppe.experiments.data.sampling import few_shot
-from steppe.experiments.data.sampling import mislabeled
+from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.checkpointing import CheckpointManager
 from steppe.experiments.training.cuda_graphs import Graphs, Step, recorder
-from steppe.experiments.training.evaluation import evaluate
+from steppe.experiments.training.evaluation import evaluate, flatness_sample, measure_flatness
 from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.network import build_network, check_fine_tuning
 from steppe.experiments.training.reporter import Reporter
-from steppe.experiments.training.sharpness import flatness_sample, measure_flatness
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
 
@@ -47,17 +45,16 @@ class Training:
             data = replace(data, train=mislabeled(data.train, recipe.data.label_noise, run.seed))
         self.run, self.data, self.world = run, data, world
         torch.manual_seed(run.seed)
-        network = build_network(run, data)
         layout = torch.channels_last if recipe.hardware.channels_last else torch.contiguous_format
-        network = world.synchronize_norms(network.to(world.device).to(memory_format=layout))  # type: ignore[call-overload]
-        self.network = network
-        self.model = world.wrap(network)
+        network = build_network(run, data).to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+        self.network = world.synchronize_norms(network)
+        self.model = world.wrap(self.network)
         if recipe.hardware.compile:
             self.model.compile(dynamic=False)
         self._recorder = recorder(run, world)
         context = RunContext(
             rho=run.method.rho(recipe.training.rho),
-            model=network,
+            model=self.network,
             total_steps=run.steps(self.images),
             samples=self.images,
             classes=len(CLASSES),
@@ -80,12 +77,10 @@ class Training:
         self._grid = run.grid
 
     def _base(self) -> Optimizer:
-        recipe, network = self.run.recipe, self.network
-        options = recipe.training
+        network, options, momentum = self.network, self.run.recipe.training, self.run.recipe.base_momentum
         trained = network.groups(options.head_lr) if isinstance(network, FineTuned) else network.parameters()
         on_gpu = self.world.device.type == "cuda"
-        build = BASES[options.base].build
-        return build(trained, options.lr, recipe.base_momentum, options.weight_decay, on_gpu=on_gpu)
+        return BASES[options.base].build(trained, options.lr, momentum, options.weight_decay, on_gpu=on_gpu)
 
     @property
     def images(self) -> int:
@@ -104,12 +99,10 @@ class Training:
 
     @property
     def finished(self) -> bool:
-        """True if the compute is spent."""
         return self.spent >= self.run.standardized_epochs * self.images
 
     @property
     def standardized_epoch(self) -> float:
-        """Compute so far, in standardized epochs."""
         return float(self.spent / self.images)
 
     @property
@@ -121,9 +114,8 @@ class Training:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass that sets its precision."""
-        # a CUDA graph must not use copies of the weights that were cached outside of it
-        cached = self._recorder is None
         amp = bool(self.run.recipe.hardware.amp)
+        cached = self._recorder is None  # a CUDA graph must not use copies of the weights from outside of it
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=amp, cache_enabled=cached)
 
     def step(self, batch: Batch) -> Tensor:
@@ -140,14 +132,11 @@ class Training:
         return loss
 
     def _step_taker(self) -> Callable[[Batch], Step]:
-        if self._recorder is None:
-            return self._launch
-        return Graphs(self._launch, self.optimizer, self._recorder)
+        return self._launch if self._recorder is None else Graphs(self._launch, self.optimizer, self._recorder)
 
     def _launch(self, batch: Batch) -> Step:
         forward = Forward(self.model, batch, self.world, self.autocast)
-        loss = self.step_function.step(forward, batch).detach()
-        return Step(loss, forward.cost())
+        return Step(self.step_function.step(forward, batch).detach(), forward.cost())
 
     def measure(self, pause: Callable[[], None]) -> list[Record]:
         """Measure the network on both splits, for every point of the grid that is due."""
@@ -198,7 +187,6 @@ class Training:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Resume from the output of `state_dict`."""
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_function.load_state_dict(state["step_function"])
@@ -216,16 +204,10 @@ def train(
 ) -> list[Record]:
     """Train `run` to its end and return its measurements; resume at the checkpoint in `folder` if there is one.
 
-    Args:
-        run: a run of a resolved recipe.
-        folder: where the checkpoint and the metrics are kept; it can be used again after an error.
-        data: the data set, on the device of `world`.
-        world: the processes that train the run together.
-        reporter: receives the progress.
-        stop: ends the training, after a checkpoint, once it is set.
+    The recipe must be resolved, and the data on the device of `world`.
 
     Raises:
-        Stopped: if `stop` was set.
+        Stopped: once `stop` is set, after a checkpoint.
         ExperimentError: if the loss diverges, or if the checkpoint is damaged or of another run or configuration.
     """
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
