@@ -28,7 +28,7 @@ from steppe._engine.state_dict import RHO
 from steppe.methods.asam import Adaptive
 from steppe.rules.l2 import L2
 
-# Attribute of a disabled module. It lies on the module, so that a copy or pickle made in between can be enabled.
+# Attribute of a disabled module. A list here would lose copies and pickles of the model made before enable_bn_stats().
 _DISABLED = "_steppe_stats_disabled"
 
 
@@ -36,12 +36,12 @@ class SAM(sam.SAM):
     """The classic constructor of :class:`steppe.SAM`, with an unchanged step.
 
     Args:
-        params: parameters, or groups of them; a group may have its own ``rho``, and writing ``group["rho"]`` later
-            sets its radius for the next step.
+        params: parameters, or groups of them; a group may have its own ``rho``, and ``group["rho"] = ...`` sets its
+            radius for the next step.
         base_class: the base optimizer's class (its old name, ``base_optimizer``, works as a keyword).
         rho: the radius of the neighborhood.
-        adaptive: ASAM as the classic implementation has it, T = |w|, e = rho T^2 g / |T g|.
-        kwargs: for the base optimizer; and ``model``, as for :class:`steppe.SAM`.
+        adaptive: True for ASAM as in the classic implementation, T = |w|, e = rho T^2 g / |T g|.
+        **kwargs: arguments of the base optimizer; and ``model``, as for :class:`steppe.SAM`.
 
     Example:
         >>> optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.05, lr=0.1)
@@ -63,14 +63,14 @@ class SAM(sam.SAM):
 
     def _begin(self, caller: str) -> None:
         for group in self.param_groups:
-            if "rho" in group:  # classic code writes it so; in the class form, no base has a "rho" of its own
+            if "rho" in group:  # as classic code writes it; the class form refuses a base with a "rho" of its own
                 group[RHO] = group.pop("rho")
         super()._begin(caller)
 
     def _run(self, closure: sam.Closure) -> Any:
-        """Run the classic ``step(closure)``: the first backward comes before it, and the closure is the second pass.
+        """Run the classic ``step(closure)``: the first backward was before it, and the closure is the second pass.
 
-        Without a gradient from before, the closure is that of ``torch.optim``, and runs both passes.
+        If no gradient was written before, the closure runs both passes, as that of ``torch.optim`` would.
         """
         if not self._engine.gradients.accumulated_outside():
             return super()._run(closure)
@@ -94,7 +94,7 @@ def disable_bn_stats(model: nn.Module) -> None:
     """Make BatchNorm layers in training mode use batch statistics without an update of the running ones.
 
     No buffer changes, ``num_batches_tracked`` included, whatever ``momentum`` is. A second call has no effect. Layers
-    that track nothing already stay as they are, and layers in eval mode keep using their running statistics.
+    that track nothing already are left unchanged, and layers in eval mode keep using their running statistics.
 
     Args:
         model: the module whose BatchNorm layers are changed.

@@ -33,7 +33,7 @@ class Paper:
 
     @property
     def short(self) -> str:
-        """The authors, the year and the arXiv number, for use in a sentence.
+        """Authors, year and arXiv number, for use in a sentence.
 
         Example:
             >>> SAM.short
@@ -70,13 +70,13 @@ class Paper:
 
 
 def citation(*used: object) -> str:
-    r"""Return the BibTeX entries of exactly what is used: an optimizer's rules, their modifiers, a closure, a loss.
+    r"""Return the BibTeX entries of the papers behind an optimizer, its rules and their modifiers, a closure or a loss.
 
-    A part of Steppe, or of your own, names its paper in an attribute ``paper``; parts without one add nothing. SAM's
-    own paper comes first wherever :class:`steppe.SAM` is used.
+    An object, of Steppe or your own, names its paper in an attribute ``paper``; one without it adds nothing. The paper
+    of SAM comes first wherever :class:`steppe.SAM` is used.
 
     Args:
-        *used: An optimizer, and any other parts of Steppe in use, such as ``steppe.closures.fraction``.
+        *used: An optimizer, and any other objects of Steppe, such as ``steppe.closures.fraction``.
 
     Returns:
         The entries, separated by empty lines; an empty string for a plain optimizer.
@@ -93,7 +93,7 @@ def citation(*used: object) -> str:
 
 
 def cites(paper: Paper) -> Callable[[_F], _F]:
-    """Return a decorator that sets a function's ``paper``, as a class sets it by an attribute."""
+    """Return a decorator that sets the attribute ``paper`` of a function."""
 
     def mark(function: _F) -> _F:
         function.paper = paper  # type: ignore[attr-defined]
@@ -103,7 +103,7 @@ def cites(paper: Paper) -> Callable[[_F], _F]:
 
 
 def papers_of(part: Any) -> Iterator[Paper]:
-    """Yield the papers of a part, of its base classes and of the parts in its fields, in order, some twice."""
+    """Yield the papers of an object, its base classes, its rules and its fields, in order and with repetitions."""
     for place in (*reversed(type(part).__mro__), part):
         paper = getattr(place, "__dict__", {}).get("paper")
         if isinstance(paper, Paper):

@@ -1,8 +1,8 @@
-"""Schedules of the radius: they write ``group["sam_rho"]`` as ``torch.optim.lr_scheduler`` writes ``group["lr"]``.
+"""Schedules of the radius, which write ``group["sam_rho"]`` as ``torch.optim.lr_scheduler`` writes ``group["lr"]``.
 
-Each writes the radius of step 0 when it is made, and the next one at every :meth:`RhoSchedule.step`; call that after
-the optimizer's step, and after the learning rate's schedule if there is one. Groups keep their own radii: a schedule
-starts (or, warming up, ends) at what the group had.
+The constructor writes the radius of step 0, and each :meth:`RhoSchedule.step` the next one; call it after the
+optimizer's step, and after the learning rate's schedule if there is one. Groups keep their own radii: a schedule
+starts (a warm-up ends) at the radius that the group had before.
 """
 
 import math
@@ -18,10 +18,10 @@ Radius: TypeAlias = float | Tensor
 
 
 class RhoSchedule(ABC):
-    """What all schedules share: counting, writing, and checkpoints.
+    """Base class of the schedules: counts steps, writes radii, saves and loads checkpoints.
 
     Args:
-        optimizer: a :class:`~steppe.SAM`, or the base optimizer that one has wrapped.
+        optimizer: a :class:`~steppe.SAM`, or the base optimizer of one.
 
     Raises:
         TypeError: not an optimizer.
@@ -39,9 +39,9 @@ class RhoSchedule(ABC):
                 )
         self.optimizer = optimizer
         self.last_step = 0
-        """How many times :meth:`step` was called."""
+        """Number of calls of :meth:`step`."""
         self.initial_rhos: list[Radius] = []
-        """The radius that each group had before."""
+        """The radius of each group before the schedule."""
         self._write()
 
     def step(self) -> None:
@@ -50,7 +50,7 @@ class RhoSchedule(ABC):
         self._write()
 
     def get_last_rho(self) -> list[Radius]:
-        """The radius of each group, as it was last written."""
+        """Return the radius of each group that was written last."""
         return list(self._last_rho)
 
     @abstractmethod
@@ -58,13 +58,13 @@ class RhoSchedule(ABC):
         """Return the radius of a step.
 
         Args:
-            step: how many steps came before.
-            initial: the radius that the group had before the schedule.
+            step: the number of steps taken before.
+            initial: the radius of the group before the schedule.
             group: the group itself.
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return all but the optimizer: numbers, lists and tensors."""
+        """Return the checkpoint: everything except the optimizer, as numbers, lists and tensors."""
         return {key: _copied(value) for key, value in self.__dict__.items() if key != "optimizer"}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -73,7 +73,7 @@ class RhoSchedule(ABC):
         The optimizer's own checkpoint may be loaded before or after.
 
         Raises:
-            ValueError: it is another schedule's, or of an optimizer with other groups.
+            ValueError: the checkpoint is of another schedule, or of an optimizer with other groups.
         """
         if state_dict.keys() != self.state_dict().keys():
             raise ValueError(
@@ -92,7 +92,7 @@ class RhoSchedule(ABC):
 
     def _write(self) -> None:
         groups = self.optimizer.param_groups
-        # A group that was added since begins with its own radius.
+        # A group that was added later starts with its own radius.
         self.initial_rhos += [_copied(group[RHO]) for group in groups[len(self.initial_rhos) :]]
         for group, initial in zip(groups, self.initial_rhos, strict=True):
             _set(group, self.rho_at(self.last_step, initial, group))
@@ -100,45 +100,46 @@ class RhoSchedule(ABC):
 
 
 class _ToEnd(RhoSchedule):
-    """From the group's radius to ``end`` in so many steps, along a curve that goes from 0 to 1."""
+    """Base class of schedules from the group's radius to ``end``, along a curve from 0 to 1."""
 
-    def __init__(self, optimizer: Optimizer, steps: int, end: float = 0.0) -> None:
-        _check_steps(steps)
+    def __init__(self, optimizer: Optimizer, total_steps: int, end: float = 0.0) -> None:
+        _check_total_steps(total_steps)
         _check_radius("end", end)
-        self.steps = steps
+        self.total_steps = total_steps
         self.end = end
         super().__init__(optimizer)
 
     @abstractmethod
     def share_at(self, progress: float) -> float:
-        """Return how much of the way is behind, 0 to 1, after that much of the steps."""
+        """Return the share of the way from the first to the last radius, 0 to 1, after a share of the steps."""
 
     def rho_at(self, step: int, initial: Radius, group: dict[str, Any]) -> Radius:
-        """Return the radius on the way."""
-        x = self.share_at(min(step / self.steps, 1.0))
+        """Return the radius between the first and the last one."""
+        x = self.share_at(min(step / self.total_steps, 1.0))
         return (1 - x) * initial + x * self.end
 
 
 class LinearRho(_ToEnd):
-    """Go from the group's radius to another in a straight line: rho_t = rho_0 + (end - rho_0) min(t / steps, 1).
+    """Change the radius linearly from the group's own to ``end``: rho_t = rho_0 + (end - rho_0) min(t / T, 1).
 
     Args:
         optimizer: a :class:`~steppe.SAM`.
-        steps: after how many steps the radius is ``end``; there it stays.
+        total_steps: T, the number of steps after which the radius stays at ``end``.
         end: the last radius, at least 0.
 
     Raises:
-        ValueError: fewer than one step, or an ``end`` that is no radius.
+        ValueError: ``total_steps`` below 1, or an ``end`` that is negative or not finite.
 
-    >>> import torch, steppe
-    >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rho=0.5)
-    >>> schedule = LinearRho(optimizer, steps=2, end=0.25)
-    >>> for _ in range(3):
-    ...     schedule.step()
-    ...     print(optimizer.param_groups[0]["sam_rho"])
-    0.375
-    0.25
-    0.25
+    Example:
+        >>> import torch, steppe
+        >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rho=0.5)
+        >>> schedule = LinearRho(optimizer, total_steps=2, end=0.25)
+        >>> for _ in range(3):
+        ...     schedule.step()
+        ...     print(optimizer.param_groups[0]["sam_rho"])
+        0.375
+        0.25
+        0.25
     """
 
     def share_at(self, progress: float) -> float:
@@ -147,97 +148,101 @@ class LinearRho(_ToEnd):
 
 
 class CosineRho(_ToEnd):
-    """Go from the group's radius to another along half a cosine, flat at both ends.
+    """Change the radius from the group's own to ``end`` along half a cosine, flat at both ends.
 
-    rho_t = end + (rho_0 - end) (1 + cos(pi min(t / steps, 1))) / 2
+    rho_t = end + (rho_0 - end) (1 + cos(pi min(t / T, 1))) / 2
 
     Args:
         optimizer: a :class:`~steppe.SAM`.
-        steps: after how many steps the radius is ``end``; there it stays.
+        total_steps: T, the number of steps after which the radius stays at ``end``.
         end: the last radius, at least 0.
 
     Raises:
-        ValueError: fewer than one step, or an ``end`` that is no radius.
+        ValueError: ``total_steps`` below 1, or an ``end`` that is negative or not finite.
 
-    >>> import torch, steppe
-    >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rho=0.5)
-    >>> schedule = CosineRho(optimizer, steps=2)
-    >>> for _ in range(3):
-    ...     schedule.step()
-    ...     print(round(optimizer.param_groups[0]["sam_rho"], 12))
-    0.25
-    0.0
-    0.0
+    Example:
+        >>> import torch, steppe
+        >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rho=0.5)
+        >>> schedule = CosineRho(optimizer, total_steps=2)
+        >>> for _ in range(3):
+        ...     schedule.step()
+        ...     print(round(optimizer.param_groups[0]["sam_rho"], 12))
+        0.25
+        0.0
+        0.0
     """
 
     def share_at(self, progress: float) -> float:
-        """Return the height of the cosine."""
+        """Return the share by half a cosine."""
         return (1 - math.cos(math.pi * progress)) / 2
 
 
 class WarmupRho(RhoSchedule):
-    """Grow to the group's radius in a straight line: rho_t = start + (rho_0 - start) min(t / steps, 1).
+    """Increase the radius linearly to the group's own: rho_t = start + (rho_0 - start) min(t / T, 1).
 
     Args:
         optimizer: a :class:`~steppe.SAM`.
-        steps: after how many steps the group has its own radius; there it stays.
+        total_steps: T, the number of steps after which the group keeps its own radius.
         start: the first radius, at least 0.
 
     Raises:
-        ValueError: fewer than one step, or a ``start`` that is no radius.
+        ValueError: ``total_steps`` below 1, or a ``start`` that is negative or not finite.
 
-    >>> import torch, steppe
-    >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rho=0.5)
-    >>> schedule = WarmupRho(optimizer, steps=2)
-    >>> for _ in range(3):
-    ...     print(optimizer.param_groups[0]["sam_rho"])
-    ...     schedule.step()
-    0.0
-    0.25
-    0.5
+    Example:
+        >>> import torch, steppe
+        >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=0.1), rho=0.5)
+        >>> schedule = WarmupRho(optimizer, total_steps=2)
+        >>> for _ in range(3):
+        ...     print(optimizer.param_groups[0]["sam_rho"])
+        ...     schedule.step()
+        0.0
+        0.25
+        0.5
     """
 
-    def __init__(self, optimizer: Optimizer, steps: int, start: float = 0.0) -> None:
-        _check_steps(steps)
+    def __init__(self, optimizer: Optimizer, total_steps: int, start: float = 0.0) -> None:
+        _check_total_steps(total_steps)
         _check_radius("start", start)
-        self.steps = steps
+        self.total_steps = total_steps
         self.start = start
         super().__init__(optimizer)
 
     def rho_at(self, step: int, initial: Radius, group: dict[str, Any]) -> Radius:
-        """Return the point of the line."""
-        x = min(step / self.steps, 1.0)
+        """Return the radius by linear interpolation."""
+        x = min(step / self.total_steps, 1.0)
         return (1 - x) * self.start + x * initial
 
 
 class ProportionalRho(RhoSchedule):
-    """Let the radius follow the learning rate (GSAM), between rho_min and rho_max.
+    """Keep the radius proportional to the learning rate (GSAM), between rho_min and rho_max.
 
     rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min)
 
-    Each group follows its own ``lr``. Where that leaves [lr_min, lr_max], in a warm-up for example, the radius stays
-    at the end of its range; the paper's formula would leave it, and the authors' code does.
+    Each group has its own ``lr``. Where it leaves [lr_min, lr_max], in a warm-up for example, the radius stays at the
+    end of its range; by the paper's formula, and in the authors' code, it leaves the range.
 
     Args:
         optimizer: a :class:`~steppe.SAM`, whose groups have an ``lr``.
         rho_max: the radius at ``lr_max``.
         rho_min: the radius at ``lr_min``.
         lr_max: the largest learning rate of the schedule.
-        lr_min: the smallest.
+        lr_min: the smallest learning rate.
 
     Raises:
-        ValueError: a radius that is none, ``rho_min`` above ``rho_max``, learning rates that are negative, not finite
-            or not in this order, or a group without ``lr``.
+        ValueError: a radius that is negative or not finite, ``rho_min`` above ``rho_max``, learning rates that are
+            negative, not finite or not in this order, or a group without ``lr``.
 
-    >>> import torch, steppe
-    >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), rho=0.5)
-    >>> schedule = ProportionalRho(optimizer, rho_max=0.5, rho_min=0.25, lr_max=1.0)
-    >>> optimizer.param_groups[0]["lr"] = 0.5  # as a schedule of torch.optim.lr_scheduler does
-    >>> schedule.step()
-    >>> optimizer.param_groups[0]["sam_rho"]
-    0.375
+    Example:
+        >>> import torch, steppe
+        >>> optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(1))], lr=1.0), rho=0.5)
+        >>> schedule = ProportionalRho(optimizer, rho_max=0.5, rho_min=0.25, lr_max=1.0)
+        >>> optimizer.param_groups[0]["lr"] = 0.5  # as a schedule of torch.optim.lr_scheduler does
+        >>> schedule.step()
+        >>> optimizer.param_groups[0]["sam_rho"]
+        0.375
 
-    Source: Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, arXiv 2203.08065.
+    References:
+        Zhuang et al., Surrogate Gap Minimization Improves Sharpness-Aware Training, arXiv 2203.08065.
     """
 
     def __init__(
@@ -254,7 +259,7 @@ class ProportionalRho(RhoSchedule):
             )
         for index, group in enumerate(optimizer.param_groups if isinstance(optimizer, Optimizer) else ()):
             if "lr" not in group:
-                raise ValueError(f"group {index} has no 'lr', so its radius has nothing to follow")
+                raise ValueError(f"group {index} has no 'lr', to which its radius would be proportional")
         self.rho_max = rho_max
         self.rho_min = rho_min
         self.lr_max = lr_max
@@ -262,14 +267,14 @@ class ProportionalRho(RhoSchedule):
         super().__init__(optimizer)
 
     def rho_at(self, step: int, initial: Radius, group: dict[str, Any]) -> Radius:
-        """Return the radius that belongs to the group's learning rate."""
+        """Return the radius at the group's learning rate."""
         x = (group["lr"] - self.lr_min) / (self.lr_max - self.lr_min)
         x = x.clamp(0, 1) if isinstance(x, Tensor) else min(max(x, 0.0), 1.0)
         return (1 - x) * self.rho_min + x * self.rho_max
 
 
 def _set(group: dict[str, Any], rho: Radius) -> None:
-    """Write a radius; one that is a tensor stays the same tensor, for captured graphs, and is not read."""
+    """Write a radius. A tensor is written in place and not read, because CUDA graphs hold its address."""
     if isinstance(group[RHO], Tensor):
         group[RHO].copy_(rho) if isinstance(rho, Tensor) else group[RHO].fill_(rho)
     else:
@@ -282,9 +287,11 @@ def _copied(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _check_steps(steps: int) -> None:
-    if not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be a whole number, 1 or more, got {steps}: it is the length of the schedule")
+def _check_total_steps(total_steps: int) -> None:
+    if not isinstance(total_steps, int) or total_steps < 1:
+        raise ValueError(
+            f"total_steps must be a whole number, 1 or more, got {total_steps}: it is the length of the schedule"
+        )
 
 
 def _check_radius(name: str, value: float) -> None:

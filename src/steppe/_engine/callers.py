@@ -1,6 +1,6 @@
 """The caller of a step: warnings at the user's own line, and frameworks that change what a step has to do.
 
-Frameworks do not pass this information on, so that it is read from the call stack.
+No argument carries this information, so that it is read from the call stack.
 """
 
 import sys
@@ -62,7 +62,7 @@ def refuse_accumulation() -> None:
         RuntimeError: Accelerate accumulates gradients.
     """
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
-    # _shared_state: where Accelerate keeps what it would say itself; making a GradientState could change it
+    # The private _shared_state is read, because the constructor of GradientState could change it.
     if state is not None and not state._shared_state.get("sync_gradients", True):
         raise RuntimeError(
             "passes() inside accelerator.accumulate(): every pass starts with cleared gradients, so all "

@@ -1,4 +1,4 @@
-"""The arguments of :class:`steppe.SAM`: its two forms, and what they refuse."""
+"""The arguments of :class:`steppe.SAM`: its two forms, and their errors."""
 
 import inspect
 import math
@@ -50,7 +50,7 @@ def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
 
 
 def check_rho(rho: float | Tensor) -> None:
-    """Refuse a value that is no radius.
+    """Refuse a value that is not a radius.
 
     Raises:
         ValueError: rho is negative or not finite. The value of a tensor is not read, because that would synchronize.
@@ -115,7 +115,7 @@ def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
     """
     if not needs_gradient(perturbation):
         why = (
-            f"{perturbation} does not look at the gradient, so that all ranks are perturbed alike (GaussianNoise: give "
+            f"{perturbation} does not use the gradient, so that all ranks are perturbed alike (GaussianNoise: give "
             "each rank a seed)"
         )
     elif needs_gradient(cadence):

@@ -1,4 +1,4 @@
-"""Processes that train one model together: what a pass needs from their engine, and engines that are refused."""
+"""Processes that train one model: communication in a pass, and errors for engines that are not supported."""
 
 import sys
 from collections.abc import Iterable, Sequence
@@ -31,7 +31,7 @@ class Ranks:
         _refuse_engines(modules, owned)
         self._sharded: list[Any] = [m for m in modules if _is(m, "torch.distributed.fsdp", "FSDPModule")]
         self._replica = model if per_rank and isinstance(model, DistributedDataParallel) else None
-        """The module whose ranks have perturbations of their own; None where all ranks share one."""
+        """The module, if each rank has its own perturbation; None if all ranks share one."""
         if per_rank and self._replica is None:
             what = (
                 "sharded parameters: no rank has a whole gradient of its own"
@@ -51,7 +51,7 @@ class Ranks:
         """
         if self._replica is None or is_last:
             return nullcontext()
-        # A private name of torch, set until the first backward; nothing else shows that the graph is not known yet.
+        # A private name of torch, False until the first backward: nothing else shows that the graph is not known yet.
         if self._replica.static_graph and not getattr(self._replica, "_static_graph_delay_allreduce_enqueued", True):
             raise RuntimeError(
                 "per_rank=True with static_graph=True: torch learns the graph from a backward that averages the "

@@ -89,7 +89,7 @@ class Engine:
         self.load_from_base()
 
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
-        """Set up what protects the surroundings from the second pass; again after a change of model or parameters."""
+        """Set up the protection from side effects; called again after a change of model or parameters."""
         owned = list(parameters(self._base))
         self.ranks = Ranks(model, owned, per_rank=per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=replay_rng)
@@ -98,7 +98,7 @@ class Engine:
         """Load memory and step counter from a checkpoint that was loaded into the base."""
         self.memory, self.steps = take_from_base(self._base)
 
-    # Points: what the rules see.
+    # Points: the arguments of the rules.
 
     def point(self, members: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
         """Return the current point; by default, of every parameter that has a gradient."""
@@ -188,7 +188,7 @@ class Engine:
                 finite = self.gradients.record_finite(finite, further=further)
                 self.side_effects.begin_second_pass()
                 if finite.is_cpu and not finite:
-                    return  # the step will be skipped, and no rule must remember this gradient
+                    return  # the step will be skipped, and this gradient must enter no memory
             if point.parameters:
                 self.move(point, perturbation)
                 self.ranks.average_(self._unperturbed_gradients if not further else [])
@@ -203,7 +203,8 @@ class Engine:
         if ascent_steps(perturbation) > 1:
             self._ascent = ascent
         along = {id(p): d for p, d in zip(point.parameters, direction, strict=True) if d is not None}
-        follows_gradient = needs_gradient(perturbation)  # a base's momentum has its sign flipped by maximize already
+        # maximize flips the sign of gradients only: the base's momentum has it flipped already
+        follows_gradient = needs_gradient(perturbation)
         for group in self._base.param_groups:
             members = [p for p in group["params"] if id(p) in along]
             length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
@@ -246,12 +247,12 @@ class Engine:
         self.drop_cached_weights()
 
     def drop_cached_weights(self) -> None:
-        """Drop copies of the weights that others have cached; the next pass would run on stale weights."""
+        """Drop copies of the weights that torch has cached; the next pass would run on stale weights."""
         torch.clear_autocast_cache()  # low-precision casts in an open autocast region
         self.ranks.drop_gathered_weights()
 
     def abort(self) -> None:
-        """Restore the weights and forget the step."""
+        """Restore the weights and discard the step."""
         self.restore()
         self._perturbed_parameters, self._ascent, self._unperturbed_gradients = None, None, []
 
@@ -266,10 +267,10 @@ class Engine:
 
     @torch.no_grad()
     def combine(self, combination: Combination, function: Combine | None = None) -> None:
-        """Write the update gradient to ``.grad``, and forget the perturbation.
+        """Write the update gradient to ``.grad``, and discard the perturbation.
 
         Args:
-            combination: the rule, whose attributes say what it needs.
+            combination: the rule, whose attributes declare what it needs.
             function: computes the update gradient; by default the combination itself.
         """
         function = function or combination

@@ -1,4 +1,4 @@
-"""Perturbations of half-precision weights, which may round to nothing: their measurement and their remedy."""
+"""Perturbations of half-precision weights that round to nothing: measure the loss, and round stochastically."""
 
 from collections.abc import Sequence
 

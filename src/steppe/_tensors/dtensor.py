@@ -1,7 +1,7 @@
 """Sharded tensors (``DTensor``: FSDP2, tensor parallelism): the local shard, the full tensor, sums over ranks.
 
 The rest of the package treats sharded tensors as ordinary ones. A plain tensor is its own local shard and its own full
-tensor, so a program that does not shard pays nothing here, not even an import.
+tensor: without sharding nothing costs time, not even an import.
 """
 
 import sys
@@ -14,12 +14,11 @@ from torch import Tensor
 Placement: TypeAlias = tuple[Any, tuple[int, ...]]
 """A device mesh, and its dimensions along which a tensor is sharded."""
 
-
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
 
 
 def all_plain(*lists: Sequence[Tensor]) -> bool:
-    """True if no tensor is of a subclass. One set operation a list: a check per tensor would outlast a GPU's step."""
+    """True if no tensor is of a subclass. One set operation a list: a check of each tensor outlasts a GPU's step."""
     return all(_PLAIN.issuperset(map(type, tensors)) for tensors in lists)
 
 
@@ -27,7 +26,7 @@ def is_sharded(tensor: Tensor) -> bool:
     """True if the tensor is a ``DTensor``, replicated ones included."""
     if type(tensor) in _PLAIN:
         return False
-    # Read from sys.modules: an import would cost a second where nothing is sharded.
+    # Read from sys.modules: an import would take a second where nothing is sharded.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
 
@@ -59,8 +58,8 @@ def reduced(tensor: Tensor) -> Tensor:
     from torch.distributed.tensor import Replicate
 
     placements = [Replicate() if p.is_partial() else p for p in tensor.placements]  # type: ignore[attr-defined]
-    reduced: Tensor = tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[attr-defined]
-    return reduced
+    result: Tensor = tensor.redistribute(tensor.device_mesh, placements)  # type: ignore[attr-defined]
+    return result
 
 
 def full_tensor(tensor: Tensor) -> Tensor:
@@ -110,7 +109,7 @@ def foreach(operation: Callable[..., Any], *lists: Sequence[Tensor], **options: 
 
 
 def _from_local(shard: Tensor, like: Tensor) -> Tensor:
-    """Make the tensor of which each rank holds such a shard."""
+    """Return the sharded tensor of which this is the shard of this rank."""
     if not is_sharded(like):
         return shard
     from torch.distributed.tensor import DTensor
@@ -139,6 +138,6 @@ def sum_over_ranks(summand: Tensor, placement: Placement | None) -> Tensor:
 def _placement(tensor: Tensor) -> Placement | None:
     if not is_sharded(tensor):
         return None
-    # not is_shard(): it is false for FSDP2's shards of a tensor-parallel layer
-    cut = tuple(dim for dim, p in enumerate(tensor.placements) if not p.is_replicate())  # type: ignore[attr-defined]
-    return (tensor.device_mesh, cut) if cut else None  # type: ignore[attr-defined]
+    # Not is_shard(), which is False for FSDP2's shards of a tensor-parallel layer.
+    sharded = tuple(dim for dim, p in enumerate(tensor.placements) if not p.is_replicate())  # type: ignore[attr-defined]
+    return (tensor.device_mesh, sharded) if sharded else None  # type: ignore[attr-defined]

@@ -17,9 +17,9 @@ from steppe._tensors.dtensor import (
     sum_over_ranks,
 )
 
-# A float32 sum of 50 M squares on a CPU is off by 3 %; one of so few is right to 2e-7, whatever the entries.
+# Squares in one float32 sum: a CPU's sum of 50 M of them is off by 3 %, and one of 256 is right to 2e-7.
 _PIECE_SIZE = 256
-# Outside this range of norms, squares of float32 gradients overflow or underflow.
+# Outside this range of norms, squares of float32 entries overflow or underflow.
 _SAFE = (1e-15, 1e15)
 # Entries that are multiplied in the wide dtype at once: few kernels, and little memory beside the tensors.
 _CHUNK = 1 << 20
@@ -67,7 +67,7 @@ def _local_norm(tensors: Sequence[Tensor]) -> Tensor:
         norms.append(torch.stack([n.to(device) for n in torch._foreach_norm(on_accelerator, 2, dtype=wide)]))
     total = _norm_of_norms(norms, device, wide)
     if not on_accelerator and not _SAFE[0] < float(total) < _SAFE[1]:
-        # Rare. Reading the value costs no synchronization on a CPU.
+        # Rare, and reading a value on a CPU does not synchronize.
         total = _norm_of_norms([torch.linalg.vector_norm(t, dtype=wide).reshape(1) for t in on_cpu], device, wide)
     return total
 
@@ -78,7 +78,7 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     >>> all_finite([torch.ones(2), torch.tensor(float("inf"))])
     tensor(False)
     """
-    # A sum keeps NaN and inf, and costs two thirds of a norm. A finite sum settles it; another may have overflowed.
+    # A sum keeps NaN and inf, in two thirds of the time of a norm. If it is not finite, it may have overflowed.
     if all_plain(tensors) and all(t.is_cpu for t in tensors) and math.isfinite(sum(float(t.sum()) for t in tensors)):
         return torch.tensor(True)
     return norm(tensors).isfinite()
@@ -146,8 +146,8 @@ def reciprocal(length: Tensor) -> Tensor:
 def where_finite(length: Tensor, values: Sequence[Tensor], otherwise: Sequence[Tensor | float]) -> list[Tensor]:
     """Return copies of the values if ``length`` is finite, else of ``otherwise``, without reading it on the host.
 
-    For memories: an infinite value would stay infinite for ever, and on an accelerator the host does not know yet that
-    the step will be skipped.
+    For memories: an infinite value would stay there, and on an accelerator the host does not know yet that the step
+    will be skipped.
 
     >>> where_finite(torch.tensor(float("nan")), [torch.ones(2)], [0.0])
     [tensor([0., 0.])]
@@ -179,7 +179,7 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
         if ts and dtype.itemsize > 2:
             torch._foreach_addcmul_(ts, ds, [factor] * len(ts))
         elif ts:
-            # Multiply in float32: in half precision alpha itself would be rounded, and infinite beyond 65504.
+            # Multiply in float32: in float16 alpha would be rounded, and infinite beyond 65504.
             for t, d in zip(ts, ds, strict=True):
                 t.add_(d.float() * factor)
 

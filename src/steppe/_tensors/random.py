@@ -1,7 +1,7 @@
-"""Random numbers that depend only on the name of their user, a seed, a step and a position.
+"""Random numbers that depend only on a name (of the rule), a seed, a step and a position.
 
 A resumed run therefore continues with the same numbers, and workers with the same seed draw the same ones. No global
-generator is used, so that there is none to save, replay or protect.
+generator is used: it would have to be saved, replayed and protected from the second pass.
 """
 
 import hashlib
@@ -71,5 +71,5 @@ def key(name: str, seed: int, step: int, position: int) -> int:
 
 
 def generator(device: torch.device, key: int) -> torch.Generator | None:
-    """Return a new generator. Tests on fake tensors, whose device is not there, replace this function."""
+    """Return a new seeded generator. Tests on fake tensors, which have no device, replace this function."""
     return torch.Generator(device).manual_seed(key)

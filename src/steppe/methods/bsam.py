@@ -42,12 +42,12 @@ class Posterior(Optimizer):
     It reads g_e from ``.grad``, and |g| of the sampled point from :attr:`sizes`.
     """
 
-    _step_supports_amp_scaling = True  # it takes found_inf, so that a bad step is skipped without synchronization
+    _step_supports_amp_scaling = True  # it accepts found_inf, so that a step is skipped without synchronization
     found_inf: Tensor | None
 
     def __init__(self, params: Params, **defaults: Any) -> None:
         self.sizes: dict[Tensor, Tensor] = {}
-        """|g| by parameter, summed over the micro-batches of a step; without it, |g_e| is taken."""
+        """|g| by parameter, summed over the micro-batches of a step; |g_e| is used where it is missing."""
         super().__init__(params, defaults)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -104,8 +104,8 @@ class BSAM(OwnStepMethod):
 
     all elementwise. An optimizer of its own, without a base: the constructor takes parameters. Two passes a step.
     Beside the weights it keeps g_m and s (as Adam does), and within a step a copy of w and one of g. The loss that
-    :meth:`step` returns is that at w + n. The state of a parameter is ``momentum`` (g_m) and ``scale`` (s), so that a
-    sample of the posterior is ``w + torch.randn_like(w) * (n_data * scale) ** -0.5``.
+    :meth:`step` returns is the one at w + n. The state of a parameter is ``momentum`` (g_m) and ``scale`` (s): a sample
+    of the posterior is ``w + torch.randn_like(w) * (n_data * scale) ** -0.5``.
 
     The noise depends only on ``seed`` and the step's number; no global generator is used. With ``accumulate=True``
     every micro-batch has its own noise and its own perturbation, as in the authors' experiments, which split a batch
@@ -113,23 +113,23 @@ class BSAM(OwnStepMethod):
 
     Args:
         params: parameters or groups, as ``torch.optim`` takes them; a group may have its own ``lr``, ``sam_rho``,
-            ``betas``, ``weight_decay``, ``damping``, ``n_data`` and (at the start only) ``scale``.
+            ``betas``, ``weight_decay``, ``damping``, ``n_data`` and (as the initial value) ``scale``.
         lr: alpha; 0.5 in the authors' CIFAR examples. It is larger than Adam's because s starts at 1.
         n_data: N, the number of training samples; with data augmentation, the authors multiply it by 4.
-        rho: rho; 0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet. It multiplies g / s as it is, without a
-            norm, so that the loss must be a mean over samples, and unscaled: no loss scaler.
+        rho: rho; 0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet. It multiplies g / s without a norm, so that
+            the loss must be a mean over samples, without a loss scaler.
         betas: beta1 and beta2.
         weight_decay: delta, the precision of the prior divided by N; 10 / N to 25 / N is usual.
         damping: gamma, a floor for s.
-        scale: s at the start.
-        seed: makes the noise of two runs, or of two workers, differ.
+        scale: the initial s.
+        seed: the seed of the noise; two runs, or two workers, with the same one draw the same noise.
         model: the module that the passes run, as for :class:`steppe.SAM`.
         replay_rng: as for :class:`steppe.SAM`.
 
     Raises:
         ValueError: a hyperparameter out of range, no parameters.
 
-    The authors' code (JAX) steps with the scale before its update, where the paper's algorithm and this use the one
+    The authors' code (JAX) steps with the scale before its update; the paper's algorithm and this one use the scale
     after it. It starts the second pass from the running statistics that the first one left, and keeps the second's.
 
     Example:
@@ -181,7 +181,7 @@ class BSAM(OwnStepMethod):
         super().__init__(base, rho, perturbation=Natural(), model=model, replay_rng=replay_rng)
 
     def reset(self) -> None:
-        """Start with the first micro-batch."""
+        """Reset the count of micro-batches."""
         self._micro_batch = 0
 
     def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
@@ -200,7 +200,7 @@ class BSAM(OwnStepMethod):
         point = self.point()
         members, g = point.parameters, [t.detach().abs() for t in point.gradients]
         sam_pass = self.pass_perturbed_from(point)
-        del point  # with it goes the first gradient
+        del point  # else the first gradient stays in memory through the second pass
         yield sam_pass
         self.gradients.fill(members)
         self.combine()
@@ -208,7 +208,7 @@ class BSAM(OwnStepMethod):
         self.gradients.add(before)
 
     def step_base(self) -> bool:
-        """Step mean and scale, and forget |g|."""
+        """Step mean and scale, and clear |g|."""
         try:
             return self.step_base_once()
         finally:
@@ -245,7 +245,7 @@ def _check(group: dict[str, Any]) -> None:
         ("scale", group["scale"] <= 0, "the variance is 1 / (n_data scale)"),
     ):
         if wrong:
-            raise ValueError(f"{name} is {group[name]}, which cannot be: {why}")
+            raise ValueError(f"{name} is out of range, got {group[name]}: {why}")
     if not isinstance(group["lr"], Tensor) and group["lr"] < 0:
         raise ValueError(f"lr must be at least 0, got {group['lr']}: it is the length of a step")
 

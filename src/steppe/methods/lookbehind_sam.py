@@ -55,7 +55,7 @@ class LookbehindAscent:
 
 
 class Lookbehind(OwnStepMethod):
-    """Lookbehind: k ascent steps, one step of the base with the gradient of each, and a share alpha of that way.
+    """Lookbehind: k ascent steps, one step of the base with the gradient of each, then interpolation by alpha.
 
     With slow weights phi, fast weights phi_0 = phi and perturbed weights phi'_0 = phi, for i = 1, ..., k:
 
@@ -68,29 +68,29 @@ class Lookbehind(OwnStepMethod):
 
     A step costs 1 + k passes. The perturbed weights do not depend on the fast ones, so that all passes come first. A
     gradient that is not finite in any of them, or an exception, leaves base and weights as they were. It keeps a copy
-    of w, and within a step K - 1 gradients, the perturbation and (with alpha below 1) another copy of w; nothing from
+    of w, and within a step k - 1 gradients, the perturbation and (with alpha below 1) another copy of w; nothing from
     step to step.
 
     ``.grad`` after :meth:`passes` is the last of the k gradients: a change of it there (clipping, a loss scaler) does
-    not reach the others. Clip in a step hook of the base, ``base.register_step_pre_hook``, which gets each of them.
+    not change the others. Clip in a step hook of the base, ``base.register_step_pre_hook``, which gets each of them.
 
     Args:
         *args: the base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
         ascent_steps: k, the ascent steps of a step; the authors' example has 2, and their code 5 by default.
-        alpha: alpha, the share of the way to the fast weights, 0 to 1; the paper has 0.2, 0.5 and 0.8. None chooses
-            it anew for each tensor and step, (1 + cos) / 2 of the angle between phi_1 - phi and phi_k - phi.
+        alpha: alpha, the share of the way to the fast weights, 0 to 1; the paper has 0.2, 0.5 and 0.8. None computes
+            it for each tensor and step, (1 + cos) / 2 of the angle between phi_1 - phi and phi_k - phi.
         perturbation: the perturbation to repeat; :class:`~steppe.L2` is Lookbehind-SAM, :class:`~steppe.Adaptive`
             Lookbehind-ASAM.
         **kwargs: ``model``, ``cadence``, ``replay_rng`` as for :class:`steppe.SAM`. A step without a perturbation is
             one plain step of the base.
 
     Raises:
-        ValueError: ascent_steps or alpha out of range; a perturbation that does not look at the gradient, or makes
+        ValueError: ascent_steps or alpha out of range; a perturbation that does not use the gradient, or makes
             several ascent steps.
 
-    The authors' code makes 2 k passes: it takes the gradient at phi'_i twice, once to descend and once for the next
-    ascent step, on the same batch. Here it is taken once; with dropout, the authors' two differ. Their ASAM reads the
-    size of the weights at phi'_{i-1}, this one at phi.
+    The authors' code makes 2 k passes: it takes the gradient at phi'_i twice, once for the update and once for the next
+    ascent step, on the same batch. Here it is computed once; with dropout, the authors' two differ. Their ASAM uses
+    the size of the weights at phi'_{i-1}, this one at phi.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -113,7 +113,7 @@ class Lookbehind(OwnStepMethod):
     alpha: float | None
     paper: ClassVar[Paper] = LOOKBEHIND_PAPER
     hyperparameters: ClassVar[tuple[str, ...]] = ("alpha",)
-    why_no_scaler: ClassVar[str] = "it unscales the last of the k gradients of a step, and not the others"
+    why_no_scaler: ClassVar[str] = "it unscales only the last of the k gradients of a step"
     why_no_accumulation: ClassVar[str] = (
         "only the last of a step's gradients is in .grad, so that there is nothing to add the others to"
     )
@@ -142,7 +142,7 @@ class Lookbehind(OwnStepMethod):
         super().__init__(*args, perturbation=LookbehindAscent(perturbation, ascent_steps), **kwargs)
 
     def reset(self) -> None:
-        """Forget the gradients of the step."""
+        """Discard the gradients of the step."""
         self._earlier: list[dict[Tensor, Tensor]] = []
         """The gradients of all ascent steps but the last, by parameter."""
 
@@ -158,7 +158,7 @@ class Lookbehind(OwnStepMethod):
 
     @torch.no_grad()
     def step_base(self) -> bool:
-        """Step the base with each of the k gradients, and go alpha of that way."""
+        """Step the base with each of the k gradients, then interpolate between the old and the new weights by alpha."""
         gradients, earlier = self.gradients, self._earlier
         self._earlier = []
         if not earlier and self.alpha == 1:
@@ -166,7 +166,7 @@ class Lookbehind(OwnStepMethod):
         last = {p: p.grad for p in gradients.parameters() if p.grad is not None}
         finite = norm(gradients.of(last)).isfinite()
         if finite.is_cpu and not finite:
-            return self.step_base_once()  # which warns and counts
+            return self.step_base_once()  # warns, and counts the skipped step
         slow = {p: p.detach().clone() for p in self.trained_parameters()} if self.alpha != 1 else {}
         first: dict[Tensor, Tensor] = {}
         skipped = gradients.skipped

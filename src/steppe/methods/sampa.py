@@ -30,7 +30,7 @@ SAMPA_PAPER = Paper(
 _Batch = TypeVar("_Batch")
 _ALONG_G = L2()
 _PERTURBED_RANK, _AUXILIARY_RANK = 0, 1  # of the two processes: one runs the pass at x~, the other the pass at y
-_G_Y, _G_X = "gradient_at_y", "gradient_at_climb"  # keys in checkpoints
+_G_Y, _G_X = "gradient_at_y", "perturbed_gradient"  # keys in checkpoints
 
 
 class SAMPa(OwnStepMethod):
@@ -42,14 +42,14 @@ class SAMPa(OwnStepMethod):
 
     g(x~_t) is taken on the batch of g(y_t), and g(y_{t+1}) on the next one. Before the first step g(y_0) = 0 and
     x~_0 = y_1 = x_0 on the first batch, so that the first step is a plain one. With momentum in SGD, y_{t+1} is where
-    the base would step to: x_t - eta (g(y_t) + wd x_t + mu m_t), without regard to dampening and Nesterov. For other
-    bases it is x_t - eta g(y_t). rho = 0 with lambda = 0 and one batch for ever is the base.
+    the base would step to: x_t - eta (g(y_t) + wd x_t + mu m_t), ignoring dampening and Nesterov momentum. For other
+    bases it is x_t - eta g(y_t). With rho = 0, lambda = 0 and a single batch it is the base.
 
     **One process.** A step takes one batch B. It evaluates g(y_{t+1}) on B, lets the base step to x_{t+1}, and
-    evaluates g(x~_{t+1}) on B at once, for the next step. Two passes a step; the loss is that at y. The base steps
-    *between* them, so that after :meth:`passes` only the book-keeping of :meth:`step` is left, and ``.grad`` is
-    cleared: clip in a step hook of the base, ``base.register_step_pre_hook``, and use no loss scaler. It keeps g(y),
-    the pending g(x~) and a copy of w.
+    evaluates g(x~_{t+1}) on B, too, for the next step. Two passes a step; the loss is the one at y. The base steps
+    *between* them, so that :meth:`step` only counts the step, and ``.grad`` is cleared: clip in a step
+    hook of the base, ``base.register_step_pre_hook``, and use no loss scaler. It keeps g(y), the pending g(x~) and a
+    copy of w.
 
     **Two processes**, ``group`` of two ranks with the same weights: rank 0 evaluates g(x~_t) while rank 1 evaluates
     g(y_{t+1}); they exchange gradients, and both take the same step. One pass a step and process. Rank 0 reads the
@@ -62,16 +62,16 @@ class SAMPa(OwnStepMethod):
         *args: the base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
         lmbda: lambda, the share of g(y_{t+1}), 0 to 1; the paper's SAMPa-0.2 has 0.2, and 0 is SAMPa.
         group: two processes, for example ``torch.distributed.group.WORLD``; None is one process.
-        perturbation: how to perturb along g(y_t).
+        perturbation: the rule that perturbs along g(y_t).
         **kwargs: ``model`` and ``replay_rng`` as for :class:`steppe.SAM`.
 
     Raises:
-        ValueError: lambda out of range, a group of more or less than two, a perturbation that does not look at the
+        ValueError: lambda out of range, a group of more or less than two, a perturbation that does not use the
             gradient or makes several ascent steps, a base without a learning rate.
 
     A gradient that is not finite skips the step that it would update: for g(x~) in one process, the next one. g(y) is
-    then forgotten, so that the next step has no perturbation. An exception in the pass at x~ leaves x_{t+1}, and the
-    method starts afresh there. With two processes, the other one waits for its partner until the group's timeout.
+    then discarded, so that the next step has no perturbation. After an exception in the pass at x~, the weights are at
+    x_{t+1}, and the next step is a first one. With two processes, the other one waits until the group's timeout.
 
     The authors' code sends (1 - lambda) g(x~) + lambda g(y) and takes g(y) back out of it by a subtraction and a
     division by lambda: rounded, and with lambda = 0 it never perturbs. It leaves each rank its own BatchNorm
@@ -119,8 +119,8 @@ class SAMPa(OwnStepMethod):
             )
         if group is not None and dist.get_world_size(group) != 2:
             raise ValueError(
-                f"the group has {dist.get_world_size(group)} processes, and SAMPa has two gradients to share out: make "
-                "groups of two with torch.distributed.new_group, or leave group out for one process"
+                f"the group has {dist.get_world_size(group)} processes, and SAMPa computes two gradients, one in "
+                "each: make groups of two with torch.distributed.new_group, or leave group out for one process"
             )
         if not {"combination", "cadence"}.isdisjoint(kwargs):
             raise TypeError(
@@ -137,13 +137,13 @@ class SAMPa(OwnStepMethod):
                 )
 
     def reset(self) -> None:
-        """Forget the base's last step. Processes are not copied: a copy has no group."""
+        """Reset the state of a step. A process group cannot be copied: a copy has none."""
         self.group = getattr(self, "group", None)
         self._stepped = False
-        """What :meth:`step_base` returns in one process, where the base has stepped between the passes."""
+        """Result of the base's step between the passes, in one process; :meth:`step_base` returns it."""
 
     def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
-        """Yield the passes of a step: in one process at y and at x~, in two the one of this rank."""
+        """Yield the passes of a step: in one process those at y and at x~, in two processes that of this rank."""
         self._stepped = False
         yield from self._passes_of_one_process() if self.group is None else self._pass_of_this_rank()
 
@@ -190,7 +190,7 @@ class SAMPa(OwnStepMethod):
     # Two processes.
 
     def _pass_of_this_rank(self) -> Iterator[Pass]:
-        """Yield a pass at x~_t on the batch before on one rank, and at y_{t+1} on this batch on the other."""
+        """Yield the pass of this rank: at x~_t on the batch before, or at y_{t+1} on this batch."""
         perturbed = dist.get_rank(self.group) == _PERTURBED_RANK
         move = self._move_to_perturbed if perturbed else self._move_to_y
         yield self.pass_moved_by(move, is_last=True, is_perturbed=perturbed)
@@ -224,7 +224,7 @@ class SAMPa(OwnStepMethod):
             sent.append(flat[t.device, t.dtype][start : start + t.numel()].view(t.shape))
         return sent
 
-    # Both.
+    # One process and two.
 
     def empty_memory(self) -> Memory:
         """Return zeros for the gradients that are kept."""
@@ -264,7 +264,7 @@ class SAMPa(OwnStepMethod):
 
 
 def _or_zeros(gradients: list[Tensor]) -> list[Tensor]:
-    """Return the gradients, or zeros if they are not finite: a NaN must not be remembered."""
+    """Return the gradients, or zeros if they are not finite: a NaN in the memory would skip every later step."""
     finite = norm(gradients).isfinite()
     if finite.is_cpu:
         return gradients if finite else [torch.zeros_like(g) for g in gradients]
@@ -272,7 +272,7 @@ def _or_zeros(gradients: list[Tensor]) -> list[Tensor]:
 
 
 class Delayed(Generic[_Batch]):
-    """Batches one step later, the first of all twice: what rank 0 of :class:`SAMPa` reads.
+    """Batches one step later, the first one twice: the loader of rank 0 of :class:`SAMPa`.
 
     Every iteration continues with the last batch of the one before, as one epoch follows another.
 
@@ -297,9 +297,7 @@ class Delayed(Generic[_Batch]):
 
     def __len__(self) -> int:
         if not isinstance(self._batches, Sized):
-            raise TypeError(
-                f"the batches ({type(self._batches).__name__}) have no length, so that a Delayed of them has none"
-            )
+            raise TypeError(f"the batches ({type(self._batches).__name__}) have no length, so that Delayed has none")
         return len(self._batches)
 
 

@@ -78,7 +78,7 @@ class WeightedSharpness:
 
 @dataclass(frozen=True)
 class UnperturbedIfFinite(WeightedSharpness):
-    """Give the base g alone, with a NaN in it if g_s is not finite (WSAM, decoupled)."""
+    """Return g as the update gradient (WSAM, decoupled), with a NaN in it if g_s is not finite, to skip the step."""
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:
@@ -113,7 +113,7 @@ class DecoupledWSAM(OwnStepMethod):
 
     The authors' code clips g and g_s, each to norm 1, unless configured otherwise; here nothing is clipped, as in the
     paper. Theirs adds 1e-12 to |g|, and with several workers perturbs along each worker's own gradient. Its option
-    ``adaptive`` perturbs along w^2 g; ``perturbation=steppe.Adaptive()`` is ASAM's perturbation.
+    ``adaptive`` perturbs along w^2 g; for ASAM's perturbation, use ``perturbation=steppe.Adaptive()`` here.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -146,7 +146,7 @@ class DecoupledWSAM(OwnStepMethod):
                 )
 
     def reset(self) -> None:
-        """Forget the sharpness term."""
+        """Discard the sharpness term."""
         self._latest: dict[Tensor, Tensor] = {}
         """g_s - g of the last perturbation, by parameter; empty after a step without one."""
         self._sharpness: dict[Tensor, Tensor] = {}
@@ -161,11 +161,11 @@ class DecoupledWSAM(OwnStepMethod):
         self._keep_sharpness(before)
 
     def after_classic_passes(self) -> None:
-        """Keep the sharpness term."""
+        """Save the sharpness term."""
         self._keep_sharpness({})
 
     def update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        """Return g, and keep g_s - g."""
+        """Return g, and save g_s - g."""
         self._latest = {}
         if perturbed:
             differences = foreach(torch._foreach_sub, list(perturbed), list(point.gradients))
@@ -200,7 +200,7 @@ class DecoupledWSAM(OwnStepMethod):
         for group in self.param_groups:
             members = [p for p in dict.fromkeys(group["params"]) if p in sharpness]
             terms = [sharpness[p] for p in members]
-            if not finite.is_cpu:  # the host cannot know if the base has stepped
+            if not finite.is_cpu:  # on an accelerator the host does not know if the base has stepped
                 terms = [s.masked_fill(finite.logical_not().to(s.device), 0.0) for s in terms]
             sign = 1 if group.get("maximize", False) else -1
             add_scaled_([as_real(p) for p in members], sign * group["lr"] * weight * factor, terms)
