@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 import tyro
 from rich.console import Console
@@ -92,7 +92,6 @@ class Compare:
     where: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Train, summarize, draw."""
         compare(self.recipe, command, console, self.where)
 
 
@@ -123,7 +122,6 @@ class Tune:
                 grid(space.dimensions)
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Search, say what was found, draw."""
         tune(self.recipe, self.options, command, console, self.where)
 
 
@@ -141,7 +139,6 @@ class Measure:
             raise ValueError("steppe measure: name one of two, a run folder or a --model with its --data")
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Measure what is not measured yet; summarize and draw again."""
         if self.folder is None:
             measure_user_model(self.model, self.options, console)
         else:
@@ -157,7 +154,6 @@ class Plot:
     """The run folder, for example runs/demo."""
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """Summarize and draw again."""
         (report_tuning if is_tuning(self.folder) else plot)(self.folder, console)
 
 
@@ -171,7 +167,6 @@ class Methods:
     """Print the BibTeX of what they use."""
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        """List them, or show a card."""
         methods(self.patterns, console, bibtex=self.bibtex)
 
 
@@ -206,26 +201,31 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
 
     Raises SystemExit: with 0 after --help, and with 2 after saying what was meant when it does not understand.
     """
-    words = _said_open(words)
-    methods = "\n".join(_line(name, method) for name, method in METHODS.items())
-    # tyro shows a description in the list of verbs too, where one line is enough
-    about = f"{_COMPARE}\n{_DETAILS}{methods}" if words[:1] == ["compare"] else _COMPARE
-    about_tune = f"{_TUNE}\n{_TUNE_DETAILS}" if words[:1] == ["tune"] else _TUNE
-    about_measure = f"{_MEASURE}\n{_MEASURE_DETAILS}" if words[:1] == ["measure"] else _MEASURE
-    about_finetune = f"{_FINETUNE}\n{_FINETUNE_DETAILS}" if words[:1] == ["finetune"] else _FINETUNE
-    return tyro.cli(
-        Annotated[Compare, tyro.conf.subcommand("compare", description=about)]
-        | Annotated[Tune, tyro.conf.subcommand("tune", description=about_tune)]
-        | Annotated[Measure, tyro.conf.subcommand("measure", description=about_measure)]
-        | Annotated[Plot, tyro.conf.subcommand("plot", description=_PLOT)]
-        | Annotated[Methods, tyro.conf.subcommand("methods", description=_METHODS)]
-        | Annotated[Finetune, tyro.conf.subcommand("finetune", description=about_finetune)],
+    methods = "\n".join(f"  {name}: {_about(method)}" for name, method in METHODS.items())
+    verbs: dict[str, tuple[type, str, str]] = {
+        "compare": (Compare, _COMPARE, f"\n{_DETAILS}{methods}"),
+        "tune": (Tune, _TUNE, f"\n{_TUNE_DETAILS}"),
+        "measure": (Measure, _MEASURE, f"\n{_MEASURE_DETAILS}"),
+        "plot": (Plot, _PLOT, ""),
+        "methods": (Methods, _METHODS, ""),
+        "finetune": (Finetune, _FINETUNE, f"\n{_FINETUNE_DETAILS}"),
+    }
+    commands: Any = Union[  # noqa: UP007  # made at run time
+        tuple(
+            # tyro shows a description in the list of verbs too, where one line is enough
+            Annotated[verb, tyro.conf.subcommand(name, description=line + (details if words[:1] == [name] else ""))]
+            for name, (verb, line, details) in verbs.items()
+        )
+    ]
+    command: Compare | Finetune | Tune | Measure | Plot | Methods = tyro.cli(
+        commands,
         prog="steppe",
         description="Sharpness-aware minimization: the experiments. Begin with `steppe compare`.",
-        args=words,
+        args=_said_open(words),
         registry=_REGISTRY,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
+    return command
 
 
 def _said_open(words: Sequence[str]) -> list[str]:
@@ -241,6 +241,5 @@ def _said_open(words: Sequence[str]) -> list[str]:
     return said
 
 
-def _line(name: str, method: Method) -> str:
-    arguments = f" ({', '.join(method.arguments)})" if method.arguments else ""
-    return f"  {name}: {method.summary}{arguments}"
+def _about(method: Method) -> str:
+    return method.summary + (f" ({', '.join(method.arguments)})" if method.arguments else "")

@@ -30,18 +30,10 @@ def compare(
 ) -> Summary | DoubleDescent | None:
     """Train the runs that are not finished, then write and show the summary and the figures.
 
-    Args:
-        recipe: the comparison.
-        command: the words of the command line, for the record.
-        console: where to show progress and summary.
-        execution: where the runs are trained, and how many at a time.
+    `command` is the words of the command line, for the record. Returns None in all processes but the first.
 
-    Returns:
-        The summary; None in all processes but the first.
-
-    Raises:
-        Stopped: on a signal.
-        ExperimentError: with one clear line; the failure of a run is raised after the others are trained.
+    Raises Stopped on a signal, ExperimentError with one clear line; the failure of a run is raised after the others
+    are trained.
     """
     recipe = resolve_pretraining(recipe, console)
     runs = max(len(list(member.runs())) for member in [recipe, *recipe.members()])
