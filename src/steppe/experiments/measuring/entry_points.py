@@ -2,7 +2,8 @@
 
 import pkgutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +25,7 @@ def check_name(option: str, name: str) -> None:
 
 
 def load_entry_point(option: str, name: str) -> Any:
-    """Import it, from the current folder first, as `python -m` does.
-
-    Raises:
-        ExperimentError: if there is no such module or name, or if importing it fails.
-    """
+    """Import it, from the current folder first, as `python -m` does; ExperimentError when that fails."""
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # permanently: a factory may import when it is called
@@ -51,11 +48,19 @@ def load_entry_point(option: str, name: str) -> Any:
 
 
 def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:
-    """Call it without arguments; ExperimentError when that fails."""
-    try:
+    with one_line_errors(f"--{option} {name}: calling it raised"):
         return factory()
+
+
+@contextmanager
+def one_line_errors(about: str) -> Iterator[None]:
+    """Turn any error of the user's code into an ExperimentError that begins with `about`."""
+    try:
+        yield
+    except ExperimentError:
+        raise
     except Exception as error:
-        raise ExperimentError(f"--{option} {name}: calling it raised {one_line(error)}") from error
+        raise ExperimentError(f"{about} {one_line(error)}") from error
 
 
 def one_line(error: BaseException) -> str:

@@ -1,12 +1,11 @@
 """Jobs of `steppe measure`: each measures one network and writes a file, several at a time."""
 
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from rich.console import Console
@@ -26,28 +25,23 @@ Progress = Callable[[str, int], None]
 _INTERVAL = 0.5  # seconds between two progress messages of a job
 
 
-class FlatnessJob(ABC):
+class FlatnessJob(Protocol):
     """A network to measure. It must be picklable, and makes network and data in the process that measures."""
 
     @property
-    @abstractmethod
     def name(self) -> str:
         """The name in messages."""
 
     @property
-    @abstractmethod
     def path(self) -> Path:
         """The JSON file for the measures."""
 
-    @abstractmethod
     def is_measured(self) -> bool:
         """True if the file holds measures of this network, with these options."""
 
-    @abstractmethod
     def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
         """Return the loss, the loss of normalized logits if it has them, and the budget."""
 
-    @abstractmethod
     def to_json(self, found: Flatness) -> dict[str, Any]:
         """Return the content of the file."""
 
@@ -70,10 +64,7 @@ def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], proces
     """Call the function with each job, several at a time in worker processes with one CPU thread each.
 
     A single one at a time runs in this process, with all of its threads. After an error, no further job is started;
-    the error is raised when those in progress have ended.
-
-    Returns:
-        The results, in the order of the jobs.
+    the error is raised when those in progress have ended. The results are in the order of the jobs.
     """
     results: dict[str, T] = {}
     with JobProgress(console, len(jobs)) as display:

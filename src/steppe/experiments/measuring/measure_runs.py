@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, with_backbone
-from steppe.experiments.measuring.jobs import FlatnessJob, Progress, measure_missing, run_jobs
+from steppe.experiments.measuring.jobs import Progress, measure_missing, run_jobs
 from steppe.experiments.measuring.options import MeasuringOptions, Sampling
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_json
@@ -33,7 +34,7 @@ _LINE_POINTS = 13
 
 
 @dataclass(frozen=True)
-class RunJob(FlatnessJob):
+class RunJob:
     """A run to measure."""
 
     folder: Path
@@ -69,7 +70,6 @@ class RunJob(FlatnessJob):
         return content
 
     def restore(self) -> Training:
-        """Load the run from its checkpoint."""
         recipe = self.run.recipe
         with _data_and_device(recipe, self.folder, Console(quiet=True)) as (dataset, device):
             # the layout that every network can be measured in; it changes no weight
@@ -105,8 +105,7 @@ class LineJob:
 def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> None:
     """Measure every run of a folder that is not measured yet, and the lines between the runs.
 
-    Raises:
-        ExperimentError: if there is nothing to measure, or a measure cannot be computed.
+    ExperimentError if there is nothing to measure, or a measure cannot be computed.
     """
     folder = RunFolder(path)
     recipe, processes = folder.read()
@@ -128,18 +127,8 @@ def objectives(
     network: nn.Module, sample: Split, sampling: Sampling, progress: Progress
 ) -> tuple[Objective, Objective]:
     """Return a network's mean cross-entropy on a sample, and that of its normalized logits."""
-    plain, normalized = (
-        Objective(
-            network,
-            (normalize(sample.images), sample.labels),
-            loss=loss,
-            batch_norm=sampling.batch_norm,
-            batch_size=sampling.batch_size,
-            progress=progress,
-        )
-        for loss in (F.cross_entropy, normalized_logits(F.cross_entropy))
-    )
-    return plain, normalized
+    objective = partial(sampling.objective, network, (normalize(sample.images), sample.labels), progress=progress)
+    return objective(loss=F.cross_entropy), objective(loss=normalized_logits(F.cross_entropy))
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:

@@ -6,9 +6,10 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
 
 import torch
+from torch import nn
 
 from steppe.experiments.execution import cpus
-from steppe.flatness import Budget
+from steppe.flatness import Budget, Objective
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class Sampling:
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: the number of images must be at least one")
+
+    def objective(self, network: nn.Module, data: Any, **arguments: Any) -> Objective:
+        return Objective(network, data, batch_norm=self.batch_norm, batch_size=self.batch_size, **arguments)
 
 
 @dataclass(frozen=True)
@@ -54,5 +58,4 @@ class MeasuringOptions:
 
     @property
     def jobs_at_once(self) -> int:
-        """The number of networks to measure at a time on this machine."""
         return self.processes or (1 if torch.cuda.is_available() else cpus.available())

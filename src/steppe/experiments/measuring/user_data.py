@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.utils.data import IterableDataset, default_collate
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.measuring.entry_points import one_line
+from steppe.experiments.measuring.entry_points import one_line, one_line_errors
 from steppe.experiments.measuring.weights import content_of
 from steppe.flatness._batches import list_tensors, num_samples
 
@@ -19,19 +19,9 @@ _FORMS = "a tuple of tensors (inputs, targets), a Dataset of such pairs, or batc
 def prepare_data(given: Any, name: str, samples: int, batch_size: int, seed: int, *, pairs: bool) -> Any:
     """Convert the user's data to the form that :class:`steppe.flatness.Objective` takes.
 
-    From tensors and datasets, samples are drawn; from a dataset only once, so that augmentation does not change them
-    from pass to pass. Batches are used as they are.
-
-    Args:
-        given: The user's data.
-        name: Their name in errors.
-        samples: The number of samples to draw; all if there are fewer.
-        batch_size: Samples per batch of a dataset.
-        seed: Seed of the draw.
-        pairs: True if an item must be (inputs, targets).
-
-    Raises:
-        ExperimentError: if the data have none of these forms.
+    From tensors and datasets, `samples` samples are drawn, or all if there are fewer; from a dataset only once, so that
+    augmentation does not change them from pass to pass. Batches are used as they are. `name` is that of the data in
+    errors; with `pairs`, an item must be (inputs, targets).
     """
     if isinstance(given, tuple) and len(given) > 1 and all(isinstance(t, Tensor) and t.dim() for t in given):
         if len({len(t) for t in given}) > 1:
@@ -80,10 +70,8 @@ def _drawn(n: int, samples: int, seed: int) -> Tensor:
 
 
 def _collated(dataset: Any, name: str, drawn: Tensor, batch_size: int, *, pairs: bool) -> list[Any]:
-    try:
+    with one_line_errors(f"--data {name}: an item of it cannot be read:"):
         items = [dataset[i] for i in drawn.tolist()]
-    except Exception as error:
-        raise ExperimentError(f"--data {name}: an item of it cannot be read: {one_line(error)}") from error
     other = next((item for item in items if not isinstance(item, tuple | list) or len(item) < 2), None)
     if pairs and other is not None:
         raise ExperimentError(

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,9 @@ from torch import Tensor, nn
 from steppe.experiments.analysis.flatness import read_flatness_file
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures.flatness import draw
-from steppe.experiments.measuring.entry_points import call_factory, check_name, load_entry_point, one_line
+from steppe.experiments.measuring.entry_points import call_factory, check_name, load_entry_point, one_line_errors
 from steppe.experiments.measuring.flatness_table import TITLE, FlatnessTable
-from steppe.experiments.measuring.jobs import FlatnessJob, Progress, measure_missing
+from steppe.experiments.measuring.jobs import Progress, measure_missing
 from steppe.experiments.measuring.options import MeasuringOptions
 from steppe.experiments.measuring.user_data import digest_of_data, first_length, prepare_data
 from steppe.experiments.measuring.weights import digest, digest_of_model, load_weights
@@ -74,26 +75,25 @@ class UserModel:
 
     @property
     def setting(self) -> str:
-        """The data and the loss, in words."""
         return f"{self.data}, {self.evaluate or self.loss}"
 
     def entry_points(self) -> dict[str, str | None]:
-        """Return the options that name objects in the user's code."""
         return {option: getattr(self, option) for option in _ENTRY_POINTS}
 
     def network(self, seed: int) -> nn.Module:
         """Return the network, made by its factory with torch seeded."""
         found = load_entry_point("model", self.model)
-        if not isinstance(found, nn.Module):
-            if not callable(found):
-                raise ExperimentError(
-                    f"--model {self.model} is {type(found).__name__}, neither a network nor a function that makes one"
-                )
-            with _seeded(seed):
-                found = call_factory("model", self.model, found)
-        if not isinstance(found, nn.Module):
-            raise ExperimentError(f"--model {self.model} gives {type(found).__name__}, and a torch.nn.Module is needed")
-        return found
+        if isinstance(found, nn.Module):
+            return found
+        if not callable(found):
+            raise ExperimentError(
+                f"--model {self.model} is {type(found).__name__}, neither a network nor a function that makes one"
+            )
+        with _seeded(seed):
+            made = call_factory("model", self.model, found)
+        if not isinstance(made, nn.Module):
+            raise ExperimentError(f"--model {self.model} gives {type(made).__name__}, and a torch.nn.Module is needed")
+        return made
 
     def samples(self, options: MeasuringOptions) -> tuple[Any, str]:
         """Return the data to measure on, and their digest."""
@@ -102,13 +102,10 @@ class UserModel:
         with _seeded(seed):
             given = call_factory("data", self.data, found) if callable(found) else found
             data = prepare_data(given, self.data, sampling.samples, sampling.batch_size, seed, pairs=pairs)
-            try:
+            with one_line_errors(f"--data {self.data}: iterating over it raised"):
                 return data, digest_of_data(data)
-            except Exception as error:
-                raise ExperimentError(f"--data {self.data}: iterating over it raised {one_line(error)}") from error
 
     def function(self, option: str) -> Callable[..., Tensor]:
-        """Return the function that is named by an option."""
         name = getattr(self, option)
         found = load_entry_point(option, name)
         if isinstance(found, type) and issubclass(found, nn.Module):  # torch.nn:MSELoss
@@ -119,10 +116,10 @@ class UserModel:
 
 
 @dataclass(frozen=True)
-class UserModelJob(FlatnessJob):
+class UserModelJob:
     """A file of weights to measure, or the network with its own weights."""
 
-    label: str
+    name: str
     weights: Path | None
     weights_sha256: str
     data_sha256: str
@@ -130,12 +127,8 @@ class UserModelJob(FlatnessJob):
     options: MeasuringOptions
 
     @property
-    def name(self) -> str:
-        return self.label
-
-    @property
     def path(self) -> Path:
-        return self.model.out / f"{self.label}.json"
+        return self.model.out / f"{self.name}.json"
 
     def is_measured(self) -> bool:
         """True if the file holds measures of these weights and data, with these options."""
@@ -160,27 +153,17 @@ class UserModelJob(FlatnessJob):
         model, sampling, budget = self.model, self.options.sampling, self.options.budget
         network, data = self._load()
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-
-        def objective(**loss: Any) -> Objective:
-            settings: dict[str, Any] = {"batch_norm": sampling.batch_norm, "batch_size": sampling.batch_size}
-            return Objective(network, data, **loss, **settings, seed=budget.seed, progress=progress)
-
+        objective = partial(sampling.objective, network, data, seed=budget.seed, progress=progress)
         normalized = None
-        try:
+        with one_line_errors(f"{self.name}: the loss of {model.model} on {model.data}:"):
             if model.evaluate is not None:
                 plain = objective(evaluate=model.function("evaluate"))
                 plain.loss()
             else:
                 loss = model.function("loss")
                 plain = objective(loss=loss)
-                if _is_classifier(lambda loss: objective(loss=loss), loss):
+                if _is_classifier(objective, loss):
                     normalized = objective(loss=normalized_logits(loss))
-        except ExperimentError:
-            raise
-        except Exception as error:  # anything that the user's code raises
-            raise ExperimentError(
-                f"{self.name}: the loss of {model.model} on {model.data}: {one_line(error)}"
-            ) from error
         return plain, normalized, replace(budget, m=min(budget.m, first_length(data, sampling.batch_size)))
 
     def _load(self) -> tuple[nn.Module, Any]:
@@ -202,8 +185,7 @@ class UserModelJob(FlatnessJob):
 def measure_user_model(model: UserModel, options: MeasuringOptions, console: Console) -> None:
     """Measure each file of weights that is not measured yet; write and print the summary, and draw the figures.
 
-    Raises:
-        ExperimentError: if an option, a file or the user's code does not fit; finished measurements are kept.
+    After an ExperimentError, finished measurements are kept.
     """
     summary = model.out / "summary.md"
     with RunFolder(model.out).locked():
@@ -263,7 +245,7 @@ def _seeded(seed: int) -> Iterator[None]:
         yield
 
 
-def _is_classifier(objective: Callable[[Callable[..., Tensor]], Objective], loss: Callable[..., Tensor]) -> bool:
+def _is_classifier(objective: Callable[..., Objective], loss: Callable[..., Tensor]) -> bool:
     """True if the loss takes logits of shape (samples, classes), whose scale can be normalized.
 
     With two classes, only the difference of the logits matters, and normalized, only its sign would be left.
@@ -275,7 +257,7 @@ def _is_classifier(objective: Callable[[Callable[..., Tensor]], Objective], loss
         del arguments[1:]
         return loss(outputs, targets)
 
-    objective(record).loss()
+    objective(loss=record).loss()
     outputs, targets = arguments[0]
     if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim() == 2):
         return False

@@ -1,6 +1,7 @@
 """Files of weights from training scripts: a state dict, alone or among other entries."""
 
 import hashlib
+import re
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -10,31 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.measuring.entry_points import one_line
+from steppe.experiments.measuring.entry_points import one_line, one_line_errors
 
 _KEYS = ("state_dict", "model_state_dict", "model")
-_PREFIXES = ("module.", "_orig_mod.")  # of DistributedDataParallel and torch.compile
+_PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 _FEW = 3  # names in an error
 
 
 def load_weights(network: nn.Module, path: Path) -> None:
-    """Load a file into a network, which must match it completely.
-
-    Raises:
-        ExperimentError: if the file is damaged, or holds no state dict or one of another network.
-    """
+    """Load a file into a network; ExperimentError when it is damaged or does not match completely."""
     state = _state_dict(_read(path), path)
     expected = network.state_dict()
     if state.keys() != expected.keys():
-        state = {_stripped(name): tensor for name, tensor in state.items()}
+        state = {_PREFIXES.sub("", name): tensor for name, tensor in state.items()}
     shapes = {k: (t.shape, expected[k].shape) for k, t in state.items() if k in expected and isinstance(t, Tensor)}
     wrong = [f"{k} is {tuple(theirs)} and {tuple(ours)} here" for k, (theirs, ours) in shapes.items() if theirs != ours]
     if wrong:
         raise ExperimentError(f"{path} has other shapes than {type(network).__name__}: {_some(wrong, '; ')}")
-    try:
+    with one_line_errors(f"{path} cannot be loaded into {type(network).__name__}:"):
         missing, unexpected = network.load_state_dict(state, strict=False)
-    except Exception as error:
-        raise ExperimentError(f"{path} cannot be loaded into {type(network).__name__}: {one_line(error)}") from error
     # of tied tensors, a file may hold one only
     loaded = {expected[k].data_ptr() for k in state.keys() & expected.keys() if isinstance(expected[k], Tensor)}
     missing = [k for k in missing if expected[k].data_ptr() not in loaded]
@@ -67,14 +62,19 @@ def digest_of_model(network: nn.Module) -> str:
 
 
 def content_of(tensor: Tensor) -> memoryview:
-    """Return the bytes of a tensor."""
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _read(path: Path) -> Any:
     try:
         if path.suffix == ".safetensors":
-            return _safetensors(path)
+            try:
+                from safetensors.torch import load_file  # it comes with transformers
+            except ModuleNotFoundError as error:
+                raise ExperimentError(
+                    f"{path} is read by the package safetensors, which is not installed: pip install safetensors"
+                ) from error
+            return load_file(path)
         if zipfile.is_zipfile(path):  # torch does not compare the checksums that it writes
             with zipfile.ZipFile(path) as archive:
                 damaged = archive.testzip()
@@ -92,16 +92,6 @@ def _read(path: Path) -> Any:
         raise ExperimentError(f"{path} is damaged, or no file of weights ({one_line(error)})") from error
 
 
-def _safetensors(path: Path) -> dict[str, Tensor]:
-    try:
-        from safetensors.torch import load_file  # it comes with transformers
-    except ModuleNotFoundError as error:
-        raise ExperimentError(
-            f"{path} is read by the package safetensors, which is not installed: pip install safetensors"
-        ) from error
-    return dict(load_file(path))
-
-
 def _state_dict(content: Any, path: Path) -> dict[str, Any]:
     """Return the state dict of a file: the whole content, or the entry under one of the usual names."""
     if isinstance(content, Mapping):
@@ -114,12 +104,6 @@ def _state_dict(content: Any, path: Path) -> dict[str, Any]:
         f"{path} holds {type(content).__name__}, {holds}, and no state dict, which must be the whole content "
         f"or an entry under one of {', '.join(_KEYS)}"
     )
-
-
-def _stripped(name: str) -> str:
-    while name.startswith(_PREFIXES):
-        name = name.partition(".")[2]
-    return name
 
 
 def _some(names: list[str], between: str = ", ") -> str:

@@ -12,7 +12,6 @@ _RUNS = 3  # the minimum for a verdict
 
 
 def command_line(recipe: Recipe) -> str:
-    """Return the command that compares by this recipe."""
     name = recipe.name if recipe.name in RECIPES else "demo"
     usual, words = RECIPES[name][0].options(), ["steppe", "compare", name]
     for field, value in recipe.options().items():
@@ -29,11 +28,8 @@ def command_line(recipe: Recipe) -> str:
 def confirmations(recipe: Recipe, chosen: Sequence[Recipe], names: Sequence[str], path: Path) -> list[str]:
     """Return the commands for the chosen methods on fresh seeds, one for all that have the same options.
 
-    Args:
-        recipe: The recipe of the search.
-        chosen: The recipe of each method, at its best values.
-        names: The searched names; those that are options of a recipe may differ from method to method.
-        path: The folder of the search.
+    Each recipe of `chosen` has a method at its best values. The searched `names` that are options of a recipe may
+    differ from method to method.
     """
     groups: dict[tuple[tuple[str, object], ...], list[MethodSpec]] = {}
     for one in chosen:

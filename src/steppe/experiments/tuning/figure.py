@@ -22,16 +22,13 @@ _LOSS = ("test_loss", "Validation loss", "cross-entropy")
 _GAP = ("gap", "Gap, training minus validation accuracy", "percentage points")
 
 
-def draw(search: Search, results: Sequence[TrialResult], result: TuningResult, folder: Path) -> list[Path]:
-    """Draw a figure for each searched number as PNG and SVG into `folder`; return the files."""
+def draw(search: Search, results: Sequence[TrialResult], result: TuningResult, folder: Path) -> None:
+    """Draw a figure for each searched number as PNG and SVG into `folder`."""
     folder.mkdir(parents=True, exist_ok=True)
-    files: list[Path] = []
-    names = [d.name for space in search.spaces for d in space.dimensions]
-    for name in dict.fromkeys(names):
+    for name in dict.fromkeys(d.name for space in search.spaces for d in space.dimensions):
         points = [r.values[name] for r in results if name in r.values and r.state != "running"]
         if points and not any(isinstance(value, bool | str) for value in points):
-            files += Drawing(name, partial(_figure, search, results, result, name)).save(folder)
-    return files
+            Drawing(name, partial(_figure, search, results, result, name)).save(folder)
 
 
 def _figure(search: Search, results: Sequence[TrialResult], result: TuningResult, name: str) -> Figure:

@@ -81,9 +81,6 @@ class Choices:
     def suggest(self, trial: optuna.trial.Trial) -> Value:
         return trial.suggest_categorical(self.name, self.values)  # type: ignore[return-value]  # none of them is None
 
-    def round(self, value: Value) -> Value:
-        return value
-
     def contains(self, value: Value) -> bool:
         return value in self.values
 
@@ -130,16 +127,15 @@ class Space:
 
     def rounded(self, values: Values) -> Values:
         """Round the values of the searched dimensions; a trial that has just begun has none yet."""
-        return {d.name: d.round(values[d.name]) for d in self.dimensions if d.name in values}
+        searched = {d: values[d.name] for d in self.dimensions if d.name in values}
+        return {d.name: d.round(value) if isinstance(d, Range) else value for d, value in searched.items()}
 
 
 def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Space]:
     """Return the search space of each method of `recipe`, the baseline first.
 
-    Without words, rho is searched, from a tenth of the method's usual value to ten times that.
-
-    Raises:
-        ValueError: with the word that is wrong.
+    Without words, rho is searched, from a tenth of the method's usual value to ten times that. A ValueError has the
+    word that is wrong.
     """
     # set for all methods together, because a recipe of one method chooses the momentum that this method needs
     recipe = recipe.replace(momentum=recipe.base_momentum, extra_epochs=0)
@@ -213,24 +209,21 @@ def read(word: str, kind: type[Value]) -> Dimension:
 
 
 def _space(recipe: Recipe, words: Sequence[str]) -> Space:
-    known = recipe.comparison.methods[0].definition.arguments
-    if not words:
-        return Space(recipe, _usual_range(recipe) if "rho" in known else ())
+    method = recipe.comparison.methods[0]
+    known = method.definition.arguments
+    if not words and "rho" in known:
+        usual = method.rho(recipe.training.rho)
+        if not usual:
+            raise ValueError(
+                "search: rho=0 has no tenth and no tenfold to search between: give a range, --search rho=LOW..HIGH"
+            )
+        low, high = (float(f"{factor * usual:.3g}") for factor in (0.1, 10.0))
+        return Space(recipe, (Range("rho", low, high, log=True),))
     kinds = [known.get(name) or _OPTIONS.get(name) for name in (word.partition("=")[0] for word in words)]
     dimensions = tuple(read(word, kind) for word, kind in zip(words, kinds, strict=True) if kind is not None)
     if len({dimension.name for dimension in dimensions}) < len(dimensions):
         raise ValueError(f"search: {' '.join(words)}: give each name once")
     return Space(recipe, dimensions)
-
-
-def _usual_range(recipe: Recipe) -> tuple[Dimension, ...]:
-    usual = recipe.comparison.methods[0].rho(recipe.training.rho)
-    if not usual:
-        raise ValueError(
-            "search: rho=0 has no tenth and no tenfold to search between: give a range, --search rho=LOW..HIGH"
-        )
-    low, high = (float(f"{factor * usual:.3g}") for factor in (0.1, 10.0))
-    return (Range("rho", low, high, log=True),)
 
 
 def _explain(word: str, methods: Sequence[MethodSpec]) -> str:

@@ -76,10 +76,8 @@ def open_storage(url: str | None, path: Path) -> Iterator[optuna.storages.BaseSt
         ) from error
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
-        if url is None:
-            address = sqlalchemy.URL.create("sqlite", database=str((path / "study.db").absolute()))
-        else:
-            address = sqlalchemy.make_url(url)
+        file = sqlalchemy.URL.create("sqlite", database=str((path / "study.db").absolute()))
+        address = file if url is None else sqlalchemy.make_url(url)
         # several processes may write into one file, one after the other
         settings = {"connect_args": {"timeout": 60}} if address.drivername.startswith("sqlite") else {}
         text = address.render_as_string(hide_password=False)
@@ -111,15 +109,9 @@ class Study:
         depends_on: str,
         folder_id: str | None,
     ) -> None:
-        """Open the study in the storage, or create one.
+        """Open the study in the storage, or create one; ExperimentError if it `depends_on` something else.
 
-        Args:
-            space: The method and its search space.
-            storage: The database.
-            path: The run folder for the trials.
-            options: The sampler, the objective and the number of trials.
-            depends_on: Everything that the trials depend on; ExperimentError if it differs from the storage's.
-            folder_id: The run folder's id, if other run folders share the storage; else None.
+        The folders of the trials are in the run folder `path`, whose id is `folder_id` if others share the storage.
         """
         import optuna
 
@@ -153,7 +145,8 @@ class Study:
         The caller must hold the lock of the run folder.
         """
         for frozen in self._trials():
-            if frozen.state is self._optuna.trial.TrialState.RUNNING and self._is_in_folder(frozen):
+            ours = self._folder_id is None or frozen.user_attrs.get("folder_id") == self._folder_id
+            if ours and frozen.state is self._optuna.trial.TrialState.RUNNING:
                 lock = self._lock(frozen.number)
                 if lock is not None:
                     return self._trial(self._optuna.trial.Trial(self._study, frozen._trial_id), lock)
@@ -182,9 +175,6 @@ class Study:
 
     def _trials(self) -> list[optuna.trial.FrozenTrial]:
         return self._study.get_trials(deepcopy=False)
-
-    def _is_in_folder(self, trial: optuna.trial.FrozenTrial) -> bool:
-        return self._folder_id is None or trial.user_attrs.get("folder_id") == self._folder_id
 
     def _folder(self, number: int) -> RunFolder:
         return RunFolder(self._path / "trials" / f"{self.space.spec.folder}-{number:03d}")

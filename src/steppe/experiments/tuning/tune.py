@@ -76,7 +76,6 @@ def tune(
 
 
 def is_tuning(path: Path) -> bool:
-    """True if the folder was made by `steppe tune`."""
     try:
         return bool(json.loads((path / "config.json").read_text())["format"] == _FORMAT)
     except (OSError, ValueError, TypeError, KeyError):
