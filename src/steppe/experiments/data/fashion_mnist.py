@@ -71,8 +71,7 @@ TEST = (
 def from_directory(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
     """Read `file`, gzipped or unpacked, from a directory; nothing in it is changed.
 
-    Returns a read-only uint8 array of `file.shape`. Raises DataError when the file is missing, unreadable or
-    damaged.
+    Raises DataError when the file is missing, unreadable or damaged.
     """
     found = _find(directory, file)
     if found is None:
@@ -93,9 +92,8 @@ def from_directory(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
 def from_cache(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
     """Read `file` from the cache; a missing or damaged file is downloaded again.
 
-    Returns a read-only uint8 array of `file.shape`. Raises DataError when the download or the cache fails.
-    Any number of processes may call this at once: each verifies the bytes that it returns, and a file appears whole or
-    not at all.
+    Raises DataError when the download or the cache fails. Any number of processes may call this at once: each verifies
+    the bytes that it returns, and a file appears whole or not at all.
     """
     while (found := _find(directory, file)) is not None:
         path, packed = found
@@ -103,7 +101,12 @@ def from_cache(directory: Path, file: IdxFile) -> NDArray[np.uint8]:
             return unpack(packed, file)
         except ValueError as error:
             log.warning("%s is damaged (%s): it is removed and downloaded again", path, error)
-            _remove(path)
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as failure:
+                raise DataError(
+                    f"{path} is damaged and cannot be removed ({_reason(failure)}). Delete it yourself. {WAYS_OUT}"
+                ) from failure
     return _download(file, directory)
 
 
@@ -112,7 +115,10 @@ def unpack(packed: bytes, file: IdxFile) -> NDArray[np.uint8]:
 
     Returns a read-only uint8 array of `file.shape`. Raises ValueError with the reason when they are not the file.
     """
-    content = _gunzip(packed) if packed.startswith(b"\x1f\x8b") else packed
+    try:
+        content = gzip.decompress(packed) if packed.startswith(b"\x1f\x8b") else packed
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"it does not unpack ({error})") from error
     array = parse_idx(content)
     if array.shape != file.shape:
         raise ValueError(f"it is another IDX file, of shape {array.shape} and not {file.shape}")
@@ -138,13 +144,6 @@ def parse_idx(content: bytes) -> NDArray[np.uint8]:
     if len(content) != size:
         raise ValueError(f"its shape {shape} needs {size} bytes, and it holds {len(content)}")
     return np.frombuffer(content, np.uint8, offset=start).reshape(shape)
-
-
-def _gunzip(packed: bytes) -> bytes:
-    try:
-        return gzip.decompress(packed)
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise ValueError(f"it does not unpack ({error})") from error
 
 
 def _find(directory: Path, file: IdxFile) -> tuple[Path, bytes] | None:
@@ -210,15 +209,6 @@ def _store(content: bytes, path: Path) -> None:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
-
-
-def _remove(path: Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        raise DataError(
-            f"{path} is damaged and cannot be removed ({_reason(error)}). Delete it yourself. {WAYS_OUT}"
-        ) from error
 
 
 def _reason(error: Exception) -> str:

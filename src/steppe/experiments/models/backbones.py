@@ -36,11 +36,10 @@ class Backbone:
     """Height and width of its images; None: not resized."""
 
     def network(self, *, freeze: bool) -> FineTuned:
-        """Return a copy with a new head, drawn from torch's generator; with `freeze`, only the head is trained."""
-        return FineTuned(self, freeze)
+        return FineTuned(self, freeze)  # its head is drawn from torch's generator
 
     def digest(self) -> str:
-        """Return the SHA-256 of all weights and buffers except those of the head, which is replaced."""
+        # without the head, which is replaced
         digest = hashlib.sha256(f"{self.head} {list(self.mean)} {list(self.std)} {self.size}\n".encode())
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(f"{self.head}."):
@@ -75,7 +74,6 @@ class FineTuned(nn.Module):
 
     @property
     def head(self) -> nn.Module:
-        """The new last layer."""
         return self.body.get_submodule(self._head)
 
     def train(self, mode: bool = True) -> FineTuned:
@@ -90,13 +88,10 @@ class FineTuned(nn.Module):
         """Return the groups of trained parameters: the backbone, unless it is frozen, and the head with its own lr."""
         head = set(self.head.parameters())
         body = [p for p in self.parameters() if p.requires_grad and p not in head]
-        last: dict[str, Any] = {"params": list(self.head.parameters())}
-        if head_lr is not None:
-            last["lr"] = head_lr
+        last = {"params": list(self.head.parameters())} | ({} if head_lr is None else {"lr": head_lr})
         return [{"params": body}, last] if body else [last]
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (n, classes) of images (n, 1, h, w)."""
         if self.size is not None and images.shape[-2:] != (self.size, self.size):
             images = F.interpolate(images, (self.size, self.size), mode="bilinear", antialias=True)
         if self.scale is not None and self.shift is not None:

@@ -17,12 +17,7 @@ MAX_GROUPS = 8
 
 
 def preact_resnet18(
-    width: int = 64,
-    *,
-    in_channels: int = 1,
-    num_classes: int = 10,
-    stem_stride: int = 1,
-    norm: Norm = "batch",
+    width: int = 64, *, in_channels: int = 1, num_classes: int = 10, stem_stride: int = 1, norm: Norm = "batch"
 ) -> PreActResNet18:
     """Build a PreActResNet18 that maps images (n, in_channels, h, w) to logits (n, num_classes).
 
@@ -46,12 +41,7 @@ class PreActResNet18(nn.Module):
 
     def __init__(self, width: int, in_channels: int, num_classes: int, stem_stride: int, norm: Norm) -> None:
         super().__init__()
-        sizes = {
-            "width": width,
-            "in_channels": in_channels,
-            "num_classes": num_classes,
-            "stem_stride": stem_stride,
-        }
+        sizes = {"width": width, "in_channels": in_channels, "num_classes": num_classes, "stem_stride": stem_stride}
         for name, size in sizes.items():
             if size < 1:
                 raise ValueError(f"{name} is {size}, but must be at least 1")
@@ -60,19 +50,15 @@ class PreActResNet18(nn.Module):
         channels = width
         for stage, stride in enumerate((1, 2, 2, 2)):
             out_channels = width * 2**stage
-            blocks += [
-                PreActBlock(channels, out_channels, stride, norm),
-                PreActBlock(out_channels, out_channels, 1, norm),
-            ]
+            blocks.append(PreActBlock(channels, out_channels, stride, norm))
+            blocks.append(PreActBlock(out_channels, out_channels, 1, norm))
             channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.norm = _norm(norm, channels)
         self.head = nn.Linear(channels, num_classes)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return the logits (n, num_classes) of images (n, in_channels, h, w)."""
-        x = self.blocks(self.stem(images))
-        x = F.relu(self.norm(x))
+        x = F.relu(self.norm(self.blocks(self.stem(images))))
         logits: Tensor = self.head(x.mean(dim=(2, 3)))
         return logits
 
@@ -95,7 +81,6 @@ class PreActBlock(nn.Module):
             self.shortcut = nn.Conv2d(in_channels, out_channels, 1, stride=stride, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the block's features for the features x."""
         a = F.relu(self.norm1(x))
         shortcut = x if self.shortcut is None else self.shortcut(a)
         residual: Tensor = self.conv2(F.relu(self.norm2(self.conv1(a))))
