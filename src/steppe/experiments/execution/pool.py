@@ -2,7 +2,7 @@
 
 Neither concurrent.futures nor loky can replace it: when one of their workers is killed, they end all the others, and
 each run in progress would lose what it did since its checkpoint. Here, only the task of that worker fails. An executor
-of concurrent.futures for each worker would not tell the cause of its death.
+of concurrent.futures for each worker hides the exit code that names the cause of its death.
 """
 
 import multiprocessing

@@ -22,6 +22,8 @@ from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.world import World
 
 T = TypeVar("T")
+_Kind = tuple[int, bool | None]
+"""The images of a batch, and whether the step perturbs the weights: steps of one kind launch the same kernels."""
 
 # Steps before a recording, in which everything is allocated, compiled and chosen that is so once.
 _WARM_UP = 3
@@ -79,15 +81,6 @@ def recorder(run: Run, world: World) -> Recorder | None:
     return None if make is None else make(world.device)
 
 
-class _Kind(NamedTuple):
-    """Properties that two steps with the same kernels share."""
-
-    size: int
-    """Images of the batch."""
-    perturbed: bool | None
-    """True if it perturbs the weights; None for an optimizer that is no SAM."""
-
-
 class _Graph(NamedTuple):
     """A step of one kind."""
 
@@ -109,7 +102,7 @@ class Graphs:
 
     def __call__(self, batch: Batch) -> Step:
         """Take one step; ExperimentError if it cannot be recorded."""
-        kind = _Kind(len(batch), None if self._sam is None else self._sam.perturbs_next)
+        kind = len(batch), None if self._sam is None else self._sam.perturbs_next
         graph = self._graphs.get(kind)
         if graph is not None:
             if self._sam is not None:

@@ -70,19 +70,11 @@ def measure_flatness(network: nn.Module, sample: Split, rho: float, pause: Calla
     In evaluation mode and in the weights' own precision; the network and all generators are unchanged. All values are
     NaN if the loss is not finite. `pause()` is called after every pass over the sample.
     """
-    objective = flatness.Objective(
-        network,
-        (normalize(sample.images), sample.labels),
-        loss=F.cross_entropy,
-        progress=lambda what, passes: pause(),
-    )
+    data = normalize(sample.images), sample.labels
+    objective = flatness.Objective(network, data, loss=F.cross_entropy, progress=lambda *_: pause())
     try:
         found = flatness.sharpness(objective, rho=rho, seed=0)
     except FloatingPointError:  # the run itself continues, and checks its loss
         return dict.fromkeys(("sharpness", "lambda_max", "gradient_norm"), math.nan)
     top = flatness.eigenvalues(flatness.Hessian(objective), k=1, tol=_TOLERANCE, seed=0)
-    return {
-        "sharpness": found.value,
-        "lambda_max": float(top.values[0]),
-        "gradient_norm": found.gradient_norm,
-    }
+    return {"sharpness": found.value, "lambda_max": float(top.values[0]), "gradient_norm": found.gradient_norm}
