@@ -12,12 +12,11 @@ import torch
 from rich.console import Console
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import setting
-from steppe.experiments.analysis.tables import markdown_table, terminal_table
+from steppe.experiments.analysis.summary import SummaryFiles, record_at, setting
+from steppe.experiments.analysis.tables import bullets, markdown_table, show_table, terminal_table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.models.preact_resnet import preact_resnet18
-from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder
 
@@ -54,7 +53,6 @@ class Point:
     lambda_max: Estimate | None
 
     def cells(self) -> list[str]:
-        """Return the point as text, under the headings."""
         return [
             str(self.width),
             f"{self.parameters:,}",
@@ -99,7 +97,7 @@ class Peak:
 
 
 @dataclass(frozen=True)
-class DoubleDescent:
+class DoubleDescent(SummaryFiles):
     """Every number of a comparison over widths, once, for the terminal, summary.md, summary.json and the figure."""
 
     title: str
@@ -113,7 +111,6 @@ class DoubleDescent:
     unfinished: Sequence[str]
 
     def notes(self) -> Iterator[str]:
-        """Yield the sentences below the table."""
         for method, width in self.thresholds.items():
             where = "at none of these widths" if width is None else f"from width {width} on"
             yield f"{method.label} interpolates (training error below {INTERPOLATES:g} %) {where}."
@@ -125,22 +122,18 @@ class DoubleDescent:
             )
         reference = self.reference.label
         for method, value in self.overall.items():
-            against = f"{method.label} against {reference}"
-            yield f"{against}, mean over the widths: test error {_interval(value)} points."
+            yield f"{method.label} against {reference}, mean over the widths: test error {_interval(value)} points."
         if self.unfinished:
             yield f"Not finished, and not in the table: {', '.join(self.unfinished)}."
 
     def headings(self) -> list[str]:
-        """Return the headings of the table."""
         return [heading.format(self.reference.label) for heading in _HEADINGS]
 
     def markdown(self) -> str:
-        """Return the summary as Markdown."""
         lines = markdown_table(self.headings(), [point.cells() for point in self.points], left=(2,))
-        return "\n".join([f"# {self.title}", "", *lines, "", *(f"- {note}" for note in self.notes()), ""])
+        return "\n".join([f"# {self.title}", "", *lines, "", *bullets(self.notes()), ""])
 
     def json(self) -> dict[str, Any]:
-        """Return the summary as JSON, with the verdicts in words."""
         return {
             "title": self.title,
             "reference": str(self.reference),
@@ -153,17 +146,9 @@ class DoubleDescent:
             "notes": list(self.notes()),
         }
 
-    def write(self, folder: RunFolder) -> None:
-        """Write summary.md and summary.json."""
-        write_atomically(folder.path / "summary.md", self.markdown().encode())
-        write_json(folder.path / "summary.json", self.json())
-
     def show(self, console: Console) -> None:
-        """Print the table and the verdicts."""
         rows = [point.cells() for point in self.points]
-        console.print(terminal_table(self.headings(), rows, left=(2,), title=self.title))
-        for note in self.notes():
-            console.print(note, highlight=False, markup=False)
+        show_table(console, terminal_table(self.headings(), rows, left=(2,), title=self.title), self.notes())
 
 
 def parameters(recipe: Recipe) -> int:
@@ -202,7 +187,7 @@ def _read(recipe: Recipe) -> tuple[Runs, list[str]]:
     unfinished = []
     for member in recipe.members():
         for run, records in RunFolder(member.folder).results(member).items():
-            record = next((r for r in records if r.standardized_epoch == recipe.comparison.epochs), None)
+            record = record_at(records, recipe.comparison.epochs)
             if record is None:
                 unfinished.append(f"width-{member.model.width}/{run.name}")
             else:

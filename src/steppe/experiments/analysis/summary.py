@@ -1,15 +1,14 @@
 """The summary of a comparison: a row for each method, the paired differences, and their verdicts."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
-from types import MappingProxyType
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.tables import markdown_table, terminal_table
+from steppe.experiments.analysis.tables import bullets, markdown_table, show_table, size_of, terminal_table
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
@@ -31,9 +30,7 @@ _HEADINGS = (
 
 _LEAST_NEEDED = ("train\nloss", "time,\ns", "std.\nepochs")  # first to go from a narrow console
 
-_NAMES: Mapping[str, str] = MappingProxyType(
-    {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
-)
+_NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 
 _MANY = 6  # verdicts, from which on the notes warn that some will be wrong by chance
 
@@ -52,7 +49,6 @@ class Row:
     seconds: Estimate
 
     def cells(self) -> list[str]:
-        """Return the row as text, under `_HEADINGS`."""
         return [
             self.method.label,
             str(self.standardized_epoch),
@@ -75,7 +71,6 @@ class Difference:
     gap: Estimate
 
     def sentence(self) -> str:
-        """State both differences with their intervals and verdicts."""
         runs = self.gap.n
         return (
             f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} "
@@ -85,8 +80,22 @@ class Difference:
         )
 
 
+class SummaryFiles(ABC):
+    """A summary that is written as summary.md and summary.json."""
+
+    @abstractmethod
+    def markdown(self) -> str: ...
+
+    @abstractmethod
+    def json(self) -> dict[str, Any]: ...
+
+    def write(self, folder: RunFolder) -> None:
+        write_atomically(folder.path / "summary.md", self.markdown().encode())
+        write_json(folder.path / "summary.json", self.json())
+
+
 @dataclass(frozen=True)
-class Summary:
+class Summary(SummaryFiles):
     """Every number of the summary, once, for the terminal, summary.md and summary.json."""
 
     title: str
@@ -97,7 +106,6 @@ class Summary:
     """The verdicts on flatness, where it was measured."""
 
     def notes(self) -> Iterator[str]:
-        """Yield the sentences below the table."""
         yield from (difference.sentence() for difference in self.differences)
         verdicts = sum(value.sign is not None for d in self.differences for value in (d.test_accuracy, d.gap))
         if verdicts >= _MANY:
@@ -109,12 +117,10 @@ class Summary:
             yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
 
     def markdown(self) -> str:
-        """Return the summary as Markdown."""
         lines = markdown_table(_HEADINGS, [row.cells() for row in self.rows])
-        flat = ["## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *_items(CAVEATS), ""]
-        return "\n".join(
-            [f"# {self.title}", "", *lines, "", *_items(self.notes()), "", *(flat if self.flatness else [])]
-        )
+        flat = ["## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *bullets(CAVEATS), ""]
+        parts = [f"# {self.title}", "", *lines, "", *bullets(self.notes()), "", *(flat if self.flatness else [])]
+        return "\n".join(parts)
 
     def json(self) -> dict[str, Any]:
         """Return the summary as JSON, with the verdicts in words."""
@@ -130,33 +136,17 @@ class Summary:
             value["verdict"] = difference.sentence()
         return values
 
-    def write(self, folder: RunFolder) -> None:
-        """Write summary.md and summary.json."""
-        write_atomically(folder.path / "summary.md", self.markdown().encode())
-        write_json(folder.path / "summary.json", self.json())
-
     def show(self, console: Console) -> None:
         """Print the table and the verdicts; columns that do not fit a narrow console are in summary.md only."""
-        left_out: list[str] = []
-        for further in (None, *_LEAST_NEEDED):
-            left_out += [further] if further else []
-            table = self._table(without=left_out)
-            if table.__rich_measure__(console, console.options.update(max_width=1000)).minimum <= console.width:
+        for count in range(len(_LEAST_NEEDED) + 1):
+            shown = [i for i, heading in enumerate(_HEADINGS) if heading not in _LEAST_NEEDED[:count]]
+            rows = [[row.cells()[i] for i in shown] for row in self.rows]
+            table = terminal_table([_HEADINGS[i] for i in shown], rows, title=self.title)
+            if size_of(table, console).minimum <= console.width:
                 break
-        console.print(table)
-        for note in self.notes():
-            console.print(note, highlight=False, markup=False)
+        show_table(console, table, self.notes())
         for verdict in self.flatness:
             verdict.show(console)
-
-    def _table(self, *, without: Sequence[str]) -> Table:
-        shown = [i for i, heading in enumerate(_HEADINGS) if heading not in without]
-        rows = [[row.cells()[i] for i in shown] for row in self.rows]
-        return terminal_table([_HEADINGS[i] for i in shown], rows, title=self.title)
-
-
-def _items(sentences: Iterable[str]) -> list[str]:
-    return [f"- {sentence}" for sentence in sentences]
 
 
 def setting(recipe: Recipe) -> str:
@@ -199,19 +189,19 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
     rows = [row for method in recipe.comparison.methods for row in _rows(recipe, method, results)]
     reference, *others = recipe.comparison.methods
     differences = [d for d in (_difference(recipe, m, reference, results) for m in others) if d is not None]
-    unfinished = [u.name for u in results if not _at(results, u, u.standardized_epochs)]
+    unfinished = [u.name for u in results if not record_at(results[u], u.standardized_epochs)]
     return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished)
 
 
-def _at(results: Results, run: Run, standardized_epoch: int) -> Record | None:
-    return next((r for r in results.get(run, []) if r.standardized_epoch == standardized_epoch), None)
+def record_at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
+    return next((r for r in records if r.standardized_epoch == standardized_epoch), None)
 
 
 def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]:
     """Yield the row at equal compute, and one after the further epochs of a method that has them."""
     runs = [run for run in results if run.method == method]
     for epoch in sorted({recipe.comparison.epochs} | {run.standardized_epochs for run in runs}):
-        records = [record for run in runs if (record := _at(results, run, epoch)) is not None]
+        records = [record for run in runs if (record := record_at(results[run], epoch)) is not None]
         if records:
             names = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
             yield Row(method, epoch, *(estimate([getattr(r, name) for r in records]) for name in names))
@@ -219,23 +209,28 @@ def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]
 
 def _difference(recipe: Recipe, method: MethodSpec, reference: MethodSpec, results: Results) -> Difference | None:
     """Pair the runs by seed, which have the same initial weights and order of images; None without pairs."""
+    epochs = recipe.comparison.epochs
     pairs = [
         (ours, theirs)
-        for run in results
+        for run, records in results.items()
         if run.method == method
-        and (ours := _at(results, run, recipe.comparison.epochs)) is not None
-        and (theirs := _at(results, Run(recipe, reference, run.seed), recipe.comparison.epochs)) is not None
+        and (ours := record_at(records, epochs)) is not None
+        and (theirs := record_at(results.get(Run(recipe, reference, run.seed), []), epochs)) is not None
     ]
     if not pairs:
         return None
     accuracy = estimate([ours.test_accuracy - theirs.test_accuracy for ours, theirs in pairs])
     gap = estimate([ours.gap - theirs.gap for ours, theirs in pairs])
-    return Difference(method, reference, recipe.comparison.epochs, accuracy, gap)
+    return Difference(method, reference, epochs, accuracy, gap)
 
 
 def _verdict(value: Estimate, *, better: int) -> str:
     if value.half_width is None:
         return f"{value.mean:+.2f} points (one run: no verdict)"
-    word = {0: "not distinguishable", better: "better", -better: "worse"}[value.sign or 0]
     low, high = value.mean - value.half_width, value.mean + value.half_width
-    return f"{value.mean:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]: {word}"
+    return f"{value.mean:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]: {word(value, better=better)}"
+
+
+def word(value: Estimate, *, better: int) -> str:
+    """Return the direction of a difference in a word, where `better` is the good sign."""
+    return {None: "no verdict", 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]

@@ -3,6 +3,8 @@
 from collections.abc import Collection, Iterable, Sequence
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
+from rich.measure import Measurement
 from rich.table import Table
 
 
@@ -11,7 +13,6 @@ def markdown_row(cells: Iterable[str]) -> str:
 
 
 def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    """Return the lines of a table."""
     rule = "".join("|---" if i in left else "|---:" for i in range(len(headings))) + "|"
     return [markdown_row(headings), rule, *map(markdown_row, rows)]
 
@@ -30,3 +31,18 @@ def terminal_table(
     for i, row in enumerate(rows):
         table.add_row(*row, end_section=i in ends)
     return table
+
+
+def size_of(table: Table, console: Console) -> Measurement:
+    """Return the columns that a table takes where the console does not limit them."""
+    return table.__rich_measure__(console, console.options.update(max_width=1000))
+
+
+def show_table(console: Console, table: Table, notes: Iterable[str]) -> None:
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False, markup=False)
+
+
+def bullets(sentences: Iterable[str]) -> list[str]:
+    return [f"- {sentence}" for sentence in sentences]

@@ -12,9 +12,10 @@ from rich.markup import escape
 from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.tables import bullets, markdown_row, markdown_table, show_table, size_of
 from steppe.flatness import FAMILIES, Flatness
 
-_HEADINGS = ("measure", "", "", "difference ± 95 %", "verdict")
+_HEADINGS, _LEFT = ("measure", "", "", "difference ± 95 %", "verdict"), (0, 4)
 _WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}
 
 _APART = 2.0  # ratio of two losses, from which on the difference in fit may explain that in flatness
@@ -43,7 +44,6 @@ class Row:
 
     @property
     def label(self) -> str:
-        """The name of the measure in tables."""
         return FAMILIES[self.family].measures[self.name]
 
     @property
@@ -52,7 +52,6 @@ class Row:
         return "" if self.family == "context" else _WORDS[self.difference.sign]
 
     def cells(self) -> list[str]:
-        """Return the row as text."""
         half = "" if self.difference.half_width is None else f" ± {self.difference.half_width:.2g}"
         return [self.label, _text(self.reference), _text(self.ours), f"{self.difference.mean:+.3g}{half}", self.word]
 
@@ -71,7 +70,6 @@ class Verdict:
 
     @property
     def runs(self) -> int:
-        """The number of pairs."""
         return self.rows[0].difference.n
 
     def family(self, name: str) -> str:
@@ -90,7 +88,6 @@ class Verdict:
         return words.pop() if len(words) == 1 and "mixed" not in words else "inconclusive"
 
     def sentence(self) -> str:
-        """State the verdict and its reasons."""
         ours, theirs = self.labels
         about = f"{ours}'s minima against {theirs}'s, {self.runs} paired run{'s'[: self.runs > 1]}: "
         if self.runs == 1:
@@ -122,26 +119,21 @@ class Verdict:
         ]
 
     def markdown(self) -> str:
-        """Return the table and its verdict as Markdown."""
-        lines = ["| " + " | ".join(self._headings()) + " |", "|---" + "|---:" * 3 + "|---|"]
+        lines = markdown_table(self._headings(), [], _LEFT)
         for name, family in FAMILIES.items():
             rows = self._of(name)
             lines += [f"| **{family.title}** | | | | |"] if rows else []
-            lines += ["| " + " | ".join(cell.replace("|", "\\|") for cell in row.cells()) + " |" for row in rows]
-        return "\n".join([*lines, "", *(f"- {sentence}" for sentence in (self.sentence(), *self.notes()))])
+            lines += [markdown_row(row.cells()) for row in rows]
+        return "\n".join([*lines, "", *bullets([self.sentence(), *self.notes()])])
 
     def show(self, console: Console) -> None:
         """Print the table, the sentence and the notes; a narrow console shows the differences only."""
-        for shown in ((0, 1, 2, 3, 4), (0, 3, 4)):
-            table = self._table(shown)
-            if table.__rich_measure__(console, console.options.update(max_width=1000)).maximum <= console.width:
-                break
-        console.print(table)
-        for sentence in (self.sentence(), *self.notes()):
-            console.print(sentence, highlight=False, markup=False)
+        table = self._table((0, 1, 2, 3, 4))
+        if size_of(table, console).maximum > console.width:
+            table = self._table((0, 3, 4))
+        show_table(console, table, [self.sentence(), *self.notes()])
 
     def json(self) -> dict[str, Any]:
-        """Return the verdict as JSON."""
         return {
             "method": self.method,
             "reference": self.reference,
@@ -168,7 +160,7 @@ class Verdict:
     def _table(self, shown: Sequence[int]) -> Table:
         table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
         for i in shown:
-            table.add_column(escape(self._headings()[i]), justify="right" if 0 < i < 4 else "left")
+            table.add_column(escape(self._headings()[i]), justify="left" if i in _LEFT else "right")
         for name in FAMILIES:
             for row in self._of(name):
                 cells = row.cells()

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 
 from steppe import flatness
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures import pareto
 from steppe.experiments.figures.drawing import Drawing, save_all, tag, tag_legend
-from steppe.experiments.figures.style import GREY, Style, add_caption, styles
+from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
@@ -130,25 +130,17 @@ def _has_edges(recipe: Recipe) -> bool:
 
 def _plot_edge(axes: Axes, method: MethodSpec, style: Style, extent: Extent, recipe: Recipe, results: Results) -> bool:
     """Draw the edge of stability of a method; return False for a method whose edge is not known."""
-    if method.name not in ("sgd", "sam"):
+    points = _points(method, "gradient_norm", results)
+    if method.name not in ("sgd", "sam") or not points:
         return False
-    if not (points := _points(method, "gradient_norm", results)):
-        return False
-    edges = [
-        [
-            float(flatness.edge_of_stability(recipe.training.lr))
-            if method.name == "sgd"
-            else float(
-                flatness.sam_edge_of_stability(
-                    recipe.training.lr, method.rho(recipe.training.rho), record.gradient_norm
-                )
-            )
-            for record in records
-            if record.gradient_norm is not None
-        ]
-        for records in points
-    ]
-    x, y = _means(points, extent.field), [statistics.fmean(values) for values in edges]
+    lr, rho = recipe.training.lr, method.rho(recipe.training.rho) if method.name == "sam" else 0.0
+
+    def edge(record: Record) -> float:
+        if method.name == "sgd" or record.gradient_norm is None:
+            return float(flatness.edge_of_stability(lr))
+        return float(flatness.sam_edge_of_stability(lr, rho, record.gradient_norm))
+
+    x, y = _means(points, extent.field), [statistics.fmean(map(edge, records)) for records in points]
     for line in axes.plot(x, y, style.line, color=style.color, linewidth=3, alpha=0.3):
         tag(line, style.label)
     return True
@@ -164,13 +156,9 @@ def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, result
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if quantity.log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())
-    if extent.field == "standardized_epoch" and any(
-        run.standardized_epochs > recipe.comparison.epochs for run in results
-    ):
+        set_log_scale(axes)
+    is_longer = any(run.standardized_epochs > recipe.comparison.epochs for run in results)
+    if extent.field == "standardized_epoch" and is_longer:
         axes.axvline(recipe.comparison.epochs, color=GREY, linewidth=0.8, linestyle="--")
 
 
@@ -196,14 +184,10 @@ def _plot_line(
     several = any(len(v) > 1 for v in values)
     sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     width = 2.0 if several else 1.2
-    (line,) = axes.plot(
-        x, mean, style.line, color=style.color, linewidth=width, marker="o", markersize=3, label=style.label
-    )
-    tag(
-        line,
-        style.label,
-        tips=[f"{style.label}: {m:.4g}" + (f" ± {s:.2g}" if s else "") for m, s in zip(mean, sd, strict=True)],
-    )
+    look = {"color": style.color, "linewidth": width, "marker": "o", "markersize": 3, "label": style.label}
+    (line,) = axes.plot(x, mean, style.line, **look)  # type: ignore[arg-type]
+    tips = [f"{style.label}: {m:.4g}" + (f" ± {s:.2g}" if s else "") for m, s in zip(mean, sd, strict=True)]
+    tag(line, style.label, tips=tips)
     if several:
         # mean - sd may be negative, which a logarithmic axis cannot show: the band then ends at the smallest value
         low = [max(m - s, min(v)) if quantity.log else m - s for m, s, v in zip(mean, sd, values, strict=True)]

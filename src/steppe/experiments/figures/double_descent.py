@@ -7,13 +7,13 @@ from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FixedLocator, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
 
 from steppe.experiments.analysis.double_descent import INTERPOLATES, DoubleDescent, Point
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import Drawing, save_all
-from steppe.experiments.figures.style import GREY, Style, add_caption, styles
+from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles
 
 
 def draw(recipe: Recipe, summary: DoubleDescent, folder: Path) -> list[Path]:
@@ -62,9 +62,7 @@ def _curves(
     axes.set_title(title)
     axes.set_yscale("log")
     low, high = axes.get_ylim()
-    axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 100 * low else (1,)))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+    set_log_scale(axes, (1, 2, 5) if high < 100 * low else (1,))
 
 
 def _line(

@@ -136,7 +136,6 @@ class Drawing:
 
 
 def save_all(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
-    """Save drawings into a folder; return the files."""
     folder.mkdir(parents=True, exist_ok=True)
     return [file for drawing in drawings for file in drawing.save(folder)]
 

@@ -33,9 +33,9 @@ def drawings(groups: Groups, description: str) -> Iterator[Drawing]:
             yield Drawing(f"{kind}s", partial(plot_landscapes, landscapes, kind, description, "first run"))
 
 
-def landscapes_of(groups: Groups, kind: str, place: int = 0) -> dict[str, Landscape]:
-    """Return a landscape of each method that has one, of its solution at `place`."""
-    found = {label: getattr(solutions[place], kind) for label, solutions in groups.items() if len(solutions) > place}
+def landscapes_of(groups: Groups, kind: str) -> dict[str, Landscape]:
+    """Return the landscape of each method's first solution, where it was measured."""
+    found = {label: getattr(solutions[0], kind) for label, solutions in groups.items()}
     return {label: landscape for label, landscape in found.items() if landscape is not None}
 
 

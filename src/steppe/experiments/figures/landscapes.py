@@ -8,12 +8,12 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
 from steppe.experiments.figures.drawing import tag, tag_legend
 from steppe.experiments.figures.spectra import Groups
-from steppe.experiments.figures.style import Style, add_text
+from steppe.experiments.figures.style import Style, add_text, set_log_scale
 from steppe.flatness import Landscape
 
 COLORMAP = ((0.0, "#0f2f38"), (0.2, "#1d5560"), (0.4, "#3c7f74"), (0.6, "#7da978"), (0.8, "#c3c87f"), (1.0, "#f6e9b2"))
@@ -46,15 +46,11 @@ def plot_landscapes(landscapes: Mapping[str, Landscape], kind: str, description:
     low, high = loss_range([*landscapes.values()])
     low = max(low, 1e-8)
     levels = torch.logspace(math.log10(low * 0.999), math.log10(max(high, low * 1.01) * 1.001), _LEVELS).tolist()
-    style = {
-        "levels": levels,
-        "norm": LogNorm(low, levels[-1]),
-        "cmap": LinearSegmentedColormap.from_list("", COLORMAP),
-    }
+    colors = {"norm": LogNorm(low, levels[-1]), "cmap": LinearSegmentedColormap.from_list("", COLORMAP)}
     filled = None
     for axes, (label, landscape) in zip(panels, landscapes.items(), strict=True):
         axis, losses = landscape.axis.numpy(), landscape.losses.clamp_min(low).T.numpy()  # matplotlib's rows are y
-        filled = axes.contourf(axis, axis, losses, **style)
+        filled = axes.contourf(axis, axis, losses, levels=levels, **colors)
         axes.contour(axis, axis, losses, levels=levels, colors=_WHITE, linewidths=0.4, alpha=0.6)
         axes.plot(0, 0, "+", color=_WHITE, markersize=9)
         axes.set(title=label, xlabel=f"first direction, in {unit}", aspect="equal")
@@ -80,7 +76,8 @@ def plot_profiles(groups: Groups, styles: Mapping[str, Style], description: str)
                 _plot_profile(axes, styles[label], measured[0][0], torch.stack([losses for _, losses in measured]))
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set(title="Along the first direction", xlabel="length along the direction", ylabel="training loss")
-        _scale_losses(axes, log=log)
+        if log:
+            set_log_scale(axes)
         tag_legend(axes.legend())
     add_text(figure, description)
     return figure
@@ -124,19 +121,10 @@ def plot_lines(
             tag(drawn, start.label, style.label)
         axes.set_title(f"{'Training' if split == 'train' else 'Test'} loss on the straight line")
         axes.set(xlabel="t, from one solution to the other", ylabel="cross-entropy")
-        _scale_losses(axes, log=log)
+        if log:
+            set_log_scale(axes)
         axes.legend()
-    restored = any(line["reestimated"] for line in lines)
-    add_text(figure, description, "one line a seed" + (f", {REESTIMATED}" if restored else ""))
+    reestimated = any(line["reestimated"] for line in lines)
+    statistics = ", BatchNorm's statistics estimated anew at each point" if reestimated else ""
+    add_text(figure, description, f"one line a seed{statistics}")
     return figure
-
-
-REESTIMATED = "BatchNorm's statistics estimated anew at each point"
-
-
-def _scale_losses(axes: Axes, *, log: bool) -> None:
-    if log:
-        axes.set_yscale("log")
-        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axes.yaxis.set_major_formatter("{x:g}")
-        axes.yaxis.set_minor_formatter(NullFormatter())

@@ -3,12 +3,14 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.summary import record_at
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import freeze, tag
@@ -76,20 +78,16 @@ def _costs(recipe: Recipe, results: Results) -> tuple[list[_Cost], list[MethodSp
     scheduled = [m for m in recipe.comparison.methods if m.definition.follows_plan]
     same_epochs = _select(recipe, results, lambda records: after_epochs(records, epochs))
     same_epochs = {method: records for method, records in same_epochs.items() if method not in scheduled}
-    same_compute = _select(recipe, results, lambda records: _at(records, recipe.comparison.epochs))
+    same_compute = _select(recipe, results, lambda records: record_at(records, recipe.comparison.epochs))
     base = next((m for m in same_epochs if m.definition.plain), next(iter(same_epochs), None))
     seconds = max(estimate([r.seconds for r in same_epochs[base]]).mean, 1e-9) if base else 1.0
     relative = f"seconds a step, {base.label if base else 'the first'} = 1"
-    title = f"Same number of epochs ({epochs:.3g})"
+    by_epochs = f"Same number of epochs ({epochs:.3g})"
+    by_compute = f"Same compute ({recipe.comparison.epochs} standardized epochs)"
     return [
-        _Cost(title, "gradient evaluations per image and epoch (passes)", lambda r: r.passes, same_epochs),
-        _Cost(title, relative, lambda r: r.seconds / seconds, same_epochs),
-        _Cost(
-            f"Same compute ({recipe.comparison.epochs} standardized epochs)",
-            "training time, seconds",
-            lambda r: r.seconds,
-            same_compute,
-        ),
+        _Cost(by_epochs, "gradient evaluations per image and epoch (passes)", lambda r: r.passes, same_epochs),
+        _Cost(by_epochs, relative, lambda r: r.seconds / seconds, same_epochs),
+        _Cost(by_compute, "training time, seconds", lambda r: r.seconds, same_compute),
     ], scheduled
 
 
@@ -128,19 +126,8 @@ def _plot_point(
     axes: Axes, label: str, color: str, x: Estimate, y: Estimate, *, filled: bool
 ) -> list[tuple[Point, Point]]:
     """Draw one method with its standard deviations; return the bars."""
-    bars = axes.errorbar(
-        x.mean,
-        y.mean,
-        xerr=x.sd,
-        yerr=y.sd,
-        fmt="o",
-        markersize=8,
-        color=color,
-        markerfacecolor=color if filled else "white",
-        markeredgewidth=1.6,
-        elinewidth=0.8,
-        zorder=3,
-    )
+    marker: dict[str, Any] = {"markersize": 8, "markerfacecolor": color if filled else "white", "markeredgewidth": 1.6}
+    bars = axes.errorbar(x.mean, y.mean, xerr=x.sd, yerr=y.sd, fmt="o", color=color, elinewidth=0.8, zorder=3, **marker)
     point, _, deviations = bars.lines
     assert point is not None
     tag(point, label, tips=[f"{label}: {x.mean:.4g}, {y.mean:.4g}"])
@@ -152,7 +139,7 @@ def _plot_point(
 
 def common_epochs(recipe: Recipe, results: Results) -> float:
     """Return the number of its own epochs that every method has made when equal compute is spent."""
-    ends = (_at(records, recipe.comparison.epochs) for records in results.values())
+    ends = (record_at(records, recipe.comparison.epochs) for records in results.values())
     return min((float(record.epoch) for record in ends if record is not None), default=0.0)
 
 
@@ -173,10 +160,6 @@ def after_epochs(records: Sequence[Record], epochs: float) -> Record | None:
             images = before.gradient_evaluations / before.passes / before.epoch
             return Record(**{**mixed, "epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * images)})
     return None
-
-
-def _at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
-    return next((r for r in records if r.standardized_epoch == standardized_epoch), None)
 
 
 def _select(

@@ -47,10 +47,8 @@ def plot_spectra(groups: Groups, styles: Mapping[str, Style], description: str, 
         style = styles[label]
         (line,) = axes.plot(x, mean, style.line, color=style.color, linewidth=1.6, label=style.label)
         tag(line, label)
-        band = axes.fill_between(
-            x, (mean - error).clamp_min(0), mean + error, color=style.color, alpha=0.18, linewidth=0
-        )
-        tag(band, label)
+        low_band = (mean - error).clamp_min(0)
+        tag(axes.fill_between(x, low_band, mean + error, color=style.color, alpha=0.18, linewidth=0), label)
         for flat in solutions:
             values = flat.eigenvalues.tolist()
             (ticks,) = axes.plot(values, [_LOWEST * largest * 1.6] * len(values), "|", color=style.color, markersize=9)
@@ -60,9 +58,8 @@ def plot_spectra(groups: Groups, styles: Mapping[str, Style], description: str, 
     axes.axvline(0.0, color=GREY, linewidth=0.8)
     axes.set(title="Spectral density of the Hessian", xlabel="eigenvalue", ylabel="density")
     tag_legend(axes.legend())
-    add_text(
-        figure, description, f"smoothed by a Gaussian of {sigma:.2g}; band: standard error; ticks: largest eigenvalues"
-    )
+    legend = f"smoothed by a Gaussian of {sigma:.2g}; band: standard error; ticks: largest eigenvalues"
+    add_text(figure, description, legend)
     return figure
 
 
@@ -76,7 +73,6 @@ def mean_density(densities: Sequence[Density], x: Tensor, bandwidth: float) -> t
 
 
 def plot_eigenvalues(groups: Groups, styles: Mapping[str, Style], description: str) -> Figure:
-    """Draw the leading eigenvalues of each solution by their rank."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for label, solutions in groups.items():

@@ -9,7 +9,9 @@ from types import MappingProxyType
 from typing import Any
 
 import matplotlib
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter
 
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.method_spec import MethodSpec
@@ -62,9 +64,8 @@ class Style:
 
 def styles(recipe: Recipe) -> Mapping[MethodSpec, Style]:
     """Return the style of each method, by its position: methods that are added later leave the others unchanged."""
-    return dict(
-        zip(recipe.comparison.methods, styles_of([method.label for method in recipe.comparison.methods]), strict=True)
-    )
+    methods = recipe.comparison.methods
+    return dict(zip(methods, styles_of([method.label for method in methods]), strict=True))
 
 
 def styles_of(labels: Sequence[str]) -> list[Style]:
@@ -79,6 +80,14 @@ def use_style() -> Iterator[None]:
         matplotlib.rcdefaults()
         matplotlib.rcParams.update(_STYLE)
         yield
+
+
+def set_log_scale(axes: Axes, subs: Sequence[int] = (1, 2, 5)) -> None:
+    """Make the vertical axis logarithmic, with plain numbers at the multiples `subs` of each power of ten."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_locator(LogLocator(subs=subs))
+    axes.yaxis.set_major_formatter("{x:g}")
+    axes.yaxis.set_minor_formatter(NullFormatter())
 
 
 def add_caption(figure: Figure, recipe: Recipe, *more: str) -> None:

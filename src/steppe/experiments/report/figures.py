@@ -11,6 +11,7 @@ from markupsafe import Markup
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import curves, flatness
+from steppe.experiments.figures.curves import Extent, Quantity
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.figures.landscapes import (
     KINDS,
@@ -36,6 +37,7 @@ from steppe.experiments.storage.run_folder import Results
 from steppe.flatness import Flatness, Landscape
 
 _BANDWIDTHS = (0.001, BANDWIDTH, 0.02, 0.1)
+_SCALES = {"linear": "Linear", "log": "Log"}
 
 
 @dataclass(frozen=True)
@@ -101,30 +103,24 @@ class Figures:
 
     def curves(self) -> Iterator[Panel]:
         """The quantities over compute or time."""
-        values = {
-            extent.field: text for extent, text in zip(curves.EXTENTS, ("Standardized epochs", "Seconds"), strict=True)
-        }
-        self._offer("extent", "Horizontal axis", values, curves.EXTENTS[0].field)
+        fields = [extent.field for extent in curves.EXTENTS]
+        texts = dict(zip(fields, ("Standardized epochs", "Seconds"), strict=True))
+        self._offer("extent", "Horizontal axis", texts, fields[0])
         for extent in curves.EXTENTS:
             for quantity in curves.QUANTITIES:
-                drawing, about = (
-                    self.saved[quantity.field + extent.suffix],
-                    f"{quantity.title} of each method over {extent.title}",
-                )
-                yield self._panel(quantity.field, drawing, 0, about, extent=extent.field)
+                yield self._curve(quantity.field, 0, quantity, extent)
 
     def tracked(self) -> Iterator[Panel]:
         """The measures of flatness that were taken during training."""
         for extent in curves.EXTENTS:
             for index, quantity in enumerate(curves.tracked(self._results)):
-                drawing, about = (
-                    self.saved["sharpness" + extent.suffix],
-                    f"{quantity.title} of each method over {extent.title}",
-                )
-                yield self._panel(quantity.field, drawing, index, about, extent=extent.field)
+                yield self._curve("sharpness", index, quantity, extent)
+
+    def _curve(self, stem: str, index: int, quantity: Quantity, extent: Extent) -> Panel:
+        about = f"{quantity.title} of each method over {extent.title}"
+        return self._panel(quantity.field, self.saved[stem + extent.suffix], index, about, extent=extent.field)
 
     def pareto(self) -> Iterator[Panel]:
-        """Cost against accuracy and gap."""
         costs = ("Passes a step", "Time a step", "Training time")
         self._offer("cost", "Cost", {str(i): text for i, text in enumerate(costs)}, "0")
         for row, (name, title) in enumerate((("test_accuracy", "test accuracy"), ("gap", "generalization gap"))):
@@ -133,7 +129,6 @@ class Figures:
                 yield self._panel(f"pareto-{name}", self.saved["pareto"], 3 * row + column, about, cost=str(column))
 
     def gap_over(self) -> Iterator[Panel]:
-        """The gap over each measure of flatness."""
         measures = measures_of(self._groups)
         if not measures:
             return
@@ -166,39 +161,27 @@ class Figures:
     def landscapes(self) -> Iterator[Panel | Legend]:
         """Contours of each solution and the range of their losses; the surfaces are in `surfaces` afterwards."""
         seeds = sorted({run.seed for run in self._measured})
-        found = {
-            (kind, seed): landscapes for kind in KINDS for seed in seeds if (landscapes := self._landscapes(kind, seed))
-        }
+        found = {(kind, seed): self._landscapes(kind, seed) for kind in KINDS for seed in seeds}
+        found = {key: landscapes for key, landscapes in found.items() if landscapes}
         if not found:
             return
         first_kind, first_seed = next(iter(found))
         scale = "log" if is_logarithmic([*found[first_kind, first_seed].values()]) else "linear"
-        kinds = {
-            kind: text
-            for kind, text in zip(KINDS, ("Random", "Eigenvectors"), strict=True)
-            if any(k == kind for k, _ in found)
-        }
+        texts = dict(zip(KINDS, ("Random", "Eigenvectors"), strict=True))
+        kinds = {kind: texts[kind] for kind, _ in found}
         self._offer("view", "View", {"3d": "Surface", "2d": "Contours"}, "2d")
         self._offer("kind", "Directions", kinds, first_kind)
-        self._offer("scale", "Loss axis", {"linear": "Linear", "log": "Log"}, scale)
-        self._offer(
-            "seed",
-            "Seed",
-            {str(seed): f"Seed {seed}" for seed in dict.fromkeys(seed for _, seed in found)},
-            str(first_seed),
-        )
+        self._offer("scale", "Loss axis", _SCALES, scale)
+        self._offer("seed", "Seed", {str(seed): f"Seed {seed}" for _, seed in found}, str(first_seed))
         for (kind, seed), landscapes in found.items():
             when = {"kind": kind, "seed": str(seed)}
             low, high = loss_range([*landscapes.values()])
             yield Legend(number(low, 4), number(high, 4), when)
             yield from self._contours(landscapes, kind, seed)
-            self.surfaces.setdefault(kind, {})[str(seed)] = {
-                scale: {
-                    self._names[label]: figure
-                    for label, figure in surfaces(landscapes, self._by_label, log=scale == "log").items()
-                }
-                for scale in ("linear", "log")
-            }
+            for scale in _SCALES:
+                made = surfaces(landscapes, self._by_label, log=scale == "log")
+                named = {self._names[label]: figure for label, figure in made.items()}
+                self.surfaces.setdefault(kind, {}).setdefault(str(seed), {})[scale] = named
 
     def _landscapes(self, kind: str, seed: int) -> dict[str, Landscape]:
         found = {run.method.label: getattr(flat, kind) for run, flat in self._measured.items() if run.seed == seed}
@@ -220,7 +203,7 @@ class Figures:
         if not has_profiles and not self._lines:
             return
         if "scale" not in self.choices:
-            self._offer("scale", "Loss axis", {"linear": "Linear", "log": "Log"}, "linear")
+            self._offer("scale", "Loss axis", _SCALES, "linear")
         if has_profiles:
             drawing = self._drawing("profiles", plot_profiles, self._known, self._by_label)
             about = "Loss along the first random direction, one line a method"
@@ -239,12 +222,9 @@ class Figures:
         """What was done to BatchNorm's statistics along the lines; empty without lines."""
         if not self._lines:
             return ""
-        reestimated = any(line["reestimated"] for line in self._lines)
-        return (
-            "BatchNorm's statistics were estimated anew at each point of a line."
-            if reestimated
-            else "Weights and buffers are interpolated as they are."
-        )
+        if any(line["reestimated"] for line in self._lines):
+            return "BatchNorm's statistics were estimated anew at each point of a line."
+        return "Weights and buffers are interpolated as they are."
 
     def is_visible(self, when: Mapping[str, str]) -> bool:
         """Return True if a figure is visible before the first choice."""

@@ -59,7 +59,6 @@ def render(
     figures: Figures,
     sessions: Sequence[Mapping[str, Any]],
 ) -> str:
-    """Return the page."""
     sections = {name: list(getattr(figures, name)()) for name in Figures.SECTIONS}
     plotly = get_plotlyjs() if figures.surfaces else ""
     script = "\n".join(_file(name) for name in ("page.js", *(["surfaces.js"] if plotly else [])))

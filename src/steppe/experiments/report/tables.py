@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import Summary
+from steppe.experiments.analysis.summary import Summary, word
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.report.numbers import change, spread
-from steppe.experiments.report.verdicts import word
 from steppe.flatness import FAMILIES, Flatness
 
 HEADINGS = (
@@ -31,7 +30,7 @@ _BAR = (112.0, 14.0)  # width and height of the picture of an interval
 
 @dataclass(frozen=True)
 class Bar:
-    """An interval as a picture that reaches from -`reach` to `reach`: positions in its coordinates."""
+    """An interval as a picture: positions in its coordinates."""
 
     width: float
     height: float
@@ -125,7 +124,7 @@ def _generalization(recipe: Recipe, summary: Summary) -> Iterator[Line]:
     rows = {str(row.method): row for row in summary.rows if row.standardized_epoch == recipe.comparison.epochs}
     for name, label, better in (("gap", "generalization gap, points", -1), ("test_accuracy", "test accuracy, %", 1)):
         found: dict[str, Estimate] = {method: getattr(row, name) for method, row in rows.items()}
-        values = {m: f"{e.mean:.2f}" + ("" if e.sd is None else f" ± {e.sd:.2f}") for m, e in found.items()}
+        values = {m: e.text(".2f").replace("±", " ± ") for m, e in found.items()}
         paired: dict[str, Estimate] = {str(d.method): getattr(d, name) for d in summary.differences}
         changes = {m: _Change(e.mean, e.half_width, word(e, better=better)) for m, e in paired.items()}
         yield Line(name, label, (), _cells(recipe, values, changes))

@@ -1,10 +1,8 @@
 """The verdict in one sentence; unknown is stated as plainly as known."""
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 
-from steppe.experiments.analysis.statistics import Estimate
-from steppe.experiments.analysis.summary import Difference, Summary
+from steppe.experiments.analysis.summary import Difference, Summary, word
 from steppe.experiments.analysis.verdicts import CAVEATS
 
 KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad", "sharper": "bad"}
@@ -13,25 +11,18 @@ KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad",
 _UNMEASURED, _NO_VERDICT = "not measured", "no verdict"
 
 
-@dataclass(frozen=True)
-class Headline:
-    """A sentence as pairs: a text, and the verdict's word after it, which the page sets apart."""
-
-    parts: tuple[tuple[str, str], ...]
+Headline = Sequence[tuple[str, str]]
+"""A sentence as pairs: a text, and the verdict's word after it, which the page sets apart."""
 
 
 def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
     """Return the verdict on generalization and, if `measured`, flatness: one sentence for all methods it is true of."""
     if not summary.rows:
-        return [Headline((("Nothing has been measured yet.", ""),))]
+        return [[("Nothing has been measured yet.", "")]]
     if not summary.differences:
-        return [Headline((("There is one method so far, and nothing to compare it with.", ""),))]
+        return [[("There is one method so far, and nothing to compare it with.", "")]]
     if all(difference.gap.n == 1 for difference in summary.differences):
-        return [
-            Headline(
-                (("One run of each method gives ", _NO_VERDICT), (": chance alone may explain the difference.", ""))
-            )
-        ]
+        return [[("One run of each method gives ", _NO_VERDICT), (": chance alone may explain the difference.", "")]]
     flatness = {verdict.method: verdict.word for verdict in summary.flatness}
     groups: dict[tuple[str, str, str], list[Difference]] = {}
     for difference in summary.differences:
@@ -50,11 +41,6 @@ def details(summary: Summary) -> Iterator[str]:
     yield from dict.fromkeys(sentences)
 
 
-def word(value: Estimate, *, better: int) -> str:
-    """Return the direction of a difference in a word, where `better` is the good sign."""
-    return {None: _NO_VERDICT, 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]
-
-
 def _headline(differences: list[Difference], accuracy: str, gap: str, flat: str) -> Headline:
     *most, last = (difference.method.label for difference in differences)
     ours = f"{', '.join(most)} and {last}" if most else last
@@ -64,4 +50,4 @@ def _headline(differences: list[Difference], accuracy: str, gap: str, flat: str)
         parts = [(f"{subject}test accuracy and generalization gap ", accuracy)]
     else:
         parts = [(f"{subject}test accuracy ", accuracy), (", generalization gap ", gap)]
-    return Headline((*parts, (f"; {minima}", flat), (".", "")))
+    return [*parts, (f"; {minima}", flat), (".", "")]
