@@ -19,8 +19,7 @@ from steppe.experiments.analysis.flatness import FLATNESS, read_flatness, verdic
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split, load, normalize
-from steppe.experiments.data.sampling import few_shot
-from steppe.experiments.data.sampling import mislabeled
+from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
