@@ -52,7 +52,7 @@ def test_wrong_command_line_is_reported_with_a_suggestion(
     ("words", "parts"),
     [
         (["--help"], ["compare", "tune", "plot", "methods", "Begin with `steppe compare`"]),
-        (["compare", "--help"], ["demo", "article", "torchrun", "sam: SAM around the base", "128 is ours"]),
+        (["compare", "--help"], ["demo", "article", "torchrun", "sam: SAM around the base", "here it is 128"]),
         (["compare", "demo", "--help"], ["--seeds INT", "one run gives no verdict", "Standardized epochs"]),
         (["plot", "--help"], ["from the folder alone"]),
         (["methods", "--help"], ["with wildcards", "--bibtex"]),

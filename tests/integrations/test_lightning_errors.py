@@ -74,7 +74,7 @@ class ReadyMadeSam(Classifier):
 
 def test_loss_scaler_without_the_callback_warns_or_raises():
     plugins = [MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu"))]
-    with pytest.raises((RuntimeError, UserWarning), match="neither passes behind it nor a closure"):
+    with pytest.raises((RuntimeError, UserWarning), match="without a closure and without passes before it"):
         fit(ReadyMadeSam(), plugins=plugins)
 
 

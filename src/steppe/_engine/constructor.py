@@ -157,7 +157,7 @@ def _from_instance(
             f"before it is wrapped (the slots are perturbation=, combination= and cadence=)"
         )
     if not isinstance(rho, Tensor | int | float):
-        raise TypeError(f"rho must be a number, got {rho!r}: with a base optimizer's instance, it comes second")
+        raise TypeError(f"rho must be a number, got {rho!r}: write SAM(base_optimizer, rho)")
     check_rho(rho)
     name = type(base_optimizer).__name__
     if hasattr(base_optimizer, "first_step") and hasattr(base_optimizer, "second_step"):
@@ -165,8 +165,8 @@ def _from_instance(
     closure = inspect.signature(base_optimizer.step).parameters.get("closure")
     if closure is not None and closure.default is _SENTINEL:
         raise TypeError(
-            f"{name} cannot be the base: its step needs a closure, because it evaluates the loss at several points "
-            f"by itself, while SAM gives its base one gradient a step. Use a base whose step() runs without one"
+            f"{name} cannot be the base: its step needs a closure, because it evaluates the loss at several points, "
+            f"while SAM gives its base one gradient a step. Use a base whose step() runs without one"
         )
     if not any(group["params"] for group in base_optimizer.param_groups):
         raise ValueError(f"the base optimizer ({name}) has no parameters: there is nothing to perturb")

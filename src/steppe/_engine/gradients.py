@@ -152,7 +152,7 @@ class Gradients:
                 self.skipped += 1
                 warn(
                     "a step was skipped: its gradient was not finite (NaN or inf) in one of the passes, and would "
-                    "have poisoned the weights. Weights and optimizer state are unchanged; skipped_steps counts",
+                    "have made the weights NaN. They and the optimizer state are unchanged; see skipped_steps",
                     RuntimeWarning,
                 )
                 return False

@@ -37,7 +37,7 @@ def refuse_closure_of_scaler() -> None:
     """
     if called_by_scaler():
         raise RuntimeError(
-            "scaler.step(optimizer, closure): the scaler has unscaled the gradients of before, and the base would step "
+            "scaler.step(optimizer, closure): the scaler has unscaled the earlier gradients, but the base would step "
             "with those of the closure's passes, multiplied by its scale (65536 at first). Make the optimizer with "
             "scaler=scaler and call optimizer.step(closure); or use passes(), then scaler.step(optimizer)"
         )
@@ -65,7 +65,7 @@ def check_scale(
     sized = [mixed] if mixed is not None else [rule for rule in rules if not scale_free(rule)]
     if by_scaler and scale is None and sized:
         raise RuntimeError(
-            f"scaler.step(optimizer) with {sized[0]}, which depends on the size of the gradients: it has seen them "
+            f"scaler.step(optimizer) with {sized[0]}, which depends on the size of the gradients: it got them "
             "multiplied by a scale that changes from step to step. Make the optimizer with scaler=scaler, so that it "
-            "sees them unscaled. (A rule that gives the same for any multiple of g declares scale_free = True)"
+            "gets them unscaled. (A rule that gives the same for any multiple of g declares scale_free = True)"
         )

@@ -101,7 +101,7 @@ class Step(GraphCapture, Wrapper):
         elif not self._warned_of_plain_step:
             self._warned_of_plain_step = True
             warn(
-                "step() was called with neither passes behind it nor a closure: this is a plain step of "
+                "step() was called without a closure and without passes before it: this is a plain step of "
                 f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
                 "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
             )
@@ -122,6 +122,6 @@ class Step(GraphCapture, Wrapper):
     def _check_passes(self) -> None:
         if self._has_single_pass() and needs_gradient(self.cadence):
             raise ValueError(
-                f"{self.cadence} needs the gradient at w, and {self.perturbation} saves the pass that gives it: take a "
+                f"{self.cadence} needs the gradient at w, but {self.perturbation} makes no pass at w: take a "
                 "cadence that reads only the step's number, and declares needs_gradient = False"
             )

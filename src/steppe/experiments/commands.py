@@ -40,22 +40,22 @@ the Hessian's largest eigenvalues, trace and spectral density, adaptive measures
 change, landscapes, and the loss between solutions. It adds a verdict with error bars to summary.md and report.html.
 
 Any model: steppe measure --model package.module:factory --weights a.pt b.pt --data package.module:factory
-With --against c.pt d.pt, weights of another method in the same order, it says which minima are flatter.
+With --against c.pt d.pt, weights of another method in the same order, a verdict states which minima are flatter.
 """
 
 _METHODS = "List the methods: cost, memory, paper, when to use each; `steppe methods gsam` shows a card."
 
 _PLOT = "Draw the figures of a run folder and write its summary again, from the folder alone."
 
-_TUNE = "Search rho, and whatever else is named, at equal compute, by images held out of training."
+_TUNE = "Search rho and other options at equal compute, and choose by images held out of training."
 
 _TUNE_DETAILS = """
 `steppe tune` alone searches the rho of the recipe demo's SAM: `steppe tune demo --search rho=0.01..1 lr=0.01..0.2`.
 All options of `steppe compare` are options here too; `--methods sam asam` tunes both.
 
-The choice is made by images that are held out of the training set; the test set is not used. At the end the command is
-printed that confirms the choice on it. The same command in the same folder resumes where it was stopped or killed.
-Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
+The choice is made by images that are held out of the training set; the test set is not used. At the end a command is
+printed that evaluates the choice on the test set. The same command in the same folder resumes where it was stopped or
+killed. Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
 """
 
 _DETAILS = """
@@ -114,7 +114,7 @@ class Tune:
         if self.recipe.comparison.widths:
             widths = " ".join(map(str, self.recipe.comparison.widths))
             raise ValueError(
-                f"widths={widths}: trials can be compared at one width only. Say --widths without a number, and --width"
+                f"widths={widths}: trials can be compared at one width only. Use --widths without a number, and --width"
             )
         found = spaces(self.recipe, self.options.search, baseline=self.options.baseline)
         if self.options.sampler == "grid":

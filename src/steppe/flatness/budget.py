@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Budget:
-    """Radii, numbers of steps and numbers of samples of :func:`measure`."""
+    """Radii, numbers of steps and numbers of samples of each measure."""
 
     rho: float = 0.05
     """Radius of the sharpness S(w), an L2 norm."""

@@ -167,8 +167,8 @@ def _check_supported(trainer: "pl.Trainer", module: "pl.LightningModule") -> Non
     strategy, precision = trainer.strategy, trainer.precision_plugin
     if not isinstance(strategy, pl.strategies.SingleDeviceStrategy | pl.strategies.DDPStrategy):
         raise RuntimeError(
-            f"SAMCallback with {type(strategy).__name__}: it shards weights, or steps by itself, so w would not be "
-            "perturbed as a whole. Use strategy='ddp' or a single device"
+            f"SAMCallback with {type(strategy).__name__}: it shards weights, or takes the steps itself, so w would not "
+            "be perturbed as a whole. Use strategy='ddp' or a single device"
         )
     # Of these two it is known when they run the closure: in optimizer.step(closure), or before scaler.step(optimizer).
     if type(precision).optimizer_step not in (

@@ -135,7 +135,7 @@ class Lookbehind(OwnStepMethod):
             )
         if not needs_gradient(perturbation) or ascent_steps_of(perturbation) > 1:
             raise ValueError(
-                f"Lookbehind makes {ascent_steps} ascent steps by itself, each along a gradient, and {perturbation} "
+                f"Lookbehind makes {ascent_steps} ascent steps, each along a gradient, and {perturbation} "
                 "does not fit. Give a perturbation that makes one ascent step along the gradient"
             )
         self.alpha = alpha

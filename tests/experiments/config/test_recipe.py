@@ -55,7 +55,7 @@ def test_a_method_that_needs_momentum_gives_it_to_all_methods() -> None:
     assert recipe(methods=("sgd", "msam"), momentum=0.5).base_momentum == 0.5
     assert recipe(methods=("adamw", "msam"), base="adamw").base_momentum == 0.0
     assert recipe(methods=("sgd", "msam")).result() != recipe(methods=("sgd", "sam")).result()
-    with pytest.raises(ValueError, match=r"momentum=0: msam perturbs along .* Say --momentum 0\.9"):
+    with pytest.raises(ValueError, match=r"momentum=0: msam perturbs along .* Use --momentum 0\.9"):
         recipe(methods=("sgd", "msam"), momentum=0)
 
 

@@ -37,7 +37,7 @@ def test_open_options_resolve_on_a_gpu(monkeypatch: pytest.MonkeyPatch, has: boo
 def test_batch_norm_in_two_processes_on_cpus_raises(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert resolve(recipe(norm="group")).model.norm == "group"
-    with pytest.raises(ExperimentError, match=r"SyncBatchNorm .* say --norm group"):
+    with pytest.raises(ExperimentError, match=r"SyncBatchNorm .* use --norm group"):
         resolve(recipe(norm="batch"))
 
 

@@ -233,6 +233,6 @@ def test_a_failed_capture_reports_the_remedy() -> None:
     batch = next(batches(dataset().train, 16, order(72, 0, 0), CPU))
     for _ in range(3):
         by_graphs(batch)
-    with pytest.raises(ExperimentError, match=r"stream is capturing\): say --no-cuda-graphs"):
+    with pytest.raises(ExperimentError, match=r"stream is capturing\): use --no-cuda-graphs"):
         by_graphs(batch)
     assert len(steps) == 3

@@ -29,7 +29,7 @@ def test_words_are_read_and_written(word: str, kind: type[Value], wanted: object
         (["rho"], "'rho' names no values to try: write NAME=LOW..HIGH"),
         (["rho="], "names no values to try"),
         (["rho=1..0.1"], "the range is empty"),
-        (["rho=0..1"], "a logarithmic range cannot begin at 0.0: begin above 0, or say rho=0..1:linear"),
+        (["rho=0..1"], "a logarithmic range cannot begin at 0.0: begin above 0, or write rho=0..1:linear"),
         (["rho=0.1..1:logarithmic"], "'logarithmic' is no scale; use log or linear"),
         (["rho=0.1"], "give two or more different values"),
         (["rho=0.1,0.1"], "give two or more different values"),

@@ -47,7 +47,7 @@ class MethodSpec:
             if key not in known:
                 raise ValueError(unknown(f"methods: arguments of {name}", key, known))
             if key in overrides:
-                raise ValueError(f"methods: {text}: {key} is given twice, and only one of them can be meant")
+                raise ValueError(f"methods: {text}: {key} is given twice: give it once")
             overrides[key] = _read(text, key, value, known[key])
         return cls(name).override(overrides)
 

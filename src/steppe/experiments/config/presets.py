@@ -29,8 +29,8 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
                 stem_stride=1,
                 momentum=0.0,
             ),
-            "The article's experiment: PreAct ResNet-18 on the whole of Fashion-MNIST, 150 standardized epochs and "
-            "50 further ones of SAM: work for a GPU. The article does not give the batch size: 128 is ours.",
+            "The experiment of the article that Steppe began with: PreAct ResNet-18 on the whole of Fashion-MNIST, 150 "
+            "standardized epochs and 50 more of SAM, for a GPU. It does not give the batch size; here it is 128.",
         ),
         "finetune": (
             _PORTABLE.replace(

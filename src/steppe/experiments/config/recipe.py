@@ -77,12 +77,12 @@ class Recipe:
             if method.plain not in (None, training.base):
                 raise ValueError(
                     f"methods: {spec} is {method.summary}, but base={training.base}: a difference would mix two "
-                    f"effects. Say --base {method.plain}, or {training.base} among the methods"
+                    f"effects. Use --base {method.plain}, or {training.base} among the methods"
                 )
             if method.needs_momentum and BASES[training.base].has_momentum and training.momentum == 0:
                 raise ValueError(
                     f"momentum={training.momentum}: {spec} perturbs along the base's momentum, and without one each of "
-                    "its steps would be a plain one. Say --momentum 0.9, or leave it out for 0.9 in all methods"
+                    "its steps would be a plain one. Use --momentum 0.9, or leave it out for 0.9 in all methods"
                 )
 
     def _check_flatness(self) -> None:
@@ -96,7 +96,7 @@ class Recipe:
             )
         if self.training.rho == 0:
             raise ValueError(
-                "rho=0: sharpness is a maximum over the neighborhood of that radius, which is a single point. Say "
+                "rho=0: sharpness is a maximum over the neighborhood of that radius, which is a single point. Use "
                 "--rho 0.05, or leave --flatness-every out"
             )
 
@@ -106,15 +106,13 @@ class Recipe:
             return
         widths = f"widths={' '.join(map(str, found))}"
         if found[0] < 1 or len(set(found)) < len(found):
-            raise ValueError(f"{widths}: channels of the network's first stage, each at least 1 and there once")
+            raise ValueError(f"{widths}: channels of the network's first stage, each at least 1 and given once")
         if self.model.width != ModelConfig.width:
             raise ValueError(
                 f"width={self.model.width}: {widths} are compared, and it would be ignored: leave it out, or them"
             )
         if self.model.backbone != "none":
-            raise ValueError(
-                f"backbone={self.model.backbone}: it has a width of its own. Say --backbone none, or no --widths"
-            )
+            raise ValueError(f"backbone={self.model.backbone}: its width is fixed. Use --backbone none, or no --widths")
 
     def _check_backbone(self) -> None:
         dataset, backbone, image_size = self.data.dataset, self.model.backbone, self.model.image_size
@@ -129,13 +127,13 @@ class Recipe:
         if backbone == "own" and dataset != "digits":
             raise ValueError(
                 f"dataset={dataset}: the own backbone is pretrained on Fashion-MNIST, and nothing would be transferred "
-                "to the same images. Say --dataset digits, or --backbone none"
+                "to the same images. Use --dataset digits, or --backbone none"
             )
         if backbone == "none":
             for name, value in (("freeze", self.model.freeze), ("head_lr", self.training.head_lr)):
                 if value:
                     raise ValueError(
-                        f"{name}={value}: without a backbone all layers are new, so it would mean nothing. Say "
+                        f"{name}={value}: without a backbone all layers are new, so it would have no effect. Use "
                         f"--backbone own or a checkpoint's name, or leave --{name.replace('_', '-')} out"
                     )
         reads_it = dataset == "fashion-mnist" or (backbone == "own" and self.model.pretrain_on != "sample")

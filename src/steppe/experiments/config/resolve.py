@@ -16,14 +16,14 @@ def resolve(recipe: Recipe) -> Recipe:
     if hardware.device == "cuda" and not torch.cuda.is_available():
         raise ExperimentError(
             f"device=cuda, but torch {torch.__version__} finds no CUDA device here: check its build and the driver, "
-            "or say --device cpu"
+            "or use --device cpu"
         )
     if hardware.device == "cuda" or (hardware.device == "auto" and torch.cuda.is_available()):
         return fill_in(recipe.replace(device="cuda"))
     if launched() > 1 and recipe.model.norm == "batch":
         raise ExperimentError(
             "norm=batch in several processes on CPUs: each would normalize by its own part of the batch, and the "
-            "SyncBatchNorm that prevents it exists on GPUs only; say --norm group"
+            "SyncBatchNorm that prevents it exists on GPUs only; use --norm group"
         )
     threads = hardware.threads or 1  # so all machines of a kind give the same bits, and several runs fit on one
     narrow = [width for width in recipe.comparison.widths or (recipe.model.width,) if width % 16]
@@ -31,7 +31,7 @@ def resolve(recipe: Recipe) -> Recipe:
         raise ExperimentError(
             f"channels_last with width={narrow[0]} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
             "convolution then writes beyond its memory (seen with torch 2.13.0, wherever the number of channels is no "
-            "multiple of 16 and that of images is odd). Say --threads 1, or a width that is a multiple of 16, or "
+            "multiple of 16 and that of images is odd). Use --threads 1, or a width that is a multiple of 16, or "
             "--no-channels-last"
         )
     return fill_in(recipe.replace(device="cpu", threads=threads))

@@ -21,10 +21,10 @@ class ExecutionOptions:
     """local: on this machine. ray: on all machines of a Ray cluster, or on this one's CPUs and GPUs, as many runs at a
     time as there is room for (needs the ray extra)."""
     runs_at_once: int | None = None
-    """Runs at a time on this machine, each in a process of its own; by default as many as its CPUs have room for, and 1
+    """Runs at a time on this machine, each in a separate process; by default as many as its CPUs have room for, and 1
     on a GPU. 1 trains one after the other, in this process."""
     ray_address: str | None = None
-    """A Ray cluster; by default $RAY_ADDRESS, else a Ray on this machine for the length of the command. All machines
+    """A Ray cluster; by default $RAY_ADDRESS, else a Ray on this machine that ends with the command. All machines
     must see the run folder under the same path."""
     cpus_per_run: int | None = None
     """CPUs that Ray reserves for a run; by default as many as --threads, or 1."""
@@ -36,8 +36,8 @@ class ExecutionOptions:
             raise ValueError(f"runs_at_once={self.runs_at_once}: the number of runs at a time must be at least 1")
         if self.runs_at_once is not None and self.on == "ray":
             raise ValueError(
-                f"runs_at_once={self.runs_at_once}: Ray trains as many runs as its machines have room for: say how "
-                "much a run takes, by --cpus-per-run or --gpus-per-run"
+                f"runs_at_once={self.runs_at_once}: Ray trains as many runs as its machines have room for: set how "
+                "much a run takes with --cpus-per-run or --gpus-per-run"
             )
         if self.cpus_per_run is not None and self.cpus_per_run < 1:
             raise ValueError(f"cpus_per_run={self.cpus_per_run}: the CPUs of a run must be at least 1")

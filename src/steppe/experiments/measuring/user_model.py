@@ -71,7 +71,7 @@ class UserModel:
                 "compared in pairs"
             )
         if self.names[0] == self.names[1] or not all(self.names):
-            raise ValueError(f"names={' '.join(self.names)!r}: two different ones are needed to tell the two apart")
+            raise ValueError(f"names={' '.join(self.names)!r}: the two names must differ and not be empty")
 
     @property
     def setting(self) -> str:

@@ -123,7 +123,7 @@ class Graphs:
                 step, replay = self._recorder.record(lambda: self._take(replace(batch, indices=indices)))
         except RuntimeError as error:
             raise ExperimentError(
-                f"the training step could not be captured as a CUDA graph ({first_line(error)}): say --no-cuda-graphs, "
+                f"the training step could not be captured as a CUDA graph ({first_line(error)}): use --no-cuda-graphs, "
                 "with which each step is launched anew"
             ) from error
         return _Graph(indices, step, replay)

@@ -43,7 +43,7 @@ class TuningOptions:
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials={self.trials}: the number of trials must be at least 1")
         if self.hold_out < 2:
-            raise ValueError(f"hold_out={self.hold_out}: one in so many images is held out, at least 2: some must stay")
+            raise ValueError(f"hold_out={self.hold_out}: one in so many images is held out: use at least 2")
         if self.sampler_seed < 0:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 

@@ -203,7 +203,7 @@ def read(word: str, kind: type[Value]) -> Dimension:
     log = scale == "log" or (not colon and kind is float)
     if log and float(low) <= 0:
         raise ValueError(
-            f"search: {word}: a logarithmic range cannot begin at {low}: begin above 0, or say {name}={ends}:linear"
+            f"search: {word}: a logarithmic range cannot begin at {low}: begin above 0, or write {name}={ends}:linear"
         )
     return Range(name, float(low), float(high), log, integer=kind is int)
 
@@ -215,7 +215,7 @@ def _space(recipe: Recipe, words: Sequence[str]) -> Space:
         usual = method.rho(recipe.training.rho)
         if not usual:
             raise ValueError(
-                "search: rho=0 has no tenth and no tenfold to search between: give a range, --search rho=LOW..HIGH"
+                "search: rho=0 has no default range, a tenth of it to ten times it: give one, --search rho=LOW..HIGH"
             )
         low, high = (float(f"{factor * usual:.3g}") for factor in (0.1, 10.0))
         return Space(recipe, (Range("rho", low, high, log=True),))
