@@ -109,7 +109,7 @@ CARD = MethodCard(
     passes=lambda ascent_steps: 1 + ascent_steps,
     memory=COPY,
     when="When layers can be rescaled without changing the function, as before a normalization layer.",
-    when_not="With SAM's rho: this one is in units of the weights, and is about ten times larger.",
+    when_not="With SAM's rho: ASAM's rho is relative to the weights, and about ten times larger.",
     usual={"rho": "0.5 to 2", "eta": "0.01", "ascent_steps": "1", "only": "all parameters"},
     checked="The official code, https://github.com/SamsungLabs/ASAM: weights agree (2e-16). Theirs uses T = 1 for "
     'parameters that are not called "weight"; here, as in the paper\'s formula, T is the same for all.',

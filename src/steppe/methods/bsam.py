@@ -304,7 +304,7 @@ CARD = MethodCard(
     passes=2,
     memory="g_m and s, as Adam does, so that memory is counted beside SGD; a copy of the weights, and within a step g",
     when="When the uncertainty of the weights is needed too.",
-    when_not="Around a base of your own: it has none. With a loss scaler, or a loss that is not a mean over samples.",
+    when_not="Around a base optimizer: bSAM has none. With a loss scaler, or a loss that is not a mean over samples.",
     usual={
         "lr": "0.5 in the authors' CIFAR examples",
         "rho": "0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet",

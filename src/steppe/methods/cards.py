@@ -162,7 +162,7 @@ def _comparison(run: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {' | '.join([labels[method], *cells])} |"
     yield ""
     yield from _wrap(
-        "Each interval is a 95 % interval by itself: without any difference, one in twenty would still show one."
+        "Each interval has 95 % confidence alone: without any difference, one in twenty would still exclude 0."
     )
 
 

@@ -86,7 +86,7 @@ CARD = MethodCard(
     passes=2,
     memory=COPY,
     when="When layers differ much in scale, and one radius does not fit all.",
-    when_not="To reproduce a paper: which form it means is not settled.",
+    when_not="To reproduce a paper: it is unclear which form the paper uses.",
     usual={"rho": "unverified", "relative": "unverified"},
     checked="No code by the authors was found, and only the paper's abstract was read. Two third-party "
     "implementations disagree: one has rho g_l / |g_l|, the other rho |w_l| g_l / |g_l|^2, which perturbs more the "
