@@ -146,3 +146,8 @@ def run(model: nn.Module, optimizer: steppe.SAM, steps: range, *, whole_batch: b
 
 def weights(model: nn.Module) -> list[Tensor]:
     return [full_tensor(p.detach()).clone() for p in model.parameters()]
+
+
+def close(found, expected, **tolerance):
+    """Assert that float64 results agree to rounding, or to another tolerance."""
+    torch.testing.assert_close(found, expected, **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))

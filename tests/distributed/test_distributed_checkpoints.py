@@ -10,16 +10,12 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import steppe
-from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, ddp, method, network, plain, run, train, weights
+from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, close, ddp, method, network, plain, run, train, weights
 from ranks import start_ranks
 from support import bits
 
 # Memories of tensors, of numbers and of a mask; no memory beside the base's momentum; a step of its own.
 METHODS = ["friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa"]
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def build(layout, name, seed=0):

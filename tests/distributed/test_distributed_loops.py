@@ -9,7 +9,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 
 import steppe
-from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, network, own_share, plain, samples, weights
+from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, close, network, own_share, plain, samples, weights
 from ranks import start_ranks
 from support import bits
 from test_distributed_checkpoints import zero_redundancy
@@ -40,10 +40,6 @@ def run_passes(optimizer, loss):
     for sam_pass in optimizer.passes():
         with sam_pass:
             loss()
-
-
-def close(found, expected, **tolerance):
-    torch.testing.assert_close(found, expected, **(tolerance or {"rtol": 1e-12, "atol": 1e-12}))
 
 
 # Precision.

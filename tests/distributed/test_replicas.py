@@ -8,7 +8,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_reduce
 
 import steppe
-from layouts import BATCH_SIZE, ddp, method, network, own_share, plain, run, samples, train, weights
+from layouts import BATCH_SIZE, close, ddp, method, network, own_share, plain, run, samples, train, weights
 from ranks import start_ranks
 from support import DRIVES, bits
 
@@ -19,10 +19,6 @@ OPTIONS = {
     "static graph, bucket views": {"static_graph": True, "gradient_as_bucket_view": True},
 }
 SOME = ["sam", "gsam", "looksam", "friendly_sam", "msam", "lookbehind_sam", "sampa"]
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 # One perturbation for all ranks.

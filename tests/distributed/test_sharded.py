@@ -12,14 +12,23 @@ from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, 
 
 import steppe
 import steppe._tensors.ops
-from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, fsdp, method, network, own_share, plain, run, samples, train, weights
+from layouts import (
+    LAYOUTS,
+    WHOLE_BATCH_LAYOUTS,
+    close,
+    fsdp,
+    method,
+    network,
+    own_share,
+    plain,
+    run,
+    samples,
+    train,
+    weights,
+)
 from ranks import start_ranks
 from steppe._tensors.dtensor import local
 from support import DRIVES, bits
-
-
-def close(found, expected):
-    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
 
 
 def train_in_layout(layout: str, name: str, steps: int):

@@ -180,25 +180,6 @@ def test_pretrain_on_auto_is_resolved_and_printed(
     )
 
 
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A tiny image model of Hugging Face with three classes, randomly initialized, in a local folder."""
-    from transformers import ResNetConfig, ResNetForImageClassification
-
-    torch.manual_seed(1)
-    config = ResNetConfig(
-        embedding_size=4, hidden_sizes=[4, 8], depths=[1, 1], layer_type="basic", num_labels=3, num_channels=3
-    )
-    folder = tmp_path_factory.mktemp("hub") / "tiny"
-    ResNetForImageClassification(config).save_pretrained(folder)
-    processor = {
-        "do_normalize": True, "do_rescale": True, "rescale_factor": 1 / 255,
-        "image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.3, 0.4], "size": {"shortest_edge": 32}, "crop_pct": 0.9,
-    }  # fmt: skip
-    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
-    return folder
-
-
 def test_steppe_finetune_with_a_hugging_face_folder(cache: Path, saved: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     given = words(out, backbone=f"hf:{saved}", epochs=2, shots=2, image_size=16, batch_size=10)
