@@ -56,7 +56,7 @@ def test_members_are_ordinary_comparisons_in_folders_of_their_own(tmp_path: Path
         ({"widths": (2, 2)}, "widths=2 2: channels .* once"),
         ({"widths": (0, 2)}, "widths=0 2: channels .* at least 1"),
         ({"width": 8}, "width=8: widths=1 2 4 are compared, and it would be ignored"),
-        ({"backbone": "own", "dataset": "digits"}, "backbone=own: it has a width of its own"),
+        ({"backbone": "own", "dataset": "digits"}, "backbone=own: its width is fixed"),
     ],
 )
 def test_a_wrong_range_is_refused(fields: dict[str, object], meaning: str, tmp_path: Path) -> None:

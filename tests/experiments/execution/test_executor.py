@@ -24,5 +24,5 @@ def test_invalid_option_is_named_with_its_meaning(field: str, value: float, mean
 
 
 def test_runs_at_once_cannot_be_combined_with_ray() -> None:
-    with pytest.raises(ValueError, match="say how much a run takes"):
+    with pytest.raises(ValueError, match="set how much a run takes"):
         ExecutionOptions("ray", runs_at_once=2)

@@ -188,7 +188,7 @@ def test_equal_files_raise() -> None:
         ({"data": "user_module"}, "data='user_module': write package.module:name"),
         ({"evaluate": "a:b", "loss": "c:d"}, "give one of them"),
         ({"against": (Path("a"),)}, "1 files, and 0 are given with --weights.*pairs"),
-        ({"names": ("a", "a")}, "two different ones"),
+        ({"names": ("a", "a")}, "the two names must differ"),
     ],
 )
 def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
