@@ -65,6 +65,16 @@ def test_parallel_runs_have_the_bits_of_sequential_ones_also_after_a_worker_is_k
     assert set(multiprocessing.active_children()) <= before
 
 
+def test_outcomes_have_the_jobs_that_were_given_also_in_a_relative_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    fields, folder = {"epochs": 1, "eval_every": 1, "seeds": 1}, Path("run")
+    with start_executor(recipe(**fields), ExecutionOptions(runs_at_once=2), Console()) as executor:
+        outcomes = list(executor.run(jobs(folder, **fields), dataset(), folder, RecordingReporter(), Stop()))
+    assert {outcome.job for outcome in outcomes} == set(jobs(folder, **fields))
+
+
 def test_unexpected_error_in_a_worker_is_raised_with_its_traceback(tmp_path: Path) -> None:
     broken = dataset()
     broken.train.images.resize_(0, 1, 28, 28)  # as many labels as before

@@ -88,6 +88,7 @@ def train_task(task: RunTask, data: Dataset) -> str | None:
 
 @dataclass
 class _RunInProgress:
+    job: Job
     task: RunTask
     events: EventReader
     retries: int = 0
@@ -137,9 +138,10 @@ class WorkerExecutor(Executor, Generic[W]):
                         exhausted = True
                     else:
                         events = EventReader(job.run, job.folder, reporter)
-                        job = replace(job, folder=job.folder.absolute())
-                        task = RunTask(job, control, stop_file, reporter.interval, torch.__version__)
-                        running[self._start(task, shared)] = _RunInProgress(task, events)
+                        # a worker may have another working directory
+                        absolute = replace(job, folder=job.folder.absolute())
+                        task = RunTask(absolute, control, stop_file, reporter.interval, torch.__version__)
+                        running[self._start(task, shared)] = _RunInProgress(job, task, events)
                 if not running:
                     if stop or exhausted:
                         break
@@ -163,7 +165,7 @@ class WorkerExecutor(Executor, Generic[W]):
                     one.events.poll()  # drain events written after the last poll
                     one.events.close()
                     if error != _STOPPED:
-                        yield Outcome(one.task.job, error)
+                        yield Outcome(one.job, error)
         finally:
             for worker in running:
                 with suppress(Exception):
@@ -175,14 +177,14 @@ class WorkerExecutor(Executor, Generic[W]):
     def _announce_retry(self, one: _RunInProgress, died: WorkerDied) -> None:
         print_line(
             self._console,
-            f"{one.task.job.run.name}: its worker died ({died}); another one resumes it from its checkpoint, "
+            f"{one.job.run.name}: its worker died ({died}); another one resumes it from its checkpoint, "
             f"retry {one.retries + 1} of {_RETRIES}",
         )
 
 
 def _final_error(one: _RunInProgress, died: WorkerDied) -> str:
     return (
-        f"{one.task.job.run.name} did not finish: its worker died {one.retries + 1} times, the last time because "
+        f"{one.job.run.name} did not finish: its worker died {one.retries + 1} times, the last time because "
         f"{died}. Its checkpoint is kept, and the same command resumes it; if memory is short, train fewer runs at a "
         "time: --runs-at-once 1, or on Ray a larger --cpus-per-run"
     )
