@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steppe._engine.rounding import add_scaled_stochastically_
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 
 RADII = (0.01, 0.05, 0.5)
 
@@ -27,7 +27,7 @@ def flat(tensors: list[Tensor]) -> Tensor:
 
 def resnet(width: int) -> tuple[nn.Module, Callable[[], Tensor]]:
     """Return a new network, and its loss on random images."""
-    model = preact_resnet18(width=width)
+    model = PreActResNet18(width=width)
     x, y = torch.randn(16, 1, 28, 28), torch.randint(10, (16,))
     return model, lambda: F.cross_entropy(model(x), y)
 

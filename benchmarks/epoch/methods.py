@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from memory import Step, stepper
 from steppe import SAM, closures, variants
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.methods._card import MethodCard
 from steppe.methods.late_sam import LatePhase
 from steppe.methods.random_sam import Bernoulli
@@ -43,7 +43,7 @@ class Problem:
     def network(self) -> nn.Module:
         """Return a new network with the same weights at every call."""
         torch.manual_seed(0)
-        network = preact_resnet18(self.width, num_classes=CLASSES, stem_stride=self.stem_stride)
+        network = PreActResNet18(self.width, num_classes=CLASSES, stem_stride=self.stem_stride)
         network = network.to(self.device).to(memory_format=self._layout)
         if self.compile:
             network.compile(dynamic=False)

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steppe.experiments.data.datasets import load, normalize
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.flatness import Hessian, Objective, eigenvalues
 
 BATCH = 128
@@ -35,7 +35,7 @@ class Problem:
 def make_problem(width: int, batches: int, epochs: int = 4) -> Problem:
     """Train for some epochs on the packaged sample of Fashion-MNIST, and select its first images."""
     torch.manual_seed(0)
-    model = preact_resnet18(width, stem_stride=2)
+    model = PreActResNet18(width, stem_stride=2)
     train = load("sample").train
     x, y = normalize(train.images), train.labels
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)

@@ -8,7 +8,7 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.measuring.measure_runs import objectives
 from steppe.experiments.measuring.options import Sampling
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.training.checkpointing import owner
@@ -40,7 +40,7 @@ def flatness(run: Run, folder: Path, images: Dataset, stop: Stop, *, tiny: bool)
             raise Stopped(stop.signal)
 
     recipe = run.recipe
-    network = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
+    network = PreActResNet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
     network.load_state_dict(checkpoints.load(folder / CHECKPOINT, owner(run, 1, None))["model"])
     network.to(images.train.images.device)
     sampling = Sampling(samples=32) if tiny else Sampling()

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 import classic_sam
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import MEAN, STD, Split
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 
 
 class Images(Dataset[tuple[Tensor, int]]):
@@ -71,7 +71,7 @@ class ArticleLoop:
     def __init__(self, recipe: Recipe, method: str, split: Split, workers: int, sam: Callable[..., Any]) -> None:
         torch.manual_seed(0)
         self._device = torch.device(recipe.hardware.device)
-        self.network = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride).to(self._device)
+        self.network = PreActResNet18(recipe.model.width, stem_stride=recipe.model.stem_stride).to(self._device)
         parameters = self.network.parameters()
         self._sam: Any = (
             sam(parameters, torch.optim.SGD, rho=recipe.training.rho, lr=recipe.training.lr)

@@ -15,7 +15,7 @@ from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.models.backbones import Backbone
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.run_folder import CHECKPOINT
 
 OPTIONS = {
@@ -31,7 +31,7 @@ def recipe(**fields: object) -> Recipe:
 def pretrained(seed: int = 5) -> Backbone:
     """A backbone whose weights and running statistics are all unlike new ones."""
     torch.manual_seed(seed)
-    model = preact_resnet18(2, stem_stride=2)
+    model = PreActResNet18(2, stem_stride=2)
     with torch.no_grad():
         for name, tensor in model.state_dict().items():
             if tensor.is_floating_point():

@@ -19,7 +19,7 @@ from steppe.experiments.config.resolve import resolve
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.figures.drawing import Drawing
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.records import Record, write_records
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
@@ -266,7 +266,7 @@ def test_figure_shows_the_measurements(tmp_path: Path, drawn: list[Figure]) -> N
     summary = double_descent.summarize(given)
     double_descent_figure.draw(given, summary, tmp_path / "figures")
     errors, sharpness, eigenvalue = drawn[0].axes[:3]
-    sizes = [sum(p.numel() for p in preact_resnet18(w, stem_stride=2).parameters()) for w in (1, 2, 4, 8)]
+    sizes = [sum(p.numel() for p in PreActResNet18(w, stem_stride=2).parameters()) for w in (1, 2, 4, 8)]
     lines = {line.get_label(): line.get_xydata().tolist() for line in errors.lines}
     for method, label in (("sgd", "SGD"), ("sam", "SAM")):
         for kind, of in (("test", TEST), ("training", TRAIN)):

@@ -23,7 +23,7 @@ from steppe.experiments.data.sampling import few_shot
 from steppe.experiments.execution import pretraining as finetune
 from steppe.experiments.execution.local import InProcessExecutor
 from steppe.experiments.models.backbones import Backbone, from_hub
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import CHECKPOINT
@@ -61,7 +61,7 @@ def test_the_backbone_is_pretrained_once_and_taken_from_the_cache(
     # what was pretrained is what an ordinary run of that recipe gives, and the runs start from it
     pretraining = finetune.pretraining_recipe(recipe(momentum=0.9))
     train(Run(pretraining, MethodSpec.parse("sgd"), 0), tmp_path / "by hand", tiny_data("sample"), CPU)
-    by_hand = Backbone(preact_resnet18(2, stem_stride=2), "head", "")
+    by_hand = Backbone(PreActResNet18(2, stem_stride=2), "head", "")
     by_hand.model.load_state_dict(weights(tmp_path / "by hand"))
     named = json.loads((tmp_path / "a" / "backbone.json").read_text())
     assert named["sha256"] == by_hand.digest()

@@ -28,7 +28,7 @@ from steppe.experiments.measuring import jobs, measure_runs
 from steppe.experiments.measuring.jobs import Progress
 from steppe.experiments.measuring.measure_runs import LineJob, RunJob
 from steppe.experiments.measuring.options import MeasuringOptions, Sampling
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training.evaluation import flatness_sample
@@ -108,7 +108,7 @@ def written(path: Path, *names: str) -> dict[str, Any]:
 
 def network(path: Path, run: Run) -> torch.nn.Module:
     """Return the network of a checkpoint, read without the code under test."""
-    made = preact_resnet18(run.recipe.model.width, stem_stride=run.recipe.model.stem_stride, norm=run.recipe.model.norm)
+    made = PreActResNet18(run.recipe.model.width, stem_stride=run.recipe.model.stem_stride, norm=run.recipe.model.norm)
     state = torch.load(RunFolder(path).run(run) / CHECKPOINT, weights_only=True)
     made.load_state_dict(state["model"])
     return made

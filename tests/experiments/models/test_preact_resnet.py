@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from steppe.experiments.models.preact_resnet import Norm, PreActResNet18, preact_resnet18
+from steppe.experiments.models.preact_resnet import Norm, PreActResNet18
 
 
 def slow_batch_norm(x: Tensor, weights: dict[str, Tensor], name: str, training: bool) -> Tensor:
@@ -62,14 +62,14 @@ def scrambled(model: PreActResNet18) -> PreActResNet18:
 
 def images_and_model(norm: Norm, stem_stride: int, width: int = 6) -> tuple[Tensor, PreActResNet18]:
     torch.manual_seed(1)
-    model = preact_resnet18(width, in_channels=2, num_classes=5, stem_stride=stem_stride, norm=norm)
+    model = PreActResNet18(width, in_channels=2, num_classes=5, stem_stride=stem_stride, norm=norm)
     return torch.randn(3, 2, 28, 28, dtype=torch.float64), scrambled(model)
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
 def test_parameter_count(norm: Norm) -> None:
-    assert sum(p.numel() for p in preact_resnet18(norm=norm).parameters()) == 11_171_018
-    assert sum(p.numel() for p in preact_resnet18(16, norm=norm).parameters()) == 700_730
+    assert sum(p.numel() for p in PreActResNet18(norm=norm).parameters()) == 11_171_018
+    assert sum(p.numel() for p in PreActResNet18(16, norm=norm).parameters()) == 700_730
 
 
 @pytest.mark.parametrize("stem_stride", [1, 2])
@@ -107,7 +107,7 @@ def test_every_weight_matters_and_gets_a_gradient(norm: Norm) -> None:
 
 @pytest.mark.parametrize(("stem_stride", "sizes"), [(1, [28, 28, 14, 14, 7, 7, 4, 4]), (2, [14, 14, 7, 7, 4, 4, 2, 2])])
 def test_shapes_through_the_stages(stem_stride: int, sizes: list[int]) -> None:
-    model = preact_resnet18(4, stem_stride=stem_stride)
+    model = PreActResNet18(4, stem_stride=stem_stride)
     shapes: list[tuple[int, ...]] = []
     for block in model.blocks:
         block.register_forward_hook(lambda _module, _inputs, output: shapes.append(tuple(output.shape)))
@@ -121,7 +121,7 @@ def test_shapes_through_the_stages(stem_stride: int, sizes: list[int]) -> None:
 
 
 def test_defaults_are_fashion_mnist() -> None:
-    model = preact_resnet18()
+    model = PreActResNet18()
     assert model.stem.weight.shape == (64, 1, 3, 3)
     assert model.stem.bias is None
     assert model.head.weight.shape == (10, 512)
@@ -132,7 +132,7 @@ def test_norm_chooses_the_layers() -> None:
     def count(model: nn.Module, kind: type[nn.Module]) -> int:
         return sum(isinstance(module, kind) for module in model.modules())
 
-    batch, group = preact_resnet18(4), preact_resnet18(4, norm="group")
+    batch, group = PreActResNet18(4), PreActResNet18(4, norm="group")
     assert (count(batch, nn.BatchNorm2d), count(batch, nn.GroupNorm)) == (17, 0)
     assert (count(group, nn.BatchNorm2d), count(group, nn.GroupNorm)) == (0, 17)
 
@@ -145,7 +145,7 @@ def test_group_norm_treats_each_image_by_itself_and_batch_norm_does_not() -> Non
 
 def test_initialization_is_torchs_own() -> None:
     torch.manual_seed(0)
-    model = preact_resnet18(4)
+    model = PreActResNet18(4)
     torch.manual_seed(0)
     assert torch.equal(model.stem.weight, nn.Conv2d(1, 4, 3, bias=False).weight)
 
@@ -153,16 +153,16 @@ def test_initialization_is_torchs_own() -> None:
 def test_input_is_unchanged() -> None:
     images = torch.randn(2, 1, 28, 28)
     before = images.clone()
-    preact_resnet18(4)(images).sum().backward()
+    PreActResNet18(4)(images).sum().backward()
     assert torch.equal(images, before)
 
 
 @pytest.mark.parametrize("name", ["width", "in_channels", "num_classes", "stem_stride"])
 def test_sizes_below_one_raise(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} is 0"):
-        preact_resnet18(**{name: 0})  # type: ignore[arg-type]
+        PreActResNet18(**{name: 0})  # type: ignore[arg-type]
 
 
 def test_unknown_norm_raises() -> None:
     with pytest.raises(ValueError, match=r"norm is 'layer'.*'batch', 'group'"):
-        preact_resnet18(norm="layer")  # type: ignore[arg-type]
+        PreActResNet18(norm="layer")  # type: ignore[arg-type]

@@ -19,7 +19,7 @@ from steppe.experiments.data.batches import order
 from steppe.experiments.data.datasets import MEAN, STD, Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.backbones import Backbone
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.training.run import Training, train
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
@@ -42,7 +42,7 @@ def test_methods_of_a_seed_share_images_and_head_and_seeds_differ() -> None:
 def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Dataset) -> nn.Module:
     """Fine-tuning in a plain loop, for as many epochs as two standardized ones allow."""
     torch.manual_seed(seed)
-    model = preact_resnet18(r.model.width, stem_stride=r.model.stem_stride)
+    model = PreActResNet18(r.model.width, stem_stride=r.model.stem_stride)
     torch.manual_seed(seed)
     head = nn.Linear(model.head.in_features, 10)
     model.load_state_dict(backbone.model.state_dict())
@@ -130,7 +130,7 @@ def test_backbone_none_is_the_network_of_compare() -> None:
     r = recipe(backbone="none", pretrain_on="auto")
     network = Training(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), backbone=None), CPU).network
     torch.manual_seed(4)
-    assert torch.equal(network.state_dict()["head.weight"], preact_resnet18(2, stem_stride=2).head.weight)
+    assert torch.equal(network.state_dict()["head.weight"], PreActResNet18(2, stem_stride=2).head.weight)
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import batches
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training import network
 from steppe.experiments.training.forward import FORWARD_ONLY
@@ -40,10 +40,10 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = Fraction(0)
-        monkeypatch.setattr(network, "preact_resnet18", self.build)
+        monkeypatch.setattr(network, "PreActResNet18", self.build)
 
     def build(self, *args: Any, **kwargs: Any) -> nn.Module:
-        network = preact_resnet18(*args, **kwargs)
+        network = PreActResNet18(*args, **kwargs)
         network.register_forward_pre_hook(self.count)
         return network
 

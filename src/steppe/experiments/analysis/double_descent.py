@@ -16,7 +16,7 @@ from steppe.experiments.analysis.summary import SummaryFiles, record_at, setting
 from steppe.experiments.analysis.tables import bullets, markdown_table, show_table, terminal_table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder
 
@@ -158,7 +158,7 @@ def parameters(recipe: Recipe) -> int:
     2945
     """
     with torch.device("meta"):
-        network = preact_resnet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
+        network = PreActResNet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
     return sum(p.numel() for p in network.parameters())
 
 

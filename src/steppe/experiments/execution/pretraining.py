@@ -18,7 +18,7 @@ from steppe.experiments.errors import DataError, ExperimentError
 from steppe.experiments.execution.executor import Executor, Job, failures
 from steppe.experiments.execution.progress import RunProgress, print_line
 from steppe.experiments.models.backbones import Backbone, from_hub
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
@@ -150,7 +150,7 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
         state = checkpoints.load(checkpoint, its_owner)
     # the drawn weights are overwritten, so the caller's generator must not advance
     with torch.random.fork_rng(devices=[]):
-        network = preact_resnet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
+        network = PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
     network.load_state_dict(state["model"])
     name = "the sample of Fashion-MNIST" if recipe.data.dataset == "sample" else "Fashion-MNIST"
     test = state["records"][-1]["test_accuracy"]

@@ -16,30 +16,28 @@ Norm = Literal["batch", "group"]
 MAX_GROUPS = 8
 
 
-def preact_resnet18(
-    width: int = 64, *, in_channels: int = 1, num_classes: int = 10, stem_stride: int = 1, norm: Norm = "batch"
-) -> PreActResNet18:
-    """Build a PreActResNet18 that maps images (n, in_channels, h, w) to logits (n, num_classes).
-
-    `width` is the number of channels of the first of the four stages; each further stage has twice as many.
-    `stem_stride=2` halves the height and width of all features. `norm="group"` is for training in several processes
-    on CPUs, where there is no SyncBatchNorm: it normalizes each image by itself.
-
-    Weights have torch's default initialization. Raises ValueError when a size is below 1 or `norm` is unknown.
-
-    >>> sum(p.numel() for p in preact_resnet18().parameters())
-    11171018
-    """
-    return PreActResNet18(width, in_channels, num_classes, stem_stride, norm)
-
-
 class PreActResNet18(nn.Module):
     """A 3x3 stem, four stages of two blocks each, a last norm and ReLU, average pooling, a linear head.
 
-    Maps images (n, in_channels, h, w) to logits (n, num_classes); the arguments are those of `preact_resnet18`.
+    Maps images (n, in_channels, h, w) to logits (n, num_classes). `width` is the number of channels of the first stage;
+    each further stage has twice as many. `stem_stride=2` halves the height and width of all features. `norm="group"` is
+    for training in several processes on CPUs, where there is no SyncBatchNorm: it normalizes each image by itself.
+
+    Weights have torch's default initialization. Raises ValueError when a size is below 1 or `norm` is unknown.
+
+    >>> sum(p.numel() for p in PreActResNet18().parameters())
+    11171018
     """
 
-    def __init__(self, width: int, in_channels: int, num_classes: int, stem_stride: int, norm: Norm) -> None:
+    def __init__(
+        self,
+        width: int = 64,
+        *,
+        in_channels: int = 1,
+        num_classes: int = 10,
+        stem_stride: int = 1,
+        norm: Norm = "batch",
+    ) -> None:
         super().__init__()
         sizes = {"width": width, "in_channels": in_channels, "num_classes": num_classes, "stem_stride": stem_stride}
         for name, size in sizes.items():

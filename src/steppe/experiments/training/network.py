@@ -6,7 +6,7 @@ from torch.optim import Optimizer
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.models.preact_resnet import preact_resnet18
+from steppe.experiments.models.preact_resnet import PreActResNet18
 
 
 def build_network(run: Run, data: Dataset) -> nn.Module:
@@ -18,7 +18,7 @@ def build_network(run: Run, data: Dataset) -> nn.Module:
         )
     if data.backbone is not None:
         return data.backbone.network(freeze=model.freeze)
-    return preact_resnet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
+    return PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
 
 
 def check_fine_tuning(run: Run, optimizer: Optimizer) -> None:
