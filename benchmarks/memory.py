@@ -1,12 +1,12 @@
-"""Measure the memory of each method beside its base, in units of the weights: within a step, and from step to step.
+"""Measure the memory of each method beyond that of its base, in units of the weights' size.
 
     python benchmarks/memory.py                     all methods
     python benchmarks/memory.py gsam looksam        some
     python benchmarks/memory.py --json memory.json  for scripts/make_cards.py
 
-Counts the bytes of every live tensor, operation by operation, in the steps of a network whose activations are
-negligible (two images, wide layers); SGD with momentum is the base. The number of bytes is exact, and does not depend
-on the machine.
+The bytes of all live tensors are counted after each operation, in the steps of a network whose activations are
+negligible (two images, wide layers), around SGD with momentum. "Within" is the peak within a step, "between" the memory
+that is kept from step to step. The number of bytes is exact, and does not depend on the machine.
 """
 
 import argparse
@@ -70,7 +70,7 @@ class LiveMemory(TorchDispatchMode):
 
 @dataclass(frozen=True)
 class ExtraMemory:
-    """Memory beside the base, in units of the weights' size."""
+    """Memory beyond that of the base, in units of the weights' size."""
 
     within: float
     """At the peak of a step."""
@@ -183,7 +183,7 @@ def used(card: MethodCard | None) -> tuple[float, float]:
 
 
 def extra(card: MethodCard, base: tuple[float, float] | None = None) -> ExtraMemory:
-    """Return the memory of a method beside the base."""
+    """Return the memory of a method beyond that of the base."""
     peak, kept = base if base is not None else used(None)
     own_peak, own_kept = used(card)
     return ExtraMemory(round(own_peak - peak, 2), round(own_kept - kept, 2))
@@ -198,7 +198,7 @@ def main() -> None:
     if unknown := set(arguments.names) - set(CARDS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; known are {', '.join(CARDS)}")
     base, found = used(None), {}
-    print(f"{'':<20}{'within':>8}{'between':>9}   a step, beside SGD with momentum, in units of the weights")
+    print(f"{'':<20}{'within':>8}{'between':>9}   a step, beyond SGD with momentum, in units of the weights' size")
     for name in arguments.names or CARDS:
         found[name] = extra(CARDS[name], base)
         print(f"{name:<20}{found[name].within:>8.2f}{found[name].between:>9.2f}", flush=True)

@@ -25,7 +25,7 @@ RESULTS = ROOT / "results"
 
 @dataclass(frozen=True)
 class Result:
-    """The content of one file: what was measured, and where, when and how."""
+    """The content of one file: the measured data, with device, date, command and versions."""
 
     name: str
     device: str
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser, *, device: str | None = None)
     parser.add_argument("--tiny", action="store_true", help="run in a meaningless, tiny size, as a test")
     parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of the results")
     parser.add_argument("--machine", help="the name of the machine; by default that of its GPU or CPU")
-    parser.add_argument("--command", help=argparse.SUPPRESS)  # what to report, if not the command line
+    parser.add_argument("--command", help=argparse.SUPPRESS)  # stored in the result in place of the command line
 
 
 def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versions: str | None) -> Path:

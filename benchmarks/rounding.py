@@ -1,4 +1,4 @@
-"""Measure how much of a perturbation remains after rounding to bfloat16 weights, and its effect on the gradient.
+"""Measure how much of a perturbation remains after rounding to bfloat16 weights, and the effect on the gradient.
 
     python benchmarks/rounding.py
 
@@ -82,7 +82,7 @@ def rows(name: str, model: nn.Module, loss: Callable[[], Tensor]) -> None:
 def main() -> None:
     """Print the table."""
     torch.manual_seed(0)
-    print("| network | weights | rho | rounding | arrives | length / rho | moved | cosine of g_s - g | its length |")
+    print("| network | weights | rho | rounding | survives | length / rho | moved | cosine of g_s - g | its length |")
     print("|---|---:|---:|---|---:|---:|---:|---:|---:|")
     networks = {"PreAct ResNet-18, new": lambda: resnet(64), "MiniLM, pretrained": minilm}
     for name, make in networks.items():

@@ -1,4 +1,4 @@
-"""Time functions in turns, so that a machine whose speed drifts slows all of them down alike; quote the ratios."""
+"""Time functions in turns, so that changes in the speed of the machine affect all alike; quote the ratios."""
 
 import statistics
 import time

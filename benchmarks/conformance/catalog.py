@@ -47,43 +47,45 @@ CATALOG = {
 }
 
 REMARKS = {
-    "C1b": "The groups of the object whose `step` is called. If they are not the base's, the value is ignored.",
+    "C1b": "The value is written to `param_groups` of the object whose `step` is called. It is ignored if these are "
+    "not the groups of the base.",
     "C2a": "4 steps, save, load, 5 more steps, compared with 9 uninterrupted steps. The checkpoint is the "
     "`state_dict()` of the optimizer that takes the steps, unless the documentation shows another way, and that of the "
     "base, if the user builds it.",
-    "C2b": "LookSAM, SAM at every k-th step or in the last part of the run: whichever the implementation has.",
-    "C2d": "No peer promises it. Where an instance is wrapped, the instance is loaded before; otherwise the inner base "
-    "is loaded.",
-    "C4a": "Registered on the object that the documentation passes to schedulers.",
+    "C2b": "The method is LookSAM, SAM at every k-th step, or SAM in the last part of the run, whichever exists.",
+    "C2d": "No other implementation documents this. The checkpoint is loaded into the base before it is wrapped, or, "
+    "if the implementation builds the base itself, into that base.",
+    "C4a": "The hooks are registered on the object that the documentation passes to schedulers.",
     "C5": "The decay is computed from the running average after one step.",
     "C6a": "A million weights of size 0.05, rho = 0.05. w + e - e is not w in floating point.",
-    "C7a": "The distance from w in units of rho. In a loop of explicit steps no optimizer can catch the exception; the "
-    "table shows where the weights are left.",
+    "C7a": "The cell shows the distance of the weights from w after the exception, in units of rho. If the user writes "
+    "the loop of both passes, no optimizer can catch the exception.",
     "C7b": "Three steps; a tolerance of 1e-6, because rounding is the subject of C6.",
     "C8b": "Passes per step over 20 steps, k = 5 (for a tail: the last fifth), compared with the implementation's own "
     "documentation of the method.",
     "C9a": "Where the documentation requires a first backward before `step(closure)`, this shows what happens without "
     "it.",
-    "C9b": "At construction or at the first step.",
+    "C9b": "The error may be raised at construction or at the first step.",
     "C10a": "Six steps, compared with the base optimizer in the same loop.",
-    "C11a": "At a point where the loss is flat.",
+    "C11a": "The weights are at a minimum of the loss.",
     "C11c": "100,000 equal gradients of 300 in float16. Tolerance 5 %.",
     "C11d": "Equal gradients; one thread. A float32 sum of 50 million squares loses digits.",
     "C14a": "Three steps with lr = 0, compared with ordinary ones; an implementation's own BatchNorm helpers are used.",
     "C14d": "Where the helpers disable BatchNorm, it stays disabled until they are called again, also in a model that "
     "is saved or used after the exception.",
-    "C15a": "The paper does not require it. With different masks the two gradients are those of different functions.",
+    "C15a": "The paper does not require this. With different masks the two gradients are those of different functions.",
     "C15b": "Compared with an ordinary step of the base. If it holds, a run with rho = 0 draws the same numbers as a "
     "run without SAM.",
     "C16": "torch's documentation recommends a region around the forward only. Around the whole step, autocast caches "
     "its casts of w, so the second pass computes with w, and SAM is silently disabled.",
-    "C17b": "The size of the update in units of the right one, loss scale 1,024. According to torch, closures are not "
-    "supported with a scaler; it raises an error only if the closure is passed by name.",
+    "C17b": "The cell shows the size of the update in units of the right one; the loss scale is 1,024. According to "
+    "torch's documentation, closures are not supported with a scaler; the scaler raises an error only if the closure "
+    "is passed by name.",
     "C17c": "The scaler unscales the gradients that it finds, and the closure's passes then write scaled ones again.",
     "C18": "torch's own optimizers would be ruined as well. optax has a documented guard, `apply_if_finite`, which is "
     "used; it is used for C11a as well.",
     "C25": "Fake CUDA tensors raise an error where a value is read on the host.",
-    "C27": "Operations of a step minus those of the base's own step, with `AdamW(fused=True)`. Around a base that is "
-    "not fused, Steppe's guard against NaN adds one operation per tensor, because torch has no multi-tensor kernel for "
-    "it.",
+    "C27": "The cell shows the operations of a step minus those of the base's own step, with `AdamW(fused=True)`. "
+    "Around a base that is not fused, Steppe's check for NaN adds one operation per tensor, because torch has no "
+    "multi-tensor kernel for it.",
 }

@@ -9,7 +9,7 @@ TORCH = "torch==2.13.0"
 
 @dataclass(frozen=True)
 class Environment:
-    """Arguments of ``pip install``, one tuple per call, and a note on what is unusual about them."""
+    """Arguments of ``pip install``, one tuple per call, and a note on unusual ones."""
 
     installs: tuple[tuple[str, ...], ...]
     note: str = ""
@@ -39,7 +39,7 @@ ENVIRONMENTS = {
 
 @dataclass(frozen=True)
 class Peer:
-    """A column of the table."""
+    """An implementation, one column of the table."""
 
     key: str
     title: str

@@ -24,11 +24,11 @@ from conformance.table import MARKS, render  # noqa: E402
 
 RESULTS = HERE / "results.json"
 PAGE = ROOT / "docs" / "conformance.md"
-PREFIX = "@@ "  # of a worker's answers, to distinguish them from what third parties print
+PREFIX = "@@ "  # marks the lines that a worker prints for this process; the packages that it imports may print others
 
 
 def main() -> int:
-    """Measure, or print what there is; return the exit status."""
+    """Measure, list the statements, or render the page; return the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=PEERS, help="an implementation; may be repeated")
     parser.add_argument("--statement", action="append", help="C6 or C6a; may be repeated")
@@ -88,7 +88,10 @@ def work(key: str, ids: list[str]) -> None:
 
 
 def measure(peer: Peer, ids: list[str], args: argparse.Namespace) -> dict:
-    """Measure statements in an implementation's environment; one that crashes or hangs fails, and no other."""
+    """Measure statements in an implementation's environment.
+
+    A statement that crashes its process, or hangs, fails. The remaining ones are measured in a new process.
+    """
     print(f"{peer.title} ...", file=sys.stderr, flush=True)
     about: dict = {"title": peer.title, "cells": {}}
     try:

@@ -17,7 +17,8 @@ def render(results: dict) -> str:
         "## Remarks on the statements",
         bullets(f"**{id}** {REMARKS[id]}" for id in results["statements"] if id in REMARKS),
         "## How each implementation is used",
-        "As in its own documentation, with its own helpers; of several ways, the one with the best results.",
+        "Each is used as in its own documentation, with its own helpers. If the documentation shows several ways, the "
+        "one with the best results is used.",
         bullets(
             f"**{about['title']}** {about['version']} ([documentation]({link(about['docs'])})): {about['usage']}"
             + (f" {about['environment']}" if about["environment"] else "")
@@ -63,10 +64,9 @@ def head(results: dict) -> str:
     machine = results["machine"]
     return (
         "# Conformance\n\n"
-        "The requirements of [the contract](contract.md) for sharpness-aware minimization in a real "
-        "training loop, as behavior that a user meets, measured for Steppe and for the other implementations that can "
-        "be installed. No statement uses an API of Steppe, and every number can be [reproduced](#reproduce-a-cell). "
-        "Measured with\n\n"
+        "The statements of [the contract](contract.md) about sharpness-aware minimization in a real training loop, "
+        "measured for Steppe and for the other implementations that can be installed, by what a user observes. No "
+        "statement uses an API of Steppe, and every number can be [reproduced](#reproduce-a-cell). Measured with\n\n"
         "```\npython benchmarks/conformance/run.py --classic PATH\n```\n\n"
         f"on {results['date']}, on {machine['cpu']}, Python {machine['python']}, torch {machine['torch']}. `PATH` is a "
         "checkout of github.com/davda54/sam, the classic single-file implementation."
@@ -82,12 +82,12 @@ def table(statements: dict[str, str], columns: dict[str, dict]) -> str:
     for id, sentence in statements.items():
         rows.append([f"**{id}**", sentence, *(mark(about["cells"][id]) for about in columns.values())])
     counts = [tally(about["cells"]) for about in columns.values()]
-    rows.append(["", "**hold / apply**", *counts])
+    rows.append(["", "**statements that hold / apply**", *counts])
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
 
 def mark(cell: dict) -> str:
-    """Return a cell."""
+    """Return the text of a cell: the mark of its status, and the measured value."""
     measured = cell.get("measured", "") if cell["status"] != "n/a" else ""
     return f"{MARKS[cell['status']]} {measured}".strip()
 
@@ -111,7 +111,7 @@ def limitations(columns: dict[str, dict]) -> list[str]:
 
 
 def reasons(columns: dict[str, dict]) -> list[str]:
-    """Return the reasons of empty cells, each once."""
+    """Return the reasons why statements do not apply, each once."""
     lines = []
     for about in columns.values():
         found: dict[str, list[str]] = {}

@@ -1,16 +1,17 @@
 """Measure what makes training fast on a CPU: threads, memory layout, precision, torch.compile, and parallel runs.
 
     python benchmarks/cpu/run.py                 all of it: a quarter of an hour on two cores
-    python benchmarks/cpu/run.py --no-compile    without torch.compile, whose warm-ups take most of that
+    python benchmarks/cpu/run.py --no-compile    without torch.compile, whose compilations take most of that time
 
 A step is the demo's: forward, backward and SGD's step of a PreAct ResNet-18 of width 16 with a stem of stride 2, on a
-batch of 64 images; a SAM step is two of them. Two other widths show whether the same configuration is the fastest
-there. Compiled networks are measured at the demo's width; their first step, which compiles, is reported separately.
+batch of 64 images; a SAM step makes forward and backward twice. Two other widths show whether the same configuration is
+the fastest there. Compiled networks are measured at the demo's width; their first step, which compiles, is reported
+separately.
 
 An evaluation is a forward without gradients, in evaluation mode, over 1,000 images in chunks.
 
-Parallel runs are processes that train the same network at the same time: one with all cores as its threads, against as
-many as there are cores, with one thread each. What counts is the number of steps per second of all of them.
+Parallel runs are processes that train the same network at the same time. One process with a thread on each core is
+compared with as many processes as cores, of one thread each, by the steps per second of all processes together.
 
 All rows of a table are timed in turns in one run; ratios are medians over the rounds, relative to float32 in the
 contiguous layout with all cores. channels_last on several threads is left out at widths that are no multiple of 16,

@@ -1,4 +1,4 @@
-"""The methods of the benchmark, each at one setting, and how each takes whole training steps."""
+"""The methods of the benchmark, each with its arguments, and functions that take whole training steps with them."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,7 +24,7 @@ CLASSES = 10
 
 @dataclass(frozen=True)
 class Problem:
-    """The network and the images, and how they are computed."""
+    """The network, the images, and the options of the computation."""
 
     batch: int
     width: int
@@ -85,7 +85,7 @@ class Repeated:
 
 @dataclass(frozen=True)
 class Method:
-    """A method at one setting."""
+    """A method with its arguments, and the base that it is compared with."""
 
     name: str
     card: MethodCard
@@ -114,7 +114,7 @@ class Method:
     def build_step(self, problem: Problem) -> Step:
         """Return a function that takes one training step, with its own network, optimizer and batch."""
         network, batch = problem.network(), problem.data()
-        # a small learning rate, so that the last step costs what the first one does
+        # a small learning rate, so that the weights, and with them the cost of a step, hardly change
         base = torch.optim.SGD(network.parameters(), lr=1e-4, momentum=self.momentum, fused=problem.device == "cuda")
         arguments = {**self.arguments, **({"replay_rng": False} if problem.graphs else {})}
         if self.fraction is None:

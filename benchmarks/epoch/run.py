@@ -4,16 +4,16 @@
     python benchmarks/epoch/run.py --amp --compile       computed in bfloat16, with a compiled network
     python benchmarks/epoch/run.py --graphs              on a GPU: each step one CUDA graph; saved as epoch_graphs
 
-A step is everything that training does with a batch: forward, backward, perturbing, the second pass, restoring and the
-base's own step, of the experiments' PreAct ResNet-18, on random images that are on the device already. On a CPU it is
-the demo's (width 16, 64 images, a stem of stride 2), in float32; on a GPU the article's (width 64, 128 images), with
-bfloat16 autocast. Images and convolutions are channels-last, except with several threads of a CPU, where torch 2.13's
-backward of a strided 1x1 convolution writes out of bounds in that layout.
+A step is all that training computes on a batch: forward, backward, perturbing, the second pass, restoring and the
+base's own step, with the experiments' PreAct ResNet-18, on random images that are on the device already. On a CPU,
+network and batch are the demo's (width 16, 64 images, a stem of stride 2), in float32; on a GPU the article's (width
+64, 128 images), with bfloat16 autocast. Images and convolutions are channels-last, except with several threads of a
+CPU, where torch 2.13's backward of a strided 1x1 convolution writes out of bounds in that layout.
 
-Each method is timed right beside its base, in turns, in one run: quote the ratios, which are medians over the timings.
-The base is SGD; for MSAM, which perturbs along the momentum, it is SGD with momentum. Methods whose steps differ are
-timed over whole periods, so that the mean is that of a training. The part of a ratio above the planned passes is
-overhead: of the perturbation itself, of small batches, of Python.
+Each method is timed directly before and after its base, in one run: quote the ratios, which are medians over the
+timings. The base is SGD; for MSAM, which perturbs along the momentum, the base is SGD with momentum. Methods whose
+steps differ are timed over whole periods, so that the mean is that of a whole training. The ratio minus the planned
+passes is the overhead of the perturbation itself, of small batches and of Python.
 """
 
 import argparse

@@ -6,7 +6,7 @@ from markdown_tables import row
 from results import Result
 
 SIZED = ("SAM", "SAM, quarter batch", "MSAM")
-"""The methods that are measured at other sizes, too."""
+"""The methods that are also measured at other sizes."""
 
 _HEADS = ("method", "images/s", "time / base", "passes", "overhead", "target", "")
 
@@ -14,7 +14,7 @@ _HEADS = ("method", "images/s", "time / base", "passes", "overhead", "target", "
 def render(result: Result) -> str:
     """Return the table of all methods, and that of three of them at other sizes."""
     methods, failed, problem = result.data["methods"], result.data["failed"], result.data["problem"]
-    title = f"{describe(problem)} In brackets, the middle half of the timings."
+    title = f"{describe(problem)} In brackets, the interquartile range of the timings."
     lines = [title, "", row(_HEADS), "|---|---:|---:|---:|---:|---:|---|"]
     lines += [_method_row(name, values) for name, values in methods.items()]
     lines += [row([name, reason, "", "", "", "", ""]) for name, reason in failed.items()]
@@ -23,7 +23,7 @@ def render(result: Result) -> str:
 
 
 def describe(problem: dict[str, Any], *, sizes: bool = True) -> str:
-    """Return what was trained and how it was computed; without the sizes if they vary."""
+    """Describe the network, the images and the computation; without width and batch size if they vary."""
     precision = "bfloat16 autocast" if problem["amp"] else "float32"
     layout = "channels-last" if problem["channels_last"] else "contiguous"
     details = [precision, layout, *(["compiled"] if problem["compile"] else [])]
@@ -50,7 +50,7 @@ def _method_row(name: str, values: dict[str, Any]) -> str:
 
 
 def verdict(values: dict[str, Any]) -> str:
-    """Return the verdict on the target: by the middle half of the timings, or by their median if they disagree."""
+    """Return the verdict on the target: by both quartiles of the timings, or by the median if they disagree."""
     if values["ratio_high"] <= values["target"]:
         return "holds"
     if values["ratio_low"] > values["target"]:

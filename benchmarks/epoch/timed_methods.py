@@ -1,4 +1,4 @@
-"""Time methods in turns, each right beside its base."""
+"""Time methods in turns, each directly before and after its base."""
 
 import gc
 import math
@@ -15,10 +15,10 @@ from memory import Step
 from timing import error_line, in_turns, rotated, spread
 
 GPU_STEPS = 10
-"""Steps per timing on a GPU, which does not wait between them, as in training."""
+"""Steps per timing on a GPU, without a synchronization between them, as in training."""
 
 WARMUP_STEPS = 3
-"""Steps before the first timing, after which a method has its memory and a network its kernels and compiled code."""
+"""Steps before the first timing, in which memory is allocated, kernels are chosen and code is compiled."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class TimedMethod:
 
 @dataclass
 class Times:
-    """Seconds of a step, and of a step of the base right before or after."""
+    """Seconds of a step, and of a step of the base directly before or after it."""
 
     own: list[float] = field(default_factory=list)
     base: list[float] = field(default_factory=list)

@@ -10,10 +10,10 @@ release 0.1 needs ``torch.eig``, which torch has removed.
 
 All tools measure the same network, a PreAct ResNet-18 in evaluation mode, in float32, on the same images, in one
 process and one thread, in turns. Times are processor time, so that other jobs on the machine matter little; quote the
-ratios. "Tuned" are the cheapest options found for each tool with which lambda_max is within 1e-3 of its float64 value
-in every round of the first case. A tool without a stopping rule gets the number of iterations that suffices, which
-its user would not know. The same options are used in the other cases. The error is the largest of all rounds, and is
-marked if it exceeds 1e-3.
+ratios. "Tuned" options are the cheapest ones found for each tool with which lambda_max is within 1e-3 of its float64
+value in every round of the first case. A tool without a stopping rule gets the smallest number of iterations that
+suffices, which a user would not know. The same options are used in the other cases. The error is the largest of all
+rounds, and is marked if it exceeds 1e-3.
 """
 
 import argparse

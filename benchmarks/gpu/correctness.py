@@ -1,4 +1,4 @@
-"""Run the tests that need a GPU, those of the contract and of the engine, and device_checks.py on this device.
+"""Run device_checks.py, the tests that need a GPU, and the tests of the contract and of the engine on this device.
 
 python benchmarks/gpu/run.py --only correctness
 """

@@ -1,4 +1,4 @@
-"""Tests of what users rely on, on the device named by $STEPPE_DEVICE. A CPU passes them, too.
+"""Tests of the most important guarantees, on the device named by $STEPPE_DEVICE. They pass on a CPU, too.
 
 STEPPE_DEVICE=cuda python -m pytest benchmarks/gpu/device_checks.py
 """
@@ -80,7 +80,7 @@ def test_weights_are_restored_bit_for_bit_in_the_same_storage(drive, dtype):
 @every_drive
 @pytest.mark.parametrize("base", BASES)
 def test_rho_zero_equals_the_base_optimizer(base, drive):
-    """Bit for bit, with dropout and BatchNorm in the model; another rho differs."""
+    """Compare bits, with dropout and BatchNorm in the model; check that another rho differs."""
     found = []
     for rho in (None, 0.0, 0.3):
         model = network()
@@ -96,7 +96,7 @@ def test_rho_zero_equals_the_base_optimizer(base, drive):
 
 @pytest.mark.parametrize("base", BASES)
 def test_training_resumed_from_a_checkpoint_is_bit_identical(base, tmp_path):
-    """Weights, optimizer and generators are saved and loaded after two of five steps."""
+    """Save and load weights, optimizer and generators after two of five steps."""
     found = []
     for from_checkpoint in (False, True):
         model = network()
@@ -137,7 +137,11 @@ def by_hand(model: nn.Module, loss: Callable[[], Tensor], scale: float, rho: flo
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_matches_a_hand_written_loop(dtype):
-    """Float16 with a loss scaler, bfloat16 without. A cumulative BatchNorm would count one more batch by hand."""
+    """Compare float16 with a loss scaler, and bfloat16 without one, with both passes written by hand.
+
+    The twin's second pass counts one more batch, which would change an average over all batches; so both models average
+    by a momentum.
+    """
     model, twin = network(dropout=0.0), network(dropout=0.0)
     for each in (model, twin):
         each.layers[4].momentum = 0.1
@@ -163,7 +167,7 @@ def test_mixed_precision_matches_a_hand_written_loop(dtype):
 
 @pytest.mark.parametrize("overflow", ["w", "w + e"])
 def test_overflow_in_either_pass_skips_the_step(overflow):
-    """No bit of weights and momentum changes, and the scale is halved."""
+    """Check that no bit of weights and momentum changes, and that the scale is halved."""
     model = network()
     scaler = torch.amp.GradScaler(DEVICE, init_scale=2.0**10)
     optimizer = steppe.SAM(BASES["momentum"](model.parameters()), rho=0.1, model=model, scaler=scaler)
@@ -184,7 +188,7 @@ def test_overflow_in_either_pass_skips_the_step(overflow):
 
 
 def test_compiled_model_trains_like_an_eager_one():
-    """Compiled by inductor on a GPU. Weights change in place, and the compiled code must read the new values."""
+    """Compare with a compiled model, whose code must read the weights that SAM has changed in place."""
     found = []
     for compiled in (False, True):
         model = network(dropout=0.0)

@@ -48,6 +48,10 @@ def flatness(run: Run, folder: Path, images: Dataset, stop: Stop, *, tiny: bool)
     plain, normalized = objectives(network, sample, sampling, raise_if_stopped)
     try:
         found = measure(plain, replace(_TINY if tiny else Budget(), points=0), normalized=normalized)
-    except (FloatingPointError, ValueError, RuntimeError) as error:  # the run's accuracies must not be lost
+    except (
+        FloatingPointError,
+        ValueError,
+        RuntimeError,
+    ) as error:  # a failed measurement must not lose the accuracies of the run
         return {"failed": " ".join(str(error).split())}
     return {k: v for k, v in found.to_json().items() if "landscape" not in k}

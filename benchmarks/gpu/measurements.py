@@ -1,4 +1,4 @@
-"""The measurements that need a GPU, the most valuable first, and what each of them runs."""
+"""The measurements that need a GPU, the most valuable first, with the script and the options of each."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,14 +16,14 @@ UNFINISHED = 75
 WITHOUT_GRAPHS = "without_cuda_graphs"
 """A file of this name in the folder of a training disables CUDA graphs, which do not work everywhere."""
 
-FAMILY = (
+PARETO_METHODS = (
     *("sgd", "sam", "asam", "gsam", "looksam", "late_sam", "random_sam", "fraction_sam", "friendly_sam", "vasso"),
     "esam",
 )
-"""Methods compared at the article's setting: with the recipe's rho, and without momentum."""
+"""The methods of the Pareto figure, compared at the article's setting with the recipe's rho and without momentum."""
 
 PRESETS: tuple[str, ...] = ("sam:rho=0.1", "looksam:rho=0.05", "looksam:rho=0.1")
-"""The winner of the search on the sample, and SAM with the same radius, for the article's setting."""
+"""The best methods of the search on the sample, and SAM with the same radius, for the article's setting."""
 
 PRECISIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"bfloat16": {"amp": True}, "float32": {"amp": False}})
 
@@ -43,7 +43,7 @@ class Training:
     flatness: bool = False
     """Measure the flatness of the weights after `epochs` and at the end."""
     minutes: float | None = None
-    """Train for fewer epochs if, by the measured time of the article's experiment, all of them would take longer."""
+    """Time limit: train for fewer epochs if all of them would take longer, by the measured time of `article-0`."""
     same_epochs_as: str | None = None
     """Train for as many epochs as the measurement of this name."""
 
@@ -61,17 +61,17 @@ class Measurement:
     options: tuple[str, ...] = ()
     """Arguments of the script."""
     inputs: tuple[str, ...] = ()
-    """Options of run.py that are passed on to the script: "data", "classic" or "peers"."""
+    """Options of run.py that are passed to the script: "data", "classic" or "peers"."""
     training: Training | None = None
 
     @property
     def resumable(self) -> bool:
-        """True if it can be stopped at any time and is resumed by the next call."""
+        """True if the measurement can be stopped at any time and is resumed by the next call."""
         return self.training is not None
 
     @property
     def code(self) -> list[Path]:
-        """The files and folders that it runs. A recorded failure is outdated once their content has changed."""
+        """Files and folders of the code that is run. A recorded failure is outdated if their content has changed."""
         shared = [ROOT / "src", *BENCHMARKS.glob("*.py"), (BENCHMARKS / self.script).parent]
         return [*shared, ROOT / "tests"] if self.name == "correctness" else shared
 
@@ -86,7 +86,7 @@ class Measurement:
 
 def measurements() -> list[Measurement]:
     """Return all measurements, the most valuable first."""
-    correctness = "is it right on this device?"
+    correctness = "do the tests pass on this device?"
     precision = Training(seeds=(0, 1, 2), epochs=20, settings=PRECISIONS)
     return [
         Measurement("correctness", correctness, "gpu/correctness.py", 6, inputs=("data",)),
@@ -99,9 +99,9 @@ def measurements() -> list[Measurement]:
         _article(1),
         _article(2),
         _training("precision", "is bfloat16 as accurate as float32?", precision),
-        _family(0),
-        _family(1),
-        _family(2),
+        _pareto(0),
+        _pareto(1),
+        _pareto(2),
         *_presets(),
     ]
 
@@ -121,9 +121,9 @@ def _article(seed: int) -> Measurement:
     return _training(f"article-{seed}", f"the article's experiment, seed {seed}", training)
 
 
-def _family(seed: int) -> Measurement:
-    training = Training(FAMILY, (seed,), eval_every=10, minutes=40, same_epochs_as="pareto-0" if seed else None)
-    return _training(f"pareto-{seed}", f"the family at the article's setting, seed {seed}", training)
+def _pareto(seed: int) -> Measurement:
+    training = Training(PARETO_METHODS, (seed,), eval_every=10, minutes=40, same_epochs_as="pareto-0" if seed else None)
+    return _training(f"pareto-{seed}", f"cost against accuracy of many methods, seed {seed}", training)
 
 
 def _presets() -> list[Measurement]:

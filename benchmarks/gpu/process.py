@@ -1,4 +1,4 @@
-"""Run a process with a time limit, its output in a file, and leave no process behind."""
+"""Run a process with a time limit, write its output to a file, and kill every process that it started."""
 
 import os
 import signal
@@ -45,7 +45,7 @@ def run(command: Sequence[str], log: Path, seconds: float, stop: Stop, *, grace:
                 now = time.monotonic()
                 if terminated is None and (stop or now - began > seconds):
                     terminated = now
-                    process.terminate()  # not the whole group: its helpers are needed until it has saved
+                    process.terminate()  # not the whole group: a training needs its own processes to save a checkpoint
                 if terminated is not None and now - terminated > grace:
                     break
                 time.sleep(_POLL_INTERVAL)
@@ -57,9 +57,10 @@ def run(command: Sequence[str], log: Path, seconds: float, stop: Stop, *, grace:
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment with this checkout's src on PYTHONPATH, after the folders that are there already.
+    """Return the environment with this checkout's src at the end of PYTHONPATH.
 
-    Those come first because one of them may be a folder of peers, or hide packages in a test.
+    The folders that are on it already come first: one of them may have other implementations, or hide packages in a
+    test.
     """
     known = os.environ.get("PYTHONPATH")
     src = str(ROOT / "src")

@@ -1,4 +1,4 @@
-"""Rehearse the whole list on a CPU in a tiny size, so that nothing fails on a GPU for an avoidable reason."""
+"""Rehearse all measurements on a CPU in a tiny size, to find errors before time on a GPU is spent."""
 
 import argparse
 import json
@@ -16,16 +16,17 @@ from gpu.table import RENDER
 from steppe.experiments.training.stopping import Stop
 
 INTERRUPTED = "article-0"
-"""The training that is interrupted after its first measurement and resumed on "another machine"."""
+"""The training that is interrupted after its first evaluation, and then resumed."""
 
 REPEATED = ("article-2", "pareto-1", "pareto-2")
-"""Further seeds, trained like those before: left out unless they are selected."""
+"""Measurements that differ from others only by their seeds: left out unless they are selected."""
 
 
 def rehearse(only: Sequence[str] | None = None, *, keep: Path | None = None) -> int:
-    """Go through the list with an interruption, on two "machines"; return the exit status.
+    """Run the measurements in a tiny size; return the exit status.
 
-    The results are copied to `keep`, if given.
+    One training is interrupted, and resumed from a copy of the results folder, as on a second machine. The results are
+    copied to `keep`, if given.
     """
     began = time.monotonic()
     with tempfile.TemporaryDirectory() as name:

@@ -1,11 +1,11 @@
 """Measure everything that needs a GPU and has not been measured on this one yet, the most valuable first.
 
     python benchmarks/gpu/run.py --data DIR       for 9 minutes; repeat it until nothing is left
-    python benchmarks/gpu/run.py --list           what is done, what is not
+    python benchmarks/gpu/run.py --list           print which measurements are done
     python benchmarks/gpu/run.py --rehearse       all of it in a meaningless, tiny size, on a CPU
 
 Needs a checkout, torch, numpy, rich and pytest, and no network. A measurement is done when its result is in
-results/DEVICE/NAME.json. A failed one is recorded, does not stop the others, and is tried again when its code has
+results/DEVICE/NAME.json. A failed measurement is recorded, does not stop the others, and is repeated when its code has
 changed. See README.md.
 """
 
@@ -47,23 +47,25 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
     add_arguments(parser)
     parser.add_argument("--minutes", type=float, default=9, help="the time limit of this call")
     parser.add_argument("--only", action="append", choices=[m.name for m in measurements()], help="may be repeated")
-    parser.add_argument("--again", action="store_true", help="try failed measurements again, though nothing changed")
+    parser.add_argument(
+        "--again", action="store_true", help="repeat failed measurements although their code has not changed"
+    )
     parser.add_argument("--classic", type=Path, help="for loop and step: the classic implementation's single file")
     parser.add_argument("--peers", type=Path, help="for step: a folder with pytorch_optimizer")
-    parser.add_argument("--list", action="store_true", help="print what is done, and measure nothing")
+    parser.add_argument("--list", action="store_true", help="print which measurements are done, and measure nothing")
     parser.add_argument("--rehearse", action="store_true", help="all of it in a meaningless, tiny size, on a CPU")
     parser.set_defaults(interrupt=False)
     return parser.parse_args(words)
 
 
 def _draw(results: DeviceResults) -> None:
-    """Draw the figures of what is measured; without matplotlib, there are none."""
+    """Draw the figures of the results; without matplotlib, print that there are none."""
     try:
         from gpu import figure
 
         for file in figure.draw_all(results):
             print(f"Figure: {file}")
-    except Exception as error:  # a figure that fails must not hide what was measured
+    except Exception as error:  # an error in a figure must not hide the results
         print(f"No figures: {type(error).__name__}: {error}")
 
 

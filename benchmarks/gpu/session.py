@@ -1,4 +1,4 @@
-"""Go through the list of measurements until the time is up."""
+"""Run the measurements that are missing, in order, until the time is up."""
 
 import argparse
 import shutil
@@ -12,14 +12,14 @@ from gpu.device_results import DeviceResults, digest
 from gpu.measurements import BENCHMARKS, UNFINISHED, WITHOUT_GRAPHS, Measurement, measurements
 from steppe.experiments.training.stopping import Stop
 
-RESERVE = 20.0
-"""Seconds at the end that are kept for figures."""
+SECONDS_FOR_FIGURES = 20.0
+"""Seconds at the end of a call that are left for drawing figures."""
 
-WORTHWHILE = 30.0
-"""Seconds that a training must have; compiling alone may take as long."""
+MIN_SECONDS = 30.0
+"""A training is not started with fewer seconds left, because compiling alone may take as long."""
 
-STUCK = 240.0
-"""Seconds within which a training must have saved something."""
+MAX_SECONDS_WITHOUT_SAVING = 240.0
+"""A training that runs for longer and saves nothing has failed."""
 
 
 class Session:
@@ -27,7 +27,7 @@ class Session:
 
     def __init__(self, args: argparse.Namespace, stop: Stop) -> None:
         self.args, self.stop, self.results = args, stop, DeviceResults(args)
-        self._ends = time.monotonic() + 60 * args.minutes - RESERVE
+        self._ends = time.monotonic() + 60 * args.minutes - SECONDS_FOR_FIGURES
         self._interrupt = args.interrupt
 
     @property
@@ -60,7 +60,7 @@ class Session:
         for each in self.measurements():
             if self.status(each) in ("done", "failed"):
                 continue
-            least = WORTHWHILE + process.GRACE if each.resumable else 60 * each.minutes
+            least = MIN_SECONDS + process.GRACE if each.resumable else 60 * each.minutes
             if self.seconds_left < least:
                 left = max(self.seconds_left, 0) / 60
                 _print(each, f"postponed: it takes {least / 60:.1f} minutes, and {left:.1f} are left")
@@ -71,7 +71,7 @@ class Session:
         """Run a measurement; return True if there may be time for further ones."""
         name, log = measurement.name, self.results.log(measurement.name)
         if self.results.failure(name) is not None:
-            # it failed with other code (or --again is given): what that code left is of no use
+            # The failed code has changed (or --again is given), so its unfinished runs are deleted.
             shutil.rmtree(self.results.run_folder(name), ignore_errors=True)
             self.results.clear_failure(name)
         saved = self._saved_files(measurement)
@@ -84,13 +84,13 @@ class Session:
             _print(measurement, f"stopped after {took}")
             return False
         unfinished = measurement.resumable and (ended.status == UNFINISHED or ended.stopped)
-        if unfinished and (ended.seconds < STUCK or self._saved_files(measurement) != saved):
+        if unfinished and (ended.seconds < MAX_SECONDS_WITHOUT_SAVING or self._saved_files(measurement) != saved):
             _print(measurement, f"not finished after {took}: the next call resumes it")
             return False
         reason = f"it saved nothing in {took}" if unfinished else _reason(measurement, ended)
         if measurement.training and self._disable_graphs(measurement):
             _print(measurement, f"failed ({reason}); once more, without CUDA graphs")
-            return self.seconds_left < WORTHWHILE + process.GRACE or self._measure(measurement)
+            return self.seconds_left < MIN_SECONDS + process.GRACE or self._measure(measurement)
         self.results.record_failure(name, reason, digest(measurement.code))
         _print(measurement, f"failed after {took}: {reason}; {log}")
         return True
@@ -115,7 +115,7 @@ class Session:
         return command
 
     def _saved_files(self, measurement: Measurement) -> list[tuple[str, int]]:
-        """Return the files of a training's runs and their times; its plan.json is written in any case."""
+        """Return the files of a training's runs and their times, without its plan.json, which every call writes."""
         files = (self.results.run_folder(measurement.name) / "runs").rglob("*")
         return sorted((str(file), file.stat().st_mtime_ns) for file in files)
 

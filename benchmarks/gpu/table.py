@@ -53,7 +53,7 @@ def precision(found: Sequence[Result]) -> str:
         lines.append(row([*cells, str(len(seeds))]))
     beyond = sum(bool(each.sign) for each in differences)
     tf32 = " The convolutions of float32 compute in TF32, as torch's do by default." if found[0].on_gpu else ""
-    verdict = f"{beyond} of {len(differences)} differences are beyond their 95 % interval.{tf32}"
+    verdict = f"{beyond} of {len(differences)} differences have a 95 % interval that excludes 0.{tf32}"
     lines += ["", f"After {full.recipe.comparison.epochs} standardized epochs, {verdict}"]
     return _with_sources([*lines, *_failures(half), *_failures(full)], found)
 
@@ -75,7 +75,7 @@ def _summary(known: Comparison) -> list[str]:
 
 
 def _flatness(known: Comparison) -> list[str]:
-    """Return the verdicts at equal compute, and one sentence each on the ends of all runs."""
+    """Return the verdicts on flatness at equal compute, and one sentence each on the final weights of all runs."""
     if not known.flatness:
         return []
     reference, *others = known.recipe.comparison.methods
@@ -116,6 +116,6 @@ def _final(known: Comparison, method: MethodSpec, name: str) -> dict[int, float]
 
 
 def _with_sources(lines: Sequence[str], found: Sequence[Result]) -> str:
-    """Append where all that was measured."""
+    """Append the devices, versions, dates and commands of the results."""
     sources = dict.fromkeys(result.source for result in found)
     return "\n".join([*lines, "", *(f"{each}  " if len(sources) > 1 else each for each in sources)]) + "\n"

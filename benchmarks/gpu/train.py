@@ -2,9 +2,9 @@
 
     python benchmarks/gpu/run.py --only article-0
 
-The folder of the training has plan.json (how its runs are trained, decided once, so that all calls train alike) and,
-for each run, its metrics, its checkpoint, its flatness and then outcome.json. Weights are deleted as soon as their
-flatness is measured, because nothing else here is large.
+The folder of the training has plan.json, which the first call writes and all calls follow, and for each run its
+metrics, its checkpoint, its flatness and then outcome.json. Weights are deleted as soon as their flatness is measured,
+because they are the only large files.
 """
 
 import argparse
@@ -185,14 +185,16 @@ class TrainingRuns:
     def _records(
         self, run: Run, folder: Path, images: Dataset, world: World, stop: Stop, interrupt: bool
     ) -> list[Record]:
-        """Train a run, with a pause wherever its flatness is measured; return its records."""
+        """Train a run, interrupted for each measurement of its flatness; return its records."""
         file = folder / "flatness.json"
         ends = {run.recipe.comparison.epochs, run.standardized_epochs} if self.training.flatness else set()
         while True:
             known = json.loads(file.read_text()) if file.exists() else {}
             due = frozenset(end for end in ends if str(end) not in known)
             epoch = _last_epoch(folder)
-            if epoch in due and (folder / CHECKPOINT).exists():  # it may not have been copied to this machine
+            if (
+                epoch in due and (folder / CHECKPOINT).exists()
+            ):  # the checkpoint is missing if the folder was copied without it
                 print(f"flatness after {epoch} standardized epochs", flush=True)
                 found = flatness(run, folder, images, stop, tiny=self.args.tiny)
                 write_json(file, {**known, str(epoch): found})
@@ -205,14 +207,14 @@ class TrainingRuns:
                     raise
 
     def _plan(self) -> dict[str, Any]:
-        """Return how the runs are trained, as decided at the first call."""
+        """Return the plan of the first call: configuration, number of epochs, and the seconds spent so far."""
         without_graphs = (self.folder / WITHOUT_GRAPHS).exists()
         file = self.folder / "plan.json"
         if file.exists():
             plan = dict(json.loads(file.read_text()))
             if not without_graphs or plan["configuration"].get("cuda_graphs") is False:
                 return plan
-            shutil.rmtree(self.folder / "runs", ignore_errors=True)  # they belong to the configuration that failed
+            shutil.rmtree(self.folder / "runs", ignore_errors=True)  # runs of the configuration that failed
         configuration = self._configuration() | ({"cuda_graphs": False} if without_graphs else {})
         epochs, reason = self._epochs()
         plan = {"configuration": configuration, "epochs": epochs, "fewer_epochs": reason, "seconds": 0.0, "calls": 0}

@@ -40,7 +40,7 @@ class Configuration:
 
     @property
     def in_recipe(self) -> bool:
-        """True if a recipe can select it on a GPU."""
+        """True if a recipe can select this configuration on a GPU."""
         return self.fused and not self.any_kernel
 
 

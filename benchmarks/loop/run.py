@@ -1,20 +1,20 @@
-"""Measure what makes a pass over the 60,000 images of the article's experiment fast, and how fast it can be.
+"""Time a pass over the 60,000 images of the article's experiment with several training loops, and a lower bound.
 
     python benchmarks/loop/run.py --data DIR                 Fashion-MNIST's files; by default, random images
     python benchmarks/loop/run.py --classic FILE             with the sam.py of github.com/davda54/sam
     python benchmarks/loop/run.py --device cpu --tiny        as a test
 
-SGD and SAM are trained by two kinds of loop. The article's style: float32, eager, a DataLoader whose data set
-normalizes image by image, every batch pinned and copied to the device, every loss read on the host, SAM with a Python
-loop over the parameters. Steppe's: `steppe.experiments.training.run`, with the data on the device, in each
-configuration alone and in combinations. Float32 has torch's default meaning in both, which is TF32 for convolutions on
-a GPU.
+SGD and SAM are trained by two kinds of loop. The loop in the article's style computes in float32 without compilation.
+Its DataLoader normalizes image by image; every batch is pinned and copied to the device, every loss is read on the
+host, and SAM is a Python loop over the parameters. Steppe's loop is `steppe.experiments.training.run`, with the data on
+the device, in each configuration alone and in combinations. Float32 has torch's default meaning in both loops: TF32 for
+convolutions on a GPU.
 
 All loops are warmed up and then timed in turns, some steps at a time. Seconds are those of one pass over 60,000 images,
-extrapolated from the steps; a step of SAM counts as two passes. A DataLoader with workers goes on loading while other
-loops are timed, which is to its advantage. The fastest configuration that a recipe can select then makes two whole
-passes. Evaluation and checkpoints are timed, too, and all of them add up to the minutes of the whole experiment. On a
-CPU the network is the demo's, without what needs a GPU, which tests the benchmark and nothing else.
+extrapolated from the steps; a step of SAM counts as two passes. A DataLoader with workers continues to load while other
+loops are timed, so its times are too small. Then two whole passes of the fastest configuration that a recipe can select
+are timed, with evaluation and checkpoints, to compute the minutes of the whole experiment. On a CPU the network is the
+demo's, and configurations that need a GPU are left out; this only tests the benchmark.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    # many compiled variants live in this process; a further one must not silently run eagerly
+    # many compiled variants share this process; beyond torch's default limit a further one would silently run eagerly
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     save("loop", measure(args), args)
@@ -87,7 +87,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace) -> dict[str, Any]:
-    """Time all loops that there is time for, and then two whole passes of the fastest."""
+    """Time as many loops as the time limit allows, and then two whole passes of the fastest."""
     begin, span = time.monotonic(), 60.0 * args.minutes
     work = workload(args)
     on_device = work.dataset.to(args.device)

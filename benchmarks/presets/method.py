@@ -1,4 +1,4 @@
-"""One method that combines the cheaper perturbations of the family: ``preset:interval=2,fraction=0.25,...``."""
+"""One method that combines several cheaper perturbations: ``preset:interval=2,fraction=0.25,...``."""
 
 from dataclasses import dataclass
 from fractions import Fraction
@@ -13,7 +13,7 @@ from steppe.experiments.config.methods import Method
 from steppe.methods.fraction_sam import FractionSAMStep
 from steppe.methods.looksam import GradientReuse
 from steppe.rules import Point
-from steppe.rules.perturbed import Perturbed
+from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.rules.subsets import norm_layers
 
 
@@ -48,7 +48,7 @@ def preset(
     """Build SAM with late or periodic perturbations, of the normalization layers only, or reusing g_v in between."""
     rule = Adaptive() if adaptive else L2()
     perturbation = ParameterSubset(rule, norm_layers(model)) if norms else rule
-    combination = GradientReuse(reuse) if reuse else Perturbed()
+    combination = GradientReuse(reuse) if reuse else PerturbedGradient()
     cadence = LatePeriodic(interval, start, total_steps)
     return SAM(base, rho, model=model, perturbation=perturbation, combination=combination, cadence=cadence)
 
@@ -66,6 +66,6 @@ class OptionalFraction(FractionSAMStep):
 
 
 def register() -> None:
-    """Add the method to those that a recipe can name."""
+    """Add the method ``preset`` to those that a recipe can have."""
     own = Method("combined cheaper perturbations", preset, passes, OptionalFraction, label="Preset")
     methods.METHODS = {**methods.METHODS, "preset": own}

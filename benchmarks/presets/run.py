@@ -1,7 +1,7 @@
-"""Search for a cheaper perturbation, or a combination of them, that is better than plain SAM at equal compute.
+"""Search for a cheaper perturbation, or a combination of several, that is better than plain SAM at equal compute.
 
     python benchmarks/presets/run.py search                 many presets and radii, one seed each
-    python benchmarks/presets/run.py search --seeds 4 SPEC ...      the best of them again
+    python benchmarks/presets/run.py search --seeds 4 SPEC ...      the best presets again, with more seeds
     python benchmarks/presets/run.py confirm SPEC ...       selected methods, on images not used in the search
     python benchmarks/presets/run.py larger SPEC ...        selected methods, with four times the images
 
@@ -145,14 +145,14 @@ def main() -> None:
     specs = args.specs or list(candidates())
     if args.seeds is not None:
         stage = replace(stage, seeds=range(stage.seeds.start, stage.seeds.start + args.seeds))
-    at = resolve(recipe(stage, specs[:2] if args.tiny else specs, amp=args.amp, tiny=args.tiny))
+    resolved = resolve(recipe(stage, specs[:2] if args.tiny else specs, amp=args.amp, tiny=args.tiny))
     found: dict[str, Any] = {
         "description": stage.description,
-        "epochs": at.comparison.epochs,
+        "epochs": resolved.comparison.epochs,
         "runs": results.saved_data(name, args).get("runs", []),
     }
     known = {(run["method"], run["seed"]) for run in found["runs"]}
-    runs = [run for run in at.runs() if (str(run.method), run.seed) not in known]
+    runs = [run for run in resolved.runs() if (str(run.method), run.seed) not in known]
     if runs:
         dataset = stage.dataset(args.data)
         with multiprocessing.get_context("spawn").Pool(args.jobs) as pool:

@@ -11,7 +11,7 @@ _LINE = "|---|---:|---:|---:|---:|---:|---:|"
 
 
 def render(result: Result) -> str:
-    """Return the table, best test accuracy first; "SAM" is the radius of SAM with the best test accuracy."""
+    """Return the table, best test accuracy first; "SAM" in its head is SAM with the radius of best test accuracy."""
     runs: dict[str, dict[int, dict[str, Any]]] = {}
     for run in result.data["runs"]:
         runs.setdefault(run["method"], {})[run["seed"]] = run

@@ -1,6 +1,6 @@
 """The implementations of SAM that are timed, the plain base optimizer, and the lower bound.
 
-Each builds one step around SGD, whose two gradients are assigned by hand instead of by a backward.
+Each builder returns a step around SGD. Its two gradients are assigned directly instead of computed by a backward.
 """
 
 import importlib
@@ -17,7 +17,7 @@ import classic_sam
 import steppe
 
 AssignGradients: TypeAlias = Callable[[], None]
-"""Stands for a backward: assigns the gradients."""
+"""Assign the gradients, in place of a backward."""
 
 Step: TypeAlias = Callable[[AssignGradients], None]
 Builder: TypeAlias = Callable[[Sequence[nn.Parameter]], Step]
@@ -39,7 +39,7 @@ def implementations(classic: Path | None, peers: Path | None) -> tuple[dict[str,
 
 
 def base(parameters: Sequence[nn.Parameter]) -> Step:
-    """Build what is subtracted from all times: two assignments of gradients, the base's step and ``zero_grad``."""
+    """Build the step that is subtracted from all times: two assignments of gradients, the base's step, zero_grad."""
     optimizer = torch.optim.SGD(parameters, lr=LR)
 
     def step(assign: AssignGradients) -> None:

@@ -96,7 +96,7 @@ def measure_case(name: str, builders: Mapping[str, Builder], setup: Setup) -> di
 
 
 def measure_host(name: str, builders: Mapping[str, Builder], setup: Setup) -> list[dict[str, Any]]:
-    """Return the host's times, with as many tensors as a network has and hardly a weight in them."""
+    """Return the times of the host, with as many tensors as a network has, of at most two entries per dimension."""
     parameters, assign = _parameters(toy(name), setup.device, torch.float32)
     steps = {key: build(parameters) for key, build in builders.items()}
     repeat, rounds = (1, 2) if setup.tiny else (50, max(setup.rounds, 7))

@@ -63,7 +63,7 @@ TITLES: Mapping[str, str] = MappingProxyType(
 
 
 def toy(case: str) -> Shapes:
-    """Return as many tensors as the case has, with hardly any weights, to time the host."""
+    """Return the case's shapes with at most two entries per dimension, to time the host."""
     return {name: tuple(min(size, 2) for size in shape) for name, shape in CASES[case]().items()}
 
 

@@ -5,21 +5,22 @@
     python benchmarks/step/run.py --threads 2 --name step-2-threads        wall time of two threads
     python benchmarks/step/run.py --case decoder_1b                        12 to 17 GB
 
-``--classic`` is the file of github.com/davda54/sam (its versions differ much in their traffic; the result names the
-one that was measured), ``--peers`` a folder of
+``--classic`` is the file sam.py of github.com/davda54/sam; its versions differ much in their traffic, so the result has
+the version that was measured. ``--peers`` is a folder made by
 ``pip install --no-deps --target DIR pytorch_optimizer==4.1.0``.
 
 The base is SGD; the gradients are assigned by hand, twice per step. In every round each implementation is built, warmed
-up, timed and deleted, in turns, so no two of them hold memory at a time. The time of an implementation is its step's
-minus the base's in the same round, which has the same two assignments and one ``zero_grad``. With one thread on a CPU
-it is processor time, otherwise wall time; on a GPU after synchronization. Steppe's check for NaN and inf in the update
-gradient (1N more) is part of its time; the others have none.
+up, timed and deleted, in turns, so no two of them hold memory at a time. The time of an implementation is that of its
+step minus that of a step of the base in the same round, with the same two assignments and one ``zero_grad``. Times are
+processor time with one thread of a CPU, otherwise wall time; on a GPU after synchronization. The time of Steppe
+includes its check for NaN and inf in the update gradient (1N more); the other implementations have no such check.
 
-Operations and traffic are counted at the dispatcher (counting.py) without the base's: what operations read and write,
-in units of the weights' size N. The traffic of the method itself is 8N: norm 1N, backup 2N, perturb 3N, restore 2N. The
-lower bound does the same over one flat buffer in four operations (7N if backup and perturbation were one pass).
-Additional memory is the peak of what a step has allocated and kept, counted likewise; on a GPU, the result also has the
-allocator's own figure. The host's time is measured with as many tensors of hardly an entry.
+Operations and traffic are counted at the dispatcher (counting.py), without those of the base. Traffic is the bytes that
+operations read and write, in units of the weights' size N. That of the method itself is 8N: norm 1N, backup 2N, perturb
+3N, restore 2N. The lower bound does the same over one flat buffer in four operations (7N if backup and perturbation
+were one operation). Additional memory is the peak of the memory that a step allocates, counted in the same way; on a
+GPU, the result also has the peak that torch's allocator reports. The time of the host is measured with as many tensors
+of at most two entries per dimension.
 """
 
 import argparse

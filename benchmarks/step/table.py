@@ -14,7 +14,7 @@ _NAMES = {
 
 
 def render(result: Result) -> str:
-    """Return one table per case, one of the host's time, and where they were measured."""
+    """Return one table per case, one of the time of the host, and the device and command of the measurement."""
     lines: list[str] = []
     for case in result.data["cases"]:
         lines += _case(case, result.on_gpu)
@@ -61,7 +61,8 @@ def _host(rows: list[dict[str, Any]]) -> list[str]:
     for values in rows:
         by_name.setdefault(values["implementation"], {})[values["tensors"]] = values["time"]
     return [
-        "**The host's time** for the same numbers of tensors with hardly an entry each, ms",
+        "**Time of the host** (Python and the dispatch of operations), ms, for as many tensors of at most two entries "
+        "per dimension",
         "",
         row(["", *(f"{count} tensors" for count in counts)]),
         row(["---"] + ["---:"] * len(counts)),

@@ -113,14 +113,14 @@ def test_time_limits_of_measurement_and_call(write_scripts, call, capsys):
     assert "it took longer than 0.03 minutes" in output
     assert "good: done" in output
     write_scripts(late=GOOD)
-    call(minutes=session.RESERVE / 60)
+    call(minutes=session.SECONDS_FOR_FIGURES / 60)
     assert "late: postponed" in capsys.readouterr().out
 
 
 def test_stopped_training_is_resumed_and_stuck_training_fails(write_scripts, call, tmp_path, capsys, monkeypatch):
     saves = "(training / 'runs').mkdir(parents=True)\n(training / 'runs' / 'a').touch()\n"
     write_scripts(training=f"{saves}sys.exit({UNFINISHED})", good=GOOD)
-    monkeypatch.setattr(session, "STUCK", 0.0)
+    monkeypatch.setattr(session, "MAX_SECONDS_WITHOUT_SAVING", 0.0)
     call()
     output = capsys.readouterr().out
     assert "training: not finished" in output

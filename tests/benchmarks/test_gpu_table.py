@@ -32,5 +32,5 @@ def test_precisions_are_compared_in_pairs():
         "| SGD | 91.00±1.41 | 90.50±1.41 | +0.50 [+0.50, +0.50] | 8.00±1.41 | 8.50±1.41 | -0.50 [-0.50, -0.50] | 2 |"
         in text
     )
-    assert "After 2 standardized epochs, 2 of 2 differences are beyond their 95 % interval." in text
+    assert "After 2 standardized epochs, 2 of 2 differences have a 95 % interval that excludes 0." in text
     assert "- Failed: sgd-seed2: it diverged" in text

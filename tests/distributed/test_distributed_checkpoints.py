@@ -1,4 +1,7 @@
-"""C2, C23, C24 on several devices: checkpoints resume on the same ranks to the bit, on others to 1e-12."""
+"""C2, C23, C24: checkpoints of several processes, and ZeroRedundancyOptimizer as the base.
+
+A run resumed on the same ranks has the same bits; on other ranks it is equal to 1e-12.
+"""
 
 import copy
 import tempfile
@@ -14,7 +17,7 @@ from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, close, ddp, method, network, p
 from ranks import start_ranks
 from support import bits
 
-# Memories of tensors, of numbers and of a mask; no memory beside the base's momentum; a step of its own.
+# Methods whose memory has tensors, numbers, a mask, or nothing, and one that implements the whole step itself.
 METHODS = ["friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa"]
 
 
@@ -31,7 +34,7 @@ def save(layout, name, folder, options=None):
 
 
 def load_and_train(layout, name, folder, options=None):
-    """Load into a network with other weights and another optimizer state, and train on."""
+    """Load a checkpoint into a network with other weights and another optimizer state, and take three further steps."""
     model, optimizer = build(LAYOUTS[layout] if layout else plain, name, seed=7)
     options = options and StateDictOptions(**options)
     parts = dict(zip(("model", "optimizer"), get_state_dict(model, optimizer, options=options), strict=True))
@@ -44,7 +47,7 @@ def load_and_train(layout, name, folder, options=None):
 
 
 def sizes_of_memory(optimizer):
-    """Return the number of steps and, by rule, the number of parameters with a memory."""
+    """Return the number of steps taken, and for each rule the number of parameters that it keeps a memory for."""
     return optimizer._engine.steps, {rule: len(own) for rule, own in optimizer._engine.memory.items()}
 
 
@@ -65,7 +68,7 @@ def test_distributed_checkpoint_loads_in_another_layout(name, layout, ranks):
 
 
 def resume_in_place(layout, name):
-    """Return True if state_dict() and load_state_dict() on the same ranks resume with the same bits."""
+    """Return True if a run has the same bits after state_dict() and load_state_dict() on the same ranks."""
     whole_batch = layout in WHOLE_BATCH_LAYOUTS
     model, optimizer = build(LAYOUTS[layout], name)
     run(model, optimizer, range(3), whole_batch=whole_batch)
@@ -84,7 +87,7 @@ def test_run_resumed_on_the_same_ranks_has_the_same_bits(name, layout):
     assert start_ranks()(resume_in_place, layout, name) == [True, True]
 
 
-# ZeroRedundancyOptimizer.
+# ZeroRedundancyOptimizer as the base.
 
 
 def zero_redundancy(params):
@@ -93,8 +96,8 @@ def zero_redundancy(params):
     return ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9)
 
 
-def train_with_zero(name, save_at=None):
-    """Train with the state of the base spread over the ranks; after three steps, save and load it if ``save_at``."""
+def train_with_zero(name, resume):
+    """Train with ZeroRedundancyOptimizer as the base; if ``resume``, save and load its state after three steps."""
     model = ddp(network())
 
     def make(model):
@@ -103,7 +106,7 @@ def train_with_zero(name, save_at=None):
 
     optimizer = make(model)
     run(model, optimizer, range(3))
-    if save_at is not None:
+    if resume:
         optimizer.base.consolidate_state_dict(to=0)
         saved = [copy.deepcopy(optimizer.state_dict()) if dist.get_rank() == 0 else None]
         dist.broadcast_object_list(saved, src=0)
@@ -118,7 +121,7 @@ def rules(name):
     return {slot: getattr(optimizer, slot) for slot in ("perturbation", "combination", "cadence")}
 
 
-@pytest.mark.parametrize("resume", [None, 3])
+@pytest.mark.parametrize("resume", [False, True])
 @pytest.mark.parametrize("name", ["sam", "gsam", "friendly_sam", "looksam"])
 def test_zero_redundancy_optimizer_as_base_equals_one_process(name, resume):
     expected = train(plain, method(name), 6)

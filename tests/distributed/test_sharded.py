@@ -1,4 +1,4 @@
-"""C23: FSDP2, tensor parallelism and partly sharded models train as one process does."""
+"""C23, C24: FSDP2, tensor parallelism and partly sharded models equal one process; FSDP1 and DeepSpeed raise."""
 
 import pytest
 import torch

@@ -28,8 +28,8 @@ class Base:
 class Session:
     """A model in training, with the loop of the implementation's documentation.
 
-    ``step(loss)`` takes a function that makes the forward only, and returns the loss at w as the user gets it. Several
-    losses are micro-batches of one step.
+    ``step(loss)`` takes a function that runs the forward only and returns the loss. It returns the loss at w that the
+    user gets. Several losses are micro-batches of one step.
     """
 
     def __init__(self, model: Any, optimizer: Any, base: Any = None, *, clip: float | None = None) -> None:
@@ -122,11 +122,11 @@ class Adapter(ABC):
     docs: ClassVar[str]
     usage: ClassVar[str]
     not_applicable: ClassVar[Mapping[str, str]] = {}
-    """Statements without a meaning for it, and the reasons."""
+    """Statements that have no meaning for this implementation, with the reasons."""
     limitations: ClassVar[Mapping[str, Limitation]] = {}
-    """Statements that fail according to its own documentation."""
+    """Statements that fail according to the implementation's own documentation."""
     own_statements: ClassVar[Mapping[str, Callable[[], Outcome]]] = {}
-    """Statements measured by functions of its own, for an implementation outside torch."""
+    """Functions that measure statements for an implementation outside torch, in place of the common ones."""
 
     @property
     def version(self) -> str:

@@ -37,7 +37,7 @@ class FirstAndSecond(Session):
         return loss
 
     def backward(self, losses):
-        """Make forward and backward over all micro-batches; return the loss."""
+        """Run forward and backward over all micro-batches; return the loss."""
         total = 0.0
         for loss in losses:
             value = loss() if len(losses) == 1 else loss() / len(losses)

@@ -22,11 +22,11 @@ class OneClosure(Session):
         return self.optimizer.step(self.closure(losses))
 
     def save(self):
-        """Save or load both optimizers."""
+        """Return the states of both optimizers."""
         return {**super().save(), "base": self.base.state_dict()}
 
     def load(self, state):
-        """Save or load both optimizers."""
+        """Load the states of both optimizers."""
         self.base.load_state_dict(state["base"])
         super().load(state)
 

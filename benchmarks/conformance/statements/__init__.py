@@ -1,4 +1,4 @@
-"""The statements of the contract as behavior that a user meets, one function each.
+"""Measure the statements of the contract by what a user observes, one function each.
 
 A function takes an adapter and measures. It uses no API of Steppe: ``session.step`` is the step in the implementation's
 own documentation, and ``peer.plain`` the same loop without SAM. A statement that raises fails, with the error as its

@@ -100,7 +100,7 @@ def resume_cheaper_method(peer: Adapter) -> Outcome:
 
 @statement("C2c")
 def load_weights_only(peer: Adapter) -> Outcome:
-    """Load with torch.load's default."""
+    """Save the optimizer's checkpoint, and load it by torch.load(weights_only=True)."""
     session = peer.build(tiny(), MOMENTUM)
     train(session, 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -112,7 +112,7 @@ def load_weights_only(peer: Adapter) -> Outcome:
 
 @statement("C2d")
 def load_base_checkpoint(peer: Adapter) -> Outcome:
-    """The gradient is 1 throughout, so the fourth step with momentum 0.9 is 0.1 (1 + 0.9 + 0.81 + 0.729)."""
+    """Load the base after three steps: as the gradient is 1, the fourth step is 0.1 (1 + 0.9 + 0.81 + 0.729)."""
     model = Vector(1.0, 1.0)
     plain = Session(model, MOMENTUM.make(model.parameters()))
     for _ in range(3):

@@ -14,7 +14,7 @@ from conformance.statements.registry import statement
 
 @statement("C18")
 def not_finite_gradients(peer: Adapter) -> Outcome:
-    """NaN in both passes, and in the second pass only."""
+    """Make the gradients NaN in both passes of the first step, and, in another run, in its second pass only."""
     lost = 0.0
     for bad in ({1, 2}, {2}):
         model, calls = Vector(1.0, 2.0), []

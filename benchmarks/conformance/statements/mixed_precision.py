@@ -8,7 +8,7 @@ from torch import nn
 
 from conformance.adapters.base import Adapter
 from conformance.outcome import Outcome
-from conformance.statements.problems import MOMENTUM, SGD, STILL, Vector, batch, flat, number, tiny, train
+from conformance.statements.problems import MOMENTUM, SGD, ZERO_LR, Vector, batch, flat, number, tiny, train
 from conformance.statements.registry import statement
 
 
@@ -17,7 +17,7 @@ def autocast(peer: Adapter) -> Outcome:
     """Compare the loss at w + e with that at w; with the cached casts of w they are equal."""
     torch.manual_seed(0)
     model, losses = nn.Linear(8, 1), []
-    session = peer.build(model, STILL, 1.0)
+    session = peer.build(model, ZERO_LR, 1.0)
     x = torch.randn(4, 8)
 
     def loss():
@@ -76,5 +76,5 @@ def scaler_with_closure(peer: Adapter) -> Outcome:
 
 @statement("C17c")
 def scaler_with_closure_after_backward(peer: Adapter) -> Outcome:
-    """The scaler finds gradients to unscale, and does not complain."""
+    """Run a backward first: the scaler then finds gradients to unscale, and raises no error of its own."""
     return _scaled_closure(peer, backward_first=True)

@@ -68,7 +68,7 @@ def schedulers(peer: Adapter) -> Outcome:
 
 @statement("C5")
 def adadelta(peer: Adapter) -> Outcome:
-    """The running average after the first step is (1 - rho) g^2, with g = 1."""
+    """Compute the decay from the running average after one step, (1 - decay) g^2 with g = 1."""
     model = Vector(1.0, 1.0)
     session = peer.build(model, Base(torch.optim.Adadelta, {}), 0.05)
     session.step(lambda: model.w.sum())
@@ -109,7 +109,7 @@ def cheaper_method(peer: Adapter) -> Outcome:
 
 @statement("C9a")
 def ordinary_closure(peer: Adapter) -> Outcome:
-    """Check the second such step, which starts with the gradients of the first one."""
+    """Take two steps with the ordinary closure; the second starts with the gradients of the first in .grad."""
     model, twin = Vector(3.0, 4.0), Vector(3.0, 4.0)
     session = peer.build(model, SGD, 0.5)
     c = torch.tensor([1.0, 0.2])

@@ -6,7 +6,7 @@ import torch
 
 from conformance.adapters.base import Adapter, Base
 from conformance.outcome import Outcome
-from conformance.statements.problems import SGD, STILL, Vector, number
+from conformance.statements.problems import SGD, ZERO_LR, Vector, number
 from conformance.statements.registry import statement
 
 LARGE = 50_000_000
@@ -14,7 +14,7 @@ LARGE = 50_000_000
 
 @statement("C11a")
 def zero_gradient(peer: Adapter) -> Outcome:
-    """The direction is 0/0."""
+    """Take a step with a zero gradient, whose direction is 0 / 0."""
     model = Vector(1.0, 2.0)
     start = model.w.detach().clone()
     session = peer.build(model, SGD)
@@ -25,7 +25,7 @@ def zero_gradient(peer: Adapter) -> Outcome:
 
 @statement("C11b")
 def maximize(peer: Adapter) -> Outcome:
-    """Maximizing -f is minimizing f."""
+    """Compare minimizing f with maximizing -f."""
     down, up = Vector(3.0, 4.0), Vector(3.0, 4.0)
     first = peer.build(down, Base(torch.optim.SGD, {"lr": 1e-3}), 0.5)
     second = peer.build(up, Base(torch.optim.SGD, {"lr": 1e-3, "maximize": True}), 0.5)
@@ -45,19 +45,19 @@ def _length(peer: Adapter, gradient: torch.Tensor) -> float:
         seen.append(math.sqrt(sum(float(piece.double().square().sum()) for piece in pieces)))
         return 1.0 + (model.w * gradient).sum()
 
-    peer.build(model, STILL, 0.05).step(loss)
+    peer.build(model, ZERO_LR, 0.05).step(loss)
     return seen[1] / 0.05
 
 
 @statement("C11c")
 def float16_norm(peer: Adapter) -> Outcome:
-    """Use 100,000 gradients of 300."""
+    """Use 100,000 float16 gradients of 300, whose norm overflows."""
     length = _length(peer, torch.full((100_000,), 300.0, dtype=torch.float16))
     return Outcome(abs(length - 1) < 0.05, f"{number(length)} rho", "1 rho")
 
 
 @statement("C11d")
 def large_norm(peer: Adapter) -> Outcome:
-    """Use equal gradients."""
+    """Use 50 million equal gradients, whose norm a plain float32 sum gets wrong."""
     length = _length(peer, torch.full((LARGE,), 0.01))
     return Outcome(abs(length - 1) < 1e-4, f"{length:.5f} rho", "1.00000 rho")

@@ -9,7 +9,7 @@ from torch import nn
 from conformance.adapters.base import Base, Session
 
 SGD = Base(torch.optim.SGD, {"lr": 0.1})
-STILL = Base(torch.optim.SGD, {"lr": 0.0})
+ZERO_LR = Base(torch.optim.SGD, {"lr": 0.0})
 MOMENTUM = Base(torch.optim.SGD, {"lr": 0.1, "momentum": 0.9})
 FUSED = Base(torch.optim.AdamW, {"lr": 0.01, "fused": True})
 ADAMW = Base(torch.optim.AdamW, {"lr": 0.01})

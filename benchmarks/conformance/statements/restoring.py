@@ -6,7 +6,7 @@ from torch import nn
 
 from conformance.adapters.base import Adapter
 from conformance.outcome import Outcome
-from conformance.statements.problems import SGD, STILL, Vector, batch, flat, number, tiny, train
+from conformance.statements.problems import SGD, ZERO_LR, Vector, batch, flat, number, tiny, train
 from conformance.statements.registry import statement
 
 
@@ -14,7 +14,7 @@ def _restored(peer: Adapter, dtype: torch.dtype) -> Outcome:
     g = torch.Generator().manual_seed(0)
     model = Vector(like=(0.05 * torch.randn(1_000_000, generator=g)).to(dtype))
     c = torch.randn(1_000_000, generator=g).to(dtype)
-    session = peer.build(model, STILL)
+    session = peer.build(model, ZERO_LR)
     before = model.w.detach().clone()
     session.step(lambda: (model.w * c).sum())
     changed = float((model.w.detach() != before).double().mean())
@@ -35,7 +35,7 @@ def restores_bfloat16(peer: Adapter) -> Outcome:
 
 @statement("C6c")
 def keeps_storage(peer: Adapter) -> Outcome:
-    """Flat buffers, CUDA graphs and shared tensors rely on the addresses of the weights."""
+    """Compare addresses, on which flat buffers, CUDA graphs and shared tensors rely."""
     model = tiny()
     before = [p.detach() for p in model.parameters()]  # references, so that no address is reused
     train(peer.build(model, SGD), 2)
@@ -68,7 +68,7 @@ def restores_after_exception(peer: Adapter) -> Outcome:
 
 def _gradient_in_one_pass(peer: Adapter, index: int) -> Outcome:
     model = nn.ParameterDict({"a": nn.Parameter(torch.full((3,), 0.7)), "b": nn.Parameter(torch.full((3,), 0.3))})
-    session = peer.build(model, STILL, 0.5)
+    session = peer.build(model, ZERO_LR, 0.5)
     before, calls = flat(model), []
 
     def loss():
@@ -84,11 +84,11 @@ def _gradient_in_one_pass(peer: Adapter, index: int) -> Outcome:
 
 @statement("C7b")
 def gradient_in_first_pass_only(peer: Adapter) -> Outcome:
-    """Omit a parameter from one pass, as stochastic depth or routed experts do; rounding does not count here."""
+    """Omit a parameter from the second pass, as stochastic depth or routed experts do; rounding is tolerated."""
     return _gradient_in_one_pass(peer, 0)
 
 
 @statement("C7c")
 def gradient_in_second_pass_only(peer: Adapter) -> Outcome:
-    """Omit a parameter from one pass, as stochastic depth or routed experts do; rounding does not count here."""
+    """Omit a parameter from the first pass, as stochastic depth or routed experts do; rounding is tolerated."""
     return _gradient_in_one_pass(peer, 1)

@@ -8,14 +8,14 @@ from torch import nn
 
 from conformance.adapters.base import Adapter
 from conformance.outcome import Outcome
-from conformance.statements.problems import SGD, STILL, Vector, batch, conv, differing, train
+from conformance.statements.problems import SGD, ZERO_LR, Vector, batch, conv, differing, train
 from conformance.statements.registry import statement
 
 
 def _buffers(peer: Adapter, norm: Callable[[int], nn.Module]) -> Outcome:
     model, twin = conv(norm), conv(norm)
-    train(peer.build(model, STILL, 2.0), 3)
-    train(peer.plain(twin, STILL), 3)
+    train(peer.build(model, ZERO_LR, 2.0), 3)
+    train(peer.plain(twin, ZERO_LR), 3)
     with torch.no_grad():  # rounding is the subject of C6
         for p, q in zip(model.parameters(), twin.parameters(), strict=True):
             p.copy_(q)
@@ -37,7 +37,7 @@ def _outcome(model: nn.Module, twin: nn.Module) -> Outcome:
 
 @statement("C14a")
 def batch_norm(peer: Adapter) -> Outcome:
-    """Use BatchNorm without its counter, which C14b has."""
+    """Use BatchNorm without its counter, which C14b measures."""
 
     def norm(channels: int) -> nn.Module:
         layer = nn.BatchNorm2d(channels)
@@ -49,13 +49,13 @@ def batch_norm(peer: Adapter) -> Outcome:
 
 @statement("C14b")
 def cumulative_batch_norm(peer: Adapter) -> Outcome:
-    """Take three steps."""
+    """Use BatchNorm with its counter, by which it averages over all batches."""
     return _buffers(peer, lambda channels: nn.BatchNorm2d(channels, momentum=None))
 
 
 @statement("C14c")
 def instance_norm(peer: Adapter) -> Outcome:
-    """Take three steps."""
+    """Use InstanceNorm with running statistics, without its counter."""
 
     def norm(channels: int) -> nn.Module:
         layer = nn.InstanceNorm2d(channels, track_running_stats=True)
@@ -98,7 +98,7 @@ def same_dropout_masks(peer: Adapter) -> Outcome:
         seen.append(F.dropout(torch.ones(1024), 0.5))
         return (model.w * seen[-1]).sum()
 
-    peer.build(model, STILL).step(loss)
+    peer.build(model, ZERO_LR).step(loss)
     equal = float((seen[0] == seen[1]).float().mean())
     return Outcome(equal == 1, f"{100 * equal:.0f} % equal", "100 % equal")
 
@@ -107,7 +107,7 @@ def same_dropout_masks(peer: Adapter) -> Outcome:
 def random_state(peer: Adapter) -> Outcome:
     """Compare the states of the generator after the step."""
     after = []
-    for build in (lambda m: peer.build(m, STILL), lambda m: peer.plain(m, STILL)):
+    for build in (lambda m: peer.build(m, ZERO_LR), lambda m: peer.plain(m, ZERO_LR)):
         model = Vector(like=torch.ones(64))
         session = build(model)
         torch.manual_seed(3)
