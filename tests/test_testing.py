@@ -64,7 +64,7 @@ class MeanUpdate:
         return [own["mean"] for own in memory]
 
 
-class ScaledUpdate(steppe.Perturbed):
+class ScaledUpdate(steppe.PerturbedGradient):
     """Changes the update gradient even at a step without perturbation."""
 
     def __call__(self, point, perturbed):
@@ -103,12 +103,12 @@ def test_mutant_restore_by_subtraction_is_killed(monkeypatch):
             w.sub_(alpha * d)
         self._moves.clear()
 
-    def move(self, weights, alpha, direction):
+    def displace(self, weights, alpha, direction):
         self._moves = [(w, alpha, d) for w, d in zip(weights, direction, strict=True)]
         for w, _, d in self._moves:
             w.add_(alpha * d)
 
-    monkeypatch.setattr("steppe._engine.displacement.Displacement.move", move)
+    monkeypatch.setattr("steppe._engine.displacement.Displacement.displace", displace)
     monkeypatch.setattr(
         "steppe._engine.displacement.Displacement.restore",
         lambda s: by_subtraction(s) if hasattr(s, "_moves") else None,

@@ -29,7 +29,7 @@ from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
 from steppe.rules.periodic import Periodic
-from steppe.rules.perturbed import Perturbed
+from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
 from steppe.sam import SAM, Pass
 
@@ -61,7 +61,7 @@ __all__ = [
     "PenalizedNorm",
     "Periodic",
     "Perturbation",
-    "Perturbed",
+    "PerturbedGradient",
     "Point",
     "ScaledDirection",
     "Sparse",

@@ -23,12 +23,12 @@ from steppe._engine.engine import Engine
 from steppe._engine.loss_scale import ScalerTarget, refuse_closure_of_scaler
 from steppe._engine.passes import Pass
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO, has_ours, parameters
-from steppe._engine.step import Step
+from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
+from steppe._engine.step import SAMStep
 from steppe.rules import Cadence, Combination, Memory, Perturbation
 from steppe.rules.l2 import L2
 from steppe.rules.periodic import Periodic
-from steppe.rules.perturbed import Perturbed
+from steppe.rules.perturbed_gradient import PerturbedGradient
 
 __all__ = ["SAM", "Closure", "Params", "Pass", "Stage"]
 
@@ -37,12 +37,12 @@ Closure: TypeAlias = Callable[[], Any]
 _F = TypeVar("_F", bound=Callable[..., Any])
 # Dynamo drops what a compiled step writes to attributes: without this, weights would stay perturbed.
 _eager: Callable[[_F], _F] = torch.compiler.disable
-_ALONG_G, _EVERY_STEP, _G_S = L2(), Periodic(), Perturbed()
+_ALONG_G, _EVERY_STEP, _G_S = L2(), Periodic(), PerturbedGradient()
 _SLOTS = ("perturbation", "combination", "cadence")
 _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 
 
-class SAM(Step):
+class SAM(SAMStep):
     """Sharpness-aware minimization around any base optimizer.
 
     min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e(g) gives g_s, and the base
@@ -71,7 +71,7 @@ class SAM(Step):
         scaler: the loss scaler of a loop in float16. With it, ``step(closure)`` works there too, and rules that depend
             on the size of the gradients see them unscaled. It belongs to the loop: copies have none.
         stochastic_rounding: round perturbed weights in half precision up or down at random. A perturbation is often
-            smaller than their last bit: rounding to nearest would lose it, and with this it arrives on average.
+            smaller than their last bit: rounding to nearest would lose it, and with this it survives on average.
 
     Raises:
         ValueError: a rho that is negative or not finite, no parameters, a model that does not hold them; ``per_rank``
@@ -140,7 +140,7 @@ class SAM(Step):
         self.scaler = state.get("scaler")
         self._scaler_target = ScalerTarget(self._take_step)
         self._pass: Pass | None = None
-        self._template: Memory = {}
+        self._memory_template: Memory = {}
         self._engine = Engine(self.base, self.model, **{name: state[name] for name in _OPTIONS})
         self._engine.memory = state.get("memory", self._engine.memory)
         self._engine.steps = state.get("steps", self._engine.steps)
@@ -222,12 +222,12 @@ class SAM(Step):
                 closure, which the second pass would lose; or gradients are scaled where they must not be.
         """
         stage = self._engine.stage
-        if stage is Stage.AT_W:
+        if stage is Stage.IDLE:
             return self._plain_step() if closure is None else self._step_by(closure)
-        if stage not in (Stage.PERTURBED, Stage.READY):
+        if stage not in (Stage.AFTER_FIRST_STEP, Stage.READY):
             raise out_of_order("step()", stage)
         self._check_scale()
-        if stage is Stage.PERTURBED:
+        if stage is Stage.AFTER_FIRST_STEP:
             if called_by_scaler():
                 self._engine.unscale_unperturbed()
             self._finish_classic()
@@ -253,8 +253,8 @@ class SAM(Step):
         check_classic(self.perturbation, single_pass=self._has_single_pass(), per_rank=self.per_rank)
         point = self._engine.point_after_first_pass()
         if self.cadence(self._engine.unscaled_view(self.cadence, point)):
-            self._perturb(point)
-        self._engine.stage = Stage.PERTURBED
+            self._begin_perturbed_pass(point)
+        self._engine.stage = Stage.AFTER_FIRST_STEP
         if zero_grad:
             self.zero_grad()
 
@@ -269,7 +269,7 @@ class SAM(Step):
         Raises:
             RuntimeError: no :meth:`first_step` is pending.
         """
-        if self._engine.stage is not Stage.PERTURBED:
+        if self._engine.stage is not Stage.AFTER_FIRST_STEP:
             raise RuntimeError(
                 "second_step() was called before first_step(): there is no perturbation to undo. Call first_step() "
                 "after the first backward, and second_step() after the second"
@@ -283,27 +283,27 @@ class SAM(Step):
     def restore(self) -> None:
         """Abort a pending step and restore the weights; the next pass is a first one."""
         self._engine.abort()
-        self._engine.stage = Stage.AT_W
+        self._engine.stage = Stage.IDLE
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients. A step that was ready but not taken (a scaler skipped it) is aborted."""
         super().zero_grad(set_to_none)
         self._engine.gradients.mark_cleared()
-        if self._engine.stage in (Stage.READY, Stage.AT_W):
-            self._engine.stage = Stage.AT_W
+        if self._engine.stage in (Stage.READY, Stage.IDLE):
+            self._engine.stage = Stage.IDLE
             self._engine.side_effects.mark_generators()
 
-    # What the three ways share. The passes, and the step without them, are those of Step.
+    # What the three ways share. The passes, and the step without them, are those of SAMStep.
 
     def _begin(self, caller: str) -> None:
         """Check everything that a step depends on; called at the start of each step."""
-        if self._engine.stage in (Stage.PERTURBED, Stage.IN_PASS):
+        if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order(caller, self._engine.stage)
         self.restore()  # an interrupt may have hit restore() itself
-        if has_ours(self.base):  # a checkpoint of SAM was loaded into the base
+        if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
             self._engine.load_from_base()
         check_groups(self.param_groups, self.defaults)
-        anywhere = next(parameters(self.base))
+        anywhere = next(parameters_of(self.base))
         self._check_capture(anywhere)
         self._engine.scale = self._loss_scale(anywhere)
         self._check_passes()
@@ -317,7 +317,7 @@ class SAM(Step):
         else:
             self._scaler_target.param_groups = self.param_groups
             self.scaler.step(self._scaler_target)  # type: ignore[arg-type]
-            self._engine.stage = Stage.AT_W
+            self._engine.stage = Stage.IDLE
         return loss
 
     def _run(self, closure: Closure) -> Any:
@@ -327,7 +327,7 @@ class SAM(Step):
         for sam_pass in self.passes():
             with sam_pass, torch.enable_grad():
                 if not losses:
-                    self._engine.gradients.assign(outside)  # for the closure to clear, as with any optimizer
+                    self._engine.gradients.replace(outside)  # for the closure to clear, as with any optimizer
                 losses.append(closure())
                 self._engine.gradients.refuse_if_kept(outside)
                 outside = {}
@@ -335,6 +335,6 @@ class SAM(Step):
 
     def _take_step(self) -> None:
         """Step from w with the gradient in ``.grad``."""
-        self._engine.stage = Stage.AT_W
+        self._engine.stage = Stage.IDLE
         if self._step_base():
             self._engine.steps += 1

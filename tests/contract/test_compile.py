@@ -55,7 +55,7 @@ def test_c26_compiled_step_clears_its_state(how):
                 optimizer.first_step(zero_grad=True)
                 w.square().sum().backward()
             step()
-            assert optimizer._engine.stage is steppe.sam.Stage.AT_W
+            assert optimizer._engine.stage is steppe.sam.Stage.IDLE
             assert not optimizer._engine._displacement.active
         assert optimizer._engine.steps == 4
         results.append(w.detach().clone())

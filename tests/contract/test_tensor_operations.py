@@ -43,7 +43,7 @@ def count_operations(num_tensors: int, rule, base, device: str) -> int:
             p.grad = torch.ones_like(p)
         point = optimizer._engine.point()
         with Count() as count:
-            optimizer._engine.perturb(point, rule, keep_unperturbed=False)
+            optimizer._engine.begin_perturbed_pass(point, rule, keep_unperturbed=False)
             optimizer._engine.restore()
     return sum(count.operations.values())
 
@@ -77,7 +77,7 @@ def test_c27_step_makes_no_temporaries_of_the_size_of_the_weights():
 
     point = optimizer._engine.point()
     with Allocated() as allocated:
-        optimizer._engine.perturb(point, steppe.L2(), keep_unperturbed=False)
+        optimizer._engine.begin_perturbed_pass(point, steppe.L2(), keep_unperturbed=False)
         optimizer._engine.restore()
     assert 0 < allocated.largest <= 2 * n * len(params) / 256, "only the norms of the pieces are allocated"
 

@@ -10,7 +10,7 @@ from support import bits
 def test_weight_listed_twice_is_moved_once():
     w = torch.zeros(2)
     displacement = Displacement()
-    displacement.move([w, w], torch.tensor(1.0), [torch.ones(2), torch.ones(2)])
+    displacement.displace([w, w], torch.tensor(1.0), [torch.ones(2), torch.ones(2)])
     assert w.tolist() == [1.0, 1.0]
     displacement.restore()
     assert w.tolist() == [0.0, 0.0]
@@ -22,10 +22,10 @@ def test_restore_after_several_moves_is_exact():
     displacement = Displacement()
     assert not displacement.active
     displacement.restore()
-    displacement.move([w], torch.tensor(0.1), [torch.randn(5)])
-    displacement.move([v], torch.tensor(0.1), [torch.randn(3).bfloat16()])
+    displacement.displace([w], torch.tensor(0.1), [torch.randn(5)])
+    displacement.displace([v], torch.tensor(0.1), [torch.randn(3).bfloat16()])
     once = w.clone()
-    displacement.move([w], torch.tensor(0.1), [torch.ones(5)])
+    displacement.displace([w], torch.tensor(0.1), [torch.ones(5)])
     torch.testing.assert_close(w, once + 0.1)
     assert displacement.active
     assert bits([w, v]) != before

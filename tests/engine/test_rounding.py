@@ -81,7 +81,7 @@ def test_perturbation_that_rounds_to_nothing_warns_once(dtype):
     optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=1e-3)
     with pytest.warns(
         UserWarning,
-        match=rf"only 0% of the perturbation arrives in {dtype} weights.*autocast.*stochastic_rounding=True",
+        match=rf"only 0% of the perturbation survives rounding to {dtype} weights.*autocast.*stochastic_rounding=True",
     ):
         DRIVES["passes"](optimizer, lambda: w.sum())
     with warnings.catch_warnings():
@@ -90,8 +90,8 @@ def test_perturbation_that_rounds_to_nothing_warns_once(dtype):
 
 
 @pytest.mark.parametrize(("rho", "stochastic"), [(0.5, False), (1e-3, True)])
-def test_perturbation_that_arrives_does_not_warn(rho, stochastic):
-    """A large perturbation arrives; a small one does on average, with stochastic rounding."""
+def test_perturbation_that_survives_rounding_does_not_warn(rho, stochastic):
+    """A large perturbation survives rounding; a small one does on average, with stochastic rounding."""
     w = nn.Parameter(torch.ones(4, dtype=torch.bfloat16))
     optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.0), rho=rho, stochastic_rounding=stochastic)
     DRIVES["passes"](optimizer, lambda: w.sum())

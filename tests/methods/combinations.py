@@ -74,7 +74,7 @@ def assert_is_base(combination: Combination) -> None:
 
 def assert_is_sam(combination: Combination, interval: int = 1) -> None:
     _, got = trained("adamw", "closure", combination, Periodic(interval))
-    _, want = trained("adamw", "closure", steppe.Perturbed(), Periodic(interval))
+    _, want = trained("adamw", "closure", steppe.PerturbedGradient(), Periodic(interval))
     torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 

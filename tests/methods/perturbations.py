@@ -127,13 +127,13 @@ class PerturbationTests:
 
     @pytest.mark.parametrize("factor", [0.0, -1.0, 0.999])
     def test_mutant_wrong_length_or_sign_of_e_is_killed(self, monkeypatch, case, factor):
-        move = engine.Engine.move
+        perturb = engine.Engine.perturb
 
         def mutant(self, point, perturbation):
             e = perturbation(point)
-            move(self, point, lambda _: ScaledDirection(e.direction, e.scale * factor))
+            perturb(self, point, lambda _: ScaledDirection(e.direction, e.scale * factor))
 
-        monkeypatch.setattr(engine.Engine, "move", mutant)
+        monkeypatch.setattr(engine.Engine, "perturb", mutant)
         with pytest.raises(AssertionError):
             self.matches_reference(case, "sgd")
 

@@ -151,7 +151,7 @@ def test_accelerator_skips_a_step_that_is_not_finite_without_changing_weights_or
         with sam_pass:
             (F.cross_entropy(model(x), y) * (float("nan") if sam_pass.is_perturbed else 1)).backward()
     gradients = optimizer._engine.gradients
-    gradients._step_on_device(torch.tensor(False), gradients.of(gradients.parameters()))  # as on an accelerator
+    gradients._step_on_device(torch.tensor(False), gradients.views(gradients.parameters()))  # as on an accelerator
     assert (bits(model.parameters()), bits(t for s in optimizer.state.values() for t in s.values())) == before
 
 

@@ -8,7 +8,8 @@ import pytest
 import make_cards
 import memory
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.storage.records import Record, write_records
+from steppe.experiments.storage.files import write_json_lines
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
 from steppe.methods import cards
 from steppe.methods.cards import card
@@ -48,8 +49,7 @@ def run_folder(path: Path, tests: dict[str, list[float]], **fields) -> Path:
     for run in recipe.runs():
         test = tests[str(run.method)][run.seed]
         records = [Record(e, e, 10, 100, 1.5, 0.1, 99.0, 1.0, test, 99.0 - test, 30.0 * e, 100.0) for e in (2, 4)]
-        folder.run(run).mkdir(parents=True)
-        (folder.run(run) / METRICS).write_bytes(write_records(records))
+        write_json_lines(folder.run(run) / METRICS, [record.to_json() for record in records])
     session = {"date": "2026-11-22T10:00:00+00:00", "steppe": "0.1.0", "torch": "2.13.0", "cpu": "A CPU", "threads": 2}
     (path / "environment.json").write_text(json.dumps([session]))
     return path

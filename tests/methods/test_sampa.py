@@ -71,7 +71,7 @@ def test_mutant_other_rho_lambda_or_y_is_killed(base, monkeypatch):
     sam = trained(lambda ps: steppe.SAM(STABLE_BASES[base](ps), RHO))
     with pytest.raises(AssertionError):
         assert_close(sam, reference(base, 0.0))
-    monkeypatch.setattr(SAMPa, "_move_to_y", lambda self: None)  # y = x
+    monkeypatch.setattr(SAMPa, "_displace_to_y", lambda self: None)  # y = x
     with pytest.raises(AssertionError):
         assert_close(trained(lambda ps: SAMPa(STABLE_BASES[base](ps), RHO)), reference(base))
 

@@ -33,13 +33,13 @@ def test_length_of_e_is_rho():
 @pytest.mark.parametrize("rule", ["sam", "asam"])
 @pytest.mark.parametrize("factor", [0.0, -1.0, 0.999])
 def test_mutant_wrong_length_or_sign_of_e_is_killed(monkeypatch, rule, drive, factor):
-    move = engine.Engine.move
+    perturb = engine.Engine.perturb
 
     def mutant(self, point, perturbation):
         e = perturbation(point)
-        move(self, point, lambda _: ScaledDirection(e.direction, e.scale * factor))
+        perturb(self, point, lambda _: ScaledDirection(e.direction, e.scale * factor))
 
-    monkeypatch.setattr(engine.Engine, "move", mutant)
+    monkeypatch.setattr(engine.Engine, "perturb", mutant)
     with pytest.raises(AssertionError):
         matches_reference(rule, "sgd", drive)
 
@@ -48,8 +48,8 @@ def test_mutant_wrong_length_or_sign_of_e_is_killed(monkeypatch, rule, drive, fa
 @pytest.mark.parametrize("drive", DRIVES)
 def test_mutant_restore_by_subtraction_is_killed(monkeypatch, drive, dtype):
     class BySubtraction(displacement.Displacement):
-        def move(self, weights, alpha, direction, **options):
-            super().move(weights, alpha, direction, **options)
+        def displace(self, weights, alpha, direction, **options):
+            super().displace(weights, alpha, direction, **options)
             self._undo = [*getattr(self, "_undo", []), (list(weights), -alpha, [d.clone() for d in direction])]
 
         @torch.no_grad()

@@ -23,7 +23,7 @@ perturbations = st.one_of(
     st.builds(steppe.LayerWise),
 )
 combinations = st.one_of(
-    st.just(steppe.Perturbed()),
+    st.just(steppe.PerturbedGradient()),
     st.builds(steppe.SurrogateGap, share),
     st.builds(steppe.WeightedSharpness, st.floats(0.0, 0.9)),
     st.builds(steppe.PenalizedNorm, share),

@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._engine.state_dict import RHO, has_ours, parameters
+from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
 from steppe.rules import Cadence, Combination, Perturbation, ascent_steps, needs_gradient
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
-_SENTINEL = inspect.Parameter.empty
 _wrapped: WeakSet[Optimizer] = WeakSet()
 
 
@@ -92,7 +91,7 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
     Raises:
         ValueError: the model holds none of the base's parameters.
     """
-    if model is not None and set(model.parameters()).isdisjoint(parameters(base)):
+    if model is not None and set(model.parameters()).isdisjoint(parameters_of(base)):
         raise ValueError(
             "model= holds none of the optimizer's parameters, so its running statistics would be protected and "
             "those of the trained model would not: pass the module whose parameters the base optimizer got"
@@ -101,7 +100,7 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
 
 def drop_earlier_radii(base: Optimizer) -> None:
     """Drop the radii of an earlier wrapper of this base, or of a checkpoint; the new rho takes precedence."""
-    if base in _wrapped or has_ours(base):
+    if base in _wrapped or holds_sam_state(base):
         for group in base.param_groups:
             group.pop(RHO, None)
     _wrapped.add(base)
@@ -143,7 +142,7 @@ def check_classic(perturbation: Perturbation, *, single_pass: bool, per_rank: bo
         )
     if (steps := ascent_steps(perturbation)) > 1:
         raise RuntimeError(
-            f"first_step() with {perturbation}: it makes {steps} ascent steps, and the classic API has a place for "
+            f"first_step() with {perturbation}: it makes {steps} ascent steps, and the classic API makes "
             "one. Use passes() or step(closure)"
         )
 
@@ -163,7 +162,7 @@ def _from_instance(
     if hasattr(base_optimizer, "first_step") and hasattr(base_optimizer, "second_step"):
         raise TypeError(f"the base optimizer is a {name}, which makes two passes already: wrap its own base instead")
     closure = inspect.signature(base_optimizer.step).parameters.get("closure")
-    if closure is not None and closure.default is _SENTINEL:
+    if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
             f"{name} cannot be the base: its step needs a closure, because it evaluates the loss at several points, "
             f"while SAM gives its base one gradient a step. Use a base whose step() runs without one"

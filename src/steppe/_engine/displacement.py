@@ -38,7 +38,7 @@ class Displacement:
         return bool(self._displaced)
 
     @torch.no_grad()
-    def move(
+    def displace(
         self, weights: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor], *, add: Add = add_scaled_
     ) -> None:
         """Add e = alpha * direction to the weights. Further calls add to it; w stays the point to restore.
@@ -74,7 +74,7 @@ class Displacement:
     def displaced(self, weights: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> Iterator[None]:
         """Displace weights by alpha * direction in the ``with`` block, and restore them, also on an exception."""
         try:
-            self.move(weights, alpha, direction)
+            self.displace(weights, alpha, direction)
             yield
         finally:
             self.restore()

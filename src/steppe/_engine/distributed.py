@@ -67,7 +67,7 @@ class Ranks:
 
     def memory_of_perturbation(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Return the memory of the perturbation: none where each rank has a perturbation of its own."""
-        return shared if self._replica is None else SharedMemoryRefused()
+        return shared if self._replica is None else ForbiddenMemory()
 
     @torch.no_grad()
     def all_true(self, flag: Tensor) -> Tensor:
@@ -99,7 +99,7 @@ class Ranks:
             dist.all_reduce(gradient.div_(dist.get_world_size(group)), group=group)
 
 
-class SharedMemoryRefused(dict[str, Any]):
+class ForbiddenMemory(dict[str, Any]):
     """Memory of a perturbation that differs between the ranks: none, because a checkpoint holds one for all ranks."""
 
     def setdefault(self, rule: str, default: Any = None) -> NoReturn:

@@ -13,10 +13,10 @@ from steppe._engine.callers import warn
 from steppe._engine.displacement import Displacement
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
-from steppe._engine.rounding import add_scaled_stochastically_, is_half, share_arrived
+from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
-from steppe._engine.state_dict import RHO, parameters, take_from_base
+from steppe._engine.state_dict import RHO, parameters_of, take_from_base
 from steppe._tensors.dtensor import local
 from steppe.rules import (
     Cadence,
@@ -77,7 +77,7 @@ class Engine:
         self._unperturbed_gradients: list[Tensor] = []
         self._rounding_checked = False
         self._stochastic_rounding = stochastic_rounding
-        self.stage = Stage.AT_W
+        self.stage = Stage.IDLE
         self.gradients = Gradients(base)
         self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
         self.memory: Memory = {}
@@ -90,7 +90,7 @@ class Engine:
 
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         """Set up the protection from side effects; called again after a change of model or parameters."""
-        owned = list(parameters(self._base))
+        owned = list(parameters_of(self._base))
         self.ranks = Ranks(model, owned, per_rank=per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=replay_rng)
 
@@ -100,47 +100,47 @@ class Engine:
 
     # Points: the arguments of the rules.
 
-    def point(self, members: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
+    def point(self, parameters: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
         """Return the current point; by default, of every parameter that has a gradient."""
-        if members is None:
-            members, found = self.gradients.parameters_and_gradients()
+        if parameters is None:
+            parameters, found = self.gradients.parameters_and_gradients()
             gradients = found if gradients is None else gradients
         return Point(
-            parameters=members,
-            gradients=self.gradients.of(members) if gradients is None else gradients,
-            rho=LazySequence(partial(self._radii, members)),
-            base_state=LazySequence(partial(self._states, members)),
+            parameters=parameters,
+            gradients=self.gradients.views(parameters) if gradients is None else gradients,
+            rho=LazySequence(partial(self._radii, parameters)),
+            base_state=LazySequence(partial(self._states, parameters)),
             step=self.steps,
             memory=self.memory,
-            anchor=next(parameters(self._base), None),
+            anchor=next(parameters_of(self._base), None),
         )
 
-    def _radii(self, members: Sequence[Tensor]) -> list[float | Tensor]:
+    def _radii(self, parameters: Sequence[Tensor]) -> list[float | Tensor]:
         rho = {id(p): group[RHO] for group in self._base.param_groups for p in group["params"]}
-        return [rho[id(p)] for p in members]
+        return [rho[id(p)] for p in parameters]
 
-    def _states(self, members: Sequence[Tensor]) -> list[Mapping[str, Any]]:
-        return [self._base.state.get(p, {}) for p in members]
+    def _states(self, parameters: Sequence[Tensor]) -> list[Mapping[str, Any]]:
+        return [self._base.state.get(p, {}) for p in parameters]
 
     @torch.no_grad()
     def point_after_first_pass(self) -> Point:
         """Return the point for a perturbation: w, with the gradient of the first pass."""
-        members = self.ranks.with_gradient_anywhere(self.gradients.parameters(), list(parameters(self._base)))
-        self.gradients.fill(members)
-        return replace(self.point(members), memory=self.ranks.memory_of_perturbation(self.memory))
+        parameters = self.ranks.with_gradient_anywhere(self.gradients.parameters(), list(parameters_of(self._base)))
+        self.gradients.fill_missing(parameters)
+        return replace(self.point(parameters), memory=self.ranks.memory_of_perturbation(self.memory))
 
     @torch.no_grad()
     def point_after_ascent_step(self) -> Point:
         """Return the point for a further ascent step: w + e, with its gradient, of the parameters perturbed before."""
-        members, ascent = self._perturbed_parameters or [], self._ascent
-        self.gradients.fill(members)
+        parameters, ascent = self._perturbed_parameters or [], self._ascent
+        self.gradients.fill_missing(parameters)
         memory = self.ranks.memory_of_perturbation(self.memory)
-        return replace(self.point(members), ascent_so_far=ascent, memory=memory)
+        return replace(self.point(parameters), ascent_so_far=ascent, memory=memory)
 
     def point_before_passes(self) -> Point:
         """Return the point before any pass: every trainable parameter, without gradients."""
-        members = dict.fromkeys(p for p in parameters(self._base) if p.requires_grad)
-        return self.point(list(members), [])
+        parameters = dict.fromkeys(p for p in parameters_of(self._base) if p.requires_grad)
+        return self.point(list(parameters), [])
 
     def point_of_step(self) -> Point:
         """Return a point for a cadence that reads only the step's number."""
@@ -154,8 +154,8 @@ class Engine:
         return replace(point, gradients=_times(point.gradients, self.scale.reciprocal()))
 
     @torch.no_grad()
-    def empty_memory(self, perturbation: Perturbation, combination: Combination, cadence: Cadence) -> Memory:
-        """Return the memory that these rules make of zero gradients: the names and shapes in a later checkpoint."""
+    def memory_template(self, perturbation: Perturbation, combination: Combination, cadence: Cadence) -> Memory:
+        """Return the memory that these rules make of zero gradients: names and shapes of a later checkpoint."""
         point = self.point_before_passes()
         zeros = [torch.zeros_like(w) for w in point.weights]
         point = replace(point, gradients=zeros, step=0, memory={})
@@ -167,10 +167,10 @@ class Engine:
     # Perturb and restore.
 
     @torch.no_grad()
-    def perturb(
+    def begin_perturbed_pass(
         self, point: Point, perturbation: Perturbation, *, keep_unperturbed: bool, single_pass: bool = False
     ) -> None:
-        """Move the weights to w + e and begin the pass there. If anything raises, restore the weights.
+        """Perturb the weights and begin the pass at w + e. If anything raises, restore the weights.
 
         Args:
             point: the point at which the perturbation is evaluated.
@@ -190,14 +190,14 @@ class Engine:
                 if finite.is_cpu and not finite:
                     return  # the step will be skipped, and this gradient must enter no memory
             if point.parameters:
-                self.move(point, perturbation)
+                self.perturb(point, perturbation)
                 self.ranks.average_(self._unperturbed_gradients if not further else [])
         except BaseException:
             self.restore()
             raise
         self.drop_cached_weights()
 
-    def move(self, point: Point, perturbation: Perturbation) -> None:
+    def perturb(self, point: Point, perturbation: Perturbation) -> None:
         """Displace the weights by e(point), until :meth:`restore`."""
         direction, scale = ascent = perturbation(self.unscaled_view(perturbation, point))
         if ascent_steps(perturbation) > 1:
@@ -206,37 +206,36 @@ class Engine:
         # maximize flips the sign of gradients only: the base's momentum has it flipped already
         follows_gradient = needs_gradient(perturbation)
         for group in self._base.param_groups:
-            members = [p for p in group["params"] if id(p) in along]
+            parameters = [p for p in group["params"] if id(p) in along]
             length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
             alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
-            self.displace(members, alpha, [along[id(p)] for p in members])
+            self.displace(parameters, alpha, [along[id(p)] for p in parameters])
         self._rounding_checked = True
 
-    def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
+    def displace(self, parameters: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Displace weights by alpha * direction, until :meth:`restore`."""
         if not self._stochastic_rounding:
-            self._displacement.move(members, alpha, direction)
+            self._displacement.displace(parameters, alpha, direction)
             if not self._rounding_checked:
-                self._check_rounding(members, alpha, direction)
+                self._check_rounding(parameters, alpha, direction)
         else:
             add = partial(add_scaled_stochastically_, step=self.steps)
-            self._displacement.move(members, alpha, direction, add=add)
+            self._displacement.displace(parameters, alpha, direction, add=add)
 
-    def _check_rounding(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
+    def _check_rounding(self, parameters: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Warn once if much of a perturbation of half-precision weights rounds to nothing."""
-        halves = [i for i, p in enumerate(members) if is_half(p)]
+        halves = [i for i, p in enumerate(parameters) if is_half(p)]
         if not halves:
             return
         self._rounding_checked = True
-        weights = [members[i] for i in halves]
+        weights = [parameters[i] for i in halves]
         before, along = self._displacement.saved(weights), [direction[i] for i in halves]
-        share = float(share_arrived([local(w) for w in weights], before, alpha, along))
+        share = float(surviving_share([local(w) for w in weights], before, alpha, along))
         if share < _SMALLEST_SHARE:
             warn(
-                f"only {share:.0%} of the perturbation arrives in {weights[0].dtype} weights: the rest is smaller than "
-                "their last bit and rounds to nothing, so SAM acts with a smaller radius than rho. Keep the weights in "
-                "float32 and train under torch.autocast, or give SAM stochastic_rounding=True, with which all of it "
-                "arrives on average"
+                f"only {share:.0%} of the perturbation survives rounding to {weights[0].dtype} weights: the rest is "
+                "smaller than their last bit, so SAM acts with a smaller radius than rho. Keep the weights in float32 "
+                "and train under torch.autocast, or give SAM stochastic_rounding=True, which keeps all of it on average"
             )
 
     @torch.no_grad()
@@ -274,16 +273,16 @@ class Engine:
             function: computes the update gradient; by default the combination itself.
         """
         function = function or combination
-        members, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
+        parameters, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
         perturbed: list[Tensor] | None = None
-        if members is None:
+        if parameters is None:
             point = self.point()
         elif combination.needs_unperturbed_gradient:
-            self.gradients.fill(members)
-            point, perturbed = self.point(members, self._unperturbed_gradients), self.gradients.of(members)
+            self.gradients.fill_missing(parameters)
+            point, perturbed = self.point(parameters, self._unperturbed_gradients), self.gradients.views(parameters)
         else:
-            members, perturbed = self.gradients.parameters_and_gradients()
-            point = self.point(members, [])
+            parameters, perturbed = self.gradients.parameters_and_gradients()
+            point = self.point(parameters, [])
         targets = point.gradients if perturbed is None else perturbed
         if self.scale is None or scale_free(combination):
             update = function(point, perturbed)

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
-from steppe._engine.state_dict import parameters
+from steppe._engine.state_dict import parameters_of
 from steppe._tensors.dtensor import all_plain, foreach, reduced
 from steppe._tensors.ops import all_finite, copy_, real_views
 
@@ -35,8 +35,8 @@ class Gradients:
         return self.parameters_and_gradients()[0]
 
     def parameters_and_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """Return the parameters that have a gradient (:meth:`parameters`), and their gradients (:meth:`of`)."""
-        found = {id(p): (p, gradient) for p in parameters(self._base) if (gradient := p.grad) is not None}
+        """Return the parameters that have a gradient (:meth:`parameters`), and their gradients (:meth:`views`)."""
+        found = {id(p): (p, gradient) for p in parameters_of(self._base) if (gradient := p.grad) is not None}
         for p, gradient in found.values():
             if gradient.layout is not torch.strided:
                 raise RuntimeError(
@@ -44,17 +44,17 @@ class Gradients:
                     f"perturbation would have to move rows that have none. Use sparse=False (Embedding), or give this "
                     f"parameter to an optimizer of its own"
                 )
-        members = [p for p, _ in found.values()]
-        return members, _real_gradients(members, [gradient for _, gradient in found.values()])
+        parameters = [p for p, _ in found.values()]
+        return parameters, _real_gradients(parameters, [gradient for _, gradient in found.values()])
 
-    def of(self, members: Iterable[Tensor]) -> list[Tensor]:
-        """Return the members' gradients as real views; those that are still partial sums over the ranks are reduced."""
-        members = [p for p in members if p.grad is not None]
-        return _real_gradients(members, [gradient for p in members if (gradient := p.grad) is not None])
+    def views(self, parameters: Iterable[Tensor]) -> list[Tensor]:
+        """Return gradients as real views of ``.grad``; those that are still partial sums over the ranks are reduced."""
+        parameters = [p for p in parameters if p.grad is not None]
+        return _real_gradients(parameters, [gradient for p in parameters if (gradient := p.grad) is not None])
 
-    def fill(self, members: Iterable[Tensor]) -> None:
-        """Give members without a gradient a zero one."""
-        for p in members:
+    def fill_missing(self, parameters: Iterable[Tensor]) -> None:
+        """Set the gradient of each parameter that has none to zeros."""
+        for p in parameters:
             if p.grad is None:
                 p.grad = torch.zeros_like(p)
 
@@ -62,15 +62,11 @@ class Gradients:
         """Clear the gradients."""
         Optimizer.zero_grad(self._base)  # not self._base.zero_grad(), which a base may override and a hook may watch
 
-    def set(self, members: Iterable[Tensor], values: Sequence[Tensor]) -> None:
-        """Write values to the members' gradients; write NaN to one entry if an earlier pass was not finite.
+    def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+        """Copy values into gradients, given as :meth:`views`; write NaN to one entry if an earlier pass was not finite.
 
         A loss scaler and :meth:`step_if_finite` read only ``.grad``, and skip the step because of that entry.
         """
-        self.write(self.of(members), values)
-
-    def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-        """Do as :meth:`set`, given the gradients (:meth:`of`)."""
         changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _is_same_view(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
         if self._so_far_finite is not None and targets:
@@ -95,14 +91,14 @@ class Gradients:
         return {p: p.grad.clone() for p in self.parameters() if p.grad is not None}
 
     @torch.no_grad()
-    def add(self, values: dict[Tensor, Tensor]) -> None:
-        """Add values to the gradients; where there is none, the value becomes the gradient."""
+    def accumulate(self, values: dict[Tensor, Tensor]) -> None:
+        """Add values to the gradients; a parameter without a gradient gets the value itself."""
         both = [(p.grad, v) for p, v in values.items() if p.grad is not None]
         foreach(torch._foreach_add_, [g for g, _ in both], [v for _, v in both])
-        self.assign({p: v for p, v in values.items() if p.grad is None})
+        self.replace({p: v for p, v in values.items() if p.grad is None})
 
-    def assign(self, values: dict[Tensor, Tensor]) -> None:
-        """Assign these tensors to ``.grad``."""
+    def replace(self, values: dict[Tensor, Tensor]) -> None:
+        """Make these tensors the ``.grad`` of their parameters."""
         for p, value in values.items():
             p.grad = value
 
@@ -113,7 +109,7 @@ class Gradients:
         self._was_cleared = False
         return {
             p: p.grad
-            for p in parameters(self._base)
+            for p in parameters_of(self._base)
             if p.grad is not None and getattr(p.grad, _LEFT_AT, None) != p.grad._version
         }
 
@@ -159,7 +155,7 @@ class Gradients:
             self._base.step()
         else:
             self._step_on_device(finite, gradients)
-        for p in parameters(self._base):
+        for p in parameters_of(self._base):
             if (gradient := p.grad) is not None:
                 setattr(gradient, _LEFT_AT, gradient._version)
         return True
@@ -182,11 +178,11 @@ class Gradients:
             del self._base.grad_scale, self._base.found_inf  # type: ignore[attr-defined]
 
 
-def _real_gradients(members: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
+def _real_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return real views of ``.grad``, such that writing to them writes to ``.grad``."""
     if not all_plain(gradients):
         gradients = [reduced(gradient) for gradient in gradients]
-        for p, gradient in zip(members, gradients, strict=True):
+        for p, gradient in zip(parameters, gradients, strict=True):
             if p.grad is not gradient:
                 p.grad = gradient
     return real_views(gradients)

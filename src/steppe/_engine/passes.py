@@ -71,7 +71,7 @@ class Pass:
             RuntimeError: the pass has not run.
         """
         if not self.done:
-            self._engine.stage = Stage.AT_W
+            self._engine.stage = Stage.IDLE
             raise RuntimeError(
                 "a pass of passes() was not entered, so it ran without protection and perturbation. Write `for "
                 "sam_pass in optimizer.passes():` and, inside, `with sam_pass:` around forward and backward"
@@ -81,4 +81,4 @@ class Pass:
         self.done = True
         self._context.__exit__(None, None, None)
         self._engine.restore()
-        self._engine.stage = Stage.BETWEEN_PASSES if kind is None else Stage.AT_W
+        self._engine.stage = Stage.BETWEEN_PASSES if kind is None else Stage.IDLE

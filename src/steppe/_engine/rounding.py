@@ -50,7 +50,7 @@ def add_scaled_stochastically_(
             local(target).copy_(x)
 
 
-def share_arrived(
+def surviving_share(
     after: Sequence[Tensor], before: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]
 ) -> Tensor:
     """Return the share of e = alpha * direction by which the weights moved, (after - before).e / |e|^2.
@@ -66,7 +66,7 @@ def share_arrived(
 
     Example:
         >>> before, step = [torch.ones(4, dtype=torch.bfloat16)], [torch.tensor([1e-4, 1e-4, 1e-4, 0.1])]
-        >>> share_arrived([before[0] + step[0].bfloat16()], before, torch.tensor(1.0), step)
+        >>> surviving_share([before[0] + step[0].bfloat16()], before, torch.tensor(1.0), step)
         tensor(1.0156, dtype=torch.float64)
     """
     along = [local(d).float() for d in directions]

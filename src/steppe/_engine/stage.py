@@ -6,10 +6,10 @@ import enum
 class Stage(enum.Enum):
     """Stage of a step; the value is how the error for a call out of order names it."""
 
-    AT_W = "between two steps"
+    IDLE = "between two steps"
     IN_PASS = "inside a pass of passes()"
     BETWEEN_PASSES = "inside the loop over passes(), before its end"
-    PERTURBED = "between first_step() and second_step()"
+    AFTER_FIRST_STEP = "between first_step() and second_step()"
     READY = "after passes(), before step()"
 
 

@@ -16,7 +16,7 @@ _MEMORY = "sam."
 """Prefix of a rule's tensors in the state of a parameter: ``sam.<rule>.<key>``."""
 
 
-def parameters(optimizer: Optimizer) -> Iterator[Tensor]:
+def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     """Yield every parameter of an optimizer, in the order in which checkpoints number them."""
     for group in optimizer.param_groups:
         yield from group["params"]
@@ -31,14 +31,14 @@ def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
     packed: dict[str, Any] = base.state_dict()
     packed["param_groups"] = [{**group, STEP: step} for group in packed["param_groups"]]
     packed["state"] = dict(packed["state"])
-    for index, parameter in enumerate(parameters(base)):
-        ours = {
+    for index, parameter in enumerate(parameters_of(base)):
+        rule_state = {
             f"{_MEMORY}{rule}.{key}": _to_number(value)
             for rule, own in memory.items()
             for key, value in own.get(parameter, {}).items()
         }
-        if ours:
-            packed["state"][index] = {**packed["state"].get(index, {}), **ours}
+        if rule_state:
+            packed["state"][index] = {**packed["state"].get(index, {}), **rule_state}
     return packed
 
 
@@ -52,17 +52,17 @@ def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any],
     step = max((group.get(STEP, 0) for group in groups), default=0)
     state = dict(state_dict["state"])
     indices = [index for group in groups for index in group["params"]]
-    for index, parameter in zip(indices, parameters(base), strict=False):  # the base raises if they do not fit
-        own = state.get(index)
-        if isinstance(own, dict) and (ours := _ours(own)):
-            state[index] = {key: value for key, value in own.items() if key not in ours}
-            _remember(memory, parameter, ours)
-    theirs = {index: own for index, own in state.items() if own != {}}
+    for index, parameter in zip(indices, parameters_of(base), strict=False):  # the base raises if they do not fit
+        entries = state.get(index)
+        if isinstance(entries, dict) and (rule_state := _rule_state(entries)):
+            state[index] = {key: value for key, value in entries.items() if key not in rule_state}
+            _add_to_memory(memory, parameter, rule_state)
+    base_state = {index: entries for index, entries in state.items() if entries != {}}
     groups = [{key: value for key, value in group.items() if key != STEP} for group in groups]
-    return {**state_dict, "state": theirs, "param_groups": groups}, memory if step else {}, step
+    return {**state_dict, "state": base_state, "param_groups": groups}, memory if step else {}, step
 
 
-def has_ours(base: Optimizer) -> bool:
+def holds_sam_state(base: Optimizer) -> bool:
     """True if a checkpoint of SAM was loaded into the base itself."""
     return any(STEP in group for group in base.param_groups)
 
@@ -71,23 +71,24 @@ def take_from_base(base: Optimizer) -> tuple[Memory, int]:
     """Remove SAM's part from a base that has loaded it; return the rules' memory and the step counter."""
     step = max((group.pop(STEP, 0) for group in base.param_groups), default=0)
     memory: Memory = {}
-    for parameter in parameters(base):
+    for parameter in parameters_of(base):
         state = base.state.get(parameter) or {}
-        if ours := _ours(state):
-            for name in ours:
+        if rule_state := _rule_state(state):
+            for name in rule_state:
                 del state[name]
-            _remember(memory, parameter, ours)
+            _add_to_memory(memory, parameter, rule_state)
             if not state:
                 del base.state[parameter]
     return memory if step else {}, step
 
 
-def _ours(state: dict[Any, Any]) -> dict[str, Any]:
+def _rule_state(state: dict[Any, Any]) -> dict[str, Any]:
+    """Return the entries of rules in the state of a parameter."""
     return {k: v for k, v in state.items() if isinstance(k, str) and k.startswith(_MEMORY)}
 
 
-def _remember(memory: Memory, parameter: Tensor, ours: dict[str, Any]) -> None:
-    for name, value in ours.items():
+def _add_to_memory(memory: Memory, parameter: Tensor, rule_state: dict[str, Any]) -> None:
+    for name, value in rule_state.items():
         rule, key = name.removeprefix(_MEMORY).split(".", 1)
         memory.setdefault(rule, {}).setdefault(parameter, {})[key] = _to_tensor(value, parameter.device)
 

@@ -20,7 +20,7 @@ from steppe._engine.wrapper import Wrapper
 from steppe.rules import Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient
 
 
-class Step(GraphCapture, Wrapper):
+class SAMStep(GraphCapture, Wrapper):
     """The step of :class:`steppe.SAM`, part by part."""
 
     model: nn.Module | None
@@ -40,14 +40,14 @@ class Step(GraphCapture, Wrapper):
         before = self._engine.gradients.copies() if accumulate else {}
         yield from self._single_pass() if self._has_single_pass() else self._passes_from_w()
         self._combine()
-        self._engine.gradients.add(before)
+        self._engine.gradients.accumulate(before)
 
     def _single_pass(self) -> Iterator[Pass]:
         point = self._engine.point_before_passes()
         if not self.cadence(point):
             yield self._pass_at_w(is_last=True)
         else:
-            begin = partial(self._perturb, point, single_pass=True)
+            begin = partial(self._begin_perturbed_pass, point, single_pass=True)
             yield Pass(self._engine, begin, is_first=True, is_last=True, is_perturbed=True)
 
     def _passes_from_w(self) -> Iterator[Pass]:
@@ -58,7 +58,7 @@ class Step(GraphCapture, Wrapper):
         if planned is None and point is not None:
             planned = self.cadence(self._engine.unscaled_view(self.cadence, point))
         for left in reversed(range(ascent_steps(self.perturbation) if planned else 0)):
-            begin = partial(self._perturb, point or self._engine.point_after_ascent_step())
+            begin = partial(self._begin_perturbed_pass, point or self._engine.point_after_ascent_step())
             sam_pass = Pass(self._engine, begin, is_first=False, is_last=left == 0, is_perturbed=True)
             point = begin = None  # type: ignore[assignment]  # or they keep the first gradient through the second pass
             yield sam_pass
@@ -67,9 +67,11 @@ class Step(GraphCapture, Wrapper):
         begin = self._engine.side_effects.begin_first_pass
         return Pass(self._engine, begin, is_first=True, is_last=is_last, is_perturbed=False, is_at_w=True)
 
-    def _perturb(self, point: Point, *, single_pass: bool = False) -> None:
+    def _begin_perturbed_pass(self, point: Point, *, single_pass: bool = False) -> None:
         keep_unperturbed = self.combination.needs_unperturbed_gradient
-        self._engine.perturb(point, self.perturbation, keep_unperturbed=keep_unperturbed, single_pass=single_pass)
+        self._engine.begin_perturbed_pass(
+            point, self.perturbation, keep_unperturbed=keep_unperturbed, single_pass=single_pass
+        )
 
     def _update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         """Compute the update gradient of g and g_s."""
@@ -97,7 +99,7 @@ class Step(GraphCapture, Wrapper):
             )
         if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
-            self._template = self._empty_memory()
+            self._memory_template = self._make_memory_template()
         elif not self._warned_of_plain_step:
             self._warned_of_plain_step = True
             warn(
@@ -107,15 +109,15 @@ class Step(GraphCapture, Wrapper):
             )
         return self.base.step()
 
-    def _empty_memory(self) -> Memory:
-        """Return what the rules keep from step to step, empty."""
-        return self._engine.empty_memory(self.perturbation, self.combination, self.cadence)
+    def _make_memory_template(self) -> Memory:
+        """Return the rules' memory filled with zeros: the names and shapes in a later checkpoint."""
+        return self._engine.memory_template(self.perturbation, self.combination, self.cadence)
 
     def _loss_scale(self, parameter: Tensor) -> Tensor | None:
         return loss_scale(self.scaler, parameter)
 
     def _check_scale(self) -> None:
-        mixes = self._engine.stage is Stage.PERTURBED and self.combination.needs_unperturbed_gradient
+        mixes = self._engine.stage is Stage.AFTER_FIRST_STEP and self.combination.needs_unperturbed_gradient
         rules = (self.perturbation, self.combination, self.cadence)
         check_scale(self._engine.scale, rules, self.combination if mixes else None)
 

@@ -21,8 +21,8 @@ class Wrapper(Optimizer):
     base: Optimizer
     rho: float | Tensor
     _engine: Engine
-    _template: Memory
-    """Empty memory of the rules, for a checkpoint before the first step."""
+    _memory_template: Memory
+    """Zero-filled memory of the rules, for a checkpoint before the first step."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -58,7 +58,7 @@ class Wrapper(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
-        memory = self._template if self._engine.steps == 0 else {}
+        memory = self._memory_template if self._engine.steps == 0 else {}
         packed = pack(self.base, self._engine.memory or memory, self._engine.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = changed if (changed := post_hook(self, packed)) is not None else packed
@@ -68,21 +68,21 @@ class Wrapper(Optimizer):
         """Load a checkpoint of this optimizer, or of a plain base optimizer; the latter leaves the radii as they are.
 
         Args:
-            state_dict: what :meth:`state_dict` returned.
+            state_dict: The dictionary that :meth:`state_dict` returned.
 
         Raises:
             RuntimeError: a step is pending.
             ValueError: the groups do not fit (from the base).
         """
-        if self._engine.stage in (Stage.PERTURBED, Stage.IN_PASS):
+        if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order("load_state_dict()", self._engine.stage)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
         radii = [group.get(RHO, self.rho) for group in self.param_groups]
-        theirs, self._engine.memory, self._engine.steps = unpack(state_dict, self.base)
-        self.base.load_state_dict(theirs)
+        base_state, self._engine.memory, self._engine.steps = unpack(state_dict, self.base)
+        self.base.load_state_dict(base_state)
         for group, radius in zip(self.param_groups, radii, strict=True):
             group.setdefault(RHO, radius)
-        self._engine.stage = Stage.AT_W
+        self._engine.stage = Stage.IDLE
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)

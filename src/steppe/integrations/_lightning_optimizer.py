@@ -93,7 +93,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
                     with self._muted():  # the gradients in `outside` are those at w
                         window.repeat_earlier()
                 else:
-                    gradients.assign(outside)
+                    gradients.replace(outside)
                 loss = closure()
                 if window is not None:
                     window.end_first_pass(sam_pass)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe._engine.side_effects import Buffers, Generators
-from steppe._engine.state_dict import parameters
+from steppe._engine.state_dict import parameters_of
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._pass_losses import StepLosses
 from steppe.sam import SAM, Pass
@@ -28,7 +28,7 @@ class AccumulationWindow:
 
     def __init__(self, sam: SAM, trainer: "pl.Trainer") -> None:
         self._sam, self._trainer = sam, trainer
-        self._generators = Generators(p.device for p in parameters(sam.base))
+        self._generators = Generators(p.device for p in parameters_of(sam.base))
         self._buffers = Buffers(sam.model) if sam.model is not None else None
         self._micro_batches: list[MicroBatch] = []
         self._latest: MicroBatch | None = None

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steppe._engine.callers import called_by_scaler
 from steppe._engine.gradients import Gradients
-from steppe._engine.state_dict import parameters
+from steppe._engine.state_dict import parameters_of
 from steppe.rules import Memory, Point
 from steppe.sam import SAM, Pass
 
@@ -27,7 +27,7 @@ class OwnStepMethod(SAM):
     - :meth:`update_gradient`: g and g_s -> update gradient, where SAM's combination is called.
     - :meth:`after_classic_passes`: the end of the classic API's two passes.
     - :meth:`step_base`: the step, after what the loop does to ``.grad``.
-    - :meth:`empty_memory`: names and shapes of what a checkpoint holds beside the base's state.
+    - :meth:`memory_template`: names and shapes of what a checkpoint holds beside the base's state.
     """
 
     hyperparameters: ClassVar[tuple[str, ...]] = ()
@@ -81,8 +81,8 @@ class OwnStepMethod(SAM):
         """
         return self.step_base_once()
 
-    def empty_memory(self) -> Memory:
-        """Return :attr:`memory` as it will be, with zeros: torch.distributed.checkpoint needs names and shapes."""
+    def memory_template(self) -> Memory:
+        """Return :attr:`memory` filled with zeros: torch.distributed.checkpoint needs names and shapes in advance."""
         return {}
 
     # Tools: passes.
@@ -91,25 +91,29 @@ class OwnStepMethod(SAM):
         """Yield SAM's passes by the rules of this optimizer, then write the update gradient."""
         return super()._step_passes(accumulate=accumulate)
 
-    def pass_moved_by(self, move: Callable[[], None], *, is_last: bool, is_perturbed: bool = False) -> Pass:
+    def displaced_pass(self, displace: Callable[[], None], *, is_last: bool, is_perturbed: bool = False) -> Pass:
         """Return a step's first pass at another point than w.
 
         Args:
-            move: displaces the weights, by :meth:`displace` or :meth:`perturb_from`.
+            displace: displaces the weights, by :meth:`displace` or :meth:`perturb`.
             is_last: True if this pass gives the update gradient.
             is_perturbed: True if the point is a perturbation for the reader of ``Pass.is_perturbed``.
         """
         return Pass(
-            self._engine, partial(self._begin_moved, move), is_first=True, is_last=is_last, is_perturbed=is_perturbed
+            self._engine,
+            partial(self._begin_displaced, displace),
+            is_first=True,
+            is_last=is_last,
+            is_perturbed=is_perturbed,
         )
 
-    def pass_perturbed_from(self, point: Point) -> Pass:
+    def perturbed_pass(self, point: Point) -> Pass:
         """Return a step's second pass, at w + e(point). It starts from the side effects of the first one."""
-        begin = partial(self._perturb, point)
+        begin = partial(self._begin_perturbed_pass, point)
         return Pass(self._engine, begin, is_first=False, is_last=True, is_perturbed=True)
 
-    def _begin_moved(self, move: Callable[[], None]) -> None:
-        move()
+    def _begin_displaced(self, displace: Callable[[], None]) -> None:
+        displace()
         self._engine.drop_cached_weights()
         self._engine.side_effects.begin_first_pass()
 
@@ -117,19 +121,19 @@ class OwnStepMethod(SAM):
 
     def trained_parameters(self) -> list[Tensor]:
         """Return the trainable parameters, each once."""
-        return list(dict.fromkeys(p for p in parameters(self.base) if p.requires_grad))
+        return list(dict.fromkeys(p for p in parameters_of(self.base) if p.requires_grad))
 
-    def point(self, members: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
+    def point(self, parameters: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
         """Return the point at the current weights; by default, with every parameter that has a gradient."""
-        return self._engine.point(members, gradients)
+        return self._engine.point(parameters, gradients)
 
-    def displace(self, members: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
-        """Displace weights by alpha * direction, alpha 0-dim, until the end of the pass; for a pass's ``move``."""
-        self._engine.displace(members, alpha, direction)
+    def displace(self, parameters: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
+        """Displace weights by alpha * direction, alpha 0-dim, until the end of the pass; for a pass's ``displace``."""
+        self._engine.displace(parameters, alpha, direction)
 
-    def perturb_from(self, point: Point) -> None:
-        """Displace weights by e(point) until the end of the pass; for a pass's ``move``."""
-        self._engine.move(point, self.perturbation)
+    def perturb(self, point: Point) -> None:
+        """Displace weights by e(point) until the end of the pass; for a pass's ``displace``."""
+        self._engine.perturb(point, self.perturbation)
 
     def forget_perturbation(self) -> None:
         """Forget the perturbation of the last pass: its gradient is not for :meth:`combine`."""
@@ -208,8 +212,8 @@ class OwnStepMethod(SAM):
     def _step_base(self) -> bool:
         return self.step_base()
 
-    def _empty_memory(self) -> Memory:
-        return self.empty_memory()
+    def _make_memory_template(self) -> Memory:
+        return self.memory_template()
 
     def _loss_scale(self, parameter: Tensor) -> Tensor | None:
         scale = super()._loss_scale(parameter)

@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 
-class Batch(Protocol):
+class LabeledBatch(Protocol):
     """One process's share of a batch."""
 
     @property
@@ -35,7 +35,7 @@ class Batch(Protocol):
     def __len__(self) -> int: ...
 
 
-class Forward(Protocol):
+class CountedForward(Protocol):
     """The network and its loss for one step; counts every sample that it evaluates."""
 
     def __call__(self, *tensors: Tensor) -> Tensor:
@@ -64,7 +64,7 @@ class StepFunction:
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
 
-    def step(self, forward: Forward, batch: Batch) -> Tensor:
+    def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
         """Take one step on this process's share of a batch, and return its mean loss at w."""
 
         def closure() -> Tensor:

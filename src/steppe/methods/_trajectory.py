@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe.methods._step_function import Batch, Forward, StepFunction
+from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -63,11 +63,11 @@ class StepWithTerm(StepFunction):
         super().__init__(optimizer)
         self.module = module
 
-    def term(self, forward: Forward, logits: Tensor, batch: Batch) -> Tensor:
+    def term(self, forward: CountedForward, logits: Tensor, batch: LabeledBatch) -> Tensor:
         """Return the 0-dim term that is added to the mean loss of the batch."""
         raise NotImplementedError
 
-    def step(self, forward: Forward, batch: Batch) -> Tensor:
+    def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
         """Take one step; the loss that is returned is without the term, so that methods can be compared by it."""
         self.module.to(batch.images.device)
 

@@ -70,13 +70,13 @@ class Posterior(Optimizer):
             raise RuntimeError("the step of bSAM needs the gradients of two passes: give the closure to BSAM.step")
         bad = getattr(self, "found_inf", None)
         for group in self.param_groups:
-            members = [p for p in dict.fromkeys(group["params"]) if p.grad is not None]
-            if not members:
+            parameters = [p for p in dict.fromkeys(group["params"]) if p.grad is not None]
+            if not parameters:
                 continue
-            g_e = [as_real(p.grad) for p in members if p.grad is not None]
-            sizes = [self.sizes[p] if p in self.sizes else g.abs() for p, g in zip(members, g_e, strict=True)]
-            momentum, scale = ([self.state[p][key] for p in members] for key in ("momentum", "scale"))
-            weights = [as_real(p) for p in members]
+            g_e = [as_real(p.grad) for p in parameters if p.grad is not None]
+            sizes = [self.sizes[p] if p in self.sizes else g.abs() for p, g in zip(parameters, g_e, strict=True)]
+            momentum, scale = ([self.state[p][key] for p in parameters] for key in ("momentum", "scale"))
+            weights = [as_real(p) for p in parameters]
             (beta1, beta2), delta = group["betas"], group["weight_decay"]
             # g_m <- beta1 g_m + (1 - beta1) (g_e + delta w)
             to = foreach(torch._foreach_add, g_e, weights, alpha=delta)
@@ -196,16 +196,16 @@ class BSAM(OwnStepMethod):
         sizes = self.base.sizes
         if not accumulate:
             sizes.clear()
-        yield self.pass_moved_by(self._move_to_sample, is_last=False)
+        yield self.displaced_pass(self._displace_to_sample, is_last=False)
         point = self.point()
-        members, g = point.parameters, [t.detach().abs() for t in point.gradients]
-        sam_pass = self.pass_perturbed_from(point)
+        parameters, g = point.parameters, [t.detach().abs() for t in point.gradients]
+        sam_pass = self.perturbed_pass(point)
         del point  # else the first gradient stays in memory through the second pass
         yield sam_pass
-        self.gradients.fill(members)
+        self.gradients.fill_missing(parameters)
         self.combine()
-        sizes.update({p: sizes[p] + size if p in sizes else size for p, size in zip(members, g, strict=True)})
-        self.gradients.add(before)
+        sizes.update({p: sizes[p] + size if p in sizes else size for p, size in zip(parameters, g, strict=True)})
+        self.gradients.accumulate(before)
 
     def step_base(self) -> bool:
         """Step mean and scale, and clear |g|."""
@@ -215,11 +215,11 @@ class BSAM(OwnStepMethod):
             self.base.sizes.clear()
 
     @torch.no_grad()
-    def _move_to_sample(self) -> None:
-        members = self.trained_parameters()
-        scales = [self.state[p]["scale"] for p in members]
+    def _displace_to_sample(self) -> None:
+        parameters = self.trained_parameters()
+        scales = [self.state[p]["scale"] for p in parameters]
         drawn = normal(f"BSAM/{self._micro_batch}", self.seed, self.steps_taken, scales)
-        noise = dict(zip(members, drawn, strict=True))
+        noise = dict(zip(parameters, drawn, strict=True))
         for group in self.param_groups:
             around = [p for p in group["params"] if p in noise]
             if around:

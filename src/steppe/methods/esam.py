@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, backward, check_share, count_samples
 from steppe.methods._options import Options, Rho
-from steppe.methods._step_function import Batch, Forward, StepFunction
+from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import ICLR, Paper, cites
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
 from steppe.rules._checks import check_positive_share
@@ -204,7 +204,7 @@ class ESAMStep(StepFunction):
         super().__init__(optimizer)
         self.gamma = gamma
 
-    def step(self, forward: Forward, batch: Batch) -> Tensor:
+    def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
         """Take one step."""
         closure = selected(self.optimizer, forward.losses, batch.tensors, gamma=self.gamma)
         loss: Tensor = self.optimizer.step(closure)

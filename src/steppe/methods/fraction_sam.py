@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, backward, check_share, count_samples, is_last
-from steppe.methods._step_function import Batch, Forward, StepFunction
+from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import Paper, cites
 from steppe.sam import SAM
@@ -83,7 +83,7 @@ class FractionSAMStep(StepFunction):
         super().__init__(optimizer)
         self.fraction = fraction
 
-    def step(self, forward: Forward, batch: Batch) -> Tensor:
+    def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
         """Take one step."""
         closure = fraction(self.optimizer, forward, batch.tensors, fraction=self.fraction)
         loss: Tensor = self.optimizer.step(closure)

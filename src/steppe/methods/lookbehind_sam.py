@@ -164,7 +164,7 @@ class Lookbehind(OwnStepMethod):
         if not earlier and self.alpha == 1:
             return self.step_base_once()
         last = {p: p.grad for p in gradients.parameters() if p.grad is not None}
-        finite = norm(gradients.of(last)).isfinite()
+        finite = norm(gradients.views(last)).isfinite()
         if finite.is_cpu and not finite:
             return self.step_base_once()  # warns, and counts the skipped step
         slow = {p: p.detach().clone() for p in self.trained_parameters()} if self.alpha != 1 else {}
@@ -174,19 +174,19 @@ class Lookbehind(OwnStepMethod):
             if not finite.is_cpu:
                 for g in gradient.values():
                     g.masked_fill_(finite.logical_not().to(g.device), float("nan"))
-            self._assign(gradient)
+            self._replace_gradients(gradient)
             self.step_base_once()
             if self.alpha is None and not first:
                 first = {p: p.detach().clone() for p in slow}
         gradients.skipped = skipped  # a skipped step counts once, by the last step of the base
-        self._assign(last)
+        self._replace_gradients(last)
         stepped = self.step_base_once()
         for p, start in slow.items():
             alpha = self.alpha if self.alpha is not None else _alignment(first.get(p, p), p, start)
             as_real(p.detach()).lerp_(as_real(start), 1 - alpha)
         return stepped
 
-    def _assign(self, gradient: dict[Tensor, Tensor]) -> None:
+    def _replace_gradients(self, gradient: dict[Tensor, Tensor]) -> None:
         for group in self.param_groups:
             for p in group["params"]:
                 p.grad = gradient.get(p)

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
 from steppe.methods._card import Comparison, MethodCard, plain_base
-from steppe.methods._step_function import Batch, Forward
+from steppe.methods._step_function import CountedForward, LabeledBatch
 from steppe.methods._trajectory import (
     StepWithTerm,
     check_epoch,
@@ -291,7 +291,7 @@ class MESAStep(StepWithTerm):
         super().__init__(optimizer, mesa(model, optimizer, lmbda=lmbda, tau=tau, beta=beta, start=start))
         self.start = start
 
-    def term(self, forward: Forward, logits: Tensor, batch: Batch) -> Tensor:
+    def term(self, forward: CountedForward, logits: Tensor, batch: LabeledBatch) -> Tensor:
         """Return the divergence from the outputs of the averaged weights, whose forward is counted."""
         if batch.epoch >= self.start:
             forward.count(len(batch), recorded=False)

@@ -9,7 +9,7 @@ from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, backward, count_samples
-from steppe.methods._step_function import Batch, Forward, StepFunction
+from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import ICML, Paper, cites
 from steppe.rules._checks import check_count
@@ -98,7 +98,7 @@ class MicroBatchSAMStep(StepFunction):
         super().__init__(optimizer)
         self.m = m
 
-    def step(self, forward: Forward, batch: Batch) -> Tensor:
+    def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
         """Take one step."""
         return micro_batches(self.optimizer, forward, batch.tensors, m=self.m)
 

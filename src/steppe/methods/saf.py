@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
 from steppe.methods._card import Comparison, MethodCard, plain_base
-from steppe.methods._step_function import Batch, Forward
+from steppe.methods._step_function import CountedForward, LabeledBatch
 from steppe.methods._trajectory import (
     StepWithTerm,
     broadcastable,
@@ -288,7 +288,7 @@ class SAFStep(StepWithTerm):
         module = saf(samples, classes, lmbda=lmbda, tau=tau, epochs_ago=epochs_ago, start=start)
         super().__init__(optimizer, module)
 
-    def term(self, forward: Forward, logits: Tensor, batch: Batch) -> Tensor:
+    def term(self, forward: CountedForward, logits: Tensor, batch: LabeledBatch) -> Tensor:
         """Return the divergence from the stored outputs."""
         value: Tensor = self.module(logits, batch.indices, epoch=batch.epoch)
         return value

@@ -155,10 +155,10 @@ class SAMPa(OwnStepMethod):
 
     def _passes_of_one_process(self) -> Iterator[Pass]:
         """Yield a pass at y_{t+1}, let the base step, and yield a pass at x~_{t+1} on the same batch."""
-        yield self.pass_moved_by(self._move_to_y, is_last=True)
+        yield self.displaced_pass(self._displace_to_y, is_last=True)
         point = self._descend()
         self.memory.clear()
-        yield self.pass_perturbed_from(point)
+        yield self.perturbed_pass(point)
         self._remember(point)
 
     @torch.no_grad()
@@ -166,13 +166,13 @@ class SAMPa(OwnStepMethod):
         """Let the base step from x_t to x_{t+1}; return the point there, with g(y_{t+1})."""
         gradients = self.gradients
         pending = {p: own[_G_X] for p, own in self.memory.items() if _G_X in own}
-        members, found = gradients.parameters_and_gradients()
-        g_y = {p: g.clone() for p, g in zip(members, found, strict=True)}
+        parameters, found = gradients.parameters_and_gradients()
+        g_y = {p: g.clone() for p, g in zip(parameters, found, strict=True)}
         if pending:
-            gradients.fill(pending)
-            members, found = gradients.parameters_and_gradients()
-            g_x = [pending[p] if p in pending else torch.zeros_like(g) for p, g in zip(members, found, strict=True)]
-            self._mix(g_x, found, members)
+            gradients.fill_missing(pending)
+            parameters, found = gradients.parameters_and_gradients()
+            g_x = [pending[p] if p in pending else torch.zeros_like(g) for p, g in zip(parameters, found, strict=True)]
+            self._mix(g_x, found, parameters)
         self._stepped = self.step_base_once()
         return self.point(list(g_y), _or_zeros(list(g_y.values())))
 
@@ -180,9 +180,9 @@ class SAMPa(OwnStepMethod):
     def _remember(self, point: Point) -> None:
         """Keep g(x~) and g(y) for the next step."""
         self.forget_perturbation()
-        self.gradients.fill(point.parameters)
-        members, found = self.gradients.parameters_and_gradients()
-        self.memory.update({p: {_G_X: g.clone()} for p, g in zip(members, found, strict=True)})
+        self.gradients.fill_missing(point.parameters)
+        parameters, found = self.gradients.parameters_and_gradients()
+        self.memory.update({p: {_G_X: g.clone()} for p, g in zip(parameters, found, strict=True)})
         for p, g in zip(point.parameters, point.gradients, strict=True):
             self.memory[p][_G_Y] = g
         self.gradients.clear()  # the base has stepped: what is in .grad belongs to the next step
@@ -192,18 +192,20 @@ class SAMPa(OwnStepMethod):
     def _pass_of_this_rank(self) -> Iterator[Pass]:
         """Yield the pass of this rank: at x~_t on the batch before, or at y_{t+1} on this batch."""
         perturbed = dist.get_rank(self.group) == _PERTURBED_RANK
-        move = self._move_to_perturbed if perturbed else self._move_to_y
-        yield self.pass_moved_by(move, is_last=True, is_perturbed=perturbed)
+        displace = self._perturb_from_w if perturbed else self._displace_to_y
+        yield self.displaced_pass(displace, is_last=True, is_perturbed=perturbed)
         self._exchange()
 
     @torch.no_grad()
     def _exchange(self) -> None:
         """Send each rank's gradient to the other, and write the update gradient."""
-        members = self.trained_parameters()
-        self.gradients.fill(members)
-        g_x, g_y = (self._from_rank(rank, self.gradients.of(members)) for rank in (_PERTURBED_RANK, _AUXILIARY_RANK))
-        self._mix(g_x, g_y, members)
-        self.memory.update({p: {_G_Y: g.clone()} for p, g in zip(members, _or_zeros(g_y), strict=True)})
+        parameters = self.trained_parameters()
+        self.gradients.fill_missing(parameters)
+        g_x, g_y = (
+            self._from_rank(rank, self.gradients.views(parameters)) for rank in (_PERTURBED_RANK, _AUXILIARY_RANK)
+        )
+        self._mix(g_x, g_y, parameters)
+        self.memory.update({p: {_G_Y: g.clone()} for p, g in zip(parameters, _or_zeros(g_y), strict=True)})
         if self.model is not None:
             buffers = list(self.model.buffers())
             if buffers:
@@ -226,24 +228,26 @@ class SAMPa(OwnStepMethod):
 
     # One process and two.
 
-    def empty_memory(self) -> Memory:
+    def memory_template(self) -> Memory:
         """Return zeros for the gradients that are kept."""
         keys = (_G_X, _G_Y) if self.group is None else (_G_Y,)
         zeros = {p: {key: torch.zeros_like(as_real(p.detach())) for key in keys} for p in self.trained_parameters()}
         return {type(self).__name__: zeros}
 
-    def _mix(self, g_x: list[Tensor], g_y: list[Tensor], members: list[Tensor]) -> None:
+    def _mix(self, g_x: list[Tensor], g_y: list[Tensor], parameters: list[Tensor]) -> None:
         """Write the update gradient, (1 - lambda) g(x~) + lambda g(y)."""
-        self.gradients.set(members, foreach(torch._foreach_lerp, g_x, g_y, weight=self.lmbda))
+        self.gradients.write(
+            self.gradients.views(parameters), foreach(torch._foreach_lerp, g_x, g_y, weight=self.lmbda)
+        )
 
     @torch.no_grad()
-    def _move_to_y(self) -> None:
+    def _displace_to_y(self) -> None:
         for group in self.param_groups:
-            members = [p for p in group["params"] if _G_Y in self.memory.get(p, {})]
-            if members:
-                device = members[0].device
+            parameters = [p for p in group["params"] if _G_Y in self.memory.get(p, {})]
+            if parameters:
+                device = parameters[0].device
                 length = torch.full((), -1.0, dtype=accumulator(device), device=device) * group["lr"]
-                self.displace(members, length, [self._step_direction(p, group) for p in members])
+                self.displace(parameters, length, [self._step_direction(p, group) for p in parameters])
 
     def _step_direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the direction of the base's step with g(y), for one parameter."""
@@ -256,11 +260,11 @@ class SAMPa(OwnStepMethod):
         return direction
 
     @torch.no_grad()
-    def _move_to_perturbed(self) -> None:
-        members = [p for group in self.param_groups for p in group["params"] if _G_Y in self.memory.get(p, {})]
-        members = list(dict.fromkeys(members))
-        if members:
-            self.perturb_from(self.point(members, [self.memory[p][_G_Y] for p in members]))
+    def _perturb_from_w(self) -> None:
+        parameters = [p for group in self.param_groups for p in group["params"] if _G_Y in self.memory.get(p, {})]
+        parameters = list(dict.fromkeys(parameters))
+        if parameters:
+            self.perturb(self.point(parameters, [self.memory[p][_G_Y] for p in parameters]))
 
 
 def _or_zeros(gradients: list[Tensor]) -> list[Tensor]:

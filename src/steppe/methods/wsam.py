@@ -182,14 +182,14 @@ class DecoupledWSAM(OwnStepMethod):
         """Add the sharpness term of these passes to that of earlier micro-batches."""
         latest, self._latest = self._latest, {}
         self._sharpness = before | {p: s + before[p] if p in before else s for p, s in latest.items()}
-        self._length = norm(self.gradients.of(self._sharpness))
+        self._length = norm(self.gradients.views(self._sharpness))
 
     @torch.no_grad()
     def step_base(self) -> bool:
         """Step the base with g, then subtract the sharpness term."""
         sharpness, self._sharpness = self._sharpness, {}
         sharpness = {p: s for p, s in sharpness.items() if p.grad is not None}
-        length = norm(self.gradients.of(sharpness))
+        length = norm(self.gradients.views(sharpness))
         finite = length.isfinite()
         stepped = self.step_base_once()
         if not (stepped and sharpness and self.combination.gamma):
@@ -198,12 +198,12 @@ class DecoupledWSAM(OwnStepMethod):
         factor = torch.where((length == self._length), 1.0, factor)  # also where both are 0
         weight = self.combination.gamma / (1 - self.combination.gamma)
         for group in self.param_groups:
-            members = [p for p in dict.fromkeys(group["params"]) if p in sharpness]
-            terms = [sharpness[p] for p in members]
+            parameters = [p for p in dict.fromkeys(group["params"]) if p in sharpness]
+            terms = [sharpness[p] for p in parameters]
             if not finite.is_cpu:  # on an accelerator the host does not know if the base has stepped
                 terms = [s.masked_fill(finite.logical_not().to(s.device), 0.0) for s in terms]
             sign = 1 if group.get("maximize", False) else -1
-            add_scaled_([as_real(p) for p in members], sign * group["lr"] * weight * factor, terms)
+            add_scaled_([as_real(p) for p in parameters], sign * group["lr"] * weight * factor, terms)
         return stepped
 
 

@@ -7,7 +7,7 @@ from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
 from steppe.rules.modifier import Modifier
 from steppe.rules.periodic import Periodic
-from steppe.rules.perturbed import Perturbed
+from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.rules.protocols import (
     Cadence,
     Combination,
@@ -33,7 +33,7 @@ __all__ = [
     "ParameterSubset",
     "Periodic",
     "Perturbation",
-    "Perturbed",
+    "PerturbedGradient",
     "Point",
     "ScaledDirection",
     "ascent_steps",

@@ -87,10 +87,10 @@ class AscentSteps:
             for d, old in zip(direction, before, strict=True)
         ]
         length = (1 / self.ascent_steps if self.alpha is None else self.alpha) * scale
-        members = [(t, d) for t, d in zip(e, direction, strict=True) if t is not None and d is not None]
-        moved = [t for t, _ in members]
+        pairs = [(t, d) for t, d in zip(e, direction, strict=True) if t is not None and d is not None]
+        moved = [t for t, _ in pairs]
         alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
-        add_scaled_(moved, alpha, [d for _, d in members])
+        add_scaled_(moved, alpha, [d for _, d in pairs])
         if self._projects:
             inside = reciprocal(norm(moved)).clamp(max=1.0)
             for t in moved:

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steppe._tensors import random as random_tensors
 from steppe.rules import ascent_steps, needs_gradient
-from steppe.rules.perturbed import Perturbed
+from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.sam import SAM
 from steppe.testing._problems import (
     ComplexOrPairs,
@@ -149,7 +149,7 @@ def radius_zero_is_the_base(make: Make) -> None:
         plain.step()
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(p, q, rtol=1e-5, atol=1e-6)
-    if isinstance(optimizer.combination, Perturbed):
+    if isinstance(optimizer.combination, PerturbedGradient):
         expect_same_bits(model, twin, "with rho = 0 the steps are not those of the base optimizer")
 
 

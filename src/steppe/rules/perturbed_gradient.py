@@ -12,13 +12,13 @@ from steppe.rules.protocols import Point
 
 
 @dataclass(frozen=True)
-class Perturbed:
+class PerturbedGradient:
     """Update with the gradient at w + e (SAM): g_s; at a step without perturbation, g.
 
     Example:
         >>> import torch
         >>> point = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
-        >>> Perturbed()(point, [torch.tensor([2.0])]), Perturbed()(point, None)
+        >>> PerturbedGradient()(point, [torch.tensor([2.0])]), PerturbedGradient()(point, None)
         ([tensor([2.])], [tensor([1.])])
 
     References:
