@@ -9,7 +9,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException
 
 import steppe
 from steppe import testing
-from steppe._tensors.ops import norm, reciprocal
+from steppe._tensors.reductions import norm, reciprocal
 
 
 def wrap(model, *, rho=0.1, protect=True, **slots):

@@ -1,4 +1,4 @@
-"""The classic API: code written for the well-known PyTorch implementation runs with one changed import.
+"""The classic API: code written for github.com/davda54/sam runs with one changed import.
 
 .. code-block:: python
 
@@ -28,7 +28,8 @@ from steppe._engine.state_dict import RHO
 from steppe.methods.asam import Adaptive
 from steppe.rules.l2 import L2
 
-# Attribute of a disabled module. A list here would lose copies and pickles of the model made before enable_bn_stats().
+# Attribute of a disabled module. A list of modules here would not contain the copies (deepcopy, pickle) of a model
+# that was copied while its layers were disabled.
 _DISABLED = "_steppe_stats_disabled"
 
 
@@ -36,12 +37,12 @@ class SAM(sam.SAM):
     """The classic constructor of :class:`steppe.SAM`, with an unchanged step.
 
     Args:
-        params: parameters, or groups of them; a group may have its own ``rho``, and ``group["rho"] = ...`` sets its
+        params: Parameters, or groups of them; a group may have its own ``rho``, and ``group["rho"] = ...`` sets its
             radius for the next step.
-        base_class: the base optimizer's class (its old name, ``base_optimizer``, works as a keyword).
-        rho: the radius of the neighborhood.
+        base_class: The base optimizer's class (its old name, ``base_optimizer``, works as a keyword).
+        rho: The radius of the neighborhood.
         adaptive: True for ASAM as in the classic implementation, T = |w|, e = rho T^2 g / |T g|.
-        **kwargs: arguments of the base optimizer; and ``model``, as for :class:`steppe.SAM`.
+        **kwargs: Arguments of the base optimizer; and ``model``, as for :class:`steppe.SAM`.
 
     Example:
         >>> optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.05, lr=0.1)
@@ -63,14 +64,16 @@ class SAM(sam.SAM):
 
     def _begin(self, caller: str) -> None:
         for group in self.param_groups:
-            if "rho" in group:  # as classic code writes it; the class form refuses a base with a "rho" of its own
+            if (
+                "rho" in group
+            ):  # classic code writes "rho"; the base has none, because the class form raises for such a base
                 group[RHO] = group.pop("rho")
         super()._begin(caller)
 
     def _run(self, closure: sam.Closure) -> Any:
-        """Run the classic ``step(closure)``: the first backward was before it, and the closure is the second pass.
+        """Run the classic ``step(closure)``: the caller has run the first pass, and the closure is the second.
 
-        If no gradient was written before, the closure runs both passes, as that of ``torch.optim`` would.
+        If there is no gradient yet, the closure runs both passes, as in ``steppe.SAM``.
         """
         if not self._engine.gradients.accumulated_outside():
             return super()._run(closure)
@@ -94,10 +97,10 @@ def disable_bn_stats(model: nn.Module) -> None:
     """Make BatchNorm layers in training mode use batch statistics without an update of the running ones.
 
     No buffer changes, ``num_batches_tracked`` included, whatever ``momentum`` is. A second call has no effect. Layers
-    that track nothing already are left unchanged, and layers in eval mode keep using their running statistics.
+    that track no statistics are left unchanged, and layers in eval mode still use their running statistics.
 
     Args:
-        model: the module whose BatchNorm layers are changed.
+        model: The module whose BatchNorm layers are changed.
 
     Example:
         >>> model = nn.Sequential(nn.BatchNorm1d(2))
@@ -124,6 +127,6 @@ def _batch_norms(model: nn.Module) -> list[_BatchNorm]:
     return [m for m in model.modules() if isinstance(m, _BatchNorm)]
 
 
-# The names of the well-known implementation.
+# The names in github.com/davda54/sam.
 disable_running_stats = disable_bn_stats
 enable_running_stats = enable_bn_stats

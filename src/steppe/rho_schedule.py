@@ -1,8 +1,8 @@
 """Schedules of the radius, which write ``group["sam_rho"]`` as ``torch.optim.lr_scheduler`` writes ``group["lr"]``.
 
 The constructor writes the radius of step 0, and each :meth:`RhoSchedule.step` the next one; call it after the
-optimizer's step, and after the learning rate's schedule if there is one. Groups keep their own radii: a schedule
-starts (a warm-up ends) at the radius that the group had before.
+optimizer's step, and after the learning rate's schedule if there is one. Each group has a radius of its own: a schedule
+starts at the radius that the group had before, and a warm-up ends at it.
 """
 
 import math
@@ -21,11 +21,11 @@ class RhoSchedule(ABC):
     """Base class of the schedules: counts steps, writes radii, saves and loads checkpoints.
 
     Args:
-        optimizer: a :class:`~steppe.SAM`, or the base optimizer of one.
+        optimizer: A :class:`~steppe.SAM`, or the base optimizer of one.
 
     Raises:
-        TypeError: not an optimizer.
-        ValueError: its groups have no radius.
+        TypeError: Not an optimizer.
+        ValueError: Its groups have no radius.
     """
 
     def __init__(self, optimizer: Optimizer) -> None:
@@ -58,9 +58,9 @@ class RhoSchedule(ABC):
         """Return the radius of a step.
 
         Args:
-            step: the number of steps taken before.
-            initial: the radius of the group before the schedule.
-            group: the group itself.
+            step: The number of steps taken before.
+            initial: The radius of the group before the schedule.
+            group: The group itself.
         """
 
     def state_dict(self) -> dict[str, Any]:
@@ -73,7 +73,7 @@ class RhoSchedule(ABC):
         The optimizer's own checkpoint may be loaded before or after.
 
         Raises:
-            ValueError: the checkpoint is of another schedule, or of an optimizer with other groups.
+            ValueError: The checkpoint is of another schedule, or of an optimizer with other groups.
         """
         if state_dict.keys() != self.state_dict().keys():
             raise ValueError(
@@ -111,7 +111,7 @@ class _ToEnd(RhoSchedule):
 
     @abstractmethod
     def share_at(self, progress: float) -> float:
-        """Return the share of the way from the first to the last radius, 0 to 1, after a share of the steps."""
+        """Return the completed fraction of the change of the radius after a fraction ``progress`` of the steps."""
 
     def rho_at(self, step: int, initial: Radius, group: dict[str, Any]) -> Radius:
         """Return the radius between the first and the last one."""
@@ -123,9 +123,9 @@ class LinearRho(_ToEnd):
     """Change the radius linearly from the group's own to ``end``: rho_t = rho_0 + (end - rho_0) min(t / T, 1).
 
     Args:
-        optimizer: a :class:`~steppe.SAM`.
+        optimizer: A :class:`~steppe.SAM`.
         total_steps: T, the number of steps after which the radius stays at ``end``.
-        end: the last radius, at least 0.
+        end: The last radius, at least 0.
 
     Raises:
         ValueError: ``total_steps`` below 1, or an ``end`` that is negative or not finite.
@@ -153,9 +153,9 @@ class CosineRho(_ToEnd):
     rho_t = end + (rho_0 - end) (1 + cos(pi min(t / T, 1))) / 2
 
     Args:
-        optimizer: a :class:`~steppe.SAM`.
+        optimizer: A :class:`~steppe.SAM`.
         total_steps: T, the number of steps after which the radius stays at ``end``.
-        end: the last radius, at least 0.
+        end: The last radius, at least 0.
 
     Raises:
         ValueError: ``total_steps`` below 1, or an ``end`` that is negative or not finite.
@@ -173,7 +173,7 @@ class CosineRho(_ToEnd):
     """
 
     def share_at(self, progress: float) -> float:
-        """Return the share by half a cosine."""
+        """Return the fraction by half a cosine."""
         return (1 - math.cos(math.pi * progress)) / 2
 
 
@@ -181,9 +181,9 @@ class WarmupRho(RhoSchedule):
     """Increase the radius linearly to the group's own: rho_t = start + (rho_0 - start) min(t / T, 1).
 
     Args:
-        optimizer: a :class:`~steppe.SAM`.
+        optimizer: A :class:`~steppe.SAM`.
         total_steps: T, the number of steps after which the group keeps its own radius.
-        start: the first radius, at least 0.
+        start: The first radius, at least 0.
 
     Raises:
         ValueError: ``total_steps`` below 1, or a ``start`` that is negative or not finite.
@@ -218,18 +218,18 @@ class ProportionalRho(RhoSchedule):
 
     rho_t = rho_min + (rho_max - rho_min) (lr_t - lr_min) / (lr_max - lr_min)
 
-    Each group has its own ``lr``. Where it leaves [lr_min, lr_max], in a warm-up for example, the radius stays at the
-    end of its range; by the paper's formula, and in the authors' code, it leaves the range.
+    Each group has its own ``lr``. If it leaves [lr_min, lr_max], as in a warm-up, the radius is clamped to
+    [rho_min, rho_max]. By the paper's formula, and in the authors' code, the radius is not clamped.
 
     Args:
-        optimizer: a :class:`~steppe.SAM`, whose groups have an ``lr``.
-        rho_max: the radius at ``lr_max``.
-        rho_min: the radius at ``lr_min``.
-        lr_max: the largest learning rate of the schedule.
-        lr_min: the smallest learning rate.
+        optimizer: A :class:`~steppe.SAM`, whose groups have an ``lr``.
+        rho_max: The radius at ``lr_max``.
+        rho_min: The radius at ``lr_min``.
+        lr_max: The largest learning rate of the schedule.
+        lr_min: The smallest learning rate.
 
     Raises:
-        ValueError: a radius that is negative or not finite, ``rho_min`` above ``rho_max``, learning rates that are
+        ValueError: A radius that is negative or not finite, ``rho_min`` above ``rho_max``, learning rates that are
             negative, not finite or not in this order, or a group without ``lr``.
 
     Example:
@@ -255,11 +255,11 @@ class ProportionalRho(RhoSchedule):
         if not 0 <= lr_min < lr_max < math.inf:
             raise ValueError(
                 f"lr_min and lr_max must be finite with 0 <= lr_min < lr_max, got {lr_min} and {lr_max}: the radius "
-                f"is proportional to where the learning rate stands between them"
+                f"is interpolated by the position of the learning rate between these two"
             )
         for index, group in enumerate(optimizer.param_groups if isinstance(optimizer, Optimizer) else ()):
             if "lr" not in group:
-                raise ValueError(f"group {index} has no 'lr', to which its radius would be proportional")
+                raise ValueError(f"group {index} has no 'lr', so its radius cannot be proportional to one")
         self.rho_max = rho_max
         self.rho_min = rho_min
         self.lr_max = lr_max

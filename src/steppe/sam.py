@@ -54,29 +54,29 @@ class SAM(SAMStep):
     would. The class form ``SAM(params, BaseClass, rho=..., **kwargs)`` builds the base from its class.
 
     Args:
-        base_optimizer: an instance of any optimizer that does not need a closure of its own.
-        rho: the radius of the neighborhood, at least 0; the default of every group. A group may have its own
+        base_optimizer: An instance of any optimizer that does not need a closure of its own.
+        rho: The radius of the neighborhood, at least 0; the default of every group. A group may have its own
             ``sam_rho``.
-        model: the module that the passes run. With it, the second pass changes no buffer (BatchNorm's running
+        model: The module that the passes run. With it, the second pass changes no buffer (BatchNorm's running
             statistics, ...), starts from the buffers from which the first one started, and adds nothing to the
             gradients of parameters that belong to other optimizers.
-        perturbation: how to perturb, :class:`~steppe.L2` or any :class:`~steppe.rules.Perturbation`.
-        combination: which update gradient to make of g and g_s, any :class:`~steppe.rules.Combination`.
-        cadence: at which steps to perturb, any :class:`~steppe.rules.Cadence`.
-        replay_rng: let the second pass draw the same random numbers (dropout masks, ...) as the first.
-        per_rank: with a ``DistributedDataParallel`` model, perturb each rank along the gradient of its own samples
+        perturbation: How to perturb, :class:`~steppe.L2` or any :class:`~steppe.rules.Perturbation`.
+        combination: Which update gradient to make of g and g_s, any :class:`~steppe.rules.Combination`.
+        cadence: At which steps to perturb, any :class:`~steppe.rules.Cadence`.
+        replay_rng: Let the second pass draw the same random numbers (dropout masks, ...) as the first.
+        per_rank: With a ``DistributedDataParallel`` model, perturb each rank along the gradient of its own samples
             (m-sharpness, m = the samples of a rank: the SAM paper's setting), and average the gradients found there.
             It saves the communication of the first pass. Without it, all ranks share the perturbation that one process
             would have on all samples.
-        scaler: the loss scaler of a loop in float16. With it, ``step(closure)`` works there too, and rules that depend
+        scaler: The loss scaler of a loop in float16. With it, ``step(closure)`` works there too, and rules that depend
             on the size of the gradients see them unscaled. It belongs to the loop: copies have none.
-        stochastic_rounding: round perturbed weights in half precision up or down at random. A perturbation is often
+        stochastic_rounding: Round perturbed weights in half precision up or down at random. A perturbation is often
             smaller than their last bit: rounding to nearest would lose it, and with this it survives on average.
 
     Raises:
-        ValueError: a rho that is negative or not finite, no parameters, a model that does not hold them; ``per_rank``
+        ValueError: A rho that is negative or not finite, no parameters, a model that does not hold them; ``per_rank``
             with a model or rules that do not support it.
-        TypeError: a base that is not an optimizer, or that needs its own closure (LBFGS); an engine under which SAM
+        TypeError: A base that is not an optimizer, or that needs its own closure (LBFGS); an engine under which SAM
             would be silently wrong (FSDP1, DeepSpeed).
 
     A step whose gradient is not finite in either pass is skipped, and counted in :attr:`skipped_steps`. On an
@@ -175,12 +175,12 @@ class SAM(SAMStep):
         update gradient, ready for unscaling, clipping and :meth:`step`.
 
         Args:
-            accumulate: add the update gradient to what ``.grad`` held before. One loop for each micro-batch then gives
+            accumulate: Add the update gradient to the earlier ``.grad``. One loop for each micro-batch then gives
                 each its own perturbation (m-sharpness with a smaller m). For one perturbation of all micro-batches,
                 run all of them inside each pass instead.
 
         Raises:
-            RuntimeError: a step is pending; a pass was not entered with ``with``; or ``accelerator.accumulate()`` is
+            RuntimeError: A step is pending; a pass was not entered with ``with``; or ``accelerator.accumulate()`` is
                 in force, whose other micro-batches would be lost.
 
         Example:
@@ -212,13 +212,13 @@ class SAM(SAMStep):
         nor closure, this is a plain step of the base, with a warning the first time.
 
         Args:
-            closure: the closure of ``torch.optim``: zero_grad, forward, backward, return the loss.
+            closure: The closure of ``torch.optim``: zero_grad, forward, backward, return the loss.
 
         Returns:
             The loss of the first pass: at w, or at w + e where that is the only pass. None without a closure.
 
         Raises:
-            RuntimeError: called inside the loop over :meth:`passes`; or gradients were accumulated before the
+            RuntimeError: Called inside the loop over :meth:`passes`; or gradients were accumulated before the
                 closure, which the second pass would lose; or gradients are scaled where they must not be.
         """
         stage = self._engine.stage
@@ -244,10 +244,10 @@ class SAM(SAMStep):
         on any exception.
 
         Args:
-            zero_grad: clear the gradients for the second backward.
+            zero_grad: Clear the gradients for the second backward.
 
         Raises:
-            RuntimeError: called twice, or inside a pass; or the method's passes do not fit the classic API.
+            RuntimeError: Called twice, or inside a pass; or the method's passes do not fit the classic API.
         """
         self._begin("first_step()")
         check_classic(self.perturbation, single_pass=self._has_single_pass(), per_rank=self.per_rank)
@@ -264,10 +264,10 @@ class SAM(SAMStep):
         """Restore the weights, and step with the gradient that the second backward has left (the classic API).
 
         Args:
-            zero_grad: clear the gradients after the step.
+            zero_grad: Clear the gradients after the step.
 
         Raises:
-            RuntimeError: no :meth:`first_step` is pending.
+            RuntimeError: No :meth:`first_step` is pending.
         """
         if self._engine.stage is not Stage.AFTER_FIRST_STEP:
             raise RuntimeError(

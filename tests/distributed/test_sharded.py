@@ -11,7 +11,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolic
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import steppe
-import steppe._tensors.ops
+import steppe._tensors.reductions
 from layouts import (
     LAYOUTS,
     WHOLE_BATCH_LAYOUTS,
@@ -45,14 +45,14 @@ def test_every_method_equals_one_process(name, layout):
 
 def train_with_norms_of_own_shards(layout: str):
     """Divide by the norm of the own shard on each rank, as a library that does not support shards does."""
-    over_ranks, steppe._tensors.ops.sum_over_ranks = (
-        steppe._tensors.ops.sum_over_ranks,
+    over_ranks, steppe._tensors.reductions.sum_over_ranks = (
+        steppe._tensors.reductions.sum_over_ranks,
         lambda summand, placement: summand,
     )
     try:
         return train_in_layout(layout, "sam", 4)
     finally:
-        steppe._tensors.ops.sum_over_ranks = over_ranks
+        steppe._tensors.reductions.sum_over_ranks = over_ranks
 
 
 @pytest.mark.parametrize("layout", ["fsdp2", "partly sharded", "tensor parallel"])

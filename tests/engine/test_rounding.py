@@ -9,7 +9,7 @@ from torch import nn
 
 import steppe
 from steppe._engine.rounding import add_scaled_stochastically_
-from steppe._tensors.ops import add_scaled_
+from steppe._tensors.in_place import add_scaled_
 from support import BASES, DRIVES, batch, bits, net, plain
 
 HALF = [torch.bfloat16, torch.float16]

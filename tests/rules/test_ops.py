@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from steppe._tensors import ops as tensor_ops
+from steppe._tensors import reductions
 from steppe.rules import ops
 from steppe.rules.ops import dot, orthogonal, scaled, uniform_number, widen
 
@@ -16,7 +16,7 @@ def test_module_docstring_documents_each_operation():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_dot_product_of_many_shapes_and_layouts(monkeypatch, dtype):
-    monkeypatch.setattr(tensor_ops, "_CHUNK", 500)
+    monkeypatch.setattr(reductions, "_CHUNK", 500)
     g = torch.Generator().manual_seed(0)
     shapes = [(), (0,), (1,), (257,), (300, 7), (8, 16, 3, 3), (500,), (501,)]
     xs, ys = ([torch.randn(s, generator=g).to(dtype) * 100 for s in shapes] for _ in range(2))

@@ -34,7 +34,7 @@ class GraphCapture:
         Call :meth:`replayed` after each replay but the first, because the capture itself counts as a step.
 
         Raises:
-            RuntimeError: the cadence decides by the gradient at w.
+            RuntimeError: The cadence decides by the gradient at w.
         """
         if needs_gradient(self.cadence):
             raise RuntimeError(

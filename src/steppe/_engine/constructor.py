@@ -35,7 +35,7 @@ def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
     """Return the base optimizer and rho from the arguments of either form of the constructor.
 
     Raises:
-        TypeError: the arguments fit neither ``(base_optimizer, rho)`` nor ``(params, base_class, rho, **kwargs)``.
+        TypeError: The arguments fit neither ``(base_optimizer, rho)`` nor ``(params, base_class, rho, **kwargs)``.
     """
     first = args[0] if args else kwargs.get("base_optimizer")
     if isinstance(first, Optimizer):
@@ -68,7 +68,7 @@ def check_groups(groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> 
     """Refuse groups whose radius is missing, wrong, or written under a name that has no effect.
 
     Raises:
-        ValueError: names the group and the remedy.
+        ValueError: Names the group and the remedy.
     """
     for index, group in enumerate(groups):
         if RHO not in group:
@@ -89,7 +89,7 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
     """Refuse a model that the optimizer does not train.
 
     Raises:
-        ValueError: the model holds none of the base's parameters.
+        ValueError: The model holds none of the base's parameters.
     """
     if model is not None and set(model.parameters()).isdisjoint(parameters_of(base)):
         raise ValueError(
@@ -110,7 +110,7 @@ def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
     """Refuse ``per_rank=True`` with rules that cannot differ between the ranks, or that must not.
 
     Raises:
-        ValueError: names the rule.
+        ValueError: Names the rule.
     """
     if not needs_gradient(perturbation):
         why = (
@@ -125,10 +125,10 @@ def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
 
 
 def check_classic(perturbation: Perturbation, *, single_pass: bool, per_rank: bool) -> None:
-    """Refuse ``first_step()`` where the classic API has no place for the passes.
+    """Refuse ``first_step()`` where the step's passes are not those of the classic API.
 
     Raises:
-        RuntimeError: names the option and the remedy.
+        RuntimeError: Names the option and the remedy.
     """
     if single_pass:
         raise RuntimeError(

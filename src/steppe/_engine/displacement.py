@@ -8,13 +8,13 @@ import torch
 from torch import Tensor
 
 from steppe._tensors.dtensor import locals_of
-from steppe._tensors.ops import add_scaled_, copy_, real_views, reuse
+from steppe._tensors.in_place import add_scaled_, copy_, real_views, reuse
 
 Add: TypeAlias = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], None]
 
 
 class Displacement:
-    """Moves weights away from w and restores them bit for bit.
+    """Displaces weights from w and restores them bit for bit.
 
     A copy of w is restored. Subtracting e from w + e would be off in the last bits. The weights keep their storage, so
     that views, graphs and optimizer states stay valid. The copies are allocated once and reused.
@@ -44,10 +44,10 @@ class Displacement:
         """Add e = alpha * direction to the weights. Further calls add to it; w stays the point to restore.
 
         Args:
-            weights: leaf tensors of any dtype, each moved once even when it is listed twice.
-            alpha: a 0-dim tensor.
-            direction: one real tensor a weight, of its shape (complex weights: with a last dimension of 2).
-            add: an in-place addition, ``add(weights, alpha, direction)``.
+            weights: Leaf tensors of any dtype, each displaced once even if it is listed twice.
+            alpha: A 0-dim tensor.
+            direction: One real tensor a weight, of its shape (complex weights: with a last dimension of 2).
+            add: An in-place addition, ``add(weights, alpha, direction)``.
         """
         pairs = dict(zip(map(id, weights), zip(weights, direction, strict=True), strict=True))
         new = {key: w for key, (w, _) in pairs.items() if key not in self._displaced}
@@ -55,7 +55,7 @@ class Displacement:
         copies = [reuse(self._copies.get(key), like=shard) for key, shard in zip(new, shards, strict=True)]
         self._copies.update(zip(new, copies, strict=True))
         copy_(copies, shards)
-        # Registered before the weights move: an interrupt during the addition is undone by restore() as well.
+        # Registered before the weights change: an interrupt during the addition is undone by restore() as well.
         self._displaced.update(zip(new, zip(new.values(), copies, strict=True), strict=True))
         moved, along = zip(*pairs.values(), strict=True) if pairs else ((), ())
         add(real_views(moved), alpha, along)

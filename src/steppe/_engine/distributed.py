@@ -17,12 +17,12 @@ class Ranks:
     """The ranks on which one optimizer's model runs; without a distributed engine, every method is a no-op.
 
     Args:
-        model: the module that the passes run, as its engine has wrapped it.
-        owned: the optimizer's parameters.
-        per_rank: perturb each rank along its own gradient.
+        model: The module that the passes run, as its engine has wrapped it.
+        owned: The optimizer's parameters.
+        per_rank: Perturb each rank along its own gradient.
 
     Raises:
-        TypeError: an engine under which SAM would be silently wrong.
+        TypeError: An engine under which SAM would be silently wrong.
         ValueError: ``per_rank`` without a ``DistributedDataParallel`` model.
     """
 
@@ -47,7 +47,7 @@ class Ranks:
         """Return the context of one pass. With ``per_rank``, the gradient of a pass that is not the last stays local.
 
         Raises:
-            RuntimeError: a static graph before its first backward.
+            RuntimeError: A static graph before its first backward.
         """
         if self._replica is None or is_last:
             return nullcontext()
@@ -66,7 +66,7 @@ class Ranks:
             module.reshard()
 
     def memory_of_perturbation(self, shared: dict[str, Any]) -> dict[str, Any]:
-        """Return the memory of the perturbation: none where each rank has a perturbation of its own."""
+        """Return the memory of the perturbation; a forbidden one where each rank has a perturbation of its own."""
         return shared if self._replica is None else ForbiddenMemory()
 
     @torch.no_grad()
@@ -100,12 +100,12 @@ class Ranks:
 
 
 class ForbiddenMemory(dict[str, Any]):
-    """Memory of a perturbation that differs between the ranks: none, because a checkpoint holds one for all ranks."""
+    """Memory that raises an error if a rule uses it: each rank would have its own, and a checkpoint holds only one."""
 
     def setdefault(self, rule: str, default: Any = None) -> NoReturn:
         """Raise ValueError."""
         raise ValueError(
-            f"per_rank=True with {rule}, which remembers something of each rank's own gradients: a checkpoint would "
+            f"per_rank=True with {rule}, which keeps a memory of each rank's own gradients: a checkpoint would "
             "keep one rank's memory and lose the others'. Leave per_rank out, so that all ranks share one "
             "perturbation, or take a perturbation without a memory"
         )

@@ -173,10 +173,10 @@ class Engine:
         """Perturb the weights and begin the pass at w + e. If anything raises, restore the weights.
 
         Args:
-            point: the point at which the perturbation is evaluated.
-            perturbation: the rule.
-            keep_unperturbed: keep the gradient at w for the combination.
-            single_pass: this is the step's only pass, so that no first pass has to be protected from it.
+            point: The point at which the perturbation is evaluated.
+            perturbation: The rule.
+            keep_unperturbed: Keep the gradient at w for the combination.
+            single_pass: This is the step's only pass, so that no first pass has to be protected from it.
         """
         further = self._perturbed_parameters is not None
         if not further:
@@ -269,8 +269,8 @@ class Engine:
         """Write the update gradient to ``.grad``, and discard the perturbation.
 
         Args:
-            combination: the rule, whose attributes declare what it needs.
-            function: computes the update gradient; by default the combination itself.
+            combination: The rule, whose attributes declare what it needs.
+            function: Computes the update gradient; by default the combination itself.
         """
         function = function or combination
         parameters, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None

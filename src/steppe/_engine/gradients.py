@@ -9,7 +9,8 @@ from torch.optim import Optimizer
 from steppe._engine.callers import warn
 from steppe._engine.state_dict import parameters_of
 from steppe._tensors.dtensor import all_plain, foreach, reduced
-from steppe._tensors.ops import all_finite, copy_, real_views
+from steppe._tensors.in_place import copy_, real_views
+from steppe._tensors.reductions import all_finite
 
 # Attribute of a gradient: its version when the last step left it. Without this mark, a gradient that was accumulated
 # before step(closure) could not be told from the one that the last step left in .grad.
@@ -30,7 +31,7 @@ class Gradients:
         """Return the parameters that have a gradient, each once.
 
         Raises:
-            RuntimeError: a gradient is sparse.
+            RuntimeError: A gradient is sparse.
         """
         return self.parameters_and_gradients()[0]
 
@@ -78,7 +79,7 @@ class Gradients:
         """Record if the gradient of a pass is finite; return True if those of this step so far are.
 
         Args:
-            finite: a 0-dim bool tensor.
+            finite: A 0-dim bool tensor.
             further: True for a further ascent step of the same step.
         """
         if further and self._so_far_finite is not None:
@@ -121,7 +122,7 @@ class Gradients:
         """Refuse a closure that adds to gradients accumulated before it.
 
         Raises:
-            RuntimeError: the closure did not clear them.
+            RuntimeError: The closure did not clear them.
         """
         if not self._was_cleared and any(p.grad is gradient for p, gradient in outside.items()):
             raise RuntimeError(

@@ -33,7 +33,7 @@ def refuse_closure_of_scaler() -> None:
     """Refuse ``scaler.step(optimizer, closure)``.
 
     Raises:
-        RuntimeError: a scaler is the caller.
+        RuntimeError: A scaler is the caller.
     """
     if called_by_scaler():
         raise RuntimeError(
@@ -49,12 +49,12 @@ def check_scale(
     """Refuse to step with scaled gradients, or with rules that have seen gradients times an unknown scale.
 
     Args:
-        scale: the scale that the optimizer knows; None if it has no scaler.
-        rules: the optimizer's rules.
-        mixed: a combination that gets g scaled and g_s unscaled, in the classic API.
+        scale: The scale that the optimizer knows; None if it has no scaler.
+        rules: The optimizer's rules.
+        mixed: A combination that gets g scaled and g_s unscaled, in the classic API.
 
     Raises:
-        RuntimeError: the step would be wrong.
+        RuntimeError: The step would be wrong.
     """
     by_scaler = called_by_scaler()
     if scale is not None and not by_scaler:
@@ -67,5 +67,5 @@ def check_scale(
         raise RuntimeError(
             f"scaler.step(optimizer) with {sized[0]}, which depends on the size of the gradients: it got them "
             "multiplied by a scale that changes from step to step. Make the optimizer with scaler=scaler, so that it "
-            "gets them unscaled. (A rule that gives the same for any multiple of g declares scale_free = True)"
+            "gets them unscaled. (A rule that works alike on any positive multiple of g declares scale_free = True)"
         )

@@ -10,17 +10,14 @@ from steppe._engine.stage import Stage
 
 
 class Pass:
-    """One forward+backward over all micro-batches of a step: moves the weights on entry, restores them on exit.
+    """One forward+backward over all micro-batches of a step: displaces the weights on entry, restores them on exit.
 
     :meth:`steppe.SAM.passes` yields the passes of a step; each is entered once.
 
     Args:
-        engine: the engine of the optimizer.
-        begin: moves the weights and saves or restores what the pass must not change.
-        is_first: True for the step's first pass.
-        is_last: True for the step's last pass; None if the cadence decides by the gradient of this pass.
-        is_perturbed: True for a pass at w + e.
-        is_at_w: True for a pass at w; False at w + e, or at a point of the method's own (SAMPa's y).
+        engine: The engine of the optimizer.
+        begin: Displaces the weights and saves or restores what the pass must not change.
+        is_first, is_last, is_perturbed, is_at_w: The attributes of these names.
     """
 
     def __init__(
@@ -38,11 +35,12 @@ class Pass:
         self.is_perturbed = is_perturbed
         """True if this pass runs at w + e."""
         self.is_at_w = is_at_w
-        """True if this pass runs at w."""
+        """True if this pass runs at w; False at w + e, or at a point of the method's own (SAMPa's y)."""
         self.is_first = is_first
         """True if this is the step's first pass: at w, unless the step has a single pass."""
         self.is_last = is_last
-        """True if this pass gives the update gradient; None if the cadence decides by the gradient of this pass."""
+        """True if the gradient of this pass is used for the update: that of the step's last pass, and in some methods
+        (Lookbehind, SAMPa) those of earlier passes, too. None if the cadence decides by the gradient of this pass."""
         self.done = False
         """True if this pass has run."""
         self._context: AbstractContextManager[Any] = nullcontext()
@@ -68,7 +66,7 @@ class Pass:
         """Refuse to go on after a pass that was yielded and not entered.
 
         Raises:
-            RuntimeError: the pass has not run.
+            RuntimeError: The pass has not run.
         """
         if not self.done:
             self._engine.stage = Stage.IDLE

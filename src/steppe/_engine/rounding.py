@@ -1,4 +1,4 @@
-"""Perturbations of half-precision weights that round to nothing: measure the loss, and round stochastically."""
+"""Perturbations of half-precision weights: the share that survives rounding, and stochastic rounding."""
 
 from collections.abc import Sequence
 
@@ -7,7 +7,8 @@ from torch import Tensor
 
 from steppe._tensors import random as random_tensors
 from steppe._tensors.dtensor import local
-from steppe._tensors.ops import add_scaled_, as_real, dot
+from steppe._tensors.in_place import add_scaled_, as_real
+from steppe._tensors.reductions import dot
 
 _MISSING_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32 mantissa that a half-precision number lacks."""
@@ -27,10 +28,10 @@ def add_scaled_stochastically_(
     expectation is x, however small the summand. The random numbers depend only on the step's number and the position.
 
     Args:
-        targets: real tensors, changed in place.
-        alpha: a 0-dim tensor; it is never read on the host.
-        directions: as many tensors, of the same shapes.
-        step: number of the step.
+        targets: Real tensors, changed in place.
+        alpha: A 0-dim tensor; it is never read on the host.
+        directions: As many tensors, of the same shapes.
+        step: Number of the step.
 
     Example:
         >>> w = [torch.ones(1000, dtype=torch.bfloat16)]
@@ -53,13 +54,13 @@ def add_scaled_stochastically_(
 def surviving_share(
     after: Sequence[Tensor], before: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]
 ) -> Tensor:
-    """Return the share of e = alpha * direction by which the weights moved, (after - before).e / |e|^2.
+    """Return the share of e = alpha * direction by which the weights changed, (after - before).e / |e|^2.
 
     Args:
-        after: this rank's weights at w + e.
-        before: the same weights at w.
-        alpha: a 0-dim tensor.
-        directions: one tensor a weight.
+        after: This rank's weights at w + e.
+        before: The same weights at w.
+        alpha: A 0-dim tensor.
+        directions: One tensor a weight.
 
     Returns:
         A 0-dim tensor; 1 where e = 0.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from steppe._tensors.dtensor import local
-from steppe._tensors.ops import copy_, reuse
+from steppe._tensors.in_place import copy_, reuse
 
 
 class Buffers:
@@ -66,7 +66,7 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
     second pass; :class:`steppe.SAM` with ``model=`` needs no such care.
 
     Args:
-        model: the module whose buffers are kept.
+        model: The module whose buffers are kept.
 
     Example:
         >>> bn = torch.nn.BatchNorm1d(2)

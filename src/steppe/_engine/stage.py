@@ -4,7 +4,7 @@ import enum
 
 
 class Stage(enum.Enum):
-    """Stage of a step; the value is how the error for a call out of order names it."""
+    """Stage of a step; the value describes it in the error for a call out of order."""
 
     IDLE = "between two steps"
     IN_PASS = "inside a pass of passes()"

@@ -71,8 +71,8 @@ class Wrapper(Optimizer):
             state_dict: The dictionary that :meth:`state_dict` returned.
 
         Raises:
-            RuntimeError: a step is pending.
-            ValueError: the groups do not fit (from the base).
+            RuntimeError: A step is pending.
+            ValueError: The groups do not fit (from the base).
         """
         if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order("load_state_dict()", self._engine.stage)

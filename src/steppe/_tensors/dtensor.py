@@ -85,9 +85,9 @@ def foreach(operation: Callable[..., Any], *lists: Sequence[Tensor], **options: 
     placed as in the first list.
 
     Args:
-        operation: a function of ``torch._foreach_*``.
-        lists: lists of tensors of one length.
-        options: keyword arguments of the operation.
+        operation: A function of ``torch._foreach_*``.
+        lists: Lists of tensors of one length.
+        options: Keyword arguments of the operation.
 
     Returns:
         The results; for an in-place operation, the first list.

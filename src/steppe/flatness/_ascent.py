@@ -8,13 +8,13 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from steppe._tensors import ops as tensors
+from steppe._tensors import reductions
 from steppe.flatness.objective import Objective
 
 Norm: TypeAlias = Literal["l2", "linf"]
 
-_LONGEST = 1e6  # radii; the projection of a longer step is that of an infinite one
-_SHRINKAGE = (0.01, 0.5)  # bounds of the factor that shortens a step to a lower loss
+_LONGEST = 1e6  # longest step, in radii; the projection of a longer step is that of an infinite one
+_SHRINKAGE = (0.01, 0.5)  # bounds of the factor by which a step to a lower loss is shortened
 
 
 def perturbation_scale(objective: Objective, adaptive: bool, eta: float) -> Tensor | float:
@@ -36,7 +36,7 @@ def finite_loss(loss: Tensor) -> float:
     """Return L(w) as a float.
 
     Raises:
-        FloatingPointError: it is not finite.
+        FloatingPointError: It is not finite.
     """
     value = float(loss)
     if not math.isfinite(value):
@@ -77,11 +77,11 @@ class Ball:
 
     def length(self, z: Tensor) -> float:
         """Return |z|."""
-        return float(tensors.norm([z]) if self.norm == "l2" else z.abs().max())
+        return float(reductions.norm([z]) if self.norm == "l2" else z.abs().max())
 
     def dual_norm(self, g: Tensor) -> float:
         """Return the maximum of g'z over |z| <= 1."""
-        return float(tensors.norm([g]) if self.norm == "l2" else g.abs().sum(dtype=tensors.accumulator(g.device)))
+        return float(reductions.norm([g]) if self.norm == "l2" else g.abs().sum(dtype=reductions.accumulator(g.device)))
 
     def linear_maximizer(self, g: Tensor) -> Tensor:
         """Return the point of the ball that maximizes g'z; 0 for g = 0."""
@@ -130,7 +130,7 @@ class PerturbedLoss:
         """Return the gradient.
 
         Raises:
-            FloatingPointError: it is not finite at a finite loss. At an infinite loss the ascent ends, and it is not
+            FloatingPointError: It is not finite at a finite loss. At an infinite loss the ascent ends, and it is not
                 needed.
         """
         if increase < math.inf and not g.isfinite().all():
@@ -147,8 +147,9 @@ def ascend(
 ) -> Iterator[Candidate]:
     """Ascend from a candidate with gradient g by projected gradient steps, and yield each candidate as it is evaluated.
 
-    The step length is that of Barzilai and Borwein, which needs steps that lower the loss. Only a step below the start
-    of the ascent is shortened, to the maximum of the parabola through both ends.
+    The step length is that of Barzilai and Borwein, for which single steps must be allowed to lower the loss. So a step
+    is shortened only if its loss is below that at the start of the ascent, to the maximum of the parabola through both
+    ends of the step.
     """
     start, d = current.increase, ball.linear_maximizer(g) - current.z
     for steps_left in reversed(range(ascent_steps)):
@@ -166,11 +167,11 @@ def ascend(
         else:
             curvature = _dot(d, g_new - g)
             current, g = candidate, g_new
-            if _dot(d, d) * float(tensors.norm([g])) >= -curvature * _LONGEST * ball.rho:
+            if _dot(d, d) * float(reductions.norm([g])) >= -curvature * _LONGEST * ball.rho:
                 d = ball.linear_maximizer(g) - current.z
             else:
                 d = ball.project(current.z + g * (_dot(d, d) / -curvature)) - current.z
 
 
 def _dot(x: Tensor, y: Tensor) -> float:
-    return float(tensors.dot([x], [y]))
+    return float(reductions.dot([x], [y]))

@@ -6,7 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe._tensors.ops import accumulator, as_real
+from steppe._tensors.in_place import as_real
+from steppe._tensors.reductions import accumulator
 
 
 class Batches:
@@ -59,7 +60,7 @@ class Batches:
 
 
 class _TensorBatches:
-    """Views of tensors of equal length, ``batch_size`` rows at a time."""
+    """Split tensors of equal length into views of ``batch_size`` rows."""
 
     def __init__(self, tensors: tuple[Tensor, ...], batch_size: int) -> None:
         self._tensors, self._batch_size = tensors, batch_size
@@ -91,8 +92,8 @@ class Fingerprint:
         (now, _), (then, scale) = self._sum(), previous._sum()
         if self.samples != previous.samples or abs(now - then) > 1e-9 * scale:
             raise ValueError(
-                f"data: one pass had {previous.samples} samples, and the next one had {self.samples}, or others. "
-                "Losses of different passes are compared, so switch augmentation off and draw the samples once"
+                f"data: two passes had different samples ({previous.samples} and {self.samples} of them), so their "
+                "losses cannot be compared. Switch augmentation off, and draw the samples once"
             )
 
     def _sum(self) -> list[float]:
@@ -111,7 +112,7 @@ def num_samples(batch: Any) -> int:
     """Return the number of samples of a batch: the length of its first tensor.
 
     Raises:
-        TypeError: the batch holds no tensor of at least one dimension.
+        TypeError: The batch holds no tensor of at least one dimension.
     """
     for tensor in list_tensors(batch):
         if tensor.dim() > 0:

@@ -3,11 +3,11 @@
 import torch
 from torch import Tensor
 
-from steppe._tensors.ops import accumulator, norm
+from steppe._tensors.reductions import accumulator, norm
 
 # Entries summed in the vectors' own dtype; the partial sums are added in float64.
 _PIECE = 1 << 16
-# A remainder shorter than this, relative to the vector it is left of, is rounding error.
+# A remainder shorter than this, relative to the vector before the projection was subtracted, is rounding error.
 _ROUNDING = 1e-6
 
 
@@ -45,7 +45,7 @@ def orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def unit_vector(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """Return a vector (n,) divided by its norm, and the norm; both are 0 if it is rounding error beside ``scale``."""
+    """Return a vector (n,) divided by its norm, and the norm; both are 0 if the norm is rounding error of ``scale``."""
     length = norm([vector])
     length = torch.where(length <= _ROUNDING * scale, 0.0, length)
     return vector * torch.where(length > 0, 1 / length, 0.0).to(vector), length

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from steppe._tensors import random as random_tensors
-from steppe._tensors.ops import dot, norm
+from steppe._tensors.reductions import dot, norm
 from steppe.flatness._orthogonal import orthogonalize, row_norms, unit_vector
 from steppe.flatness.operators import Operator
 
@@ -49,13 +49,13 @@ def eigenvalues(
 
     Args:
         operator: :class:`~steppe.flatness.Hessian`, or any other symmetric operator, (n, n).
-        k: number of eigenvalues.
+        k: Number of eigenvalues.
         which: "largest" or "smallest" by value, or "magnitude" for the largest by absolute value.
-        tol: bound of each |A u - lambda u| relative to |lambda|, or, for lambda near 0, of tol / 100 relative to the
+        tol: Bound of each |A u - lambda u| relative to |lambda|, or, for lambda near 0, of tol / 100 relative to the
             largest. The error of a well-separated lambda is about the square of this.
-        max_matvecs: maximum number of products; what has not converged by then is returned with ``converged=False``.
-        basis_size: vectors of length n in memory; by default 2 k + 30.
-        seed: seed of the first vector.
+        max_matvecs: Maximum number of products; what has not converged by then is returned with ``converged=False``.
+        basis_size: Vectors of length n in memory; by default 2 k + 30.
+        seed: Seed of the first vector.
 
     Returns:
         The :class:`Eigenpairs`, of at most ``k`` eigenvalues.
@@ -107,7 +107,7 @@ def eigenvalues(
 def _residual_scale(values: Tensor, largest: float) -> Tensor:
     """Return the scale of the residual of each eigenvalue, |lambda| or 1 % of the largest.
 
-    Relative to the largest alone, any vector of the bulk around 0 would pass for that of the smallest eigenvalue.
+    Relative to the largest alone, almost any vector would be accepted as an eigenvector of the smallest eigenvalue.
     """
     return values.cpu().abs().clamp_min(0.01 * largest)
 

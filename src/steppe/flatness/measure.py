@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe._tensors.ops import norm
+from steppe._tensors.reductions import norm
 from steppe.flatness.average_sharpness import average_sharpness
 from steppe.flatness.budget import Budget
 from steppe.flatness.directions import random_directions
@@ -33,18 +33,18 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
     samples, by both families.
 
     Args:
-        objective: the loss over the data at the current weights.
-        budget: radii, numbers of steps and probes; by default ``Budget()``.
-        normalized: the same objective with the loss :func:`normalized_logits`, for the measures on normalized logits;
+        objective: The loss over the data at the current weights.
+        budget: Radii, numbers of steps and probes; by default ``Budget()``.
+        normalized: The same objective with the loss :func:`normalized_logits`, for the measures on normalized logits;
             without it they are left out.
 
     Returns:
         A :class:`Flatness`. Relative flatness is included if the last linear layer is among the weights.
 
     Raises:
-        FloatingPointError: the loss is not finite at w, or NaN at a perturbed point.
-        ValueError: a budget out of range, or a product with the Hessian that is not finite.
-        RuntimeError: the model contains an operation without a second derivative.
+        FloatingPointError: The loss is not finite at w, or NaN at a perturbed point.
+        ValueError: A budget out of range, or a product with the Hessian that is not finite.
+        RuntimeError: The model contains an operation without a second derivative.
 
     Example:
         >>> import torch

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe._tensors import random as random_tensors
-from steppe._tensors.ops import dot
+from steppe._tensors.reductions import dot
 from steppe.flatness._checkpoint import Checkpoint, Other, current_checkpoint, read_checkpoint
 from steppe.flatness.interpolation import Line, interpolated, path_losses, reestimates_statistics
 from steppe.flatness.objective import Objective
@@ -38,8 +38,8 @@ class Curve:
         """Evaluate the loss along the curve, as :func:`interpolation` does along the straight line.
 
         Args:
-            points: number of evenly spaced t from 0 to 1.
-            statistics: re-estimate BatchNorm's statistics at each point, the ends included, as in the paper.
+            points: Number of evenly spaced t from 0 to 1.
+            statistics: Re-estimate BatchNorm's statistics at each point, the ends included, as in the paper.
 
         Raises:
             ValueError: ``points`` is below 2, or the running statistics of a vector are needed.
@@ -79,18 +79,18 @@ def connect(objective: Objective, other: Other, *, total_steps: int = 1000, lr: 
     the batch.
 
     Args:
-        objective: the loss at one end w, with the batches for training theta.
-        other: the other end w': a model of the same shapes, its state dict, or a vector (n,).
-        total_steps: number of optimizer steps; 0 returns the straight line.
-        lr: initial learning rate, about the change of an entry of theta per step.
-        seed: seed of the draws of t.
+        objective: The loss at one end w, with the batches for training theta.
+        other: The other end w': a model of the same shapes, its state dict, or a vector (n,).
+        total_steps: Number of optimizer steps; 0 returns the straight line.
+        lr: Initial learning rate, about the change of an entry of theta per step.
+        seed: Seed of the draws of t.
 
     Returns:
         A :class:`Curve`.
 
     Raises:
         TypeError: ``other`` is not a model, a state dict or a vector.
-        ValueError: other names or shapes, a gradient that is not finite, or ``total_steps`` or ``lr`` out of range.
+        ValueError: Other names or shapes, a gradient that is not finite, or ``total_steps`` or ``lr`` out of range.
 
     Example:
         >>> model = torch.nn.Sequential(torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False))

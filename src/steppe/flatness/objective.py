@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steppe._tensors.ops import accumulator
+from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import Batches, Fingerprint, cast
 from steppe.flatness._forward import BatchLoss, Evaluate, Loss, select_parameters
 from steppe.flatness._isolation import seeded_generators
@@ -35,24 +35,24 @@ class Objective:
     training: another function with another Hessian, which depends on ``batch_size``. Dropout is off in both modes.
 
     Args:
-        model: any module. In ``DistributedDataParallel`` the loss is the mean over the data of all ranks: each rank
+        model: Any module. In ``DistributedDataParallel`` the loss is the mean over the data of all ranks: each rank
             passes its share, all make the same calls, and all get the same numbers.
-        data: a pair of tensors (inputs, targets), which is split into batches; or an iterable that yields the same
+        data: A pair of tensors (inputs, targets), which is split into batches; or an iterable that yields the same
             batches each time (a list, a ``DataLoader``).
         loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then (*inputs, targets).
-        evaluate: in place of ``loss``, (model, batch) -> mean loss, for batches of any form.
-        batch_size: samples per batch, if ``data`` is a pair of tensors.
+        evaluate: In place of ``loss``, (model, batch) -> mean loss, for batches of any form.
+        batch_size: Samples per batch, if ``data`` is a pair of tensors.
         batch_norm: "eval" or "train".
-        parameters: names of the parameters that form w; by default all that require a gradient.
-        size: batch -> number of samples that its loss averages over; by default the length of its first tensor. A mean
+        parameters: Names of the parameters that form w; by default all that require a gradient.
+        size: Batch -> number of samples that its loss averages over; by default the length of its first tensor. A mean
             over the tokens that are not padding needs it.
-        dtype: floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
-        seed: seed of the model's own random draws, which are the same in every pass.
+        dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
+        seed: Seed of the model's own random draws, which are the same in every pass.
         progress: (stage, passes) -> None, called after each pass over the data.
 
     Raises:
-        TypeError: sharded or complex parameters, or ``data`` is an iterator.
-        ValueError: no parameters or an unknown name; neither or both of ``loss`` and ``evaluate``.
+        TypeError: Sharded or complex parameters, or ``data`` is an iterator.
+        ValueError: No parameters or an unknown name; neither or both of ``loss`` and ``evaluate``.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -194,7 +194,7 @@ class Objective:
         """Split a vector (n,) into one view per parameter, of the parameter's shape.
 
         Raises:
-            ValueError: a vector of another shape.
+            ValueError: A vector of another shape.
         """
         if vector.shape != (self.n,):
             raise ValueError(
@@ -208,8 +208,8 @@ class Objective:
         """Return L(w + e), a 0-dim float64 tensor, in one pass.
 
         Args:
-            e: the perturbation, (n,); None is 0.
-            buffers: by name, in place of the model's, such as the result of :meth:`statistics`.
+            e: The perturbation, (n,); None is 0.
+            buffers: By name, in place of the model's, such as the result of :meth:`statistics`.
         """
         weights = self._perturbed_weights(e)
 
@@ -262,7 +262,7 @@ class Objective:
         """Average ``function(batch)``, a list of means over the batch, over the samples of all batches, in one pass.
 
         Raises:
-            ValueError: no samples, or other samples than in the previous pass.
+            ValueError: No samples, or other samples than in the previous pass.
         """
         totals: list[Tensor] = []
         for index, (batch, size) in enumerate(self._iterate_batches()):
@@ -277,7 +277,7 @@ class Objective:
     def statistics(self, e: Tensor | None = None) -> dict[str, Tensor]:
         """Estimate BatchNorm's running statistics at w + e as the mean of the batch statistics, in one pass.
 
-        Between two trained models the running statistics of neither are right, and neither is a loss that uses them.
+        Between two trained models, the running statistics of neither are right, so a loss that uses them is wrong.
 
         References:
             Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization,

@@ -6,8 +6,8 @@ from itertools import islice
 import torch
 from torch import Tensor
 
-from steppe._tensors import ops as tensors
 from steppe._tensors import random as random_tensors
+from steppe._tensors import reductions
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.operators import Hessian
 
@@ -30,16 +30,16 @@ def relative_flatness(
     Args:
         hessian: Hessian of a loss. With ``objective.restrict_to([weight])``, a function of this parameter only, the
             vectors are short.
-        weight: name of the layer's matrix, (out, in), one of ``hessian.objective.names``.
-        probes: number of random vectors, one product each.
-        seed: seed of the signs.
-        exact: compute the whole sum without randomness, in in * min(out, in) products.
+        weight: Name of the layer's matrix, (out, in), one of ``hessian.objective.names``.
+        probes: Number of random vectors, one product each.
+        seed: Seed of the signs.
+        exact: Compute the whole sum without randomness, in in * min(out, in) products.
 
     Returns:
         The mean over the probes with its standard error, which is 0 if exact.
 
     Raises:
-        ValueError: an unknown name, a weight that is not a matrix, or ``probes`` below 1.
+        ValueError: An unknown name, a weight that is not a matrix, or ``probes`` below 1.
 
     Example:
         >>> from steppe.flatness import Objective
@@ -72,7 +72,7 @@ def relative_flatness(
         rows = torch.zeros(len(us), objective.n, dtype=objective.dtype, device=objective.device)
         for row, u in zip(rows, us, strict=True):
             objective.unflatten(row)[position].copy_(u)
-        values += [float(tensors.dot([u], [Hu])) for u, Hu in zip(rows, hessian(rows), strict=True)]
+        values += [float(reductions.dot([u], [Hu])) for u, Hu in zip(rows, hessian(rows), strict=True)]
     return Estimate(sum(values), 0.0, len(values)) if exact else Estimate.of(values)
 
 

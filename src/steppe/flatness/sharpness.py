@@ -6,8 +6,8 @@ from itertools import chain
 import torch
 from torch import Tensor
 
-from steppe._tensors import ops as tensors
 from steppe._tensors import random as random_tensors
+from steppe._tensors import reductions
 from steppe.flatness._ascent import Ball, Candidate, Norm, PerturbedLoss, ascend, best, finite_loss, perturbation_scale
 from steppe.flatness.objective import Objective
 
@@ -61,14 +61,14 @@ def sharpness(
     can increase the loss.
 
     Args:
-        objective: the loss over the data at the current weights.
-        rho: radius of the ball: of e, or, adaptive, of e relative to the weights.
-        ascent_steps: passes over the data in each ascent.
-        restarts: number of ascents.
-        seed: seed of the random starts.
-        adaptive: measure e relative to the weights, as ASAM does.
+        objective: The loss over the data at the current weights.
+        rho: Radius of the ball: of e, or, adaptive, of e relative to the weights.
+        ascent_steps: Passes over the data in each ascent.
+        restarts: Number of ascents.
+        seed: Seed of the random starts.
+        adaptive: Measure e relative to the weights, as ASAM does.
         norm: "l2", or "linf" for the largest entry, whose usual radii are far smaller.
-        eta: added to |w| in T.
+        eta: Added to |w| in T.
 
     Returns:
         A :class:`Sharpness`, after at most 1 + ascent_steps * restarts passes. An ascent ends early at a stationary
@@ -76,7 +76,7 @@ def sharpness(
 
     Raises:
         ValueError: ``rho``, ``ascent_steps`` or ``restarts`` is not positive, or ``eta`` without ``adaptive``.
-        FloatingPointError: the loss is infinite at w, or the loss or its gradient is NaN at an evaluated point, so that
+        FloatingPointError: The loss is infinite at w, or the loss or its gradient is NaN at an evaluated point, so that
             no maximum exists. At an infinite loss elsewhere the sharpness is infinite.
 
     Example:
@@ -119,7 +119,7 @@ def sharpness(
         one_step=one_step.increase,
         restarts=tuple(candidate.increase for candidate in found),
         loss=perturbed.loss,
-        gradient_norm=float(tensors.norm([gradient])),
+        gradient_norm=float(reductions.norm([gradient])),
         rho=rho,
         e=T * maximum.z,
         passes=objective.passes - passes_before,

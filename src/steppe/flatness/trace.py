@@ -3,7 +3,7 @@
 import torch
 
 from steppe._tensors import random as random_tensors
-from steppe._tensors.ops import dot
+from steppe._tensors.reductions import dot
 from steppe.flatness._orthogonal import orthogonalize
 from steppe.flatness.eigenvalues import Eigenpairs
 from steppe.flatness.estimate import Estimate
@@ -20,10 +20,10 @@ def trace(operator: Operator, *, probes: int = 32, top: Eigenpairs | None = None
     on their orthogonal complement. If a few eigenvalues dominate, this needs far fewer probes.
 
     Args:
-        operator: the Hessian, or any symmetric operator, (n, n).
-        probes: number of random vectors, one product each.
-        top: the result of :func:`eigenvalues` for the same operator.
-        seed: seed of the probes.
+        operator: The Hessian, or any symmetric operator, (n, n).
+        probes: Number of random vectors, one product each.
+        top: The result of :func:`eigenvalues` for the same operator.
+        seed: Seed of the probes.
 
     Returns:
         The mean over the probes with its standard error.

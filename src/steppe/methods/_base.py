@@ -26,7 +26,7 @@ class OwnStepMethod(SAM):
     - :meth:`step_passes`: the passes of :meth:`~steppe.SAM.passes` and ``step(closure)``.
     - :meth:`update_gradient`: g and g_s -> update gradient, where SAM's combination is called.
     - :meth:`after_classic_passes`: the end of the classic API's two passes.
-    - :meth:`step_base`: the step, after what the loop does to ``.grad``.
+    - :meth:`step_base`: the step, after the training loop has changed ``.grad`` (clipping).
     - :meth:`memory_template`: names and shapes of what a checkpoint holds beside the base's state.
     """
 
@@ -59,7 +59,7 @@ class OwnStepMethod(SAM):
         generator: what stands before the first ``yield`` runs when the step begins.
 
         Args:
-            accumulate: add the update gradient to what ``.grad`` held before.
+            accumulate: Add the update gradient to the earlier ``.grad``.
         """
         yield from self.sam_passes(accumulate=accumulate)
 
@@ -75,7 +75,7 @@ class OwnStepMethod(SAM):
         """Called when ``second_step()`` has written the update gradient to ``.grad``, before the base steps."""
 
     def step_base(self) -> bool:
-        """Step from w with what is in ``.grad``; return False if the step was skipped on the host.
+        """Step from w with the gradient in ``.grad``; return False if the step was skipped on the host.
 
         By default, one step of the base, :meth:`step_base_once`. It leaves the weights at the new w.
         """
@@ -95,7 +95,7 @@ class OwnStepMethod(SAM):
         """Return a step's first pass at another point than w.
 
         Args:
-            displace: displaces the weights, by :meth:`displace` or :meth:`perturb`.
+            displace: Displaces the weights, by :meth:`displace` or :meth:`perturb`.
             is_last: True if this pass gives the update gradient.
             is_perturbed: True if the point is a perturbation for the reader of ``Pass.is_perturbed``.
         """
@@ -128,11 +128,11 @@ class OwnStepMethod(SAM):
         return self._engine.point(parameters, gradients)
 
     def displace(self, parameters: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
-        """Displace weights by alpha * direction, alpha 0-dim, until the end of the pass; for a pass's ``displace``."""
+        """Displace weights by alpha * direction, alpha 0-dim, until the end of the pass; for :meth:`displaced_pass`."""
         self._engine.displace(parameters, alpha, direction)
 
     def perturb(self, point: Point) -> None:
-        """Displace weights by e(point) until the end of the pass; for a pass's ``displace``."""
+        """Displace weights by e(point) until the end of the pass; for :meth:`displaced_pass`."""
         self._engine.perturb(point, self.perturbation)
 
     def forget_perturbation(self) -> None:
@@ -151,7 +151,7 @@ class OwnStepMethod(SAM):
         self._combine()
 
     def step_base_once(self) -> bool:
-        """Step the base with what is in ``.grad``; return False if the host skipped the step as not finite."""
+        """Step the base with the gradient in ``.grad``; return False if the host skipped the step as not finite."""
         return super()._step_base()
 
     @property
@@ -181,7 +181,7 @@ class OwnStepMethod(SAM):
         """Perturb the weights, as :meth:`steppe.SAM.first_step` does.
 
         Raises:
-            RuntimeError: the method does not support the classic API.
+            RuntimeError: The method does not support the classic API.
         """
         if self.why_no_first_step:
             self.refuse("first_step()", f"{self.why_no_first_step}. Use step(closure) or passes()")

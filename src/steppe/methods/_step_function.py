@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 
 
 class LabeledBatch(Protocol):
-    """One process's share of a batch."""
+    """One process's share of a batch of labeled images."""
 
     @property
     def tensors(self) -> tuple[Tensor, Tensor]:
@@ -36,7 +36,7 @@ class LabeledBatch(Protocol):
 
 
 class CountedForward(Protocol):
-    """The network and its loss for one step; counts every sample that it evaluates."""
+    """The network and its loss for one step; every sample that it evaluates is counted."""
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Return the mean loss."""

@@ -102,35 +102,35 @@ class BSAM(OwnStepMethod):
         s   <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)
         w   <- w - alpha g_m / s
 
-    all elementwise. An optimizer of its own, without a base: the constructor takes parameters. Two passes a step.
-    Beside the weights it keeps g_m and s (as Adam does), and within a step a copy of w and one of g. The loss that
-    :meth:`step` returns is the one at w + n. The state of a parameter is ``momentum`` (g_m) and ``scale`` (s): a sample
-    of the posterior is ``w + torch.randn_like(w) * (n_data * scale) ** -0.5``.
+    All operations are elementwise. The method is an optimizer of its own, without a base: the constructor takes the
+    parameters. A step has two passes, and the loss that :meth:`step` returns is the one at w + n. The memory is g_m and
+    s, of Adam's size, and within a step a copy of w and one of g. The state of a parameter is ``momentum`` (g_m) and
+    ``scale`` (s): a sample of the posterior is ``w + torch.randn_like(w) * (n_data * scale) ** -0.5``.
 
     The noise depends only on ``seed`` and the step's number; no global generator is used. With ``accumulate=True``
     every micro-batch has its own noise and its own perturbation, as in the authors' experiments, which split a batch
     in 8.
 
     Args:
-        params: parameters or groups, as ``torch.optim`` takes them; a group may have its own ``lr``, ``sam_rho``,
+        params: Parameters or groups, as ``torch.optim`` takes them; a group may have its own ``lr``, ``sam_rho``,
             ``betas``, ``weight_decay``, ``damping``, ``n_data`` and (as the initial value) ``scale``.
         lr: alpha; 0.5 in the authors' CIFAR examples. It is larger than Adam's because s starts at 1.
         n_data: N, the number of training samples; with data augmentation, the authors multiply it by 4.
-        rho: rho; 0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet. It multiplies g / s without a norm, so that
-            the loss must be a mean over samples, without a loss scaler.
+        rho: rho; 0.01 in the authors' CIFAR examples, 5e-5 on TinyImageNet. e = rho g / s is not normalized, so the
+            loss must be a mean over samples, without a loss scaler.
         betas: beta1 and beta2.
         weight_decay: delta, the precision of the prior divided by N; 10 / N to 25 / N is usual.
         damping: gamma, a floor for s.
-        scale: the initial s.
-        seed: the seed of the noise; two runs, or two workers, with the same one draw the same noise.
-        model: the module that the passes run, as for :class:`steppe.SAM`.
-        replay_rng: as for :class:`steppe.SAM`.
+        scale: The initial s.
+        seed: The seed of the noise; two runs, or two workers, with the same one draw the same noise.
+        model: The module that the passes run, as for :class:`steppe.SAM`.
+        replay_rng: As for :class:`steppe.SAM`.
 
     Raises:
-        ValueError: a hyperparameter out of range, no parameters.
+        ValueError: A hyperparameter out of range, no parameters.
 
-    The authors' code (JAX) steps with the scale before its update; the paper's algorithm and this one use the scale
-    after it. It starts the second pass from the running statistics that the first one left, and keeps the second's.
+    The authors' code (JAX) divides the step by s before its update; the paper's algorithm and this one, by s after it.
+    There, the second pass starts from the running statistics that the first one left, and its own are kept.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -188,7 +188,7 @@ class BSAM(OwnStepMethod):
         """Yield the two passes of a step: at a sample w + n, and at w + e.
 
         Args:
-            accumulate: add g_e to what ``.grad`` held before, and |g| to that of the passes before: one loop for each
+            accumulate: Add g_e to the earlier ``.grad``, and |g| to that of the earlier passes: one loop for each
                 micro-batch, each loss weighted by the micro-batch's share.
         """
         before = self.gradients.copies() if accumulate else {}

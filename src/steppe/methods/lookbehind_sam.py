@@ -75,11 +75,11 @@ class Lookbehind(OwnStepMethod):
     not change the others. Clip in a step hook of the base, ``base.register_step_pre_hook``, which gets each of them.
 
     Args:
-        *args: the base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
+        *args: The base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
         ascent_steps: k, the ascent steps of a step; the authors' example has 2, and their code 5 by default.
         alpha: alpha, the share of the way to the fast weights, 0 to 1; the paper has 0.2, 0.5 and 0.8. None computes
             it for each tensor and step, (1 + cos) / 2 of the angle between phi_1 - phi and phi_k - phi.
-        perturbation: the perturbation to repeat; :class:`~steppe.L2` is Lookbehind-SAM, :class:`~steppe.Adaptive`
+        perturbation: The perturbation to repeat; :class:`~steppe.L2` is Lookbehind-SAM, :class:`~steppe.Adaptive`
             Lookbehind-ASAM.
         **kwargs: ``model``, ``cadence``, ``replay_rng`` as for :class:`steppe.SAM`. A step without a perturbation is
             one plain step of the base.

@@ -43,39 +43,40 @@ class SAMPa(OwnStepMethod):
     g(x~_t) is taken on the batch of g(y_t), and g(y_{t+1}) on the next one. Before the first step g(y_0) = 0 and
     x~_0 = y_1 = x_0 on the first batch, so that the first step is a plain one. With momentum in SGD, y_{t+1} is where
     the base would step to: x_t - eta (g(y_t) + wd x_t + mu m_t), ignoring dampening and Nesterov momentum. For other
-    bases it is x_t - eta g(y_t). With rho = 0, lambda = 0 and a single batch it is the base.
+    bases it is x_t - eta g(y_t). With rho = 0, lambda = 0 and a single batch the method is the base.
 
-    **One process.** A step takes one batch B. It evaluates g(y_{t+1}) on B, lets the base step to x_{t+1}, and
-    evaluates g(x~_{t+1}) on B, too, for the next step. Two passes a step; the loss is the one at y. The base steps
-    *between* them, so that :meth:`step` only counts the step, and ``.grad`` is cleared: clip in a step
-    hook of the base, ``base.register_step_pre_hook``, and use no loss scaler. It keeps g(y), the pending g(x~) and a
-    copy of w.
+    **One process.** A step uses one batch B and has two passes. The first evaluates g(y_{t+1}) on B; then the base
+    steps to x_{t+1}; the second evaluates g(x~_{t+1}) on B, for the next step. The loss that :meth:`step` returns is
+    the one at y. Because the base has stepped *between* the passes, :meth:`step` only counts the step, and ``.grad`` is
+    cleared: clip in a step hook of the base, ``base.register_step_pre_hook``, and use no loss scaler. The memory is
+    g(y), the pending g(x~) and a copy of w.
 
-    **Two processes**, ``group`` of two ranks with the same weights: rank 0 evaluates g(x~_t) while rank 1 evaluates
-    g(y_{t+1}); they exchange gradients, and both take the same step. One pass a step and process. Rank 0 reads the
-    batches one step later than rank 1: wrap its loader in :class:`Delayed`. A closure's loss is each rank's own.
-    Buffers are rank 1's, sent with ``model=``. A parameter without a gradient counts as one with the gradient 0. The
-    trajectory is that of one process, except that each rank draws its own dropout masks. ``.grad`` is the update
-    gradient, ready for clipping. It keeps g(y), a copy of w, and one more gradient for the exchange.
+    **Two processes.** ``group`` has two ranks with the same weights. Rank 0 evaluates g(x~_t) while rank 1 evaluates
+    g(y_{t+1}): one pass in each process. Then they exchange the gradients, and both take the same step. Rank 0 needs
+    the batches one step later than rank 1: wrap its loader in :class:`Delayed`. Each rank returns the loss of its own
+    pass. With ``model=``, rank 1 sends its buffers to rank 0. A parameter without a gradient counts as one with the
+    gradient 0. The trajectory is that of one process, except that each rank draws its own dropout masks. ``.grad`` is
+    the update gradient, ready for clipping. The memory is g(y), a copy of w, and one more gradient for the exchange.
 
     Args:
-        *args: the base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
+        *args: The base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
         lmbda: lambda, the share of g(y_{t+1}), 0 to 1; the paper's SAMPa-0.2 has 0.2, and 0 is SAMPa.
-        group: two processes, for example ``torch.distributed.group.WORLD``; None is one process.
-        perturbation: the rule that perturbs along g(y_t).
+        group: The two processes, for example ``torch.distributed.group.WORLD``; None for one process.
+        perturbation: The rule, evaluated with g(y_t) in the place of the gradient.
         **kwargs: ``model`` and ``replay_rng`` as for :class:`steppe.SAM`.
 
     Raises:
         ValueError: lambda out of range, a group of more or less than two, a perturbation that does not use the
             gradient or makes several ascent steps, a base without a learning rate.
 
-    A gradient that is not finite skips the step that it would update: for g(x~) in one process, the next one. g(y) is
-    then discarded, so that the next step has no perturbation. After an exception in the pass at x~, the weights are at
-    x_{t+1}, and the next step is a first one. With two processes, the other one waits until the group's timeout.
+    A step whose update gradient is not finite is skipped; in one process, a g(x~) that is not finite skips the next
+    step. A g(y) that is not finite is discarded, so that the next step has no perturbation. After an exception in the
+    pass at x~, the weights are at x_{t+1}, and the next step is a first one. With two processes, an exception in one
+    makes the other wait until the group's timeout.
 
-    The authors' code sends (1 - lambda) g(x~) + lambda g(y) and takes g(y) back out of it by a subtraction and a
-    division by lambda: rounded, and with lambda = 0 it never perturbs. It leaves each rank its own BatchNorm
-    statistics.
+    The authors' code sends (1 - lambda) g(x~) + lambda g(y), and computes g(y) from it by a subtraction and a division
+    by lambda. The result is rounded, and with lambda = 0 that code never perturbs. There, each rank keeps its own
+    BatchNorm statistics.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([1.0]))
@@ -148,22 +149,22 @@ class SAMPa(OwnStepMethod):
         yield from self._passes_of_one_process() if self.group is None else self._pass_of_this_rank()
 
     def step_base(self) -> bool:
-        """Step the base; in one process, it has stepped already."""
+        """Step the base; in one process, it has stepped between the passes."""
         return self._stepped if self.group is None else self.step_base_once()
 
     # One process.
 
     def _passes_of_one_process(self) -> Iterator[Pass]:
-        """Yield a pass at y_{t+1}, let the base step, and yield a pass at x~_{t+1} on the same batch."""
+        """Yield a pass at y_{t+1}, step the base, and yield a pass at x~_{t+1} on the same batch."""
         yield self.displaced_pass(self._displace_to_y, is_last=True)
-        point = self._descend()
+        point = self._step_between_passes()
         self.memory.clear()
         yield self.perturbed_pass(point)
         self._remember(point)
 
     @torch.no_grad()
-    def _descend(self) -> Point:
-        """Let the base step from x_t to x_{t+1}; return the point there, with g(y_{t+1})."""
+    def _step_between_passes(self) -> Point:
+        """Step the base from x_t to x_{t+1}; return the point there, with g(y_{t+1})."""
         gradients = self.gradients
         pending = {p: own[_G_X] for p, own in self.memory.items() if _G_X in own}
         parameters, found = gradients.parameters_and_gradients()
@@ -185,12 +186,12 @@ class SAMPa(OwnStepMethod):
         self.memory.update({p: {_G_X: g.clone()} for p, g in zip(parameters, found, strict=True)})
         for p, g in zip(point.parameters, point.gradients, strict=True):
             self.memory[p][_G_Y] = g
-        self.gradients.clear()  # the base has stepped: what is in .grad belongs to the next step
+        self.gradients.clear()  # the base has stepped already: this gradient is for the next step
 
     # Two processes.
 
     def _pass_of_this_rank(self) -> Iterator[Pass]:
-        """Yield the pass of this rank: at x~_t on the batch before, or at y_{t+1} on this batch."""
+        """Yield the pass of this rank: at x~_t on the previous batch, or at y_{t+1} on the current one."""
         perturbed = dist.get_rank(self.group) == _PERTURBED_RANK
         displace = self._perturb_from_w if perturbed else self._displace_to_y
         yield self.displaced_pass(displace, is_last=True, is_perturbed=perturbed)
@@ -276,12 +277,12 @@ def _or_zeros(gradients: list[Tensor]) -> list[Tensor]:
 
 
 class Delayed(Generic[_Batch]):
-    """Batches one step later, the first one twice: the loader of rank 0 of :class:`SAMPa`.
+    """Delay the batches of a loader by one step, for rank 0 of :class:`SAMPa`; the first batch comes twice.
 
-    Every iteration continues with the last batch of the one before, as one epoch follows another.
+    A further iteration, the next epoch, begins with the last batch of the one before.
 
     Args:
-        batches: a data loader, the same on both ranks and in the same order.
+        batches: A data loader, the same on both ranks and in the same order.
 
     Example:
         >>> batches = Delayed(["a", "b", "c"])
@@ -301,7 +302,7 @@ class Delayed(Generic[_Batch]):
 
     def __len__(self) -> int:
         if not isinstance(self._batches, Sized):
-            raise TypeError(f"the batches ({type(self._batches).__name__}) have no length, so that Delayed has none")
+            raise TypeError(f"the batches ({type(self._batches).__name__}) have no length, so Delayed has none")
         return len(self._batches)
 
 

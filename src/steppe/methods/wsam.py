@@ -103,13 +103,13 @@ class DecoupledWSAM(OwnStepMethod):
     by clipping by norm, is applied to g_s - g by the same factor.
 
     Args:
-        *args: the base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
+        *args: The base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
         gamma: gamma, the weight of the sharpness, at least 0 and below 1; the paper recommends 0.8 to 0.95, and the
             authors' code has 0.88. The factor gamma / (1 - gamma) grows fast: it is nine for 0.9.
         **kwargs: ``model``, ``perturbation``, ``cadence``, ``replay_rng`` as for :class:`steppe.SAM`.
 
     Raises:
-        ValueError: a gamma out of range; a base without a learning rate.
+        ValueError: A gamma out of range; a base without a learning rate.
 
     The authors' code clips g and g_s, each to norm 1, unless configured otherwise; here nothing is clipped, as in the
     paper. Theirs adds 1e-12 to |g|, and with several workers perturbs along each worker's own gradient. Its option

@@ -81,10 +81,10 @@ def top_masks(scores: Sequence[Tensor], number: int) -> list[Tensor]:
 
     Sharded scores are gathered: every rank holds all of them for a moment.
     """
-    home = scores[0].device
-    line = torch.cat([full_tensor(s).reshape(-1).to(home) for s in scores])
-    top = line.topk(number, sorted=False).indices
-    mask = torch.zeros_like(line, dtype=torch.bool).scatter_(0, top, True)
+    device = scores[0].device
+    all_scores = torch.cat([full_tensor(s).reshape(-1).to(device) for s in scores])
+    top = all_scores.topk(number, sorted=False).indices
+    mask = torch.zeros_like(all_scores, dtype=torch.bool).scatter_(0, top, True)
     parts = torch.split(mask, [s.numel() for s in scores])
     return [shard_like(part.reshape(s.shape).to(s.device), s) for part, s in zip(parts, scores, strict=True)]
 

@@ -20,5 +20,5 @@ class Modifier:
 
     @property
     def scale_free(self) -> bool:
-        """True if the modified rule gives the same e for any multiple of the gradient."""
+        """True if the modified rule is scale-free."""
         return scale_free(self.rule)

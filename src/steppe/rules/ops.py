@@ -36,18 +36,9 @@ import torch
 from torch import Tensor
 
 from steppe._tensors.dtensor import foreach, full_tensor, is_sharded, shard_like
-from steppe._tensors.ops import (
-    accumulator,
-    add_scaled_,
-    all_finite,
-    as_real,
-    copy_,
-    dot,
-    norm,
-    reciprocal,
-    where_finite,
-)
+from steppe._tensors.in_place import add_scaled_, as_real, copy_
 from steppe._tensors.random import key, normal, uniform
+from steppe._tensors.reductions import accumulator, all_finite, dot, norm, reciprocal, where_finite
 
 __all__ = [
     "accumulator",

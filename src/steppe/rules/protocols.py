@@ -7,7 +7,8 @@ from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from torch import Tensor
 
-from steppe._tensors.ops import as_real, norm
+from steppe._tensors.in_place import as_real
+from steppe._tensors.reductions import norm
 
 Memory: TypeAlias = dict[str, dict[Tensor, dict[str, Tensor]]]
 """Name of the rule -> parameter -> the tensors of the rule."""
@@ -90,8 +91,7 @@ class Perturbation(Protocol):
       unless the combination needs g; the point has every trainable parameter, and no gradients.
     - ``ascent_steps = K``: the rule makes K ascent steps. It is called K times, each time with the gradient at the
       perturbation so far, which is ``point.ascent_so_far``, and returns the whole perturbation from w.
-    - ``scale_free = True``: e is the same for any multiple of the gradient. This saves a copy of the gradient when a
-      loss scaler is used.
+    - ``scale_free = True``: the rule works alike on gradients times a loss scale, see :func:`scale_free`.
     """
 
     def __call__(self, point: Point, /) -> ScaledDirection:
@@ -109,10 +109,10 @@ def ascent_steps(perturbation: Perturbation) -> int:
 
 
 def scale_free(rule: "Perturbation | Combination | Cadence") -> bool:
-    """Return True if a multiple of all gradients changes only the length of the update gradient.
+    """Return True if the rule works alike on all gradients times any c > 0, such as a loss scale.
 
-    A loss scaler multiplies the gradients by a factor that changes during training. A rule that depends on their size,
-    such as one with a running mean, must get them without that factor, which costs a copy of the gradient.
+    A perturbation then gives the same e, a cadence the same decision, and a combination c times the update gradient.
+    Any other rule, such as one with a running mean, must get the gradients without the loss scale, which costs a copy.
     """
     return bool(getattr(rule, "scale_free", False))
 

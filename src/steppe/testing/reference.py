@@ -38,7 +38,7 @@ def matches_reference(
         make: Builds the optimizer around a list of parameters; its base is built alike around the reference's vector.
         perturb: (w, g) -> e, flat; called in the order of the steps, so that it may keep a memory of its own.
         combine: (g, g_s) -> update gradient, with g_s = None at a step without perturbation; by default g_s, or g.
-        is_perturbed: step -> True if the reference perturbs at this step.
+        is_perturbed: Step -> True if the reference perturbs at this step.
         steps: The number of steps that must agree.
         tolerance: Relative and absolute tolerance of the weights after each step.
 

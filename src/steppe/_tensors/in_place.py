@@ -1,0 +1,129 @@
+"""Operations in place on lists of tensors, in few kernels, and views and storage for them."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, shard_like
+
+_FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]) -> None:
+    """Add in place, targets += alpha * directions, in one sweep over memory.
+
+    Args:
+        targets: Real tensors, changed in place.
+        alpha: A 0-dim tensor; it is never read on the host.
+        directions: As many tensors, of the same shapes.
+
+    Example:
+        >>> w = [torch.ones(2)]
+        >>> add_scaled_(w, torch.tensor(0.5), [torch.tensor([2.0, 4.0])])
+        >>> w
+        [tensor([2., 3.])]
+    """
+    targets, directions = _local_pairs(targets, directions)
+    for (device, dtype, other), positions in _by_kind(targets, directions).items():
+        ts, ds = [targets[i] for i in positions], [directions[i] for i in positions]
+        factor = alpha.to(device, torch.float32 if dtype == other == torch.float32 or dtype.itemsize == 2 else None)
+        if device.type == "cuda" and dtype == other and dtype in _FUSIBLE and all_plain(ts, ds):
+            ts, ds = _add_scaled_fused_(ts, factor, ds)
+        if ts and dtype.itemsize > 2:
+            torch._foreach_addcmul_(ts, ds, [factor] * len(ts))
+        elif ts:
+            # Multiply in float32: in float16 alpha would be rounded, and infinite beyond 65504.
+            for t, d in zip(ts, ds, strict=True):
+                t.add_(d.float() * factor)
+
+
+def _by_kind(
+    targets: Sequence[Tensor], directions: Sequence[Tensor]
+) -> dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]:
+    """Return positions by the target's device, the target's dtype and the direction's dtype."""
+    kinds = [(t.device, t.dtype, d.dtype) for t, d in zip(targets, directions, strict=True)]
+    positions: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]] = dict.fromkeys(kinds, ())
+    if len(positions) == 1:
+        return dict.fromkeys(positions, range(len(kinds)))
+    return {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in positions}
+
+
+def _add_scaled_fused_(
+    targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Add by a step of fused SGD with ``maximize=True``: the only multi-tensor kernel whose factor is a tensor.
+
+    Returns:
+        The targets that the kernel does not accept, and their directions.
+    """
+    views = list(map(_with_strides_of, directions, targets))
+    accepted = [i for i, view in enumerate(views) if view is not None]
+    torch._fused_sgd_(
+        [targets[i] for i in accepted],
+        [view for view in views if view is not None],
+        [],
+        weight_decay=0.0,
+        momentum=0.0,
+        lr=alpha,
+        dampening=0.0,
+        nesterov=False,
+        maximize=True,
+        is_first_step=False,
+    )
+    left = [i for i, view in enumerate(views) if view is None]
+    return [targets[i] for i in left], [directions[i] for i in left]
+
+
+def _with_strides_of(direction: Tensor, target: Tensor) -> Tensor | None:
+    """Return a view of the direction with the target's strides, which a fused kernel requires; None if there is none.
+
+    A channels-last 1x1 convolution and its gradient may have different strides along the dimensions of size 1.
+    """
+    strides, own_strides = target.stride(), direction.stride()
+    if not (target.is_contiguous() or (target.dim() == 4 and target.is_contiguous(memory_format=torch.channels_last))):
+        return None
+    if strides == own_strides:
+        return direction
+    if any(size > 1 and a != b for size, a, b in zip(target.shape, strides, own_strides, strict=True)):
+        return None
+    return direction.as_strided(target.shape, strides)
+
+
+def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """Copy each value into its target, in place and in few kernels."""
+    if targets:
+        targets, values = _local_pairs(targets, values)
+        torch._foreach_copy_(targets, values)
+
+
+def _local_pairs(targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+    """Return this rank's shards of both, placed as the targets."""
+    if all_plain(targets, values):
+        return list(targets), list(values)
+    return locals_of(targets), [_local_value(value, target) for value, target in zip(values, targets, strict=True)]
+
+
+def _local_value(value: Tensor, target: Tensor) -> Tensor:
+    if is_sharded(target) and not is_sharded(value):
+        value = shard_like(value, target)
+    return local(value, like=target)
+
+
+def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return each tensor as :func:`as_real` does."""
+    if any(dtype.is_complex for dtype in {t.dtype for t in tensors}):
+        return [as_real(t) for t in tensors]
+    return list(tensors)
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Return a real view: complex entries as pairs, as ``torch.optim`` treats them."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def reuse(old: Tensor | None, like: Tensor) -> Tensor:
+    """Return ``old`` where it can hold a copy of ``like``, else a new uninitialized tensor that can."""
+    if old is not None and old.shape == like.shape and old.dtype == like.dtype and old.device == like.device:
+        return old
+    return torch.empty_like(like, requires_grad=False)
