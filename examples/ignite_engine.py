@@ -13,7 +13,7 @@ import steppe
 
 
 def build(epochs=6, steps=45, scaler=None):
-    """Return a trainer whose output is that of the pass at w, and the objects that a checkpoint saves."""
+    """Return a trainer, whose output is that of the pass at w, and the objects to save in a checkpoint."""
     torch.manual_seed(0)
     hidden = torch.nn.Linear(64, 32), torch.nn.BatchNorm1d(32), torch.nn.ReLU()
     model = torch.nn.Sequential(*hidden, torch.nn.Linear(32, 10))

@@ -1,4 +1,4 @@
-"""SAM on several devices: DDP with one perturbation for all or one a rank, and FSDP2.
+"""SAM on several devices: DDP with one perturbation for all ranks or one for each rank, and FSDP2.
 
 torchrun --nproc_per_node 2 examples/several_devices.py together    # one perturbation for all ranks
 torchrun --nproc_per_node 2 examples/several_devices.py per-rank    # m-sharpness: each rank has its own perturbation

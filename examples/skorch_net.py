@@ -19,7 +19,7 @@ class SAMClassifier(NeuralNetClassifier):
         return args, {"model": self.module_, **kwargs}
 
     def train_step(self, batch, **fit_params):
-        """Run the passes of one step; callbacks see the update gradient, the history the loss of the first pass."""
+        """Run the passes of one step; callbacks get the update gradient, and the history gets the loss at w."""
         for sam_pass in self.optimizer_.passes():
             with sam_pass:
                 step = self.train_step_single(batch, **fit_params)

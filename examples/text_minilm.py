@@ -1,4 +1,4 @@
-"""Few-shot text classification: MiniLM learns which library a docstring is from, with AdamW and with SAM."""
+"""Few-shot text classification: fine-tune MiniLM with AdamW and with SAM to classify docstrings by their library."""
 
 import ast
 import importlib.util

@@ -5,7 +5,7 @@
     python scripts/make_cards.py --memory memory.json   store the output of benchmarks/memory.py --json first
     python scripts/make_cards.py --check                write nothing; exit 1 if a page is stale
 
-Other numbers stay as they are in measured.json; several RUNs are stored in the given order.
+Numbers that are not given stay as they are in measured.json. Several RUNs are stored in the given order.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from typing import Any
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.summary import Summary, setting, summarize
 from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.tuning.confirm import command_line
 from steppe.methods import cards
 from steppe.methods.registry import CARDS
 

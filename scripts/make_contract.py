@@ -1,4 +1,6 @@
-"""Write the tests of each statement into docs/contract.md: those named test_cN_..., and whole files.
+"""Write the tests of each statement into docs/contract.md.
+
+These are the functions named test_cN_..., and all tests of files whose docstring names the statement.
 
 usage: python scripts/make_contract.py [--check]
 """
@@ -13,7 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "contract.md"
-# A file whose docstring names a statement, "C21", holds it as a whole.
+# in the docstring of a file, all of whose tests belong to the statement
 _STATEMENT = re.compile(r"\bC\d+\b")
 
 

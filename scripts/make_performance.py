@@ -3,7 +3,8 @@
     python scripts/make_performance.py            after a benchmark has written a result
     python scripts/make_performance.py --check    writes nothing, and exits 1 if the page is out of date
 
-A part is between two comments, `<!-- begin step -->` and `<!-- end step -->`; the rest is written by hand.
+A part of the page is between two comments, such as `<!-- begin step -->` and `<!-- end step -->`; the rest is written
+by hand.
 """
 
 from __future__ import annotations

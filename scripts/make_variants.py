@@ -1,4 +1,4 @@
-"""Write src/steppe/variants.pyi, by which type checkers see the signatures of the named methods.
+"""Write src/steppe/variants.pyi, from which type checkers read the signatures of the named methods.
 
     python scripts/make_variants.py            write it
     python scripts/make_variants.py --check    write nothing; exit 1 if it is stale

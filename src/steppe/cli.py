@@ -41,7 +41,7 @@ def _with_default(words: Sequence[str]) -> list[str]:
 
 
 def _run(words: Sequence[str]) -> int:
-    # imported here, so that main() can report a missing library: those of the experiments are an extra
+    # imported here, so that main() can report missing libraries of the extra `experiments`
     from rich.console import Console
 
     from steppe.experiments.commands import parse

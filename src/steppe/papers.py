@@ -1,4 +1,4 @@
-"""Papers as data, and the BibTeX entries of what an optimizer uses. Each paper is defined in the file of its method."""
+"""Papers, and the BibTeX entries of those behind an optimizer. Each paper is defined in the file of its method."""
 
 import dataclasses
 import textwrap
@@ -72,8 +72,8 @@ class Paper:
 def citation(*used: object) -> str:
     r"""Return the BibTeX entries of the papers behind an optimizer, its rules and their modifiers, a closure or a loss.
 
-    An object, of Steppe or your own, names its paper in an attribute ``paper``; one without it adds nothing. The paper
-    of SAM comes first wherever :class:`steppe.SAM` is used.
+    The paper of an object is its attribute ``paper``, also for objects of your own; an object without this attribute
+    adds nothing. If one of the objects is a :class:`steppe.SAM`, the paper of SAM comes first.
 
     Args:
         *used: An optimizer, and any other objects of Steppe, such as ``steppe.closures.fraction``.

@@ -37,7 +37,7 @@ def test_unsupported_options_raise_with_the_reason():
 
     with pytest.raises(RuntimeError, match="FSDPStrategy: it shards weights.*strategy='ddp'"):
         SAMCallback().setup(FSDPTrainer.__new__(FSDPTrainer), Classifier(), "fit")
-    with pytest.raises(RuntimeError, match="uses lightning.pytorch, which was imported first: import the one"):
+    with pytest.raises(RuntimeError, match="uses lightning.pytorch, which was imported first: import only the package"):
         SAMCallback().setup(object(), Classifier(), "fit")
     assert_fit_raises("cannot take the same batch from the iterator again", TakesIterator())
     assert_fit_raises("OwnStep: its optimizer_step is its own", plugins=[OwnStep()])

@@ -130,8 +130,8 @@ class PerturbedLoss:
         """Return the gradient.
 
         Raises:
-            FloatingPointError: It is not finite at a finite loss. At an infinite loss the ascent ends, and it is not
-                needed.
+            FloatingPointError: The gradient is not finite at a finite loss. At an infinite loss the ascent ends, so
+                that no gradient is needed.
         """
         if increase < math.inf and not g.isfinite().all():
             raise FloatingPointError(

@@ -32,7 +32,7 @@ def read_checkpoint(objective: Objective, other: Other) -> Checkpoint:
 
     Raises:
         TypeError: ``other`` is not a model, a state dict or a vector.
-        ValueError: other names or shapes, or a difference in parameters that are not among the weights.
+        ValueError: Other names or shapes, or a difference in parameters that are not among the weights.
     """
     if isinstance(other, Tensor):
         return Checkpoint(objective.flatten(objective.unflatten(other.detach())), {})

@@ -47,12 +47,12 @@ class BatchLoss:
         """Return the mean loss of a batch, computed in ``dtype``.
 
         Args:
-            weights: parameters by name, in place of the model's.
-            batch: in the form that ``evaluate`` takes.
-            dtype: floating dtype of the whole computation.
-            buffers: by name, in place of the model's.
-            train_norms: normalize by the statistics of the batch.
-            update_buffers: write new running statistics into ``buffers``, not into copies of them.
+            weights: Parameters by name, in place of the model's.
+            batch: In the form that ``evaluate`` takes.
+            dtype: Floating dtype of the whole computation.
+            buffers: By name, in place of the model's.
+            train_norms: Normalize by the statistics of the batch.
+            update_buffers: Write new running statistics into ``buffers``, not into copies of them.
         """
         buffers, model = buffers or {}, self._model
         state = {k: buffers.get(k, b).clone() for k, b in model.named_buffers()}
@@ -99,8 +99,8 @@ def select_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str
     """Return the named parameters, by default all that require a gradient, in the model's order.
 
     Raises:
-        ValueError: an unknown name, or no parameters.
-        TypeError: sharded, complex or integer parameters.
+        ValueError: An unknown name, or no parameters.
+        TypeError: Sharded, complex or integer parameters.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if unknown := set(names or ()) - set(parameters):

@@ -28,7 +28,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     convolutions: its three decimal digits are too few for the difference of two losses.
 
     Raises:
-        RuntimeError: an operation without a second derivative was differentiated twice.
+        RuntimeError: An operation without a second derivative was differentiated twice.
 
     Example:
         >>> x = torch.ones(1, 1, 2, 4, requires_grad=True)

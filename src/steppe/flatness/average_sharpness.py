@@ -22,21 +22,21 @@ def average_sharpness(
     sigma^2 / 2 Tr(T H T). In a ReLU network it is not, because the kinks do not contribute to the Hessian.
 
     Args:
-        objective: the loss over the data. If the increase is below 1e-6 of the loss, compute in
+        objective: The loss over the data. If the increase is below 1e-6 of the loss, compute in
             ``dtype=torch.float64``: in float32 it would be mostly rounding.
-        sigma: standard deviation of a coordinate of e (adaptive: relative to the weight).
-        pairs: number of pairs e, -e; two passes over the data each.
-        adaptive: scale the perturbation of each weight by T.
-        eta: added to |w| in T. With 0, weights at zero are not perturbed, and the mean is invariant to all rescalings
+        sigma: Standard deviation of a coordinate of e (adaptive: relative to the weight).
+        pairs: Number of pairs e, -e; two passes over the data each.
+        adaptive: Scale the perturbation of each weight by T.
+        eta: Added to |w| in T. With 0, weights at zero are not perturbed, and the mean is invariant to all rescalings
             of a ReLU network that preserve its function.
-        seed: seed of the perturbations.
+        seed: Seed of the perturbations.
 
     Returns:
         The mean over the pairs with its standard error; infinite if a loss is.
 
     Raises:
         ValueError: ``sigma`` or ``pairs`` is not positive, or ``eta`` without ``adaptive``.
-        FloatingPointError: the loss is not finite at w, or NaN at a perturbed point.
+        FloatingPointError: The loss is not finite at w, or NaN at a perturbed point.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

@@ -8,19 +8,19 @@ class Budget:
     """Radii, numbers of steps and numbers of samples of each measure."""
 
     rho: float = 0.05
-    """Radius of the sharpness S(w), an L2 norm."""
+    """Radius of the sharpness S(w), in the L2 norm."""
     adaptive_rho: float = 0.5
-    """Radius of the adaptive sharpness: an L2 norm of changes relative to each weight."""
+    """Radius of the adaptive sharpness, in the L2 norm of the changes relative to each weight."""
     sigma: float = 0.005
     """Standard deviation of each weight's perturbation, for the average-case sharpness."""
     adaptive_sigma: float = 0.05
-    """The same, relative to each weight."""
+    """Standard deviation relative to each weight, for the adaptive average-case sharpness."""
     m: int = 64
     """Samples per part, for m-sharpness."""
     ascent_steps: int = 10
-    """Passes of one ascent, for the sharpness."""
+    """Passes over the data in each ascent, for the sharpness."""
     restarts: int = 2
-    """Number of ascents."""
+    """Number of ascents, each from another start."""
     pairs: int = 16
     """Pairs of random perturbations e, -e."""
     num_eigenvalues: int = 5
@@ -34,10 +34,10 @@ class Budget:
     density_iterations: int = 32
     """Lanczos iterations for the spectral density, one product per probe each."""
     points: int = 13
-    """Points of a landscape's axis; 0 for no landscapes."""
+    """Number of points along each axis of a landscape; 0 for no landscapes."""
     radius: float = 0.5
-    """Half length of a landscape's axis in random directions; at 1 each filter changes by its own norm."""
+    """A landscape in random directions reaches from -radius to radius; 1 changes each filter by its own norm."""
     eigen_radius: float = 0.25
-    """Half length of a landscape's axis along eigenvectors of unit norm."""
+    """The same for the landscape along eigenvectors, which have unit norm."""
     seed: int = 0
-    """Seed of all random draws; models are compared with the same draws."""
+    """Seed of all random draws, the same for all models that are compared."""

@@ -29,9 +29,9 @@ def random_directions(
     device. Two models of the same shapes get the same draws, each at its own scale.
 
     Args:
-        objective: the loss whose weights set the scale.
-        count: number of directions.
-        seed: seed of the draws.
+        objective: The loss whose weights set the scale.
+        count: Number of directions.
+        seed: Seed of the draws.
         normalize: "filter"; "layer", by whole tensors; "weights", d_i |w_i|; or None, without scaling. The last two
             perturb all parameters.
 
@@ -78,15 +78,15 @@ def between(objective: Objective, other: Other) -> Tensor:
     """Return the direction from w to the weights w' of another model, d = w' - w, (n,).
 
     Args:
-        objective: the loss at w.
-        other: a model of the same shapes, its state dict, or a vector (n,).
+        objective: The loss at w.
+        other: A model of the same shapes, its state dict, or a vector (n,).
 
     Returns:
         The direction, (n,), of the objective's dtype.
 
     Raises:
         TypeError: ``other`` is not a model, a state dict or a vector.
-        ValueError: other names or shapes, or a difference in parameters that are not among the weights.
+        ValueError: Other names or shapes, or a difference in parameters that are not among the weights.
 
     Example:
         >>> model = torch.nn.Linear(1, 1, bias=False)

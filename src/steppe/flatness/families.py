@@ -27,7 +27,7 @@ class Measure:
 FAMILIES: Mapping[str, Family] = {
     "raw": Family(
         "Raw",
-        "They change when layers are rescaled, even where the network's function stays the same.",
+        "These measures change when layers are rescaled, even if the network's function stays the same.",
         {
             "sharpness": "worst-direction sharpness S(w)",
             "first_order": "first-order sharpness ρ‖g‖",
@@ -40,7 +40,7 @@ FAMILIES: Mapping[str, Family] = {
     ),
     "adaptive": Family(
         "Adaptive",
-        "Each weight is perturbed in proportion to its size, so rescaling layers leaves them unchanged.",
+        "Each weight is perturbed in proportion to its size, so rescaling layers does not change these measures.",
         {
             "adaptive_sharpness": "adaptive sharpness (ASAM)",
             "adaptive_average_sharpness": "adaptive average-case sharpness",
@@ -63,4 +63,4 @@ FAMILIES: Mapping[str, Family] = {
         {"loss": "loss", "weight_norm": "weight norm ‖w‖", "lambda_min": "smallest Hessian eigenvalue"},
     ),
 }
-"""Every measure by family. In all families but the context, smaller is flatter."""
+"""Every measure by family. In all families but ``context``, a smaller value means a flatter minimum."""

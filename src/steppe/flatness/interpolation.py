@@ -60,18 +60,18 @@ def interpolation(
     re-estimated at each point, the ends included.
 
     Args:
-        objective: the loss at w.
-        other: a model of the same shapes, its state dict, or a vector (n,).
-        points: number of points from t = 0 to t = 1.
-        extend: how far to continue beyond both ends, with the same spacing: 0.25 means t from -0.25 to 1.25.
-        statistics: re-estimate BatchNorm's statistics at each point by :meth:`Objective.statistics`.
+        objective: The loss at w.
+        other: A model of the same shapes, its state dict, or a vector (n,).
+        points: Number of points from t = 0 to t = 1.
+        extend: How far to continue beyond both ends, with the same spacing: 0.25 means t from -0.25 to 1.25.
+        statistics: Re-estimate BatchNorm's statistics at each point by :meth:`Objective.statistics`.
 
     Returns:
         A :class:`Line`.
 
     Raises:
         TypeError: ``other`` is not a model, a state dict or a vector.
-        ValueError: other names or shapes, or a vector for a model that needs running statistics.
+        ValueError: Other names or shapes, or a vector for a model that needs running statistics.
 
     Example:
         >>> model, other = torch.nn.Linear(1, 1, bias=False), torch.nn.Linear(1, 1, bias=False)
@@ -119,7 +119,7 @@ def reestimates_statistics(objective: Objective, end: Checkpoint, requested: boo
     """Return True if statistics are requested and the loss depends on them.
 
     Raises:
-        ValueError: they are not requested, but the loss depends on them and the checkpoint has none.
+        ValueError: They are not requested, but the loss depends on them and the checkpoint has none.
     """
     if objective.uses_running_statistics and not requested and not end.buffers:
         raise ValueError(

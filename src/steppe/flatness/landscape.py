@@ -67,21 +67,21 @@ def landscape(
     exactly 0. Compare two models on the same axis, with directions of the same seed.
 
     Args:
-        objective: the loss.
+        objective: The loss.
         directions: (1, n) for a line, (2, n) for a surface, such as :func:`random_directions` or eigenvectors.
-        radius: the axis runs from -radius to radius, in units of the directions' lengths.
-        points: number p of points of the axis.
-        axis: any finite coordinates, (p,), in place of ``radius`` and ``points``.
-        center: the center of the grid relative to w, (n,); None is w itself.
-        statistics: re-estimate BatchNorm's statistics at each point, the center included, by
+        radius: The axis runs from -radius to radius, in units of the directions' lengths.
+        points: Number p of points of the axis.
+        axis: Any finite coordinates, (p,), in place of ``radius`` and ``points``.
+        center: The center of the grid relative to w, (n,); None is w itself.
+        statistics: Re-estimate BatchNorm's statistics at each point, the center included, by
             :meth:`Objective.statistics`, in place of the model's running statistics.
-        what: description of the directions, stored in the result: "random, by filter, seed 0".
+        what: Description of the directions, stored in the result: "random, by filter, seed 0".
 
     Returns:
         A :class:`Landscape` of p or p x p losses.
 
     Raises:
-        ValueError: directions of another shape or not finite, a radius that is not positive, or fewer than two points.
+        ValueError: Directions of another shape or not finite, a radius that is not positive, or fewer than two points.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

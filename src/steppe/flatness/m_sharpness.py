@@ -46,24 +46,24 @@ def m_sharpness(
     normalized by its own statistics.
 
     Args:
-        objective: the loss over the data.
-        rho: radius of the ball.
-        m: samples per part.
-        parts: number of parts to measure, the first ones of each rank; by default all.
-        ascent_steps: as in :func:`sharpness`. With ``ascent_steps=1, restarts=1``, the single step of SAM, a part costs
+        objective: The loss over the data.
+        rho: Radius of the ball.
+        m: Samples per part.
+        parts: Number of parts to measure, the first ones of each rank; by default all.
+        ascent_steps: As in :func:`sharpness`. With ``ascent_steps=1, restarts=1``, the single step of SAM, a part costs
             two passes over it.
-        restarts: as in :func:`sharpness`, like all following arguments.
-        seed: seed of the random starts.
-        adaptive: measure e relative to the weights.
+        restarts: As in :func:`sharpness`, like all following arguments.
+        seed: Seed of the random starts.
+        adaptive: Measure e relative to the weights.
         norm: "l2" or "linf".
-        eta: added to |w| in T.
+        eta: Added to |w| in T.
 
     Returns:
         A :class:`MSharpness`.
 
     Raises:
         ValueError: ``m`` is below 1 or larger than a batch, or an argument that :func:`sharpness` rejects.
-        FloatingPointError: as in :func:`sharpness`.
+        FloatingPointError: As in :func:`sharpness`.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)

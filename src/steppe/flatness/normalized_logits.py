@@ -1,4 +1,4 @@
-"""A loss on normalized logits, which does not reward confidence."""
+"""A loss on normalized logits, which does not decrease when all logits are multiplied by a factor."""
 
 from torch import Tensor
 

@@ -42,7 +42,7 @@ class Hessian:
     In a ReLU network the second derivative is that of the linear pieces: the kinks do not contribute.
 
     Args:
-        objective: the loss as a function of n weights.
+        objective: The loss as a function of n weights.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -66,7 +66,7 @@ class Hessian:
         """Return V H for vectors V in rows, (k, n) -> (k, n), in one pass over the data.
 
         Raises:
-            RuntimeError: the model contains an operation without a second derivative.
+            RuntimeError: The model contains an operation without a second derivative.
         """
         if self._version != self.objective.version:
             self._kept_product, self._version = None, self.objective.version
@@ -93,7 +93,7 @@ class Scaled:
 
     Args:
         operator: A, of n rows.
-        scale: the diagonal of T, (n,).
+        scale: The diagonal of T, (n,).
 
     Example:
         >>> class Identity:

@@ -61,7 +61,7 @@ class Flatness:
         """Read the result of :meth:`to_json`.
 
         Raises:
-            ValueError: another format.
+            ValueError: Another format.
         """
         if written.get("format") != FORMAT:
             raise ValueError(f"the format is {written.get('format')!r}, but only {FORMAT!r} can be read")

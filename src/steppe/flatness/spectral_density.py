@@ -42,8 +42,8 @@ class Density:
         """Evaluate the density smoothed by Gaussians.
 
         Args:
-            x: where to evaluate, (m,).
-            bandwidth: standard deviation of the Gaussians.
+            x: Where to evaluate, (m,).
+            bandwidth: Standard deviation of the Gaussians.
 
         Returns:
             The density at x and its standard error over the probes, (m,) each, float64.
@@ -68,11 +68,11 @@ def density(operator: Operator, *, probes: int = 8, num_iterations: int = 64, se
     the vectors are fully orthogonalized.
 
     Args:
-        operator: the Hessian, or any symmetric operator, (n, n).
-        probes: number of random vectors; the standard errors fall with its square root.
+        operator: The Hessian, or any symmetric operator, (n, n).
+        probes: Number of random vectors; the standard errors fall with its square root.
         num_iterations: Lanczos iterations, one product per probe each. The ends of the spectrum are resolved first,
             its interior with more iterations.
-        seed: seed of the probes.
+        seed: Seed of the probes.
 
     Returns:
         A :class:`Density`, with min(num_iterations, n) nodes per probe.

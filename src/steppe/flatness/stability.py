@@ -9,7 +9,7 @@ def edge_of_stability(lr: float) -> float:
     Full-batch gradient descent raises lambda_max to this value, and keeps it there.
 
     Args:
-        lr: learning rate of gradient descent, without momentum.
+        lr: Learning rate of gradient descent, without momentum.
 
     Returns:
         2 / lr.
@@ -36,8 +36,8 @@ def sam_edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
     and else 0 at a zero gradient.
 
     Args:
-        lr: learning rate of gradient descent, the base optimizer, without momentum.
-        rho: radius of SAM.
+        lr: Learning rate of gradient descent, the base optimizer, without momentum.
+        rho: Radius of SAM.
         gradient_norm: |g|, the L2 norm of the full-batch gradient.
 
     Returns:

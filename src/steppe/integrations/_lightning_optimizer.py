@@ -1,4 +1,4 @@
-"""The optimizer that Lightning's loops and ``self.optimizers()`` see in place of a :class:`steppe.SAM`."""
+"""The wrapper of a :class:`steppe.SAM` that Lightning's loops and ``self.optimizers()`` get."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -15,12 +15,12 @@ from steppe.sam import SAM, Pass, Stage
 
 
 class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
-    """A SAM of whose steps Lightning counts, unscales and clips each once.
+    """Run the passes of a SAM so that Lightning counts, unscales and clips once a step.
 
     Args:
-        sam: the optimizer.
-        trainer: the Trainer that fits the module.
-        window: the micro-batches of a step in automatic optimization; None in manual optimization.
+        sam: The optimizer.
+        trainer: The Trainer that fits the module.
+        window: The micro-batches of a step in automatic optimization; None in manual optimization.
     """
 
     def __init__(self, sam: SAM, trainer: "pl.Trainer", window: AccumulationWindow | None) -> None:
@@ -29,8 +29,8 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
         self._sam, self._trainer, self.window = sam, trainer, window
         self._attributes = PlainAttributes(trainer.lightning_module)
 
-    # Lightning makes the class of this object a subclass of SAM's, so that isinstance(opt, SAM) holds. Methods that
-    # write attributes would then write this object's; without the overrides below the SAM itself would not change.
+    # Lightning makes the class of this object a subclass of SAM's, so that isinstance(opt, SAM) holds. SAM's methods
+    # that write attributes would then write those of this object; so the overrides below call those of the SAM itself.
 
     def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
         for sam_pass in self._sam.passes(accumulate=accumulate):
@@ -47,8 +47,8 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
 
     def first_step(self, zero_grad: bool = False) -> None:
         raise RuntimeError(
-            "first_step() in Lightning: the classic API steps past Lightning's counting and loss scaling. Write `for "
-            "sam_pass in opt.passes(): with sam_pass: ...` and opt.step(), or opt.step(closure)"
+            "first_step() does not work in Lightning: the classic API bypasses Lightning's step counter and loss "
+            "scaling. Write `for sam_pass in opt.passes(): with sam_pass: ...` and opt.step(), or opt.step(closure)"
         )
 
     def second_step(self, zero_grad: bool = False) -> None:
@@ -75,7 +75,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
             super().step(None if closure is None else all_passes, **kwargs)
         finally:
             handle.remove()
-        sam.restore()  # a loss scaler that found an overflow has not stepped, and the passes are still pending
+        sam.restore()  # after an overflow the loss scaler has not called SAM's step, so its passes are still pending
         return loss
 
     def _run_passes(self, closure: Callable[[], Any]) -> Any:
@@ -90,7 +90,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
                     closure() if window is None else window.repeat_all(sam_pass)
                     continue
                 if window is not None and has_earlier and not sam_pass.is_at_w:
-                    with self._muted():  # the gradients in `outside` are those at w
+                    with self._muted():  # `outside` has gradients at w, and this pass is at w + e
                         window.repeat_earlier()
                 else:
                     gradients.replace(outside)
@@ -108,7 +108,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
         """Mute logs and callbacks, and restore plain attributes at the end."""
         trainer, attributes = self._trainer, self._attributes
         attributes.save()
-        # Lightning calls the hooks of whatever is in this list, and self.log of the module; without these two lines
+        # Lightning calls the hooks of all callbacks in this list, and modules call self.log; without these two lines
         # each further pass would be counted and logged as a step of its own.
         callbacks, trainer.callbacks = trainer.callbacks, []  # type: ignore[attr-defined]
         for module in trainer.lightning_module.modules():

@@ -1,4 +1,4 @@
-"""The micro-batches of a step in Lightning's automatic optimization, for its further passes to repeat."""
+"""Record the micro-batches of a step in Lightning's automatic optimization, so that further passes can repeat them."""
 
 from collections.abc import Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -35,8 +35,8 @@ class AccumulationWindow:
         self.losses = StepLosses()
         """The losses of the last step, for the log."""
         self._training_step = trainer.strategy.training_step
-        # Lightning calls the module through this method. Recording there sees batches on their device and under DDP;
-        # a hook of the callback would not see the further arguments of training_step.
+        # Lightning calls the module through this method, with batches that are on their device, also under DDP. A hook
+        # of the callback would not get all arguments of training_step.
         trainer.strategy.training_step = self._record  # type: ignore[method-assign]
 
     def _record(self, *args: Any, **kwargs: Any) -> Any:
@@ -65,13 +65,13 @@ class AccumulationWindow:
         self._micro_batches.clear()
 
     def add_latest(self) -> None:
-        """Count the latest micro-batch in, after its backward."""
+        """Add the latest micro-batch to the window, after its backward."""
         if self._latest is not None:
             self._micro_batches.append(self._latest)
             self._latest = None
 
     def end_first_pass(self, sam_pass: Pass) -> None:
-        """Note the loss of the first pass."""
+        """Store the loss of the first pass."""
         self.losses = StepLosses()
         self.losses.add(sam_pass, _sum(micro.loss for micro in self._micro_batches))
 
@@ -80,7 +80,7 @@ class AccumulationWindow:
         self.losses.add(sam_pass, _sum(self._repeat()))
 
     def repeat_earlier(self) -> None:
-        """Run the micro-batches before the last again, in a first pass that is not at w."""
+        """Run the micro-batches before the last again, if the first pass is at w + e."""
         now = self._generators.save()
         losses = self._repeat(last_follows=True)
         self._generators.restore(now)

@@ -15,11 +15,11 @@ class MethodOptions:
     """Wrap base optimizers by ``method(base, model=model, rho=rho, **options)``.
 
     Args:
-        owner: the class that takes these options, for error messages.
+        owner: The class that takes these options, for error messages.
         method: :class:`steppe.SAM`, a function of :mod:`steppe.variants`, or any function with that signature.
-        rho: the neighborhood radius; None for the method's default.
-        ready_made: where a ready-made :class:`steppe.SAM` is given instead, for error messages.
-        **options: further options of the method.
+        rho: The neighborhood radius; None for the method's default.
+        ready_made: Where a ready-made :class:`steppe.SAM` is given instead, for error messages.
+        **options: Further options of the method.
 
     Raises:
         TypeError: ``method`` is not a function, or ``rho`` is given twice.
@@ -56,7 +56,7 @@ class MethodOptions:
         """Return the method around the base optimizer.
 
         Raises:
-            TypeError: the method does not take these arguments, or returns no :class:`steppe.SAM`.
+            TypeError: The method does not take these arguments, or returns no :class:`steppe.SAM`.
         """
         try:
             inspect.signature(self._method).bind(base, model=model, **self._options)
@@ -74,7 +74,7 @@ class MethodOptions:
 
 
 def set_model_if_missing(sam: SAM, model: nn.Module) -> None:
-    """Let a ready-made SAM without ``model=`` protect the buffers of the framework's model."""
+    """Set the model of a SAM that was made without ``model=``, so that the buffers of the model are protected."""
     if sam.model is None:
         sam.model = model
         sam._engine.protect(model, replay_rng=sam.replay_rng)

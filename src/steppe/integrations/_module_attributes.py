@@ -11,7 +11,7 @@ _MODULES_OWN = frozenset(vars(nn.Module()))
 
 
 class PlainAttributes:
-    """Numbers, tensors and containers that the modules of a model, torchmetrics among them, keep outside buffers."""
+    """Numbers, tensors and containers that the modules of a model, such as torchmetrics, keep outside of buffers."""
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model

@@ -55,7 +55,7 @@ class MeanLosses:
         """Return the means, or nothing if there was no such step.
 
         Args:
-            gather: concatenates a tensor of all processes along its first dimension.
+            gather: Concatenates a tensor of all processes along its first dimension.
         """
         if not isinstance(self._sums, Tensor):
             return {}

@@ -50,7 +50,7 @@ def unwrap_optimizer(optimizer: Any) -> SAM:
     """Return the :class:`steppe.SAM` in the optimizer that ``accelerator.prepare`` returned.
 
     Raises:
-        TypeError: it is another optimizer.
+        TypeError: It is another optimizer.
     """
     optimizer = unprepared(optimizer)
     if not isinstance(optimizer, SAM):
@@ -68,10 +68,10 @@ def share_scaler(sam: SAM, accelerator: Accelerator) -> None:
 
 
 def check_supported(accelerator: Accelerator) -> None:
-    """Raise an error under an engine whose passes would not be those of one process.
+    """Raise an error under a distributed engine whose passes would not equal those of one process.
 
     Raises:
-        RuntimeError: the engine or the kind of parallelism is not supported.
+        RuntimeError: The engine or the kind of parallelism is not supported.
     """
     reason = _UNSUPPORTED_ENGINES.get(accelerator.distributed_type)
     if reason is not None:
@@ -103,15 +103,15 @@ def passes(
 ) -> Iterator[Pass]:
     """Yield the passes of one step, each over all its micro-batches, so that Accelerate synchronizes in each.
 
-    Inside a pass, run every micro-batch in its own ``with accelerator.accumulate(model):``. The last one synchronizes
-    the processes, also in a window that is not full. ``accelerator.backward`` divides by
-    ``gradient_accumulation_steps`` as usual, also there.
+    Inside a pass, run every micro-batch in its own ``with accelerator.accumulate(model):``. The last micro-batch
+    synchronizes the processes. ``accelerator.backward`` divides by ``gradient_accumulation_steps`` as usual. Both hold
+    for a window that is not full, too.
 
     Args:
-        accelerator: the accelerator that prepared model and optimizer.
-        optimizer: a :class:`steppe.SAM`, prepared or not.
-        micro_batches: the number of micro-batches in each pass; more than one with :func:`windows` only.
-        accumulate: give each micro-batch a perturbation of its own (m-sharpness with a smaller m), and add their
+        accelerator: The accelerator that prepared model and optimizer.
+        optimizer: A :class:`steppe.SAM`, prepared or not.
+        micro_batches: The number of micro-batches in each pass; more than one with :func:`windows` only.
+        accumulate: Give each micro-batch a perturbation of its own (m-sharpness with a smaller m), and add their
             gradients. Call this function inside ``with accelerator.accumulate(model):`` then.
 
     Yields:
@@ -119,10 +119,10 @@ def passes(
         ``loss``, ``perturbed_loss`` and ``sharpness``.
 
     Raises:
-        RuntimeError: the engine is not supported; the call is inside ``accelerator.accumulate()`` without
+        RuntimeError: The engine is not supported; the call is inside ``accelerator.accumulate()`` without
             ``accumulate=True``, which would lose all micro-batches but the last; or a pass ran another number of
             micro-batches than ``micro_batches``.
-        TypeError: the optimizer is not a :class:`steppe.SAM`.
+        TypeError: The optimizer is not a :class:`steppe.SAM`.
         ValueError: ``micro_batches`` is not between 1 and ``gradient_accumulation_steps``.
 
     Example:
@@ -172,9 +172,9 @@ def _passes_over_window(accelerator: Accelerator, sam: SAM, micro_batches: int) 
             if accelerator.step not in (start, steps, 0):
                 raise RuntimeError(
                     f"a pass ended in the middle of an accumulation: passes() was called for {micro_batches} "
-                    f"micro-batches, and accelerator.accumulate() ran {accelerator.step - start}, so the gradients "
-                    "would not be synchronized or optimizer.step() do nothing. Call passes(accelerator, optimizer, "
-                    "len(batches))"
+                    f"micro-batches, but accelerator.accumulate() ran {accelerator.step - start}, so either the "
+                    "gradients would not be synchronized, or optimizer.step() would do nothing. Call "
+                    "passes(accelerator, optimizer, len(batches))"
                 )
     finally:
         accelerator.sync_gradients = True  # False after an exception between two micro-batches

@@ -38,9 +38,9 @@ class SharpnessAware:
     ``load_model`` work as usual. A pass changes averages of BatchNorm, seeds of dropout and metrics; after a step they
     are what one ordinary pass leaves. Loss and metrics are those of the step's first pass.
 
-    The options are class attributes, because Keras makes models anew when it loads or clones them.
+    The options are class attributes, because Keras constructs a new model when it loads or clones one.
 
-    ``model.save`` keeps all of a method that has neither a memory nor a cadence. For any other, save
+    For a method with neither a memory nor a cadence, ``model.save`` is enough to resume. For any other, save
     ``model.sam.state_dict()`` too, and load it after ``model.make_train_function()``.
 
     Attributes:
@@ -138,8 +138,9 @@ class SharpnessAware:
             )
         if isinstance(self.optimizer, keras.optimizers.LossScaleOptimizer):
             raise ValueError(
-                "Keras lowers its loss scale when it sees gradients that overflow, and SAM skips such a step before "
-                "Keras sees it, so training would stand still: use mixed_bfloat16, or a fixed loss_scale_factor"
+                "mixed_float16 does not work with SAM: Keras lowers its loss scale when its optimizer gets gradients "
+                "that overflow, but SAM skips such a step, so all further steps would be skipped too. Use "
+                "mixed_bfloat16, or a fixed loss_scale_factor"
             )
 
 
@@ -159,7 +160,7 @@ class KerasOptimizer(Optimizer):
         """Apply the gradients.
 
         Raises:
-            RuntimeError: the set of trainable variables has changed since ``compile``.
+            RuntimeError: The set of trainable variables has changed since ``compile``.
         """
         if [id(v) for v in self._model.trainable_variables] != [id(v) for v in self._variables]:
             raise RuntimeError(

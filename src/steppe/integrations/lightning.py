@@ -40,13 +40,13 @@ class SAMCallback(pl.Callback):
         opt.step()
 
     Args:
-        method: called as ``method(base, model=module, rho=rho, **options)``: :class:`steppe.SAM`, one of
+        method: Called as ``method(base, model=module, rho=rho, **options)``: :class:`steppe.SAM`, one of
             :mod:`steppe.variants`, or a function of your own. With DDP, ``module`` is the ``DistributedDataParallel``.
-        rho: the neighborhood radius; by default the method's own, 0.05 for SAM.
-        optimizers: the indices of the optimizers to wrap; all by default.
-        log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), at each perturbed step, of
+        rho: The neighborhood radius; by default the method's own, 0.05 for SAM.
+        optimizers: The indices of the optimizers to wrap; all by default.
+        log_sharpness: Log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), at each perturbed step, of
             the samples of this process, without waiting for the device. In automatic optimization only.
-        **options: further options of the method.
+        **options: Further options of the method.
 
     Raises:
         TypeError: ``method`` is not a function, the radius is given twice, or (in ``fit``) the method returns no
@@ -95,10 +95,10 @@ class SAMCallback(pl.Callback):
                 )
 
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Wrap the optimizers, which exist now, and into which no checkpoint has been loaded yet."""
+        """Wrap the optimizers: Lightning makes them before this hook, and loads a checkpoint into them after it."""
         strategy = trainer.strategy
-        # Training loops step through _lightning_optimizers, which Lightning filled before this hook. Without replacing
-        # its entries they would still step through those of the base optimizers.
+        # Training loops call the steps of _lightning_optimizers, which Lightning filled before this hook. Without new
+        # entries the loops would still call the steps of the base optimizers.
         optimizers, wrapped = list(strategy.optimizers), list(strategy._lightning_optimizers)
         chosen = range(len(optimizers)) if self._indices is None else self._indices
         if any(not 0 <= index < len(optimizers) for index in chosen):
@@ -161,8 +161,9 @@ class SAMCallback(pl.Callback):
 def _check_supported(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
     if not isinstance(trainer, pl.Trainer):
         raise RuntimeError(
-            f"the Trainer is of {type(trainer).__module__.partition('.')[0]}, and steppe.integrations.lightning uses "
-            f"{pl.__name__}, which was imported first: import the one that you use before it, and only that one"
+            f"the Trainer is from {type(trainer).__module__.partition('.')[0]}, but steppe.integrations.lightning uses "
+            f"{pl.__name__}, which was imported first: import only the package of your Trainer, and import it before "
+            "steppe.integrations.lightning"
         )
     strategy, precision = trainer.strategy, trainer.precision_plugin
     if not isinstance(strategy, pl.strategies.SingleDeviceStrategy | pl.strategies.DDPStrategy):
@@ -170,7 +171,7 @@ def _check_supported(trainer: "pl.Trainer", module: "pl.LightningModule") -> Non
             f"SAMCallback with {type(strategy).__name__}: it shards weights, or takes the steps itself, so w would not "
             "be perturbed as a whole. Use strategy='ddp' or a single device"
         )
-    # Of these two it is known when they run the closure: in optimizer.step(closure), or before scaler.step(optimizer).
+    # These two run the closure at a known moment: in optimizer.step(closure), or before scaler.step(optimizer).
     if type(precision).optimizer_step not in (
         pl.plugins.Precision.optimizer_step,
         pl.plugins.MixedPrecision.optimizer_step,

@@ -1,4 +1,4 @@
-"""Hugging Face Trainer: each step makes its passes, and the rest of the Trainer sees one."""
+"""Hugging Face Trainer: a step runs all passes of SAM, and all else in the Trainer runs once a step."""
 
 import contextlib
 from collections.abc import Callable
@@ -45,19 +45,19 @@ class SAMTrainerMixin(_Trainer):
     has no ``model``, it gets the Trainer's model, so that its buffers are protected.
 
     Args:
-        *args: positional arguments of the Trainer.
-        rho: the neighborhood radius; by default the method's own, 0.05 for SAM.
-        method: called as ``method(base, model=model, rho=rho)`` with the Trainer's own optimizer:
+        *args: Positional arguments of the Trainer.
+        rho: The neighborhood radius; by default the method's own, 0.05 for SAM.
+        method: Called as ``method(base, model=model, rho=rho)`` with the Trainer's own optimizer:
             :class:`steppe.SAM`, one of :mod:`steppe.variants`, or a function of your own. Give it further options
             with ``functools.partial(steppe.variants.looksam, interval=2)``.
-        log_sharpness: log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to ``loss``: their
+        log_sharpness: Log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), next to ``loss``: their
             means over the perturbed steps that had a pass at w.
-        **kwargs: keyword arguments of the Trainer.
+        **kwargs: Keyword arguments of the Trainer.
 
     Raises:
         RuntimeError: DeepSpeed, FSDP, Megatron, XLA, tensor, context or sequence parallelism, ``DataParallel``, or an
             optimizer that steps during the backward pass (LOMO, the layer-wise ones).
-        TypeError: the radius is given twice, or ``method`` returns no :class:`steppe.SAM`.
+        TypeError: The radius is given twice, or ``method`` returns no :class:`steppe.SAM`.
 
     Example:
         >>> trainer = SAMTrainer(model=model, args=args, train_dataset=data, rho=0.05)  # doctest: +SKIP
@@ -84,8 +84,8 @@ class SAMTrainerMixin(_Trainer):
         _check_supported(self)
         if isinstance(self.optimizer, SAM) and not self._method_options.are_default:
             raise TypeError(
-                f"the {type(self.optimizer).__name__} in optimizers= has its radius, so rho= or method= would have no "
-                "effect: leave it out"
+                f"the {type(self.optimizer).__name__} in optimizers= has its own radius, so rho= and method= would "
+                "have no effect: leave them out"
             )
 
     @property
@@ -110,7 +110,7 @@ class SAMTrainerMixin(_Trainer):
         self._window.append(inputs)
         if not self.accelerator.sync_gradients:
             return torch.zeros((), device=self.args.device)
-        # Older micro-batches are left over from an epoch that a callback stopped within a window.
+        # If a callback has stopped an epoch within a window, older micro-batches are left over.
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
         losses, step_losses = [], StepLosses()
         for sam_pass in unwrap_optimizer(self.optimizer).passes():

@@ -130,7 +130,7 @@ CARD = MethodCard(
     passes=None,
     memory=COPY,
     when="To make the second pass only where the gradient is unusually large.",
-    when_not="On a GPU that must not wait: the decision reads the norm on the host. With `fraction_sam`.",
+    when_not="If the host must not wait for the GPU: it reads the norm at every step. Together with `fraction_sam`.",
     usual={
         "rho": "SAM's",
         "total_steps": TOTAL_STEPS,

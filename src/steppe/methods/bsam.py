@@ -68,7 +68,7 @@ class Posterior(Optimizer):
         """Update g_m, s and w."""
         if closure is not None:
             raise RuntimeError("the step of bSAM needs the gradients of two passes: give the closure to BSAM.step")
-        bad = getattr(self, "found_inf", None)
+        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             parameters = [p for p in dict.fromkeys(group["params"]) if p.grad is not None]
             if not parameters:
@@ -79,16 +79,16 @@ class Posterior(Optimizer):
             weights = [as_real(p) for p in parameters]
             (beta1, beta2), delta = group["betas"], group["weight_decay"]
             # g_m <- beta1 g_m + (1 - beta1) (g_e + delta w)
-            to = foreach(torch._foreach_add, g_e, weights, alpha=delta)
-            foreach(torch._foreach_lerp_, momentum, _unless(bad, to, momentum), weight=1 - beta1)
+            target = foreach(torch._foreach_add, g_e, weights, alpha=delta)
+            foreach(torch._foreach_lerp_, momentum, _unless(found_inf, target, momentum), weight=1 - beta1)
             # s <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)
-            to = foreach(torch._foreach_mul, foreach(torch._foreach_sqrt, scale), sizes)
-            foreach(torch._foreach_add_, to, scalar=delta + group["damping"])
-            foreach(torch._foreach_lerp_, scale, _unless(bad, to, scale), weight=1 - beta2)
+            target = foreach(torch._foreach_mul, foreach(torch._foreach_sqrt, scale), sizes)
+            foreach(torch._foreach_add_, target, scalar=delta + group["damping"])
+            foreach(torch._foreach_lerp_, scale, _unless(found_inf, target, scale), weight=1 - beta2)
             # w <- w - alpha g_m / s
             step = foreach(torch._foreach_div, momentum, scale)
             foreach(torch._foreach_mul_, step, scalar=group["lr"])
-            foreach(torch._foreach_sub_, weights, _unless(bad, step, [t.new_zeros(()) for t in step]))
+            foreach(torch._foreach_sub_, weights, _unless(found_inf, step, [t.new_zeros(()) for t in step]))
         return None
 
 
@@ -228,11 +228,11 @@ class BSAM(OwnStepMethod):
                 self.displace(around, one, foreach(torch._foreach_div, [noise[p] for p in around], widths))
 
 
-def _unless(bad: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
+def _unless(found_inf: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
     """Return the new values, unless the device has found the gradient not finite."""
-    if bad is None:
+    if found_inf is None:
         return new
-    return [torch.where(bad.to(t.device) != 0, o, t) for t, o in zip(new, old, strict=True)]
+    return [torch.where(found_inf.to(t.device) != 0, o, t) for t, o in zip(new, old, strict=True)]
 
 
 def _check(group: dict[str, Any]) -> None:
@@ -302,7 +302,7 @@ CARD = MethodCard(
     "w   <- w - lr g_m / s",
     cost="2",
     passes=2,
-    memory="g_m and s, as Adam does, so that memory is counted beside SGD; a copy of the weights, and within a step g",
+    memory="g_m and s, as many numbers as Adam keeps; a copy of the weights; within a step, g",
     when="When the uncertainty of the weights is needed too.",
     when_not="Around a base optimizer: bSAM has none. With a loss scaler, or a loss that is not a mean over samples.",
     usual={

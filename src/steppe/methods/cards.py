@@ -43,7 +43,7 @@ def card(name: str) -> str:
     method = CARDS[name]
     lines = [f"# {method.label}", "", *_wrap(method.summary), "", "```", *method.equation.splitlines(), "```", ""]
     lines += _wrap(f"**When to use it.** {method.when}")
-    lines += ["", *_wrap(f"**When not.** {method.when_not}"), ""]
+    lines += ["", *_wrap(f"**When not to use it.** {method.when_not}"), ""]
     lines += ["```python", *method.usage.splitlines(), "```", ""]
     lines += ["## Hyperparameters", "", *_hyperparameters(method), ""]
     lines += ["## Cost and memory", "", *_cost(method), ""]
@@ -52,7 +52,7 @@ def card(name: str) -> str:
     lines += ["## Caveats", "", *(line for caveat in method.caveats for line in _item(caveat)), ""]
     own = [paper for paper in method.papers if paper != SAM_PAPER] or [SAM_PAPER]
     lines += ["## Citation", "", *(line for paper in own for line in _item(_reference(paper)))]
-    lines += ["", f"BibTeX of all papers that it builds on: `steppe methods {name} --bibtex`", ""]
+    lines += ["", f"BibTeX of all papers that this method builds on: `steppe methods {name} --bibtex`", ""]
     return "\n".join(lines)
 
 
@@ -62,7 +62,7 @@ def index() -> str:
     lines += _wrap(
         "One card per method: its update, its cost, what it was compared with, and the results measured here, good or "
         "bad. `steppe methods` shows the same in the terminal. Cost is in passes (forward and backward over the batch) "
-        "per step. Memory is the peak within a step beside the base, in units of the weights' size."
+        "per step. Memory is the peak within a step beyond that of the base, in units of the weights' size."
     )
     lines += ["", "| method | cost | memory | paper | when to use it |", "|---|---|---:|---|---|"]
     for name, method in CARDS.items():
@@ -83,7 +83,7 @@ def index() -> str:
 
 
 def memory(name: str) -> str:
-    """Return the peak memory of a step beside the base, in units of the weights' size."""
+    """Return the peak memory of a step beyond that of the base, in units of the weights' size."""
     found = (measured()["memory"] or {"methods": {}})["methods"].get(name)
     return "?" if found is None else f"{found['within']:.1f}"
 
@@ -100,7 +100,7 @@ def _hyperparameters(method: MethodCard) -> Iterator[str]:
 
 def _cost(method: MethodCard) -> Iterator[str]:
     usual = method.passes_with()
-    default = "" if usual is None or not callable(method.passes) else f", {usual:.3g} with these arguments"
+    default = "" if usual is None or not callable(method.passes) else f", {usual:.3g} with the defaults"
     yield from _wrap(f"Passes per step: {method.cost}{default}. Memory: {method.memory}.")
     found = (measured()["memory"] or {"methods": {}})["methods"].get(method.name)
     yield ""
@@ -108,8 +108,8 @@ def _cost(method: MethodCard) -> Iterator[str]:
         yield "Memory not yet measured."
         return
     yield from _wrap(
-        f"[Measured](README.md#memory) beside the base, in units of the weights' size: {found['within']:.2f} at the "
-        f"peak of a step, of which {found['between']:.2f} are kept from step to step."
+        "[Measured](README.md#memory) beyond the memory of the base, in units of the weights' size: "
+        f"{found['within']:.2f} at the peak of a step, of which {found['between']:.2f} are kept from step to step."
     )
 
 
@@ -119,8 +119,9 @@ def _memory_source() -> Iterator[str]:
         yield "Not yet measured."
         return
     yield from _wrap(
-        f"Counted by `{found['command']}` on {found['date']} with torch {found['torch']}, beside {found['base']}, on a "
-        "network whose activations are negligible. The number of bytes is exact and does not depend on the machine."
+        f"Counted by `{found['command']}` on {found['date']} with torch {found['torch']}, beyond the memory of "
+        f"{found['base']}, on a network whose activations are negligible. The number of bytes is exact and does not "
+        "depend on the machine."
     )
 
 
@@ -162,7 +163,8 @@ def _comparison(run: Mapping[str, Any]) -> Iterator[str]:
             yield f"| {' | '.join([labels[method], *cells])} |"
     yield ""
     yield from _wrap(
-        "Each interval has 95 % confidence alone: without any difference, one in twenty would still exclude 0."
+        "Even if no method differed from its reference, one in twenty of these intervals would be expected to exclude "
+        "0."
     )
 
 

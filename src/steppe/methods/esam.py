@@ -229,7 +229,7 @@ CARD = MethodCard(
     passes=lambda gamma: 4 / 3 + gamma,
     memory=COPY,
     when="To save a part of SAM's second pass, if the loss of each sample is available.",
-    when_not="With a single pass at w + e (`msam`, `rwp`): there are no losses at w to compare with.",
+    when_not="With a method whose only pass is at w + e (`msam`, `rwp`): there are no losses at w to compare with.",
     usual={"rho": "0.05 to 0.2", "beta": "0.5 to 0.6", "gamma": "0.5"},
     checked="The official code, https://github.com/dydjw9/Efficient_SAM, was read: as here, a forward without "
     "gradients over all samples at w + e, then forward and backward on the selected. It draws whole tensors, and "
@@ -238,7 +238,7 @@ CARD = MethodCard(
     caveats=(
         "The update gradient is no longer an unbiased estimate of the batch's; this is intended.",
         "e is SAM's on average, and longer than rho.",
-        "With a plain closure it selects no samples, and costs 2.",
+        "With a plain closure, ESAM selects no samples, and a step costs 2 passes.",
     ),
     build_example=_esam_and_selection,
     arguments_of=(esam, selected),

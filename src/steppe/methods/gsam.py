@@ -121,8 +121,8 @@ CARD = MethodCard(
     },
     checked="The official code was read, PyTorch (https://github.com/juntang-zhuang/GSAM) and JAX. The former "
     "adds 1e-12 to its denominators, and with several workers decomposes each worker's own gradient; here, as in "
-    "the paper, it is the gradient that the base gets. The latter also offers to decompose g_s along g, which the "
-    "paper does not have.",
+    "the paper, the gradient that the base gets is decomposed. The latter also offers to decompose g_s along g, which "
+    "the paper does not have.",
     caveats=("This function keeps rho constant: add the schedule.",),
     comparison=Comparison(summary="reduces the surrogate gap too, at SAM's rho", capturable=True),
 )

@@ -90,7 +90,7 @@ CARD = MethodCard(
     usual={"rho": "unverified", "relative": "unverified"},
     checked="No code by the authors was found, and only the paper's abstract was read. Two third-party "
     "implementations disagree: one has rho g_l / |g_l|, the other rho |w_l| g_l / |g_l|^2, which perturbs more the "
-    "smaller the gradient is. Unsettled.",
+    "smaller the gradient is. It is unknown which one is right.",
     caveats=(
         "Layers at zero, and those with a zero gradient, are not perturbed.",
         "With relative=False, e has length rho sqrt(L) for L layers.",

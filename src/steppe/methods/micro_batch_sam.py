@@ -124,7 +124,7 @@ CARD = MethodCard(
     usual={"m": "unverified"},
     checked="Not compared with other code.",
     caveats=(
-        "It takes the step itself: there is no closure. BatchNorm's batches are the micro-batches.",
+        "`closures.micro_batches` takes the whole step. BatchNorm normalizes each micro-batch by its own statistics.",
         "The cost is that of the method around which it is used; 2 is SAM's.",
     ),
     build_example=_sam_and_micro_batches,

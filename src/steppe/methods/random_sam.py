@@ -102,7 +102,7 @@ CARD = MethodCard(
     usual={"rho": "SAM's", "p": "0.5 saves half of SAM's extra passes; 1 is SAM, 0 the base"},
     checked="Only the paper's abstract was read. Of its scheduling functions this is the constant one; the others "
     "are not implemented.",
-    caveats=("All workers draw alike: the draw depends on the seed and the step's number only.",),
+    caveats=("All workers perturb at the same steps: the decision depends only on the seed and the step's number.",),
     short_run={"p": 1.0},
     comparison=Comparison(summary="perturbs at each step with probability p, at SAM's rho", capturable=True),
 )

@@ -124,7 +124,7 @@ CARD = MethodCard(
     "the papers were not read.",
     caveats=(
         "Filter-wise, the length of e in a filter of n entries is about rho sqrt(n) times the filter's norm.",
-        "Workers draw alike, unless each has its own seed.",
+        "All workers draw the same noise, unless each has its own seed.",
         "The only pass is at w + e: the reported loss and BatchNorm's statistics are those of that point.",
     ),
     comparison=Comparison(summary=f"perturbs by noise, in a single pass, at rho / 5 ({USUAL_RATIO})", rho_factor=0.2),

@@ -356,7 +356,7 @@ CARD = MethodCard(
     "subtraction and a division by lambda, which rounds, and with lambda = 0 never perturbs; here both gradients are "
     "sent. There each rank keeps its own BatchNorm statistics.",
     caveats=(
-        "In one process it only costs: the speed is with two, and has not been measured here on devices.",
+        "In one process SAMPa is not faster than SAM. With two processes its speed has not been measured here.",
         "The loss that a step returns is that at y, not at w.",
         "In one process the base steps between the passes: clip in a step hook of the base.",
     ),

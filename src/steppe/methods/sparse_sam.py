@@ -125,7 +125,7 @@ CARD = MethodCard(
     "examples), and before its first mask it does not perturb; here they are the squared gradient of the batch.",
     caveats=(
         "rho is the radius before masking: e is shorter.",
-        "With a cadence, let `interval` be a multiple of its own.",
+        "With the cadence `Periodic`, choose `interval` as a multiple of the cadence's interval.",
     ),
     short_run={"interval": 2},
     comparison=Comparison(

@@ -98,7 +98,7 @@ CARD = MethodCard(
     when="With small batches, whose noise changes the direction of SAM's perturbation.",
     when_not="With a rare cadence: the mean is updated at perturbed steps only.",
     usual={"rho": "unverified", "theta": "0.9 (official code); 1 is SAM"},
-    checked="The official code, https://github.com/BingcongLi/VaSSO, was read: the same, plus 1e-7 in the norm.",
+    checked="The official code, https://github.com/BingcongLi/VaSSO, was read: it adds 1e-7 to the norm.",
     caveats=("theta = 0.9 is a short memory: nine tenths of each mean are the new gradient.",),
     comparison=Comparison(summary="perturbs along a running mean of the gradient, at SAM's rho", capturable=True),
 )

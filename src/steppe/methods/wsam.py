@@ -85,8 +85,8 @@ class UnperturbedIfFinite(WeightedSharpness):
             return point.gradients
         g, g_s = list(point.gradients), list(perturbed)
         smallest = min(range(len(g)), key=lambda i: g[i].numel())
-        bad = norm(g_s).isfinite().logical_not()
-        g[smallest] = g[smallest].masked_fill(bad.to(g[smallest].device), float("nan"))
+        not_finite = norm(g_s).isfinite().logical_not()
+        g[smallest] = g[smallest].masked_fill(not_finite.to(g[smallest].device), float("nan"))
         return g
 
 
@@ -268,5 +268,5 @@ CARD = MethodCard(
     "20 steps in float64 agree. Theirs clips both gradients to norm 1 by default, which the paper does not; it "
     "adds 1e-12 to the norm, and with several workers perturbs along each worker's own gradient.",
     caveats=("Coupled and decoupled differ around a base that does more than subtract lr times its gradient.",),
-    comparison=Comparison(summary="updates with SAM's gradient and beyond, at SAM's rho", capturable=True),
+    comparison=Comparison(summary="weights the sharpness against the loss, at SAM's rho", capturable=True),
 )

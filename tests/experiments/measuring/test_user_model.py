@@ -211,7 +211,7 @@ def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
         ({"data": "user_module:restless"}, "gives other samples each time.*augmentation"),
         (
             {"data": "user_module:fading"},
-            "^net: data: one pass had 30 samples, and the next one had 30, or others.*augmentation",
+            r"^net: data: two passes had different samples \(30 and 30 of them\).*augmentation",
         ),
         ({"data": "user_module:uneven"}, "tensors of 30 and 29 entries"),
         ({"data": "user_module:dicts"}, "an item is dict, and a loss takes .inputs, targets.: give with --evaluate"),

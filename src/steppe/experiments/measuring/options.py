@@ -17,12 +17,12 @@ class Sampling:
     """The samples that flatness is measured on."""
 
     samples: int = 256
-    """Training images that it is measured on, drawn by the run's seed: the same for all methods of a seed."""
+    """Number of training images to measure on, drawn by the run's seed: the same images for all methods of a seed."""
     batch_norm: Literal["eval", "train"] = "eval"
-    """BatchNorm by its running statistics, as the network is used, or by those of each batch, as it was trained."""
+    """eval: BatchNorm uses its running statistics, as after training. train: those of each batch, as in training."""
     batch_size: int = 256
-    """Images in memory at a time; it matters to the result with --batch-norm train only. Where all samples fit, a
-    product with the Hessian costs two thirds."""
+    """Images in memory at a time. Changes the result with --batch-norm train only. If all samples are one batch, a
+    product with the Hessian takes a third less time."""
 
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
