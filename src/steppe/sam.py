@@ -293,7 +293,7 @@ class SAM(SAMStep):
             self._engine.stage = Stage.IDLE
             self._engine.side_effects.mark_generators()
 
-    # What the three ways share. The passes, and the step without them, are those of SAMStep.
+    # Shared by the three ways. SAMStep has the passes, and the step without passes.
 
     def _begin(self, caller: str) -> None:
         """Check everything that a step depends on; called at the start of each step."""

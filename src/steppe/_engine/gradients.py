@@ -162,17 +162,17 @@ class Gradients:
         return True
 
     def _step_on_device(self, finite: Tensor, gradients: Sequence[Tensor]) -> None:
-        bad = finite.logical_not()
+        not_finite = finite.logical_not()
         if isinstance(self.skipped, int):
-            self.skipped = torch.full_like(bad, self.skipped, dtype=torch.int64)
-        self.skipped += bad
+            self.skipped = torch.full_like(not_finite, self.skipped, dtype=torch.int64)
+        self.skipped += not_finite
         # torch's private protocol between GradScaler and fused optimizers: they skip the step where found_inf is 1
         if not getattr(self._base, "_step_supports_amp_scaling", False):
             for g in gradients:
-                g.masked_fill_(bad.to(g.device), 0.0)
+                g.masked_fill_(not_finite.to(g.device), 0.0)
             self._base.step()
             return
-        self._base.grad_scale, self._base.found_inf = None, bad.float()  # type: ignore[attr-defined]
+        self._base.grad_scale, self._base.found_inf = None, not_finite.float()  # type: ignore[attr-defined]
         try:
             self._base.step()
         finally:

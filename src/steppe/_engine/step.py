@@ -1,7 +1,7 @@
 """One step of SAM: its passes, its update gradient, and the base's step.
 
-These are the extension points of :class:`steppe.SAM`. :class:`steppe.methods._base.OwnStepMethod` opens them to methods
-whose step is another one, and says when each is called and what it must leave.
+These are the extension points of :class:`steppe.SAM`. :class:`steppe.methods._base.OwnStepMethod` is their interface
+for methods with another step, and documents when each is called and its result.
 """
 
 from collections.abc import Iterator, Sequence
