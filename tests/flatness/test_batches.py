@@ -44,7 +44,7 @@ def test_other_data_in_the_next_pass_raises():
 
     o = objective(tanh_net(), Augmented([samples()]))
     o.loss()
-    with pytest.raises(ValueError, match="or others"):
+    with pytest.raises(ValueError, match="two passes had different samples"):
         o.loss()
 
 

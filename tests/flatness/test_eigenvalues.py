@@ -63,7 +63,7 @@ def test_unconverged_eigenvalues_are_marked():
         assert (exact - value).abs().min() <= residual * (1 + 1e-9)  # the residual is a bound even before convergence
 
 
-def test_smallest_eigenvalue_is_not_one_of_the_bulk():
+def test_smallest_eigenvalue_is_not_one_of_those_near_zero():
     found = eigenvalues(
         matrix([*[0.0] * 200, *torch.linspace(0.0, 2.0, 30).tolist(), 50.0, -0.8]), which="smallest", tol=1e-2
     )

@@ -112,7 +112,7 @@ RULES = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_one_step_is_the_loss_at_the_perturbed_weights_of_the_optimizer(rule):
+def test_one_step_is_the_loss_increase_at_the_perturbed_weights_of_sam(rule):
     perturbation, options = RULES[rule]
     net, (x, y) = tanh_net(), samples()
     found = sharpness(objective(net), 0.1, ascent_steps=1, restarts=1, **options)

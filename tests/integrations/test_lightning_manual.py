@@ -216,7 +216,7 @@ def test_first_step_raises():
             self.manual_backward(Classifier.training_step(self, batch, batch_idx))
             opt.first_step()
 
-    with pytest.raises(RuntimeError, match="past Lightning's counting and loss scaling"):
+    with pytest.raises(RuntimeError, match="bypasses Lightning's step counter and loss scaling"):
         fit(Classic(), SAMCallback(rho=0.5))
 
 

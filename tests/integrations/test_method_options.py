@@ -45,7 +45,7 @@ def test_further_options_are_those_of_the_method():
         (lambda base, model: base, None, r"returned SGD, and Owner needs a steppe\.SAM"),
     ],
 )
-def test_what_is_no_method_raises(method, rho, message):
+def test_object_that_is_no_method_raises(method, rho, message):
     with pytest.raises(TypeError, match=message):
         wrap(method, rho)
 
@@ -56,13 +56,13 @@ def test_optimizer_as_method_raises_and_names_its_place():
         MethodOptions("Owner", sam, ready_made="a ready-made SAM goes there")
 
 
-def test_are_default_only_without_method_and_options():
+def test_are_default_is_true_only_without_method_and_options():
     assert MethodOptions("Owner", steppe.SAM).are_default
     assert not MethodOptions("Owner", steppe.SAM, 0.05).are_default
     assert not MethodOptions("Owner", steppe.variants.asam).are_default
 
 
-def test_model_that_was_given_is_kept():
+def test_given_model_is_kept():
     given, other = net(), net()
     sam = steppe.SAM(BASES["sgd"](given.parameters()), model=given)
     set_model_if_missing(sam, other)

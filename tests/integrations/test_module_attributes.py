@@ -53,7 +53,7 @@ def test_replaced_and_deleted_attributes_are_restored():
     assert module.number == 1
 
 
-def test_parameters_and_buffers_are_left_alone():
+def test_parameters_and_buffers_are_unchanged():
     module = KeepsState()
     module.register_buffer("count", torch.zeros(()))
     attributes = PlainAttributes(module)

@@ -265,7 +265,7 @@ def test_two_radii_and_methods_that_return_no_sam_raise(tmp_path):
     sam = steppe.SAM(adamw(model), rho=0.1)
     with pytest.raises(TypeError, match=r"a ready-made SAM is passed as optimizers="):
         trainer(tmp_path, model, method=sam)
-    with pytest.raises(TypeError, match="the SAM in optimizers= has its radius"):
+    with pytest.raises(TypeError, match="the SAM in optimizers= has its own radius"):
         trainer(tmp_path, model, rho=0.1, optimizers=(sam, None))
     with pytest.raises(TypeError, match="returned AdamW, and SAMTrainer needs a steppe.SAM"):
         trainer(tmp_path, model, method=lambda base, model: base).train()
