@@ -1,4 +1,4 @@
-"""The sample that is part of Steppe, and the operations on data sets."""
+"""The sample that is part of Steppe, the digits of scikit-learn, and the operations on data sets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fine_tuning import without
 
+from steppe.cli import main
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import CLASSES, load, normalize
 from steppe.experiments.errors import DataError
@@ -188,3 +191,38 @@ def test_the_script_makes_the_packaged_sample_and_the_same_bytes_twice(
     full_with_one_pixel_changed = replace(full, test=data.Split(full.test.images ^ 1, full.test.labels))
     monkeypatch.setattr(make_sample, "load", lambda _: full_with_one_pixel_changed)
     assert "SAMPLE_SHA256" in make_sample.main(tmp_path / "c")
+
+
+@pytest.fixture(scope="module")
+def digits() -> data.Dataset:
+    return load("digits")
+
+
+def test_digits_are_scikit_learns_with_one_in_three_of_each_class_for_testing(digits: data.Dataset) -> None:
+    from sklearn.datasets import load_digits  # the truth, read by another path
+
+    loaded = load_digits()
+    assert (len(digits.train), len(digits.test)) == (1201, 596)
+    images = torch.cat([digits.train.images, digits.test.images])
+    assert (images.dtype, images.shape[1:]) == (torch.uint8, (1, 28, 28))
+    for label in range(10):
+        of_class = torch.from_numpy(loaded.images[loaded.target == label])
+        test = digits.test.images[digits.test.labels == label]
+        wanted = F.interpolate(of_class[2::3].unsqueeze(1), (28, 28), mode="bilinear") * (255 / 16)
+        assert (test.double() - wanted).abs().max() <= 0.5
+        assert len(digits.train.labels[digits.train.labels == label]) == len(of_class) - len(of_class) // 3
+    assert torch.bincount(images.flatten(1).max(1).values.long())[:128].sum() == 0  # every image is scaled to 0..255
+
+
+def test_digits_with_another_checksum_raise(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(data, "DIGITS_SHA256", "0" * 64)
+    with pytest.raises(DataError, match=r"digits of this scikit-learn are not those .* Install scikit-learn again"):
+        load("digits")
+
+
+def test_missing_scikit_learn_is_reported_with_the_install_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without("sklearn", monkeypatch)
+    assert main(["finetune", "--backbone", "none", "--out", str(tmp_path / "run")]) == 1
+    assert "pip install 'steppe[finetune]'" in capsys.readouterr().err

@@ -4,6 +4,8 @@ All are verified by SHA-256 each time they are read; a mismatch raises `DataErro
 
 References:
     Fashion-MNIST: Xiao, Rasul and Vollgraf 2017, https://arxiv.org/abs/1708.07747.
+    Digits: E. Alpaydin and C. Kaynak 1998, Optical Recognition of Handwritten Digits, UCI Machine Learning Repository,
+    https://doi.org/10.24432/C50P49 (its test set, which is part of scikit-learn).
 """
 
 from __future__ import annotations
@@ -20,10 +22,11 @@ from typing import Literal, Protocol, get_args
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from steppe.experiments.data import digits, fashion_mnist
+from steppe.experiments.data import fashion_mnist
 from steppe.experiments.errors import DataError
 
 DatasetName = Literal["sample", "fashion-mnist", "digits"]
@@ -38,6 +41,7 @@ SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fas
 SAMPLE = "fashion-mnist-sample.npz"
 SAMPLE_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 SAMPLE_SHA256 = "d4d999d034dc2dfc40859079e55859507f807b74ce581fe2146c137248085ff8"
+DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,8 +103,7 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     if name == "fashion-mnist":
         return _load_full(data_dir)
     if name == "digits":  # data_dir is then for the pretraining of a backbone
-        train, test = digits.read()
-        return Dataset("digits", Split(*train), Split(*test), "scikit-learn")
+        return _load_digits()
     if name != "sample":
         raise DataError(f"there is no dataset {name!r}: choose one of {', '.join(get_args(DatasetName))}")
     if data_dir is not None:
@@ -134,35 +137,16 @@ def sample_digest(arrays: Mapping[str, NDArray[np.uint8]]) -> str:
     return digest.hexdigest()
 
 
-def _load_full(data_dir: Path | None) -> Dataset:
-    if (found := _directory(data_dir)) is not None:
-        directory, origin = found
-        source, read = f"{directory} ({origin})", partial(fashion_mnist.from_directory, directory.expanduser())
-    else:
-        source, read = f"{_cache()} (cache)", partial(fashion_mnist.from_cache, _cache())
-    train, test = (_split(*map(read, files)) for files in (fashion_mnist.TRAIN, fashion_mnist.TEST))
-    return Dataset("fashion-mnist", train, test, source)
-
-
-def _directory(data_dir: Path | None) -> tuple[Path, str] | None:
-    """Return the directory of the full set, which is read only, and who named it; None for the cache."""
-    if data_dir is not None:
-        return Path(data_dir), "data_dir"
-    if named := os.environ.get("STEPPE_DATA"):
-        return Path(named), "$STEPPE_DATA"
-    return (SYSTEM, "system package") if SYSTEM.is_dir() else None
-
-
 def is_available(data_dir: Path | None = None) -> bool:
     """True if `load("fashion-mnist", data_dir)` can read from this machine without a download."""
-    if _directory(data_dir) is not None:
-        return True
     try:
-        cache = _cache()
+        directory, origin = _directory(data_dir)
     except DataError:
         return False
     files = (*fashion_mnist.TRAIN, *fashion_mnist.TEST)
-    return all(any((cache / f"{file.name}{packed}").exists() for packed in (".gz", "")) for file in files)
+    return origin != "cache" or all(
+        any((directory / f"{file.name}{packed}").exists() for packed in (".gz", "")) for file in files
+    )
 
 
 def cache_home() -> Path:
@@ -176,8 +160,23 @@ def cache_home() -> Path:
         ) from error
 
 
-def _cache() -> Path:
-    return cache_home() / "steppe" / "fashion-mnist"
+def _directory(data_dir: Path | None) -> tuple[Path, str]:
+    """Return the directory of the full set and its origin; all but the cache are read only."""
+    if data_dir is not None:
+        return Path(data_dir), "data_dir"
+    if named := os.environ.get("STEPPE_DATA"):
+        return Path(named), "$STEPPE_DATA"
+    if SYSTEM.is_dir():
+        return SYSTEM, "system package"
+    return cache_home() / "steppe" / "fashion-mnist", "cache"
+
+
+def _load_full(data_dir: Path | None) -> Dataset:
+    directory, origin = _directory(data_dir)
+    from_files = fashion_mnist.from_cache if origin == "cache" else fashion_mnist.from_directory
+    read = partial(from_files, directory.expanduser())
+    train, test = (_split(*map(read, files)) for files in (fashion_mnist.TRAIN, fashion_mnist.TEST))
+    return Dataset("fashion-mnist", train, test, f"{directory} ({origin})")
 
 
 def _load_sample() -> Dataset:
@@ -195,6 +194,33 @@ def _load_sample() -> Dataset:
         )
     train, test = (_split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
     return Dataset("sample", train, test, "the sample that is part of Steppe")
+
+
+def _load_digits() -> Dataset:
+    """Read the digits, and take every third image of a class for testing."""
+    try:
+        from sklearn.datasets import load_digits  # type: ignore[import-untyped]
+    except ModuleNotFoundError as error:
+        raise DataError(
+            "scikit-learn is not installed, and the digits are part of it: pip install 'steppe[finetune]'"
+        ) from error
+    loaded = load_digits()
+    images, labels = loaded.images.astype(np.uint8), loaded.target.astype(np.uint8)
+    digest = hashlib.sha256(images.tobytes() + labels.tobytes()).hexdigest()
+    if digest != DIGITS_SHA256:
+        raise DataError(
+            f"the digits of this scikit-learn are not those that Steppe knows: their SHA-256 is {digest} and not "
+            f"{DIGITS_SHA256}, and results from them could not be compared. Install scikit-learn again."
+        )
+    # from 0..16 on 8 x 8 pixels; in float64, whose rounding differences between machines do not reach the bytes
+    pixels = torch.from_numpy(images).unsqueeze(1).double()
+    enlarged = F.interpolate(pixels, (28, 28), mode="bilinear", align_corners=False).mul(255 / 16).round()
+    whole = Split(enlarged.to(torch.uint8), torch.from_numpy(labels.astype(np.int64)))
+    # in the order of the file, so it is the same on every machine and for every seed
+    test = torch.zeros(len(whole), dtype=torch.bool)
+    for label in range(10):
+        test[(whole.labels == label).nonzero().flatten()[2::3]] = True
+    return Dataset("digits", whole.select(~test), whole.select(test), "scikit-learn")
 
 
 def _split(images: NDArray[np.uint8], labels: NDArray[np.uint8]) -> Split:

@@ -44,27 +44,15 @@ class IdxFile:
 # The authors publish MD5 sums of their gzipped files; these are SHA-256 sums of their content.
 TRAIN = (
     IdxFile(
-        "train-images-idx3-ubyte",
-        (60_000, 28, 28),
-        "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+        "train-images-idx3-ubyte", (60_000, 28, 28), "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888"
     ),
-    IdxFile(
-        "train-labels-idx1-ubyte",
-        (60_000,),
-        "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
-    ),
+    IdxFile("train-labels-idx1-ubyte", (60_000,), "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9"),
 )
 TEST = (
     IdxFile(
-        "t10k-images-idx3-ubyte",
-        (10_000, 28, 28),
-        "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+        "t10k-images-idx3-ubyte", (10_000, 28, 28), "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b"
     ),
-    IdxFile(
-        "t10k-labels-idx1-ubyte",
-        (10_000,),
-        "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
-    ),
+    IdxFile("t10k-labels-idx1-ubyte", (10_000,), "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34"),
 )
 
 
@@ -164,9 +152,12 @@ def _download(file: IdxFile, directory: Path) -> NDArray[np.uint8]:
     url, path = f"{URL}{file.name}.gz", directory / f"{file.name}.gz"
     log.info("downloading %s to %s", url, path)
     try:
-        packed = _fetch(url)
+        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
+            packed = response.read()
         array = unpack(packed, file)
     except (OSError, HTTPException) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # an open one would keep the connection for as long as the exception lives
         raise DataError(
             f"{file.name} is not on this machine, and downloading it from {url} failed ({_reason(error)}). "
             f"Try again when the network is up. {WAYS_OUT}"
@@ -186,16 +177,6 @@ def _download(file: IdxFile, directory: Path) -> NDArray[np.uint8]:
     return array
 
 
-def _fetch(url: str) -> bytes:
-    try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            content: bytes = response.read()
-            return content
-    except HTTPError as error:
-        error.close()  # an open one would keep the connection for as long as the exception lives
-        raise
-
-
 def _store(content: bytes, path: Path) -> None:
     """Write a file so that it appears whole or not at all, even if the process dies in between."""
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +193,5 @@ def _store(content: bytes, path: Path) -> None:
 
 
 def _reason(error: Exception) -> str:
-    # str(OSError) repeats the path, which every message here names already.
-    strerror = getattr(error, "strerror", None)
-    return str(strerror or error or type(error).__name__)
+    # str(OSError) repeats the path, which every message here names already
+    return str(getattr(error, "strerror", None) or error or type(error).__name__)

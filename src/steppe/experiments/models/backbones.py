@@ -104,25 +104,43 @@ class FineTuned(nn.Module):
 def from_hub(name: str, classes: int, image_size: int | None) -> Backbone:
     """Load `timm:NAME`, `hf:NAME` or `hf:FOLDER`, with a head for `classes` classes.
 
-    Raises ExperimentError when the library, the checkpoint or a part of its metadata is missing.
+    Raises ExperimentError when the library, the checkpoint or a part of its metadata is missing, or when the network
+    does not take the images.
     """
     kind, _, rest = name.partition(":")
-    backbone = {"timm": _timm, "hf": _hugging_face}[kind](rest, classes, image_size)
-    _check_forward(name, backbone, classes)
+    load, packages = {"timm": (_timm, "timm torchvision"), "hf": (_hugging_face, "'steppe[transformers]'")}[kind]
+    try:
+        backbone = load(rest, classes, image_size)
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            f"{error.name} is not installed, and --backbone {name} needs it: pip install {packages}"
+        ) from error
+    except ExperimentError:  # a RuntimeError that has its own message
+        raise
+    except _REASONS as error:
+        raise ExperimentError(
+            f"the backbone {name} could not be loaded ({first_line(error)}): check the name and the network "
+            "connection; a folder of save_pretrained() works too, hf:FOLDER"
+        ) from error
+    try:
+        with torch.random.fork_rng(devices=[]), torch.no_grad():
+            logits = backbone.network(freeze=False).eval()(torch.zeros(2, 1, 28, 28))
+    except _REASONS as error:
+        raise ExperimentError(
+            f"{name} does not take images of {backbone.size} x {backbone.size} pixels ({first_line(error)}): leave "
+            "--image-size out, or take another checkpoint"
+        ) from error
+    if logits.shape != (2, classes):
+        raise ExperimentError(
+            f"{name} returns {tuple(logits.shape)} for two images and not (2, {classes}): it is no image classifier"
+        )
     return backbone
 
 
 def _timm(name: str, classes: int, image_size: int | None) -> Backbone:
-    try:
-        import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
-    except ModuleNotFoundError as error:
-        raise ExperimentError(
-            f"{error.name} is not installed, and --backbone timm:{name} needs it: pip install timm torchvision"
-        ) from error
-    try:
-        model = timm.create_model(name, pretrained=True, num_classes=classes)
-    except _REASONS as error:
-        raise _not_loaded(f"timm:{name}", error) from error
+    import timm  # type: ignore[import-not-found, import-untyped, unused-ignore]
+
+    model = timm.create_model(name, pretrained=True, num_classes=classes)
     known: Mapping[str, Any] = model.pretrained_cfg  # type: ignore[assignment, unused-ignore]
     head = known.get("classifier")
     if not isinstance(head, str):
@@ -132,13 +150,9 @@ def _timm(name: str, classes: int, image_size: int | None) -> Backbone:
 
 
 def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
-    try:
-        from transformers import AutoModelForImageClassification, ImageProcessingMixin
-        from transformers.utils import logging
-    except ModuleNotFoundError as error:
-        raise ExperimentError(
-            f"{error.name} is not installed, and --backbone hf:{name} needs it: pip install 'steppe[transformers]'"
-        ) from error
+    from transformers import AutoModelForImageClassification, ImageProcessingMixin
+    from transformers.utils import logging
+
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]  # it would report the replaced head; missing weights are checked below
     try:
@@ -146,13 +160,17 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
         model, info = AutoModelForImageClassification.from_pretrained(
             name, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
         )
-    except _REASONS as error:
-        raise _not_loaded(f"hf:{name}", error) from error
     finally:
         logging.set_verbosity(before)
-    head = _last_layer(model, classes)
-    if head is None:
+    heads = [
+        layer
+        for layer, module in model.named_modules()
+        if classes in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
+        and hasattr(module, "reset_parameters")
+    ]
+    if not heads:
         raise ExperimentError(f"hf:{name} has no linear last layer for {classes} classes, so it cannot get a new head")
+    head = heads[-1]
     missing = [key for key in info["missing_keys"] if not key.startswith(f"{head}.")]
     if missing:
         raise ExperimentError(
@@ -164,17 +182,6 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
     if not isinstance(size, int):
         raise ExperimentError(f"hf:{name} does not state the size of its images: give it with --image-size")
     return Backbone(model, head, f"Hugging Face's {name}", mean, std, size)
-
-
-def _last_layer(model: nn.Module, classes: int) -> str | None:
-    """Return the name of the last linear layer (or convolution) with `classes` outputs."""
-    names = [
-        name
-        for name, module in model.named_modules()
-        if classes in (getattr(module, "out_features", None), getattr(module, "out_channels", None))
-        and hasattr(module, "reset_parameters")
-    ]
-    return names[-1] if names else None
 
 
 def _normalization(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
@@ -200,26 +207,3 @@ def _size(processor: Mapping[str, Any]) -> int | None:
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
     return size if isinstance(size, int) else None
-
-
-def _not_loaded(name: str, error: BaseException) -> ExperimentError:
-    return ExperimentError(
-        f"the backbone {name} could not be loaded ({first_line(error)}): check the name and the network connection; "
-        "a folder of save_pretrained() works too, hf:FOLDER"
-    )
-
-
-def _check_forward(name: str, backbone: Backbone, classes: int) -> None:
-    """Check, before any run, that the network accepts the images; ExperimentError otherwise."""
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        try:
-            logits = backbone.network(freeze=False).eval()(torch.zeros(2, 1, 28, 28))
-        except _REASONS as error:
-            raise ExperimentError(
-                f"{name} does not take images of {backbone.size} x {backbone.size} pixels ({first_line(error)}): leave "
-                "--image-size out, or take another checkpoint"
-            ) from error
-    if logits.shape != (2, classes):
-        raise ExperimentError(
-            f"{name} returns {tuple(logits.shape)} for two images and not (2, {classes}): it is no image classifier"
-        )
