@@ -6,8 +6,8 @@ from typing import Any
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import objectives
-from steppe.experiments.measuring.options import Sampling
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.run_folder import CHECKPOINT
@@ -43,15 +43,12 @@ def flatness(run: Run, folder: Path, images: Dataset, stop: Stop, *, tiny: bool)
     network = PreActResNet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
     network.load_state_dict(checkpoints.load(folder / CHECKPOINT, owner(run, 1, None))["model"])
     network.to(images.train.images.device)
-    sampling = Sampling(samples=32) if tiny else Sampling()
-    sample = flatness_sample(images.train, sampling.samples, run.seed)
-    plain, normalized = objectives(network, sample, sampling, raise_if_stopped)
+    options = MeasuringOptions(samples=32) if tiny else MeasuringOptions()
+    sample = flatness_sample(images.train, options.samples, run.seed)
+    plain, normalized = objectives(network, sample, options, raise_if_stopped)
     try:
         found = measure(plain, replace(_TINY if tiny else Budget(), points=0), normalized=normalized)
-    except (
-        FloatingPointError,
-        ValueError,
-        RuntimeError,
-    ) as error:  # a failed measurement must not lose the accuracies of the run
+    # a failed measurement must not lose the accuracies of the run
+    except (FloatingPointError, ValueError, RuntimeError) as error:
         return {"failed": " ".join(str(error).split())}
     return {k: v for k, v in found.to_json().items() if "landscape" not in k}

@@ -15,7 +15,7 @@ from rich.console import Console
 from torch import nn
 
 from steppe.experiments.measuring import jobs, user_model
-from steppe.experiments.measuring.options import MeasuringOptions, Sampling
+from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
 from steppe.flatness import Budget, Objective
 
@@ -202,7 +202,7 @@ def go(model: str = "net", data: str = "pair", *, samples: int = 30, width: int 
             options[option] = f"user_module:{options[option]}"
     console = Console(file=io.StringIO(), width=width)
     given = UserModel(f"user_module:{model}", f"user_module:{data}", **options)
-    measuring = MeasuringOptions(Sampling(samples=samples, batch_size=16), BUDGET, processes=1)
+    measuring = MeasuringOptions(samples=samples, batch_size=16, budget=BUDGET, processes=1)
     measure_user_model(given, measuring, console)
     return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
 

@@ -14,8 +14,8 @@ from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import measure_runs
-from steppe.experiments.measuring.options import MeasuringOptions
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
 from steppe.experiments.methods_table import methods
 from steppe.experiments.tuning.options import TuningOptions

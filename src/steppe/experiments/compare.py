@@ -9,9 +9,8 @@ from rich.console import Console
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.double_descent import DoubleDescent
-from steppe.experiments.analysis.flatness import read_flatness, verdicts
 from steppe.experiments.analysis.summary import Summary, summarize
-from steppe.experiments.analysis.verdicts import Verdict
+from steppe.experiments.analysis.verdicts import Verdict, read_flatness, verdicts
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor

@@ -97,7 +97,9 @@ def test_wide_table_fits_and_many_verdicts_carry_a_warning(tmp_path: Path) -> No
     summary = summarize(
         many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
     )
-    assert list(summary.notes())[-1].startswith("Each of these 6 intervals is a 95 % one by itself")
+    assert list(summary.notes())[-1].startswith(
+        "Each of these 6 intervals alone has a confidence of 95 %: where there is no difference"
+    )
     console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)
     console.file.close()

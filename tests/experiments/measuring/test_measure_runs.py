@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from rich.console import Console
 from tiny import CPU, dataset, recipe
 
-from steppe.experiments.analysis.flatness import FLATNESS, read_flatness, verdicts
+from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdicts
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split, load, normalize
@@ -25,9 +25,8 @@ from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import with_backbone
 from steppe.experiments.measuring import jobs, measure_runs
-from steppe.experiments.measuring.jobs import Progress
+from steppe.experiments.measuring.jobs import MeasuringOptions, Progress
 from steppe.experiments.measuring.measure_runs import LineJob, RunJob
-from steppe.experiments.measuring.options import MeasuringOptions, Sampling
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
@@ -47,7 +46,7 @@ BUDGET = Budget(
     density_iterations=3,
     points=3,
 )
-OPTIONS = MeasuringOptions(Sampling(samples=24), BUDGET, processes=1)
+OPTIONS = MeasuringOptions(samples=24, budget=BUDGET, processes=1)
 FIELDS: dict[str, Any] = {"width": 1, "epochs": 2, "seeds": 2, "shots": 4, "label_noise": 0.25}
 NAMES = ["sgd-seed0", "sam-seed0", "sgd-seed1", "sam-seed1"]
 
@@ -191,8 +190,8 @@ def test_measured_runs_are_not_measured_again(path: Path, once: Path, measured: 
 
 def test_runs_and_lines_are_measured_again_with_other_settings(path: Path, measured: list[str]) -> None:
     for options in (
-        dataclasses.replace(OPTIONS, sampling=Sampling(samples=20)),
-        dataclasses.replace(OPTIONS, sampling=Sampling(samples=24, batch_norm="train")),
+        dataclasses.replace(OPTIONS, samples=20),
+        dataclasses.replace(OPTIONS, batch_norm="train"),
         dataclasses.replace(OPTIONS, budget=dataclasses.replace(BUDGET, rho=0.1)),
     ):
         measured.clear()
@@ -296,7 +295,7 @@ def test_samples_are_limited_to_the_training_set_and_recorded(path: Path) -> Non
     for run in RunFolder(path).recipe().runs():
         if run.name != "sgd-seed0":
             shutil.rmtree(RunFolder(path).run(run))
-    options = dataclasses.replace(OPTIONS, sampling=Sampling(), budget=dataclasses.replace(BUDGET, m=64, points=0))
+    options = dataclasses.replace(OPTIONS, samples=256, budget=dataclasses.replace(BUDGET, m=64, points=0))
     measure_quietly(path, options)
     found = written(path, "runs", "sgd-seed0")
     assert (found["settings"]["samples"], found["settings"]["m"]) == (40, 40)
@@ -311,7 +310,7 @@ def test_worker_processes_measure_the_same_and_keep_results_when_one_fails(tmp_p
     # the real sample, because the workers load it themselves
     folder = trained_folder(tmp_path / "run", load("sample"), shots=1, seeds=1, label_noise=0.0)
     other = Path(shutil.copytree(folder.path, tmp_path / "other"))
-    options = dataclasses.replace(OPTIONS, sampling=Sampling(samples=10))
+    options = dataclasses.replace(OPTIONS, samples=10)
     measure_quietly(folder.path, options)
     damaged = other / "runs" / "sam-seed0" / CHECKPOINT
     content = damaged.read_bytes()

@@ -14,7 +14,7 @@ from user_code import BUDGET, CODE, data, go, loss, measured_names, net, user_fo
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import flatness as flatness_figures
 from steppe.experiments.measuring import jobs, user_model
-from steppe.experiments.measuring.options import MeasuringOptions, Sampling
+from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
 from steppe.flatness import FAMILIES, Budget, Objective
 
@@ -75,7 +75,7 @@ def test_samples_are_drawn_by_the_seed_from_tensors_and_datasets_alike() -> None
 def test_m_is_limited_to_the_batch_size() -> None:
     console = Console(quiet=True)
     given = UserModel("user_module:net", "user_module:loader", weights=weights(1))
-    measure_user_model(given, MeasuringOptions(Sampling(), Budget(**{**vars(BUDGET), "m": 64})), console)
+    measure_user_model(given, MeasuringOptions(budget=Budget(**{**vars(BUDGET), "m": 64})), console)
     assert written("w1")["settings"]["m"] == 7
 
 
@@ -243,7 +243,7 @@ def test_invalid_options_raise(options: dict[str, Any], message: str) -> None:
 def test_error_in_the_user_code_is_reported_on_one_line(options: dict[str, Any], message: str) -> None:
     given = UserModel(**{"model": "user_module:net", "data": "user_module:pair", **options})
     with pytest.raises(ExperimentError, match=message) as raised:
-        measure_user_model(given, MeasuringOptions(Sampling(batch_size=16), BUDGET), Console(quiet=True))
+        measure_user_model(given, MeasuringOptions(batch_size=16, budget=BUDGET), Console(quiet=True))
     assert "\n" not in str(raised.value)
 
 

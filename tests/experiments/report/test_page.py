@@ -15,8 +15,8 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from tiny import recipe
 
-from steppe.experiments.analysis.flatness import read_flatness, read_lines, verdicts
 from steppe.experiments.analysis.summary import Summary, summarize
+from steppe.experiments.analysis.verdicts import read_flatness, read_lines, verdicts
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.report import figures as page_figures

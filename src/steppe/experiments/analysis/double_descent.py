@@ -3,17 +3,16 @@
 Belkin, Hsu, Ma and Mandal 2019, https://arxiv.org/abs/1812.11118; Nakkiran et al. 2020, https://arxiv.org/abs/1912.02292.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from statistics import fmean
 from typing import Any
 
 import torch
-from rich.console import Console
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import SummaryFiles, record_at, setting
-from steppe.experiments.analysis.tables import bullets, markdown_table, show_table, terminal_table
+from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.models.preact_resnet import PreActResNet18
@@ -22,18 +21,6 @@ from steppe.experiments.storage.run_folder import RunFolder
 
 INTERPOLATES = 1.0
 """Percent: a method interpolates from the smallest width on whose mean training error is below it."""
-
-_HEADINGS = (
-    "width",
-    "parameters",
-    "method",
-    "train\nerror %",
-    "test\nerror %",
-    "test error\nagainst {}",
-    "sharpness\nS(w)",
-    "largest\neigenvalue",
-    "runs",
-)
 
 Runs = Mapping[tuple[int, MethodSpec], Mapping[int, Record]]
 """By width and method, and then by seed: the measurement at the compute that all methods get."""
@@ -53,15 +40,20 @@ class Point:
     lambda_max: Estimate | None
 
     def cells(self) -> list[str]:
-        return [
-            str(self.width),
-            f"{self.parameters:,}",
-            self.method.label,
-            *(value.text(".2f") for value in (self.train_error, self.test_error)),
-            "" if self.against is None else _interval(self.against),
-            *("" if value is None else value.text(".3g") for value in (self.sharpness, self.lambda_max)),
-            str(self.test_error.n),
-        ]
+        return [text(self) for text in _COLUMNS.values()]
+
+
+_COLUMNS: Mapping[str, Callable[[Point], str]] = {
+    "width": lambda point: str(point.width),
+    "parameters": lambda point: f"{point.parameters:,}",
+    "method": lambda point: point.method.label,
+    "train\nerror %": lambda point: point.train_error.text(".2f"),
+    "test\nerror %": lambda point: point.test_error.text(".2f"),
+    "test error\nagainst {}": lambda point: "" if point.against is None else _interval(point.against),
+    "sharpness\nS(w)": lambda point: "" if point.sharpness is None else point.sharpness.text(".3g"),
+    "largest\neigenvalue": lambda point: "" if point.lambda_max is None else point.lambda_max.text(".3g"),
+    "runs": lambda point: str(point.test_error.n),
+}
 
 
 @dataclass(frozen=True)
@@ -98,7 +90,7 @@ class Peak:
 
 @dataclass(frozen=True)
 class DoubleDescent(SummaryFiles):
-    """Every number of a comparison over widths, once, for the terminal, summary.md, summary.json and the figure."""
+    """Every number of a comparison over widths, once."""
 
     title: str
     reference: MethodSpec
@@ -110,6 +102,10 @@ class DoubleDescent(SummaryFiles):
     """For each further method its test error minus the first one's, averaged over the widths, by seed."""
     unfinished: Sequence[str]
 
+    def table(self) -> Table:
+        headings = [heading.format(self.reference.label) for heading in _COLUMNS]
+        return Table(headings, {"": [point.cells() for point in self.points]}, left=(2,), title=self.title)
+
     def notes(self) -> Iterator[str]:
         for method, width in self.thresholds.items():
             where = "at none of these widths" if width is None else f"from width {width} on"
@@ -117,21 +113,14 @@ class DoubleDescent(SummaryFiles):
         yield from (peak.sentence() for peak in self.peaks)
         if self.peaks:
             yield (
-                "Intervals are 95 % ones of runs paired by seed. The width of a peak is chosen by the same runs, "
-                "which makes it look a little higher than it is."
+                "The intervals have a confidence of 95 %, over runs paired by seed. The width of a peak is chosen by "
+                "the same runs, which makes it look a little higher than it is."
             )
         reference = self.reference.label
         for method, value in self.overall.items():
             yield f"{method.label} against {reference}, mean over the widths: test error {_interval(value)} points."
         if self.unfinished:
             yield f"Not finished, and not in the table: {', '.join(self.unfinished)}."
-
-    def headings(self) -> list[str]:
-        return [heading.format(self.reference.label) for heading in _HEADINGS]
-
-    def markdown(self) -> str:
-        lines = markdown_table(self.headings(), [point.cells() for point in self.points], left=(2,))
-        return "\n".join([f"# {self.title}", "", *lines, "", *bullets(self.notes()), ""])
 
     def json(self) -> dict[str, Any]:
         return {
@@ -145,10 +134,6 @@ class DoubleDescent(SummaryFiles):
             "interpolates_below_percent": INTERPOLATES,
             "notes": list(self.notes()),
         }
-
-    def show(self, console: Console) -> None:
-        rows = [point.cells() for point in self.points]
-        show_table(console, terminal_table(self.headings(), rows, left=(2,), title=self.title), self.notes())
 
 
 def parameters(recipe: Recipe) -> int:
@@ -177,8 +162,7 @@ def summarize(recipe: Recipe) -> DoubleDescent:
     }
     peaks = [peak for method in recipe.comparison.methods if (peak := _peak(method, runs)) is not None]
     reference, *others = recipe.comparison.methods
-    means = {method: _means(method, reference, recipe.comparison.widths, runs) for method in others}
-    overall = {method: estimate(values) for method, values in means.items() if values}
+    overall = {method: value for method in others if (value := _overall(recipe, method, runs)) is not None}
     return DoubleDescent(f"{recipe.name}: {setting(recipe)}", reference, points, thresholds, peaks, overall, unfinished)
 
 
@@ -197,53 +181,51 @@ def _read(recipe: Recipe) -> tuple[Runs, list[str]]:
 
 def _point(recipe: Recipe, width: int, size: int, method: MethodSpec, runs: Runs) -> Point:
     records = runs[width, method].values()
-    reference = recipe.comparison.methods[0]
-    pairs = _paired((width, method), (width, reference), runs) if method != reference else []
     return Point(
         width,
         size,
         method,
         estimate([100 - r.train_accuracy for r in records]),
         estimate([100 - r.test_accuracy for r in records]),
-        estimate(pairs) if pairs else None,
-        _measured([r.sharpness for r in records]),
-        _measured([r.lambda_max for r in records]),
+        _estimate_of_some(_against(recipe, width, method, runs).values()),
+        _estimate_of_some(r.sharpness for r in records),
+        _estimate_of_some(r.lambda_max for r in records),
     )
 
 
-def _measured(values: Sequence[float | None]) -> Estimate | None:
+def _overall(recipe: Recipe, method: MethodSpec, runs: Runs) -> Estimate | None:
+    """Average the difference to the reference over all widths, for each seed that has all of them in both."""
+    each = [_against(recipe, width, method, runs) for width in recipe.comparison.widths]
+    return _estimate_of_some(fmean(by[seed] for by in each) for seed in sorted(set.intersection(*map(set, each))))
+
+
+def _against(recipe: Recipe, width: int, method: MethodSpec, runs: Runs) -> dict[int, float]:
+    """Return the test error minus the reference's, for each seed that both have; nothing for the reference itself."""
+    reference = recipe.comparison.methods[0]
+    ours, theirs = runs.get((width, method), {}), runs.get((width, reference), {})
+    seeds = sorted(ours.keys() & theirs.keys()) if method != reference else []
+    return {seed: theirs[seed].test_accuracy - ours[seed].test_accuracy for seed in seeds}
+
+
+def _estimate_of_some(values: Iterable[float | None]) -> Estimate | None:
     known = [value for value in values if value is not None]
     return estimate(known) if known else None
-
-
-def _paired(one: tuple[int, MethodSpec], other: tuple[int, MethodSpec], runs: Runs) -> list[float]:
-    """Return the test error at `one` minus that at `other`, for each seed that both have."""
-    ours, theirs = runs.get(one, {}), runs.get(other, {})
-    return [theirs[seed].test_accuracy - ours[seed].test_accuracy for seed in sorted(ours.keys() & theirs.keys())]
 
 
 def _peak(method: MethodSpec, runs: Runs) -> Peak | None:
     """Find the highest mean test error of a method; None unless there are three widths with a common seed."""
     widths = sorted(width for width, name in runs if name == method)
-    common = set.intersection(*(set(runs[width, method]) for width in widths)) if widths else set()
-    if len(widths) < 3 or not common:
+    if len(widths) < 3 or not (seeds := set.intersection(*(set(runs[width, method]) for width in widths))):
         return None
-    runs = {(width, method): {seed: runs[width, method][seed] for seed in common} for width in widths}
-    errors = {width: fmean(100 - record.test_accuracy for record in runs[width, method].values()) for width in widths}
+    accuracies = {width: [runs[width, method][seed].test_accuracy for seed in sorted(seeds)] for width in widths}
+    errors = {width: fmean(100 - value for value in values) for width, values in accuracies.items()}
     top, narrowest, widest = max(widths, key=lambda width: errors[width]), widths[0], widths[-1]
-    above = [
-        estimate(_paired((top, method), (end, method), runs)) if end != top else None for end in (narrowest, widest)
-    ]
-    return Peak(method, top, errors[top], narrowest, widest, *above)
 
+    def above(end: int) -> Estimate | None:
+        differences = [theirs - ours for ours, theirs in zip(accuracies[top], accuracies[end], strict=True)]
+        return estimate(differences) if end != top else None
 
-def _means(method: MethodSpec, reference: MethodSpec, widths: Sequence[int], runs: Runs) -> list[float]:
-    """Return the difference to the reference averaged over all widths, for each seed that has all of them in both."""
-    seeds = [set(runs.get((width, name), {})) for width in widths for name in (method, reference)]
-    return [
-        fmean(runs[w, reference][seed].test_accuracy - runs[w, method][seed].test_accuracy for w in widths)
-        for seed in sorted(set.intersection(*seeds))
-    ]
+    return Peak(method, top, errors[top], narrowest, widest, above(narrowest), above(widest))
 
 
 def _interval(value: Estimate) -> str:

@@ -12,7 +12,6 @@ _T_975 = (
     *(2.2010, 2.1788, 2.1604, 2.1448, 2.1314, 2.1199, 2.1098, 2.1009, 2.0930, 2.0860),
     *(2.0796, 2.0739, 2.0687, 2.0639, 2.0595, 2.0555, 2.0518, 2.0484, 2.0452, 2.0423),
 )
-_Z_975 = 1.959964
 
 
 def t_quantile(df: int) -> float:
@@ -25,7 +24,7 @@ def t_quantile(df: int) -> float:
         raise ValueError(f"df={df}: one run has no spread, so it has no confidence interval; take two or more")
     if df <= len(_T_975):
         return _T_975[df - 1]
-    z = _Z_975  # its expansion in 1/df: Abramowitz and Stegun 26.7.5
+    z = 1.959964  # the normal distribution's, and its expansion in 1/df: Abramowitz and Stegun 26.7.5
     return z + (z**3 + z) / (4 * df) + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * df**2)
 
 
@@ -49,9 +48,9 @@ class Estimate:
             return None
         return 0 if abs(self.mean) <= self.half_width else int(math.copysign(1, self.mean))
 
-    def text(self, form: str) -> str:
-        """Return mean and standard deviation, each formatted by `form`."""
-        return f"{self.mean:{form}}" + ("" if self.sd is None else f"±{self.sd:{form}}")
+    def text(self, form: str, form_of_sd: str | None = None, sign: str = "±") -> str:
+        """Return mean and standard deviation, both formatted by `form` unless another is given for the latter."""
+        return f"{self.mean:{form}}" + ("" if self.sd is None else f"{sign}{self.sd:{form_of_sd or form}}")
 
 
 def estimate(values: Sequence[float]) -> Estimate:

@@ -1,34 +1,20 @@
 """The summary of a comparison: a row for each method, the paired differences, and their verdicts."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.console import Console
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.tables import bullets, markdown_table, show_table, size_of, terminal_table
+from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results, RunFolder
-
-_HEADINGS = (
-    "method",
-    "std.\nepochs",
-    "passes\na step",
-    "train\naccuracy %",
-    "test\naccuracy %",
-    "gap,\npoints",
-    "train\nloss",
-    "time,\ns",
-    "runs",
-)
-
-_LEAST_NEEDED = ("train\nloss", "time,\ns", "std.\nepochs")  # first to go from a narrow console
 
 _NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 
@@ -49,15 +35,21 @@ class Row:
     seconds: Estimate
 
     def cells(self) -> list[str]:
-        return [
-            self.method.label,
-            str(self.standardized_epoch),
-            f"{self.passes.mean:.2f}",
-            *(value.text(".2f") for value in (self.train_accuracy, self.test_accuracy, self.gap)),
-            self.train_loss.text(".3f"),
-            f"{self.seconds.mean:.0f}",
-            str(self.gap.n),
-        ]
+        return [text(self) for text in _COLUMNS.values()]
+
+
+_COLUMNS: Mapping[str, Callable[[Row], str]] = {
+    "method": lambda row: row.method.label,
+    "std.\nepochs": lambda row: str(row.standardized_epoch),
+    "passes\na step": lambda row: f"{row.passes.mean:.2f}",
+    "train\naccuracy %": lambda row: row.train_accuracy.text(".2f"),
+    "test\naccuracy %": lambda row: row.test_accuracy.text(".2f"),
+    "gap,\npoints": lambda row: row.gap.text(".2f"),
+    "train\nloss": lambda row: row.train_loss.text(".3f"),
+    "time,\ns": lambda row: f"{row.seconds.mean:.0f}",
+    "runs": lambda row: str(row.gap.n),
+}
+_LEAST_NEEDED = ((6,), (7,), (1,))  # columns in the order in which a narrow console leaves them out
 
 
 @dataclass(frozen=True)
@@ -73,21 +65,31 @@ class Difference:
     def sentence(self) -> str:
         runs = self.gap.n
         return (
-            f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} "
-            f"standardized epochs, {runs} paired run{'s'[: runs > 1]}: "
-            f"test accuracy {_verdict(self.test_accuracy, better=1)}; "
+            f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} standardized epochs, "
+            f"{runs} paired run{'s'[: runs > 1]}: test accuracy {_verdict(self.test_accuracy, better=1)}; "
             f"generalization gap {_verdict(self.gap, better=-1)}."
         )
 
 
 class SummaryFiles(ABC):
-    """A summary that is written as summary.md and summary.json."""
+    """A table with notes, for the terminal, summary.md and summary.json."""
 
     @abstractmethod
-    def markdown(self) -> str: ...
+    def table(self) -> Table: ...
+
+    @abstractmethod
+    def notes(self) -> Iterator[str]: ...
 
     @abstractmethod
     def json(self) -> dict[str, Any]: ...
+
+    def markdown(self) -> str:
+        table = self.table()
+        return "\n".join([f"# {table.title}", "", *table.markdown(), "", *bullets(self.notes()), ""])
+
+    def show(self, console: Console) -> None:
+        """Print the table and the notes; columns that do not fit a narrow console are in summary.md only."""
+        self.table().show(console, self.notes())
 
     def write(self, folder: RunFolder) -> None:
         write_atomically(folder.path / "summary.md", self.markdown().encode())
@@ -96,7 +98,7 @@ class SummaryFiles(ABC):
 
 @dataclass(frozen=True)
 class Summary(SummaryFiles):
-    """Every number of the summary, once, for the terminal, summary.md and summary.json."""
+    """Every number of a comparison, once."""
 
     title: str
     rows: Sequence[Row]
@@ -105,26 +107,35 @@ class Summary(SummaryFiles):
     flatness: Sequence[Verdict] = ()
     """The verdicts on flatness, where it was measured."""
 
+    def table(self) -> Table:
+        rows = [row.cells() for row in self.rows]
+        return Table(list(_COLUMNS), {"": rows}, title=self.title, optional=_LEAST_NEEDED)
+
     def notes(self) -> Iterator[str]:
         yield from (difference.sentence() for difference in self.differences)
         verdicts = sum(value.sign is not None for d in self.differences for value in (d.test_accuracy, d.gap))
         if verdicts >= _MANY:
             yield (
-                f"Each of these {verdicts} intervals is a 95 % one by itself: where there is no difference, one in "
-                "twenty still shows one."
+                f"Each of these {verdicts} intervals alone has a confidence of 95 %: where there is no difference, one "
+                "in twenty still shows one."
             )
         if self.unfinished:
             yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
 
     def markdown(self) -> str:
-        lines = markdown_table(_HEADINGS, [row.cells() for row in self.rows])
-        flat = ["## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *bullets(CAVEATS), ""]
-        parts = [f"# {self.title}", "", *lines, "", *bullets(self.notes()), "", *(flat if self.flatness else [])]
-        return "\n".join(parts)
+        if not self.flatness:
+            return super().markdown()
+        flatness = ["", "## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *bullets(CAVEATS)]
+        return super().markdown() + "\n".join([*flatness, ""])
+
+    def show(self, console: Console) -> None:
+        super().show(console)
+        for verdict in self.flatness:
+            verdict.show(console)
 
     def json(self) -> dict[str, Any]:
         """Return the summary as JSON, with the verdicts in words."""
-        values = asdict(replace(self, flatness=())) | {"flatness": [verdict.json() for verdict in self.flatness]}
+        values = asdict(self) | {"flatness": [verdict.json() for verdict in self.flatness]}
         if not self.flatness:
             del values["flatness"]
         for row, value in zip(self.rows, values["rows"], strict=True):
@@ -135,18 +146,6 @@ class Summary(SummaryFiles):
             value["gap"]["half_width_95"] = difference.gap.half_width
             value["verdict"] = difference.sentence()
         return values
-
-    def show(self, console: Console) -> None:
-        """Print the table and the verdicts; columns that do not fit a narrow console are in summary.md only."""
-        for count in range(len(_LEAST_NEEDED) + 1):
-            shown = [i for i, heading in enumerate(_HEADINGS) if heading not in _LEAST_NEEDED[:count]]
-            rows = [[row.cells()[i] for i in shown] for row in self.rows]
-            table = terminal_table([_HEADINGS[i] for i in shown], rows, title=self.title)
-            if size_of(table, console).minimum <= console.width:
-                break
-        show_table(console, table, self.notes())
-        for verdict in self.flatness:
-            verdict.show(console)
 
 
 def setting(recipe: Recipe) -> str:
@@ -185,11 +184,20 @@ def _network(recipe: Recipe) -> str:
 
 
 def summarize(recipe: Recipe, results: Results) -> Summary:
-    """Summarize what there is: a unit counts where it was measured at the standardized epoch of the row."""
+    """Summarize what there is: a run counts where it was measured at the standardized epoch of the row."""
     rows = [row for method in recipe.comparison.methods for row in _rows(recipe, method, results)]
-    reference, *others = recipe.comparison.methods
-    differences = [d for d in (_difference(recipe, m, reference, results) for m in others) if d is not None]
-    unfinished = [u.name for u in results if not record_at(results[u], u.standardized_epochs)]
+    epochs, (reference, *others) = recipe.comparison.epochs, recipe.comparison.methods
+    found = {run: record for run in results if (record := record_at(results[run], epochs)) is not None}
+    differences = []
+    for method in others:
+        # the runs of a seed have the same initial weights and order of images
+        runs = [(run, Run(recipe, reference, run.seed)) for run in found if run.method == method]
+        pairs = [(found[run], found[other]) for run, other in runs if other in found]
+        if pairs:
+            names = ("test_accuracy", "gap")
+            values = (estimate([getattr(ours, n) - getattr(theirs, n) for ours, theirs in pairs]) for n in names)
+            differences.append(Difference(method, reference, epochs, *values))
+    unfinished = [run.name for run in results if not record_at(results[run], run.standardized_epochs)]
     return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished)
 
 
@@ -205,23 +213,6 @@ def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]
         if records:
             names = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
             yield Row(method, epoch, *(estimate([getattr(r, name) for r in records]) for name in names))
-
-
-def _difference(recipe: Recipe, method: MethodSpec, reference: MethodSpec, results: Results) -> Difference | None:
-    """Pair the runs by seed, which have the same initial weights and order of images; None without pairs."""
-    epochs = recipe.comparison.epochs
-    pairs = [
-        (ours, theirs)
-        for run, records in results.items()
-        if run.method == method
-        and (ours := record_at(records, epochs)) is not None
-        and (theirs := record_at(results.get(Run(recipe, reference, run.seed), []), epochs)) is not None
-    ]
-    if not pairs:
-        return None
-    accuracy = estimate([ours.test_accuracy - theirs.test_accuracy for ours, theirs in pairs])
-    gap = estimate([ours.gap - theirs.gap for ours, theirs in pairs])
-    return Difference(method, reference, epochs, accuracy, gap)
 
 
 def _verdict(value: Estimate, *, better: int) -> str:

@@ -1,48 +1,69 @@
-"""Tables of text, in Markdown and for the terminal: numbers to the right, and the columns in `left` to the left."""
+"""Tables of text with notes, in Markdown and for the terminal."""
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
+from rich import table as rich
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.measure import Measurement
-from rich.table import Table
+from rich.markup import escape
 
 
-def markdown_row(cells: Iterable[str]) -> str:
-    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"
+@dataclass(frozen=True)
+class Table:
+    """Rows of text: numbers to the right, and the columns in `left` to the left."""
 
+    headings: Sequence[str]
+    sections: Mapping[str, Sequence[Sequence[str]]]
+    """The rows by the title of their section, which is "" for rows without one."""
+    left: Collection[int] = (0,)
+    title: str = ""
+    optional: Sequence[Collection[int]] = ()
+    """Columns that a narrow console leaves out, as many as it takes, the first ones first."""
+    wraps: bool = True
+    """True if the left columns may wrap before any column is left out."""
 
-def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]], left: Collection[int] = (0,)) -> list[str]:
-    rule = "".join("|---" if i in left else "|---:" for i in range(len(headings))) + "|"
-    return [markdown_row(headings), rule, *map(markdown_row, rows)]
+    def markdown(self) -> list[str]:
+        """Return the lines of the table, without its title."""
+        rule = "".join("|---" if i in self.left else "|---:" for i in range(len(self.headings))) + "|"
+        lines = [_markdown_row(self.headings), rule]
+        for title, rows in self.sections.items():
+            lines += [f"| **{title}** |" + " |" * (len(self.headings) - 1)] if title and rows else []
+            lines += map(_markdown_row, rows)
+        return lines
 
+    def show(self, console: Console, notes: Iterable[str]) -> None:
+        """Print the table and the notes."""
+        hidden: list[int] = []
+        for columns in ((), *self.optional):
+            hidden += columns
+            table = self._terminal(hidden)
+            size = table.__rich_measure__(console, console.options.update(max_width=1000))
+            if (size.minimum if self.wraps else size.maximum) <= console.width:
+                break
+        console.print(table)
+        for note in notes:
+            console.print(note, highlight=False, markup=False)
 
-def terminal_table(
-    headings: Sequence[str],
-    rows: Iterable[Sequence[str]],
-    left: Collection[int] = (0,),
-    title: str | None = None,
-    ends: Collection[int] = (),
-) -> Table:
-    """Return a table for a console, with a gap after the rows at the positions `ends`."""
-    table = Table(title=title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-    for i, heading in enumerate(headings):
-        table.add_column(heading, justify="left" if i in left else "right", no_wrap=i not in left)
-    for i, row in enumerate(rows):
-        table.add_row(*row, end_section=i in ends)
-    return table
-
-
-def size_of(table: Table, console: Console) -> Measurement:
-    """Return the columns that a table takes where the console does not limit them."""
-    return table.__rich_measure__(console, console.options.update(max_width=1000))
-
-
-def show_table(console: Console, table: Table, notes: Iterable[str]) -> None:
-    console.print(table)
-    for note in notes:
-        console.print(note, highlight=False, markup=False)
+    def _terminal(self, hidden: Collection[int]) -> rich.Table:
+        """Return the table for a console, with a gap after each section."""
+        table = rich.Table(
+            title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+        )
+        shown = [i for i in range(len(self.headings)) if i not in hidden]
+        for i in shown:
+            left = i in self.left
+            table.add_column(escape(self.headings[i]), justify="left" if left else "right", no_wrap=not left)
+        for rows in self.sections.values():
+            for row in rows:
+                table.add_row(*(escape(row[i]) for i in shown))
+            table.add_section()
+        return table
 
 
 def bullets(sentences: Iterable[str]) -> list[str]:
     return [f"- {sentence}" for sentence in sentences]
+
+
+def _markdown_row(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |"

@@ -1,24 +1,31 @@
-"""Verdicts on flatness: a method's minima against the reference's, measure by measure."""
+"""The measured flatness of runs: its files, and verdicts on a method's minima against the reference's."""
 
+import json
 import math
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.markup import escape
-from rich.table import Table
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.tables import bullets, markdown_row, markdown_table, show_table, size_of
-from steppe.flatness import FAMILIES, Flatness
+from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.run_folder import RunFolder
+from steppe.flatness import FAMILIES, Flatness, Measure
 
-_HEADINGS, _LEFT = ("measure", "", "", "difference ± 95 %", "verdict"), (0, 4)
+FLATNESS = "flatness.json"
+
 _WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}
 
 _APART = 2.0  # ratio of two losses, from which on the difference in fit may explain that in flatness
+
+_UNEQUAL = "These are the ends of all runs, and not of equal compute: {0} after {2} standardized epochs, {1} after {3}."
+
+_NONE = Measure(math.nan)
 
 _FAMILIES = tuple(name for name in FAMILIES if name != "context")
 
@@ -26,7 +33,7 @@ CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change; it can become more "
     "confident, and all measures that depend on its logits change. Only where every kind of measure agrees is a "
     "minimum called flatter or sharper.",
-    "Each interval is a 95 % one by itself: of so many, one in twenty shows a difference where there is none.",
+    "Each interval alone has a confidence of 95 %: of so many, one in twenty shows a difference where there is none.",
     "Flatter does not mean better: sharpness often does not track generalization (arXiv 2302.07011). Look at the test "
     "accuracies and the gap beside it.",
 )
@@ -43,17 +50,15 @@ class Row:
     difference: Estimate
 
     @property
-    def label(self) -> str:
-        return FAMILIES[self.family].measures[self.name]
-
-    @property
     def word(self) -> str:
         """The verdict of this measure; empty for the context."""
         return "" if self.family == "context" else _WORDS[self.difference.sign]
 
     def cells(self) -> list[str]:
+        label = FAMILIES[self.family].measures[self.name]
         half = "" if self.difference.half_width is None else f" ± {self.difference.half_width:.2g}"
-        return [self.label, _text(self.reference), _text(self.ours), f"{self.difference.mean:+.3g}{half}", self.word]
+        reference, ours = (value.text(".3g", ".2g", " ± ") for value in (self.reference, self.ours))
+        return [label, reference, ours, f"{self.difference.mean:+.3g}{half}", self.word]
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Verdict:
 
     def family(self, name: str) -> str:
         """Return the verdict of a family: one word if its measures do not contradict each other, else "mixed"."""
-        words = Counter(row.word for row in self.rows if row.family == name)
+        words = self._words(name)
         if not words or set(words) == {"no verdict"}:
             return "no verdict"
         if words["flatter"] and words["sharper"]:
@@ -84,7 +89,7 @@ class Verdict:
     @property
     def word(self) -> str:
         """The verdict of raw and adaptive measures, and of normalized logits where measured, if all have the same."""
-        words = {self.family(name) for name in _FAMILIES if self._of(name) or name != "normalized"}
+        words = {self.family(name) for name in _FAMILIES if self._words(name) or name != "normalized"}
         return words.pop() if len(words) == 1 and "mixed" not in words else "inconclusive"
 
     def sentence(self) -> str:
@@ -94,7 +99,7 @@ class Verdict:
             return f"{about}no verdict on flatness, which needs two runs of each at least."
         if self.word == "no verdict":
             return f"{about}no verdict on flatness, as no raw or adaptive measure is finite in all of them."
-        counts = "; ".join(self._count(name) for name in _FAMILIES if self._of(name))
+        counts = "; ".join(self._count(name) for name in _FAMILIES if self._words(name))
         because = ""
         if self.word == "inconclusive":
             mixed = any(self.family(name) == "mixed" for name in _FAMILIES)
@@ -119,19 +124,11 @@ class Verdict:
         ]
 
     def markdown(self) -> str:
-        lines = markdown_table(self._headings(), [], _LEFT)
-        for name, family in FAMILIES.items():
-            rows = self._of(name)
-            lines += [f"| **{family.title}** | | | | |"] if rows else []
-            lines += [markdown_row(row.cells()) for row in rows]
-        return "\n".join([*lines, "", *bullets([self.sentence(), *self.notes()])])
+        return "\n".join([*self._table().markdown(), "", *bullets([self.sentence(), *self.notes()])])
 
-    def show(self, console: Console) -> None:
+    def show(self, console: Console, caveats: Sequence[str] = ()) -> None:
         """Print the table, the sentence and the notes; a narrow console shows the differences only."""
-        table = self._table((0, 1, 2, 3, 4))
-        if size_of(table, console).maximum > console.width:
-            table = self._table((0, 3, 4))
-        show_table(console, table, [self.sentence(), *self.notes()])
+        self._table().show(console, [self.sentence(), *self.notes(), *caveats])
 
     def json(self) -> dict[str, Any]:
         return {
@@ -141,7 +138,7 @@ class Verdict:
             "measures": [
                 {
                     "name": row.name,
-                    "difference": {"n": row.difference.n, "mean": row.difference.mean, "sd": row.difference.sd},
+                    "difference": asdict(row.difference),
                     "half_width_95": row.difference.half_width,
                     "verdict": row.word,
                 }
@@ -153,54 +150,90 @@ class Verdict:
             "notes": self.notes(),
         }
 
-    def _headings(self) -> list[str]:
+    def _table(self) -> Table:
         ours, theirs = self.labels
-        return [_HEADINGS[0], theirs, ours, *_HEADINGS[3:]]
+        headings = ("measure", theirs, ours, "difference ± 95 %", "verdict")
+        sections = {
+            family.title: [row.cells() for row in self.rows if row.family == name] for name, family in FAMILIES.items()
+        }
+        return Table(headings, sections, left=(0, 4), optional=[(1, 2)], wraps=False)
 
-    def _table(self, shown: Sequence[int]) -> Table:
-        table = Table(box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0))
-        for i in shown:
-            table.add_column(escape(self._headings()[i]), justify="left" if i in _LEFT else "right")
-        for name in FAMILIES:
-            for row in self._of(name):
-                cells = row.cells()
-                table.add_row(*(cells[i] for i in shown), end_section=row is self._of(name)[-1])
-        return table
-
-    def _of(self, family: str) -> list[Row]:
-        return [row for row in self.rows if row.family == family]
+    def _words(self, family: str) -> Counter[str]:
+        return Counter(row.word for row in self.rows if row.family == family)
 
     def _count(self, family: str) -> str:
-        words = Counter(row.word for row in self._of(family))
-        counts = ", ".join(f"{n} {word}" for word, n in words.most_common())
+        counts = ", ".join(f"{n} {word}" for word, n in self._words(family).most_common())
         return f"{FAMILIES[family].title.lower()} measures: {counts}"
 
 
+def read_flatness(folder: RunFolder, recipe: Recipe) -> dict[Run, Flatness]:
+    """Read the measures of every run that has some; ExperimentError when a file is damaged."""
+    found = {run: read_flatness_file(folder.run(run) / FLATNESS) for run in recipe.runs()}
+    return {run: flatness for run, (flatness, _) in found.items() if flatness is not None}
+
+
+def read_flatness_file(path: Path) -> tuple[Flatness | None, dict[str, Any]]:
+    """Read a file of measures, decoded and as JSON; None and an empty dictionary where there is no file.
+
+    Raises:
+        ExperimentError: if the file is damaged or not one of `steppe measure`.
+    """
+    if not path.exists():
+        return None, {}
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        return Flatness.from_json(content), content
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise ExperimentError(
+            f"{path} is damaged, of another version or not of steppe measure ({error}), so its numbers cannot be used: "
+            "delete it or move it away, and run steppe measure again"
+        ) from error
+
+
+def read_lines(folder: RunFolder) -> list[dict[str, Any]]:
+    """Read the losses on the lines between runs; none if the file is missing or damaged, since they can be remade."""
+    try:
+        return list(json.loads((folder.path / FLATNESS).read_text())["lines"])
+    except (OSError, ValueError, TypeError, KeyError):
+        return []
+
+
+def verdicts(recipe: Recipe, found: Mapping[Run, Flatness]) -> list[Verdict]:
+    """Compare the measures of each method with those of the first one, paired by seed.
+
+    Raises:
+        ExperimentError: if the runs were measured with different options.
+    """
+    if len({json.dumps(dict(one.settings), sort_keys=True) for one in found.values()}) > 1:
+        raise ExperimentError(
+            "these runs were measured in different ways, and their numbers cannot be compared: run steppe measure on "
+            "the folder again, with the same options for all"
+        )
+    reference, *others = recipe.comparison.methods
+    made = []
+    for method in others:
+        labels = method.label, reference.label
+        ends = [Run(recipe, m, recipe.comparison.first_seed).standardized_epochs for m in (method, reference)]
+        further = "" if ends[0] == ends[1] else _UNEQUAL.format(*labels, *ends)
+        runs = [(run, Run(recipe, reference, run.seed)) for run in found if run.method == method]
+        pairs = [(found[run], found[other]) for run, other in runs if other in found]
+        made.append(compared(str(method), str(reference), labels, pairs, further))
+    return [verdict for verdict in made if verdict is not None]
+
+
 def compared(
-    method: str,
-    reference: str,
-    labels: tuple[str, str],
-    pairs: Sequence[tuple[Flatness, Flatness]],
-    further: str = "",
+    method: str, reference: str, labels: tuple[str, str], pairs: Sequence[tuple[Flatness, Flatness]], further: str = ""
 ) -> Verdict | None:
     """Compare measurements, pair by pair of (ours, the reference's); None without pairs.
 
     A measure that is not finite in some run is left out of the comparison.
     """
-    rows = list(_rows(pairs)) if pairs else []
-    return Verdict(method, reference, labels, rows, further) if rows else None
-
-
-def _rows(pairs: Sequence[tuple[Flatness, Flatness]]) -> Iterator[Row]:
+    rows = []
     for family, about in FAMILIES.items():
         for name in about.measures:
-            if any(name not in one.measures for pair in pairs for one in pair):
-                continue
-            ours, theirs = ([one.measures[name].value for one in side] for side in zip(*pairs, strict=True))
-            if all(map(math.isfinite, [*ours, *theirs])):
-                differences = [a - b for a, b in zip(ours, theirs, strict=True)]
-                yield Row(name, family, estimate(theirs), estimate(ours), estimate(differences))
-
-
-def _text(value: Estimate) -> str:
-    return f"{value.mean:.3g}" + ("" if value.sd is None else f" ± {value.sd:.2g}")
+            measured = [(a.measures.get(name, _NONE).value, b.measures.get(name, _NONE).value) for a, b in pairs]
+            if measured and all(math.isfinite(value) for pair in measured for value in pair):
+                ours, theirs = zip(*measured, strict=True)
+                differences = [a - b for a, b in measured]
+                rows.append(Row(name, family, estimate(theirs), estimate(ours), estimate(differences)))
+    return Verdict(method, reference, labels, rows, further) if rows else None

@@ -1,19 +1,16 @@
 """The measured flatness of a user's model, as a table on the terminal and in Markdown."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
 
 from rich.console import Console
 
 from steppe.experiments.analysis.statistics import estimate
-from steppe.experiments.analysis.tables import markdown_row, markdown_table, terminal_table
+from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict, compared
 from steppe.flatness import FAMILIES, Flatness, Measure
 
 TITLE = "# Flatness of "
-
-_HEADINGS, _LEFT = ("measure", "value", "note"), (0, 2)
 
 
 @dataclass(frozen=True)
@@ -53,49 +50,38 @@ class FlatnessTable:
     def markdown(self) -> str:
         """Return every number of every file, and the verdict."""
         parts = [f"{TITLE}{self.model}", self.caption()]
-        verdict = self.verdict()
-        if verdict is not None:
-            parts += [f"## {' against '.join(self.names)}", verdict.markdown()]
-            parts += ["\n".join(f"- {caveat}" for caveat in CAVEATS)]
+        if (verdict := self.verdict()) is not None:
+            parts += [f"## {' against '.join(self.names)}", verdict.markdown(), "\n".join(bullets(CAVEATS))]
         for name, one in self.found.items():
-            lines = markdown_table(_HEADINGS, [], _LEFT)
-            for family, rows in _rows([one]):
-                lines += [f"| **{family}** | | |", *map(markdown_row, rows)]
-            parts += [f"## {name}", "\n".join(lines)]
+            parts += [f"## {name}", "\n".join(_table([one]).markdown())]
         return "\n\n".join(parts) + "\n"
 
     def show(self, console: Console) -> None:
         """Print the mean of the numbers or, with a reference, the comparison."""
         console.print(f"{self.model}: {self.caption()}", highlight=False, markup=False)
-        verdict = self.verdict()
-        if verdict is not None:
-            verdict.show(console)
-            for caveat in CAVEATS:
-                console.print(caveat, highlight=False, markup=False)
-            return
-        rows = [rows for _, rows in _rows(list(self.found.values()))]
-        ends = [end - 1 for end in accumulate(map(len, rows))]
-        console.print(terminal_table(_HEADINGS, chain.from_iterable(rows), _LEFT, ends=ends))
+        if (verdict := self.verdict()) is None:
+            _table(list(self.found.values())).show(console, [])
+        else:
+            verdict.show(console, CAVEATS)
 
 
-def _rows(measured: Sequence[Flatness]) -> Iterator[tuple[str, list[list[str]]]]:
-    """Yield the rows of each measured family; of several files, the mean with the standard deviation."""
+def _table(measured: Sequence[Flatness]) -> Table:
+    """Return the measures by family; of several files, the mean with the standard deviation."""
+    sections: dict[str, list[list[str]]] = {}
     for family in FAMILIES.values():
-        rows = []
+        rows = sections[family.title] = []
         for name, label in family.measures.items():
             each = [one.measures[name] for one in measured if name in one.measures]
             if each:
-                rows.append([label, *(_one(each[0]) if len(measured) == 1 else _several(each))])
-        if rows:
-            yield family.title, rows
+                rows.append([label, *_cells(each, len(measured))])
+    return Table(("measure", "value", "note"), sections, left=(0, 2))
 
 
-def _one(found: Measure) -> tuple[str, str]:
-    return f"{found.value:.4g}" + ("" if found.error is None else f" ± {found.error:.2g}"), found.note
-
-
-def _several(found: Sequence[Measure]) -> tuple[str, str]:
+def _cells(found: Sequence[Measure], files: int) -> tuple[str, str]:
+    """Return the value and the note of a measure of so many files."""
+    if files == 1:
+        value, error = found[0].value, found[0].error
+        return f"{value:.4g}" + ("" if error is None else f" ± {error:.2g}"), found[0].note
     over = estimate([measure.value for measure in found])
-    spread = "" if over.sd is None else f" ± {over.sd:.2g}"
     notes = {measure.note for measure in found if measure.note == "not converged"}
-    return f"{over.mean:.4g}{spread}", "; ".join([f"sd over {over.n} files", *notes])
+    return over.text(".4g", ".2g", " ± "), "; ".join([f"sd over {over.n} files", *notes])

@@ -1,22 +1,24 @@
 """Jobs of `steppe measure`: each measures one network and writes a file, several at a time."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from rich.console import Console
+from torch import nn
 
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.execution import cpus
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 from steppe.experiments.execution.progress import JobProgress
-from steppe.experiments.storage.files import write_json
 from steppe.flatness import Budget, Flatness, Objective, measure
 
-J = TypeVar("J")
 T = TypeVar("T")
 
 Progress = Callable[[str, int], None]
@@ -25,30 +27,56 @@ Progress = Callable[[str, int], None]
 _INTERVAL = 0.5  # seconds between two progress messages of a job
 
 
+@dataclass(frozen=True)
+class MeasuringOptions:
+    """The samples that flatness is measured on, the budget of each measure, and the processes."""
+
+    samples: int = 256
+    """Number of training images to measure on, drawn by the run's seed: the same images for all methods of a seed."""
+    batch_norm: Literal["eval", "train"] = "eval"
+    """eval: BatchNorm uses its running statistics, as after training. train: those of each batch, as in training."""
+    batch_size: int = 256
+    """Images in memory at a time. Changes the result with --batch-norm train only. If all samples are one batch, a
+    product with the Hessian takes a third less time."""
+    budget: Budget = field(default_factory=Budget)
+    processes: int | None = None
+    """Runs to measure at a time, each on one CPU thread; by default as many as there are CPUs, and 1 on a GPU."""
+
+    def __post_init__(self) -> None:
+        for name in ("samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: the number of images must be at least one")
+        if self.processes is not None and self.processes < 1:
+            raise ValueError(f"processes={self.processes}: the runs that are measured at a time must be at least 1")
+
+    def objective(self, network: nn.Module, data: Any, **arguments: Any) -> Objective:
+        return Objective(network, data, batch_norm=self.batch_norm, batch_size=self.batch_size, **arguments)
+
+    def settings(self) -> dict[str, Any]:
+        """Return the options that the numbers depend on."""
+        sampling = {"samples": self.samples, "batch_norm": self.batch_norm, "batch_size": self.batch_size}
+        return sampling | asdict(self.budget)
+
+    @property
+    def jobs_at_once(self) -> int:
+        return self.processes or (1 if torch.cuda.is_available() else cpus.available())
+
+
 class FlatnessJob(Protocol):
     """A network to measure. It must be picklable, and makes network and data in the process that measures."""
 
     @property
-    def name(self) -> str:
-        """The name in messages."""
-
-    @property
-    def path(self) -> Path:
-        """The JSON file for the measures."""
-
-    def is_measured(self) -> bool:
-        """True if the file holds measures of this network, with these options."""
+    def name(self) -> str: ...
 
     def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
         """Return the loss, the loss of normalized logits if it has them, and the budget."""
 
-    def to_json(self, found: Flatness) -> dict[str, Any]:
-        """Return the content of the file."""
+    def save(self, found: Flatness) -> None: ...
 
 
-def measure_missing(jobs: Sequence[FlatnessJob], processes: int, console: Console) -> None:
-    """Measure the networks that are not measured yet; raises the first ExperimentError, and keeps finished files."""
-    run_jobs(measure_job, {job.name: job for job in jobs if not job.is_measured()}, processes, console)
+def measure_all(jobs: Sequence[FlatnessJob], processes: int, console: Console) -> None:
+    """Measure networks; raises the first ExperimentError, and keeps finished files."""
+    run_jobs({job.name: partial(measure_job, job) for job in jobs}, processes, console)
 
 
 def measure_job(job: FlatnessJob, progress: Progress) -> None:
@@ -57,11 +85,11 @@ def measure_job(job: FlatnessJob, progress: Progress) -> None:
         found = measure(plain, budget, normalized=normalized)
     except (FloatingPointError, ValueError, RuntimeError) as error:
         raise ExperimentError(f"{job.name}: {' '.join(str(error).split())}") from error
-    write_json(job.path, job.to_json(found))
+    job.save(found)
 
 
-def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], processes: int, console: Console) -> list[T]:
-    """Call the function with each job, several at a time in worker processes with one CPU thread each.
+def run_jobs(jobs: Mapping[str, Callable[[Progress], T]], processes: int, console: Console) -> list[T]:
+    """Run the jobs, several at a time in worker processes with one CPU thread each.
 
     A single one at a time runs in this process, with all of its threads. After an error, no further job is started;
     the error is raised when those in progress have ended. The results are in the order of the jobs.
@@ -70,35 +98,36 @@ def run_jobs(function: Callable[[J, Progress], T], jobs: Mapping[str, J], proces
     with JobProgress(console, len(jobs)) as display:
         if processes == 1 or len(jobs) == 1:
             for name, job in jobs.items():
-                results[name] = function(job, partial(display.show, name))
+                results[name] = job(partial(display.show, name))
                 display.done(name)
             return list(results.values())
-        remaining, running = iter(jobs.items()), dict[Worker, str]()
-        error: ExperimentError | None = None
+        remaining, running, errors = iter(jobs.items()), dict[Worker, str](), list[ExperimentError]()
         with ProcessPool() as pool:
-            while len(results) < len(jobs) and (running or error is None):
-                for name, job in islice(remaining, 0 if error else processes - len(running)):
-                    task = partial(_run_in_worker, function, job)
+            while True:
+                for name, job in islice(remaining, 0 if errors else processes - len(running)):
+                    task = partial(_run_in_worker, job)
                     running[pool.submit(task, on_progress=partial(display.show, name))] = name
+                if not running:
+                    break
                 for worker in pool.wait(list(running), _INTERVAL):
                     name = running.pop(worker)
                     try:
                         results[name] = pool.result(worker)
-                    except ExperimentError as raised:
-                        error = error or raised
+                        display.done(name)
+                    except ExperimentError as error:
+                        errors.append(error)
                     except WorkerDied as died:
-                        error = error or ExperimentError(
+                        message = (
                             f"the process that measures {name} died ({died}), perhaps because memory ran out: say "
                             "--processes 1, or fewer --samples; finished measurements are kept"
                         )
-                    else:
-                        display.done(name)
-        if error is not None:
-            raise error
+                        errors.append(ExperimentError(message))
+        if errors:
+            raise errors[0]
         return [results[name] for name in jobs]
 
 
-def _run_in_worker(function: Callable[[J, Progress], T], job: J, report: Callable[..., None]) -> T:
+def _run_in_worker(job: Callable[[Progress], T], report: Callable[..., None]) -> T:
     torch.set_num_threads(1)
     reported = -_INTERVAL
 
@@ -108,4 +137,4 @@ def _run_in_worker(function: Callable[[J, Progress], T], job: J, report: Callabl
             reported = time.monotonic()
             report(activity, passes)
 
-    return function(job, progress)
+    return job(progress)

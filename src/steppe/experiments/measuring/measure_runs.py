@@ -1,7 +1,6 @@
 """Measure the flatness of every run of a run folder, and the loss on the lines between the runs."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,15 +11,16 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import nn
 
-from steppe.experiments.analysis.flatness import FLATNESS, read_flatness_file, read_lines
+from steppe.experiments.analysis.summary import record_at
+from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness_file, read_lines
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.datasets import CLASSES, Dataset, Split, normalize
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, with_backbone
-from steppe.experiments.measuring.jobs import Progress, measure_missing, run_jobs
-from steppe.experiments.measuring.options import MeasuringOptions, Sampling
+from steppe.experiments.execution.progress import print_line
+from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
 from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
@@ -62,19 +62,19 @@ class RunJob:
 
     def prepare(self, progress: Progress) -> tuple[Objective, Objective, Budget]:
         training, options = self.restore(), self.options
-        return *objectives(training.network, self.sample(training), options.sampling, progress), options.budget
+        return *objectives(training.network, self.sample(training), options, progress), options.budget
 
-    def to_json(self, found: Flatness) -> dict[str, Any]:
+    def save(self, found: Flatness) -> None:
         content = found.to_json()
         content["settings"] |= self.options.settings()
-        return content
+        write_json(self.path, content)
 
     def restore(self) -> Training:
         recipe = self.run.recipe
-        with _data_and_device(recipe, self.folder, Console(quiet=True)) as (dataset, device):
-            # the layout that every network can be measured in; it changes no weight
-            run = replace(self.run, recipe=recipe.replace(channels_last=False, compile=False))
-            training = Training(run, dataset.to(device), World(device))
+        dataset, device = _data_and_device(recipe, self.folder, Console(quiet=True))
+        # the layout that every network can be measured in; it changes no weight
+        run = replace(self.run, recipe=recipe.replace(channels_last=False, compile=False))
+        training = Training(run, dataset.to(device), World(device))
         digest = None if dataset.backbone is None else dataset.backbone.digest()
         state = checkpoints.load(self.path.with_name(CHECKPOINT), owner(self.run, self.processes, digest))
         training.network.load_state_dict(state["model"])
@@ -82,7 +82,7 @@ class RunJob:
 
     def sample(self, training: Training) -> Split:
         """Draw the training images to measure on."""
-        return flatness_sample(training.data.train, self.options.sampling.samples, self.run.seed)
+        return flatness_sample(training.data.train, self.options.samples, self.run.seed)
 
 
 @dataclass(frozen=True)
@@ -115,35 +115,35 @@ def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> Non
         return
     with folder.locked():
         runs = _finished(folder, recipe, console)
-        with _data_and_device(recipe, path, console) as (dataset, _):  # makes or downloads a backbone once, here
-            shots = recipe.data.shots
-            options = options.limit(len(dataset.train) if shots is None else shots * len(CLASSES))
+        dataset, _ = _data_and_device(recipe, path, console)  # makes or downloads a backbone once, here
+        shots = recipe.data.shots
+        samples = min(options.samples, len(dataset.train) if shots is None else shots * len(CLASSES))
+        options = replace(options, samples=samples, budget=replace(options.budget, m=min(options.budget.m, samples)))
         jobs = [RunJob(path, run, processes, options) for run in runs]
-        measure_missing(jobs, options.jobs_at_once, console)
+        measure_all([job for job in jobs if not job.is_measured()], options.jobs_at_once, console)
         write_json(path / FLATNESS, {"lines": _lines(folder, jobs, options.jobs_at_once, console)})
 
 
 def objectives(
-    network: nn.Module, sample: Split, sampling: Sampling, progress: Progress
+    network: nn.Module, sample: Split, options: MeasuringOptions, progress: Progress
 ) -> tuple[Objective, Objective]:
     """Return a network's mean cross-entropy on a sample, and that of its normalized logits."""
-    objective = partial(sampling.objective, network, (normalize(sample.images), sample.labels), progress=progress)
+    objective = partial(options.objective, network, (normalize(sample.images), sample.labels), progress=progress)
     return objective(loss=F.cross_entropy), objective(loss=normalized_logits(F.cross_entropy))
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:
     """Return the runs whose compute is spent; others would be compared at less compute."""
     results = folder.results(recipe)
-    ends = {run: max((r.standardized_epoch for r in results[run]), default=0) for run in results}
-    begun = [run for run in ends if (folder.run(run) / CHECKPOINT).exists()]
-    runs = [run for run in begun if ends[run] >= run.standardized_epochs]
+    begun = [run for run in results if (folder.run(run) / CHECKPOINT).exists()]
+    runs = [run for run in begun if record_at(results[run], run.standardized_epochs)]
     if not runs:
         raise ExperimentError(
             f"{folder.path} has no finished runs, so there is nothing to measure: run steppe compare first"
         )
     if len(runs) < len(begun):
         names = ", ".join(run.name for run in begun if run not in runs)
-        console.print(f"Not finished, so not measured: {names}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"Not finished, so not measured: {names}")
     return runs
 
 
@@ -156,7 +156,7 @@ def _lines(folder: RunFolder, jobs: Sequence[RunJob], processes: int, console: C
     written = (folder.path / FLATNESS).stat().st_mtime_ns if known else 0
     changed = {job.run for job in jobs if job.path.stat().st_mtime_ns > written}
     todo = {line.name: line for line in lines if changed & {line.job.run, line.reference} or line.key not in known}
-    measured = run_jobs(measure_line, todo, processes, console)
+    measured = run_jobs({name: partial(measure_line, line) for name, line in todo.items()}, processes, console)
     known |= {line.key: found for line, found in zip(todo.values(), measured, strict=True)}
     return [known[line.key] for line in lines]
 
@@ -165,21 +165,18 @@ def measure_line(line: LineJob, progress: Progress) -> dict[str, Any]:
     """Measure the loss between two runs, on training and test images, with BatchNorm statistics estimated anew."""
     options = line.job.options
     end, start = line.job.restore(), replace(line.job, run=line.reference).restore()
-    samples = {"train": line.job.sample(start), "test": flatness_sample(start.data.test, options.sampling.samples, 0)}
-    reference, method, seed = line.key
-    found: dict[str, Any] = {"a": reference, "b": method, "seed": seed}
+    samples = {"train": line.job.sample(start), "test": flatness_sample(start.data.test, options.samples, 0)}
+    found: dict[str, Any] = dict(zip(("a", "b", "seed"), line.key, strict=True))
     for split, sample in samples.items():
-        objective, _ = objectives(start.network, sample, options.sampling, progress)
+        objective, _ = objectives(start.network, sample, options, progress)
         losses = interpolation(objective, end.network.state_dict(), points=_LINE_POINTS, statistics=True)
         found |= {"axis": losses.axis.tolist(), split: losses.to_json()["losses"], "reestimated": losses.statistics}
     return found
 
 
-@contextmanager
-def _data_and_device(recipe: Recipe, path: Path, console: Console) -> Iterator[tuple[Dataset, torch.device]]:
-    """Provide the data of a recipe, with the backbone of its runs, and this machine's device."""
+def _data_and_device(recipe: Recipe, path: Path, console: Console) -> tuple[Dataset, torch.device]:
+    """Return the data of a recipe, with the backbone of its runs, and this machine's device."""
     local = recipe.replace(device="auto", threads=torch.get_num_threads(), compile=False, channels_last=False)
     with start_executor(local, ExecutionOptions(), console) as executor:
         executor.recipe = recipe  # the backbone of the recipe itself, not one pretrained with these changes
-        dataset = with_backbone(load_data(recipe, executor.world), executor, path, console)
-        yield dataset, executor.world.device
+        return with_backbone(load_data(recipe, executor.world), executor, path, console), executor.world.device

@@ -1,7 +1,6 @@
 """Measure the flatness of a user's model, from files of its weights, on the user's data."""
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,21 +10,19 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from steppe.experiments.analysis.flatness import read_flatness_file
+from steppe.experiments.analysis.verdicts import read_flatness_file
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.execution.progress import print_line
 from steppe.experiments.figures.flatness import draw
-from steppe.experiments.measuring.entry_points import call_factory, check_name, load_entry_point, one_line_errors
+from steppe.experiments.measuring import user_inputs
 from steppe.experiments.measuring.flatness_table import TITLE, FlatnessTable
-from steppe.experiments.measuring.jobs import Progress, measure_missing
-from steppe.experiments.measuring.options import MeasuringOptions
-from steppe.experiments.measuring.user_data import digest_of_data, first_length, prepare_data
-from steppe.experiments.measuring.weights import digest, digest_of_model, load_weights
-from steppe.experiments.storage.files import write_atomically
+from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all
+from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Budget, Flatness, Objective, normalized_logits
+from steppe.flatness._batches import Batches
 
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
-_ENTRY_POINTS = ("model", "data", "loss", "evaluate")
 
 
 @dataclass(frozen=True)
@@ -53,9 +50,9 @@ class UserModel:
     """The folder for the results: a JSON file for each file of weights, summary.md, figures."""
 
     def __post_init__(self) -> None:
-        for option in _ENTRY_POINTS:
-            if name := getattr(self, option):
-                check_name(option, name)
+        for option, name in self.entry_points().items():
+            if name:
+                user_inputs.check_name(option, name)
         if bool(self.model) != bool(self.data):
             given, missing = ("model", "data") if self.model else ("data", "model")
             raise ValueError(
@@ -78,38 +75,39 @@ class UserModel:
         return f"{self.data}, {self.evaluate or self.loss}"
 
     def entry_points(self) -> dict[str, str | None]:
-        return {option: getattr(self, option) for option in _ENTRY_POINTS}
+        return {option: getattr(self, option) for option in ("model", "data", "loss", "evaluate")}
 
     def network(self, seed: int) -> nn.Module:
         """Return the network, made by its factory with torch seeded."""
-        found = load_entry_point("model", self.model)
+        found = user_inputs.load_entry_point("model", self.model)
         if isinstance(found, nn.Module):
             return found
         if not callable(found):
             raise ExperimentError(
                 f"--model {self.model} is {type(found).__name__}, neither a network nor a function that makes one"
             )
-        with _seeded(seed):
-            made = call_factory("model", self.model, found)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            made = user_inputs.call_factory("model", self.model, found)
         if not isinstance(made, nn.Module):
             raise ExperimentError(f"--model {self.model} gives {type(made).__name__}, and a torch.nn.Module is needed")
         return made
 
     def samples(self, options: MeasuringOptions) -> tuple[Any, str]:
         """Return the data to measure on, and their digest."""
-        found, sampling, seed = load_entry_point("data", self.data), options.sampling, options.budget.seed
-        pairs = self.evaluate is None
-        with _seeded(seed):
-            given = call_factory("data", self.data, found) if callable(found) else found
-            data = prepare_data(given, self.data, sampling.samples, sampling.batch_size, seed, pairs=pairs)
-            with one_line_errors(f"--data {self.data}: iterating over it raised"):
-                return data, digest_of_data(data)
+        found = user_inputs.load_entry_point("data", self.data)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(options.budget.seed)
+            given = user_inputs.call_factory("data", self.data, found) if callable(found) else found
+            data = user_inputs.prepare_data(given, self.data, options, pairs=self.evaluate is None)
+            with user_inputs.one_line_errors(f"--data {self.data}: iterating over it raised "):
+                return data, user_inputs.digest_of_data(data)
 
     def function(self, option: str) -> Callable[..., Tensor]:
         name = getattr(self, option)
-        found = load_entry_point(option, name)
+        found = user_inputs.load_entry_point(option, name)
         if isinstance(found, type) and issubclass(found, nn.Module):  # torch.nn:MSELoss
-            found = call_factory(option, name, found)
+            found = user_inputs.call_factory(option, name, found)
         if not callable(found):
             raise ExperimentError(f"--{option} {name} is {type(found).__name__}, and no function")
         return found  # type: ignore[no-any-return]
@@ -144,18 +142,18 @@ class UserModelJob:
         digests = {"weights_sha256": self.weights_sha256, "data_sha256": self.data_sha256}
         return {**self.model.entry_points(), **digests, **self.options.settings()}
 
-    def to_json(self, found: Flatness) -> dict[str, Any]:
+    def save(self, found: Flatness) -> None:
         content = found.to_json()
         content["settings"] |= self.model.entry_points()
-        return {**content, "weights": str(self.weights), "inputs": self.inputs()}
+        write_json(self.path, {**content, "weights": str(self.weights), "inputs": self.inputs()})
 
     def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
-        model, sampling, budget = self.model, self.options.sampling, self.options.budget
+        model, options, budget = self.model, self.options, self.options.budget
         network, data = self._load()
         network.to("cuda" if torch.cuda.is_available() else "cpu")
-        objective = partial(sampling.objective, network, data, seed=budget.seed, progress=progress)
+        objective = partial(options.objective, network, data, seed=budget.seed, progress=progress)
         normalized = None
-        with one_line_errors(f"{self.name}: the loss of {model.model} on {model.data}:"):
+        with user_inputs.one_line_errors(f"{self.name}: the loss of {model.model} on {model.data}: "):
             if model.evaluate is not None:
                 plain = objective(evaluate=model.function("evaluate"))
                 plain.loss()
@@ -164,14 +162,15 @@ class UserModelJob:
                 plain = objective(loss=loss)
                 if _is_classifier(objective, loss):
                     normalized = objective(loss=normalized_logits(loss))
-        return plain, normalized, replace(budget, m=min(budget.m, first_length(data, sampling.batch_size)))
+        first = next((size for _, size in Batches(data, options.batch_size)), 0)
+        return plain, normalized, replace(budget, m=min(budget.m, first))
 
     def _load(self) -> tuple[nn.Module, Any]:
         """Return the network with its weights, and the data; both must be those of the digests."""
         network = self.model.network(self.options.budget.seed)
         if self.weights is not None:
-            load_weights(network, self.weights)
-        elif digest_of_model(network) != self.weights_sha256:
+            user_inputs.load_weights(network, self.weights)
+        elif user_inputs.digest_of_model(network) != self.weights_sha256:
             raise ExperimentError(f"--model {self.model.model} gives another network each time: seed what it draws")
         data, sha256 = self.model.samples(self.options)
         if sha256 != self.data_sha256:
@@ -192,22 +191,22 @@ def measure_user_model(model: UserModel, options: MeasuringOptions, console: Con
         if summary.exists() and not summary.read_text(errors="replace").startswith(TITLE):
             raise ExperimentError(f"{summary} is not of steppe measure and would be lost: choose another --out")
         jobs = _jobs(model, options)
-        measure_missing(jobs, options.jobs_at_once, console)
+        measure_all([job for job in jobs if not job.is_measured()], options.jobs_at_once, console)
         found = {job.name: flatness for job in jobs if (flatness := read_flatness_file(job.path)[0]) is not None}
         table = FlatnessTable(model.model, model.setting, model.names, found, paired=bool(model.against))
         write_atomically(summary, table.markdown().encode())
         draw(table.groups(), model.out / "figures", f"{model.model} on {model.setting}")
         table.show(console)
-        console.print(f"Written to {model.out}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"Written to {model.out}")
 
 
 def _jobs(model: UserModel, options: MeasuringOptions) -> list[UserModelJob]:
     """Make the jobs; every error in a file is found before the first one is measured."""
     network = model.network(options.budget.seed)
     paths = [*model.weights, *model.against]
-    digests = [digest(path) for path in paths] or [digest_of_model(network)]
+    digests = [user_inputs.digest_of_file(path) for path in paths] or [user_inputs.digest_of_model(network)]
     for path in paths:
-        load_weights(network, path)
+        user_inputs.load_weights(network, path)
     for i, sha256 in enumerate(digests):
         if sha256 in digests[:i]:
             raise ExperimentError(
@@ -237,28 +236,19 @@ def _names(paths: Sequence[Path]) -> list[str]:
     return [f"{path.stem}-{path.suffix[1:]}-{i}" for i, path in enumerate(paths)]
 
 
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed torch's generator inside, and restore it at the end."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        yield
-
-
 def _is_classifier(objective: Callable[..., Objective], loss: Callable[..., Tensor]) -> bool:
     """True if the loss takes logits of shape (samples, classes), whose scale can be normalized.
 
     With two classes, only the difference of the logits matters, and normalized, only its sign would be left.
     """
-    arguments: list[tuple[Any, Any]] = []
+    arguments: list[Any] = []
 
     def record(outputs: Any, targets: Any) -> Tensor:
-        arguments.append((outputs, targets))
-        del arguments[1:]
+        arguments[:] = arguments or [outputs, targets]  # those of the first batch
         return loss(outputs, targets)
 
     objective(loss=record).loss()
-    outputs, targets = arguments[0]
-    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor) and outputs.dim() == 2):
-        return False
-    return outputs.shape[1] > 2 and (not targets.is_floating_point() or loss is torch.nn.functional.cross_entropy)
+    outputs, targets = arguments
+    tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
+    logits = tensors and outputs.dim() == 2 and outputs.shape[1] > 2
+    return logits and (not targets.is_floating_point() or loss is torch.nn.functional.cross_entropy)

@@ -14,8 +14,8 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from steppe.experiments.analysis.flatness import read_flatness, read_lines
 from steppe.experiments.analysis.summary import Summary, setting
+from steppe.experiments.analysis.verdicts import read_flatness, read_lines
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
 from steppe.experiments.figures.landscapes import COLORMAP

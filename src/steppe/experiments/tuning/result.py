@@ -11,7 +11,7 @@ from rich.console import Console
 
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.summary import setting
-from steppe.experiments.analysis.tables import markdown_table, terminal_table
+from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.tuning.confirm import confirmations
 from steppe.experiments.tuning.options import MEASURES, Objective
@@ -97,10 +97,13 @@ class TuningResult:
                 cells = [estimate([getattr(run, n) for run in result.runs]).text(form) for n, form in _COLUMNS.items()]
                 yield [f"{result.number}: {_label(best.space, result)}", *cells, str(len(result.runs))]
 
+    def table(self, limit: int | None = None) -> Table:
+        return Table(_HEADINGS, {"": list(self.rows(limit))}, title=self.title)
+
     def markdown(self) -> str:
         notes = [f"- {note}" for note in self.notes] + [f"- **{warning}**" for warning in self.warnings]
         confirm = ["", "To confirm on the test set:", "", "```", *self.commands, "```"] if self.commands else []
-        lines = markdown_table(_HEADINGS, self.rows())
+        lines = self.table().markdown()
         return "\n".join([f"# {self.title}", "", *lines, "", *notes, *confirm, ""])
 
     def json(self) -> dict[str, Any]:
@@ -126,11 +129,8 @@ class TuningResult:
         }
 
     def show(self, console: Console) -> None:
-        console.print(terminal_table(_HEADINGS, self.rows(_SHOWN), title=self.title))
-        for note in (*self.notes, *(f"Warning: {warning}" for warning in self.warnings)):
-            console.print(note, highlight=False, markup=False)
-        if self.commands:
-            console.print("To confirm on the test set:", highlight=False, markup=False)
+        notes = (*self.notes, *(f"Warning: {warning}" for warning in self.warnings))
+        self.table(_SHOWN).show(console, [*notes, *(["To confirm on the test set:"] if self.commands else [])])
         for command in self.commands:
             console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
 
