@@ -10,8 +10,8 @@ from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import objectives
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.run_folder import CHECKPOINT
-from steppe.experiments.training.checkpointing import owner
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.flatness import Budget, measure

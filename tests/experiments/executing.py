@@ -19,8 +19,8 @@ from rich.console import Console
 from tiny import RecordingReporter, dataset, options, recipe, untimed
 
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.execution.events import EVENTS
 from steppe.experiments.execution.executor import ExecutionOptions, Job, Outcome
+from steppe.experiments.execution.forwarding import EVENTS
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.storage.records import read_records
 from steppe.experiments.training.stopping import Stop

@@ -20,8 +20,8 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.models.preact_resnet import PreActResNet18
-from steppe.experiments.storage.files import write_atomically
-from steppe.experiments.storage.records import Record, write_records
+from steppe.experiments.storage.files import write_json_lines
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
 
 PLAIN = {"width": 16}  # Recipe's own, which --widths replaces
@@ -47,7 +47,7 @@ def test_members_are_ordinary_comparisons_in_folders_of_their_own(tmp_path: Path
     assert list(given.members()) == [recipe(width=w, out=tmp_path / f"width-{w}") for w in (1, 4)]
     assert list(recipe().members()) == []
     # widths may be added to a folder, but one comparison is no part of several
-    assert given.result() == wide(tmp_path, (1, 2)).result() != recipe(**PLAIN).result()
+    assert given.result_options() == wide(tmp_path, (1, 2)).result_options() != recipe(**PLAIN).result_options()
 
 
 @pytest.mark.parametrize(
@@ -174,7 +174,7 @@ def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:
             one = record(
                 TRAIN[str(run.method)][member.model.width], test, (1 + run.seed) / member.model.width if sharp else None
             )
-            write_atomically(RunFolder(member.folder).run(run) / METRICS, write_records([early, one]))
+            write_json_lines(RunFolder(member.folder).run(run) / METRICS, [early.to_json(), one.to_json()])
     return given
 
 

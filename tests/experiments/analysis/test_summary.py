@@ -9,7 +9,8 @@ from tiny import recipe
 from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.storage.records import Record, write_records
+from steppe.experiments.storage.files import write_json_lines
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
 
@@ -125,5 +126,6 @@ def test_narrow_terminal_keeps_the_labels(tmp_path: Path, width: int) -> None:
         assert row.cells()[4] in text, "the test accuracy is not left out"
 
 
-def test_records_are_one_json_line_each() -> None:
-    assert write_records([record(1, 2.0, 1.0)]).decode().count("\n") == 1
+def test_records_are_one_json_line_each(tmp_path: Path) -> None:
+    write_json_lines(tmp_path / "metrics.jsonl", [record(1, 2.0, 1.0).to_json()])
+    assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1

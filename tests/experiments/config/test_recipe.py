@@ -54,7 +54,7 @@ def test_a_method_that_needs_momentum_gives_it_to_all_methods() -> None:
     assert recipe(methods=("sgd", "msam")).base_momentum == 0.9
     assert recipe(methods=("sgd", "msam"), momentum=0.5).base_momentum == 0.5
     assert recipe(methods=("adamw", "msam"), base="adamw").base_momentum == 0.0
-    assert recipe(methods=("sgd", "msam")).result() != recipe(methods=("sgd", "sam")).result()
+    assert recipe(methods=("sgd", "msam")).result_options() != recipe(methods=("sgd", "sam")).result_options()
     with pytest.raises(ValueError, match=r"momentum=0: msam perturbs along .* Use --momentum 0\.9"):
         recipe(methods=("sgd", "msam"), momentum=0)
 
@@ -82,7 +82,7 @@ def test_json_round_trip() -> None:
 
 def test_result_contains_the_options_that_change_a_run_and_no_others() -> None:
     same = recipe(seeds=5, methods=("sam",), tensorboard=True, name="other", first_seed=1, checkpoint_seconds=1.0)
-    assert same.result() == recipe().result()
+    assert same.result_options() == recipe().result_options()
     differing = {"lr": 0.1, "threads": 2, "epochs": 6, "amp": True, "norm": "group", "cuda_graphs": True}
     for field, value in differing.items():
-        assert recipe(**{field: value}).result() != recipe().result()
+        assert recipe(**{field: value}).result_options() != recipe().result_options()

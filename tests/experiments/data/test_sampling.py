@@ -126,7 +126,7 @@ def test_invalid_fraction_of_noise_raises(share: float) -> None:
 
 def test_label_noise_is_part_of_a_runs_configuration(tmp_path: Path) -> None:
     demo = RECIPES["demo"][0]
-    assert recipe(label_noise=0.1).result()["label_noise"] == 0.1
+    assert recipe(label_noise=0.1).result_options()["label_noise"] == 0.1
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.claim(demo, 1)

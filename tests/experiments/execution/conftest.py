@@ -4,7 +4,7 @@ import pytest
 from executing import DEMO, FIELDS, jobs
 from tiny import CPU, RecordingReporter, dataset, recipe
 
-from steppe.experiments.execution.local import InProcessExecutor
+from steppe.experiments.execution.launch import InProcessExecutor
 from steppe.experiments.training.stopping import Stop
 
 

@@ -16,7 +16,7 @@ def test_failures_counts_and_lists_the_failed_runs() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value", "meaning"),
-    [("runs_at_once", 0, "at least 1"), ("cpus_per_run", 0, "at least 1"), ("gpus_per_run", -0.5, "0 or more")],
+    [("runs_at_once", 0, "at least 1"), ("cpus_per_run", 0, "at least 1"), ("gpus_per_run", -0.5, "at least 0")],
 )
 def test_invalid_option_is_named_with_its_meaning(field: str, value: float, meaning: str) -> None:
     with pytest.raises(ValueError, match=rf"^{field}={value}: .*{meaning}"):

@@ -21,7 +21,7 @@ from steppe.experiments.data.batches import batches, count, order
 from steppe.experiments.data.datasets import Dataset, Split, normalize
 from steppe.experiments.data.sampling import few_shot
 from steppe.experiments.execution import pretraining as finetune
-from steppe.experiments.execution.local import InProcessExecutor
+from steppe.experiments.execution.launch import InProcessExecutor
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.report import page

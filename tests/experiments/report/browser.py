@@ -13,8 +13,8 @@ import torch
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.storage.files import write_atomically, write_json
-from steppe.experiments.storage.records import Record, write_records
+from steppe.experiments.storage.files import write_json, write_json_lines
+from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import METRICS, Results, RunFolder
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
@@ -48,7 +48,7 @@ def folder(path: Path, recipe: Recipe, *, measured: bool = True, command: str = 
     made.claim(recipe, 1)
     write_json(path / "environment.json", [{"date": "2026-01-01", "command": command, "torch": "2.13.0"}])
     for run in recipe.runs():
-        write_atomically(made.run(run) / METRICS, write_records(_records(run)))
+        write_json_lines(made.run(run) / METRICS, [record.to_json() for record in _records(run)])
     if measured:
         measure(made, recipe)
     return made

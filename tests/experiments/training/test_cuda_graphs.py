@@ -21,9 +21,9 @@ from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.training import cuda_graphs as graphs
 from steppe.experiments.training import run as training
-from steppe.experiments.training.cuda_graphs import Graphs, recorder
+from steppe.experiments.training.cuda_graphs import Stepper, recorder
 from steppe.experiments.training.evaluation import evaluate
-from steppe.experiments.training.network import build_network
+from steppe.experiments.training.forward import build_network
 from steppe.experiments.training.run import Training
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
@@ -227,7 +227,7 @@ def test_a_failed_capture_reports_the_remedy() -> None:
         steps.append(len(batch))
 
     steps: list[int] = []
-    by_graphs = Graphs(
+    by_graphs = Stepper(
         take, torch.optim.SGD([torch.zeros(1)]), SimpleNamespace(warm=lambda work: work(), record=record)
     )
     batch = next(batches(dataset().train, 16, order(72, 0, 0), CPU))

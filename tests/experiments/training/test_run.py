@@ -14,7 +14,7 @@ from steppe.experiments.data.batches import batches
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
-from steppe.experiments.training import network
+from steppe.experiments.training import forward
 from steppe.experiments.training.forward import FORWARD_ONLY
 from steppe.experiments.training.run import Training
 
@@ -40,7 +40,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = Fraction(0)
-        monkeypatch.setattr(network, "PreActResNet18", self.build)
+        monkeypatch.setattr(forward, "PreActResNet18", self.build)
 
     def build(self, *args: Any, **kwargs: Any) -> nn.Module:
         network = PreActResNet18(*args, **kwargs)

@@ -19,7 +19,7 @@ from tiny import CPU, command_line, dataset, options
 from steppe.cli import main
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.execution.executor import Job, Outcome
-from steppe.experiments.execution.local import InProcessExecutor
+from steppe.experiments.execution.launch import InProcessExecutor
 from steppe.experiments.storage.records import read_records
 from steppe.experiments.tuning import tune
 
@@ -140,18 +140,12 @@ def test_trials_on_ray_are_those_of_one_process(tmp_path: Path, monkeypatch: pyt
 class EagerExecutor(InProcessExecutor):
     """Takes all jobs that it is given before it trains the first one."""
 
-    def __init__(self, recipe: Recipe, capacity: int, console: object) -> None:
+    def __init__(self, recipe: Recipe, pool: object, capacity: int, console: object) -> None:
         super().__init__(recipe, CPU)
         self.capacity, self.taken = capacity, list[int]()
         EagerExecutor.last = self
 
     last: "EagerExecutor"
-
-    def __enter__(self) -> "EagerExecutor":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
 
     def run(self, jobs: Iterable[Job], *rest: Any) -> Generator[Outcome, None, None]:
         given = list(jobs)
@@ -181,6 +175,7 @@ def test_tpe_trains_one_trial_at_a_time_unless_runs_at_once_is_given(
 def test_missing_optuna_is_reported_with_the_command_to_install_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    monkeypatch.delitem(sys.modules, "steppe.experiments.tuning.studies", raising=False)  # of an earlier test
     monkeypatch.setitem(sys.modules, "optuna", None)
     assert command_line(command(tmp_path / "run")) == 1
     assert capsys.readouterr().err.endswith(

@@ -4,9 +4,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.config.sections import Minimum, check_ranges
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop
@@ -20,29 +21,24 @@ class ExecutionOptions:
     on: Literal["local", "ray"] = "local"
     """local: on this machine. ray: on all machines of a Ray cluster, or on this one's CPUs and GPUs, as many runs at a
     time as there is room for (needs the ray extra)."""
-    runs_at_once: int | None = None
+    runs_at_once: Annotated[int | None, Minimum(1, "the number of runs at a time")] = None
     """Runs at a time on this machine, each in a separate process; by default as many as its CPUs have room for, and 1
     on a GPU. 1 trains one after the other, in this process."""
     ray_address: str | None = None
     """A Ray cluster; by default $RAY_ADDRESS, else a Ray on this machine that ends with the command. All machines
     must see the run folder under the same path."""
-    cpus_per_run: int | None = None
+    cpus_per_run: Annotated[int | None, Minimum(1, "the CPUs of a run")] = None
     """CPUs that Ray reserves for a run; by default as many as --threads, or 1."""
-    gpus_per_run: float | None = None
+    gpus_per_run: Annotated[float | None, Minimum(0, "the GPUs of a run")] = None
     """GPUs that Ray reserves for a run, 0.5 for two runs on each; by default 1 where the runs train on GPUs."""
 
     def __post_init__(self) -> None:
-        if self.runs_at_once is not None and self.runs_at_once < 1:
-            raise ValueError(f"runs_at_once={self.runs_at_once}: the number of runs at a time must be at least 1")
+        check_ranges(self)
         if self.runs_at_once is not None and self.on == "ray":
             raise ValueError(
                 f"runs_at_once={self.runs_at_once}: Ray trains as many runs as its machines have room for: set how "
                 "much a run takes with --cpus-per-run or --gpus-per-run"
             )
-        if self.cpus_per_run is not None and self.cpus_per_run < 1:
-            raise ValueError(f"cpus_per_run={self.cpus_per_run}: the CPUs of a run must be at least 1")
-        if self.gpus_per_run is not None and not self.gpus_per_run >= 0:
-            raise ValueError(f"gpus_per_run={self.gpus_per_run}: the GPUs of a run must be 0 or more")
 
 
 @dataclass(frozen=True)

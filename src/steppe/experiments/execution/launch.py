@@ -1,19 +1,75 @@
-"""Make the executor that the options ask for."""
+"""Make the executor for some options, and train runs on this machine: in this process, or in processes of a pool."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
 
 from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.resolve import resolve
+from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
-from steppe.experiments.execution.executor import ExecutionOptions, Executor
-from steppe.experiments.execution.local import InProcessExecutor, LocalExecutor
-from steppe.experiments.execution.ray import RayExecutor
-from steppe.experiments.execution.tensorboard import TensorBoard
-from steppe.experiments.world import join, launched
+from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, Outcome
+from steppe.experiments.execution.forwarding import TensorBoard, with_tensorboard
+from steppe.experiments.execution.pool import ProcessPool, Worker
+from steppe.experiments.execution.ray import RayExecutor, connect
+from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
+from steppe.experiments.training.reporter import Reporter
+from steppe.experiments.training.run import train
+from steppe.experiments.training.stopping import Stop
+from steppe.experiments.world import World, join, launched
+
+
+class InProcessExecutor(Executor):
+    """Trains one run at a time, in this process or in all of torchrun's processes together."""
+
+    def __init__(self, recipe: Recipe, world: World) -> None:
+        self.recipe, self.world = recipe, world
+
+    def run(
+        self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
+    ) -> Generator[Outcome, None, None]:
+        data = data.to(self.world.device)
+        for job in jobs:
+            try:
+                with with_tensorboard(reporter, job.run, control, self.world) as logged:
+                    train(job.run, job.folder, data, self.world, logged, stop)
+            except ExperimentError as error:
+                if self.world.size > 1:  # the other processes may not have met it, and would wait for this one forever
+                    raise
+                yield Outcome(job, str(error))
+            else:
+                yield Outcome(job)
+
+
+class LocalExecutor(WorkerExecutor[Worker]):
+    """Trains `capacity` runs at a time in the processes of a pool."""
+
+    def __init__(self, recipe: Recipe, pool: ProcessPool, capacity: int, console: Console) -> None:
+        super().__init__(recipe, console)
+        self._pool, self._max = pool, capacity
+
+    def _capacity(self) -> int:
+        return self._max
+
+    def _start(self, task: RunTask, shared: Dataset) -> Worker:
+        return self._pool.submit(partial(_train, task, shared))
+
+    def _wait(self, running: Sequence[Worker]) -> list[Worker]:
+        return self._pool.wait(running, POLL_SECONDS)
+
+    def _result(self, worker: Worker) -> str | None:
+        return self._pool.result(worker)  # type: ignore[no-any-return]
+
+    def _kill(self, worker: Worker) -> None:
+        self._pool.kill(worker)
+
+
+def _train(task: RunTask, data: Dataset, report: Callable[..., None]) -> str | None:
+    return train_task(task, data)  # its progress goes through the event file, as it does on Ray
 
 
 @contextmanager
@@ -33,17 +89,13 @@ def start_executor(
                 "--on ray under torchrun: each of its processes would train the same runs. Start steppe without "
                 "torchrun"
             )
-        with RayExecutor(recipe, options, console) as on_ray:
-            yield on_ray
+        with connect(options.ray_address) as ray:
+            yield RayExecutor(ray, recipe, options, console)
         return
     recipe = resolve(recipe)
     at_once = _runs_at_once(recipe, options, max_runs)
-    with join(recipe.hardware.device, recipe.hardware.threads) as world:
-        if at_once == 1:
-            yield InProcessExecutor(recipe, world)
-        else:
-            with LocalExecutor(recipe, at_once, console) as local:
-                yield local
+    with join(recipe.hardware.device, recipe.hardware.threads) as world, ProcessPool() as pool:
+        yield InProcessExecutor(recipe, world) if at_once == 1 else LocalExecutor(recipe, pool, at_once, console)
 
 
 def _runs_at_once(recipe: Recipe, options: ExecutionOptions, max_runs: int | None) -> int:

@@ -20,8 +20,6 @@ from typing import Any, Self
 from steppe.experiments.errors import ExperimentError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_EXPECTED = (ExperimentError, OSError)
-"""Errors with a message for the user, which a worker sends as they are; of others, it sends the traceback."""
 
 Task = Callable[[Callable[..., None]], Any]
 """A function of a function that reports progress; it must be picklable."""
@@ -45,10 +43,11 @@ class Worker:
         remote.close()
 
     def submit(self, task: Task, on_progress: Callable[..., None]) -> None:
-        """Start a task; OSError when the process is dead."""
+        """Start a task, once the process is ready."""
         self._task, self._on_progress, self.reply = task, on_progress, None
         if self._ready:
-            self._send()
+            with suppress(OSError):  # the process is dead, which wait() notices
+                self._send()
 
     def receive(self) -> bool:
         """Handle one message; True if the task has ended or the process is dead."""
@@ -90,27 +89,20 @@ class ProcessPool:
     """Worker processes, each used for one task after the other; all of them end with the context."""
 
     def __init__(self) -> None:
-        self._workers: list[Worker] = []
-        self._idle: list[Worker] = []
+        self._workers, self._idle = set[Worker](), list[Worker]()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for worker in list(self._workers):
+        for worker in set(self._workers):
             self.kill(worker)
 
     def submit(self, task: Task, on_progress: Callable[..., None] = lambda *values: None) -> Worker:
         """Start a task in an idle process or a new one."""
-        while self._idle:
-            worker = self._idle.pop()
-            try:
-                worker.submit(task, on_progress)
-            except OSError:  # it was killed while it was idle
-                self.kill(worker)
-            else:
-                return worker
-        self._workers.append(worker := Worker())
+        self._idle = [worker for worker in self._idle if worker.process.is_alive()]  # the others were killed
+        worker = self._idle.pop() if self._idle else Worker()
+        self._workers.add(worker)
         worker.submit(task, on_progress)
         return worker
 
@@ -162,7 +154,7 @@ def _serve(pipe: Connection) -> None:
         task = pickle.loads(pipe.recv_bytes())
         try:
             pipe.send(("result", task(lambda *values: pipe.send(("progress", values)))))
-        except _EXPECTED as error:
+        except (ExperimentError, OSError) as error:  # with a message for the user
             pipe.send(("error", error))
         except Exception:
             pipe.send(("error", RuntimeError(f"a worker failed:\n{traceback.format_exc()}")))

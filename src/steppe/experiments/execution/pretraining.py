@@ -20,18 +20,12 @@ from steppe.experiments.execution.progress import RunProgress, print_line
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.training.checkpointing import owner
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.world import World
-
-# Options of the pretraining that are those of the recipe.
-_SHARED = (
-    *("width", "stem_stride", "norm", "device", "amp", "channels_last", "compile", "threads"),
-    *("cuda_graphs", "checkpoint_seconds"),
-)
 
 
 def load_data(recipe: Recipe, world: World) -> Dataset:
@@ -48,7 +42,7 @@ def train_runs(
     total = sum(job.run.standardized_epochs for job in jobs)
     progress = RunProgress(console, total) if executor.world.rank == 0 else Reporter()
     with progress, on_signals() as stop:
-        return failures(list(executor.run(jobs, dataset, folder.path, progress, stop)))
+        return failures(executor.run(jobs, dataset, folder.path, progress, stop))
 
 
 def resolve_pretraining(recipe: Recipe, console: Console) -> Recipe:
@@ -114,10 +108,13 @@ def _claim(file: Path, backbone: Backbone, console: Console) -> None:
 
 def pretraining_recipe(recipe: Recipe) -> Recipe:
     """Return the recipe that pretrains the backbone of a resolved recipe."""
-    model, options = recipe.model, recipe.options()
+    model = recipe.model
     assert model.pretrain_on != "auto"
-    return Recipe().replace(
+    return replace(Recipe(), hardware=recipe.hardware).replace(
         name="backbone",
+        width=model.width,
+        stem_stride=model.stem_stride,
+        norm=model.norm,
         dataset=model.pretrain_on,
         data_dir=recipe.data.data_dir if model.pretrain_on == "fashion-mnist" else None,
         methods=("sgd",),
@@ -127,7 +124,7 @@ def pretraining_recipe(recipe: Recipe) -> Recipe:
         epochs=model.pretrain_epochs,
         eval_every=model.pretrain_epochs,
         seeds=1,
-        **{name: options[name] for name in _SHARED},
+        checkpoint_seconds=recipe.output.checkpoint_seconds,
     )
 
 
@@ -160,8 +157,8 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
 
 def _folder(recipe: Recipe, world: World, path: Path) -> Path:
     """Return the folder of a backbone: in the user's cache, by its configuration; else in the run folder."""
-    depends_on = json.dumps(recipe.result() | {"processes": world.size, "torch": torch.__version__}, sort_keys=True)
-    digest = hashlib.sha256(depends_on.encode()).hexdigest()[:16]
+    depends_on = recipe.result_options() | {"processes": world.size, "torch": torch.__version__}
+    digest = hashlib.sha256(json.dumps(depends_on, sort_keys=True).encode()).hexdigest()[:16]
     key = f"width{recipe.model.width}-{recipe.data.dataset}-{recipe.comparison.epochs}-{digest}"
     try:
         return data.cache_home() / "steppe" / "backbones" / key

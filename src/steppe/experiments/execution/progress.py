@@ -124,19 +124,17 @@ class JobProgress(ProgressDisplay):
     def __init__(self, console: Console, total: int) -> None:
         super().__init__(console, "all jobs", total, "measured")
         self._started: dict[str, float] = {}
-        self._finished: set[str] = set()
 
     def show(self, name: str, activity: str, passes: int) -> None:
         """Show the activity of a job and its passes so far."""
         self._started.setdefault(name, time.monotonic())
-        if name not in self._finished:  # a late message must not bring the bar back
+        if not self._completed.get(name):  # a late message must not bring the bar back
             self.update(name, name, 0, None, f"{activity} (pass {passes})")
 
     def done(self, name: str) -> None:
-        self._finished.add(name)
         self.finish(name, 1)
         seconds = time.monotonic() - self._started.get(name, time.monotonic())
-        self.print(f"{name}: measured in {seconds:.0f} s ({len(self._finished)} of {self._total:.0f})")
+        self.print(f"{name}: measured in {seconds:.0f} s ({sum(self._completed.values()):.0f} of {self._total:.0f})")
 
 
 def _title(run: Run) -> str:

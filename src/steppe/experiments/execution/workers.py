@@ -17,11 +17,10 @@ from rich.console import Console
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.events import EventReader, EventWriter
 from steppe.experiments.execution.executor import Executor, Job, Outcome
+from steppe.experiments.execution.forwarding import EventReader, EventWriter, with_tensorboard
 from steppe.experiments.execution.pool import WorkerDied
 from steppe.experiments.execution.progress import print_line
-from steppe.experiments.execution.tensorboard import with_tensorboard
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import train

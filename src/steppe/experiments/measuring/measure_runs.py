@@ -22,9 +22,9 @@ from steppe.experiments.execution.pretraining import load_data, with_backbone
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
 from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.training.checkpointing import owner
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
 from steppe.experiments.world import World

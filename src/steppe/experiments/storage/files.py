@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -34,3 +35,8 @@ def write_atomically(path: Path, content: bytes | memoryview) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomically(path, (json.dumps(value, indent=2) + "\n").encode())
+
+
+def write_json_lines(path: Path, values: Iterable[Any]) -> None:
+    """Write each value as a line of JSON, atomically."""
+    write_atomically(path, "".join(json.dumps(value) + "\n" for value in values).encode())

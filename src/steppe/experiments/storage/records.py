@@ -1,7 +1,6 @@
 """The records of metrics.jsonl: one for each measurement of a run."""
 
 import json
-from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -38,11 +37,6 @@ class Record:
     def to_json(self) -> dict[str, Any]:
         """Return the record as JSON has it, without fields that are None."""
         return {k: v for k, v in asdict(self).items() if v is not None}
-
-
-def write_records(records: Iterable[Record]) -> bytes:
-    """Turn records into JSON lines."""
-    return "".join(json.dumps(record.to_json()) + "\n" for record in records).encode()
 
 
 def read_records(text: str) -> list[Record]:

@@ -69,8 +69,8 @@ class RunFolder:
         config = self.path / "config.json"
         if config.exists():
             before, number = self.read()
-            now = recipe.result() | {"processes": processes}
-            check_same(self.path, before.result() | {"processes": number}, now)
+            now = recipe.result_options() | {"processes": processes}
+            check_same(self.path, before.result_options() | {"processes": number}, now)
         check_unused(self.path)
         write_json(config, {"format": _FORMAT, "recipe": recipe.to_json(), "processes": processes})
 

@@ -90,18 +90,23 @@ class _Graph(NamedTuple):
     replay: Callable[[], None]
 
 
-class Graphs:
-    """Takes steps by `take`: the first few of each kind directly, the others by a replay."""
+class Stepper:
+    """Takes steps by `take`; with a recorder, only the first few of each kind, and the others by a replay."""
 
-    def __init__(self, take: Callable[[Batch], Step], optimizer: Optimizer, recorder: Recorder) -> None:
+    def __init__(self, take: Callable[[Batch], Step], optimizer: Optimizer, recorder: Recorder | None) -> None:
         self._take, self._recorder = take, recorder
         # other optimizers keep their state in tensors; SAM counts its steps and calls its cadence in Python
         self._sam = optimizer if isinstance(optimizer, SAM) else None
-        self._warmed_up: Counter[_Kind] = Counter()
-        self._graphs: dict[_Kind, _Graph] = {}
+        self.reset()
+
+    def reset(self) -> None:
+        """Drop the graphs: they work on the tensors of their recording."""
+        self._warmed_up, self._graphs = Counter[_Kind](), dict[_Kind, _Graph]()
 
     def __call__(self, batch: Batch) -> Step:
         """Take one step; ExperimentError if it cannot be recorded."""
+        if self._recorder is None:
+            return self._take(batch)
         kind = len(batch), None if self._sam is None else self._sam.perturbs_next
         graph = self._graphs.get(kind)
         if graph is not None:
@@ -111,16 +116,16 @@ class Graphs:
             self._warmed_up[kind] += 1
             return self._recorder.warm(lambda: self._take(batch))
         else:
-            graph = self._graphs[kind] = self._recorded(batch)  # its Python has counted this step
+            graph = self._graphs[kind] = self._record(batch, self._recorder)  # its Python has counted this step
         graph.indices.copy_(batch.indices)
         graph.replay()
         return graph.step
 
-    def _recorded(self, batch: Batch) -> _Graph:
+    def _record(self, batch: Batch, recorder: Recorder) -> _Graph:
         indices = batch.indices.clone()
         try:
             with nullcontext() if self._sam is None else self._sam.recording():
-                step, replay = self._recorder.record(lambda: self._take(replace(batch, indices=indices)))
+                step, replay = recorder.record(lambda: self._take(replace(batch, indices=indices)))
         except RuntimeError as error:
             raise ExperimentError(
                 f"the training step could not be captured as a CUDA graph ({first_line(error)}): use --no-cuda-graphs, "

@@ -32,9 +32,9 @@ def evaluate(
     split: Split,
     world: World,
     autocast: Callable[[], AbstractContextManager[object]],
-    pause: Callable[[], None],
+    raise_if_stopped: Callable[[], None],
 ) -> Score:
-    """Measure `network` on a split, shared out over the processes; `pause()` is called between its chunks.
+    """Measure `network` on a split, shared out over the processes, with a call of `raise_if_stopped` before each chunk.
 
     The network is left in training mode.
     """
@@ -46,7 +46,7 @@ def evaluate(
     try:
         with torch.no_grad():
             for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                pause()
+                raise_if_stopped()
                 with autocast():
                     logits = network(normalize(x))
                 sums[0] += F.cross_entropy(logits.float(), y, reduction="sum")
@@ -64,14 +64,16 @@ def flatness_sample(split: Split, samples: int, seed: int) -> Split:
     return Split(split.images[drawn], split.labels[drawn])
 
 
-def measure_flatness(network: nn.Module, sample: Split, rho: float, pause: Callable[[], None]) -> dict[str, float]:
+def measure_flatness(
+    network: nn.Module, sample: Split, rho: float, raise_if_stopped: Callable[[], None]
+) -> dict[str, float]:
     """Measure S(w) at `rho`, the Hessian's largest eigenvalue and the norm of the gradient: fields of `Record`.
 
     In evaluation mode and in the weights' own precision; the network and all generators are unchanged. All values are
-    NaN if the loss is not finite. `pause()` is called after every pass over the sample.
+    NaN if the loss is not finite. `raise_if_stopped` is called after every pass over the sample.
     """
     data = normalize(sample.images), sample.labels
-    objective = flatness.Objective(network, data, loss=F.cross_entropy, progress=lambda *_: pause())
+    objective = flatness.Objective(network, data, loss=F.cross_entropy, progress=lambda *_: raise_if_stopped())
     try:
         found = flatness.sharpness(objective, rho=rho, seed=0)
     except FloatingPointError:  # the run itself continues, and checks its loss

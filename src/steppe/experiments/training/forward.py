@@ -1,4 +1,4 @@
-"""The network and its loss as a step function uses them, with a count of all samples.
+"""The network of a run, and its loss as a step function uses it, with a count of all samples.
 
 A step function is a subclass of `StepFunction`. With a builder of `steppe.closures` its `step` is one line:
 
@@ -12,12 +12,45 @@ from fractions import Fraction
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch
+from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.world import World
 
 FORWARD_ONLY = Fraction(1, 3)
 """Cost of a sample without a backward pass, which does about twice the work of the forward pass."""
+
+
+def build_network(run: Run, data: Dataset) -> nn.Module:
+    """Build the network with its initial weights, drawn from torch's generator."""
+    model = run.recipe.model
+    if (data.backbone is None) != (model.backbone == "none"):
+        raise RuntimeError(
+            f"backbone={model.backbone}, but the data has {data.backbone}: load it by pretraining.with_backbone"
+        )
+    if data.backbone is not None:
+        return data.backbone.network(freeze=model.freeze)
+    return PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
+
+
+def check_fine_tuning(run: Run, optimizer: Optimizer) -> None:
+    """Raise ExperimentError where a method would silently ignore an option of fine-tuning."""
+    perturbed = getattr(getattr(optimizer, "perturbation", None), "parameters", ())
+    if perturbed and not any(p.requires_grad for p in perturbed):
+        raise ExperimentError(
+            f"{run.name} perturbs weights that --freeze keeps fixed, so it would be the plain base optimizer at twice "
+            "the cost: leave --freeze or this method out"
+        )
+    head_lr = run.recipe.training.head_lr
+    if head_lr is not None and all(group["lr"] != head_lr for group in optimizer.param_groups):
+        raise ExperimentError(
+            f"{run.name} has one learning rate of its own, and head_lr={head_lr} would be ignored: leave --head-lr or "
+            "this method out"
+        )
 
 
 class Forward:

@@ -1,5 +1,6 @@
 """Train one run, from its seed or its checkpoint, until its compute is spent."""
 
+import signal
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
@@ -19,19 +20,19 @@ from steppe.experiments.data.datasets import CLASSES, Dataset
 from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.backbones import FineTuned
+from steppe.experiments.storage.checkpoints import CheckpointManager
 from steppe.experiments.storage.records import Record
-from steppe.experiments.training.checkpointing import CheckpointManager
-from steppe.experiments.training.cuda_graphs import Graphs, Step, recorder
+from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
 from steppe.experiments.training.evaluation import evaluate, flatness_sample, measure_flatness
-from steppe.experiments.training.forward import Forward
-from steppe.experiments.training.network import build_network, check_fine_tuning
+from steppe.experiments.training.forward import Forward, build_network, check_fine_tuning
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
 
-# Guessing gives log(10) = 2.3. SAM skips steps that are not finite, so with it a loss may stay at 1e17 for ever.
+# A network that guesses has a loss of log(10) = 2.3. SAM skips steps that are not finite, so a diverged loss may stay
+# at 1e17 and never become NaN.
 _DIVERGED_LOSS = 1e4
-_STOP_INTERVAL = 8  # batches between two agreements of several processes on whether to stop
+_STOP_INTERVAL = 8  # batches from one exchange of stop requests between several processes to the next
 
 
 class Training:
@@ -64,7 +65,7 @@ class Training:
         self.optimizer = run.method.optimizer(self._base(), context)
         check_fine_tuning(run, self.optimizer)
         self.step_function = run.method.step_function(self.optimizer, context)
-        self._take_step = self._step_taker()
+        self._take_step = Stepper(self._eager_step, self.optimizer, self._recorder)
         self.epoch = 0
         """Finished epochs."""
         self.batch = 0
@@ -115,7 +116,7 @@ class Training:
     def autocast(self) -> AbstractContextManager[object]:
         """Return the context of a forward pass that sets its precision."""
         amp = bool(self.run.recipe.hardware.amp)
-        cached = self._recorder is None  # a CUDA graph must not use copies of the weights from outside of it
+        cached = self._recorder is None  # a CUDA graph would read copies that were made outside of it
         return torch.autocast(self.world.device.type, torch.bfloat16, enabled=amp, cache_enabled=cached)
 
     def step(self, batch: Batch) -> Tensor:
@@ -131,24 +132,21 @@ class Training:
         self.epoch, self.batch = divmod(self.epoch * self.batches + self.batch + 1, self.batches)
         return loss
 
-    def _step_taker(self) -> Callable[[Batch], Step]:
-        return self._launch if self._recorder is None else Graphs(self._launch, self.optimizer, self._recorder)
-
-    def _launch(self, batch: Batch) -> Step:
+    def _eager_step(self, batch: Batch) -> Step:
         forward = Forward(self.model, batch, self.world, self.autocast)
         return Step(self.step_function.step(forward, batch).detach(), forward.cost())
 
-    def measure(self, pause: Callable[[], None]) -> list[Record]:
+    def measure(self, raise_if_stopped: Callable[[], None]) -> list[Record]:
         """Measure the network on both splits, for every point of the grid that is due."""
         train, test = (
-            evaluate(self.network, split, self.world, self.autocast, pause)
+            evaluate(self.network, split, self.world, self.autocast, raise_if_stopped)
             for split in (self.data.train, self.data.test)
         )
         flatness: dict[str, float] = {}
         if not self.run.flatness_grid.isdisjoint(self.due):
             recipe = self.run.recipe
             sample = flatness_sample(self.data.train, recipe.evaluation.flatness_samples, self.run.seed)
-            flatness = measure_flatness(self.network, sample, recipe.training.rho, pause)
+            flatness = measure_flatness(self.network, sample, recipe.training.rho, raise_if_stopped)
         # a step that crosses several points gives a record for each: methods are compared point by point
         return [
             Record(
@@ -190,7 +188,7 @@ class Training:
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_function.load_state_dict(state["step_function"])
-        self._take_step = self._step_taker()  # graphs captured before would write to the old tensors
+        self._take_step.reset()  # graphs captured before would write to the old tensors
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)
@@ -213,11 +211,13 @@ def train(
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
     manager = CheckpointManager(folder, run, world, None if data.backbone is None else data.backbone.digest())
     training = Training(run, data, world)
-    manager.restore(training)
+    if (state := manager.load()) is not None:
+        training.load_state_dict(state)
     reporter.begin(run, training.standardized_epoch, training.records)
 
-    def pause() -> None:
-        # several processes may have different numbers of chunks, and could not agree here: they stop at the next batch
+    def raise_if_stopped() -> None:
+        # several processes must stop at the same place, and may measure different numbers of chunks: they stop at the
+        # next batch
         if stop and world.size == 1:
             raise Stopped(stop.signal)
 
@@ -226,11 +226,11 @@ def train(
             if not training.due:
                 _train_epoch(training, manager, reporter, stop)
             if training.due:
-                training.records += training.measure(pause)
+                training.records += training.measure(raise_if_stopped)
                 reporter.measured(run, training.records[-1])
-            manager.save(training)
+            manager.save(training.state_dict())
     except Stopped:
-        manager.save(training)
+        manager.save(training.state_dict())
         raise
     reporter.end(run, training.records)
     return training.records
@@ -253,16 +253,16 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
             speed = (training.images_seen - seen) / (now - begun)
             reporter.step(run, training.standardized_epoch, float(loss), speed)
         if (world.size == 1 or training.batch % _STOP_INTERVAL == 0) and world.any(bool(stop)):
-            raise Stopped(stop.signal or 2)
+            raise Stopped(stop.signal or signal.SIGINT)  # 0 if only another process got the signal
         if training.due:
             break
-        if training.batch > 0 and manager.due:  # there is always a checkpoint at an epoch's end
-            float(loss)  # wait for the device, whose pending work is training time; saving is not
+        if training.batch > 0 and manager.due:  # train() saves at an epoch's end
+            float(loss)  # waits for the device, whose pending work is training time, which saving is not
             saving = time.perf_counter()
-            manager.save(training)
+            manager.save(training.state_dict())
             begun += time.perf_counter() - saving
     mean = float(world.total(total)) / world.size / (training.steps - steps)
-    training.seconds = before + time.perf_counter() - begun  # on a GPU, the work ends here
+    training.seconds = before + time.perf_counter() - begun  # float() has waited for the device
     if not mean < _DIVERGED_LOSS:  # also if it is NaN
         options = run.recipe.training
         raise ExperimentError(

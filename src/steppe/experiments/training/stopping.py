@@ -3,7 +3,7 @@
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from types import FrameType
 
 
@@ -32,21 +32,14 @@ def on_signals() -> Iterator[Stop]:
     Outside the main thread, where Python delivers no signals, there is never a request.
     """
     stop = Stop()
-    if threading.current_thread() is not threading.main_thread():
-        yield stop
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.getsignal(number) for number in numbers}
 
     def remember(number: int, frame: FrameType | None) -> None:
         stop.signal = number
-        for other in numbers:
-            signal.signal(other, before[other])
+        handlers.close()
 
-    for number in numbers:
-        signal.signal(number, remember)
-    try:
+    with ExitStack() as handlers:
+        if threading.current_thread() is threading.main_thread():
+            for number in (signal.SIGINT, signal.SIGTERM):
+                handlers.callback(signal.signal, number, signal.getsignal(number))
+                signal.signal(number, remember)
         yield stop
-    finally:
-        for number in numbers:
-            signal.signal(number, before[number])
