@@ -9,7 +9,7 @@ from tiny import command_line, dataset, options, untimed
 from steppe.cli import main
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.tuning.studies import TrialResult
+from steppe.experiments.tuning.result import TrialResult
 
 
 class DataWithoutTest(Dataset):

@@ -5,9 +5,9 @@ from pathlib import Path
 from tiny import recipe
 
 from steppe.experiments.storage.records import Record
-from steppe.experiments.tuning.result import Search, TuningResult, summarize_search
+from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.result import TrialResult, TuningResult
 from steppe.experiments.tuning.search_space import spaces
-from steppe.experiments.tuning.studies import TrialResult
 
 
 def result(number: int, rho: float, *accuracies: float, method: str = "sam") -> TrialResult:
@@ -19,4 +19,4 @@ def result(number: int, rho: float, *accuracies: float, method: str = "sam") -> 
 def tuning_result(*results: TrialResult, low: float = 0.01, high: float = 1.0, **fields: object) -> TuningResult:
     given = recipe(**({"seeds": 3} | fields))
     found = spaces(given, [f"rho={low}..{high}"], baseline=True)
-    return summarize_search(Search(given, found, "accuracy", 6, Path("runs/demo-tune")), results)
+    return TuningResult(given, TuningOptions(), found, Path("runs/demo-tune"), results)

@@ -47,15 +47,16 @@ _METHODS = "List the methods: cost, memory, paper, when to use each; `steppe met
 
 _PLOT = "Draw the figures of a run folder and write its summary again, from the folder alone."
 
-_TUNE = "Search rho and other options at equal compute, and choose by images held out of training."
+_TUNE = "Search rho and other options at equal compute, judged by images that are held out of training."
 
 _TUNE_DETAILS = """
-`steppe tune` alone searches the rho of the recipe demo's SAM: `steppe tune demo --search rho=0.01..1 lr=0.01..0.2`.
-All options of `steppe compare` are options here too; `--methods sam asam` tunes both.
+`steppe tune` searches the rho of SAM with the recipe demo. `steppe tune demo --search rho=0.01..1 lr=0.01..0.2`
+searches rho and the learning rate. All options of `steppe compare` are accepted: `--methods sam asam` tunes both.
 
-The choice is made by images that are held out of the training set; the test set is not used. At the end a command is
-printed that evaluates the choice on the test set. The same command in the same folder resumes where it was stopped or
-killed. Raise --trials to add some. Several processes in one folder, or with one --storage, share the work.
+Trials are judged by images that are held out of the training set; the test set is not used. At the end, a command is
+printed that evaluates the best values on the test set. The same command in the same folder resumes a search that was
+stopped or killed; a larger --trials adds trials. Several processes with the same folder or the same --storage share
+the trials.
 """
 
 _DETAILS = """
@@ -89,10 +90,10 @@ class Compare:
     """`steppe compare`."""
 
     recipe: AnyRecipe
-    where: ExecutionOptions = field(default_factory=ExecutionOptions)
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        compare(self.recipe, command, console, self.where)
+        compare(self.recipe, command, console, self.execution)
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,8 @@ class Tune:
     """`steppe tune`."""
 
     recipe: AnyRecipe
-    options: TuningOptions = field(default_factory=TuningOptions)
-    where: ExecutionOptions = field(default_factory=ExecutionOptions)
+    search: TuningOptions = field(default_factory=TuningOptions)
+    execution: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def __post_init__(self) -> None:
         if self.recipe.comparison.widths:
@@ -116,13 +117,13 @@ class Tune:
             raise ValueError(
                 f"widths={widths}: trials can be compared at one width only. Use --widths without a number, and --width"
             )
-        found = spaces(self.recipe, self.options.search, baseline=self.options.baseline)
-        if self.options.sampler == "grid":
+        found = spaces(self.recipe, self.search.search, baseline=self.search.baseline)
+        if self.search.sampler == "grid":
             for space in found:
                 grid(space.dimensions)
 
     def run(self, command: Sequence[str], console: Console) -> None:
-        tune(self.recipe, self.options, command, console, self.where)
+        tune(self.recipe, self.search, command, console, self.execution)
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,7 @@ class Measure:
 
     folder: tyro.conf.Positional[Path | None] = None
     """The run folder, for example runs/demo; or none, and --model with --data."""
-    options: MeasuringOptions = field(default_factory=MeasuringOptions)
+    measurement: MeasuringOptions = field(default_factory=MeasuringOptions)
     model: UserModel = field(default_factory=UserModel)
 
     def __post_init__(self) -> None:
@@ -140,9 +141,9 @@ class Measure:
 
     def run(self, command: Sequence[str], console: Console) -> None:
         if self.folder is None:
-            measure_user_model(self.model, self.options, console)
+            measure_user_model(self.model, self.measurement, console)
         else:
-            measure_runs(self.folder, self.options, console)
+            measure_runs(self.folder, self.measurement, console)
             plot(self.folder, console)
 
 

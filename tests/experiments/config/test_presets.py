@@ -1,4 +1,7 @@
-from steppe.experiments.config.presets import RECIPES
+from tiny import recipe
+
+from steppe.experiments.commands import Compare, parse
+from steppe.experiments.config.presets import RECIPES, command_line
 
 
 def test_article_recipe_has_the_articles_settings() -> None:
@@ -18,3 +21,10 @@ def test_article_recipe_has_the_articles_settings() -> None:
 
 def test_demo_needs_no_download() -> None:
     assert RECIPES["demo"][0].data.dataset == "sample"
+
+
+def test_any_recipe_can_be_written_as_a_command() -> None:
+    given = recipe(methods=("sgd", "looksam:rho=0.1,interval=3"), amp=True, channels_last=False, momentum=0.5, seeds=3)
+    verb = parse(command_line(given).split()[1:])
+    assert isinstance(verb, Compare)
+    assert verb.recipe == given

@@ -1,7 +1,14 @@
 import json
+from pathlib import Path
 
 import pytest
+from tiny import recipe
 from tuning_results import result, tuning_result
+
+from steppe.experiments.commands import Compare, parse
+from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.result import TrialResult, TuningResult
+from steppe.experiments.tuning.search_space import spaces
 
 
 def test_best_trial_is_named_with_those_within_one_standard_error() -> None:
@@ -13,13 +20,13 @@ def test_best_trial_is_named_with_those_within_one_standard_error() -> None:
         result(3, 0.5, 60.0, 70.0, 80.0),
     )
     assert [best.result.number for best in found.best] == [0, 1]
-    text = "\n".join(found.notes)
+    text = "\n".join(found.notes())
     # the standard deviation of a run is 1 point in the better half
     assert "SAM (rho 0.1): 85.20±1.00 %, the best of 4 trials (trial 1)." in text
     assert "2 of 4 trials are within one standard error (0.58 points) of the best: rho 0.05, 0.1." in text
     assert "The optimum is flat" in text
     assert "SAM (rho 0.1) against SGD, on the images it was chosen by: +4.2 points, 95 % interval [+4.2, +4.2]" in text
-    assert not found.warnings
+    assert not [*found.warnings()]
     assert json.loads(json.dumps(found.json()))["best"][1]["spec"] == "sam:rho=0.1"
 
 
@@ -32,14 +39,40 @@ def test_best_trial_is_named_with_those_within_one_standard_error() -> None:
     ],
 )
 def test_best_value_at_an_edge_gives_a_warning(rho: float, warning: str | None) -> None:
-    found = tuning_result(result(0, 0.1, 80.0, 81.0, 82.0), result(1, rho, 84.0, 85.0, 86.0))
-    assert bool(found.warnings) == (warning is not None)
+    warnings = [*tuning_result(result(0, 0.1, 80.0, 81.0, 82.0), result(1, rho, 84.0, 85.0, 86.0)).warnings()]
+    assert bool(warnings) == (warning is not None)
     if warning is not None:
         with pytest.raises(Warning, match=warning):
-            raise Warning(found.warnings[0])
+            raise Warning(warnings[0])
 
 
 def test_single_runs_give_no_verdict() -> None:
-    text = "\n".join(tuning_result(result(0, 0.1, 80.0), result(1, 0.2, 84.0), seeds=1).notes)
+    text = "\n".join(tuning_result(result(0, 0.1, 80.0), result(1, 0.2, 84.0), seeds=1).notes())
     assert "take --seeds 3 or more" in text
     assert "within one standard error" not in text
+
+
+def test_confirmation_uses_fresh_seeds_and_can_be_parsed() -> None:
+    found = tuning_result(result(0, 0.0, 80.0, 81.0, 82.0, method="sgd"), result(0, 0.123, 84.0, 85.0, 86.0))
+    (line,) = found.commands()
+    verb = parse(line.split()[1:])
+    assert isinstance(verb, Compare)
+    assert [*map(str, verb.recipe.comparison.methods)] == ["sgd", "sam:rho=0.123"]
+    assert (verb.recipe.comparison.first_seed, verb.recipe.comparison.seeds, verb.recipe.model.width) == (3, 3, 2)
+    assert verb.recipe.output.out == Path("runs/demo-tune-confirmed")
+
+
+def test_methods_with_different_options_are_confirmed_separately() -> None:
+    given = recipe(seeds=3)
+    found = spaces(given, ["lr=0.01,0.1"], baseline=True)
+    runs = result(0, 0.1, 80.0, 81.0, 82.0).runs
+    results = [
+        TrialResult("sgd", 0, {"lr": 0.1}, "complete", runs),
+        TrialResult("sam", 0, {"lr": 0.01}, "complete", runs),
+    ]
+    one, two = TuningResult(given, TuningOptions(), found, Path("runs/x"), results).commands()
+    assert "--methods sgd " in one
+    assert "--lr 0.1" in one
+    assert "--methods sam " in two
+    assert "--lr 0.01" in two
+    assert one.split()[-1] != two.split()[-1]

@@ -6,9 +6,9 @@ from tiny import recipe
 
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.search_space import spaces
-from steppe.experiments.tuning.studies import Study, open_storage
 
 optuna = pytest.importorskip("optuna")
+from steppe.experiments.tuning.studies import Study, open_storage  # noqa: E402  # needs Optuna
 
 
 def test_trial_is_held_by_one_process_and_resumed_when_that_process_dies(tmp_path: Path) -> None:
@@ -22,13 +22,13 @@ def test_trial_is_held_by_one_process_and_resumed_when_that_process_dies(tmp_pat
         one, two = mine.take(), theirs.take()
         assert one is not None
         assert two is not None
-        assert (one.number, two.number) == (0, 1)
+        assert (one.handle.number, two.handle.number) == (0, 1)
         assert one.recipe != two.recipe
         two.lock.close()  # as the system does when its process is killed
         again, three = mine.take(), mine.take()
         assert again is not None
         assert three is not None
-        assert (again.number, three.number) == (1, 2)
+        assert (again.handle.number, three.handle.number) == (1, 2)
         assert again.recipe == two.recipe
         assert theirs.take() is None  # the others are held, and there are three at most
         for trial in (one, again, three):

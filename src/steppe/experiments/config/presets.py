@@ -1,5 +1,6 @@
-"""Recipes by name: `steppe compare NAME` runs one."""
+"""Recipes by name, and their commands: `steppe compare NAME` runs one."""
 
+import shlex
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -7,9 +8,8 @@ from steppe.experiments.config.recipe import Recipe
 
 _SMALL = Recipe().replace(channels_last=True)
 
-# Float32 and one thread give the same bits on every machine. Without channels_last, because torch 2.13's backward of a
-# strided 1x1 convolution in that layout writes beyond its memory with several threads, when the number of channels is
-# no multiple of 16 and that of images is odd.
+# Float32 and one thread give the same bits on every machine. Without channels_last, so --threads may be raised at any
+# width (see `resolve`).
 _PORTABLE = _SMALL.replace(amp=False, channels_last=False, threads=1)
 
 RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
@@ -66,3 +66,18 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
     }
 )
 """Each recipe with one line of help."""
+
+
+def command_line(recipe: Recipe) -> str:
+    """Return the shortest command that compares the methods of `recipe`."""
+    name = recipe.name if recipe.name in RECIPES else "demo"
+    usual, words = RECIPES[name][0].options(), ["steppe", "compare", name]
+    for field, value in recipe.options().items():
+        option = field.replace("_", "-")
+        if value == usual[field]:
+            continue
+        if isinstance(value, bool):
+            words.append(f"--{option}" if value else f"--no-{option}")
+        else:
+            words += [f"--{option}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
+    return shlex.join(words)

@@ -82,12 +82,13 @@ def use_style() -> Iterator[None]:
         yield
 
 
-def set_log_scale(axes: Axes, subs: Sequence[int] = (1, 2, 5)) -> None:
-    """Make the vertical axis logarithmic, with plain numbers at the multiples `subs` of each power of ten."""
-    axes.set_yscale("log")
-    axes.yaxis.set_major_locator(LogLocator(subs=subs))
-    axes.yaxis.set_major_formatter("{x:g}")
-    axes.yaxis.set_minor_formatter(NullFormatter())
+def set_log_scale(axes: Axes, subs: Sequence[int] = (1, 2, 5), *, horizontal: bool = False) -> None:
+    """Make an axis logarithmic, with plain numbers at the multiples `subs` of each power of ten."""
+    axes.set(**{"xscale" if horizontal else "yscale": "log"})
+    axis = axes.xaxis if horizontal else axes.yaxis
+    axis.set_major_locator(LogLocator(subs=subs))
+    axis.set_major_formatter("{x:g}")
+    axis.set_minor_formatter(NullFormatter())
 
 
 def add_caption(figure: Figure, recipe: Recipe, *more: str) -> None:

@@ -1,121 +1,101 @@
 """Figures of a search: validation accuracy and gap over each number that was searched, such as rho."""
 
-import re
-from collections.abc import Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter
 
 from steppe.experiments.analysis.statistics import estimate
-from steppe.experiments.figures.drawing import Drawing
-from steppe.experiments.figures.style import GREY, Style, add_caption, styles
-from steppe.experiments.storage.records import Record
-from steppe.experiments.tuning.result import Best, Search, TuningResult
+from steppe.experiments.figures.drawing import Drawing, save_all
+from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles_of
+from steppe.experiments.tuning.result import TuningResult
 from steppe.experiments.tuning.search_space import Range, Space
-from steppe.experiments.tuning.studies import TrialResult
 
 _ACCURACY = ("test_accuracy", "Validation accuracy", "%")
 _LOSS = ("test_loss", "Validation loss", "cross-entropy")
 _GAP = ("gap", "Gap, training minus validation accuracy", "percentage points")
 
 
-def draw(search: Search, results: Sequence[TrialResult], result: TuningResult, folder: Path) -> None:
+def draw(result: TuningResult, folder: Path) -> None:
     """Draw a figure for each searched number as PNG and SVG into `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in dict.fromkeys(d.name for space in search.spaces for d in space.dimensions):
-        points = [r.values[name] for r in results if name in r.values and r.state != "running"]
-        if points and not any(isinstance(value, bool | str) for value in points):
-            Drawing(name, partial(_figure, search, results, result, name)).save(folder)
+    names = dict.fromkeys(dimension.name for space in result.spaces for dimension in space.dimensions)
+    save_all((Drawing(name, partial(_figure, result, name)) for name in names if _is_number(result, name)), folder)
 
 
-def _figure(search: Search, results: Sequence[TrialResult], result: TuningResult, name: str) -> Figure:
+def _is_number(result: TuningResult, name: str) -> bool:
+    values = [trial.values[name] for trial in result.trials if name in trial.values and trial.state != "running"]
+    return bool(values) and not any(isinstance(value, bool | str) for value in values)
+
+
+def _figure(result: TuningResult, name: str) -> Figure:
     figure = Figure(figsize=(10.5, 4.6), layout="constrained")
     panels = figure.subplots(1, 2)
-    first = _ACCURACY if search.by_accuracy else _LOSS
-    best_of = {str(best.space.spec): best for best in result.best}
-    # by position, as in a comparison
-    methods = styles(search.recipe.replace(methods=tuple(space.spec for space in search.spaces)))
-    log = _is_log(search, results, name)
-    for axes, (field, title, unit) in zip(panels, (first, _GAP), strict=True):
+    looks = styles_of([space.spec.label for space in result.spaces])  # by position, as in a comparison
+    log = _is_log(result, name)
+    for axes, (field, title, unit) in zip(
+        panels, (_ACCURACY if result.options.by_accuracy else _LOSS, _GAP), strict=True
+    ):
         if log:
-            axes.set_xscale("log")
-            axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axes.xaxis.set_major_formatter("{x:g}")
-            axes.xaxis.set_minor_formatter(NullFormatter())
-        for space, style in zip(search.spaces, methods.values(), strict=True):
-            best = best_of.get(str(space.spec))
-            if any(dimension.name == name for dimension in space.dimensions):
-                _series(axes, space, style, results, name, field)
-                if best is not None:
-                    _mark(axes, style, best, name, field)
-            elif best is not None:
-                _level(axes, style, best, field)
+            set_log_scale(axes, horizontal=True)
+        methods = zip(result.spaces, looks, strict=True)
+        # matplotlib's own legend puts error bars last; here each method is next to its best trial
+        entries = [entry for space, style in methods for entry in _method(axes, result, space, style, name, field)]
+        if axes is panels[0]:
+            axes.legend(handles=entries)
         axes.set_title(title)
         axes.set_xlabel(name)
         axes.set_ylabel(unit)
-    handles, labels = panels[0].get_legend_handles_labels()
-    # matplotlib puts error bars last; here each method is next to its best trial, the shorter text first
-    names = [space.spec.label for space in search.spaces]
-    method = {text: names.index(re.sub(r"(, best: .*|: diverged)$", "", text)) for text in labels}
-    order = sorted(zip(labels, handles, strict=True), key=lambda entry: (method[entry[0]], len(entry[0])))
-    panels[0].legend([handle for _, handle in order], [text for text, _ in order])
-    add_caption(figure, search.recipe, f"equal compute; validation: one in {search.hold_out} training images, held out")
+    held_out = f"one in {result.options.hold_out} training images, held out"
+    add_caption(figure, result.recipe, f"equal compute; validation: {held_out}")
     return figure
 
 
-def _is_log(search: Search, results: Sequence[TrialResult], name: str) -> bool:
-    ranges = [d for space in search.spaces for d in space.dimensions if d.name == name and isinstance(d, Range)]
+def _is_log(result: TuningResult, name: str) -> bool:
+    ranges = [d for space in result.spaces for d in space.dimensions if d.name == name and isinstance(d, Range)]
     if ranges:
         return any(dimension.log for dimension in ranges)
-    values = [float(r.values[name]) for r in results if name in r.values]
+    values = [float(trial.values[name]) for trial in result.trials if name in trial.values]
     return min(values) > 0 and max(values) >= 8 * min(values)
 
 
-def _series(axes: Axes, space: Space, style: Style, results: Sequence[TrialResult], name: str, field: str) -> None:
-    """Plot the trials, with a line if only `name` changes from one to the next."""
-    trials = [r for r in results if r.method == str(space.spec)]
-    complete = sorted((r for r in trials if r.state == "complete"), key=lambda r: float(r.values[name]))
-    diverged = [float(r.values[name]) for r in trials if r.state == "diverged"]
-    each = [estimate(_values(r.runs, field)) for r in complete]
-    axes.errorbar(
-        [float(r.values[name]) for r in complete],
-        [value.mean for value in each],
-        yerr=[value.sd or 0.0 for value in each] if any(value.sd for value in each) else None,
-        linestyle="-" if len(space.dimensions) == 1 else "none",
-        color=style.color,
-        linewidth=1.0,
-        elinewidth=0.9,
-        capsize=2.5,
-        marker="o",
-        markersize=4,
-        label=space.spec.label,
-    )
-    if diverged:
-        axes.plot(
-            diverged,
-            [0.03] * len(diverged),
-            "x",
+def _method(axes: Axes, result: TuningResult, space: Space, style: Style, name: str, field: str) -> Iterator[Any]:
+    """Plot the trials of a method and mark the best, or its level if `name` is not searched; yield legend entries."""
+    best = next((best.result for best in result.best if best.space == space), None)
+    if any(dimension.name == name for dimension in space.dimensions):
+        trials = [trial for trial in result.trials if trial.method == str(space.spec)]
+        complete = [trial for trial in trials if trial.state == "complete"]
+        complete.sort(key=lambda trial: float(trial.values[name]))
+        each = [estimate(trial.measured(field)) for trial in complete]
+        yield axes.errorbar(
+            [float(trial.values[name]) for trial in complete],
+            [value.mean for value in each],
+            yerr=[value.sd or 0.0 for value in each] if any(value.sd for value in each) else None,
+            linestyle="-" if len(space.dimensions) == 1 else "none",  # a line if only `name` changes
             color=style.color,
-            transform=axes.get_xaxis_transform(),
-            label=f"{space.spec.label}: diverged",
+            linewidth=1.0,
+            elinewidth=0.9,
+            capsize=2.5,
+            marker="o",
+            markersize=4,
+            label=style.label,
         )
-
-
-def _mark(axes: Axes, style: Style, best: Best, name: str, field: str) -> None:
-    x, mean = float(best.result.values[name]), estimate(_values(best.result.runs, field)).mean
-    label = f"{best.space.spec.label}, best: {name} {best.result.values[name]:g}"
-    axes.plot([x], [mean], "*", color=style.color, markersize=15, markeredgecolor="white", zorder=5, label=label)
-
-
-def _level(axes: Axes, style: Style, best: Best, field: str) -> None:
-    value = estimate(_values(best.result.runs, field))
-    axes.axhline(value.mean, color=GREY, linewidth=1.2, linestyle="--", label=style.label)
-    if value.sd is not None:
-        axes.axhspan(value.mean - value.sd, value.mean + value.sd, color=GREY, alpha=0.15, linewidth=0)
-
-
-def _values(runs: Sequence[Record], field: str) -> list[float]:
-    return [getattr(run, field) for run in runs]
+        diverged = [float(trial.values[name]) for trial in trials if trial.state == "diverged"]
+        if diverged:
+            height, label = [0.03] * len(diverged), f"{style.label}: diverged"
+            yield from axes.plot(
+                diverged, height, "x", color=style.color, transform=axes.get_xaxis_transform(), label=label
+            )
+        if best is not None:
+            x, mean = float(best.values[name]), estimate(best.measured(field)).mean
+            label = f"{style.label}, best: {name} {best.values[name]:g}"
+            yield from axes.plot(
+                [x], [mean], "*", color=style.color, markersize=15, markeredgecolor="white", zorder=5, label=label
+            )
+    elif best is not None:
+        level = estimate(best.measured(field))
+        yield axes.axhline(level.mean, color=GREY, linewidth=1.2, linestyle="--", label=style.label)
+        if level.sd is not None:
+            axes.axhspan(level.mean - level.sd, level.mean + level.sd, color=GREY, alpha=0.15, linewidth=0)

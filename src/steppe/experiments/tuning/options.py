@@ -1,17 +1,7 @@
 """The options of `steppe tune`."""
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass
-from types import MappingProxyType
-from typing import Any, Literal
-
-Objective = Literal["accuracy", "loss"]
-Sampler = Literal["tpe", "random", "grid"]
-
-MEASURES: Mapping[Objective, str] = MappingProxyType({"accuracy": "test_accuracy", "loss": "test_loss"})
-"""The field of a record that a trial is judged by; the held-out images take the place of the test set."""
-
-_TRIALS = 20
+from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass(frozen=True)
@@ -24,13 +14,13 @@ class TuningOptions:
     method or an option of the recipe. By default rho, from a tenth of each method's usual value to ten times that."""
     trials: int | None = None
     """Trials of each method; by default 20, or the whole of a grid. Raise it later to add some."""
-    sampler: Sampler = "tpe"
+    sampler: Literal["tpe", "random", "grid"] = "tpe"
     """tpe prefers values near those of good trials, so it trains one trial at a time, unless --runs-at-once or --on ray
     is given; random draws values independently; grid tries all combinations of values."""
     sampler_seed: int = 0
     """Seed of the values. The same seed tries the same values, also after an interruption; with tpe, as long as one
     trial is trained at a time."""
-    objective: Objective = "accuracy"
+    objective: Literal["accuracy", "loss"] = "accuracy"
     """The best trial has the highest validation accuracy, or the lowest validation loss, after the last epoch."""
     hold_out: int = 6
     """One in so many training images of each class is held out for validation; the test set is not used."""
@@ -48,9 +38,10 @@ class TuningOptions:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 
     @property
-    def max_trials(self) -> int:
-        return self.trials or (10**9 if self.sampler == "grid" else _TRIALS)
+    def by_accuracy(self) -> bool:
+        return self.objective == "accuracy"
 
-    def result(self) -> dict[str, Any]:
-        """Return the options that the trials depend on, apart from their number."""
-        return {k: v for k, v in asdict(self).items() if k not in ("trials", "storage")} | {"search": [*self.search]}
+    @property
+    def measure(self) -> str:
+        """The field of a record that a trial is judged by; the held-out images take the place of the test set."""
+        return f"test_{self.objective}"

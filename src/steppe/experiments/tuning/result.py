@@ -1,25 +1,29 @@
 """The result of a search: the best values of each method, their uncertainty, and the commands that confirm them."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import cached_property
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any
+from typing import Any, Literal, Self
 
 from rich.console import Console
 
 from steppe.experiments.analysis.statistics import estimate
-from steppe.experiments.analysis.summary import setting
-from steppe.experiments.analysis.tables import Table
+from steppe.experiments.analysis.summary import SummaryFiles, setting
+from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.tuning.confirm import confirmations
-from steppe.experiments.tuning.options import MEASURES, Objective
-from steppe.experiments.tuning.search_space import Range, Space
-from steppe.experiments.tuning.studies import TrialResult
+from steppe.experiments.execution.progress import print_line
+from steppe.experiments.storage.records import Record
+from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.search_space import Range, Space, Values
 
 _SHOWN = 5  # trials of a method on the terminal; the files have them all
 _LISTED = 6  # values within one standard error that are listed; of more, the ends only
+_CONFIRMING_RUNS = 3  # the minimum for a verdict
 
 _HEADINGS = ("trial", "validation\naccuracy %", "validation\nloss", "train\naccuracy %", "gap,\npoints", "runs")
 _COLUMNS = {"test_accuracy": ".2f", "test_loss": ".3f", "train_accuracy": ".2f", "gap": ".2f"}
@@ -27,31 +31,29 @@ _COLUMNS = {"test_accuracy": ".2f", "test_loss": ".3f", "train_accuracy": ".2f",
 
 
 @dataclass(frozen=True)
-class Search:
-    """A search: its recipe, spaces, objective and folder."""
+class TrialResult:
+    """The state of a trial, and the last measurement of each of its runs."""
 
-    recipe: Recipe
-    spaces: Sequence[Space]
-    objective: Objective
-    hold_out: int
-    path: Path
+    method: str
+    number: int
+    values: Values
+    state: Literal["complete", "diverged", "running"]
+    runs: Sequence[Record] = ()
+    reason: str = ""
 
-    @property
-    def by_accuracy(self) -> bool:
-        return self.objective == "accuracy"
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "runs": [run.to_json() for run in self.runs]}
 
-    @property
-    def points(self) -> str:
-        """The unit of a difference, as it follows a number."""
-        return " points" if self.by_accuracy else ""
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        return cls(**{**values, "runs": tuple(Record(**run) for run in values["runs"])})
 
-    def goal(self, result: TrialResult) -> list[float]:
-        """Return the value that a trial is judged by, for each of its runs."""
-        return [getattr(run, MEASURES[self.objective]) for run in result.runs]
+    def measured(self, field: str) -> list[float]:
+        """Return one field of the last measurement of each run."""
+        return [getattr(run, field) for run in self.runs]
 
-    def score(self, result: TrialResult) -> float:
-        """Return the mean of the goal, with the sign for which higher is better."""
-        return fmean(self.goal(result)) * (1 if self.by_accuracy else -1)
+    def __str__(self) -> str:
+        return ", ".join(_text(self.values)) or "as it is"
 
 
 @dataclass(frozen=True)
@@ -71,197 +73,210 @@ class Best:
         return self.ranked[0]
 
     @property
-    def complete(self) -> int:
-        return len(self.ranked)
+    def recipe(self) -> Recipe:
+        """The recipe with the method at its best values."""
+        return self.space.at(self.result.values)
 
-    @property
-    def label(self) -> str:
-        return _label(self.space, self.result)
+    def label(self, trial: TrialResult) -> str:
+        """Return the label of the method at a trial's values, including values of the recipe's options."""
+        method = self.space.at(trial.values).comparison.methods[0]
+        return ", ".join([method.label, *_text(self.space.options(trial.values))])
 
 
 @dataclass(frozen=True)
-class TuningResult:
-    """The contents of the report, for the terminal, summary.md and summary.json."""
+class TuningResult(SummaryFiles):
+    """A search and its trials, as the terminal, summary.md and summary.json show them."""
 
-    title: str
-    search: Search
-    best: Sequence[Best]
-    notes: Sequence[str]
-    warnings: Sequence[str]
-    commands: Sequence[str]
+    recipe: Recipe
+    options: TuningOptions
+    spaces: Sequence[Space]
+    path: Path
+    trials: Sequence[TrialResult]
+
+    @property
+    def title(self) -> str:
+        return f"{self.recipe.name}, tuned: {setting(self.recipe)}"
+
+    def goal(self, trial: TrialResult) -> list[float]:
+        """Return the value that a trial is judged by, for each of its runs."""
+        return trial.measured(self.options.measure)
+
+    def score(self, trial: TrialResult) -> float:
+        """Return the mean of the goal, with the sign for which higher is better."""
+        return fmean(self.goal(trial)) * (1 if self.options.by_accuracy else -1)
+
+    @cached_property
+    def best(self) -> list[Best]:
+        """The best trial of each method that has a complete one."""
+        best = []
+        for space in self.spaces:
+            complete = [trial for trial in self.trials if trial.method == str(space.spec) and trial.state == "complete"]
+            if complete:
+                ranked = sorted(complete, key=self.score, reverse=True)
+                error = self._standard_error(ranked)
+                near = [trial for trial in ranked if self.score(trial) >= self.score(ranked[0]) - (error or 0.0)]
+                best.append(Best(space, ranked, error, near))
+        return best
+
+    def _standard_error(self, ranked: Sequence[TrialResult]) -> float | None:
+        """Return the standard error of a trial's mean, pooled, as three runs estimate their own variance poorly.
+
+        Only over the better half: where training is about to diverge, the noise is larger.
+        """
+        values = [goal for trial in ranked[: math.ceil(len(ranked) / 2)] if len(goal := self.goal(trial)) > 1]
+        return math.sqrt(fmean(map(variance, values)) / len(values[0])) if values else None
 
     def rows(self, limit: int | None = None) -> Iterator[list[str]]:
         """Yield the rows of the table, for at most `limit` trials of a method."""
         for best in self.best:
-            for result in best.ranked[:limit]:
-                cells = [estimate([getattr(run, n) for run in result.runs]).text(form) for n, form in _COLUMNS.items()]
-                yield [f"{result.number}: {_label(best.space, result)}", *cells, str(len(result.runs))]
+            for trial in best.ranked[:limit]:
+                cells = [estimate(trial.measured(field)).text(form) for field, form in _COLUMNS.items()]
+                yield [f"{trial.number}: {best.label(trial)}", *cells, str(len(trial.runs))]
 
     def table(self, limit: int | None = None) -> Table:
         return Table(_HEADINGS, {"": list(self.rows(limit))}, title=self.title)
 
+    def notes(self) -> Iterator[str]:
+        runs = self.recipe.comparison.seeds
+        what = "highest validation accuracy" if self.options.by_accuracy else "lowest validation loss"
+        yield (
+            f"Chosen by the {what} after {self.recipe.comparison.epochs} standardized epochs (mean of {runs} "
+            f"run{'s'[: runs > 1]}), on one in {self.options.hold_out} of the training images of each class, which "
+            "were held out of training. The test set was not used."
+        )
+        yield from map(self._best_note, self.best)
+        yield from (self._difference(one, self.best[0]) for one in self.best[1:])
+        tried = max((len(one.ranked) for one in self.best), default=0)
+        if tried > 1:
+            yield (
+                f"The best of {tried} trials is partly luck: expect a lower value on other images, and confirm it on "
+                "the test set."
+            )
+        diverged = [f"{r.method} trial {r.number} ({r})" for r in self.trials if r.state == "diverged"]
+        if diverged:
+            yield f"Diverged, and counted as worse than all others: {'; '.join(diverged)}."
+        running = sum(trial.state == "running" for trial in self.trials)
+        if running:
+            yield f"In progress, or stopped: {running} trial{'s'[: running > 1]}; the same command resumes them."
+
+    def _best_note(self, best: Best) -> str:
+        form, percent = (".2f", " %") if self.options.by_accuracy else (".4f", "")
+        text = f"{best.label(best.result)}: {estimate(self.goal(best.result)).text(form)}{percent}"
+        if not best.space.dimensions:
+            return f"{text}."
+        complete, near = len(best.ranked), len(best.near)
+        text += f", the best of {complete} trial{'s'[: complete > 1]} (trial {best.result.number})."
+        if best.error is None:
+            return f"{text} One run per trial gives no measure of the noise: take --seeds 3 or more."
+        error = f"one standard error ({best.error:{form}}{self._points})"
+        if near == 1:
+            return f"{text} No other is within {error}."
+        if len(best.space.dimensions) == 1:
+            name = best.space.dimensions[0].name
+            values = sorted((trial.values[name] for trial in best.near), key=lambda v: (isinstance(v, str), v))
+            listed = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
+            where = f"{name} {', '.join(listed) if near <= _LISTED else f'from {listed[0]} to {listed[-1]}'}"
+        else:
+            where = "; ".join(map(str, best.near[:_LISTED])) + ("; ..." if near > _LISTED else "")
+        flat = "The optimum is flat: " if 2 * near >= complete > 3 else ""
+        return f"{text} {flat}{near} of {complete} trials are within {error} of the best: {where}."
+
+    def _difference(self, best: Best, reference: Best) -> str:
+        """Describe the difference between two methods at their best, paired by seed."""
+        pairs = zip(self.goal(best.result), self.goal(reference.result), strict=True)
+        value = estimate([ours - theirs for ours, theirs in pairs])
+        names = f"{best.label(best.result)} against {reference.label(reference.result)}"
+        text = f"{names}, on the images it was chosen by: {value.mean:+.3g}{self._points}"
+        if value.half_width is None:
+            return f"{text} (one run: no verdict)."
+        low, high = value.mean - value.half_width, value.mean + value.half_width
+        verdict = "; not distinguishable from none" if value.sign == 0 else ""
+        return f"{text}, 95 % interval [{low:+.3g}, {high:+.3g}]{verdict}."
+
+    @property
+    def _points(self) -> str:
+        """The unit of a difference, as it follows a number."""
+        return " points" if self.options.by_accuracy else ""
+
+    def warnings(self) -> Iterator[str]:
+        """Yield a sentence for each best value at an edge of its range."""
+        for best in self.best:
+            for dimension in best.space.dimensions:
+                value = best.result.values[dimension.name]
+                edge = dimension.edge(value)
+                if edge is None or len(best.ranked) < 2:
+                    continue
+                text = (
+                    f"{best.result.method}: the best {dimension.name}, {value}, lies at the {edge} edge of "
+                    f"{dimension}, so a better one may lie beyond."
+                )
+                if isinstance(dimension, Range) and dimension.log:
+                    factor = 10.0 if edge == "upper" else 0.1
+                    low, high = (float(f"{end * factor:.3g}") for end in (dimension.low, dimension.high))
+                    text += f" Search there, in another --out: --search {dimension.name}={low:g}..{high:g}"
+                yield text
+
+    def commands(self) -> Iterator[str]:
+        """Yield the commands that compare the methods at their best on the test set, with fresh seeds.
+
+        There is one for all methods that have the same best options of the recipe.
+        """
+        groups: dict[tuple[tuple[str, object], ...], list[MethodSpec]] = {}
+        for best in self.best:
+            options = tuple(best.space.options(best.result.values).items())
+            groups.setdefault(options, []).append(best.recipe.comparison.methods[0])
+        comparison = self.recipe.comparison
+        for number, (options, methods) in enumerate(groups.items(), 1):
+            suffix = "confirmed" if len(groups) == 1 else f"confirmed-{number}"
+            confirmed = self.recipe.replace(
+                methods=tuple(dict.fromkeys(methods)),
+                out=self.path.with_name(f"{self.path.name}-{suffix}"),
+                first_seed=comparison.first_seed + comparison.seeds,
+                seeds=max(_CONFIRMING_RUNS, comparison.seeds),
+                **dict(options),
+            )
+            # a comparison of fewer methods may choose another momentum than the search
+            momentum = self.spaces[0].recipe.base_momentum
+            if confirmed.base_momentum != momentum and "momentum" not in dict(options):
+                confirmed = confirmed.replace(momentum=momentum)
+            yield command_line(confirmed)
+
     def markdown(self) -> str:
-        notes = [f"- {note}" for note in self.notes] + [f"- **{warning}**" for warning in self.warnings]
-        confirm = ["", "To confirm on the test set:", "", "```", *self.commands, "```"] if self.commands else []
-        lines = self.table().markdown()
-        return "\n".join([f"# {self.title}", "", *lines, "", *notes, *confirm, ""])
+        notes = bullets([*self.notes(), *(f"**{warning}**" for warning in self.warnings())])
+        commands = [*self.commands()]
+        confirm = ["", "To confirm on the test set:", "", "```", *commands, "```"] if commands else []
+        return "\n".join([f"# {self.title}", "", *self.table().markdown(), "", *notes, *confirm, ""])
 
     def json(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            "objective": f"validation {self.search.objective}",
+            "objective": f"validation {self.options.objective}",
             "best": [
                 {
                     "method": best.result.method,
                     "trial": best.result.number,
                     "values": dict(best.result.values),
-                    "spec": str(best.space.at(best.result.values).comparison.methods[0]),
-                    "validation": asdict(estimate(self.search.goal(best.result))),
+                    "spec": str(best.recipe.comparison.methods[0]),
+                    "validation": asdict(estimate(self.goal(best.result))),
                     "standard_error": best.error,
-                    "within_one_standard_error": [dict(result.values) for result in best.near],
-                    "complete_trials": best.complete,
+                    "within_one_standard_error": [dict(trial.values) for trial in best.near],
+                    "complete_trials": len(best.ranked),
                 }
                 for best in self.best
             ],
-            "notes": list(self.notes),
-            "warnings": list(self.warnings),
-            "confirm": list(self.commands),
+            "notes": [*self.notes()],
+            "warnings": [*self.warnings()],
+            "confirm": [*self.commands()],
         }
 
     def show(self, console: Console) -> None:
-        notes = (*self.notes, *(f"Warning: {warning}" for warning in self.warnings))
-        self.table(_SHOWN).show(console, [*notes, *(["To confirm on the test set:"] if self.commands else [])])
-        for command in self.commands:
-            console.print(f"  {command}", highlight=False, markup=False, soft_wrap=True)
+        notes = [*self.notes(), *(f"Warning: {warning}" for warning in self.warnings())]
+        self.table(_SHOWN).show(console, notes)
+        if commands := [*self.commands()]:
+            print_line(console, "To confirm on the test set:")
+        for command in commands:
+            print_line(console, f"  {command}")
 
 
-def summarize_search(search: Search, results: Sequence[TrialResult]) -> TuningResult:
-    """Rank the complete trials and write the report."""
-    best: list[Best] = []
-    for space in search.spaces:
-        complete = [r for r in results if r.method == str(space.spec) and r.state == "complete"]
-        if complete:
-            ranked = sorted(complete, key=search.score, reverse=True)
-            error = _standard_error(search, ranked)
-            near = [r for r in ranked if search.score(r) >= search.score(ranked[0]) - (error or 0.0)]
-            best.append(Best(space, ranked, error, near))
-    chosen = [one.space.at(one.result.values) for one in best]
-    names = [dimension.name for one in best for dimension in one.space.dimensions]
-    return TuningResult(
-        f"{search.recipe.name}, tuned: {setting(search.recipe)}",
-        search,
-        best,
-        [*_notes(search, best, results)],
-        [warning for one in best for warning in _warnings(one)],
-        confirmations(search.recipe, chosen, names, search.path),
-    )
-
-
-def _notes(search: Search, best: Sequence[Best], results: Sequence[TrialResult]) -> Iterator[str]:
-    runs = search.recipe.comparison.seeds
-    what = "highest validation accuracy" if search.by_accuracy else "lowest validation loss"
-    yield (
-        f"Chosen by the {what} after {search.recipe.comparison.epochs} standardized epochs (mean of {runs} "
-        f"run{'s'[: runs > 1]}), on one in {search.hold_out} of the training images of each class, which were held out "
-        "of training. The test set was not used."
-    )
-    for one in best:
-        yield _best_note(search, one)
-    yield from _differences(search, best)
-    tried = max((one.complete for one in best), default=0)
-    if tried > 1:
-        yield (
-            f"The best of {tried} trials is partly luck: expect a lower value on other images, and confirm it on the "
-            "test set."
-        )
-    diverged = [r for r in results if r.state == "diverged"]
-    if diverged:
-        where = "; ".join(f"{r.method} trial {r.number} ({_text_of_values(r)})" for r in diverged)
-        yield f"Diverged, and counted as worse than all others: {where}."
-    running = [r for r in results if r.state == "running"]
-    if running:
-        yield f"In progress, or stopped: {len(running)} trial{'s'[: len(running) > 1]}; the same command resumes them."
-
-
-def _best_note(search: Search, best: Best) -> str:
-    digits = 2 if search.by_accuracy else 4
-    value = estimate(search.goal(best.result)).text(f".{digits}f") + (" %" if search.by_accuracy else "")
-    text = f"{best.label}: {value}"
-    if not best.space.dimensions:
-        return f"{text}."
-    text += f", the best of {best.complete} trial{'s'[: best.complete > 1]} (trial {best.result.number})."
-    if best.error is None:
-        return f"{text} One run per trial gives no measure of the noise: take --seeds 3 or more."
-    error = f"one standard error ({best.error:.{digits}f}{search.points})"
-    if len(best.near) == 1:
-        return f"{text} No other is within {error}."
-    names = [d.name for d in best.space.dimensions]
-    if len(names) == 1:
-        values = sorted((r.values[names[0]] for r in best.near), key=lambda v: (isinstance(v, str), v))
-        listed = [f"{v:g}" if isinstance(v, float) else str(v) for v in values]
-        where = f"{names[0]} {', '.join(listed) if len(listed) <= _LISTED else f'from {listed[0]} to {listed[-1]}'}"
-    else:
-        where = "; ".join(map(_text_of_values, best.near[:_LISTED])) + ("; ..." if len(best.near) > _LISTED else "")
-    flat = "The optimum is flat: " if 2 * len(best.near) >= best.complete and best.complete > 3 else ""
-    return f"{text} {flat}{len(best.near)} of {best.complete} trials are within {error} of the best: {where}."
-
-
-def _differences(search: Search, best: Sequence[Best]) -> Iterator[str]:
-    """Yield the difference between each method's best and the first one's, paired by seed."""
-    if not best:
-        return
-    reference, *others = best
-    for one in others:
-        pairs = zip(search.goal(one.result), search.goal(reference.result), strict=True)
-        value = estimate([ours - theirs for ours, theirs in pairs])
-        about = f"{one.label} against {reference.label}, on the images it was chosen by"
-        text = f"{about}: {value.mean:+.3g}{search.points}"
-        if value.half_width is None:
-            yield f"{text} (one run: no verdict)."
-            continue
-        low, high = value.mean - value.half_width, value.mean + value.half_width
-        verdict = "; not distinguishable from none" if value.sign == 0 else ""
-        yield f"{text}, 95 % interval [{low:+.3g}, {high:+.3g}]{verdict}."
-
-
-def _warnings(best: Best) -> Iterator[str]:
-    for dimension in best.space.dimensions:
-        value = best.result.values[dimension.name]
-        edge = dimension.edge(value)
-        if edge is None or best.complete < 2:
-            continue
-        text = (
-            f"{best.result.method}: the best {dimension.name}, {value}, lies at the {edge} edge of {dimension}, so a "
-            "better one may lie beyond."
-        )
-        if isinstance(dimension, Range) and dimension.log:
-            factor = 10.0 if edge == "upper" else 0.1
-            low, high = (float(f"{end * factor:.3g}") for end in (dimension.low, dimension.high))
-            text += f" Search there, in another --out: --search {dimension.name}={low:g}..{high:g}"
-        yield text
-
-
-def _standard_error(search: Search, order: Sequence[TrialResult]) -> float | None:
-    """Return the standard error of a trial's mean, pooled, because three runs estimate their own variance poorly.
-
-    Only over the better half: where training is about to diverge, the noise is larger.
-    """
-    values = [goal for r in order[: max(1, -(-len(order) // 2))] if len(goal := search.goal(r)) > 1]
-    if not values:
-        return None
-    return math.sqrt(fmean(variance(goal) for goal in values) / len(values[0]))
-
-
-def _label(space: Space, result: TrialResult) -> str:
-    """Return the label of a method at a trial's values, including values of the recipe's options."""
-    arguments = space.spec.definition.arguments
-    options = [_text_of(name, value) for name, value in result.values.items() if name not in arguments]
-    return ", ".join([space.at(result.values).comparison.methods[0].label, *options])
-
-
-def _text_of_values(result: TrialResult) -> str:
-    return ", ".join(_text_of(name, value) for name, value in result.values.items()) or "as it is"
-
-
-def _text_of(name: str, value: object) -> str:
-    return f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}"
+def _text(values: Values) -> list[str]:
+    return [f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()]

@@ -1,20 +1,16 @@
 """The search space of `steppe tune`, from words such as `rho=0.01..1`, `lr=0.02,0.05,0.1`, `p=0.1..0.9:linear`."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.methods import Value, unknown
+from steppe.experiments.config.methods import Value
 from steppe.experiments.config.recipe import Recipe
-
-if TYPE_CHECKING:
-    import optuna
+from steppe.experiments.errors import unknown
 
 _SYNTAX = "write NAME=LOW..HIGH, NAME=LOW..HIGH:linear, NAME=LOW..HIGH:log or NAME=VALUE,VALUE,..."
 
@@ -45,11 +41,6 @@ class Range:
         """The two ends."""
         return (int(self.low), int(self.high)) if self.integer else (self.low, self.high)
 
-    def suggest(self, trial: optuna.trial.Trial) -> Value:
-        if self.integer:
-            return trial.suggest_int(self.name, int(self.low), int(self.high), log=self.log)
-        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
-
     def round(self, value: Value) -> Value:
         """Round to three digits: more are noise, and long to type."""
         if self.integer:
@@ -77,9 +68,6 @@ class Choices:
 
     name: str
     values: tuple[Value, ...]
-
-    def suggest(self, trial: optuna.trial.Trial) -> Value:
-        return trial.suggest_categorical(self.name, self.values)  # type: ignore[return-value]  # none of them is None
 
     def contains(self, value: Value) -> bool:
         return value in self.values
@@ -112,18 +100,21 @@ class Space:
 
     def at(self, values: Values) -> Recipe:
         """Return the recipe with the method at these values; ValueError when it cannot take them."""
-        known = self.spec.definition.arguments
-        spec = self.spec.override({k: v for k, v in values.items() if k in known})
-        rest: dict[str, Any] = {k: v for k, v in values.items() if k not in known}
-        return self.recipe.replace(methods=(spec,), **rest)
+        options = self.options(values)
+        spec = self.spec.override({name: value for name, value in values.items() if name not in options})
+        return self.recipe.replace(methods=(spec,), **options)
+
+    def options(self, values: Values) -> dict[str, Any]:
+        """Return the values of options of the recipe; the others are arguments of the method."""
+        arguments = self.spec.definition.arguments
+        return {name: value for name, value in values.items() if name not in arguments}
 
     def usual(self) -> Values | None:
         """Return the recipe's own values, if all of them lie within what is searched; else None."""
-        arguments, options = self.spec.definition.arguments, self.recipe.options()
-        known: dict[str, Value] = {k: v for k, v in options.items() if k not in arguments and v is not None}
-        known |= {**dict(self.spec.overrides), "rho": self.spec.rho(self.recipe.training.rho)}
-        within = all(d.name in known and d.contains(known[d.name]) for d in self.dimensions)
-        return {d.name: known[d.name] for d in self.dimensions} if within else None
+        options = self.options({k: v for k, v in self.recipe.options().items() if v is not None})
+        known = {**options, **dict(self.spec.overrides), "rho": self.spec.rho(self.recipe.training.rho)}
+        values = {d.name: known[d.name] for d in self.dimensions if d.name in known and d.contains(known[d.name])}
+        return values if len(values) == len(self.dimensions) else None
 
     def rounded(self, values: Values) -> Values:
         """Round the values of the searched dimensions; a trial that has just begun has none yet."""
@@ -145,8 +136,15 @@ def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Spac
     found = [_space(recipe.replace(methods=(method,)), words) for method in methods]
     for word in words:
         name = word.partition("=")[0]
-        if not any(dimension.name == name for space in found for dimension in space.dimensions):
-            raise ValueError(_explain(word, methods))
+        if any(dimension.name == name for space in found for dimension in space.dimensions):
+            continue
+        if name in recipe.options().keys() - {"rho"} - _OPTIONS.keys():
+            raise ValueError(
+                f"search: {name} is the same for all trials: with it the compute, the measurement or the machine would "
+                "differ from trial to trial, and not only how well they train"
+            )
+        arguments = {key for method in methods for key in method.definition.arguments}
+        raise ValueError(unknown("search", name, sorted({*arguments, *_OPTIONS})))
     if not any(space.dimensions for space in found):
         raise ValueError(
             f"search: none of {' '.join(map(str, methods))} has a rho, so there is nothing to tune: name methods with "
@@ -169,10 +167,8 @@ def grid(dimensions: Sequence[Dimension]) -> list[Values]:
             raise ValueError(
                 f"search: {dimension} is a range, and a grid needs its values: write {dimension.name}=VALUE,VALUE,..."
             )
-    return [
-        dict(zip((d.name for d in dimensions), values, strict=True))
-        for values in product(*(d.values for d in dimensions))
-    ]
+    names = [dimension.name for dimension in dimensions]
+    return [dict(zip(names, values, strict=True)) for values in product(*(d.values for d in dimensions))]
 
 
 def read(word: str, kind: type[Value]) -> Dimension:
@@ -217,27 +213,12 @@ def _space(recipe: Recipe, words: Sequence[str]) -> Space:
             raise ValueError(
                 "search: rho=0 has no default range, a tenth of it to ten times it: give one, --search rho=LOW..HIGH"
             )
-        low, high = (float(f"{factor * usual:.3g}") for factor in (0.1, 10.0))
-        return Space(recipe, (Range("rho", low, high, log=True),))
+        words = [f"rho={0.1 * usual:.3g}..{10 * usual:.3g}"]
     kinds = [known.get(name) or _OPTIONS.get(name) for name in (word.partition("=")[0] for word in words)]
     dimensions = tuple(read(word, kind) for word, kind in zip(words, kinds, strict=True) if kind is not None)
     if len({dimension.name for dimension in dimensions}) < len(dimensions):
         raise ValueError(f"search: {' '.join(words)}: give each name once")
     return Space(recipe, dimensions)
-
-
-def _explain(word: str, methods: Sequence[MethodSpec]) -> str:
-    """Return the reason why nothing can be searched under the name of a word."""
-    name, equals, _ = word.partition("=")
-    arguments = {key for method in methods for key in method.definition.arguments}
-    if not equals:
-        return f"search: {word!r} names no values to try: {_SYNTAX}"
-    if name in Recipe().options().keys() - {"rho"} - _OPTIONS.keys():
-        return (
-            f"search: {name} is the same for all trials: with it the compute, the measurement or the machine would "
-            "differ from trial to trial, and not only how well they train"
-        )
-    return unknown("search", name, sorted({*arguments, *_OPTIONS}))
 
 
 def _value(word: str, text: str, kind: type[Value]) -> Value:

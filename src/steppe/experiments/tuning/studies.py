@@ -1,79 +1,48 @@
 """The trials of one method, in an Optuna study in a database that several processes may share.
 
 A trial is held by the process that locks its folder. If that process dies, another one resumes the trial from its
-checkpoints.
+checkpoints. This module needs Optuna; :mod:`.tune` imports it only to search.
 """
 
 from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from statistics import fmean
+from typing import Any
 
+import optuna
+import sqlalchemy
 from numpy.random import SeedSequence
+from optuna.samplers import BaseSampler
+from optuna.trial import FrozenTrial, TrialState
+from rich.console import Console
 
+from steppe.experiments.config.methods import Value
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.execution.executor import Executor, Job, Outcome
+from steppe.experiments.execution.progress import RunProgress
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.tuning.options import Sampler, TuningOptions
-from steppe.experiments.tuning.search_space import Space, Values, grid
+from steppe.experiments.training.stopping import on_signals
+from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.result import TrialResult
+from steppe.experiments.tuning.search_space import Choices, Dimension, Space, Values, grid
 
-if TYPE_CHECKING:
-    import optuna
-
+_TRIALS = 20
 _STARTUP = 6  # random trials before TPE
 
 
-@dataclass(frozen=True)
-class TrialResult:
-    """The state of a trial, and the last measurement of each of its runs."""
-
-    method: str
-    number: int
-    values: Values
-    state: Literal["complete", "diverged", "running"]
-    runs: Sequence[Record] = ()
-    reason: str = ""
-
-    def to_json(self) -> dict[str, Any]:
-        return {**asdict(self), "runs": [run.to_json() for run in self.runs]}
-
-    @classmethod
-    def from_json(cls, values: Mapping[str, Any]) -> TrialResult:
-        return cls(**{**values, "runs": tuple(Record(**run) for run in values["runs"])})
-
-
-@dataclass
-class Trial:
-    """A trial that this process holds."""
-
-    study: Study
-    number: int
-    recipe: Recipe
-    """The recipe with the method at the trial's values."""
-    folder: RunFolder
-    lock: ExitStack
-    handle: optuna.trial.Trial
-    waiting: set[Path] = field(default_factory=set)
-    """The folders of the runs that have not ended."""
-    errors: list[str] = field(default_factory=list)
-
-
 @contextmanager
-def open_storage(url: str | None, path: Path) -> Iterator[optuna.storages.BaseStorage]:
-    """Open the database at `url`, or an SQLite file in `path`; ExperimentError if it or Optuna is missing."""
-    try:
-        import optuna
-        import sqlalchemy
-    except ModuleNotFoundError as error:
-        raise ExperimentError(
-            f"{error.name} is not installed, and steppe tune needs it: pip install 'steppe[tune]'"
-        ) from error
+def open_storage(url: str | None, path: Path) -> Iterator[optuna.storages.RDBStorage]:
+    """Open the database at `url`, or an SQLite file in `path`; ExperimentError if it cannot be opened."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     try:
         file = sqlalchemy.URL.create("sqlite", database=str((path / "study.db").absolute()))
@@ -83,17 +52,30 @@ def open_storage(url: str | None, path: Path) -> Iterator[optuna.storages.BaseSt
         text = address.render_as_string(hide_password=False)
         storage = optuna.storages.RDBStorage(text, engine_kwargs=settings)
     except Exception as error:  # a missing driver, a server that does not answer, a damaged file
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         shown = "the study in the run folder" if url is None else f"--storage {url.split('://')[0]}://..."
         raise ExperimentError(
-            f"{shown} cannot be opened ({reason}): give the URL of a database that SQLAlchemy supports, with its "
-            "driver installed, or leave --storage out for a file in the run folder"
+            f"{shown} cannot be opened ({first_line(error)}): give the URL of a database that SQLAlchemy supports, "
+            "with its driver installed, or leave --storage out for a file in the run folder"
         ) from error
     try:
         yield storage
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+@dataclass(eq=False)
+class Trial:
+    """A trial that this process holds."""
+
+    study: Study
+    handle: optuna.trial.Trial
+    recipe: Recipe
+    """The recipe with the method at the trial's values."""
+    folder: RunFolder
+    lock: ExitStack
+    errors: list[str] = field(default_factory=list)
+    """The errors of its runs that diverged."""
 
 
 class Study:
@@ -113,24 +95,22 @@ class Study:
 
         The folders of the trials are in the run folder `path`, whose id is `folder_id` if others share the storage.
         """
-        import optuna
-
         name = f"{space.recipe.name}/{space.spec}"
-        self.space, self._path, self._folder_id, self._optuna = space, path, folder_id, optuna
-        total = options.max_trials
+        self.space, self._path, self._folder_id, self._measure = space, path, folder_id, options.measure
         if options.sampler == "grid":
             first = grid(space.dimensions)
-            total = min(total, len(first))
+            total = min(options.trials or len(first), len(first))
         else:  # the first trial is the level that tuning must improve on
             usual = space.usual()
             first = [] if usual is None else [usual]
+            total = options.trials or _TRIALS
         self.total = total if space.dimensions else 1
         self._study = optuna.create_study(
             study_name=name,
             storage=storage,
-            direction="maximize" if options.objective == "accuracy" else "minimize",
+            direction="maximize" if options.by_accuracy else "minimize",
             load_if_exists=True,
-            sampler=_sampler(options.sampler, options.sampler_seed, first),
+            sampler=_NumberedSampler(options, first),
         )
         if self._study.user_attrs.setdefault("depends_on", depends_on) != depends_on:
             raise ExperimentError(
@@ -140,83 +120,127 @@ class Study:
         self._study.set_user_attr("depends_on", depends_on)
 
     def take(self) -> Trial | None:
-        """Lock the next trial to train: one whose process has ended, or a new one; None if there are none.
+        """Lock the next trial to train: one whose process has ended, or a new one; None if there are none."""
+        with RunFolder(self._path).locked(timeout=-1):
+            for frozen in self._trials():
+                ours = self._folder_id is None or frozen.user_attrs.get("folder_id") == self._folder_id
+                if ours and frozen.state is TrialState.RUNNING and (trial := self._hold(frozen)) is not None:
+                    return trial
+            if len(self._trials()) >= self.total:
+                return None
+            new = self._study.ask()
+            if self._folder_id is not None:
+                new.set_user_attr("folder_id", self._folder_id)
+            return self._hold(new)
 
-        The caller must hold the lock of the run folder.
-        """
-        for frozen in self._trials():
-            ours = self._folder_id is None or frozen.user_attrs.get("folder_id") == self._folder_id
-            if ours and frozen.state is self._optuna.trial.TrialState.RUNNING:
-                lock = self._lock(frozen.number)
-                if lock is not None:
-                    return self._trial(self._optuna.trial.Trial(self._study, frozen._trial_id), lock)
-        if len(self._trials()) >= self.total:
+    def _hold(self, trial: FrozenTrial | optuna.trial.Trial) -> Trial | None:
+        """Lock a trial's folder and choose its values; None if another process holds it."""
+        folder, lock = RunFolder(self._path / "trials" / f"{self.space.spec.folder}-{trial.number:03d}"), ExitStack()
+        try:
+            lock.enter_context(folder.locked())
+        except ExperimentError:
             return None
-        handle = self._study.ask()
-        if self._folder_id is not None:
-            handle.set_user_attr("folder_id", self._folder_id)
-        lock = self._lock(handle.number)
-        assert lock is not None  # the trial is new, and the caller holds the run folder
-        return self._trial(handle, lock)
+        handle = optuna.trial.Trial(self._study, trial._trial_id)
+        values = {dimension.name: _suggest(handle, dimension) for dimension in self.space.dimensions}
+        try:
+            recipe = self.space.at(self.space.rounded(values))
+        except ValueError as error:
+            raise ExperimentError(f"trial {trial.number} of {self.space.spec}: {error}") from error
+        return Trial(self, handle, recipe, folder, lock)
 
-    def complete(self, trial: Trial, runs: Sequence[Record], value: float) -> None:
-        trial.handle.set_user_attr("runs", [run.to_json() for run in runs])
-        self._study.tell(trial.number, value)
-        trial.lock.close()
+    def end(self, trial: Trial) -> None:
+        """Record the result of a trial whose runs have ended, and release it.
 
-    def diverged(self, trial: Trial, reason: str) -> None:
-        """Record that a trial diverged, and release it; the sampler treats it as worse than any other."""
-        trial.handle.set_user_attr("reason", reason)
-        self._study.tell(trial.number, state=self._optuna.trial.TrialState.PRUNED)
+        The sampler treats one that diverged as worse than any other.
+        """
+        if trial.errors:
+            trial.handle.set_user_attr("reason", trial.errors[0])
+            self._study.tell(trial.handle, state=TrialState.PRUNED)
+        else:
+            runs = [records[-1] for records in trial.folder.results(trial.recipe).values()]
+            trial.handle.set_user_attr("runs", [run.to_json() for run in runs])
+            self._study.tell(trial.handle, fmean(getattr(run, self._measure) for run in runs))
         trial.lock.close()
 
     def results(self) -> list[TrialResult]:
         return [self._result(frozen) for frozen in self._trials()]
 
-    def _trials(self) -> list[optuna.trial.FrozenTrial]:
-        return self._study.get_trials(deepcopy=False)
-
-    def _folder(self, number: int) -> RunFolder:
-        return RunFolder(self._path / "trials" / f"{self.space.spec.folder}-{number:03d}")
-
-    def _lock(self, number: int) -> ExitStack | None:
-        """Lock the trial's folder; None if another process holds it."""
-        stack = ExitStack()
-        try:
-            stack.enter_context(self._folder(number).locked())
-        except ExperimentError:
-            return None
-        return stack
-
-    def _trial(self, handle: optuna.trial.Trial, lock: ExitStack) -> Trial:
-        try:
-            recipe = self.space.at(self.space.rounded({d.name: d.suggest(handle) for d in self.space.dimensions}))
-        except ValueError as error:
-            raise ExperimentError(f"trial {handle.number} of {self.space.spec}: {error}") from error
-        return Trial(self, handle.number, recipe, self._folder(handle.number), lock, handle)
-
-    def _result(self, frozen: optuna.trial.FrozenTrial) -> TrialResult:
-        attributes, states = frozen.user_attrs, self._optuna.trial.TrialState
+    def _result(self, frozen: FrozenTrial) -> TrialResult:
         method, number, values = str(self.space.spec), frozen.number, self.space.rounded(frozen.params)
-        if frozen.state is states.COMPLETE:
-            runs = tuple(Record(**run) for run in attributes["runs"])
+        if frozen.state is TrialState.COMPLETE:
+            runs = tuple(Record(**run) for run in frozen.user_attrs["runs"])
             return TrialResult(method, number, values, "complete", runs)
-        if frozen.state is states.PRUNED:
-            return TrialResult(method, number, values, "diverged", reason=attributes["reason"])
+        if frozen.state is TrialState.PRUNED:
+            return TrialResult(method, number, values, "diverged", reason=frozen.user_attrs["reason"])
         return TrialResult(method, number, values, "running")
 
+    def _trials(self) -> list[FrozenTrial]:
+        return self._study.get_trials(deepcopy=False)
 
-def _sampler(kind: Sampler, seed: int, first: Sequence[Values]) -> optuna.samplers.BaseSampler:
-    """Make a sampler that depends only on the trial's number and the earlier trials, so a resumed study is unchanged.
+
+def train_trials(
+    studies: Sequence[Study], executor: Executor, data: Dataset, path: Path, console: Console, *, one_by_one: bool
+) -> None:
+    """Train the remaining trials; at the end, release those in progress, so that any process can resume them."""
+    results, comparison = [r for study in studies for r in study.results()], executor.recipe.comparison
+    remaining = sum(study.total for study in studies) - sum(r.state != "running" for r in results)
+    total = max(0, remaining) * comparison.seeds * comparison.epochs
+    in_progress: dict[Path, Trial] = {}
+    try:
+        with RunProgress(console, total, "validation") as progress, on_signals() as stop:
+            jobs = _jobs(studies, in_progress)
+            for group in jobs if one_by_one else [chain.from_iterable(jobs)]:
+                with closing(executor.run(group, data, path, progress, stop)) as outcomes:
+                    for outcome in outcomes:
+                        _record(outcome, in_progress)
+    finally:
+        for trial in in_progress.values():
+            trial.lock.close()
+
+
+def _jobs(studies: Sequence[Study], in_progress: dict[Path, Trial]) -> Iterator[list[Job]]:
+    """Take one trial after the other, and yield the jobs of its runs."""
+    for study in studies:
+        for trial in iter(study.take, None):
+            jobs = [Job(run, trial.folder.run(run)) for run in trial.recipe.runs()]
+            # by their folders, as runs of two trials may be equal
+            in_progress.update({job.folder: trial for job in jobs})
+            yield jobs
+
+
+def _record(outcome: Outcome, in_progress: dict[Path, Trial]) -> None:
+    """Record the end of a run; with its last run, a trial is complete or has diverged."""
+    trial = in_progress.pop(outcome.job.folder)
+    if outcome.error is not None:
+        if " diverged in epoch " not in outcome.error:
+            raise ExperimentError(outcome.error)
+        trial.errors.append(outcome.error)
+    if trial not in in_progress.values():
+        trial.study.end(trial)
+
+
+def _suggest(trial: optuna.trial.Trial, dimension: Dimension) -> Value:
+    """Let the sampler choose a value of a dimension."""
+    if isinstance(dimension, Choices):
+        return trial.suggest_categorical(dimension.name, dimension.values)  # type: ignore[return-value]  # none is None
+    if dimension.integer:
+        return trial.suggest_int(dimension.name, int(dimension.low), int(dimension.high), log=dimension.log)
+    return trial.suggest_float(dimension.name, dimension.low, dimension.high, log=dimension.log)
+
+
+class _NumberedSampler(BaseSampler):
+    """A sampler that depends only on the trial's number and the earlier trials, so a resumed study is unchanged.
 
     Optuna's own samplers draw from a generator whose state is lost with the process. The first trials have the values
     of `first`.
     """
-    import optuna
 
-    def make(number: int, name: str = "") -> optuna.samplers.BaseSampler:
-        mixed = int(SeedSequence((seed, number, zlib.crc32(name.encode()))).generate_state(1)[0])
-        if kind != "tpe":
+    def __init__(self, options: TuningOptions, first: Sequence[Values]) -> None:
+        self._kind, self._seed, self._first = options.sampler, options.sampler_seed, first
+
+    def _sampler(self, number: int, name: str = "") -> BaseSampler:
+        mixed = int(SeedSequence((self._seed, number, zlib.crc32(name.encode()))).generate_state(1)[0])
+        if self._kind != "tpe":
             return optuna.samplers.RandomSampler(seed=mixed)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
@@ -224,24 +248,18 @@ def _sampler(kind: Sampler, seed: int, first: Sequence[Values]) -> optuna.sample
                 seed=mixed, n_startup_trials=_STARTUP, multivariate=True, constant_liar=True
             )
 
-    class Numbered(optuna.samplers.BaseSampler):
-        def infer_relative_search_space(self, study: optuna.Study, trial: optuna.trial.FrozenTrial) -> dict[str, Any]:
-            return (
-                make(trial.number).infer_relative_search_space(study, trial)
-                if trial.number >= max(1, len(first))
-                else {}
-            )
+    def infer_relative_search_space(self, study: optuna.Study, trial: FrozenTrial) -> dict[str, Any]:
+        if trial.number < max(1, len(self._first)):
+            return {}
+        return self._sampler(trial.number).infer_relative_search_space(study, trial)
 
-        def sample_relative(
-            self, study: optuna.Study, trial: optuna.trial.FrozenTrial, search_space: dict[str, Any]
-        ) -> dict[str, Any]:
-            return make(trial.number).sample_relative(study, trial, search_space) if search_space else {}
+    def sample_relative(self, study: optuna.Study, trial: FrozenTrial, search_space: dict[str, Any]) -> dict[str, Any]:
+        return self._sampler(trial.number).sample_relative(study, trial, search_space) if search_space else {}
 
-        def sample_independent(
-            self, study: optuna.Study, trial: optuna.trial.FrozenTrial, param_name: str, param_distribution: Any
-        ) -> Any:
-            if trial.number < len(first):
-                return first[trial.number][param_name]
-            return make(trial.number, param_name).sample_independent(study, trial, param_name, param_distribution)
-
-    return Numbered()
+    def sample_independent(
+        self, study: optuna.Study, trial: FrozenTrial, param_name: str, param_distribution: Any
+    ) -> Any:
+        if trial.number < len(self._first):
+            return self._first[trial.number][param_name]
+        sampler = self._sampler(trial.number, param_name)
+        return sampler.sample_independent(study, trial, param_name, param_distribution)

@@ -3,33 +3,28 @@
 import json
 import re
 import uuid
-from collections.abc import Iterator, Sequence
-from contextlib import closing
+from collections.abc import Sequence
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from typing import Any
 
 from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.data.sampling import hold_out
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, Outcome
+from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, with_backbone
-from steppe.experiments.execution.progress import RunProgress
+from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
-from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.files import write_json, write_json_lines
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
-from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.tuning.figure import draw
-from steppe.experiments.tuning.options import MEASURES, Objective, TuningOptions
-from steppe.experiments.tuning.result import Search, TuningResult, summarize_search
+from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.result import TrialResult, TuningResult
 from steppe.experiments.tuning.search_space import spaces
-from steppe.experiments.tuning.studies import Study, Trial, TrialResult, open_storage
 from steppe.experiments.world import launched
 
 _FORMAT = "steppe tuning, version 2"
@@ -47,6 +42,12 @@ def tune(
             "steppe tune under torchrun: trials are independent runs, and need no processes that train one together. "
             "Start it without torchrun, with --on ray for many at a time, or several times in one run folder"
         )
+    try:
+        from steppe.experiments.tuning.studies import Study, open_storage, train_trials
+    except ModuleNotFoundError as error:
+        raise ExperimentError(
+            f"{error.name} is not installed, and steppe tune needs it: pip install 'steppe[tune]'"
+        ) from error
     recipe = resolve_pretraining(recipe, console)
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
     one_by_one = options.sampler == "tpe" and execution.on == "local" and execution.runs_at_once is None
@@ -65,13 +66,12 @@ def tune(
             studies = [Study(space, storage, path, options, depends_on=inputs, folder_id=shared) for space in found]
         held_out = hold_out(load_data(recipe, executor.world), options.hold_out)
         held_out = with_backbone(held_out, executor, path, console)
-        trials = _Trials(studies, path, options.objective)
         try:
-            trials.train(executor, held_out, console, one_by_one=one_by_one)
+            train_trials(studies, executor, held_out, path, console, one_by_one=one_by_one)
         finally:
             with RunFolder(path).locked(timeout=-1):  # a copy of the database that can be read without Optuna
-                lines = [json.dumps(result.to_json()) + "\n" for study in studies for result in study.results()]
-                write_atomically(path / "trials.jsonl", "".join(lines).encode())
+                results = chain.from_iterable(study.results() for study in studies)
+                write_json_lines(path / "trials.jsonl", [result.to_json() for result in results])
     return report_tuning(path, console)
 
 
@@ -95,67 +95,14 @@ def report_tuning(path: Path, console: Console) -> TuningResult:
         raise ExperimentError(
             f"{path} is damaged or of another version ({error}): run `steppe tune` again, or choose another --out"
         ) from error
-    search = Search(recipe, found, options.objective, options.hold_out, path)
-    result = summarize_search(search, trials)
-    with RunFolder(path).locked(timeout=-1):
-        write_atomically(path / "summary.md", result.markdown().encode())
-        write_json(path / "summary.json", result.json())
-        draw(search, trials, result, path / "figures")
+    result = TuningResult(recipe, options, found, path, trials)
+    folder = RunFolder(path)
+    with folder.locked(timeout=-1):
+        result.write(folder)
+        draw(result, folder.figures)
     result.show(console)
-    console.print(f"Figures: {path / 'figures'}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"Figures: {folder.figures}")
     return result
-
-
-class _Trials:
-    """The trials of all studies: takes one after the other, and records their results."""
-
-    def __init__(self, studies: Sequence[Study], path: Path, objective: Objective) -> None:
-        self._studies, self._path, self._measure = studies, path, MEASURES[objective]
-        self._in_progress: dict[Path, Trial] = {}
-
-    def train(self, executor: Executor, held_out: Dataset, console: Console, *, one_by_one: bool) -> None:
-        """Train the remaining trials; at the end, release those in progress, so that any process can resume them."""
-        results, comparison = [r for study in self._studies for r in study.results()], executor.recipe.comparison
-        remaining = sum(study.total for study in self._studies) - sum(r.state != "running" for r in results)
-        total = max(0, remaining) * comparison.seeds * comparison.epochs
-        try:
-            with RunProgress(console, total, "validation") as progress, on_signals() as stop:
-                jobs = self._jobs()
-                for group in jobs if one_by_one else [chain.from_iterable(jobs)]:
-                    with closing(executor.run(group, held_out, self._path, progress, stop)) as outcomes:
-                        for outcome in outcomes:
-                            self._record(outcome)
-        finally:
-            for trial in self._in_progress.values():
-                trial.lock.close()
-
-    def _jobs(self) -> Iterator[list[Job]]:
-        for study in self._studies:
-            while True:
-                with RunFolder(self._path).locked(timeout=-1):
-                    trial = study.take()
-                if trial is None:
-                    break
-                jobs = [Job(run, trial.folder.run(run)) for run in trial.recipe.runs()]
-                trial.waiting = {job.folder for job in jobs}  # runs of two trials may be equal, their folders are not
-                self._in_progress.update(dict.fromkeys(trial.waiting, trial))
-                yield jobs
-
-    def _record(self, outcome: Outcome) -> None:
-        """Record the end of a run; with its last run, a trial is complete or has diverged."""
-        trial = self._in_progress.pop(outcome.job.folder)
-        trial.waiting.remove(outcome.job.folder)
-        if outcome.error is not None:
-            if " diverged in epoch " not in outcome.error:
-                raise ExperimentError(outcome.error)
-            trial.errors.append(outcome.error)
-        if trial.waiting:
-            return
-        if trial.errors:
-            trial.study.diverged(trial, trial.errors[0])
-        else:
-            runs = [records[-1] for records in trial.folder.results(trial.recipe).values()]
-            trial.study.complete(trial, runs, fmean(getattr(run, self._measure) for run in runs))
 
 
 def _folder(recipe: Recipe) -> Path:
@@ -191,10 +138,11 @@ def _claim(path: Path, recipe: Recipe, options: TuningOptions, depends_on: dict[
 
 
 def _depends_on(recipe: Recipe, options: TuningOptions) -> dict[str, Any]:
-    """Return everything that the trials depend on, as JSON has it, so that it can be compared with a file."""
+    """Return all values that the trials depend on, as JSON has them, for the comparison with a file."""
     comparison = recipe.to_json()["comparison"]
     runs = {name: comparison[name] for name in ("methods", "seeds", "first_seed")}
-    values: dict[str, Any] = json.loads(json.dumps(recipe.result() | runs | options.result()))
+    search = {name: value for name, value in asdict(options).items() if name not in ("trials", "storage")}
+    values: dict[str, Any] = json.loads(json.dumps(recipe.result_options() | runs | search))
     return values
 
 
