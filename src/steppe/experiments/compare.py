@@ -16,6 +16,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, train_runs, with_backbone
+from steppe.experiments.execution.progress import print_line
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
@@ -65,9 +66,9 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
         page.write(folder, recipe, results, summary)
     summary.write(folder)
     summary.show(console)
-    console.print(f"Figures: {folder.figures}", highlight=False, markup=False, soft_wrap=True)
+    print_line(console, f"Figures: {folder.figures}")
     if not recipe.comparison.widths:
-        console.print(f"Report: {folder.path / page.FILE}", highlight=False, markup=False, soft_wrap=True)
+        print_line(console, f"Report: {folder.path / page.FILE}")
     return summary
 
 
@@ -77,7 +78,7 @@ def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdi
     try:
         return verdicts(recipe, found)
     except ExperimentError as error:
-        console.print(f"No verdict on flatness: {error}", highlight=False, markup=False)
+        print_line(console, f"No verdict on flatness: {error}")
         return []
 
 

@@ -1,15 +1,14 @@
 """`steppe methods`: a table of the methods, or the card of one."""
 
-import difflib
-from collections.abc import Sequence
-from fnmatch import fnmatchcase
+import fnmatch
+from collections.abc import Mapping, Sequence
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markdown import Markdown
 from rich.table import Table
 
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, closest
 from steppe.methods._card import MethodCard
 from steppe.methods.cards import card, memory
 from steppe.methods.registry import CARDS
@@ -17,12 +16,13 @@ from steppe.methods.registry import CARDS
 
 def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) -> None:
     """Show the card of a single named method, else a table of those that match; ExperimentError if none does."""
-    found = _matching(patterns)
+    by_name = {name.lower(): method for method in CARDS.values() for name in (method.name, method.label)}
+    found = _matching(patterns or ["*"], by_name)
     if bibtex:
         entries = dict.fromkeys(paper.bibtex() for method in found for paper in method.papers)
         console.print("\n\n".join(entries), highlight=False, markup=False, soft_wrap=True)
-    elif len(found) == 1 and len(patterns) == 1 and patterns[0].lower() in _names(found[0]):
-        console.print(Markdown(card(found[0].name)))
+    elif len(patterns) == 1 and (named := by_name.get(patterns[0].lower())):
+        console.print(Markdown(card(named.name)))
     else:
         console.print(_table(found))
         console.print(
@@ -33,27 +33,16 @@ def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) 
         )
 
 
-def _matching(patterns: Sequence[str]) -> list[MethodCard]:
-    """Return the methods that match one of the patterns, in the order of the registry; all, if there is no pattern."""
+def _matching(patterns: Sequence[str], by_name: Mapping[str, MethodCard]) -> list[MethodCard]:
+    """Return the methods that match one of the patterns, in the order of the registry."""
+    names = set[str]()
     for pattern in patterns:
-        if not any(_matches(method, pattern) for method in CARDS.values()):
-            raise ExperimentError(_unknown(pattern))
-    return [m for m in CARDS.values() if not patterns or any(_matches(m, pattern) for pattern in patterns)]
-
-
-def _names(method: MethodCard) -> tuple[str, str]:
-    return method.name.lower(), method.label.lower()
-
-
-def _matches(method: MethodCard, pattern: str) -> bool:
-    return any(fnmatchcase(name, pattern.lower()) for name in _names(method))
-
-
-def _unknown(pattern: str) -> str:
-    known = [name for method in CARDS.values() for name in _names(method)]
-    close = difflib.get_close_matches(pattern.lower().strip("*?"), known, n=1, cutoff=0.4)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    return f"no method matches {pattern!r}{meant} `steppe methods` lists them all"
+        matches = fnmatch.filter(by_name, pattern.lower())
+        if not matches:
+            meant = closest(pattern.lower().strip("*?"), by_name, cutoff=0.4)
+            raise ExperimentError(f"no method matches {pattern!r}{meant} `steppe methods` lists them all")
+        names |= {by_name[name].name for name in matches}
+    return [method for name, method in CARDS.items() if name in names]
 
 
 def _table(found: Sequence[MethodCard]) -> Table:

@@ -88,16 +88,13 @@ def join(device: str, threads: int | None) -> Iterator[World]:
     with cudnn.flags(enabled=cudnn.enabled, benchmark=False, deterministic=True, allow_tf32=cudnn.allow_tf32):
         if launched() == 1:
             yield World(torch.device(device))
-        else:
-            yield from _join_others(torch.device(device))
-
-
-def _join_others(device: torch.device) -> Iterator[World]:
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield World(device, dist.get_rank(), dist.get_world_size())
-    finally:
-        dist.destroy_process_group()
+            return
+        place = torch.device(device)
+        if place.type == "cuda":
+            place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(place)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        try:
+            yield World(place, dist.get_rank(), dist.get_world_size())
+        finally:
+            dist.destroy_process_group()

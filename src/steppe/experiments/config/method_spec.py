@@ -12,7 +12,8 @@ from torch import nn
 from torch.optim import Optimizer
 
 from steppe.experiments.config import methods
-from steppe.experiments.config.methods import BASES, Method, RunContext, Value, fill, unknown
+from steppe.experiments.config.methods import BASES, Method, RunContext, Value, fill
+from steppe.experiments.errors import unknown
 from steppe.methods._step_function import StepFunction
 
 _SYNTAX = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"

@@ -3,7 +3,6 @@
 They are made from the cards of `steppe.methods`; no other module depends on the name of a method.
 """
 
-import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
@@ -157,15 +156,3 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         **{name: _of_card(card, card.comparison) for name, card in CARDS.items() if card.comparison is not None},
     }
 )
-
-
-def unknown(field: str, value: str, known: Iterable[str]) -> str:
-    """Return the message that `value` is unknown, with the closest known one.
-
-    >>> unknown("methods", "samm", ["sgd", "sam"])
-    "methods: 'samm' is unknown; did you mean 'sam'? Known: sgd, sam"
-    """
-    known = list(known)
-    close = difflib.get_close_matches(value, known, n=1)
-    meant = f"; did you mean {close[0]!r}?" if close else "."
-    return f"{field}: {value!r} is unknown{meant} Known: {', '.join(known) or 'none'}"

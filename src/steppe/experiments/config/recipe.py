@@ -9,9 +9,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.config.checks import check_ranges
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.methods import BASES, unknown
+from steppe.experiments.config.methods import BASES
 from steppe.experiments.config.sections import (
     ComparisonConfig,
     DataConfig,
@@ -20,8 +19,10 @@ from steppe.experiments.config.sections import (
     ModelConfig,
     OutputConfig,
     TrainingConfig,
+    check_ranges,
 )
 from steppe.experiments.data.batches import count
+from steppe.experiments.errors import unknown
 
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
 _FREE = frozenset(
@@ -58,7 +59,13 @@ class Recipe:
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in ("", ".."):
             raise ValueError(f"name={self.name!r}: it names a folder, so it must be a plain, non-empty name")
-        check_ranges(self.options())
+        for section in self._sections().values():
+            check_ranges(section)
+        if self.data.label_noise >= 1:
+            raise ValueError(
+                f"label_noise={self.data.label_noise}: a fraction of the training images, 0.2 for one in five, must be "
+                "below 1"
+            )
         self._check_methods()
         self._check_flatness()
         self._check_widths()

@@ -1,11 +1,35 @@
 """Sections of a recipe. A field is an option of the command line, and its docstring the help."""
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal, get_origin, get_type_hints
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.data.datasets import DatasetName
+
+
+@dataclass(frozen=True)
+class Minimum:
+    """The smallest value of an option, or the bound below all values, and the option's meaning."""
+
+    limit: int
+    meaning: str
+    included: bool = True
+
+
+def check_ranges(section: object) -> None:
+    """Raise ValueError for an option that is out of its range; None is in every range."""
+    for name, hint in get_type_hints(type(section), include_extras=True).items():
+        value = getattr(section, name)
+        if get_origin(hint) is not Annotated or value is None:
+            continue
+        (minimum,) = hint.__metadata__
+        limit, meaning = minimum.limit, minimum.meaning
+        if minimum.included and not (math.isfinite(value) and value >= limit):
+            raise ValueError(f"{name}={value}: {meaning}, must be a finite number of at least {limit}")
+        if not minimum.included and not (math.isfinite(value) and value > limit):
+            raise ValueError(f"{name}={value}: {meaning} must be a finite number above {limit}")
 
 
 @dataclass(frozen=True)
@@ -15,9 +39,9 @@ class DataConfig:
     dataset: DatasetName = "sample"
     """fashion-mnist: the whole data set. sample: 3000 training and 3000 test images of it, included in Steppe. digits:
     scikit-learn's 1797 handwritten digits, one in three of them for testing (needs the finetune extra)."""
-    shots: int | None = None
+    shots: Annotated[int | None, Minimum(1, "training images of each class")] = None
     """Training images per class, drawn by the run's seed; by default all."""
-    label_noise: float = 0.0
+    label_noise: Annotated[float, Minimum(0, "the fraction of training images with a wrong label")] = 0.0
     """Fraction of the training images that get a wrong label, drawn by the run's seed. Training loss, training
     accuracy and gap are measured on these labels; the test labels are unchanged."""
     data_dir: Path | None = None
@@ -28,9 +52,9 @@ class DataConfig:
 class ModelConfig:
     """The network and its initial weights."""
 
-    width: int = 16
+    width: Annotated[int, Minimum(1, "channels of the network's first stage")] = 16
     """Width of the PreAct ResNet-18: channels of its first stage; the full network has 64."""
-    stem_stride: int = 2
+    stem_stride: Annotated[int, Minimum(1, "the stride of the network's first convolution")] = 2
     """Stride of its first convolution: 1 as in the article, 2 for a quarter of the work."""
     norm: Literal["batch", "group"] = "batch"
     """Its normalization layers. Several processes on CPUs need group."""
@@ -40,11 +64,11 @@ class ModelConfig:
     pretrain_on: Literal["auto", "fashion-mnist", "sample"] = "auto"
     """Data that the own backbone is pretrained on; auto: the whole Fashion-MNIST if it is on this machine, else the
     sample."""
-    pretrain_epochs: int = 3
+    pretrain_epochs: Annotated[int, Minimum(1, "the epochs that the backbone is pretrained for")] = 3
     """Epochs of this pretraining, with SGD (lr 0.05, momentum 0.9, batch 128)."""
     freeze: bool = False
     """Train the new head only (a linear probe): weights and running statistics of the backbone are unchanged."""
-    image_size: int | None = None
+    image_size: Annotated[int | None, Minimum(1, "height and width of the images that a checkpoint gets")] = None
     """Height and width to which images are resized for a timm or hf checkpoint; by default those of its training."""
 
 
@@ -54,17 +78,17 @@ class TrainingConfig:
 
     base: Literal["sgd", "adamw"] = "sgd"
     """The base optimizer, plain and inside SAM."""
-    lr: float = 0.05
+    lr: Annotated[float, Minimum(0, "the learning rate", included=False)] = 0.05
     """Learning rate, constant."""
-    head_lr: float | None = None
+    head_lr: Annotated[float | None, Minimum(0, "the head's learning rate", included=False)] = None
     """Learning rate of the new head; by default that of the rest."""
-    momentum: float | None = None
+    momentum: Annotated[float | None, Minimum(0, "SGD's momentum")] = None
     """Momentum of SGD; by default 0, or 0.9 for all methods when one of them (msam) perturbs along it."""
-    weight_decay: float = 0.0
+    weight_decay: Annotated[float, Minimum(0, "the base optimizer's weight decay")] = 0.0
     """Weight decay of the base optimizer."""
-    rho: float = 0.05
+    rho: Annotated[float, Minimum(0, "the radius of SAM's neighborhood")] = 0.05
     """Radius of SAM's neighborhood; a method takes its usual multiple of it, unless its spec gives a rho."""
-    batch_size: int = 64
+    batch_size: Annotated[int, Minimum(1, "images in one optimizer step")] = 64
     """Maximum number of images per step, over all devices; the batches of an epoch differ in size by one at most."""
 
 
@@ -83,7 +107,7 @@ class HardwareConfig:
     """Compile the network with torch.compile. Runs that are resumed may then differ in the last bits."""
     cuda_graphs: bool | None = None
     """Capture training steps as CUDA graphs, where the method allows it; by default on a GPU."""
-    threads: int | None = None
+    threads: Annotated[int | None, Minimum(1, "the number of CPU threads")] = None
     """CPU threads of a run; by default 1. Results differ in the last bits with their number."""
 
 
@@ -93,16 +117,16 @@ class ComparisonConfig:
 
     methods: tuple[MethodSpec, ...] = (MethodSpec("sgd"), MethodSpec("sam"))
     """The methods, each as NAME or NAME:KEY=VALUE,... (looksam:interval=2). The others are compared with the first."""
-    epochs: int = 20
+    epochs: Annotated[int, Minimum(1, "the compute that each method gets")] = 20
     """Standardized epochs: the compute of each method. One is as many gradient evaluations as there are training
     images, so an epoch of SAM (two passes) counts as 2."""
-    extra_epochs: int = 0
+    extra_epochs: Annotated[int, Minimum(0, "further compute for the methods with more than one pass a step")] = 0
     """Further standardized epochs for methods with more than one pass a step; they have rows of their own."""
     widths: tuple[int, ...] = ()
     """Compare at each of these widths, and draw the errors over the number of parameters; `width` is then not used."""
-    seeds: int = 3
+    seeds: Annotated[int, Minimum(1, "runs of each method")] = 3
     """Runs of each method. Raise it later to add runs to the same folder; one run gives no verdict."""
-    first_seed: int = 0
+    first_seed: Annotated[int, Minimum(0, "the first run's seed")] = 0
     """Seed of the first run. Methods of one seed share initial weights and the order of the images."""
 
     def __post_init__(self) -> None:
@@ -113,12 +137,14 @@ class ComparisonConfig:
 class EvaluationConfig:
     """The measurements during training."""
 
-    eval_every: int = 2
+    eval_every: Annotated[int, Minimum(1, "standardized epochs from one measurement to the next")] = 2
     """Standardized epochs from one measurement on the whole training and test set to the next."""
-    flatness_every: int | None = None
+    flatness_every: Annotated[
+        int | None, Minimum(1, "standardized epochs from one measurement of flatness to the next")
+    ] = None
     """Measure sharpness S(w) at `rho`, the largest eigenvalue of the Hessian and the gradient norm as well: every so
     many standardized epochs, a multiple of `eval_every`, and at the end. By default not."""
-    flatness_samples: int = 256
+    flatness_samples: Annotated[int, Minimum(1, "training images that flatness is measured on")] = 256
     """Training images for these measurements, drawn by the run's seed, in evaluation mode."""
 
 
@@ -128,7 +154,7 @@ class OutputConfig:
 
     out: Path | None = None
     """The run folder; by default runs/NAME. The same command in the same folder resumes it."""
-    checkpoint_seconds: float = 60.0
+    checkpoint_seconds: Annotated[float, Minimum(0, "seconds from one checkpoint within an epoch to the next")] = 60.0
     """Seconds from one checkpoint within an epoch to the next; there is always one at an epoch's end."""
     tensorboard: bool = False
     """Log to RUN/tensorboard as well (needs the tensorboard extra)."""
