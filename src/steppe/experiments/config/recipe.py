@@ -25,7 +25,7 @@ from steppe.experiments.data.batches import count
 from steppe.experiments.errors import unknown
 
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
-_FREE = frozenset(
+_NO_EFFECT_ON_RESULTS = frozenset(
     {
         *("name", "methods", "seeds", "first_seed", "widths", "data_dir", "checkpoint_seconds", "tensorboard", "out"),
         *("flatness_every", "flatness_samples"),
@@ -234,9 +234,9 @@ class Recipe:
             raise ValueError(f"not the options of a recipe: {', '.join(sorted(differing))}")
         return cls().replace(**options)
 
-    def result(self) -> dict[str, Any]:
+    def result_options(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, as JSON has them."""
-        options = {name: value for name, value in self.options().items() if name not in _FREE}
+        options = {name: value for name, value in self.options().items() if name not in _NO_EFFECT_ON_RESULTS}
         return options | {"momentum": self.base_momentum} | ({"width": "several"} if self.comparison.widths else {})
 
 
