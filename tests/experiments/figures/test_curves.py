@@ -12,13 +12,17 @@ from tiny import recipe
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import drawing, style
-from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, draw, drawings, tracked
+from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, drawings, tracked
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
 
 def record(epoch: float, train: float, test: float) -> Record:
     return Record(int(epoch), 1, 10, 100, 1.2, 2 - train / 50, train, 1.0, test, train - test, 60.0 * epoch, 100.0)
+
+
+def draw(of: Recipe, measured: Results, folder: Path) -> list[Path]:
+    return drawing.save_all(drawings(of, measured), folder)
 
 
 def results(of: Recipe, tests: dict[str, list[float]]) -> Results:

@@ -6,8 +6,9 @@ import numpy as np
 import torch
 from matplotlib.contour import QuadContourSet
 
-from steppe.experiments.figures.flatness import draw, lines
-from steppe.experiments.figures.landscapes import plot_landscapes, plot_profiles
+from steppe.experiments.figures.drawing import Drawing
+from steppe.experiments.figures.flatness import draw
+from steppe.experiments.figures.landscapes import plot_landscapes, plot_lines, plot_profiles
 from steppe.experiments.figures.spectra import mean_density
 from steppe.experiments.figures.style import Style
 from steppe.flatness import Density, Flatness, Landscape, Measure
@@ -95,7 +96,7 @@ def test_lines_with_missing_losses_are_saved(tmp_path):
         "test": [1.0, 1.0, 2.0],
     }
     styles = {"sgd": Style("SGD", "-", "red"), "sam": Style("SAM", "-", "blue")}
-    files = lines([line | {"reestimated": True}], styles, "described").save(tmp_path)
+    files = Drawing("lines", lambda: plot_lines([line | {"reestimated": True}], styles, "described")).save(tmp_path)
     assert [file.name for file in files] == ["lines.png", "lines.svg"]
 
 

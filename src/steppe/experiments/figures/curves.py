@@ -1,10 +1,10 @@
 """Accuracy, loss, generalization gap and sharpness over compute and over time."""
 
+import math
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
@@ -14,7 +14,7 @@ from steppe import flatness
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures import pareto
-from steppe.experiments.figures.drawing import Drawing, save_all, tag, tag_legend
+from steppe.experiments.figures.drawing import Drawing, plot_mean, tag, tag_legend
 from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
@@ -59,11 +59,6 @@ EXTENTS = (
 )
 
 
-def draw(recipe: Recipe, results: Results, folder: Path) -> list[Path]:
-    """Save all drawings as PNG and SVG into `folder`; return the files."""
-    return save_all(drawings(recipe, results), folder)
-
-
 def drawings(recipe: Recipe, results: Results) -> Iterator[Drawing]:
     """Yield each quantity over each extent, all of them as `overview`, `pareto`, and `sharpness` where it was measured.
 
@@ -71,8 +66,10 @@ def drawings(recipe: Recipe, results: Results) -> Iterator[Drawing]:
     """
     for extent in EXTENTS:
         for quantity in QUANTITIES:
-            yield Drawing(f"{quantity.field}{extent.suffix}", partial(_plot_single, recipe, results, quantity, extent))
-        yield Drawing(f"overview{extent.suffix}", partial(_plot_overview, recipe, results, extent))
+            plot = partial(_plot_panels, recipe, results, extent, [quantity], (6.4, 4.4))
+            yield Drawing(f"{quantity.field}{extent.suffix}", plot)
+        overview = partial(_plot_panels, recipe, results, extent, QUANTITIES, (10.5, 7.4), legend=1)
+        yield Drawing(f"overview{extent.suffix}", overview)
     yield Drawing("pareto", partial(pareto.draw, recipe, results))
     if tracked(results):
         for extent in EXTENTS:
@@ -85,74 +82,68 @@ def tracked(results: Results) -> list[Quantity]:
     return [q for q in _TRACKED if any(getattr(record, q.field) is not None for record in records)]
 
 
-def _plot_single(recipe: Recipe, results: Results, quantity: Quantity, extent: Extent) -> Figure:
-    figure = Figure(figsize=(6.4 + _legend_width(recipe), 4.4), layout="constrained")
-    axes = figure.add_subplot()
-    _plot(axes, quantity, extent, recipe, results)
-    _add_legend(axes, recipe)
-    add_caption(figure, recipe)
-    return figure
-
-
-def _plot_overview(recipe: Recipe, results: Results, extent: Extent) -> Figure:
-    figure = Figure(figsize=(10.5 + _legend_width(recipe), 7.4), layout="constrained")
-    panels = figure.subplots(2, 2, sharex=True)
-    for axes, quantity in zip(panels.flat, QUANTITIES, strict=True):
+def _plot_panels(
+    recipe: Recipe,
+    results: Results,
+    extent: Extent,
+    quantities: Sequence[Quantity],
+    size: tuple[float, float],
+    *sentences: str,
+    legend: int = 0,
+) -> Figure:
+    """Draw each quantity in its own panel, at most two beside each other; a panel has the index `legend`."""
+    figure = Figure(figsize=(size[0] + _legend_width(recipe), size[1]), layout="constrained")
+    columns = min(len(quantities), 2)
+    figure.subplots(len(quantities) // columns, columns, sharex="col", squeeze=False)
+    for index, (axes, quantity) in enumerate(zip(figure.axes, quantities, strict=True)):
         _plot(axes, quantity, extent, recipe, results)
-    for axes in panels[0]:
-        axes.set_xlabel("")
-    _add_legend(panels[0, 1], recipe)
-    add_caption(figure, recipe)
+        if index < len(quantities) - columns:
+            axes.set_xlabel("")
+    _add_legend(figure.axes[legend], recipe)
+    add_caption(figure, recipe, *sentences)
     return figure
 
 
 def _plot_sharpness(recipe: Recipe, results: Results, extent: Extent) -> Figure:
     """Draw S(w) and the largest eigenvalue, with the value above which a full-batch step would be unstable."""
     quantities = tracked(results)
-    figure = Figure(figsize=(5.25 * len(quantities) + _legend_width(recipe), 4.6), layout="constrained")
-    edges = False
-    for axes, quantity in zip(figure.subplots(1, len(quantities), squeeze=False)[0], quantities, strict=True):
-        _plot(axes, quantity, extent, recipe, results)
-        if quantity.field == "lambda_max" and _has_edges(recipe):
-            for method, style in styles(recipe).items():
-                edges |= _plot_edge(axes, method, style, extent, recipe, results)
-    edge = "pale: the edge of stability of full-batch steps, 2/lr for SGD, for SAM by its gradient norm"
-    samples = f"on {recipe.evaluation.flatness_samples} training images, rho {recipe.training.rho:g}"
-    _add_legend(figure.axes[0], recipe)
-    add_caption(figure, recipe, samples, *([edge] if edges else []))
+    edges = _edges(recipe, results) if quantities[-1].field == "lambda_max" else {}
+    sentences = [f"on {recipe.evaluation.flatness_samples} training images, rho {recipe.training.rho:g}"]
+    if edges:
+        sentences.append("pale: the edge of stability of full-batch steps, 2/lr for SGD, for SAM by its gradient norm")
+    figure = _plot_panels(recipe, results, extent, quantities, (5.25 * len(quantities), 4.6), *sentences)
+    for method, (points, values) in edges.items():
+        style = styles(recipe)[method]
+        x = _means(points, extent.field)
+        (line,) = figure.axes[-1].plot(x, values, style.line, color=style.color, linewidth=3, alpha=0.3)
+        tag(line, style.label)
     return figure
 
 
-def _has_edges(recipe: Recipe) -> bool:
-    """Return True if the base is plain gradient descent, the only one whose edge of stability is drawn."""
-    return recipe.training.base == "sgd" and not recipe.base_momentum and not recipe.training.weight_decay
+def _edges(recipe: Recipe, results: Results) -> dict[MethodSpec, tuple[list[list[Record]], list[float]]]:
+    """Return the edge of stability of SGD and SAM at each measurement; none unless the base is plain descent."""
+    lr, edges = recipe.training.lr, {}
+    if recipe.training.base != "sgd" or recipe.base_momentum or recipe.training.weight_decay:
+        return {}
 
-
-def _plot_edge(axes: Axes, method: MethodSpec, style: Style, extent: Extent, recipe: Recipe, results: Results) -> bool:
-    """Draw the edge of stability of a method; return False for a method whose edge is not known."""
-    points = _points(method, "gradient_norm", results)
-    if method.name not in ("sgd", "sam") or not points:
-        return False
-    lr, rho = recipe.training.lr, method.rho(recipe.training.rho) if method.name == "sam" else 0.0
-
-    def edge(record: Record) -> float:
-        if method.name == "sgd" or record.gradient_norm is None:
+    def edge(method: MethodSpec, gradient_norm: float) -> float:
+        if method.name == "sgd":
             return float(flatness.edge_of_stability(lr))
-        return float(flatness.sam_edge_of_stability(lr, rho, record.gradient_norm))
+        return float(flatness.sam_edge_of_stability(lr, method.rho(recipe.training.rho), gradient_norm))
 
-    x, y = _means(points, extent.field), [statistics.fmean(map(edge, records)) for records in points]
-    for line in axes.plot(x, y, style.line, color=style.color, linewidth=3, alpha=0.3):
-        tag(line, style.label)
-    return True
+    for method in recipe.comparison.methods:
+        points = _points(method, "gradient_norm", results)
+        if points and method.name in ("sgd", "sam"):
+            norms = ([record.gradient_norm for record in records] for records in points)
+            edges[method] = points, [statistics.fmean(edge(method, n) for n in of if n is not None) for of in norms]
+    return edges
 
 
 def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, results: Results) -> None:
     for method, style in styles(recipe).items():
         if points := _points(method, quantity.field, results):
             _plot_line(axes, quantity, extent, style, points)
-    axes.set_title(quantity.title)
-    axes.set_xlabel(extent.title)
-    axes.set_ylabel(quantity.unit)
+    axes.set(title=quantity.title, xlabel=extent.title, ylabel=quantity.unit)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     if quantity.log:
@@ -179,20 +170,15 @@ def _plot_line(
     axes: Axes, quantity: Quantity, extent: Extent, style: Style, points: Sequence[Sequence[Record]]
 ) -> None:
     """Draw the mean of one method's runs, and its standard deviation as a band."""
-    x, mean = _means(points, extent.field), _means(points, quantity.field)
     values = [[getattr(record, quantity.field) for record in records] for records in points]
-    several = any(len(v) > 1 for v in values)
+    mean = [statistics.fmean(v) for v in values]
     sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
-    width = 2.0 if several else 1.2
-    look = {"color": style.color, "linewidth": width, "marker": "o", "markersize": 3, "label": style.label}
-    (line,) = axes.plot(x, mean, style.line, **look)  # type: ignore[arg-type]
+    several = any(len(v) > 1 for v in values)
+    # mean - sd may be negative, which a logarithmic axis cannot show: the band then ends at the smallest value
+    lowest = [min(v) if quantity.log else -math.inf for v in values]
     tips = [f"{style.label}: {m:.4g}" + (f" ± {s:.2g}" if s else "") for m, s in zip(mean, sd, strict=True)]
-    tag(line, style.label, tips=tips)
-    if several:
-        # mean - sd may be negative, which a logarithmic axis cannot show: the band then ends at the smallest value
-        low = [max(m - s, min(v)) if quantity.log else m - s for m, s, v in zip(mean, sd, values, strict=True)]
-        high = [m + s for m, s in zip(mean, sd, strict=True)]
-        tag(axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0), style.label)
+    look = {"linewidth": 2.0 if several else 1.2, "marker": "o", "markersize": 3}
+    plot_mean(axes, style, _means(points, extent.field), mean, sd if several else None, lowest, tips=tips, **look)
 
 
 def _add_legend(axes: Axes, recipe: Recipe) -> None:

@@ -1,18 +1,20 @@
 """Errors and sharpness over the number of parameters, with each method's interpolation threshold."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
+from numpy.typing import ArrayLike
 
 from steppe.experiments.analysis.double_descent import INTERPOLATES, DoubleDescent, Point
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.figures.drawing import Drawing, save_all
+from steppe.experiments.figures.drawing import Drawing, plot_mean, save_all
 from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles
 
 
@@ -33,8 +35,8 @@ def _plot(recipe: Recipe, summary: DoubleDescent) -> Figure:
     _errors(errors, recipe, summary)
     if sharp:
         title = f"Sharpness S(w), rho {recipe.training.rho:g}"
-        _curves(below[0], recipe, summary, lambda p: p.sharpness, title=title)
-        _curves(below[1], recipe, summary, lambda p: p.lambda_max, title="Largest eigenvalue of the Hessian")
+        _curves(below[0], recipe, summary, "sharpness", title)
+        _curves(below[1], recipe, summary, "lambda_max", "Largest eigenvalue of the Hessian")
     _widths([errors, *below], summary.points)
     _thresholds([errors, *below], recipe, summary)
     add_caption(figure, recipe, f"threshold: the smallest width with a mean training error below {INTERPOLATES:g} %")
@@ -43,24 +45,25 @@ def _plot(recipe: Recipe, summary: DoubleDescent) -> Figure:
 
 def _errors(axes: Axes, recipe: Recipe, summary: DoubleDescent) -> None:
     for method, style in styles(recipe).items():
+        test, training = (
+            replace(style, label=f"{style.label}, test"),
+            Style(f"{style.label}, training", ":", style.color),
+        )
         points = [point for point in summary.points if point.method == method]
-        _line(axes, points, [p.test_error for p in points], style, f"{style.label}, test")
-        _line(axes, points, [p.train_error for p in points], style, f"{style.label}, training", dashed=True)
-    axes.set_title("Test and training error")
-    axes.set_ylabel("%")
+        _line(axes, points, [p.test_error for p in points], test)
+        _line(axes, points, [p.train_error for p in points], training, linewidth=1.2)
+    axes.set(title="Test and training error", ylabel="%")
     axes.set_ylim(bottom=0)
     if axes.lines:
         axes.legend()
 
 
-def _curves(
-    axes: Axes, recipe: Recipe, summary: DoubleDescent, value: Callable[[Point], Estimate | None], title: str
-) -> None:
+def _curves(axes: Axes, recipe: Recipe, summary: DoubleDescent, field: str, title: str) -> None:
     for method, style in styles(recipe).items():
-        known = [(p, v) for p in summary.points if p.method == method and (v := value(p)) is not None]
-        _line(axes, [p for p, _ in known], [v for _, v in known], style, style.label, log=True)
-    axes.set_title(title)
-    axes.set_yscale("log")
+        points = [p for p in summary.points if p.method == method and getattr(p, field) is not None]
+        values: list[Estimate] = [getattr(p, field) for p in points]
+        _line(axes, points, values, style, lowest=[value.mean / 10 for value in values])
+    axes.set(title=title, yscale="log")
     low, high = axes.get_ylim()
     set_log_scale(axes, (1, 2, 5) if high < 100 * low else (1,))
 
@@ -70,22 +73,14 @@ def _line(
     points: Sequence[Point],
     values: Sequence[Estimate],
     style: Style,
-    label: str,
     *,
-    dashed: bool = False,
-    log: bool = False,
+    lowest: ArrayLike = 0.0,
+    linewidth: float = 2.0,
 ) -> None:
-    if not points:
-        return
     x, mean = [p.parameters for p in points], [v.mean for v in values]
-    style_of_line = {"color": style.color, "linewidth": 1.2 if dashed else 2.0, "marker": "o", "markersize": 3}
-    axes.plot(x, mean, ":" if dashed else style.line, label=label, **style_of_line)  # type: ignore[arg-type]
-    if any(v.sd is not None for v in values):
-        sd = [v.sd or 0.0 for v in values]
-        # mean - sd may lie below 0, where a logarithmic axis ends
-        low = [max(m - s, m / 10) if log else max(m - s, 0.0) for m, s in zip(mean, sd, strict=True)]
-        high = [m + s for m, s in zip(mean, sd, strict=True)]
-        axes.fill_between(x, low, high, color=style.color, alpha=0.18, linewidth=0)
+    sd = [v.sd or 0.0 for v in values] if any(v.sd is not None for v in values) else None
+    if points:
+        plot_mean(axes, style, x, mean, sd, lowest, linewidth=linewidth, marker="o", markersize=3)
 
 
 def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:

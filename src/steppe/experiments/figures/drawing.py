@@ -2,26 +2,30 @@
 
 import io
 import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree as ET
 
+import numpy as np
 from matplotlib.artist import Artist
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from numpy.typing import ArrayLike
 
-from steppe.experiments.figures.style import CARD, COLORS, GRID, INK, SOFT, use_style
+from steppe.experiments.figures.style import CARD, COLORS, GRID, INK, SOFT, Style, use_style
 
 _SUFFIXES = ("png", "svg")
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
 _MARGIN = 4.0  # points around a panel on the page
 _LIGHTER = 0.28  # share of white in a method's color on a dark page
 _TAGGED = "tagged:"  # begins the ids that `tag` sets
-
-_VARIABLES = {INK: "--ink", SOFT: "--soft", GRID: "--grid", CARD: "--card"}
 
 ET.register_namespace("", _SVG[1:-1])
 ET.register_namespace("xlink", _XLINK[1:-1])
@@ -41,6 +45,27 @@ def tag_legend(legend: Legend) -> None:
         tag(text, text.get_text())
         if handle is not None:
             tag(handle, text.get_text())
+
+
+def plot_mean(
+    axes: Axes,
+    style: Style,
+    x: ArrayLike,
+    mean: ArrayLike,
+    sd: ArrayLike | None = None,
+    lowest: ArrayLike = -math.inf,
+    *,
+    tips: Sequence[str] = (),
+    **look: Any,
+) -> None:
+    """Draw the mean of a method as a line and, one standard deviation to either side, a band that ends at `lowest`."""
+    (line,) = axes.plot(x, mean, style.line, color=style.color, label=style.label, **look)
+    tag(line, style.label, tips=tips)
+    if sd is not None:
+        middle, deviation = np.asarray(mean), np.asarray(sd)
+        low = np.maximum(middle - deviation, np.asarray(lowest))
+        band = axes.fill_between(x, low, middle + deviation, color=style.color, alpha=0.18, linewidth=0)
+        tag(band, style.label)
 
 
 def freeze(figure: Figure) -> None:
@@ -162,11 +187,11 @@ def _on_dark(color: str) -> str:
     """
     if color == "#010101":
         return "#E6E6E6"
-    parts = (int(color[i : i + 2], 16) for i in (1, 3, 5))
-    return "#" + "".join(f"{round(part + (255 - part) * _LIGHTER):02X}" for part in parts)
+    red, green, blue = (part + (1 - part) * _LIGHTER for part in to_rgb(color))
+    return to_hex((red, green, blue)).upper()
 
 
-_THEMED = {color.lower(): name for color, name in _VARIABLES.items()} | {c.lower(): color_variable(c) for c in COLORS}
+_THEMED = {INK: "--ink", SOFT: "--soft", GRID: "--grid", CARD: "--card"} | {c: color_variable(c) for c in COLORS}
 
 
 def _referenced(group: ET.Element, root: ET.Element) -> Iterator[ET.Element]:
@@ -195,4 +220,5 @@ def _adapt(element: ET.Element, prefix: str) -> None:
 
 
 def _themed(color: re.Match[str]) -> str:
-    return f"var({_THEMED[color[0]]})" if color[0] in _THEMED else color[0]
+    variable = _THEMED.get(color[0].upper())
+    return f"var({variable})" if variable else color[0]

@@ -1,14 +1,13 @@
-"""The figures of flatness: spectra, landscapes, and lines between solutions."""
+"""The figures of flatness: spectra and landscapes."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from steppe.experiments.figures.drawing import Drawing, save_all
-from steppe.experiments.figures.landscapes import KINDS, plot_landscapes, plot_lines
+from steppe.experiments.figures.landscapes import KINDS, plot_landscapes
 from steppe.experiments.figures.spectra import Groups, plot_spectra
-from steppe.experiments.figures.style import Style, styles_of
+from steppe.experiments.figures.style import styles_of
 from steppe.flatness import Landscape
 
 
@@ -37,8 +36,3 @@ def landscapes_of(groups: Groups, kind: str) -> dict[str, Landscape]:
     """Return the landscape of each method's first solution, where it was measured."""
     found = {label: getattr(solutions[0], kind) for label, solutions in groups.items()}
     return {label: landscape for label, landscape in found.items() if landscape is not None}
-
-
-def lines(measured: Sequence[Mapping[str, Any]], styles: Mapping[str, Style], description: str) -> Drawing:
-    """Draw the losses between pairs of solutions; `styles` by method."""
-    return Drawing("lines", partial(plot_lines, measured, styles, description))

@@ -5,13 +5,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from steppe.experiments.figures.drawing import tag, tag_legend
+from steppe.experiments.figures.drawing import plot_mean, tag, tag_legend
 from steppe.experiments.figures.spectra import Groups
 from steppe.experiments.figures.style import Style, add_text, set_log_scale
 from steppe.flatness import Landscape
@@ -73,7 +72,12 @@ def plot_profiles(groups: Groups, styles: Mapping[str, Style], description: str)
     for axes, log in zip(figure.subplots(1, 2), (False, True), strict=True):
         for label, measured in profiles.items():
             if measured:
-                _plot_profile(axes, styles[label], measured[0][0], torch.stack([losses for _, losses in measured]))
+                losses = torch.stack([losses for _, losses in measured])
+                # where one run is not finite there is a gap: a mean over the others would be another quantity
+                losses = torch.where(losses.isfinite(), losses, math.nan)
+                sd = losses.std(0) if len(losses) > 1 else None
+                x, lowest = measured[0][0], losses.min(0).values
+                plot_mean(axes, styles[label], x, losses.mean(0), sd, lowest, linewidth=2.0)
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.set(title="Along the first direction", xlabel="length along the direction", ylabel="training loss")
         if log:
@@ -95,18 +99,6 @@ def profiles_of(groups: Groups) -> dict[str, list[tuple[Tensor, Tensor]]]:
     }
 
 
-def _plot_profile(axes: Axes, style: Style, x: Tensor, losses: Tensor) -> None:
-    # where one run is not finite there is a gap: a mean over the others would be another quantity
-    losses = torch.where(losses.isfinite(), losses, math.nan)
-    mean = losses.mean(0)
-    (line,) = axes.plot(x, mean, style.line, color=style.color, linewidth=2.0, label=style.label)
-    tag(line, style.label)
-    if len(losses) > 1:
-        sd = losses.std(0)
-        low = torch.maximum(mean - sd, losses.min(0).values)
-        tag(axes.fill_between(x, low, mean + sd, color=style.color, alpha=0.16, linewidth=0), style.label)
-
-
 def plot_lines(
     lines: Sequence[Mapping[str, Any]], styles: Mapping[str, Style], description: str, *, log: bool = False
 ) -> Figure:
@@ -119,8 +111,8 @@ def plot_lines(
             label = f"{start.label} (0) to {style.label} (1)" if is_first else None
             (drawn,) = axes.plot(line["axis"], losses, style.line, color=style.color, linewidth=1.2, label=label)
             tag(drawn, start.label, style.label)
-        axes.set_title(f"{'Training' if split == 'train' else 'Test'} loss on the straight line")
-        axes.set(xlabel="t, from one solution to the other", ylabel="cross-entropy")
+        title = f"{'Training' if split == 'train' else 'Test'} loss on the straight line"
+        axes.set(title=title, xlabel="t, from one solution to the other", ylabel="cross-entropy")
         if log:
             set_log_scale(axes)
         axes.legend()

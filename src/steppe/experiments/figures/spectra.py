@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from steppe.experiments.figures.drawing import tag, tag_legend
+from steppe.experiments.figures.drawing import plot_mean, tag, tag_legend
 from steppe.experiments.figures.style import CARD, GREY, Style, add_text
 from steppe.flatness import FAMILIES, Density, Flatness
 
@@ -45,10 +45,7 @@ def plot_spectra(groups: Groups, styles: Mapping[str, Style], description: str, 
         mean, error = mean_density([flat.density for flat in solutions], x, sigma)
         largest = max(largest, float(mean.max()))
         style = styles[label]
-        (line,) = axes.plot(x, mean, style.line, color=style.color, linewidth=1.6, label=style.label)
-        tag(line, label)
-        low_band = (mean - error).clamp_min(0)
-        tag(axes.fill_between(x, low_band, mean + error, color=style.color, alpha=0.18, linewidth=0), label)
+        plot_mean(axes, style, x, mean, error, lowest=0.0, linewidth=1.6)
         for flat in solutions:
             values = flat.eigenvalues.tolist()
             (ticks,) = axes.plot(values, [_LOWEST * largest * 1.6] * len(values), "|", color=style.color, markersize=9)

@@ -10,9 +10,11 @@ from markupsafe import Markup
 
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.figures import curves, flatness
+from steppe.experiments.figures import curves
 from steppe.experiments.figures.curves import Extent, Quantity
 from steppe.experiments.figures.drawing import Drawing
+from steppe.experiments.figures.flatness import drawings as flatness_drawings
+from steppe.experiments.figures.flatness import landscapes_of
 from steppe.experiments.figures.landscapes import (
     KINDS,
     loss_range,
@@ -44,7 +46,6 @@ _SCALES = {"linear": "Linear", "log": "Log"}
 class Choice:
     """A group of buttons of which one is pressed; figures name it and one of its values in `data-when`."""
 
-    name: str
     label: str
     options: Mapping[str, str]
     """Text of the buttons, by value."""
@@ -60,15 +61,6 @@ class Panel:
     when: Mapping[str, str] = field(default_factory=dict)
     method: str = ""
     """The method that it shows, where it shows a single one."""
-
-
-@dataclass(frozen=True)
-class Legend:
-    """The range of the losses of one set of landscapes."""
-
-    low: str
-    high: str
-    when: Mapping[str, str]
 
 
 class Figures:
@@ -94,18 +86,20 @@ class Figures:
         self.choices: dict[str, Choice] = {}
         self.surfaces: dict[str, Any] = {}
         """By kind, seed, scale and method: figures for plotly."""
+        self.legends: list[tuple[str, str, Mapping[str, str]]] = []
+        """Lowest and highest loss of each set of landscapes, and when it is visible."""
         drawings = [
             *curves.drawings(recipe, results),
-            *flatness.drawings(self._groups, self._description),
-            *([flatness.lines(lines, self._by_name, self._description)] if lines else []),
+            *flatness_drawings(self._groups, self._description),
         ]
+        if lines:
+            drawings.append(Drawing("lines", partial(plot_lines, lines, self._by_name, self._description)))
         self.saved: Mapping[str, Drawing] = {drawing.stem: drawing for drawing in drawings}
 
     def curves(self) -> Iterator[Panel]:
         """The quantities over compute or time."""
-        fields = [extent.field for extent in curves.EXTENTS]
-        texts = dict(zip(fields, ("Standardized epochs", "Seconds"), strict=True))
-        self._offer("extent", "Horizontal axis", texts, fields[0])
+        texts = {"standardized_epoch": "Standardized epochs", "seconds": "Seconds"}
+        self.choices["extent"] = Choice("Horizontal axis", texts, "standardized_epoch")
         for extent in curves.EXTENTS:
             for quantity in curves.QUANTITIES:
                 yield self._curve(quantity.field, 0, quantity, extent)
@@ -122,7 +116,7 @@ class Figures:
 
     def pareto(self) -> Iterator[Panel]:
         costs = ("Passes a step", "Time a step", "Training time")
-        self._offer("cost", "Cost", {str(i): text for i, text in enumerate(costs)}, "0")
+        self.choices["cost"] = Choice("Cost", {str(i): text for i, text in enumerate(costs)}, "0")
         for row, (name, title) in enumerate((("test_accuracy", "test accuracy"), ("gap", "generalization gap"))):
             for column, cost in enumerate(costs):
                 about = f"{cost} against {title}, one point a method"
@@ -137,7 +131,7 @@ class Figures:
             records = self._results.get(run, [])
             gaps[run.method.label].append((run.seed, records[-1].gap if records else None))
         drawing = self._drawing("gap_over_flatness", plot_gap_over, self._known, gaps, self._by_label)
-        self._offer("measure", "Measure", measures, next(iter(measures)))
+        self.choices["measure"] = Choice("Measure", measures, next(iter(measures)))
         for index, (name, title) in enumerate(measures.items()):
             about = f"Generalization gap over {title}, one point a run"
             yield self._panel("gap-over", drawing, index, about, measure=name)
@@ -147,7 +141,7 @@ class Figures:
         if not self._known:
             return
         texts = {f"{bandwidth:g}": f"σ = {number(smoothing(self._known, bandwidth), 2)}" for bandwidth in _BANDWIDTHS}
-        self._offer("bandwidth", "Bandwidth", texts, f"{BANDWIDTH:g}")
+        self.choices["bandwidth"] = Choice("Bandwidth", texts, f"{BANDWIDTH:g}")
         for bandwidth in _BANDWIDTHS:
             drawing = self.saved["spectra"]
             if bandwidth != BANDWIDTH:
@@ -158,37 +152,36 @@ class Figures:
         drawing = self._drawing("eigenvalues", plot_eigenvalues, self._known, self._by_label)
         yield self._panel("eigenvalues", drawing, 0, "Leading eigenvalues of the Hessian by rank")
 
-    def landscapes(self) -> Iterator[Panel | Legend]:
-        """Contours of each solution and the range of their losses; the surfaces are in `surfaces` afterwards."""
-        seeds = sorted({run.seed for run in self._measured})
-        found = {(kind, seed): self._landscapes(kind, seed) for kind in KINDS for seed in seeds}
-        found = {key: landscapes for key, landscapes in found.items() if landscapes}
+    def landscapes(self) -> Iterator[Panel]:
+        """Contours of each solution; afterwards the surfaces are in `surfaces`, and their ranges in `legends`."""
+        by_seed: dict[int, dict[str, list[Flatness]]] = {}
+        for run, flat in self._measured.items():
+            by_seed.setdefault(run.seed, {})[run.method.label] = [flat]
+        all_found = ((kind, seed, landscapes_of(by_seed[seed], kind)) for kind in KINDS for seed in sorted(by_seed))
+        found = {(kind, seed): landscapes for kind, seed, landscapes in all_found if landscapes}
         if not found:
             return
         first_kind, first_seed = next(iter(found))
         scale = "log" if is_logarithmic([*found[first_kind, first_seed].values()]) else "linear"
         texts = dict(zip(KINDS, ("Random", "Eigenvectors"), strict=True))
-        kinds = {kind: texts[kind] for kind, _ in found}
-        self._offer("view", "View", {"3d": "Surface", "2d": "Contours"}, "2d")
-        self._offer("kind", "Directions", kinds, first_kind)
-        self._offer("scale", "Loss axis", _SCALES, scale)
-        self._offer("seed", "Seed", {str(seed): f"Seed {seed}" for _, seed in found}, str(first_seed))
+        self.choices |= {
+            "view": Choice("View", {"3d": "Surface", "2d": "Contours"}, "2d"),
+            "kind": Choice("Directions", {kind: texts[kind] for kind, _ in found}, first_kind),
+            "scale": Choice("Loss axis", _SCALES, scale),
+            "seed": Choice("Seed", {str(seed): f"Seed {seed}" for _, seed in found}, str(first_seed)),
+        }
         for (kind, seed), landscapes in found.items():
             when = {"kind": kind, "seed": str(seed)}
             low, high = loss_range([*landscapes.values()])
-            yield Legend(number(low, 4), number(high, 4), when)
+            self.legends.append((number(low, 4), number(high, 4), when))
             yield from self._contours(landscapes, kind, seed)
             for scale in _SCALES:
                 made = surfaces(landscapes, self._by_label, log=scale == "log")
                 named = {self._names[label]: figure for label, figure in made.items()}
                 self.surfaces.setdefault(kind, {}).setdefault(str(seed), {})[scale] = named
 
-    def _landscapes(self, kind: str, seed: int) -> dict[str, Landscape]:
-        found = {run.method.label: getattr(flat, kind) for run, flat in self._measured.items() if run.seed == seed}
-        return {label: landscape for label, landscape in found.items() if landscape is not None}
-
     def _contours(self, landscapes: Mapping[str, Landscape], kind: str, seed: int) -> Iterator[Panel]:
-        if landscapes == flatness.landscapes_of(self._known, kind):
+        if landscapes == landscapes_of(self._known, kind):
             drawing = self.saved[f"{kind}s"]
         else:
             drawing = self._drawing(f"{kind}s_{seed}", plot_landscapes, landscapes, kind)
@@ -202,8 +195,7 @@ class Figures:
         has_profiles = any(profiles_of(self._known).values())
         if not has_profiles and not self._lines:
             return
-        if "scale" not in self.choices:
-            self._offer("scale", "Loss axis", _SCALES, "linear")
+        self.choices.setdefault("scale", Choice("Loss axis", _SCALES, "linear"))
         if has_profiles:
             drawing = self._drawing("profiles", plot_profiles, self._known, self._by_label)
             about = "Loss along the first random direction, one line a method"
@@ -229,9 +221,6 @@ class Figures:
     def is_visible(self, when: Mapping[str, str]) -> bool:
         """Return True if a figure is visible before the first choice."""
         return all(self.choices[name].default == value for name, value in when.items())
-
-    def _offer(self, name: str, label: str, options: Mapping[str, str], default: str) -> None:
-        self.choices[name] = Choice(name, label, options, default)
 
     def _drawing(self, stem: str, plot: Callable[..., matplotlib.figure.Figure], *arguments: Any) -> Drawing:
         """Return a drawing that is on the page only."""

@@ -3,7 +3,6 @@
 import base64
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -20,7 +19,7 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
 from steppe.experiments.figures.landscapes import COLORMAP
 from steppe.experiments.figures.style import styles
-from steppe.experiments.report import tables, verdicts
+from steppe.experiments.report import content
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.report.numbers import typographic
 from steppe.experiments.storage.files import write_atomically
@@ -69,17 +68,18 @@ def render(
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"typographic": typographic, "text": tables.text, "color_variable": color_variable}
+    environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
+    environment.filters |= {"typographic": typographic, "text": content.text, "color_variable": color_variable}
     return environment.get_template("page.html").render(
         recipe=recipe,
         setting=setting(recipe),
         summary=summary,
         styles=styles(recipe),
-        headlines=verdicts.headlines(summary, measured=bool(flatness)),
-        details=list(verdicts.details(summary)),
-        word_kinds=verdicts.KINDS,
-        headings=tables.HEADINGS,
-        flatness=list(tables.flatness_groups(recipe, summary, flatness)) if flatness else [],
+        headlines=content.headlines(summary, measured=bool(flatness)),
+        details=content.details(summary),
+        word_kinds=content.KINDS,
+        headings=content.HEADINGS,
+        flatness=list(content.flatness_groups(recipe, summary, flatness)) if flatness else [],
         sections=sections,
         figures=figures,
         folder=shlex.quote(str(recipe.folder)),
@@ -89,39 +89,14 @@ def render(
         icon=_ICON,
         # only these scripts may run: a script inside of a text from outside cannot
         hashes=Markup(" ".join(_hash(code) for code in (plotly, script) if code)),
-        configuration=_configuration(recipe),
+        configuration=recipe.options(),
         gradient=Markup(", ".join(f"{color} {100 * place:g}%" for place, color in COLORMAP)),
         light=Markup(theme_css(dark=False)),
         dark=Markup(theme_css(dark=True)),
         plotly=Markup(plotly),
         script=Markup(script),
-        surfaces=Markup(dumps(figures.surfaces)),
+        surfaces=figures.surfaces,
     )
-
-
-def _configuration(recipe: Recipe) -> dict[str, Any]:
-    """Return every option of the recipe as JSON has it, without the sections."""
-    values = recipe.to_json()
-    sections = [value for value in values.values() if isinstance(value, dict)]
-    return {k: v for k, v in values.items() if not isinstance(v, dict)} | {k: v for s in sections for k, v in s.items()}
-
-
-def dumps(value: Any) -> str:
-    """Write JSON that no browser reads as a tag, also inside a script element; what is not finite is null.
-
-    >>> dumps({"a": [math.nan, "</script>"]})
-    '{"a":[null,"\\\\u003c/script\\\\u003e"]}'
-    """
-    text = json.dumps(_finite(value), allow_nan=False, separators=(",", ":"))
-    return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _versions(sessions: Sequence[Mapping[str, Any]], plotly: str) -> str:

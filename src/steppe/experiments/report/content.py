@@ -1,0 +1,148 @@
+"""The content of the page: the verdict in sentences, where unknown is stated as plainly as known, and table rows."""
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.summary import Difference, Summary, word
+from steppe.experiments.analysis.verdicts import CAVEATS
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.report.numbers import change, spread
+from steppe.flatness import FAMILIES, Flatness
+
+KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad", "sharper": "bad"}
+"""The class of a verdict's word on the page; every other word is "open"."""
+
+HEADINGS = {
+    "method": "",
+    "standardized epochs": "",
+    "passes a step": "",
+    "train accuracy": "%",
+    "test accuracy": "%",
+    "gap": "points",
+    "train loss": "",
+    "time": "s",
+    "runs": "",
+}
+"""The columns of the summary, with their units."""
+
+_UNMEASURED, _NO_VERDICT = "not measured", "no verdict"
+
+Headline = Sequence[tuple[str, str]]
+"""A sentence as pairs: a text, and the verdict's word after it, which the page sets apart."""
+
+_Changes = Mapping[str, tuple[Estimate, str]]
+"""By method: the difference to the reference, and its verdict."""
+
+
+def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
+    """Return the verdict on generalization and, if `measured`, flatness: one sentence for all methods it is true of."""
+    if not summary.rows:
+        return [[("Nothing has been measured yet.", "")]]
+    if not summary.differences:
+        return [[("There is one method so far, and nothing to compare it with.", "")]]
+    if all(difference.gap.n == 1 for difference in summary.differences):
+        return [[("One run of each method gives ", _NO_VERDICT), (": chance alone may explain the difference.", "")]]
+    flatness = {verdict.method: verdict.word for verdict in summary.flatness}
+    groups: dict[tuple[str, str, str], list[Difference]] = {}
+    for difference in summary.differences:
+        flat = flatness.get(str(difference.method), _NO_VERDICT if measured else _UNMEASURED)
+        words = word(difference.test_accuracy, better=1), word(difference.gap, better=-1), flat
+        groups.setdefault(words, []).append(difference)
+    return [_headline(differences, *words) for words, differences in groups.items()]
+
+
+def _headline(differences: list[Difference], accuracy: str, gap: str, flat: str) -> Headline:
+    *most, last = (difference.method.label for difference in differences)
+    ours = f"{', '.join(most)} and {last}" if most else last
+    subject = f"{ours} against {differences[0].reference.label}: "
+    minima = ("minima " if most else "minimum ") if flat in KINDS else "flatness "
+    if accuracy == gap:
+        parts = [(f"{subject}test accuracy and generalization gap ", accuracy)]
+    else:
+        parts = [(f"{subject}test accuracy ", accuracy), (", generalization gap ", gap)]
+    return [*parts, (f"; {minima}", flat), (".", "")]
+
+
+def details(summary: Summary) -> list[str]:
+    """Return the sentences with the numbers, the runs and the intervals, and every caveat, each once."""
+    sentences = list(summary.notes())
+    for verdict in summary.flatness:
+        sentences += [verdict.sentence(), *verdict.notes()]
+    return list(dict.fromkeys([*sentences, *(CAVEATS if summary.flatness else [])]))
+
+
+def text(value: Any) -> str:
+    """Write the value of an option as text.
+
+    >>> text(["sgd", "sam"]), text(None), text("demo")
+    ('sgd, sam', 'null', 'demo')
+    """
+    if isinstance(value, list | tuple):
+        return ", ".join(map(str, value))
+    return str(value) if isinstance(value, str | Path) else json.dumps(value)
+
+
+def flatness_groups(
+    recipe: Recipe, summary: Summary, measured: Mapping[Run, Flatness]
+) -> Iterator[tuple[str, str, list[dict[str, Any]]]]:
+    """Yield title, explanation and rows of each family of measures, and of the generalization beside them.
+
+    A row has a cell for each method: its value and, where there is one, its difference to the reference.
+    """
+    names = {name for flat in measured.values() for name in flat.measures}
+    for family in FAMILIES.values():
+        found = [(name, label) for name, label in family.measures.items() if name in names]
+        if found:
+            rows = [_measure(recipe, summary, measured, name, label) for name, label in found]
+            yield family.title, family.about, rows
+    about = "What flatness is wanted for: measured, not concluded from it."
+    yield "Generalization", about, list(_generalization(recipe, summary))
+
+
+def _measure(
+    recipe: Recipe, summary: Summary, measured: Mapping[Run, Flatness], name: str, label: str
+) -> dict[str, Any]:
+    changes = {
+        verdict.method: (row.difference, row.word)
+        for verdict in summary.flatness
+        for row in verdict.rows
+        if row.name == name
+    }
+    finite: dict[str, list[float]] = {}
+    notes: dict[str, None] = {}
+    for run, flat in measured.items():
+        measure = flat.measures.get(name)
+        if measure is not None and math.isfinite(measure.value):
+            finite.setdefault(str(run.method), []).append(measure.value)
+        if measure is not None and measure.note:
+            notes[measure.note] = None
+    values = {method: spread(estimate(found).mean, estimate(found).sd) for method, found in finite.items()}
+    return {"label": label, "notes": list(notes), "cells": _cells(recipe, values, changes)}
+
+
+def _generalization(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]]:
+    rows = {str(row.method): row for row in summary.rows if row.standardized_epoch == recipe.comparison.epochs}
+    for name, label, better in (("gap", "generalization gap, points", -1), ("test_accuracy", "test accuracy, %", 1)):
+        values = {method: getattr(row, name).text(".2f", sign=" ± ") for method, row in rows.items()}
+        paired: dict[str, Estimate] = {str(d.method): getattr(d, name) for d in summary.differences}
+        changes = {method: (value, word(value, better=better)) for method, value in paired.items()}
+        yield {"label": label, "notes": [], "cells": _cells(recipe, values, changes)}
+
+
+def _cells(recipe: Recipe, values: Mapping[str, str], changes: _Changes) -> list[dict[str, Any]]:
+    """Return the cells of a row; `bar` is an interval from -1 to 1, on one scale for all of them."""
+    reach = max((abs(value.mean) + (value.half_width or 0.0) for value, _ in changes.values()), default=0.0) or 1.0
+    cells = []
+    for method in recipe.comparison.methods:
+        cell = {"method": method, "label": method.label, "value": values.get(str(method), "–"), "bar": None}
+        if str(method) in changes:
+            value, verdict = changes[str(method)]
+            mean, half = value.mean, value.half_width
+            cell |= {"difference": change(mean, half), "verdict": verdict}
+            cell["bar"] = None if half is None else [x / reach for x in (mean - half, mean, mean + half)]
+        cells.append(cell)
+    return cells
