@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.hints import check_positional, refuse_foreign_options, refuse_unknown
 from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
 from steppe.rules import Cadence, Combination, Perturbation, ascent_steps, needs_gradient
 
@@ -39,12 +40,14 @@ def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
     """
     first = args[0] if args else kwargs.get("base_optimizer")
     if isinstance(first, Optimizer):
+        check_positional(("base_optimizer", "rho"), args, kwargs)
         return _from_instance(*args, **kwargs)
     if isinstance(first, type) and issubclass(first, Optimizer):
         raise TypeError(
             f"the base is the class {first.__name__}, not an instance of it: write SAM({first.__name__}(params, ...), "
             f"rho=...) or SAM(params, {first.__name__}, rho=..., ...)"
         )
+    check_positional(("params", "base_class", "rho"), args, kwargs)
     return _from_class(*args, **kwargs)
 
 
@@ -52,15 +55,20 @@ def check_rho(rho: float | Tensor) -> None:
     """Refuse a value that is not a radius.
 
     Raises:
-        ValueError: rho is negative or not finite. The value of a tensor is not read, because that would synchronize.
-        TypeError: rho is not a number.
+        ValueError: rho is negative or not finite. A tensor is read on the CPU only, because that would synchronize.
+        TypeError: rho is not a real number.
     """
     if isinstance(rho, Tensor):
         if rho.dim() != 0:
             raise ValueError(f"rho must be a number or a 0-dim tensor, got shape {tuple(rho.shape)}: it is one radius")
-    elif not isinstance(rho, int | float):
-        raise TypeError(f"rho must be a number or a 0-dim tensor, got {type(rho).__name__}: it is a radius")
-    elif not (math.isfinite(rho) and rho >= 0):
+        if rho.is_complex() or rho.dtype == torch.bool:
+            raise TypeError(f"rho must be a real number, got a tensor of {rho.dtype}: it is a radius")
+        if rho.device.type != "cpu":
+            return
+    elif not isinstance(rho, int | float) or isinstance(rho, bool):
+        hint = ". Options are given by name, as in model=model" if callable(rho) else ""
+        raise TypeError(f"rho must be a number or a 0-dim tensor, got {type(rho).__name__}: it is a radius{hint}")
+    if not 0 <= float(rho) < math.inf:
         raise ValueError(f"rho must be finite and at least 0, got {rho}: it is the radius of the neighborhood")
 
 
@@ -151,12 +159,7 @@ def _from_instance(
     base_optimizer: Optimizer, rho: float | Tensor = 0.05, **kwargs: Any
 ) -> tuple[Optimizer, float | Tensor]:
     if kwargs:
-        raise TypeError(
-            f"SAM(base_optimizer, rho) got {', '.join(sorted(kwargs))}: options of the base go to the base itself, "
-            f"before it is wrapped (the slots are perturbation=, combination= and cadence=)"
-        )
-    if not isinstance(rho, Tensor | int | float):
-        raise TypeError(f"rho must be a number, got {rho!r}: write SAM(base_optimizer, rho)")
+        refuse_unknown(kwargs, Options.__annotations__, inspect.signature(type(base_optimizer)).parameters)
     check_rho(rho)
     name = type(base_optimizer).__name__
     if hasattr(base_optimizer, "first_step") and hasattr(base_optimizer, "second_step"):
@@ -178,6 +181,16 @@ def _from_class(
     rho: float | Tensor = 0.05,
     **kwargs: Any,
 ) -> tuple[Optimizer, float | Tensor]:
+    if "base_optimizer" in kwargs:
+        raise TypeError(
+            "SAM(params, base_optimizer=...): the class of the base is base_class= here, SAM(params, torch.optim.SGD, "
+            "rho=0.05, lr=0.1); or import SAM from steppe.compat, which has the names of the classic implementation"
+        )
+    if isinstance(params, nn.Module):
+        raise TypeError(
+            f"params is a {type(params).__name__}, not its parameters: write SAM(model.parameters(), torch.optim.SGD, "
+            "rho=0.05, lr=0.1, model=model)"
+        )
     if params is None or not callable(base_class):
         raise TypeError(
             f"SAM needs a base optimizer: SAM(torch.optim.SGD(params, lr=0.1), rho=0.05), or the class form "
@@ -195,6 +208,7 @@ def _from_class(
             f"{name} has a 'rho' of its own, so that 'rho' in the class form is ambiguous: write "
             f"SAM({name}(params, rho=...), rho=...)"
         )
+    refuse_foreign_options(kwargs, base_class)
     groups = [_with_own_radius(p) if isinstance(p, dict) else p for p in params]
     return _from_instance(base_class(groups, **kwargs), rho)
 

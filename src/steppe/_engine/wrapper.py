@@ -6,6 +6,7 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._engine.constructor import check_rho
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import RHO, pack, unpack
@@ -19,7 +20,8 @@ class Wrapper(Optimizer):
     """
 
     base: Optimizer
-    rho: float | Tensor
+    _default_rho: float | Tensor
+    """Radius of a group that brings none: the constructor's, or the last one written to :attr:`rho`."""
     _engine: Engine
     _memory_template: Memory
     """Zero-filled memory of the rules, for a checkpoint before the first step."""
@@ -51,6 +53,22 @@ class Wrapper(Optimizer):
     def defaults(self, defaults: dict[str, Any]) -> None:
         self.base.defaults = defaults
 
+    @property
+    def rho(self) -> float | Tensor:
+        """The radius. Writing it sets that of every group, and the default of groups that are added later.
+
+        Reading it returns that default where the groups differ; ``param_groups[i]["sam_rho"]`` is the radius of one.
+        """
+        radii = [group.get(RHO, self._default_rho) for group in self.param_groups]
+        return radii[0] if all(_is_same(radius, radii[0]) for radius in radii) else self._default_rho
+
+    @rho.setter
+    def rho(self, rho: float | Tensor) -> None:
+        check_rho(rho)
+        self._default_rho = rho
+        for group in self.param_groups:
+            group[RHO] = rho
+
     def state_dict(self) -> dict[str, Any]:
         """Return the base's checkpoint, with everything that the next step depends on inside it.
 
@@ -78,7 +96,7 @@ class Wrapper(Optimizer):
             raise out_of_order("load_state_dict()", self._engine.stage)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
-        radii = [group.get(RHO, self.rho) for group in self.param_groups]
+        radii = [group.get(RHO, self._default_rho) for group in self.param_groups]
         base_state, self._engine.memory, self._engine.steps = unpack(state_dict, self.base)
         self.base.load_state_dict(base_state)
         for group, radius in zip(self.param_groups, radii, strict=True):
@@ -86,3 +104,8 @@ class Wrapper(Optimizer):
         self._engine.stage = Stage.IDLE
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
+
+
+def _is_same(a: float | Tensor, b: float | Tensor) -> bool:
+    """True if two radii are equal; tensors are not read, because that would synchronize."""
+    return a is b or not (isinstance(a, Tensor) or isinstance(b, Tensor) or a != b)

@@ -1,0 +1,23 @@
+"""Keep torch.compile out of a function."""
+
+from collections.abc import Callable
+from typing import ParamSpec, TypeVar
+
+import torch
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
+
+
+def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
+    """Run a function outside of compiled graphs, with its signature.
+
+    Dynamo drops what a compiled step writes to attributes: without this, weights would stay perturbed.
+    ``torch.compiler.disable`` does the same, but it loses the signature for type checkers, and imports Dynamo at once,
+    which doubles the time of ``import steppe``. The private function, which ``torch.optim`` uses, waits for the first
+    call.
+
+    >>> eager(abs)(-1)
+    1
+    """
+    return torch._disable_dynamo(function)
