@@ -14,6 +14,7 @@ from steppe._engine.constructor import (
     Params,
     base_and_rho,
     check_classic,
+    check_group,
     check_groups,
     check_model,
     check_per_rank,
@@ -21,6 +22,7 @@ from steppe._engine.constructor import (
 )
 from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
+from steppe._engine.joint_base import option_names
 from steppe._engine.loss_scale import ScalerTarget, refuse_closure_of_scaler
 from steppe._engine.passes import Pass
 from steppe._engine.signatures import show_signature
@@ -127,7 +129,7 @@ class SAM(SAMStep):
         self.__setstate__({"base": base, "_default_rho": rho, "model": model, "scaler": scaler, **options, **slots})
         for group in base.param_groups:
             group.setdefault(RHO, rho)
-        check_groups(base.param_groups, base.defaults)
+        check_groups(base)
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: self.__dict__[name] for name in ("base", "_default_rho", "model", *_OPTIONS, *_SLOTS)}
@@ -151,7 +153,7 @@ class SAM(SAMStep):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group to the base optimizer; its radius is its ``sam_rho``, or else this optimizer's rho."""
         group = {RHO: self._default_rho, **param_group}
-        check_groups([group], self.defaults)
+        check_group(len(self.param_groups), group, option_names(self.base))
         self.base.add_param_group(group)
         self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
 
@@ -301,7 +303,7 @@ class SAM(SAMStep):
         self.restore()  # an interrupt may have hit restore() itself
         if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
             self._engine.load_from_base()
-        check_groups(self.param_groups, self.defaults)
+        check_groups(self.base)
         anywhere = next(parameters_of(self.base))
         self._check_capture(anywhere)
         self._engine.scale = self._loss_scale(anywhere)

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 from torch import nn
 from torch.optim import Optimizer
 
-_RULE = "is an option of a rule or a method, as in"
+_RULE = "write it where it belongs, as in"
 _INSTEAD = {
     "adaptive": "for ASAM write perturbation=steppe.Adaptive(), or steppe.variants.asam(base, rho=0.5)",
     "alpha": f"{_RULE} steppe.variants.gsam(base, alpha=0.2)",
@@ -47,22 +47,21 @@ _INSTEAD = {
 """What to write for arguments of other implementations, and for options at the wrong place."""
 
 
-def refuse_unknown(names: Iterable[str], known: Iterable[str], base_options: Iterable[str]) -> NoReturn:
-    """Raise TypeError for keyword arguments that neither SAM nor the function around it takes.
+def refuse_unknown(names: Iterable[str], options: Iterable[str]) -> NoReturn:
+    """Raise TypeError for keyword arguments that neither SAM nor the named function around it takes.
 
     Args:
         names: The arguments.
-        known: The options of SAM.
-        base_options: The options of the base's class.
+        options: The options of SAM.
     """
-    names, base_options = sorted(names), set(base_options)
-    function = _named_function()
-    owner, known = "SAM(base_optimizer, rho)", list(known)
-    if function is not None:
+    function, names = _named_function(), sorted(names)
+    if function is None:
+        owner, taken, known = "SAM(base_optimizer, rho)", "", list(options)
+    else:
         owner, known = f"steppe.variants.{function.__name__}", list(inspect.signature(function).parameters)
-    advice = [_advice(name, known, base_options, own=function is None) for name in names]
-    listed = f". Its arguments are {', '.join(known)}" if function is not None else ""
-    raise TypeError(f"{owner} got {', '.join(names)}: {'; '.join(dict.fromkeys(advice))}{listed}")
+        taken = f"; it takes {', '.join(known)}"
+    advice = dict.fromkeys(_advice(name, known) for name in names)
+    raise TypeError(f"{owner} got {', '.join(names)}: {'; '.join(advice)}{taken}")
 
 
 def refuse_foreign_options(names: Iterable[str], base_class: Callable[..., Optimizer]) -> None:
@@ -98,17 +97,15 @@ def check_positional(names: Sequence[str], args: Sequence[Any], kwargs: Iterable
         )
 
 
-def _advice(name: str, known: Sequence[str], base_options: set[str], *, own: bool) -> str:
+def _advice(name: str, known: Sequence[str]) -> str:
     if close := get_close_matches(name, known, n=1, cutoff=0.75):
         return f"did you mean {close[0]}?"
-    if own and name in _INSTEAD:
-        return _INSTEAD[name] if not _INSTEAD[name].startswith("is ") else f"{name} {_INSTEAD[name]}"
-    if name in base_options or own:
-        return (
-            "options of the base go to the base itself, before it is wrapped (the slots are perturbation=, "
-            "combination= and cadence=)"
-        )
-    return "there is no such argument"
+    if name in _INSTEAD:
+        return _INSTEAD[name]
+    return (
+        "options of the base go to the base itself, before it is wrapped (the slots are perturbation=, combination= "
+        "and cadence=)"
+    )
 
 
 def _named_function() -> Callable[..., Any] | None:

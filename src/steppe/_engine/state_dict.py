@@ -1,6 +1,6 @@
 """SAM's part of a checkpoint, stored inside the base optimizer's, so that either can load the other's."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ RHO = "sam_rho"
 STEP = "sam_step"
 _MEMORY = "sam."
 """Prefix of a rule's tensors in the state of a parameter: ``sam.<rule>.<key>``."""
+_MEMORY_APART = "sam.memory"
+"""The rules' tensors by parameter, in a checkpoint that has no such state."""
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
@@ -26,19 +28,24 @@ def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
     """Return the base's checkpoint with the step counter in its groups and the rules' memory in its state.
 
     It adds only tensors and numbers, one level deep: ``torch.distributed.checkpoint`` and ``weights_only=True`` accept
-    nothing else.
+    nothing else. In a checkpoint of another form (wrappers such as Lookahead), they are beside the base's entries.
     """
     packed: dict[str, Any] = base.state_dict()
-    packed["param_groups"] = [{**group, STEP: step} for group in packed["param_groups"]]
-    packed["state"] = dict(packed["state"])
-    for index, parameter in enumerate(parameters_of(base)):
-        rule_state = {
+    of_rules = {
+        index: {
             f"{_MEMORY}{rule}.{key}": _to_number(value)
             for rule, own in memory.items()
             for key, value in own.get(parameter, {}).items()
         }
-        if rule_state:
-            packed["state"][index] = {**packed["state"].get(index, {}), **rule_state}
+        for index, parameter in enumerate(parameters_of(base))
+    }
+    of_rules = {index: entries for index, entries in of_rules.items() if entries}
+    if not _has_usual_form(packed):
+        return {**packed, STEP: step, RHO: [group[RHO] for group in base.param_groups], _MEMORY_APART: of_rules}
+    packed["param_groups"] = [{**group, STEP: step} for group in packed["param_groups"]]
+    packed["state"] = dict(packed["state"])
+    for index, entries in of_rules.items():
+        packed["state"][index] = {**packed["state"].get(index, {}), **entries}
     return packed
 
 
@@ -48,7 +55,13 @@ def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any],
     The base must not see SAM's part: some bases drop unknown entries, because they shard their state over the ranks or
     wrap another optimizer.
     """
-    groups, memory = state_dict["param_groups"], Memory()
+    memory = Memory()
+    if not _has_usual_form(state_dict):
+        own = {key: value for key, value in state_dict.items() if key not in (STEP, RHO, _MEMORY_APART)}
+        for index, parameter in enumerate(parameters_of(base)):
+            _add_to_memory(memory, parameter, state_dict.get(_MEMORY_APART, {}).get(index, {}))
+        return own, memory, state_dict.get(STEP, 0)
+    groups = state_dict["param_groups"]
     step = max((group.get(STEP, 0) for group in groups), default=0)
     state = dict(state_dict["state"])
     indices = [index for group in groups for index in group["params"]]
@@ -60,6 +73,16 @@ def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any],
     base_state = {index: entries for index, entries in state.items() if entries != {}}
     groups = [{key: value for key, value in group.items() if key != STEP} for group in groups]
     return {**state_dict, "state": base_state, "param_groups": groups}, memory if step else {}, step
+
+
+def saved_radii(state_dict: dict[str, Any]) -> list[float | Tensor] | None:
+    """Return the radii of a checkpoint that has them beside the base's entries; None if its groups hold them."""
+    return None if _has_usual_form(state_dict) else state_dict.get(RHO)
+
+
+def _has_usual_form(state_dict: Mapping[str, Any]) -> bool:
+    """True if a checkpoint has the entries of ``torch.optim``."""
+    return "state" in state_dict and "param_groups" in state_dict
 
 
 def holds_sam_state(base: Optimizer) -> bool:

@@ -1,6 +1,7 @@
 """An optimizer around a base optimizer: groups, state, defaults and checkpoints are the base's."""
 
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
@@ -9,7 +10,7 @@ from torch.optim import Optimizer
 from steppe._engine.constructor import check_rho
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO, pack, unpack
+from steppe._engine.state_dict import RHO, pack, saved_radii, unpack
 from steppe.rules import Memory
 
 
@@ -69,6 +70,34 @@ class Wrapper(Optimizer):
         for group in self.param_groups:
             group[RHO] = rho
 
+    @property
+    def train(self) -> Callable[[], None]:
+        """Call ``train()`` of a base that has one: a schedule-free optimizer, before training.
+
+        Raises:
+            AttributeError: The base has no such method, so that ``hasattr(optimizer, "train")`` is that of the base.
+        """
+        return self._of_base("train")
+
+    @property
+    def eval(self) -> Callable[[], None]:
+        """Call ``eval()`` of a base that has one: a schedule-free optimizer, before an evaluation or a checkpoint.
+
+        Raises:
+            AttributeError: The base has no such method, so that ``hasattr(optimizer, "eval")`` is that of the base.
+        """
+        return self._of_base("eval")
+
+    def _of_base(self, name: str) -> Callable[[], None]:
+        method = getattr(self.base, name)
+
+        def call() -> None:
+            if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS, Stage.BETWEEN_PASSES):
+                raise out_of_order(f"{name}()", self._engine.stage)  # it writes other weights, restored by the pass
+            method()
+
+        return call
+
     def state_dict(self) -> dict[str, Any]:
         """Return the base's checkpoint, with everything that the next step depends on inside it.
 
@@ -97,10 +126,13 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
         radii = [group.get(RHO, self._default_rho) for group in self.param_groups]
-        base_state, self._engine.memory, self._engine.steps = unpack(state_dict, self.base)
+        base_state, memory, steps = unpack(state_dict, self.base)
         self.base.load_state_dict(base_state)
+        self._engine.memory, self._engine.steps = memory, steps
         for group, radius in zip(self.param_groups, radii, strict=True):
             group.setdefault(RHO, radius)
+        for group, radius in zip(self.param_groups, saved_radii(state_dict) or [], strict=False):
+            group[RHO] = radius
         self._engine.stage = Stage.IDLE
         for post_hook in self._optimizer_load_state_dict_post_hooks.values():
             post_hook(self)
