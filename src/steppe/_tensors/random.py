@@ -1,4 +1,4 @@
-"""Random numbers that depend only on a name (of the rule), a seed, a step and a position.
+"""Random numbers that depend only on a name (of the rule), a seed, a step, a micro-batch and a position.
 
 A resumed run therefore continues with the same numbers, and workers with the same seed draw the same ones. No global
 generator is used: it would have to be saved, replayed and protected from the second pass.
@@ -13,17 +13,17 @@ from torch import Tensor
 from steppe._tensors.dtensor import is_sharded, shard_like
 
 
-def normal(name: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
+def normal(name: str, seed: int, step: int, like: Sequence[Tensor], *, micro_batch: int = 0) -> list[Tensor]:
     """Return standard normal numbers, one tensor for each of ``like``, of its shape, dtype and device.
 
     >>> (x,), (y,) = normal("A", 0, 7, [torch.empty(2)]), normal("A", 0, 7, [torch.empty(2)])
     >>> torch.equal(x, y), torch.equal(x, normal("A", 0, 8, [torch.empty(2)])[0])
     (True, False)
     """
-    return _drawn(name, seed, step, like, lambda t, g: _empty(t).normal_(generator=g))
+    return _drawn(name, seed, step, like, lambda t, g: _empty(t).normal_(generator=g), micro_batch)
 
 
-def uniform(name: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Tensor]:
+def uniform(name: str, seed: int, step: int, like: Sequence[Tensor], *, micro_batch: int = 0) -> list[Tensor]:
     """Return uniform numbers from 0 to 1, one float32 tensor for each of ``like``, of its shape and device.
 
     Always float32: in half precision there are only a few hundred different numbers.
@@ -34,6 +34,7 @@ def uniform(name: str, seed: int, step: int, like: Sequence[Tensor]) -> list[Ten
         step,
         like,
         lambda t, g: torch.rand(t.shape, dtype=torch.float32, device=t.device, generator=g),
+        micro_batch,
     )
 
 
@@ -49,11 +50,17 @@ def integers(name: str, seed: int, step: int, like: Sequence[Tensor], *, below: 
 
 
 def _drawn(
-    name: str, seed: int, step: int, like: Sequence[Tensor], draw: Callable[[Tensor, torch.Generator | None], Tensor]
+    name: str,
+    seed: int,
+    step: int,
+    like: Sequence[Tensor],
+    draw: Callable[[Tensor, torch.Generator | None], Tensor],
+    micro_batch: int = 0,
 ) -> list[Tensor]:
     """Draw a full tensor for each position, and shard it, so that the numbers do not depend on the number of ranks."""
     return [
-        shard_like(draw(t, generator(t.device, key(name, seed, step, position))), t) for position, t in enumerate(like)
+        shard_like(draw(t, generator(t.device, key(name, seed, step, position, micro_batch))), t)
+        for position, t in enumerate(like)
     ]
 
 
@@ -64,9 +71,9 @@ def _empty(like: Tensor) -> Tensor:
     return torch.empty_like(like, requires_grad=False)
 
 
-def key(name: str, seed: int, step: int, position: int) -> int:
+def key(name: str, seed: int, step: int, position: int, micro_batch: int = 0) -> int:
     """Return 64 bits to seed a generator: a hash, so that neighbors are independent, and equal on every machine."""
-    text = f"{name}/{seed}/{step}/{position}"
+    text = f"{name}/{seed}/{step}/{position}" + (f"/{micro_batch}" if micro_batch else "")
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 

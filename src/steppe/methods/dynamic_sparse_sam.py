@@ -68,6 +68,11 @@ class DynamicSparse(Modifier):
         check_unit_interval("drop", self.drop, "the share of the mask that is exchanged at first")
         check_count("total_steps", self.total_steps, TOTAL_STEPS)
 
+    @property
+    def averages_memory(self) -> bool:
+        """False: the mean of masks is no mask."""
+        return False
+
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation, masked."""
         memory = point.memory_of(self)

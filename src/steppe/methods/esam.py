@@ -82,11 +82,14 @@ class Stochastic(Modifier):
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation of a random share of the weights."""
         if self.whole:
-            chances = [uniform_number("Stochastic", self.seed, point.step, i) for i in range(len(point.parameters))]
+            n, micro_batch = len(point.parameters), point.micro_batch
+            chances = [
+                uniform_number("Stochastic", self.seed, point.step, i, micro_batch=micro_batch) for i in range(n)
+            ]
             chosen = [i for i, chance in enumerate(chances) if chance < self.beta]
             e = perturb_subset(self.rule, point, chosen)
         else:
-            chance = uniform("Stochastic", self.seed, point.step, point.weights)
+            chance = uniform("Stochastic", self.seed, point.step, point.weights, micro_batch=point.micro_batch)
             e = apply_masks(self.rule(point), [c < self.beta for c in chance])
         return ScaledDirection(e.direction, e.scale / self.beta)
 

@@ -49,6 +49,7 @@ class Friendly:
     """
 
     paper: ClassVar[Paper] = FRIENDLY_SAM_PAPER
+    averages_memory: ClassVar[bool] = True
 
     sigma: float = 1.0
     """sigma, the share of m that is subtracted; the authors' value. 0 is SAM."""

@@ -30,8 +30,9 @@ class GaussianNoise:
     which is w[i] for a weight of two dimensions and more, and all of w for a bias; so |e_f| is about
     rho |w_f| sqrt(n_f).
 
-    The draw depends only on the seed, the step and the parameter's position: a resumed run continues with the same
-    draws, no global generator is used, and workers draw alike unless each has its own seed.
+    The draw depends only on the seed, the step, the micro-batch (where each has a perturbation of its own) and the
+    parameter's position: a resumed run continues with the same draws, no global generator is used, and workers draw
+    alike unless each has its own seed.
 
     The authors' code has the filter-wise form, with rho = 0.01 on CIFAR and 0.005 on ImageNet. It updates with the
     mean of two gradients: at w + e, and at w for another batch on another device (m-RWP). The same on one batch, in two
@@ -61,7 +62,7 @@ class GaussianNoise:
 
     def __call__(self, point: Point) -> ScaledDirection:
         # "Random" is the name under which the draws of all earlier runs were made.
-        r = normal("Random", self.seed, point.step, point.weights)
+        r = normal("Random", self.seed, point.step, point.weights, micro_batch=point.micro_batch)
         if not self.filterwise:
             return ScaledDirection(r, reciprocal(norm(r)))
         filters = [

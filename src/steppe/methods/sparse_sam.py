@@ -61,6 +61,11 @@ class Sparse(Modifier):
     def __post_init__(self) -> None:
         check_sparse(self.rule, self.sparsity, self.interval, type(self).__name__)
 
+    @property
+    def averages_memory(self) -> bool:
+        """False: the mean of masks is no mask."""
+        return False
+
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation, masked."""
         memory = point.memory_of(self)

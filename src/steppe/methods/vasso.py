@@ -45,6 +45,7 @@ class VarianceSuppressed:
     """
 
     paper: ClassVar[Paper] = VASSO_PAPER
+    averages_memory: ClassVar[bool] = True
 
     theta: float = 0.9
     """theta, the share of the new gradient: small for a long memory, 1 for SAM; the authors' code has 0.9."""

@@ -16,6 +16,7 @@ from steppe.rules.protocols import (
     Point,
     ScaledDirection,
     ascent_steps,
+    averages_memory,
     needs_gradient,
     scale_free,
 )
@@ -37,6 +38,7 @@ __all__ = [
     "Point",
     "ScaledDirection",
     "ascent_steps",
+    "averages_memory",
     "last_layers",
     "layers",
     "needs_gradient",

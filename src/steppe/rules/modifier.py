@@ -1,6 +1,6 @@
 """The base class of perturbations that change another perturbation."""
 
-from steppe.rules.protocols import Perturbation, ascent_steps, needs_gradient, scale_free
+from steppe.rules.protocols import Perturbation, ascent_steps, averages_memory, needs_gradient, scale_free
 
 
 class Modifier:
@@ -22,3 +22,8 @@ class Modifier:
     def scale_free(self) -> bool:
         """True if the modified rule is scale-free."""
         return scale_free(self.rule)
+
+    @property
+    def averages_memory(self) -> bool:
+        """True if the memory of the modified rule is a mean."""
+        return averages_memory(self.rule)

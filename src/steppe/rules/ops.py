@@ -24,7 +24,8 @@ One tensor:
     ``accumulator(device)``: the widest dtype of a device.
     ``is_sharded(x)``, ``full_tensor(x)``, ``shard_like(full, x)``: for rules that need all entries of a tensor at once.
 
-Random numbers, which depend only on a name, a seed, a step and the position of the parameter:
+Random numbers, which depend only on a name, a seed, a step and the position of the parameter (and on
+``micro_batch=point.micro_batch``, where each micro-batch has a perturbation of its own):
     ``normal(name, seed, step, xs)``: standard normal numbers, a list of the shapes, dtypes and devices of xs.
     ``uniform(name, seed, step, xs)``: float32 numbers from [0, 1), a list of the shapes and devices of xs.
     ``uniform_number(name, seed, step, position)``: one float from [0, 1).
@@ -88,6 +89,6 @@ def scaled(x: Tensor, factor: Tensor) -> Tensor:
     return (wide * factor.to(wide)).to(x.dtype)
 
 
-def uniform_number(name: str, seed: int, step: int, position: int) -> float:
+def uniform_number(name: str, seed: int, step: int, position: int, *, micro_batch: int = 0) -> float:
     """Return one uniform number from [0, 1), the same on every machine and rank."""
-    return key(name, seed, step, position) / 2**64
+    return key(name, seed, step, position, micro_batch) / 2**64

@@ -39,6 +39,8 @@ class Point:
     """The perturbation at which the gradients were computed, between several ascent steps; None for gradients at w."""
     anchor: Tensor | None = None
     """A fixed parameter, the key of what a rule keeps once and not per parameter; None is the first one."""
+    micro_batch: int = 0
+    """The number of micro-batches of this step before this one, where each has a perturbation of its own."""
 
     @cached_property
     def weights(self) -> list[Tensor]:
@@ -92,6 +94,7 @@ class Perturbation(Protocol):
     - ``ascent_steps = K``: the rule makes K ascent steps. It is called K times, each time with the gradient at the
       perturbation so far, which is ``point.ascent_so_far``, and returns the whole perturbation from w.
     - ``scale_free = True``: the rule works alike on gradients times a loss scale, see :func:`scale_free`.
+    - ``averages_memory = True``: the rule keeps a mean in its memory, see :func:`averages_memory`.
     """
 
     def __call__(self, point: Point, /) -> ScaledDirection:
@@ -115,6 +118,15 @@ def scale_free(rule: "Perturbation | Combination | Cadence") -> bool:
     Any other rule, such as one with a running mean, must get the gradients without the loss scale, which costs a copy.
     """
     return bool(getattr(rule, "scale_free", False))
+
+
+def averages_memory(rule: "Perturbation | Combination | Cadence") -> bool:
+    """Return True if the mean of what the rule keeps of micro-batches is what it keeps of them together.
+
+    So it is for a running mean of the gradient. A rule with any other memory raises an error where each micro-batch has
+    a perturbation of its own: the micro-batches would change that memory one after the other.
+    """
+    return bool(getattr(rule, "averages_memory", False))
 
 
 class Combination(Protocol):
