@@ -1,9 +1,14 @@
-"""Contract C9 and C13: arguments of the constructor, in the instance form and in the class form."""
+"""Contract C9, C13, C35, C37: arguments of the constructor, in the instance form and in the class form."""
+
+import copy
+import inspect
 
 import pytest
 import torch
 
-from steppe import SAM
+from steppe import SAM, rho_schedule, variants
+from steppe._engine.constructor import Options
+from steppe.methods.registry import FUNCTIONS
 from support import by_closure, by_passes, model_bits, net, parameter, train
 
 
@@ -82,3 +87,92 @@ def test_repr_names_the_rules_and_the_base():
     assert "L2()" in text
     assert "Periodic(interval=1)" in text
     assert "SGD" in text
+
+
+HINTS = {
+    "a positional model": (lambda base, m: SAM(base, 0.05, m), "options are given by name, model="),
+    "a model in the place of rho": (lambda base, m: SAM(base, m), "rho must be a number.*given by name"),
+    "rho twice": (lambda base, m: SAM(base, 0.05, rho=0.1), "got rho twice"),
+    "adaptive": (lambda base, m: SAM(base, adaptive=True), r"got adaptive: for ASAM write .*steppe.Adaptive\(\)"),
+    "perturb_eps": (lambda base, m: SAM(base, perturb_eps=1e-12), "got perturb_eps: leave it out"),
+    "a misspelled option": (lambda base, m: SAM(base, modle=m), "got modle: did you mean model?"),
+    "an option of another method": (
+        lambda base, m: variants.gsam(base, beta=0.1),
+        "steppe.variants.gsam got beta: .*esam",
+    ),
+    "a misspelled option of a method": (lambda base, m: variants.looksam(base, intervall=2), "did you mean interval?"),
+    "the name of another package": (lambda base, m: variants.looksam(base, k=2), r"looksam got k: .*interval=5"),
+    "optimizer": (lambda base, m: SAM(optimizer=base), "got optimizer: write base_optimizer="),
+    "the classic keyword": (
+        lambda base, m: SAM(m.parameters(), base_optimizer=torch.optim.SGD, lr=0.1),
+        "base_class= here.*steppe.compat",
+    ),
+    "a module in the place of params": (
+        lambda base, m: SAM(m, torch.optim.SGD, lr=0.1),
+        r"write SAM\(model.parameters",
+    ),
+    "adaptive in the class form": (
+        lambda base, m: SAM(m.parameters(), torch.optim.SGD, adaptive=True, lr=0.1),
+        "neither SAM nor SGD takes adaptive.*Adaptive",
+    ),
+    "a positional model in the class form": (
+        lambda base, m: SAM(m.parameters(), torch.optim.SGD, 0.05, m, lr=0.1),
+        "takes 3 positional arguments, got 4.*model=",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", HINTS)
+def test_c35_argument_of_another_place_or_package_names_the_remedy(what):
+    call, message = HINTS[what]
+    model = torch.nn.Linear(2, 2)
+    with pytest.raises(TypeError, match=message):
+        call(torch.optim.SGD(model.parameters(), lr=0.1), model)
+
+
+@pytest.mark.parametrize("rho", [True, torch.tensor(1j), torch.tensor(True), "0.05", None])
+def test_c35_rho_of_another_type_raises(rho):
+    with pytest.raises(TypeError, match="rho must be a"):
+        SAM(torch.optim.SGD([parameter(1.0)], lr=0.1), rho=rho)
+
+
+@pytest.mark.parametrize("rho", [torch.tensor(-0.1), torch.tensor(float("nan"))])
+def test_c35_tensor_that_is_no_radius_raises(rho):
+    with pytest.raises(ValueError, match="rho must be finite and at least 0"):
+        SAM(torch.optim.SGD([parameter(1.0)], lr=0.1), rho=rho)
+
+
+def test_c35_rho_of_the_optimizer_is_the_radius():
+    w, v = parameter(3.0), parameter(4.0)
+    optimizer = SAM(torch.optim.SGD([{"params": [w]}, {"params": [v], "sam_rho": 0.1}], lr=0.0), rho=0.5)
+    assert optimizer.rho == 0.5
+    assert [group["sam_rho"] for group in optimizer.param_groups] == [0.5, 0.1]
+    optimizer.rho = 2.0
+    lengths = []
+    by_closure(optimizer, lambda: (lengths.append((w - 3.0).square() + (v - 4.0).square()), (w * v).sum())[1])
+    assert lengths[1].sqrt().item() == pytest.approx(2.0)
+    optimizer.add_param_group({"params": [parameter(1.0)]})
+    assert [group["sam_rho"] for group in optimizer.param_groups] == [2.0, 2.0, 2.0]
+    schedule = rho_schedule.LinearRho(optimizer, total_steps=2)
+    schedule.step()
+    assert optimizer.rho == 1.0
+    assert copy.deepcopy(optimizer).rho == 1.0
+    with pytest.raises(ValueError, match="at least 0"):
+        optimizer.rho = -1.0
+    assert optimizer.rho == 1.0
+
+
+def test_c37_signature_of_the_optimizer_has_its_options():
+    shown = inspect.signature(SAM).parameters
+    assert list(shown)[:3] == ["base_optimizer", "rho", "model"]
+    assert shown["rho"].default == 0.05
+    assert set(Options.__annotations__) <= set(shown)
+    assert "args" not in shown
+    assert list(inspect.signature(SAM.step).parameters) == ["self", "closure"]
+
+
+@pytest.mark.parametrize("name", [n for n, f in FUNCTIONS.items() if "options" in f.__code__.co_varnames])
+def test_c37_signature_of_each_method_has_the_options_of_sam(name):
+    shown = inspect.signature(FUNCTIONS[name]).parameters
+    assert set(Options.__annotations__) - {"perturbation", "combination", "cadence"} <= set(shown)
+    assert not [p for p in shown.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]

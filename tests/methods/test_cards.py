@@ -24,6 +24,7 @@ each = pytest.mark.parametrize("name", CARDS)
 # Arguments that are no hyperparameters: what is trained, and where and how it runs.
 NOT_TUNED = {
     *("base_optimizer", "params", "model", "optimizer", "group", "dtype", "seed", "replay_rng"),
+    *("per_rank", "scaler", "stochastic_rounding"),
     *("loss", "losses", "batch", "rule", "samples", "classes"),
 }
 

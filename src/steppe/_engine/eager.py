@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import ParamSpec, TypeVar
 
-import torch
+from torch._compile import _disable_dynamo
 
 _P = ParamSpec("_P")
 _R = TypeVar("_R")
@@ -20,4 +20,4 @@ def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
     >>> eager(abs)(-1)
     1
     """
-    return torch._disable_dynamo(function)
+    return _disable_dynamo(function)

@@ -23,11 +23,11 @@ def show_signature(
             shown.append(parameter)
             continue
         (options,) = get_args(parameter.annotation)
-        names = {p.name for p in shown}
+        kinds, names = get_type_hints(options), {p.name for p in shown}
         shown += [
-            defaults[name].replace(kind=parameter.KEYWORD_ONLY, annotation=kind)
-            for name, kind in get_type_hints(options).items()
-            if name not in names
+            p.replace(kind=p.KEYWORD_ONLY, annotation=kinds[name])
+            for name, p in defaults.items()
+            if name in kinds and name not in names
         ]
     rest = [p for p in defaults.values() if like is None and p.kind is p.VAR_KEYWORD]
     function.__signature__ = form_signature.replace(parameters=shown + rest)  # type: ignore[attr-defined]

@@ -7,7 +7,9 @@ from types import MappingProxyType
 from typing import Any
 
 from steppe import methods
+from steppe._engine.signatures import show_signature
 from steppe.methods._card import MethodCard
+from steppe.sam import SAM
 
 __all__ = ["CARDS", "FUNCTIONS"]
 
@@ -37,3 +39,6 @@ FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
     {name: card.function for name, card in CARDS.items() if card.function.__name__ == name}
 )
 """The functions of :mod:`steppe.variants`; methods that are a closure or a rule have none."""
+
+for _function in FUNCTIONS.values():
+    show_signature(_function, _function, like=SAM.__init__)

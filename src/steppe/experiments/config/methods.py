@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
 from types import MappingProxyType, UnionType
-from typing import Any, TypeVar, Union, Unpack, get_args, get_origin, get_type_hints
+from typing import Any, TypeVar, Union, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe.methods._card import Comparison, MethodCard, plain_base
+from steppe.methods._options import Options
 from steppe.methods.registry import CARDS
 
 T = TypeVar("T")
@@ -87,16 +88,9 @@ class Method(Comparison):
 
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
-    """Return the parameters after the optimizer; of `**options: Unpack[...]`, those that a run always fills."""
-    found: dict[str, inspect.Parameter] = {}
-    for name, parameter in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
-        if parameter.kind is not parameter.VAR_KEYWORD:
-            found[name] = parameter
-        elif get_origin(parameter.annotation) is Unpack:
-            (options,) = get_args(parameter.annotation)
-            kinds = get_type_hints(options).items()
-            found |= {k: inspect.Parameter(k, parameter.KEYWORD_ONLY, annotation=v) for k, v in kinds if k in _ALWAYS}
-    return found
+    """Return the parameters after the optimizer; of the options of every method, those that a run always fills."""
+    parameters = list(inspect.signature(function, eval_str=True).parameters.items())[1:]
+    return {name: p for name, p in parameters if name in _ALWAYS or name not in Options.__annotations__}
 
 
 def _is_filled(parameter: inspect.Parameter) -> bool:
