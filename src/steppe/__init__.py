@@ -1,6 +1,7 @@
 """Steppe: sharpness-aware minimization for PyTorch."""
 
 from steppe import closures, compat, flatness, integrations, methods, rho_schedule, rules, testing, variants
+from steppe._engine.report import Report
 from steppe._engine.side_effects import frozen_stats
 from steppe.methods.aesam import GradientNormThreshold
 from steppe.methods.asam import Adaptive
@@ -63,6 +64,7 @@ __all__ = [
     "Perturbation",
     "PerturbedGradient",
     "Point",
+    "Report",
     "ScaledDirection",
     "Sparse",
     "Stochastic",
