@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from typing import Any, TypeAlias, TypedDict
 from weakref import WeakSet
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe._engine.hints import check_positional, refuse_foreign_options, refuse_unknown
+from steppe._engine.joint_base import as_one, optimizers_of
 from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
 from steppe.rules import Cadence, Combination, Perturbation, ascent_steps, needs_gradient
 
@@ -39,6 +40,9 @@ def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
         TypeError: The arguments fit neither ``(base_optimizer, rho)`` nor ``(params, base_class, rho, **kwargs)``.
     """
     first = args[0] if args else kwargs.get("base_optimizer")
+    if (joint := as_one(first)) is not first:
+        args, kwargs = (joint, *args[1:]), {name: kwargs[name] for name in kwargs if name != "base_optimizer"}
+        first = joint
     if isinstance(first, Optimizer):
         check_positional(("base_optimizer", "rho"), args, kwargs)
         return _from_instance(*args, **kwargs)
@@ -72,25 +76,40 @@ def check_rho(rho: float | Tensor) -> None:
         raise ValueError(f"rho must be finite and at least 0, got {rho}: it is the radius of the neighborhood")
 
 
-def check_groups(groups: Iterable[dict[str, Any]], defaults: dict[str, Any]) -> None:
-    """Refuse groups whose radius is missing, wrong, or written under a name that has no effect.
+def check_groups(base: Optimizer) -> None:
+    """Refuse a base with a group whose radius is missing, wrong, or written under a name that has no effect.
 
     Raises:
         ValueError: Names the group and the remedy.
     """
-    for index, group in enumerate(groups):
-        if RHO not in group:
-            raise ValueError(
-                f"group {index} has no {RHO!r}: it was added to the base optimizer, or loaded into it, without SAM, so "
-                f"its radius is unknown. Use SAM's add_param_group() and load_state_dict(), or set "
-                f"param_groups[{index}][{RHO!r}]"
-            )
-        if "rho" in group and "rho" not in defaults:
-            raise ValueError(
-                f"group {index} has a 'rho', which has no effect: the radius of a group is {RHO!r} (Adadelta has a "
-                f"'rho' of its own). Write it under that name"
-            )
-        check_rho(group[RHO])
+    groups = ((group, optimizer.defaults) for optimizer in optimizers_of(base) for group in optimizer.param_groups)
+    for index, (group, defaults) in enumerate(groups):
+        check_group(index, group, defaults)
+
+
+def check_group(index: int, group: dict[str, Any], names: Container[str]) -> None:
+    """Refuse a group whose radius is missing, wrong, or written under a name that has no effect.
+
+    Args:
+        index: The number of the group.
+        group: The group.
+        names: The names that the base reads; Adadelta has a ``rho`` of its own.
+
+    Raises:
+        ValueError: Names the group and the remedy.
+    """
+    if RHO not in group:
+        raise ValueError(
+            f"group {index} has no {RHO!r}: it was added to the base optimizer, or loaded into it, without SAM, so "
+            f"its radius is unknown. Use SAM's add_param_group() and load_state_dict(), or set "
+            f"param_groups[{index}][{RHO!r}]"
+        )
+    if "rho" in group and "rho" not in names:
+        raise ValueError(
+            f"group {index} has a 'rho', which has no effect: the radius of a group is {RHO!r} (Adadelta has a "
+            f"'rho' of its own). Write it under that name"
+        )
+    check_rho(group[RHO])
 
 
 def check_model(model: nn.Module | None, base: Optimizer) -> None:
@@ -108,10 +127,11 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
 
 def drop_earlier_radii(base: Optimizer) -> None:
     """Drop the radii of an earlier wrapper of this base, or of a checkpoint; the new rho takes precedence."""
-    if base in _wrapped or holds_sam_state(base):
-        for group in base.param_groups:
-            group.pop(RHO, None)
-    _wrapped.add(base)
+    for optimizer in optimizers_of(base):
+        if optimizer in _wrapped or holds_sam_state(optimizer):
+            for group in optimizer.param_groups:
+                group.pop(RHO, None)
+        _wrapped.add(optimizer)
 
 
 def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
@@ -161,18 +181,65 @@ def _from_instance(
     if kwargs:
         refuse_unknown(kwargs, Options.__annotations__)
     check_rho(rho)
-    name = type(base_optimizer).__name__
-    if hasattr(base_optimizer, "first_step") and hasattr(base_optimizer, "second_step"):
+    for optimizer in optimizers_of(base_optimizer):
+        _check_base(optimizer)
+    return base_optimizer, rho
+
+
+def _check_base(base: Optimizer) -> None:
+    """Refuse an optimizer that cannot be the base.
+
+    Raises:
+        TypeError: Its steps, groups or checkpoints do not work under SAM.
+        ValueError: It has no parameters.
+    """
+    name = type(base).__name__
+    if hasattr(base, "first_step") and hasattr(base, "second_step"):
         raise TypeError(f"the base optimizer is a {name}, which makes two passes already: wrap its own base instead")
-    closure = inspect.signature(base_optimizer.step).parameters.get("closure")
+    closure = inspect.signature(base.step).parameters.get("closure")
     if closure is not None and closure.default is inspect.Parameter.empty:
         raise TypeError(
             f"{name} cannot be the base: its step needs a closure, because it evaluates the loss at several points, "
             f"while SAM gives its base one gradient a step. Use a base whose step() runs without one"
         )
-    if not any(group["params"] for group in base_optimizer.param_groups):
+    _check_wrapper(base)
+    if not any(group["params"] for group in base.param_groups):
         raise ValueError(f"the base optimizer ({name}) has no parameters: there is nothing to perturb")
-    return base_optimizer, rho
+
+
+def _check_wrapper(base: Optimizer) -> None:
+    """Refuse an optimizer around another one (Lookahead and the like) that lacks something of torch's own.
+
+    Raises:
+        TypeError: Names what is missing.
+    """
+    name = type(base).__name__
+    for attribute in ("param_groups", "state", "defaults"):
+        if not hasattr(base, attribute):
+            raise TypeError(
+                f"{name} cannot be the base: it has no {attribute}, which SAM, schedules and scalers read. Wrap the "
+                "optimizer inside of it"
+            )
+    if any(a is not b for a, b in zip(base.param_groups, base.param_groups, strict=True)):
+        raise TypeError(
+            f"{name} cannot be the base: its param_groups are copies, so that the radius and every schedule would be "
+            "lost. Wrap the optimizer inside of it"
+        )
+    if type(base).state_dict is Optimizer.state_dict:
+        return
+    try:
+        checkpoint: object = base.state_dict()
+    except RuntimeError:
+        return  # ZeroRedundancyOptimizer, for one, has to collect its state first
+    except Exception as error:
+        reason = f"its state_dict() raises {type(error).__name__}: {error}"
+    else:
+        if isinstance(checkpoint, dict):
+            return
+        reason = f"its state_dict() returns a {type(checkpoint).__name__}"
+    raise TypeError(
+        f"{name} cannot be the base: {reason}, so that no checkpoint could be saved. Wrap the optimizer inside of it"
+    )
 
 
 def _from_class(
