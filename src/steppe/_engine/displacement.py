@@ -64,10 +64,14 @@ class Displacement:
         """Return this rank's copies of w, for weights that are displaced."""
         return [self._displaced[id(w)][1] for w in weights]
 
+    def pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """Return each displaced weight with this rank's copy of w."""
+        return list(self._displaced.values())
+
     @torch.no_grad()
     def restore(self) -> None:
         """Restore every displaced weight to w; without a displacement, do nothing."""
-        copy_(locals_of([w for w, _ in self._displaced.values()]), [copy for _, copy in self._displaced.values()])
+        write(self.pairs())
         self._displaced.clear()
 
     @contextmanager
@@ -78,3 +82,9 @@ class Displacement:
             yield
         finally:
             self.restore()
+
+
+@torch.no_grad()
+def write(pairs: Sequence[tuple[Tensor, Tensor]]) -> None:
+    """Write this rank's copies of w into the weights."""
+    copy_(locals_of([weight for weight, _ in pairs]), [copy for _, copy in pairs])

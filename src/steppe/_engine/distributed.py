@@ -43,6 +43,11 @@ class Ranks:
                 "without per_rank, all ranks share one perturbation"
             )
 
+    @property
+    def sharded(self) -> bool:
+        """True if the passes run on weights that FSDP2 gathers, and not on the optimizer's parameters."""
+        return bool(self._sharded)
+
     def context_of_pass(self, *, is_last: bool | None) -> AbstractContextManager[Any]:
         """Return the context of one pass. With ``per_rank``, the gradient of a pass that is not the last stays local.
 

@@ -9,10 +9,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.base_hook import call_before_step
 from steppe._engine.callers import warn
-from steppe._engine.displacement import Displacement
+from steppe._engine.dependence import depends_on
+from steppe._engine.displacement import Displacement, write
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
+from steppe._engine.pass_gradients import PassGradients
 from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
@@ -79,6 +82,7 @@ class Engine:
         self._stochastic_rounding = stochastic_rounding
         self.stage = Stage.IDLE
         self.gradients = Gradients(base)
+        self.pass_gradients = PassGradients(self.gradients)
         self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
         self.memory: Memory = {}
         """Tensors that the rules keep from step to step."""
@@ -86,7 +90,16 @@ class Engine:
         """Loss scale by which the gradients of this step are multiplied; None without a loss scaler."""
         self.steps = 0
         """Number of steps taken."""
+        self._counted = 0
+        self.current_pass: Any = None
+        """The latest pass that passes() has yielded."""
+        self.loop: object = None
+        """The loop over passes() that is running; None if it has ended."""
+        self.closure_watched = False
+        """True if the tensors around a closure have been checked for changes in place."""
+        self._warned: set[str] = set()
         self.load_from_base()
+        call_before_step(base, self._refuse_foreign_step)
 
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         """Set up the protection from side effects; called again after a change of model or parameters."""
@@ -164,6 +177,10 @@ class Engine:
         combination(point, zeros)
         return point.memory
 
+    def trains(self, loss: Tensor) -> bool:
+        """True if the loss depends on a parameter of the optimizer, or may do so out of sight."""
+        return self.ranks.sharded or depends_on(loss, parameters_of(self._base))
+
     # Perturb and restore.
 
     @torch.no_grad()
@@ -238,12 +255,27 @@ class Engine:
                 "and train under torch.autocast, or give SAM stochastic_rounding=True, which keeps all of it on average"
             )
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Restore the weights to w and end the second pass; without a perturbation, do nothing."""
+        try:
+            self._restore()
+        except BaseException:
+            self._restore()  # an interrupt came in the middle of it
+            raise
+
+    @torch.no_grad()
+    def _restore(self) -> None:
         self._displacement.restore()
         self.side_effects.end_second_pass()
         self.drop_cached_weights()
+
+    def displaced(self) -> list[tuple[Tensor, Tensor]]:
+        """Return the displaced weights with copies of w, for a copy of the optimizer in the middle of a step."""
+        return self._displacement.pairs()
+
+    def write_unperturbed(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
+        """Write w into the weights of a copy, from what :meth:`displaced` of its original returned."""
+        write(pairs)
 
     def drop_cached_weights(self) -> None:
         """Drop copies of the weights that torch has cached; the next pass would run on stale weights."""
@@ -251,9 +283,43 @@ class Engine:
         self.ranks.drop_gathered_weights()
 
     def abort(self) -> None:
-        """Restore the weights and discard the step."""
+        """Restore the weights and discard the step; a step that the base has taken already counts."""
         self.restore()
+        self.forget_perturbation()
+        self.loop = None
+        self.count_step()
+
+    def forget_perturbation(self) -> None:
+        """Forget the perturbation of this step and its gradient at w."""
         self._perturbed_parameters, self._ascent, self._unperturbed_gradients = None, None, []
+
+    def count_step(self) -> None:
+        """Count a step, if the base has stepped since the last one that was counted."""
+        taken, before = self.gradients.base_steps, self._counted
+        self.steps, self._counted = self.steps + (taken != before), taken
+
+    def has_warned(self, kind: str) -> bool:
+        """True if :meth:`warn_once` has been called for this kind."""
+        return kind in self._warned
+
+    def warn_once(self, kind: str, message: str) -> None:
+        """Warn, but only once for each kind of warning."""
+        if kind not in self._warned:
+            self._warned.add(kind)
+            warn(message)
+
+    def _refuse_foreign_step(self) -> None:
+        """Refuse a step of the base in the middle of a step of SAM.
+
+        Raises:
+            RuntimeError: The weights are at w + e, or the passes of this step would be lost.
+        """
+        if self.stage not in (Stage.IDLE, Stage.INCOMPLETE) and not self.gradients.stepping:
+            raise RuntimeError(
+                f"the base optimizer's step() was called {self.stage.value}: SAM would not restore the weights, count "
+                "the step or use its update gradient. Call step() of SAM in its place (scaler.step(optimizer) with "
+                "SAM's optimizer), or restore() to abort SAM's step first"
+            )
 
     # The update gradient.
 

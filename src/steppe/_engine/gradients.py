@@ -1,6 +1,7 @@
 """Read, write and validate the gradients of an optimizer's parameters."""
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -8,13 +9,40 @@ from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
 from steppe._engine.state_dict import parameters_of
-from steppe._tensors.dtensor import all_plain, foreach, reduced
+from steppe._tensors.dtensor import all_plain, foreach, local, reduced
 from steppe._tensors.in_place import copy_, real_views
 from steppe._tensors.reductions import all_finite
 
-# Attribute of a gradient: its version when the last step left it. Without this mark, a gradient that was accumulated
-# before step(closure) could not be told from the one that the last step left in .grad.
-_LEFT_AT = "_steppe_left_at"
+# Attribute of a gradient: its version when the last step or zero_grad() left it, and True if that was a step. Without
+# this mark, a gradient that was accumulated before step(closure) could not be told from the one that a step has left.
+_LEFT = "_steppe_left"
+
+
+class Outside:
+    """Observes the gradient of one parameter through a closure: zeros count as cleared, however they were made."""
+
+    def __init__(self, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        self.version = parameter.grad._version
+        self._parameter = parameter
+        self._nonzero = [is_nonzero(parameter.grad)]
+        # called before the first backward of the closure adds to the gradient: the closure may have set it to zero
+        register: Any = parameter.register_hook
+        self.handle = register(self._before_backward) if parameter.requires_grad else None
+
+    def _before_backward(self, _: Tensor) -> None:
+        gradient = self._parameter.grad
+        if len(self._nonzero) == 1 and gradient is not None:
+            self._nonzero.append(is_nonzero(gradient))
+
+    def was_nonzero(self) -> bool:
+        """True if the gradient was not zero, neither before the closure nor before its backward; read on the host."""
+        return all(map(bool, self._nonzero))
+
+
+def is_nonzero(tensor: Tensor) -> Tensor:
+    """Return a 0-dim tensor that is true unless every element of this rank's shard is zero."""
+    return (local(tensor) != 0).any()
 
 
 class Gradients:
@@ -24,8 +52,13 @@ class Gradients:
         self._base = base
         self._so_far_finite: Tensor | None = None
         self._was_cleared = False
+        self._outside: dict[Tensor, Outside] = {}
         self.skipped: Tensor | int = 0
         """Number of steps skipped because a gradient was not finite; a tensor on an accelerator."""
+        self.base_steps = 0
+        """Number of the base's steps."""
+        self.stepping = False
+        """True while this package steps the base."""
 
     def parameters(self) -> list[Tensor]:
         """Return the parameters that have a gradient, each once.
@@ -52,6 +85,10 @@ class Gradients:
         """Return gradients as real views of ``.grad``; those that are still partial sums over the ranks are reduced."""
         parameters = [p for p in parameters if p.grad is not None]
         return _real_gradients(parameters, [gradient for p in parameters if (gradient := p.grad) is not None])
+
+    def any(self) -> bool:
+        """True if any parameter has a gradient."""
+        return any(p.grad is not None for p in parameters_of(self._base))
 
     def fill_missing(self, parameters: Iterable[Tensor]) -> None:
         """Set the gradient of each parameter that has none to zeros."""
@@ -106,30 +143,64 @@ class Gradients:
     # Gradients that were accumulated before step(closure): the second pass would lose them.
 
     def accumulated_outside(self) -> dict[Tensor, Tensor]:
-        """Return the gradients that were written since the last step."""
+        """Return the gradients that were written since the last step, or since zero_grad() made them zero."""
         self._was_cleared = False
         return {
             p: p.grad
             for p in parameters_of(self._base)
-            if p.grad is not None and getattr(p.grad, _LEFT_AT, None) != p.grad._version
+            if p.grad is not None and getattr(p.grad, _LEFT, (None,))[0] != p.grad._version
         }
 
     def mark_cleared(self) -> None:
         """Record that the gradients were cleared through the optimizer."""
         self._was_cleared = True
+        self._mark(by_step=False)  # zeros, if they were not set to None
 
-    def refuse_if_kept(self, outside: dict[Tensor, Tensor]) -> None:
+    def put_back(self, outside: dict[Tensor, Tensor]) -> None:
+        """Restore gradients of :meth:`accumulated_outside` for a closure, and observe if it makes them zero."""
+        self.replace(outside)
+        self._outside = {p: Outside(p) for p in outside}
+
+    def changed_since(self, outside: dict[Tensor, Tensor]) -> bool:
+        """True if there are gradients other than those that :meth:`put_back` has restored, zeros aside."""
+        kept: list[Tensor] = []
+        for p in parameters_of(self._base):
+            if p.grad is not None and p.grad is not outside.get(p):
+                return True
+            if p.grad is not None and p.grad._version != self._outside[p].version:
+                kept.append(p.grad)
+        return bool(kept) and any(map(is_nonzero, kept))
+
+    def refuse_if_kept(self, outside: dict[Tensor, Tensor], *, left_by_step: bool = True) -> None:
         """Refuse a closure that adds to gradients accumulated before it.
 
+        Args:
+            outside: The gradients of :meth:`accumulated_outside`, which were put back before the closure.
+            left_by_step: Refuse those that the last step has left and that were changed since, too.
+
         Raises:
-            RuntimeError: The closure did not clear them.
+            RuntimeError: The closure did not clear them, and they were not zero.
         """
-        if not self._was_cleared and any(p.grad is gradient for p, gradient in outside.items()):
+        observed, self._outside = self._outside, {}
+        kept = [p for p, gradient in outside.items() if p.grad is gradient]
+        for one in observed.values():
+            if one.handle is not None:
+                one.handle.remove()
+        if not left_by_step:
+            kept = [p for p in kept if not getattr(p.grad, _LEFT, (None, False))[1]]
+        if self._was_cleared or not kept:
+            return
+        if any(p not in observed or observed[p].was_nonzero() for p in kept):
             raise RuntimeError(
                 "the closure added to gradients that were accumulated before step(closure), and the second pass cannot "
                 "repeat those micro-batches: the update gradient would be a mixture. Run all micro-batches inside the "
                 "closure, or use passes(); if the old gradients are not wanted, call zero_grad() in the closure"
             )
+
+    def _mark(self, *, by_step: bool) -> None:
+        for p in parameters_of(self._base):
+            if (gradient := p.grad) is not None:
+                setattr(gradient, _LEFT, (gradient._version, by_step))
 
     # The base optimizer's step.
 
@@ -153,13 +224,18 @@ class Gradients:
                     RuntimeWarning,
                 )
                 return False
-            self._base.step()
+            self._step()
         else:
             self._step_on_device(finite, gradients)
-        for p in parameters_of(self._base):
-            if (gradient := p.grad) is not None:
-                setattr(gradient, _LEFT_AT, gradient._version)
+        self._mark(by_step=True)
         return True
+
+    def _step(self) -> None:
+        try:
+            self.stepping = True
+            self.base_steps += (self._base.step(), 1)[1]  # in one line: no interrupt comes between step and count
+        finally:
+            self.stepping = False
 
     def _step_on_device(self, finite: Tensor, gradients: Sequence[Tensor]) -> None:
         not_finite = finite.logical_not()
@@ -170,13 +246,14 @@ class Gradients:
         if not getattr(self._base, "_step_supports_amp_scaling", False):
             for g in gradients:
                 g.masked_fill_(not_finite.to(g.device), 0.0)
-            self._base.step()
+            self._step()
             return
-        self._base.grad_scale, self._base.found_inf = None, not_finite.float()  # type: ignore[attr-defined]
         try:
-            self._base.step()
+            self._base.grad_scale, self._base.found_inf = None, not_finite.float()  # type: ignore[attr-defined]
+            self._step()
         finally:
-            del self._base.grad_scale, self._base.found_inf  # type: ignore[attr-defined]
+            for name in ("grad_scale", "found_inf"):
+                vars(self._base).pop(name, None)
 
 
 def _real_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -1,15 +1,16 @@
 """The context manager of one pass."""
 
+import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Self
 
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage
 
 
-class Pass:
+class Pass(ExitStack[bool | None]):
     """One forward+backward over all micro-batches of a step: displaces the weights on entry, restores them on exit.
 
     :meth:`steppe.SAM.passes` yields the passes of a step; each is entered once.
@@ -19,6 +20,9 @@ class Pass:
         begin: Displaces the weights and saves or restores what the pass must not change.
         is_first, is_last, is_perturbed, is_at_w: The attributes of these names.
     """
+
+    # An ExitStack, because an interrupt at the first line of an __exit__ in Python cannot be caught there: the weights
+    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one.
 
     def __init__(
         self,
@@ -30,6 +34,7 @@ class Pass:
         is_perturbed: bool,
         is_at_w: bool = False,
     ) -> None:
+        super().__init__()
         self._engine = engine
         self._begin: Callable[[], None] | None = begin
         self.is_perturbed = is_perturbed
@@ -43,7 +48,7 @@ class Pass:
         (Lookbehind, SAMPa) those of earlier passes, too. None if the cadence decides by the gradient of this pass."""
         self.done = False
         """True if this pass has run."""
-        self._context: AbstractContextManager[Any] = nullcontext()
+        self._failed = self._made_gradient = False
 
     def __enter__(self) -> Self:
         begin, self._begin = self._begin, None
@@ -51,32 +56,52 @@ class Pass:
             raise RuntimeError("this pass has already run; enter each object yielded by passes() once")
         engine = self._engine
         try:
+            self.push(self._end)
+            self.push(self._end)  # twice: the second call completes one that an interrupt has hit
+            engine.pass_gradients.begin_pass(first_step=engine.steps == 0)
             begin()
             del begin  # it holds the first gradient, which would stay in memory through the second pass
             engine.gradients.clear()
-            self._context = engine.ranks.context_of_pass(is_last=self.is_last)
-            self._context.__enter__()
+            self.enter_context(engine.ranks.context_of_pass(is_last=self.is_last))
+            engine.stage = Stage.IN_PASS
+            return self
         except BaseException:  # Python does not call __exit__ if __enter__ raises, an interrupt included
-            engine.restore()
+            self.__exit__(*sys.exc_info())
             raise
-        engine.stage = Stage.IN_PASS
-        return self
 
-    def check_entered(self) -> None:
-        """Refuse to go on after a pass that was yielded and not entered.
+    def _end(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
+        if self.done and kind is None:
+            return
+        self._failed = kind is not None
+        self._engine.restore()
+        self._engine.stage = Stage.INCOMPLETE if self._failed else Stage.BETWEEN_PASSES
+        self._made_gradient = self._engine.gradients.any()
+        self.done = True
+
+    def check(self) -> None:
+        """Refuse to go on after a pass that was no pass of SAM, and record that it made a gradient.
 
         Raises:
-            RuntimeError: The pass has not run.
+            RuntimeError: The pass was not entered, has failed, or its backward ran after its end.
         """
+        engine = self._engine
         if not self.done:
-            self._engine.stage = Stage.IDLE
             raise RuntimeError(
                 "a pass of passes() was not entered, so it ran without protection and perturbation. Write `for "
                 "sam_pass in optimizer.passes():` and, inside, `with sam_pass:` around forward and backward"
             )
+        if self._failed:
+            raise RuntimeError(
+                "the loop over passes() went on after an exception inside a pass, so the update gradient would be that "
+                "of an incomplete pass. Catch the exception outside of the loop, or leave the loop with break, and go "
+                "on with the next batch"
+            )
+        if not self._made_gradient and engine.gradients.any():
+            raise RuntimeError(BACKWARD_OUTSIDE)
+        engine.pass_gradients.end_pass(made=self._made_gradient)
 
-    def __exit__(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
-        self.done = True
-        self._context.__exit__(None, None, None)
-        self._engine.restore()
-        self._engine.stage = Stage.BETWEEN_PASSES if kind is None else Stage.IDLE
+
+BACKWARD_OUTSIDE = (
+    "a pass ended without any gradient, and the gradients came after it: the backward ran outside of `with sam_pass:`, "
+    "where the weights are at w and the side effects of a second pass stay. Run forward and backward inside of it"
+)

@@ -9,12 +9,18 @@ class Stage(enum.Enum):
     IDLE = "between two steps"
     IN_PASS = "inside a pass of passes()"
     BETWEEN_PASSES = "inside the loop over passes(), before its end"
+    INCOMPLETE = "after a loop over passes() that did not reach its end (an exception, an interrupt or a break)"
     AFTER_FIRST_STEP = "between first_step() and second_step()"
     READY = "after passes(), before step()"
 
 
 def out_of_order(caller: str, stage: Stage) -> RuntimeError:
     """Return the error for a call that would lose an incomplete step."""
+    if stage is Stage.INCOMPLETE:
+        return RuntimeError(
+            f"{caller} was called {stage.value}: there is no update gradient, and the weights are at w. Leave {caller} "
+            f"out for this batch, or run a new loop over passes() before it; restore() aborts the step"
+        )
     return RuntimeError(
         f"{caller} was called {stage.value}: this step is not complete, and another call would lose it. End the loop "
         f"over passes(), or call second_step() or step() after first_step(), before the next step; restore() aborts "

@@ -87,6 +87,7 @@ def _add_weighted_gradients(update: dict[Tensor, Tensor], weight: float, optimiz
         for p in group["params"]:
             if p.grad is not None:
                 update[p] = p.grad * weight if p not in update else update[p].add_(p.grad, alpha=weight)
+                p.grad = None  # it is not lost, and need not be warned of
 
 
 class MicroBatchSAMStep(StepFunction):

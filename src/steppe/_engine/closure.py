@@ -1,0 +1,124 @@
+"""Run a closure once a pass: a closure that calls backward, or one that only returns the loss."""
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from steppe._engine.engine import Engine
+from steppe._engine.passes import Pass
+
+
+def run_closure(
+    closure: Callable[[], Any], passes: Iterable[Pass], engine: Engine, backward: Callable[[Tensor], None]
+) -> Any:
+    """Call the closure once a pass; return the loss of the first, detached where the backward was run here.
+
+    Args:
+        closure: The user's closure.
+        passes: The passes of a step.
+        engine: The engine of the optimizer.
+        backward: Runs the backward of a loss, scaled if there is a loss scaler.
+    """
+    first: Any = None
+    value: Any = None
+    outside = engine.gradients.accumulated_outside()
+    for sam_pass in passes:
+        with sam_pass, torch.enable_grad():
+            if sam_pass.is_first:
+                engine.gradients.put_back(outside)  # for the closure to clear, as with any optimizer
+            watched = {} if sam_pass.is_first or engine.closure_watched else _versions(closure)
+            previous, value = value, closure()
+            loss = differentiable_loss(value)
+            if loss is not None and loss is differentiable_loss(previous):
+                raise RuntimeError(
+                    "the closure returned the loss of the pass before: its forward ran outside of the closure, so the "
+                    "gradient is that at w in every pass. Run the forward inside the closure"
+                )
+            if loss is not None and not engine.gradients.changed_since(outside) and engine.trains(loss):
+                engine.gradients.refuse_if_kept(outside, left_by_step=False)
+                engine.gradients.clear()
+                _check_scalar(loss)
+                backward(loss)
+                if value is loss:
+                    value = loss.detach()
+            else:
+                engine.gradients.refuse_if_kept(outside)
+            outside = {}
+            if sam_pass.is_first:
+                first = value
+            else:
+                _check_unchanged(watched, engine)
+    return first
+
+
+def differentiable_loss(value: Any) -> Tensor | None:
+    """Return the loss that a closure returned, alone, first in a tuple or list, or as "loss" in a mapping.
+
+    None if there is none, or if it has no graph.
+    """
+    if isinstance(value, Mapping):
+        value = value.get("loss")
+    elif isinstance(value, tuple | list) and value:
+        value = value[0]
+    return value if isinstance(value, Tensor) and value.grad_fn is not None else None
+
+
+def _check_scalar(loss: Tensor) -> None:
+    if loss.numel() != 1:
+        raise RuntimeError(
+            f"the closure made no gradient and returned a tensor of shape {tuple(loss.shape)}, which is no loss: "
+            "return the mean loss, and SAM runs its backward; or call backward in the closure"
+        )
+
+
+# What a closure changes in place: the input of a pass would be that which the pass before has left.
+
+
+def _versions(closure: Callable[[], Any]) -> dict[str, tuple[Tensor, int]]:
+    """Return the tensors that a closure takes from outside, by name, with their versions."""
+    return {
+        name: (tensor, tensor._version)
+        for name, tensor in _outer_tensors(closure)
+        if not tensor.requires_grad and not isinstance(tensor, nn.Parameter) and not tensor.is_inference()
+    }
+
+
+def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
+    """Yield the tensors in the variables of a closure, one level of lists, tuples and dicts deep."""
+    while isinstance(closure, functools.partial):
+        yield from _tensors_in("an argument", [*closure.args, *closure.keywords.values()])
+        closure = closure.func
+    if not inspect.isfunction(closure):
+        return
+    try:
+        outer = inspect.getclosurevars(closure)
+    except ValueError:  # a variable that has no value yet
+        return
+    for name, value in {**outer.globals, **outer.nonlocals}.items():
+        yield from _tensors_in(name, value)
+    yield from _tensors_in("an argument", [*(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values()])
+
+
+def _tensors_in(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(value, Tensor):
+        yield name, value
+    elif isinstance(value, list | tuple | dict):
+        items = value.values() if isinstance(value, dict) else value
+        yield from ((f"{name}, number {i}", item) for i, item in enumerate(items) if isinstance(item, Tensor))
+
+
+def _check_unchanged(watched: dict[str, tuple[Tensor, int]], engine: Engine) -> None:
+    """Warn once if a later pass has changed a tensor of the closure's surroundings; seen in the first step only."""
+    engine.closure_watched = True
+    changed = [name for name, (tensor, version) in watched.items() if tensor._version != version]
+    if changed:
+        engine.warn_once(
+            "in place",
+            f"the closure changes a tensor in place ({'; '.join(changed)}), and it runs once a pass: an input that is "
+            "changed in place is another one in the second pass, and a sum is counted twice. Change a copy, or change "
+            "it only where optimizer.current_pass.is_first",
+        )
