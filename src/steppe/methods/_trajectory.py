@@ -1,8 +1,8 @@
 """Shared by SAF and MESA: the divergence from earlier outputs, and the step with a term added to the loss."""
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -10,11 +10,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
-
-_F = TypeVar("_F", bound=Callable[..., Any])
-
-# torch.compiler.disable is untyped; this keeps the signature of what it decorates.
-eager: Callable[[_F], _F] = torch.compiler.disable
 
 
 def kl_divergence(past: Tensor, now: Tensor, tau: float) -> Tensor:

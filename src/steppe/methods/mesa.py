@@ -10,13 +10,13 @@ from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
+from steppe._engine.eager import eager
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._step_function import CountedForward, LabeledBatch
 from steppe.methods._trajectory import (
     StepWithTerm,
     check_epoch,
     check_hyperparameters,
-    eager,
     kl_divergence,
     zero_term,
 )

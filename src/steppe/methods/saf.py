@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
+from steppe._engine.eager import eager
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._step_function import CountedForward, LabeledBatch
 from steppe.methods._trajectory import (
@@ -16,7 +17,6 @@ from steppe.methods._trajectory import (
     broadcastable,
     check_epoch,
     check_hyperparameters,
-    eager,
     kl_divergence,
     zero_term,
 )
