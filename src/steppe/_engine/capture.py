@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from steppe._engine.engine import Engine
+from steppe._engine.shared import Shared
 from steppe.rules import Cadence, needs_gradient
 from steppe.rules.periodic import Periodic
 
@@ -16,10 +17,10 @@ _EVERY_STEP = Periodic()
 class GraphCapture:
     """The methods of :class:`steppe.SAM` for CUDA graphs."""
 
-    cadence: Cadence
+    cadence = Shared[Cadence](_EVERY_STEP)
     replay_rng: bool
     _engine: Engine
-    _recording = False
+    _recording = Shared(False)
 
     @property
     def perturbs_next(self) -> bool | None:

@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Self
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._engine.constructor import check_rho
 from steppe._engine.engine import Engine
+from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import RHO, pack, saved_radii, unpack
 from steppe.rules import Memory
@@ -21,10 +22,10 @@ class Wrapper(Optimizer):
     """
 
     base: Optimizer
-    _default_rho: float | Tensor
+    _default_rho = Shared[float | Tensor](0.05)
     """Radius of a group that brings none: the constructor's, or the last one written to :attr:`rho`."""
     _engine: Engine
-    _memory_template: Memory
+    _memory_template = Shared[Memory]({})
     """Zero-filled memory of the rules, for a checkpoint before the first step."""
 
     @property
@@ -97,6 +98,12 @@ class Wrapper(Optimizer):
             method()
 
         return call
+
+    def __copy__(self) -> Self:
+        """Return another object for the same optimizer; both have one state, the base's and that of the step."""
+        copy = object.__new__(type(self))
+        copy.__dict__.update(self.__dict__)
+        return copy
 
     def state_dict(self) -> dict[str, Any]:
         """Return the base's checkpoint, with everything that the next step depends on inside it.

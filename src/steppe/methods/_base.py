@@ -8,6 +8,7 @@ from torch import Tensor
 
 from steppe._engine.callers import called_by_scaler
 from steppe._engine.gradients import Gradients
+from steppe._engine.shared import share
 from steppe._engine.state_dict import parameters_of
 from steppe.rules import Memory, Point
 from steppe.sam import SAM, Pass
@@ -137,7 +138,7 @@ class OwnStepMethod(SAM):
 
     def forget_perturbation(self) -> None:
         """Forget the perturbation of the last pass: its gradient is not for :meth:`combine`."""
-        self._engine.forget_perturbation()
+        self._engine.abort()
 
     # Tools: gradients, the base's step, and what lasts from step to step.
 
@@ -171,11 +172,13 @@ class OwnStepMethod(SAM):
     # The hooks' connection to SAM's own step.
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), **{name: self.__dict__[name] for name in self.hyperparameters}}
+        return {**super().__getstate__(), **{name: getattr(self, name) for name in self.hyperparameters}}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        before = set(vars(self))
         self.reset()
+        share(self, (vars(self).keys() - before) | (before & set(self.hyperparameters)))
 
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights, as :meth:`steppe.SAM.first_step` does.
