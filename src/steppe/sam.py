@@ -1,7 +1,7 @@
 """The optimizer: one state machine, and three ways to drive it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeAlias, Unpack, get_overloads, overload
+from typing import Any, ClassVar, TypeAlias, Unpack, cast, get_overloads, overload
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from steppe import papers
 from steppe._engine.callers import called_by_scaler, refuse_accumulation
+from steppe._engine.closure import run_closure
 from steppe._engine.constructor import (
     Options,
     Params,
@@ -39,6 +40,7 @@ __all__ = ["SAM", "Closure", "Params", "Pass", "Stage"]
 Closure: TypeAlias = Callable[[], Any]
 
 _ALONG_G, _EVERY_STEP, _G_S = L2(), Periodic(), PerturbedGradient()
+_OF_ENGINE = ("memory", "steps", "displaced")
 _SLOTS = ("perturbation", "combination", "cadence")
 _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 
@@ -133,19 +135,20 @@ class SAM(SAMStep):
 
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("base", "_default_rho", "model", *_OPTIONS, *_SLOTS)}
-        return {**own, "memory": self._engine.memory, "steps": self._engine.steps}
+        engine = self._engine
+        return {**own, "memory": engine.memory, "steps": engine.steps, "displaced": engine.displaced()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.base = state["base"]  # first: torch's __setstate__ reads our defaults, which are the base's
         super().__setstate__({})
         for name, value in state.items():
-            if name not in ("memory", "steps"):
+            if name not in _OF_ENGINE:
                 setattr(self, name, value)
         self._scaler_target = ScalerTarget(self._take_step)
-        self._pass: Pass | None = None
         self._engine = Engine(self.base, self.model, **{name: state[name] for name in _OPTIONS})
         self._engine.memory = state.get("memory", self._engine.memory)
         self._engine.steps = state.get("steps", self._engine.steps)
+        self._engine.write_unperturbed(state.get("displaced", []))  # copied in the middle of a step
 
     def __repr__(self) -> str:
         rules = f"perturbation={self.perturbation}, combination={self.combination}, cadence={self.cadence}"
@@ -161,7 +164,8 @@ class SAM(SAMStep):
     @property
     def current_pass(self) -> Pass | None:
         """The pass that is running, for a closure that depends on it; None outside of a pass."""
-        return self._pass if self._engine.stage is Stage.IN_PASS else None
+        engine = self._engine
+        return cast(Pass, engine.current_pass) if engine.stage is Stage.IN_PASS else None
 
     @property
     def skipped_steps(self) -> int:
@@ -195,14 +199,23 @@ class SAM(SAMStep):
             tensor([3.3000, 4.4000])
             >>> optimizer.step()
         """
-        self._begin("passes()")
         if not accumulate:
             refuse_accumulation()
-        for sam_pass in self._step_passes(accumulate=accumulate):
-            self._pass = sam_pass
-            yield sam_pass
-            sam_pass.check_entered()
-        self._engine.stage = Stage.READY
+            self._warn_of_lost_gradient()
+        self._begin("passes()")
+        engine, loop = self._engine, object()
+        try:
+            engine.loop = loop
+            for sam_pass in self._step_passes(accumulate=accumulate):
+                engine.current_pass = sam_pass
+                yield sam_pass
+                sam_pass.check()
+            engine.stage = Stage.READY
+        except BaseException:
+            if engine.loop is loop:  # else a later step has begun, and this loop was collected as garbage
+                engine.abort()
+                engine.stage = Stage.INCOMPLETE
+            raise
 
     @eager
     @torch.no_grad()
@@ -224,16 +237,25 @@ class SAM(SAMStep):
                 closure, which the second pass would lose; or gradients are scaled where they must not be.
         """
         stage = self._engine.stage
+        if closure is not None and stage in (Stage.IDLE, Stage.INCOMPLETE):
+            return self._step_by(closure)
         if stage is Stage.IDLE:
-            return self._plain_step() if closure is None else self._step_by(closure)
+            return self._plain_step()
         if stage not in (Stage.AFTER_FIRST_STEP, Stage.READY):
             raise out_of_order("step()", stage)
         self._check_scale()
         if stage is Stage.AFTER_FIRST_STEP:
-            if called_by_scaler():
-                self._engine.unscale_unperturbed()
-            self._finish_classic()
-        self._take_step()
+            self._engine.pass_gradients.end_pass(made=self._engine.gradients.any())
+        self._check_gradients()
+        try:
+            if stage is Stage.AFTER_FIRST_STEP:
+                if called_by_scaler():
+                    self._engine.unscale_unperturbed()
+                self._finish_classic()
+            self._take_step()
+        except BaseException:
+            self.restore()
+            raise
         return None
 
     @eager
@@ -253,12 +275,19 @@ class SAM(SAMStep):
         """
         self._begin("first_step()")
         check_classic(self.perturbation, single_pass=self._has_single_pass(), per_rank=self.per_rank)
-        point = self._engine.point_after_first_pass()
-        if self.cadence(self._engine.unscaled_view(self.cadence, point)):
-            self._begin_perturbed_pass(point)
-        self._engine.stage = Stage.AFTER_FIRST_STEP
-        if zero_grad:
-            self.zero_grad()
+        engine = self._engine
+        try:
+            engine.pass_gradients.begin_step()
+            engine.pass_gradients.end_pass(made=engine.gradients.any())
+            point = engine.point_after_first_pass()
+            if self.cadence(engine.unscaled_view(self.cadence, point)):
+                self._begin_perturbed_pass(point)
+            engine.stage = Stage.AFTER_FIRST_STEP
+            if zero_grad:
+                self.zero_grad()
+        except BaseException:
+            self.restore()
+            raise
 
     @eager
     @torch.no_grad()
@@ -291,7 +320,7 @@ class SAM(SAMStep):
         """Clear the gradients. A step that was ready but not taken (a scaler skipped it) is aborted."""
         super().zero_grad(set_to_none)
         self._engine.gradients.mark_cleared()
-        if self._engine.stage in (Stage.READY, Stage.IDLE):
+        if self._engine.stage in (Stage.READY, Stage.INCOMPLETE, Stage.IDLE):
             self._engine.stage = Stage.IDLE
             self._engine.side_effects.mark_generators()
 
@@ -313,33 +342,34 @@ class SAM(SAMStep):
     def _step_by(self, closure: Closure) -> Any:
         """Run the passes by a closure and step, through the loss scaler if there is one."""
         refuse_closure_of_scaler()
-        loss = self._run(closure)
-        if self._engine.scale is None or self.scaler is None:
-            self._take_step()
-        else:
-            self._scaler_target.param_groups = self.param_groups
-            self.scaler.step(self._scaler_target)  # type: ignore[arg-type]
-            self._engine.stage = Stage.IDLE
+        try:
+            loss = self._run(closure)
+            if self._engine.scale is None or self.scaler is None:
+                self._check_gradients()
+                self._take_step()
+            else:
+                self._scaler_target.param_groups = self.param_groups
+                self.scaler.step(self._scaler_target)  # type: ignore[arg-type]
+                self._engine.stage = Stage.IDLE
+        except BaseException:
+            self._scaler_target = ScalerTarget(self._take_step)  # the scaler may have unscaled for the old one only
+            self.restore()
+            raise
         return loss
 
     def _run(self, closure: Closure) -> Any:
         """Call the closure once a pass; return the loss of the first."""
-        losses: list[Any] = []
-        outside = self._engine.gradients.accumulated_outside()
-        for sam_pass in self.passes():
-            with sam_pass, torch.enable_grad():
-                if not losses:
-                    self._engine.gradients.replace(outside)  # for the closure to clear, as with any optimizer
-                losses.append(closure())
-                self._engine.gradients.refuse_if_kept(outside)
-                outside = {}
-        return losses[0]
+        return run_closure(closure, self.passes(), self._engine, self._backward)
+
+    def _backward(self, loss: Tensor) -> None:
+        scaled = loss if self.scaler is None else self.scaler.scale(loss)
+        scaled.backward()  # type: ignore[no-untyped-call]
 
     def _take_step(self) -> None:
         """Step from w with the gradient in ``.grad``."""
         self._engine.stage = Stage.IDLE
-        if self._step_base():
-            self._engine.steps += 1
+        self._step_base()
+        self._engine.count_step()
 
 
 show_signature(SAM.__init__, get_overloads(SAM.__init__)[0])

@@ -4,6 +4,7 @@ These are the extension points of :class:`steppe.SAM`. :class:`steppe.methods._b
 for methods with another step, and documents when each is called and its result.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,10 +15,11 @@ from torch import Tensor, nn
 from steppe._engine.callers import called_by_trainer, warn
 from steppe._engine.capture import GraphCapture
 from steppe._engine.loss_scale import check_scale, loss_scale
-from steppe._engine.passes import Pass
+from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage
 from steppe._engine.wrapper import Wrapper
+from steppe._tensors.reductions import norm
 from steppe.rules import Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient
 from steppe.rules.l2 import L2
 from steppe.rules.perturbed_gradient import PerturbedGradient
@@ -41,6 +43,7 @@ class SAMStep(GraphCapture, Wrapper):
     def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield the passes of one step, then write the update gradient to ``.grad``."""
         before = self._engine.gradients.copies() if accumulate else {}
+        self._engine.pass_gradients.begin_step(accumulate=accumulate)
         yield from self._single_pass() if self._has_single_pass() else self._passes_from_w()
         self._combine()
         self._engine.gradients.accumulate(before)
@@ -88,6 +91,62 @@ class SAMStep(GraphCapture, Wrapper):
         """Restore the weights and write the update gradient, after the second backward of the classic API."""
         self._engine.restore()
         self._combine()
+
+    def _check_gradients(self) -> None:
+        """Refuse a backward after the passes, and warn once if there was none.
+
+        Raises:
+            RuntimeError: The passes made no gradient, and now there is one.
+        """
+        engine = self._engine
+        if engine.stage is Stage.READY and not engine.pass_gradients.any and engine.gradients.any():
+            raise RuntimeError(BACKWARD_OUTSIDE)
+        if problem := engine.pass_gradients.problem():
+            engine.warn_once("no gradient", problem)
+
+    def _warn_of_lost_gradient(self) -> None:
+        """Warn once if the update gradient of earlier passes is about to be lost without a step."""
+        engine = self._engine
+        if engine.stage is Stage.READY and engine.pass_gradients.any and not engine.has_warned("lost gradient"):
+            size = norm(engine.gradients.parameters_and_gradients()[1])
+            if 0.0 < float(size) < math.inf:  # after an overflow, a loss scaler takes no step
+                engine.warn_once(
+                    "lost gradient",
+                    "passes() was called again before step(), so the update gradient of the passes before is lost. To "
+                    "accumulate over micro-batches, run all of them inside each pass; or give each its own "
+                    "perturbation, passes(accumulate=True) for all but the first. To discard a gradient, call "
+                    "zero_grad()",
+                )
+
+    def _step_base(self) -> bool:
+        """Step the base unless a gradient is not finite; return False if the host skipped the step."""
+        return self._engine.gradients.step_if_finite()
+
+    def _plain_step(self) -> Any:
+        """Step the base without passes, with a warning the first time."""
+        if called_by_trainer():
+            raise RuntimeError(
+                "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
+                "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
+            )
+        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
+            # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
+            self._memory_template = self._make_memory_template()
+        elif not self._warned_of_plain_step:
+            self._warned_of_plain_step = True
+            warn(
+                "step() was called without a closure and without passes before it: this is a plain step of "
+                f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
+                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
+            )
+        return self.base.step()
+
+    def _make_memory_template(self) -> Memory:
+        """Return the rules' memory filled with zeros: the names and shapes in a later checkpoint."""
+        return self._engine.memory_template(self.perturbation, self.combination, self.cadence)
+
+    def _loss_scale(self, parameter: Tensor) -> Tensor | None:
+        return loss_scale(self.scaler, parameter)
 
     def _step_base(self) -> bool:
         """Step the base unless a gradient is not finite; return False if the host skipped the step."""

@@ -138,7 +138,7 @@ class OwnStepMethod(SAM):
 
     def forget_perturbation(self) -> None:
         """Forget the perturbation of the last pass: its gradient is not for :meth:`combine`."""
-        self._engine.abort()
+        self._engine.forget_perturbation()
 
     # Tools: gradients, the base's step, and what lasts from step to step.
 
