@@ -142,7 +142,7 @@ def _edges(recipe: Recipe, results: Results) -> dict[MethodSpec, tuple[list[list
 def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, results: Results) -> None:
     for method, style in styles(recipe).items():
         if points := _points(method, quantity.field, results):
-            _plot_line(axes, quantity, extent, style, points)
+            _plot_line(axes, quantity, style, _means(points, extent.field), points)
     axes.set(title=quantity.title, xlabel=extent.title, ylabel=quantity.unit)
     axes.set_xlim(left=0)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -166,9 +166,7 @@ def _means(points: Sequence[Sequence[Record]], field: str) -> list[float]:
     return [statistics.fmean(getattr(record, field) for record in records) for records in points]
 
 
-def _plot_line(
-    axes: Axes, quantity: Quantity, extent: Extent, style: Style, points: Sequence[Sequence[Record]]
-) -> None:
+def _plot_line(axes: Axes, quantity: Quantity, style: Style, x: list[float], points: Sequence[list[Record]]) -> None:
     """Draw the mean of one method's runs, and its standard deviation as a band."""
     values = [[getattr(record, quantity.field) for record in records] for records in points]
     mean = [statistics.fmean(v) for v in values]
@@ -178,7 +176,7 @@ def _plot_line(
     lowest = [min(v) if quantity.log else -math.inf for v in values]
     tips = [f"{style.label}: {m:.4g}" + (f" ± {s:.2g}" if s else "") for m, s in zip(mean, sd, strict=True)]
     look = {"linewidth": 2.0 if several else 1.2, "marker": "o", "markersize": 3}
-    plot_mean(axes, style, _means(points, extent.field), mean, sd if several else None, lowest, tips=tips, **look)
+    plot_mean(axes, style, x, mean, sd if several else None, lowest, tips=tips, **look)
 
 
 def _add_legend(axes: Axes, recipe: Recipe) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, NullFormatter, NullLocator
-from numpy.typing import ArrayLike
 
 from steppe.experiments.analysis.double_descent import INTERPOLATES, DoubleDescent, Point
 from steppe.experiments.analysis.statistics import Estimate
@@ -45,13 +44,10 @@ def _plot(recipe: Recipe, summary: DoubleDescent) -> Figure:
 
 def _errors(axes: Axes, recipe: Recipe, summary: DoubleDescent) -> None:
     for method, style in styles(recipe).items():
-        test, training = (
-            replace(style, label=f"{style.label}, test"),
-            Style(f"{style.label}, training", ":", style.color),
-        )
         points = [point for point in summary.points if point.method == method]
-        _line(axes, points, [p.test_error for p in points], test)
-        _line(axes, points, [p.train_error for p in points], training, linewidth=1.2)
+        _line(axes, points, "test_error", replace(style, label=f"{style.label}, test"))
+        training = Style(f"{style.label}, training", ":", style.color)
+        _line(axes, points, "train_error", training, linewidth=1.2)
     axes.set(title="Test and training error", ylabel="%")
     axes.set_ylim(bottom=0)
     if axes.lines:
@@ -60,27 +56,23 @@ def _errors(axes: Axes, recipe: Recipe, summary: DoubleDescent) -> None:
 
 def _curves(axes: Axes, recipe: Recipe, summary: DoubleDescent, field: str, title: str) -> None:
     for method, style in styles(recipe).items():
-        points = [p for p in summary.points if p.method == method and getattr(p, field) is not None]
-        values: list[Estimate] = [getattr(p, field) for p in points]
-        _line(axes, points, values, style, lowest=[value.mean / 10 for value in values])
+        points = [point for point in summary.points if point.method == method]
+        _line(axes, points, field, style, lowest_share=0.1)
     axes.set(title=title, yscale="log")
     low, high = axes.get_ylim()
     set_log_scale(axes, (1, 2, 5) if high < 100 * low else (1,))
 
 
 def _line(
-    axes: Axes,
-    points: Sequence[Point],
-    values: Sequence[Estimate],
-    style: Style,
-    *,
-    lowest: ArrayLike = 0.0,
-    linewidth: float = 2.0,
+    axes: Axes, points: Sequence[Point], field: str, style: Style, *, lowest_share: float = 0.0, linewidth: float = 2.0
 ) -> None:
-    x, mean = [p.parameters for p in points], [v.mean for v in values]
-    sd = [v.sd or 0.0 for v in values] if any(v.sd is not None for v in values) else None
-    if points:
-        plot_mean(axes, style, x, mean, sd, lowest, linewidth=linewidth, marker="o", markersize=3)
+    """Draw the points that have the field; the band ends at `lowest_share` of the mean."""
+    known: list[tuple[int, Estimate]] = [(p.parameters, v) for p in points if (v := getattr(p, field)) is not None]
+    if known:
+        x, mean, sd = zip(*((x, v.mean, v.sd) for x, v in known), strict=True)
+        band = None if set(sd) == {None} else [deviation or 0.0 for deviation in sd]
+        lowest = [lowest_share * m for m in mean]
+        plot_mean(axes, style, x, mean, band, lowest, linewidth=linewidth, marker="o", markersize=3)
 
 
 def _widths(rows: Sequence[Axes], points: Sequence[Point]) -> None:

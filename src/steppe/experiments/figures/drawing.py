@@ -17,6 +17,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import to_hex, to_rgb
 from matplotlib.figure import Figure
 from matplotlib.legend import Legend
+from matplotlib.transforms import Affine2D
 from numpy.typing import ArrayLike
 
 from steppe.experiments.figures.style import CARD, COLORS, GRID, INK, SOFT, Style, use_style
@@ -153,11 +154,10 @@ class Drawing:
 
     def _box(self, index: int) -> tuple[float, float, float, float]:
         """Left, top, width and height of an axes with all that belongs to it, in points from the top left."""
-        box = self.figure.axes[index].get_tightbbox()
-        assert box is not None
-        scale, height = 72 / self.figure.dpi, 72 * self.figure.get_figheight()
-        left, right, top = box.x0 * scale - _MARGIN, box.x1 * scale + _MARGIN, height - box.y1 * scale - _MARGIN
-        return left, top, right - left, height - box.y0 * scale + _MARGIN - top
+        pixels = self.figure.axes[index].get_tightbbox()
+        assert pixels is not None
+        box = pixels.transformed(Affine2D().scale(72 / self.figure.dpi)).padded(_MARGIN)
+        return box.x0, 72 * self.figure.get_figheight() - box.y1, box.width, box.height
 
 
 def save_all(drawings: Iterable[Drawing], folder: Path) -> list[Path]:

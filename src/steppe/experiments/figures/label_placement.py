@@ -68,10 +68,8 @@ def place(points: Boxes, sizes: Sequence[tuple[float, float]], inside: Boxes, th
     """
     marks = np.concatenate([points - 5, points + 5], axis=1)
     candidates = [_around(point, size) for point, size in zip(points, sizes, strict=True)]
-    boxes = [
-        np.concatenate([c - np.array(s) / 2 - 2, c + np.array(s) / 2 + 2], axis=1)
-        for c, s in zip(candidates, sizes, strict=True)
-    ]
+    halves = np.array(sizes).reshape(-1, 2) / 2 + 2
+    boxes = [np.concatenate([c - half, c + half], axis=1) for c, half in zip(candidates, halves, strict=True)]
     nearness = 0.02 * np.repeat(_RINGS, _DIRECTIONS)
     costs = [
         nearness + 8 * _outside(b, inside) + 3 * _overlap(b, marks).sum(1) + 0.5 * (_overlap(b, thin) > 0).sum(1)

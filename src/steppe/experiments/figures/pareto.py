@@ -1,6 +1,6 @@
 """The cost of each method against its result, and the Pareto front: the methods that no other one beats in both."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -65,7 +65,12 @@ def draw(recipe: Recipe, results: Results) -> Figure:
             axes.tick_params(labelbottom=True)  # sharex hides it, but each panel also stands by itself on the page
             axes.set(title=cost.title, xlabel=cost.label)
         row[0].set_ylabel(label)
-    add_caption(figure, recipe, *_explain(scheduled))
+    front_of_means = (
+        "Left is cheaper. Filled and on the gray line: the Pareto front, no method is both cheaper and better (by "
+        "the means; bars are standard deviations). Between two measurements values are interpolated."
+    )
+    only_right = "On the right only, because a schedule spans the whole run: " + ", ".join(m.label for m in scheduled)
+    add_caption(figure, recipe, front_of_means, *([f"{only_right}."] if scheduled else []))
     freeze(figure)
     for axes, (texts, points, lines) in zip(grid.flat, labels, strict=True):
         add_labels(axes, texts, points, lines)
@@ -89,16 +94,6 @@ def _costs(recipe: Recipe, results: Results) -> tuple[list[_Cost], list[MethodSp
         _Cost(by_epochs, relative, lambda r: r.seconds / seconds, same_epochs),
         _Cost(by_compute, "training time, seconds", lambda r: r.seconds, same_compute),
     ], scheduled
-
-
-def _explain(scheduled: Sequence[MethodSpec]) -> Iterator[str]:
-    yield (
-        "Left is cheaper. Filled and on the gray line: the Pareto front, no method is both cheaper and better (by "
-        "the means; bars are standard deviations). Between two measurements values are interpolated."
-    )
-    if scheduled:
-        labels = ", ".join(method.label for method in scheduled)
-        yield f"On the right only, because a schedule spans the whole run: {labels}."
 
 
 def _plot(

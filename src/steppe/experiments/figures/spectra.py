@@ -4,7 +4,6 @@ import math
 from collections.abc import Mapping, Sequence
 
 import torch
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
@@ -116,20 +115,17 @@ def plot_gap_over(
     for axes, (name, title) in zip(panels, measures.items(), strict=False):
         axes.set(title="Gap over flatness", xlabel=title, ylabel="generalization gap, points")
         for label, solutions in groups.items():
-            _plot_gaps(axes, name, styles[label], list(zip(solutions, gaps[label], strict=True)))
+            known = [
+                (flat.measures[name].value, gap, seed)
+                for flat, (seed, gap) in zip(solutions, gaps[label], strict=True)
+                if gap is not None and name in flat.measures and math.isfinite(flat.measures[name].value)
+            ]
+            if known:
+                x, y, _ = zip(*known, strict=True)
+                look = {"color": styles[label].color, "markersize": 9, "alpha": 0.85, "markeredgecolor": CARD}
+                (points,) = axes.plot(x, y, "o", **look)
+                tag(points, label, tips=[f"{label}, seed {seed}: {a:.4g}, gap {b:.2f}" for a, b, seed in known])
     for axes in panels[len(measures) :]:
         axes.remove()
     add_text(figure, description)
     return figure
-
-
-def _plot_gaps(axes: Axes, name: str, style: Style, runs: Sequence[tuple[Flatness, tuple[int, float | None]]]) -> None:
-    known = [
-        (flat.measures[name].value, gap, seed)
-        for flat, (seed, gap) in runs
-        if gap is not None and name in flat.measures and math.isfinite(flat.measures[name].value)
-    ]
-    if known:
-        x, y, _ = zip(*known, strict=True)
-        (points,) = axes.plot(x, y, "o", color=style.color, markersize=9, alpha=0.85, markeredgecolor=CARD)
-        tag(points, style.label, tips=[f"{style.label}, seed {seed}: {a:.4g}, gap {b:.2f}" for a, b, seed in known])

@@ -1,5 +1,1 @@
 """report.html: a run folder as one page that needs nothing else, neither a network nor the folder."""
-
-from steppe.experiments.report.page import write
-
-__all__ = ["write"]

@@ -1,7 +1,7 @@
 """The figures of the page: panels of the drawings, and the choices under which each is visible."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -17,11 +17,13 @@ from steppe.experiments.figures.flatness import drawings as flatness_drawings
 from steppe.experiments.figures.flatness import landscapes_of
 from steppe.experiments.figures.landscapes import (
     KINDS,
+    is_logarithmic,
     loss_range,
     plot_landscapes,
     plot_lines,
     plot_profiles,
     profiles_of,
+    surfaces,
 )
 from steppe.experiments.figures.spectra import (
     BANDWIDTH,
@@ -33,7 +35,6 @@ from steppe.experiments.figures.spectra import (
     smoothing,
 )
 from steppe.experiments.figures.style import styles
-from steppe.experiments.figures.surfaces import is_logarithmic, surfaces
 from steppe.experiments.report.numbers import number
 from steppe.experiments.storage.run_folder import Results
 from steppe.flatness import Flatness, Landscape
@@ -58,9 +59,9 @@ class Panel:
 
     name: str
     svg: Markup
-    when: Mapping[str, str] = field(default_factory=dict)
-    method: str = ""
-    """The method that it shows, where it shows a single one."""
+    when: Mapping[str, str]
+    method: str
+    """The method that it shows; empty where it shows several."""
 
 
 class Figures:
@@ -88,6 +89,7 @@ class Figures:
         """By kind, seed, scale and method: figures for plotly."""
         self.legends: list[tuple[str, str, Mapping[str, str]]] = []
         """Lowest and highest loss of each set of landscapes, and when it is visible."""
+        self.about_lines = ""
         drawings = [
             *curves.drawings(recipe, results),
             *flatness_drawings(self._groups, self._description),
@@ -187,8 +189,8 @@ class Figures:
             drawing = self._drawing(f"{kind}s_{seed}", plot_landscapes, landscapes, kind)
         for index, label in enumerate(landscapes):
             about = f"Contours of the training loss around the weights of {label}, seed {seed}"
-            panel = self._panel("contour", drawing, index, about, view="2d", kind=kind, seed=str(seed))
-            yield replace(panel, method=self._names[label])
+            when = {"view": "2d", "kind": kind, "seed": str(seed)}
+            yield self._panel("contour", drawing, index, about, self._names[label], **when)
 
     def through(self) -> Iterator[Panel]:
         """The loss along a direction, and from one solution to another."""
@@ -202,21 +204,15 @@ class Figures:
             for index, scale in enumerate(("linear", "log")):
                 yield self._panel("profile", drawing, index, about, scale=scale)
         if self._lines:
+            self.about_lines = "Weights and buffers are interpolated as they are."
+            if any(line["reestimated"] for line in self._lines):
+                self.about_lines = "BatchNorm's statistics were estimated anew at each point of a line."
             logarithmic = self._drawing("lines_log", partial(plot_lines, log=True), self._lines, self._by_name)
             drawings = {"linear": self.saved["lines"], "log": logarithmic}
             for index, split in enumerate(("training", "test")):
                 for scale, drawing in drawings.items():
                     about = f"The {split} loss on the straight line between the weights of two methods"
                     yield self._panel(f"lines-{split}", drawing, index, about, scale=scale)
-
-    @property
-    def about_lines(self) -> str:
-        """What was done to BatchNorm's statistics along the lines; empty without lines."""
-        if not self._lines:
-            return ""
-        if any(line["reestimated"] for line in self._lines):
-            return "BatchNorm's statistics were estimated anew at each point of a line."
-        return "Weights and buffers are interpolated as they are."
 
     def is_visible(self, when: Mapping[str, str]) -> bool:
         """Return True if a figure is visible before the first choice."""
@@ -226,5 +222,5 @@ class Figures:
         """Return a drawing that is on the page only."""
         return Drawing(stem, partial(plot, *arguments, self._description), layout=False)
 
-    def _panel(self, name: str, drawing: Drawing, index: int, description: str, **when: str) -> Panel:
-        return Panel(name, Markup(drawing.panel(index, self._names, description)), when)
+    def _panel(self, name: str, drawing: Drawing, index: int, description: str, method: str = "", **when: str) -> Panel:
+        return Panel(name, Markup(drawing.panel(index, self._names, description)), when, method)

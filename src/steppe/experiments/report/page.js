@@ -10,10 +10,6 @@ const listeners = []; // functions that follow the state
 
 document.documentElement.classList.add("scripted");
 
-function pressedOf(group) {
-  return group.tagName === "SELECT" ? group.value : group.querySelector('[aria-pressed="true"]').dataset.value;
-}
-
 function choose(group, value) {
   state[group.dataset.choice] = value;
   for (const button of group.querySelectorAll("button")) button.setAttribute("aria-pressed", String(button.dataset.value === value));
@@ -34,11 +30,12 @@ function update() {
 }
 
 for (const group of all("[data-choice]")) {
-  state[group.dataset.choice] = pressedOf(group);
-  group.addEventListener(group.tagName === "SELECT" ? "change" : "click", (event) => {
-    if (group.tagName === "SELECT") return choose(group, group.value);
-    const button = event.target.closest("button");
-    if (button && !button.disabled) choose(group, button.dataset.value);
+  const isSelect = group.tagName === "SELECT";
+  state[group.dataset.choice] = isSelect ? group.value : group.querySelector('[aria-pressed="true"]').dataset.value;
+  group.addEventListener(isSelect ? "change" : "click", (event) => {
+    const button = event.target.closest("button:enabled");
+    if (isSelect) choose(group, group.value);
+    else if (button) choose(group, button.dataset.value);
   });
 }
 

@@ -9,13 +9,13 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, PackageLoader, StrictUndefined
+from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from steppe.experiments.analysis.summary import Summary, setting
 from steppe.experiments.analysis.verdicts import read_flatness, read_lines
-from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
 from steppe.experiments.figures.landscapes import COLORMAP
 from steppe.experiments.figures.style import styles
@@ -24,14 +24,8 @@ from steppe.experiments.report.figures import Figures
 from steppe.experiments.report.numbers import typographic
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import Results, RunFolder
-from steppe.flatness import Flatness
 
 FILE = "report.html"
-
-_ICON = (
-    "data:image/svg+xml,%3Csvg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 32 32'%3E%3Cpath d='M2 6c2 24 7 24 10 6"
-    "s5-3 6 4 8 9 12-6' fill='none' stroke='%232f6f62' stroke-width='3'/%3E%3C/svg%3E"
-)
 
 
 def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary) -> Path:
@@ -43,24 +37,43 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         ExperimentError: a file of the folder is damaged.
         OSError: a file cannot be written.
     """
-    found, lines = read_flatness(folder, recipe), read_lines(folder)
-    figures = Figures(recipe, results, found, lines)
+    found, sessions = read_flatness(folder, recipe), _sessions(folder)
+    figures = Figures(recipe, results, found, read_lines(folder))
     save_all(figures.saved.values(), folder.figures)
-    path = folder.path / FILE
-    write_atomically(path, render(recipe, summary, found, figures, _sessions(folder)).encode())
-    return path
-
-
-def render(
-    recipe: Recipe,
-    summary: Summary,
-    flatness: Mapping[Run, Flatness],
-    figures: Figures,
-    sessions: Sequence[Mapping[str, Any]],
-) -> str:
     sections = {name: list(getattr(figures, name)()) for name in Figures.SECTIONS}
     plotly = get_plotlyjs() if figures.surfaces else ""
     script = "\n".join(_file(name) for name in ("page.js", *(["surfaces.js"] if plotly else [])))
+    page = _template().render(
+        recipe=recipe,
+        setting=setting(recipe),
+        summary=summary,
+        styles=styles(recipe),
+        headlines=content.headlines(summary, measured=bool(found)),
+        details=content.details(summary),
+        word_kinds=content.KINDS,
+        headings=content.HEADINGS,
+        flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
+        sections=sections,
+        figures=figures,
+        folder=shlex.quote(str(recipe.folder)),
+        commands=list(dict.fromkeys(str(session["command"]) for session in sessions if session.get("command"))),
+        sessions=sessions,
+        versions=_versions(sessions, plotly),
+        # only these scripts may run: a script inside of a text from outside cannot
+        hashes=Markup(" ".join(_hash(code) for code in (plotly, script) if code)),
+        configuration=recipe.options(),
+        gradient=Markup(", ".join(f"{color} {100 * place:g}%" for place, color in COLORMAP)),
+        light=Markup(theme_css(dark=False)),
+        dark=Markup(theme_css(dark=True)),
+        plotly=Markup(plotly),
+        script=Markup(script),
+    )
+    path = folder.path / FILE
+    write_atomically(path, page.encode())
+    return path
+
+
+def _template() -> Template:
     environment = Environment(
         loader=PackageLoader(__package__, ""),
         autoescape=True,
@@ -70,33 +83,7 @@ def render(
     )
     environment.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     environment.filters |= {"typographic": typographic, "text": content.text, "color_variable": color_variable}
-    return environment.get_template("page.html").render(
-        recipe=recipe,
-        setting=setting(recipe),
-        summary=summary,
-        styles=styles(recipe),
-        headlines=content.headlines(summary, measured=bool(flatness)),
-        details=content.details(summary),
-        word_kinds=content.KINDS,
-        headings=content.HEADINGS,
-        flatness=list(content.flatness_groups(recipe, summary, flatness)) if flatness else [],
-        sections=sections,
-        figures=figures,
-        folder=shlex.quote(str(recipe.folder)),
-        commands=list(dict.fromkeys(str(session["command"]) for session in sessions if session.get("command"))),
-        sessions=sessions,
-        versions=_versions(sessions, plotly),
-        icon=_ICON,
-        # only these scripts may run: a script inside of a text from outside cannot
-        hashes=Markup(" ".join(_hash(code) for code in (plotly, script) if code)),
-        configuration=recipe.options(),
-        gradient=Markup(", ".join(f"{color} {100 * place:g}%" for place, color in COLORMAP)),
-        light=Markup(theme_css(dark=False)),
-        dark=Markup(theme_css(dark=True)),
-        plotly=Markup(plotly),
-        script=Markup(script),
-        surfaces=figures.surfaces,
-    )
+    return environment.get_template("page.html")
 
 
 def _versions(sessions: Sequence[Mapping[str, Any]], plotly: str) -> str:
