@@ -40,8 +40,9 @@ def test_c25_step_does_not_synchronize_with_the_device(base, rule, drive):
         assert optimizer._engine.gradients.skipped.device.type == "cuda", (
             "the count stays on the device until it is read"
         )
-        with pytest.raises(Exception, match="_local_scalar_dense|not linked"):
-            int(optimizer._engine.gradients.skipped)  # a synchronization raises within FakeTensorMode
+        # a synchronization raises within FakeTensorMode, or at the missing driver in a CUDA build of torch 2.6
+        with pytest.raises(Exception, match="_local_scalar_dense|not linked|CUDA driver"):
+            int(optimizer._engine.gradients.skipped)
 
 
 @pytest.mark.parametrize("rule", [steppe.L2(), steppe.Friendly(), steppe.Fisher()], ids=str)

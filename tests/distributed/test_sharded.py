@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from named_methods import WRAPPERS
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 import steppe
@@ -17,6 +17,7 @@ from layouts import (
     WHOLE_BATCH_LAYOUTS,
     close,
     fsdp,
+    fully_shard,
     method,
     network,
     own_share,
