@@ -50,6 +50,7 @@ class GraphCapture:
 
     def replayed(self) -> None:
         """Count a step taken by the replay of a CUDA graph; everything else that a step changes lies in tensors."""
+        self._engine.recorder.count_replay(perturbed=bool(self.perturbs_next))
         self._engine.steps += 1
 
     def _check_capture(self, parameter: Tensor) -> None:

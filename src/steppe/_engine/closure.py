@@ -48,6 +48,7 @@ def run_closure(
             else:
                 engine.gradients.refuse_if_kept(outside)
             outside = {}
+            sam_pass.record_loss(value)
             if sam_pass.is_first:
                 first = value
             else:

@@ -16,6 +16,7 @@ from steppe._engine.displacement import Displacement, write
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
 from steppe._engine.pass_gradients import PassGradients
+from steppe._engine.recorder import Recorder
 from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
@@ -75,6 +76,7 @@ class Engine:
     ) -> None:
         self._base = base
         self._displacement = Displacement()
+        self.recorder = Recorder(base)
         self._perturbed_parameters: list[Tensor] | None = None
         self._ascent: ScaledDirection | None = None
         self._unperturbed_gradients: list[Tensor] = []
@@ -104,6 +106,7 @@ class Engine:
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         """Set up the protection from side effects; called again after a change of model or parameters."""
         owned = list(parameters_of(self._base))
+        self.recorder.watch(model)
         self.ranks = Ranks(model, owned, per_rank=per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=replay_rng)
 
@@ -208,6 +211,7 @@ class Engine:
                     return  # the step will be skipped, and this gradient must enter no memory
             if point.parameters:
                 self.perturb(point, perturbation)
+                self.recorder.perturbation(self.displaced, point.parameters, point.gradients)
                 self.ranks.average_(self._unperturbed_gradients if not further else [])
         except BaseException:
             self.restore()
@@ -288,6 +292,7 @@ class Engine:
         self.forget_perturbation()
         self.loop = None
         self.count_step()
+        self.recorder.forget()
 
     def forget_perturbation(self) -> None:
         """Forget the perturbation of this step and its gradient at w."""
@@ -297,6 +302,8 @@ class Engine:
         """Count a step, if the base has stepped since the last one that was counted."""
         taken, before = self.gradients.base_steps, self._counted
         self.steps, self._counted = self.steps + (taken != before), taken
+        if taken != before:
+            self.recorder.count_step()
 
     def has_warned(self, kind: str) -> bool:
         """True if :meth:`warn_once` has been called for this kind."""
@@ -314,7 +321,10 @@ class Engine:
         Raises:
             RuntimeError: The weights are at w + e, or the passes of this step would be lost.
         """
-        if self.stage not in (Stage.IDLE, Stage.INCOMPLETE) and not self.gradients.stepping:
+        if self.gradients.stepping:
+            return
+        self.recorder.plain_steps += 1
+        if self.stage not in (Stage.IDLE, Stage.INCOMPLETE):
             raise RuntimeError(
                 f"the base optimizer's step() was called {self.stage.value}: SAM would not restore the weights, count "
                 "the step or use its update gradient. Call step() of SAM in its place (scaler.step(optimizer) with "
@@ -328,6 +338,7 @@ class Engine:
         """Record that a loss scaler has unscaled ``.grad``; unscale the kept gradient at w, too."""
         if self.scale is not None:
             self._unperturbed_gradients = _times(self._unperturbed_gradients, self.scale.reciprocal())
+            self.recorder.unscale(self.scale)
         self.scale = None
 
     @torch.no_grad()
@@ -338,6 +349,8 @@ class Engine:
             combination: The rule, whose attributes declare what it needs.
             function: Computes the update gradient; by default the combination itself.
         """
+        if self.recorder.is_measuring():
+            self.recorder.perturbed_gradient(*self.gradients.parameters_and_gradients())
         function = function or combination
         parameters, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
         perturbed: list[Tensor] | None = None

@@ -223,6 +223,7 @@ class Gradients:
                     "have made the weights NaN. They and the optimizer state are unchanged; see skipped_steps",
                     RuntimeWarning,
                 )
+                self._mark(by_step=True)
                 return False
             self._step()
         else:

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable
 from contextlib import ExitStack
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage
@@ -77,6 +77,11 @@ class Pass(ExitStack[bool | None]):
         self._engine.stage = Stage.INCOMPLETE if self._failed else Stage.BETWEEN_PASSES
         self._made_gradient = self._engine.gradients.any()
         self.done = True
+
+    def record_loss(self, loss: Any) -> None:
+        """Record the mean loss of this pass for :meth:`steppe.SAM.report`; ``step(closure)`` does so by itself."""
+        if self.is_at_w or self.is_perturbed:
+            self._engine.recorder.loss(loss, is_perturbed=self.is_perturbed)
 
     def check(self) -> None:
         """Refuse to go on after a pass that was no pass of SAM, and record that it made a gradient.

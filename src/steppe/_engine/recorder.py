@@ -103,7 +103,7 @@ class Recorder:
         if gradients:
             g = dict(zip(parameters, gradients, strict=True))
             stride = self._sample.stride = -(-sum(local(one).numel() for one in gradients) // _PIECE) or 1
-            self._sample.entries = [[(p, _entries(g[p], stride).clone()) for p in own if p in g] for own in groups]
+            self._sample.entries = [[(p, _entries(g[p], stride)) for p in own if p in g] for own in groups]
 
     def _is_due(self) -> bool:
         n = self.perturbed_steps
@@ -196,7 +196,8 @@ def _differences(pairs: Sequence[tuple[Tensor, Tensor]]) -> Iterator[list[Tensor
 
 
 def _entries(gradient: Tensor, stride: int) -> Tensor:
-    return local(gradient).reshape(-1)[::stride]
+    """Return a copy of every stride-th entry of this rank's shard."""
+    return torch.slice_copy(local(gradient).reshape(-1), step=stride)
 
 
 def _angles(group: Sequence[tuple[Tensor, Tensor]], gradients: Mapping[Tensor, Tensor], stride: int) -> Tensor:

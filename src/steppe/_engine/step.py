@@ -16,6 +16,7 @@ from steppe._engine.callers import called_by_trainer, warn
 from steppe._engine.capture import GraphCapture
 from steppe._engine.loss_scale import check_scale, loss_scale
 from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
+from steppe._engine.report import Reporting
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage
 from steppe._engine.wrapper import Wrapper
@@ -25,7 +26,7 @@ from steppe.rules.l2 import L2
 from steppe.rules.perturbed_gradient import PerturbedGradient
 
 
-class SAMStep(GraphCapture, Wrapper):
+class SAMStep(GraphCapture, Reporting, Wrapper):
     """The step of :class:`steppe.SAM`, part by part."""
 
     model: nn.Module | None

@@ -135,6 +135,7 @@ class OwnStepMethod(SAM):
     def perturb(self, point: Point) -> None:
         """Displace weights by e(point) until the end of the pass; for :meth:`displaced_pass`."""
         self._engine.perturb(point, self.perturbation)
+        self._engine.recorder.perturbation(self._engine.displaced)
 
     def forget_perturbation(self) -> None:
         """Forget the perturbation of the last pass: its gradient is not for :meth:`combine`."""
