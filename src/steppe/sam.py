@@ -174,7 +174,7 @@ class SAM(SAMStep):
 
     # The three ways to drive a step.
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
+    def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
         """Yield the passes of one step, each a context manager for one forward+backward over all micro-batches.
 
         Every pass starts with cleared gradients. After the loop, the weights are restored to w and ``.grad`` holds the
@@ -184,10 +184,13 @@ class SAM(SAMStep):
             accumulate: Add the update gradient to the earlier ``.grad``. One loop for each micro-batch then gives
                 each its own perturbation (m-sharpness with a smaller m). For one perturbation of all micro-batches,
                 run all of them inside each pass instead.
+            loss_weight: The micro-batch's share of the samples, by which its loss is multiplied. Give it in each loop
+                if a rule depends on the size of the gradients or has a memory (F-SAM, VaSSO, Fisher SAM, bSAM).
 
         Raises:
             RuntimeError: A step is pending; a pass was not entered with ``with``; or ``accelerator.accumulate()`` is
-                in force, whose other micro-batches would be lost.
+                in force, whose other micro-batches would be lost; or a rule that cannot have a perturbation for each
+                micro-batch, or not without ``loss_weight``.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -202,14 +205,17 @@ class SAM(SAMStep):
         if not accumulate:
             refuse_accumulation()
             self._warn_of_lost_gradient()
-        self._begin("passes()")
         engine, loop = self._engine, object()
+        is_first = not accumulate or engine.stage is not Stage.READY
+        self._begin("passes()")
+        self._begin_micro_batch(loss_weight, accumulate=accumulate, is_first=is_first)
         try:
             engine.loop = loop
             for sam_pass in self._step_passes(accumulate=accumulate):
                 engine.current_pass = sam_pass
                 yield sam_pass
                 sam_pass.check()
+            engine.micro_batches.end(engine.memory)
             engine.stage = Stage.READY
         except BaseException:
             if engine.loop is loop:  # else a later step has begun, and this loop was collected as garbage
@@ -274,6 +280,7 @@ class SAM(SAMStep):
             RuntimeError: Called twice, or inside a pass; or the method's passes do not fit the classic API.
         """
         self._begin("first_step()")
+        self._begin_micro_batch(None, accumulate=False, is_first=True)
         check_classic(self.perturbation, single_pass=self._has_single_pass(), per_rank=self.per_rank)
         engine = self._engine
         try:

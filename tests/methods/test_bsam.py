@@ -103,16 +103,16 @@ def test_each_accumulated_micro_batch_has_its_own_noise_and_perturbation():
     w = torch.nn.Parameter(torch.tensor([1.0], dtype=torch.float64))
     optimizer = BSAM([w], lr=0.1, n_data=10, rho=0.2, betas=(0.0, 0.5), weight_decay=0.0, damping=0.1)
     for i, a in enumerate((1.0, -2.0)):
-        for sam_pass in optimizer.passes(accumulate=i > 0):
+        for sam_pass in optimizer.passes(accumulate=i > 0, loss_weight=0.5):
             with sam_pass:
                 (a * w**3 / 2).sum().backward()
     optimizer.step()
     g_e, size = 0.0, 0.0
-    for i, a in enumerate((0.5, -1.0)):
+    for i, a in enumerate((1.0, -2.0)):  # as in the authors' code: g is that of the micro-batch's own mean loss
         n = random_tensors.normal(f"BSAM/{i}", 0, 0, [w])[0].item() / 10**0.5
         g = 3 * a * (1 + n) ** 2
-        size += abs(g)
-        g_e += 3 * a * (1 + 0.2 * g) ** 2
+        size += abs(g) / 2
+        g_e += 3 * a * (1 + 0.2 * g) ** 2 / 2
     s = 0.5 + 0.5 * (size + 0.1)
     assert optimizer.state[w]["scale"].item() == pytest.approx(s, rel=1e-12)
     assert w.item() == pytest.approx(1 - 0.1 * g_e / s, rel=1e-12)

@@ -15,6 +15,7 @@ from steppe._engine.dependence import depends_on
 from steppe._engine.displacement import Displacement, write
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
+from steppe._engine.micro_batches import MicroBatches
 from steppe._engine.pass_gradients import PassGradients
 from steppe._engine.recorder import Recorder
 from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
@@ -30,6 +31,7 @@ from steppe.rules import (
     Point,
     ScaledDirection,
     ascent_steps,
+    averages_memory,
     needs_gradient,
     scale_free,
 )
@@ -88,6 +90,7 @@ class Engine:
         self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
         self.memory: Memory = {}
         """Tensors that the rules keep from step to step."""
+        self.micro_batches = MicroBatches()
         self.scale: Tensor | None = None
         """Loss scale by which the gradients of this step are multiplied; None without a loss scaler."""
         self.steps = 0
@@ -129,6 +132,7 @@ class Engine:
             step=self.steps,
             memory=self.memory,
             anchor=next(parameters_of(self._base), None),
+            micro_batch=self.micro_batches.number,
         )
 
     def _radii(self, parameters: Sequence[Tensor]) -> list[float | Tensor]:
@@ -164,21 +168,34 @@ class Engine:
 
     @torch.no_grad()
     def unscaled_view(self, rule: Perturbation | Cadence, point: Point) -> Point:
-        """Return the point without the loss scale, for a rule that depends on the size of the gradients."""
-        if self.scale is None or scale_free(rule) or not point.gradients:
+        """Return the point without loss scale and loss weight, for a rule that depends on the size of the gradients."""
+        factor = self._hidden_factor(rule)
+        if factor is None or not point.gradients:
             return point
-        return replace(point, gradients=_times(point.gradients, self.scale.reciprocal()))
+        return replace(point, gradients=_times(point.gradients, 1 / factor))
+
+    def _hidden_factor(self, rule: Perturbation | Combination | Cadence) -> Tensor | float | None:
+        """Return the factor of the gradients of this pass that a rule must not get; None if there is none."""
+        weight = self.micro_batches.loss_weight
+        if weight is None:
+            return None if scale_free(rule) else self.scale
+        if scale_free(rule) and not averages_memory(rule):
+            return None
+        return weight if self.scale is None else self.scale * weight
 
     @torch.no_grad()
     def memory_template(self, perturbation: Perturbation, combination: Combination, cadence: Cadence) -> Memory:
         """Return the memory that these rules make of zero gradients: names and shapes of a later checkpoint."""
-        point = self.point_before_passes()
-        zeros = [torch.zeros_like(w) for w in point.weights]
-        point = replace(point, gradients=zeros, step=0, memory={})
+        point = self.zero_point()
         cadence(point)
         perturbation(point)
-        combination(point, zeros)
+        combination(point, point.gradients)
         return point.memory
+
+    def zero_point(self) -> Point:
+        """Return the point before any step, of every trainable parameter, with gradients of zeros."""
+        point = self.point_before_passes()
+        return replace(point, gradients=[torch.zeros_like(w) for w in point.weights], step=0, memory={})
 
     def trains(self, loss: Tensor) -> bool:
         """True if the loss depends on a parameter of the optimizer, or may do so out of sight."""
@@ -363,16 +380,17 @@ class Engine:
             parameters, perturbed = self.gradients.parameters_and_gradients()
             point = self.point(parameters, [])
         targets = point.gradients if perturbed is None else perturbed
-        if self.scale is None or scale_free(combination):
+        factor = self._hidden_factor(combination)
+        if factor is None:
             update = function(point, perturbed)
         else:
-            unscaled = perturbed if perturbed is None else _times(perturbed, self.scale.reciprocal())
-            point = replace(point, gradients=_times(point.gradients, self.scale.reciprocal()))
-            update = _times(function(point, unscaled), self.scale)
+            unscaled = perturbed if perturbed is None else _times(perturbed, 1 / factor)
+            point = replace(point, gradients=_times(point.gradients, 1 / factor))
+            update = _times(function(point, unscaled), factor)
         self.gradients.write(targets, update)
         self._unperturbed_gradients = []
 
 
-def _times(gradients: Sequence[Tensor], factor: Tensor) -> list[Tensor]:
-    """Return copies of the gradients times a 0-dim tensor."""
-    return [g * factor.to(g.device) for g in gradients]
+def _times(gradients: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
+    """Return copies of the gradients times a number or a 0-dim tensor."""
+    return [g * (factor.to(g.device) if isinstance(factor, Tensor) else factor) for g in gradients]

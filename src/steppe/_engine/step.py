@@ -179,6 +179,14 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     def _loss_scale(self, parameter: Tensor) -> Tensor | None:
         return loss_scale(self.scaler, parameter)
 
+    def _begin_micro_batch(self, loss_weight: float | None, *, accumulate: bool, is_first: bool) -> None:
+        """Begin a loop over the passes, which may be that of one of several micro-batches."""
+        engine = self._engine
+        if accumulate or loss_weight is not None:
+            rules = (self.perturbation, self.combination, self.cadence)
+            engine.micro_batches.check(rules, engine.zero_point, loss_weight)
+        engine.micro_batches.begin(engine.memory, loss_weight, is_first=is_first)
+
     def _check_scale(self) -> None:
         mixes = self._engine.stage is Stage.AFTER_FIRST_STEP and self.combination.needs_unperturbed_gradient
         rules = (self.perturbation, self.combination, self.cadence)

@@ -36,7 +36,7 @@ class OwnStepMethod(SAM):
     why_no_scaler: ClassVar[str] = ""
     """Why a loss scaler cannot unscale this method's gradients; empty if it can."""
     why_no_accumulation: ClassVar[str] = ""
-    """Why ``passes(accumulate=True)`` is refused; empty if it works."""
+    """Why ``passes(accumulate=True)`` and ``closures.micro_batches`` are refused; empty if they work."""
     why_no_first_step: ClassVar[str] = ""
     """Why the classic API is refused; empty if it works."""
 
@@ -162,6 +162,11 @@ class OwnStepMethod(SAM):
         return self._engine.memory.setdefault(type(self).__name__, {})
 
     @property
+    def micro_batch(self) -> int:
+        """Number of micro-batches of this step before this one, where each has a perturbation of its own."""
+        return self._engine.micro_batches.number
+
+    @property
     def steps_taken(self) -> int:
         """Number of steps taken before this one."""
         return self._engine.steps
@@ -191,17 +196,18 @@ class OwnStepMethod(SAM):
             self.refuse("first_step()", f"{self.why_no_first_step}. Use step(closure) or passes()")
         super().first_step(zero_grad)
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
+    def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
         """Yield the passes of a step, as :meth:`steppe.SAM.passes` does.
 
         Raises:
             RuntimeError: ``accumulate`` with a method that does not support it.
         """
-        if accumulate and self.why_no_accumulation:
+        if (accumulate or loss_weight is not None) and self.why_no_accumulation:
             self.refuse(
-                "passes(accumulate=True)", f"{self.why_no_accumulation}. Run all micro-batches inside each pass"
+                "passes(accumulate=True)" if accumulate else "a perturbation for each micro-batch",
+                f"{self.why_no_accumulation}. Run all micro-batches inside each pass",
             )
-        yield from super().passes(accumulate=accumulate)
+        yield from super().passes(accumulate=accumulate, loss_weight=loss_weight)
 
     def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         return self.step_passes(accumulate=accumulate)

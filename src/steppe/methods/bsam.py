@@ -107,9 +107,10 @@ class BSAM(OwnStepMethod):
     s, of Adam's size, and within a step a copy of w and one of g. The state of a parameter is ``momentum`` (g_m) and
     ``scale`` (s): a sample of the posterior is ``w + torch.randn_like(w) * (n_data * scale) ** -0.5``.
 
-    The noise depends only on ``seed`` and the step's number; no global generator is used. With ``accumulate=True``
-    every micro-batch has its own noise and its own perturbation, as in the authors' experiments, which split a batch
-    in 8.
+    The noise depends only on ``seed`` and the numbers of the step and the micro-batch; no global generator is used.
+    With :func:`steppe.closures.micro_batches`, or ``passes(accumulate=True, loss_weight=...)``, every micro-batch has
+    its own noise, its own perturbation rho g_i / s and its part in the mean of |g_i|, as in the authors' experiments,
+    which split a batch in 8.
 
     Args:
         params: Parameters or groups, as ``torch.optim`` takes them; a group may have its own ``lr``, ``sam_rho``,
@@ -180,21 +181,15 @@ class BSAM(OwnStepMethod):
         base = Posterior(params, scale=scale, **own)
         super().__init__(base, rho, perturbation=Natural(), model=model, replay_rng=replay_rng)
 
-    def reset(self) -> None:
-        """Reset the count of micro-batches."""
-        self._micro_batch = 0
-
     def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield the two passes of a step: at a sample w + n, and at w + e.
 
         Args:
-            accumulate: Add g_e to the earlier ``.grad``, and |g| to that of the earlier passes: one loop for each
-                micro-batch, each loss weighted by the micro-batch's share.
+            accumulate: Add g_e to the earlier ``.grad``, and |g| to that of the earlier micro-batches of the step.
         """
         before = self.gradients.copies() if accumulate else {}
-        self._micro_batch = self._micro_batch + 1 if accumulate else 0
         sizes = self.base.sizes
-        if not accumulate:
+        if not self.micro_batch:
             sizes.clear()
         yield self.displaced_pass(self._displace_to_sample, is_last=False)
         point = self.point()
@@ -218,7 +213,7 @@ class BSAM(OwnStepMethod):
     def _displace_to_sample(self) -> None:
         parameters = self.trained_parameters()
         scales = [self.state[p]["scale"] for p in parameters]
-        drawn = normal(f"BSAM/{self._micro_batch}", self.seed, self.steps_taken, scales)
+        drawn = normal(f"BSAM/{self.micro_batch}", self.seed, self.steps_taken, scales)
         noise = dict(zip(parameters, drawn, strict=True))
         for group in self.param_groups:
             around = [p for p in group["params"] if p in noise]

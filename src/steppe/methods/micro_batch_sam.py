@@ -31,11 +31,14 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
 
     The update gradient is the mean over the micro-batches B_i of the gradients at w + e(B_i), weighted by their sizes.
     The cost in passes over the samples is that of the optimizer's rules. Unlike a closure, this function takes the
-    step itself, because it runs a loop over :meth:`~steppe.SAM.passes` for each micro-batch. A cadence that decides by
-    the step's number decides the same for all micro-batches.
+    step itself, because it runs a loop over :meth:`~steppe.SAM.passes` for each micro-batch.
+
+    Each rule gets a micro-batch's own gradient, and what it keeps from step to step is the mean over the micro-batches.
+    Random perturbations differ between them. A cadence that decides by the step's number decides the same for all.
 
     Args:
-        optimizer: A :class:`steppe.SAM` with any rules.
+        optimizer: A :class:`steppe.SAM`. Rules whose memory is no mean (LookSAM, AE-SAM, both SSAM), SAMPa and
+            Lookbehind raise an error.
         loss: Function of the tensors of a micro-batch that returns their mean loss.
         batch: Tensors with the samples along their first dimension.
         m: m, the number of samples in a micro-batch; the last one may be smaller.
@@ -45,6 +48,7 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
 
     Raises:
         ValueError: m is less than 1, or the batch is empty or of unequal lengths.
+        RuntimeError: The method cannot have a perturbation for each micro-batch.
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([0.0, 0.0]))
@@ -60,34 +64,21 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
     """
     samples = count_samples(batch)
     check_count("m", m, "the number of samples in a micro-batch")
-    update: dict[Tensor, Tensor] = {}
     losses_at_w: list[Tensor] = []
     for start in range(0, samples, m):
         part = [t[start : start + m] for t in batch]
         weight = len(part[0]) / samples
-        for sam_pass in optimizer.passes():
+        for sam_pass in optimizer.passes(accumulate=start > 0, loss_weight=weight):
             with sam_pass, torch.enable_grad():
-                value = loss(*part)
+                value = weight * loss(*part)
                 backward(optimizer, value)
                 if sam_pass.is_first:
-                    losses_at_w.append(weight * value.detach())
-        _add_weighted_gradients(update, weight, optimizer)
-    for p, gradient in update.items():
-        p.grad = gradient
+                    losses_at_w.append(value.detach())
     if optimizer.scaler is None:
         optimizer.step()
     else:
         optimizer.scaler.step(optimizer)
     return torch.stack(losses_at_w).sum()
-
-
-@torch.no_grad()
-def _add_weighted_gradients(update: dict[Tensor, Tensor], weight: float, optimizer: SAM) -> None:
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if p.grad is not None:
-                update[p] = p.grad * weight if p not in update else update[p].add_(p.grad, alpha=weight)
-                p.grad = None  # it is not lost, and need not be warned of
 
 
 class MicroBatchSAMStep(StepFunction):
