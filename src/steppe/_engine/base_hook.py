@@ -6,6 +6,8 @@ from typing import Any
 
 from torch.optim import Optimizer
 
+from steppe._engine.joint_base import optimizers_of
+
 
 class BeforeStep:
     """A step hook of the base that calls a method, as long as the method's object lives; copies do nothing."""
@@ -24,6 +26,7 @@ class BeforeStep:
 
 def call_before_step(base: Optimizer, method: Callable[[], None]) -> None:
     """Call a bound method before each step of the base, as long as the method's object lives."""
-    if hasattr(base, "_optimizer_step_pre_hooks"):  # a wrapper may leave torch's constructor out, and has no hooks
-        handle = base.register_step_pre_hook(BeforeStep(method))
-        weakref.finalize(method.__self__, handle.remove)  # type: ignore[attr-defined]
+    for optimizer in optimizers_of(base):
+        if hasattr(optimizer, "_optimizer_step_pre_hooks"):  # a wrapper may leave torch's constructor out: no hooks
+            handle = optimizer.register_step_pre_hook(BeforeStep(method))
+            weakref.finalize(method.__self__, handle.remove)  # type: ignore[attr-defined]

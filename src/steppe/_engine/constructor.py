@@ -229,9 +229,9 @@ def _check_wrapper(base: Optimizer) -> None:
         return
     try:
         checkpoint: object = base.state_dict()
-    except RuntimeError:
-        return  # ZeroRedundancyOptimizer, for one, has to collect its state first
     except Exception as error:
+        if type(error) is RuntimeError:
+            return  # ZeroRedundancyOptimizer, for one, has to collect its state first
         reason = f"its state_dict() raises {type(error).__name__}: {error}"
     else:
         if isinstance(checkpoint, dict):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from steppe._engine.callers import called_by_trainer, warn
 from steppe._engine.capture import GraphCapture
+from steppe._engine.joint_base import names_of
 from steppe._engine.loss_scale import check_scale, loss_scale
 from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
 from steppe._engine.report import Reporting
@@ -137,37 +138,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
             self._warned_of_plain_step = True
             warn(
                 "step() was called without a closure and without passes before it: this is a plain step of "
-                f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
-                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
-            )
-        return self.base.step()
-
-    def _make_memory_template(self) -> Memory:
-        """Return the rules' memory filled with zeros: the names and shapes in a later checkpoint."""
-        return self._engine.memory_template(self.perturbation, self.combination, self.cadence)
-
-    def _loss_scale(self, parameter: Tensor) -> Tensor | None:
-        return loss_scale(self.scaler, parameter)
-
-    def _step_base(self) -> bool:
-        """Step the base unless a gradient is not finite; return False if the host skipped the step."""
-        return self._engine.gradients.step_if_finite()
-
-    def _plain_step(self) -> Any:
-        """Step the base without passes, with a warning the first time."""
-        if called_by_trainer():
-            raise RuntimeError(
-                "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
-                "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
-            )
-        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
-            # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
-            self._memory_template = self._make_memory_template()
-        elif not self._warned_of_plain_step:
-            self._warned_of_plain_step = True
-            warn(
-                "step() was called without a closure and without passes before it: this is a plain step of "
-                f"{type(self.base).__name__}, without sharpness-aware minimization. Give step() a closure, or run "
+                f"{names_of(self.base)}, without sharpness-aware minimization. Give step() a closure, or run "
                 "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
             )
         return self.base.step()

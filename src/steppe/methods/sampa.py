@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._engine.joint_base import names_of, owner_of
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
@@ -133,7 +134,7 @@ class SAMPa(OwnStepMethod):
         for index, param_group in enumerate(self.param_groups):
             if "lr" not in param_group:
                 raise ValueError(
-                    f"group {index} of {type(self.base).__name__} has no 'lr', and y is one step of that length away "
+                    f"group {index} of {names_of(self.base)} has no 'lr', and y is one step of that length away "
                     "from x: take a base with a learning rate"
                 )
 
@@ -254,7 +255,8 @@ class SAMPa(OwnStepMethod):
         """Return the direction of the base's step with g(y), for one parameter."""
         g = self.memory[p][_G_Y]
         direction: Tensor = -g if group.get("maximize", False) else g
-        buffer = self.state.get(p, {}).get("momentum_buffer") if isinstance(self.base, torch.optim.SGD) else None
+        has_momentum = isinstance(owner_of(self.base, group), torch.optim.SGD)
+        buffer = self.state.get(p, {}).get("momentum_buffer") if has_momentum else None
         if buffer is None:
             return direction
         direction = direction + group["weight_decay"] * as_real(p.detach()) + group["momentum"] * as_real(buffer)
