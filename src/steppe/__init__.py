@@ -1,6 +1,10 @@
 """Steppe: sharpness-aware minimization for PyTorch."""
 
-from steppe import closures, compat, flatness, integrations, methods, rho_schedule, rules, testing, variants
+import importlib
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+from steppe import closures, methods, rho_schedule, rules, variants
 from steppe._engine.report import Report
 from steppe._engine.side_effects import frozen_stats
 from steppe.methods.aesam import GradientNormThreshold
@@ -33,6 +37,9 @@ from steppe.rules.periodic import Periodic
 from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
 from steppe.sam import SAM, Pass
+
+if TYPE_CHECKING:
+    from steppe import compat, flatness, integrations, testing
 
 __version__ = "0.1.0"
 
@@ -87,3 +94,15 @@ __all__ = [
     "testing",
     "variants",
 ]
+
+_LOADED_WHEN_USED = frozenset({"compat", "flatness", "integrations", "testing"})
+
+
+def __getattr__(name: str) -> ModuleType:
+    if name in _LOADED_WHEN_USED:
+        return importlib.import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
