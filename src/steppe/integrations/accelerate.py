@@ -143,7 +143,8 @@ def passes(
     share_scaler(sam, accelerator)
     if accumulate:
         _check_each_micro_batch_synchronizes(accelerator)
-        yield from sam.passes(accumulate=True)
+        share = 1 / accelerator.gradient_accumulation_steps  # by which accelerator.backward multiplies the loss
+        yield from sam.passes(accumulate=True, loss_weight=share)
     else:
         yield from _passes_over_window(accelerator, sam, micro_batches)
 
