@@ -32,8 +32,11 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
     # Lightning makes the class of this object a subclass of SAM's, so that isinstance(opt, SAM) holds. SAM's methods
     # that write attributes would then write those of this object; so the overrides below call those of the SAM itself.
 
-    def passes(self, *, accumulate: bool = False) -> Iterator[Pass]:
-        for sam_pass in self._sam.passes(accumulate=accumulate):
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return self._sam.__reduce_ex__(protocol)  # a copy is a SAM without the Trainer
+
+    def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
+        for sam_pass in self._sam.passes(accumulate=accumulate, loss_weight=loss_weight):
             yield sam_pass if sam_pass.is_first else RepeatedPass(sam_pass, self._muted())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
