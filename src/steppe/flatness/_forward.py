@@ -1,7 +1,8 @@
 """Evaluate a model's mean loss on a batch with weights and buffers passed as arguments."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeAlias
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -13,28 +14,56 @@ from steppe.flatness._isolation import evaluation_mode
 
 Loss: TypeAlias = Callable[..., Tensor]
 """(outputs, targets) -> the mean loss of a batch, a 0-dim tensor."""
+_T = TypeVar("_T")
 Evaluate: TypeAlias = Callable[[Any, Any], Tensor]
 """(model, batch) -> the mean loss of a batch, a 0-dim tensor."""
 
 
-class _ModelWithLoss(nn.Module):
-    """The model and its loss as one module, so that ``functional_call`` covers an ``evaluate`` that takes the model."""
+class _Holder(nn.Module):
+    """Holds the model, so that ``functional_call`` covers any function that uses it."""
 
-    def __init__(self, model: nn.Module, evaluate: Evaluate) -> None:
+    def __init__(self, model: nn.Module) -> None:
         super().__init__()
-        self.model, self._evaluate = model, evaluate
+        self.model = model
 
-    def forward(self, batch: Any) -> Tensor:
-        return self._evaluate(self.model, batch)
+    def forward(self, function: Callable[[], Any]) -> Any:
+        return function()
+
+
+class PlacedLoss:
+    """The mean loss of one batch, with other weights and buffers in the model and in one set of modes.
+
+    They are in place during :meth:`run` only. Derivatives have to be computed there, too: activation checkpointing runs
+    parts of the forward again in the backward, and would find the model's own weights and modes after it.
+    """
+
+    def __init__(
+        self, holder: _Holder, state: Mapping[str, Tensor], loss: Callable[[], Tensor], *, train_norms: bool
+    ) -> None:
+        self._holder, self._loss, self._train_norms = holder, loss, train_norms
+        self._state = {f"model.{k}": t for k, t in state.items()}
+
+    def run(self, function: Callable[[Callable[[], Tensor]], _T]) -> _T:
+        """Return ``function(loss)`` with the weights in place; ``loss()`` is the mean loss of the batch."""
+        with evaluation_mode(self._holder.model, train_norms=self._train_norms):
+            result: _T = functional_call(self._holder, self._state, (partial(function, self._checked_loss),))
+        return result
+
+    def _checked_loss(self) -> Tensor:
+        loss = self._loss()
+        if not isinstance(loss, Tensor) or loss.dim() != 0:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"the loss of a batch is {got}, but it must be the mean loss, a 0-dim tensor")
+        return loss
 
 
 class BatchLoss:
     """The mean loss of one batch as a function of weights and buffers. The model keeps its own ones and its modes."""
 
     def __init__(self, model: nn.Module, loss: Loss | None, evaluate: Evaluate | None) -> None:
-        self._model, self._module = model, _ModelWithLoss(model, _as_evaluate(loss, evaluate))
+        self._model, self._holder, self._evaluate = model, _Holder(model), _as_evaluate(loss, evaluate)
 
-    def __call__(
+    def place(
         self,
         weights: Mapping[str, Tensor],
         batch: Any,
@@ -43,7 +72,7 @@ class BatchLoss:
         buffers: Mapping[str, Tensor] | None = None,
         train_norms: bool = False,
         update_buffers: bool = False,
-    ) -> Tensor:
+    ) -> PlacedLoss:
         """Return the mean loss of a batch, computed in ``dtype``.
 
         Args:
@@ -64,12 +93,7 @@ class BatchLoss:
         else:
             batch = cast(batch)
         state |= weights
-        with evaluation_mode(model, train_norms=train_norms):
-            loss = functional_call(self._module, {f"model.{k}": t for k, t in state.items()}, (batch,))
-        if not isinstance(loss, Tensor) or loss.dim() != 0:
-            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"the loss of a batch is {got}, but it must be the mean loss, a 0-dim tensor")
-        return loss
+        return PlacedLoss(self._holder, state, partial(self._evaluate, model, batch), train_norms=train_norms)
 
 
 def _as_evaluate(loss: Loss | None, evaluate: Evaluate | None) -> Evaluate:

@@ -1,12 +1,14 @@
 """Select kernels that are twice differentiable and of full precision, as products with the Hessian need them."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
 
 # Parts of the messages that torch raises for a derivative that is itself not differentiable.
 _MESSAGES = ("derivative for", "double backward", "differentiate twice", "not differentiable twice")
@@ -16,6 +18,28 @@ _NO_SECOND_DERIVATIVE = (
     "implementation in plain torch operations (attention: F.scaled_dot_product_attention, "
     "attn_implementation='eager'). Sharpness, landscapes and gradients need first derivatives only"
 )
+
+
+class _NonReentrant:
+    """Stands for torch's ``CheckpointFunction``: the same checkpointing, without a backward within the backward.
+
+    That backward writes the gradients to ``.grad``, ignores inputs that need no gradient, and has no second derivative.
+    """
+
+    @staticmethod
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        return checkpoint.checkpoint(function, *args, use_reentrant=False, preserve_rng_state=preserve_rng_state)
+
+
+@contextmanager
+def differentiable_checkpoints() -> Iterator[None]:
+    """Run activation checkpointing with ``use_reentrant=True`` as if it were False in the ``with`` block."""
+    original = checkpoint.CheckpointFunction
+    try:
+        checkpoint.CheckpointFunction = _NonReentrant  # type: ignore[misc, assignment]
+        yield
+    finally:
+        checkpoint.CheckpointFunction = original  # type: ignore[misc]
 
 
 @contextmanager
@@ -43,6 +67,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(differentiable_checkpoints())
         if torch.cuda.is_available():
             flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": False}
             stack.enter_context(cudnn.flags(enabled=cudnn.enabled and not recurrent, **flags))

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import Batches, Fingerprint, cast
-from steppe.flatness._forward import BatchLoss, Evaluate, Loss, select_parameters
+from steppe.flatness._forward import BatchLoss, Evaluate, Loss, PlacedLoss, select_parameters
 from steppe.flatness._isolation import seeded_generators
 from steppe.flatness._kernels import check_twice_differentiable, twice_differentiable
 
@@ -215,7 +215,8 @@ class Objective:
 
         @torch.no_grad()
         def batch_loss(batch: Any) -> list[Tensor]:
-            return [self._mean_loss(weights, batch, buffers=buffers).to(accumulator(self.device))]
+            loss = self._placed(weights, batch, buffers=buffers).run(lambda loss: loss())
+            return [loss.to(accumulator(self.device))]
 
         return self.average(batch_loss)[0]
 
@@ -224,8 +225,12 @@ class Objective:
 
         def batch_gradient(batch: Any) -> list[Tensor]:
             weights = [w.requires_grad_() for w in self._perturbed_weights(e)]
-            loss = self._mean_loss(weights, batch)
-            gradients = torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+
+            def differentiate(mean_loss: Callable[[], Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
+                loss = mean_loss()
+                return loss, torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+
+            loss, gradients = self._placed(weights, batch).run(differentiate)
             return [loss.detach().to(accumulator(self.device)), self.flatten(gradients)]
 
         loss, gradient = self.average(batch_gradient)
@@ -237,8 +242,9 @@ class Objective:
         The graph of the gradient is built once and lives as long as the returned function.
         """
         weights = [w.requires_grad_() for w in self._perturbed_weights(None)]
-        loss = self._mean_loss(weights, batch)
-        gradient = torch.autograd.grad(loss, weights, create_graph=True, allow_unused=True, materialize_grads=True)
+        placed = self._placed(weights, batch)
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        gradient = placed.run(lambda loss: torch.autograd.grad(loss(), weights, create_graph=True, **options))
         if not self._checked_twice_differentiable:
             check_twice_differentiable(gradient)
             self._checked_twice_differentiable = True
@@ -246,15 +252,10 @@ class Objective:
 
         def product(v: Tensor) -> Tensor:
             parts = self.unflatten(v)
-            products = torch.autograd.grad(
-                [gradient[i] for i in curved],
-                weights,
-                [parts[i] for i in curved],
-                retain_graph=True,
-                allow_unused=True,
-                materialize_grads=True,
+            outputs, along = [gradient[i] for i in curved], [parts[i] for i in curved]
+            return self.flatten(
+                placed.run(lambda _: torch.autograd.grad(outputs, weights, along, retain_graph=True, **options))
             )
-            return self.flatten(products)
 
         return lambda vs: torch.stack([product(v) if curved else torch.zeros_like(v) for v in vs])
 
@@ -291,7 +292,9 @@ class Objective:
 
         @torch.no_grad()
         def update_statistics(batch: Any) -> list[Tensor]:
-            self._mean_loss(weights, batch, buffers=buffers, train_norms=True, update_buffers=True)
+            self._placed(weights, batch, buffers=buffers, train_norms=True, update_buffers=True).run(
+                lambda loss: loss()
+            )
             return []
 
         try:
@@ -316,7 +319,7 @@ class Objective:
         weights = [p.detach().to(self.dtype) for p in self._parameters.values()]
         return weights if e is None else [w + part for w, part in zip(weights, self.unflatten(e), strict=True)]
 
-    def _mean_loss(
+    def _placed(
         self,
         weights: Sequence[Tensor],
         batch: Any,
@@ -324,11 +327,11 @@ class Objective:
         buffers: Mapping[str, Tensor] | None = None,
         train_norms: bool = False,
         update_buffers: bool = False,
-    ) -> Tensor:
+    ) -> PlacedLoss:
         named = dict(zip(self._parameters, weights, strict=True))
         train_norms = train_norms or self.batch_norm == "train"
         options: dict[str, Any] = {"train_norms": train_norms, "update_buffers": update_buffers}
-        return self._batch_loss(named, batch, self.dtype, buffers=buffers, **options)
+        return self._batch_loss.place(named, batch, self.dtype, buffers=buffers, **options)
 
     def _iterate_batches(self) -> Iterator[tuple[Any, int]]:
         """Yield each batch, on the device of the weights, with its size; count the pass and check its samples."""
