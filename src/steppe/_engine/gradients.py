@@ -108,7 +108,7 @@ class Gradients:
         changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _is_same_view(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
         if self._so_far_finite is not None and targets:
-            smallest = min(targets, key=Tensor.numel)
+            smallest = local(min(targets, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
             smallest.masked_fill_(self._so_far_finite.logical_not().to(smallest.device), float("nan"))
         self._so_far_finite = None
 
@@ -246,7 +246,7 @@ class Gradients:
         # torch's private protocol between GradScaler and fused optimizers: they skip the step where found_inf is 1
         if not getattr(self._base, "_step_supports_amp_scaling", False):
             for g in gradients:
-                g.masked_fill_(not_finite.to(g.device), 0.0)
+                local(g).masked_fill_(not_finite.to(g.device), 0.0)
             self._step()
             return
         try:
