@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from steppe._engine.dependence import graph
 from steppe._engine.engine import Engine
 from steppe._engine.passes import Pass
 
@@ -24,20 +25,16 @@ def run_closure(
         backward: Runs the backward of a loss, scaled if there is a loss scaler.
     """
     first: Any = None
-    value: Any = None
+    reuse = GraphReuse(engine)
     outside = engine.gradients.accumulated_outside()
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
             if sam_pass.is_first:
                 engine.gradients.put_back(outside)  # for the closure to clear, as with any optimizer
             watched = {} if sam_pass.is_first or engine.closure_watched else _versions(closure)
-            previous, value = value, closure()
+            value = closure()
             loss = differentiable_loss(value)
-            if loss is not None and loss is differentiable_loss(previous):
-                raise RuntimeError(
-                    "the closure returned the loss of the pass before: its forward ran outside of the closure, so the "
-                    "gradient is that at w in every pass. Run the forward inside the closure"
-                )
+            reuse.check(loss)
             if loss is not None and not engine.gradients.changed_since(outside) and engine.trains(loss):
                 engine.gradients.refuse_if_kept(outside, left_by_step=False)
                 engine.gradients.clear()
@@ -54,6 +51,32 @@ def run_closure(
             else:
                 _check_unchanged(watched, engine)
     return first
+
+
+class GraphReuse:
+    """Refuses a pass whose graph was made before it: the gradient would be that at w, or at another pass's weights."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine = engine
+        self._loss: Tensor | None = None
+        self._nodes: set[Any] = set()
+
+    def check(self, loss: Tensor | None) -> None:
+        """Compare the loss of a pass with those of the passes before; their whole graphs in the first step only.
+
+        Raises:
+            RuntimeError: A part of the graph that leads to a parameter is that of an earlier pass.
+        """
+        if loss is None:
+            return
+        if loss is self._loss or (self._nodes and self._engine.uses_again(loss, self._nodes)):
+            raise RuntimeError(
+                "the graph of the loss was made before this pass, by a forward outside of the closure or with weights "
+                "cached outside of it: the gradient is not that at w + e. Run the whole forward inside the closure"
+            )
+        self._loss = loss
+        if not self._engine.closure_watched:
+            self._nodes.update(graph(loss.grad_fn))
 
 
 def differentiable_loss(value: Any) -> Tensor | None:

@@ -1,6 +1,6 @@
-"""Find out if a loss depends on given parameters."""
+"""Follow the graph of a loss to the parameters on which it depends."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 from torch import Tensor
@@ -16,14 +16,28 @@ def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
     (True, False)
     """
     ids = set(map(id, parameters))
-    todo: list[Any] = [loss.grad_fn]
+    # A function in Python (activation checkpointing, ...) may use parameters that are not among its inputs.
+    return any(isinstance(node, BackwardCFunction) or _is_leaf(node, ids) for node in graph(loss.grad_fn))
+
+
+def graph(*roots: Any) -> Iterator[Any]:
+    """Yield the nodes of the graph below some nodes, each once, depth first."""
+    todo = [node for node in roots if node is not None]
     seen = set(todo)
-    while todo:  # depth first: the parameters of the last layer are near
+    while todo:
         node = todo.pop()
-        # A function in Python (activation checkpointing, ...) may use parameters that are not among its inputs.
-        if isinstance(node, BackwardCFunction) or id(getattr(node, "variable", None)) in ids:
-            return True
+        yield node
         new = [following for following, _ in node.next_functions if following is not None and following not in seen]
         seen.update(new)
         todo += new
-    return False
+
+
+def uses_again(loss: Tensor, earlier: set[Any], parameters: Iterable[Tensor]) -> bool:
+    """Return True if the graph of a loss has a node of an earlier graph, above one of the parameters."""
+    ids = set(map(id, parameters))
+    shared = [node for node in graph(loss.grad_fn) if node in earlier and not hasattr(node, "variable")]
+    return any(_is_leaf(node, ids) for node in graph(*shared))
+
+
+def _is_leaf(node: Any, ids: set[int]) -> bool:
+    return id(getattr(node, "variable", None)) in ids

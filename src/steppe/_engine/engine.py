@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from steppe._engine.base_hook import call_before_step
 from steppe._engine.callers import warn
-from steppe._engine.dependence import depends_on
+from steppe._engine.dependence import depends_on, uses_again
 from steppe._engine.displacement import Displacement, write
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
@@ -200,6 +200,10 @@ class Engine:
     def trains(self, loss: Tensor) -> bool:
         """True if the loss depends on a parameter of the optimizer, or may do so out of sight."""
         return self.ranks.sharded or depends_on(loss, parameters_of(self._base))
+
+    def uses_again(self, loss: Tensor, earlier: set[Any]) -> bool:
+        """True if the graph of a loss leads to a parameter through a node of an earlier graph."""
+        return uses_again(loss, earlier, parameters_of(self._base))
 
     # Perturb and restore.
 
