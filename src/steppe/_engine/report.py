@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._engine.engine import Engine
+from steppe._engine.joint_base import names_of
 from steppe._engine.recorder import Sample
 from steppe._engine.rounding import is_half
 from steppe._engine.state_dict import RHO
@@ -56,7 +57,7 @@ class Report(Measured):
     skipped_steps: int
     """Steps that were skipped because a gradient was not finite."""
     measured_steps: int
-    """Perturbed steps in the medians: the latest 32 of the steps 0, 1, 2, 4, ..., 64, 128, 192, ..."""
+    """Perturbed steps in the medians: the latest 32 of the steps 0, 1, 8, 64, 128, 256, 384, ..."""
     loss: float | None
     """L(w); known from ``step(closure)``, ``Pass.record_loss`` and the trainers of ``steppe.integrations``."""
     perturbed_loss: float | None
@@ -142,7 +143,7 @@ class Reporting:
         groups = tuple(_measured(samples, [i]) for i in range(count))
         fields: dict[str, Any] = dict(
             **vars(everything),
-            optimizer=f"{type(self).__name__} around {type(self.base).__name__}",
+            optimizer=f"{type(self).__name__} around {names_of(self.base)}",
             steps=recorder.steps + recorder.plain_steps,
             perturbed_steps=recorder.perturbed_steps,
             skipped_steps=int(self._engine.gradients.skipped),
@@ -257,11 +258,11 @@ def _measured(samples: Sequence[_Read], groups: Sequence[int]) -> Measured:
         if any(sample.rho[i] for i in groups):
             in_rho.append(math.sqrt(sum(sample.lengths[i][0] / sample.rho[i] ** 2 for i in groups if sample.rho[i])))
         if sample.angles is not None:
-            gg, gs, ss = (sum(sample.angles[i][k] for i in groups) for k in range(3))
-            if gg * ss > 0:
-                cosines.append(max(-1.0, min(1.0, gs / math.sqrt(gg) / math.sqrt(ss))))
-            if gg > 0:
-                differences.append(math.sqrt(max(gg - 2 * gs + ss, 0.0) / gg))
+            g, between, g_s = (math.sqrt(sum(sample.angles[i][k] for i in groups)) for k in range(3))
+            if g > 0 and g_s > 0:
+                cosines.append(max(-1.0, (g / g_s + g_s / g - between / g * (between / g_s)) / 2))
+            if g > 0:
+                differences.append(between / g)
     radii = {sample.rho[i] for sample in samples[-1:] for i in groups}
     return Measured(
         rho=radii.pop() if len(radii) == 1 else None,

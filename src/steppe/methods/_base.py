@@ -159,7 +159,7 @@ class OwnStepMethod(SAM):
     @property
     def memory(self) -> dict[Tensor, dict[str, Tensor]]:
         """This method's tensors by parameter, which last from step to step and are saved in checkpoints."""
-        return self._engine.memory.setdefault(type(self).__name__, {})
+        return self._engine.memory.setdefault(self._name, {})
 
     @property
     def micro_batch(self) -> int:
@@ -173,7 +173,7 @@ class OwnStepMethod(SAM):
 
     def refuse(self, what: str, why: str) -> NoReturn:
         """Raise RuntimeError: ``what`` with this method does not work, because ``why``."""
-        raise RuntimeError(f"{what} with {type(self).__name__}: {why}")
+        raise RuntimeError(f"{what} with {self._name}: {why}")
 
     # The hooks' connection to SAM's own step.
 
@@ -182,6 +182,7 @@ class OwnStepMethod(SAM):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
+        self._name = type(self).__name__  # not read later: an object that proxies this one has a class of its own
         before = set(vars(self))
         self.reset()
         share(self, (vars(self).keys() - before) | (before & set(self.hyperparameters)))

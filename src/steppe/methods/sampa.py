@@ -234,7 +234,7 @@ class SAMPa(OwnStepMethod):
         """Return zeros for the gradients that are kept."""
         keys = (_G_X, _G_Y) if self.group is None else (_G_Y,)
         zeros = {p: {key: torch.zeros_like(as_real(p.detach())) for key in keys} for p in self.trained_parameters()}
-        return {type(self).__name__: zeros}
+        return {self._name: zeros}
 
     def _mix(self, g_x: list[Tensor], g_y: list[Tensor], parameters: list[Tensor]) -> None:
         """Write the update gradient, (1 - lambda) g(x~) + lambda g(y)."""
@@ -322,7 +322,7 @@ def sampa(
 
     Args:
         base_optimizer: The optimizer that takes the steps.
-        rho: rho, the radius of the neighborhood; the paper's values are unverified.
+        rho: rho, the radius of the neighborhood; 0.1 in the official code.
         lmbda: lambda, the share of g(y'); 0.2 is SAMPa-0.2, and 0 is SAMPa.
         group: Two processes, each of which runs one of the passes; None runs both in one process.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
@@ -353,7 +353,7 @@ CARD = MethodCard(
     memory=f"{COPY}; from step to step g(y) and the pending g(x~)",
     when="With two devices to spare (`group=`), for SAM in the time of the base.",
     when_not="With a loss scaler in one process, or with gradient accumulation.",
-    usual={"rho": "unverified", "lmbda": "0.2 (SAMPa-0.2); 0 is SAMPa"},
+    usual={"rho": "0.1 (official code)", "lmbda": "0.2 (SAMPa-0.2); 0 is SAMPa"},
     checked="The official code, https://github.com/LIONS-EPFL/SAMPa, was read: it recovers g(y) from the sum by a "
     "subtraction and a division by lambda, which rounds, and with lambda = 0 never perturbs; here both gradients are "
     "sent. There each rank keeps its own BatchNorm statistics.",
