@@ -10,15 +10,15 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe._engine.state_dict import RHO, parameters_of
-from steppe._tensors.dtensor import by_placement, local, sum_over_ranks
+from steppe._tensors.dtensor import by_placement, foreach, local, sum_over_ranks
 from steppe._tensors.in_place import as_real
-from steppe._tensors.reductions import accumulator, dot, norm
+from steppe._tensors.reductions import accumulator, norm
 
-_INTERVAL = 64
-"""Perturbed steps from one measured step to the next; among the first ones, the steps 0, 1, 2, 4, 8, ... are."""
+_EARLY, _INTERVAL = (0, 1, 8, 64), 128
+"""Perturbed steps that are measured: these, and one of each so many."""
 _KEPT = 32
 """Measured steps that are kept."""
-_PIECE = 1 << 22
+_PIECE = 1 << 20
 """Entries of the weights whose difference is in memory at once, and entries of a gradient that are kept."""
 
 
@@ -30,7 +30,7 @@ class Sample:
     lengths: Tensor
     """|e|^2 and |w|^2, of shape (groups, 2)."""
     angles: Tensor | None = None
-    """g.g, g.g_s and g_s.g_s, of shape (groups, 3), over the sampled entries; None without g."""
+    """|g|^2, |g_s - g|^2 and |g_s|^2, of shape (groups, 3), over the sampled entries; None without g."""
     loss: Tensor | None = None
     perturbed_loss: Tensor | None = None
     entries: list[list[tuple[Tensor, Tensor]]] = field(default_factory=list)
@@ -107,7 +107,7 @@ class Recorder:
 
     def _is_due(self) -> bool:
         n = self.perturbed_steps
-        return n % _INTERVAL == 0 or (n < _INTERVAL and n & (n - 1) == 0)
+        return n % _INTERVAL == 0 or n in _EARLY
 
     @torch.no_grad()
     def perturbed_gradient(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> None:
@@ -201,7 +201,7 @@ def _entries(gradient: Tensor, stride: int) -> Tensor:
 
 
 def _angles(group: Sequence[tuple[Tensor, Tensor]], gradients: Mapping[Tensor, Tensor], stride: int) -> Tensor:
-    """Return g.g, g.g_s and g_s.g_s of one group."""
+    """Return |g|^2, |g_s - g|^2 and |g_s|^2 of one group."""
     rows = [torch.zeros(3, dtype=torch.float64)]
     for placement, positions in by_placement([p for p, _ in group]).items():
         before = [group[i][1] for i in positions]
@@ -210,8 +210,9 @@ def _angles(group: Sequence[tuple[Tensor, Tensor]], gradients: Mapping[Tensor, T
             torch.zeros_like(g) if f is None else _entries(f, stride).to(g.dtype)
             for f, g in zip(found, before, strict=True)
         ]
-        products = torch.stack([dot(before, before), dot(before, after), dot(after, after)])
-        rows.append(sum_over_ranks(products, placement))
+        between = foreach(torch._foreach_sub, after, before)
+        squares = torch.stack([norm(before), norm(between), norm(after)]).square()
+        rows.append(sum_over_ranks(squares, placement))
     return _stack(rows).sum(0)
 
 

@@ -122,10 +122,11 @@ class Reporting:
 
         The counts are of all steps since the optimizer was made, loaded or copied; lengths, gradients and losses are
         measured in few of them (:attr:`Report.measured_steps`), which takes well below 1 % of the time. Nothing is read
-        from the device before this call. Beyond four million parameters, the gradients are compared by as many of their
-        entries. With sharded parameters, all ranks measure together, and any rank may call this method alone.
+        from the device before this call. Of more than a million weights, gradients are compared in a million entries.
+        With sharded parameters, all ranks measure together, and any rank may call this method alone.
 
         Example:
+            >>> import steppe, torch
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
             >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.05)
             >>> loss = optimizer.step(lambda: w.square().sum())
