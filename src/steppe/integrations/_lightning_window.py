@@ -34,10 +34,19 @@ class AccumulationWindow:
         self._latest: MicroBatch | None = None
         self.losses = StepLosses()
         """The losses of the last step, for the log."""
-        self._training_step = trainer.strategy.training_step
-        # Lightning calls the module through this method, with batches that are on their device, also under DDP. A hook
-        # of the callback would not get all arguments of training_step.
-        trainer.strategy.training_step = self._record  # type: ignore[method-assign]
+        self.uninstall()  # an error in a finder has ended an earlier fit without any hook
+        strategy = trainer.strategy
+        self._training_step, self._backward = strategy.training_step, strategy.backward
+        # Lightning calls the module through these methods, with batches that are on their device, also under DDP and
+        # in the trials of its finders. Hooks of the callback would not get all arguments of training_step, and the
+        # finders replace the list of callbacks.
+        strategy.training_step = self._record  # type: ignore[method-assign]
+        strategy.backward = self._backward_and_add  # type: ignore[method-assign]
+
+    def uninstall(self) -> None:
+        """Remove the recording from the strategy."""
+        for name in ("training_step", "backward"):
+            vars(self._trainer.strategy).pop(name, None)
 
     def _record(self, *args: Any, **kwargs: Any) -> Any:
         trainer, generators = self._trainer, None
@@ -51,6 +60,13 @@ class AccumulationWindow:
         self._latest = MicroBatch(args, kwargs, generators, None if loss is None else loss.detach())
         return output
 
+    def _backward_and_add(self, *args: Any, **kwargs: Any) -> Tensor:
+        loss = self._backward(*args, **kwargs)
+        if self._latest is not None:  # None in a further pass
+            self._micro_batches.append(self._latest)
+            self._latest = None
+        return loss
+
     def _clear_if_first(self) -> None:
         if self._trainer.fit_loop.batch_idx % self._trainer.accumulate_grad_batches == 0:
             self.clear()
@@ -63,12 +79,6 @@ class AccumulationWindow:
     def clear(self) -> None:
         """Release the micro-batches."""
         self._micro_batches.clear()
-
-    def add_latest(self) -> None:
-        """Add the latest micro-batch to the window, after its backward."""
-        if self._latest is not None:
-            self._micro_batches.append(self._latest)
-            self._latest = None
 
     def end_first_pass(self, sam_pass: Pass) -> None:
         """Store the loss of the first pass."""

@@ -14,6 +14,8 @@ from steppe.integrations._method_options import MethodOptions, set_model_if_miss
 from steppe.integrations._pass_losses import StepLosses
 from steppe.sam import SAM, Pass
 
+_FINDERS = (pl.callbacks.LearningRateFinder, pl.callbacks.BatchSizeFinder)
+
 
 class SAMCallback(pl.Callback):
     """Train with sharpness-aware minimization: ``Trainer(callbacks=[SAMCallback(rho=0.05)])``.
@@ -29,6 +31,8 @@ class SAMCallback(pl.Callback):
     ``configure_gradient_clipping`` and ``on_before_optimizer_step`` see the update gradient, once, unscaled. Calls
     that bypass ``self.log`` (a logger's own methods, print) and objects that are neither modules nor plain containers
     are not covered.
+
+    The trial steps of Lightning's learning-rate finder and batch-size finder are steps of SAM too.
 
     In manual optimization, ``opt = self.optimizers()`` returns a SAM whose steps Lightning counts and scales. Write
     ``opt.step(closure)`` with the usual closure (``opt.zero_grad()``, forward, ``self.manual_backward(loss)``), or
@@ -88,6 +92,11 @@ class SAMCallback(pl.Callback):
         """Raise an error for what is not supported, before training starts."""
         if stage == "fit":
             _check_supported(trainer, pl_module)
+            if any(isinstance(callback, _FINDERS) for callback in trainer.callbacks):  # type: ignore[attr-defined]
+                # The finders run their trials in on_fit_start, and Lightning puts them first: the trial steps would be
+                # plain ones.
+                others = [callback for callback in trainer.callbacks if callback is not self]  # type: ignore[attr-defined]
+                trainer.callbacks = [self, *others]  # type: ignore[attr-defined]
             if self._log_sharpness and not pl_module.automatic_optimization:
                 raise RuntimeError(
                     "SAMCallback(log_sharpness=True) in manual optimization: the losses of the passes are known in "
@@ -97,9 +106,7 @@ class SAMCallback(pl.Callback):
     def on_fit_start(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
         """Wrap the optimizers: Lightning makes them before this hook, and loads a checkpoint into them after it."""
         strategy = trainer.strategy
-        # Training loops call the steps of _lightning_optimizers, which Lightning filled before this hook. Without new
-        # entries the loops would still call the steps of the base optimizers.
-        optimizers, wrapped = list(strategy.optimizers), list(strategy._lightning_optimizers)
+        optimizers: list[Any] = list(strategy.optimizers)
         chosen = range(len(optimizers)) if self._indices is None else self._indices
         if any(not 0 <= index < len(optimizers) for index in chosen):
             raise ValueError(
@@ -108,19 +115,15 @@ class SAMCallback(pl.Callback):
             )
         assert strategy.model is not None
         for index, optimizer in enumerate(optimizers):
-            if index in chosen:
-                optimizers[index] = self._wrap(optimizer, strategy.model)
-            if isinstance(sam := optimizers[index], SAM) and not isinstance(wrapped[index], SAMLightningOptimizer):
+            sam = self._wrap(optimizer, strategy.model) if index in chosen else optimizer
+            if isinstance(sam, SAM) and not isinstance(sam, SAMLightningOptimizer):
                 sam.scaler = getattr(trainer.precision_plugin, "scaler", None)
                 window = AccumulationWindow(sam, trainer) if pl_module.automatic_optimization else None
-                wrapped[index] = sam_optimizer = SAMLightningOptimizer(sam, trainer, window)
+                optimizers[index] = sam_optimizer = SAMLightningOptimizer(sam, trainer, window)
                 self._optimizers.append(sam_optimizer)
-        strategy.optimizers, strategy._lightning_optimizers = optimizers, wrapped
-
-    def on_after_backward(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
-        """Record the micro-batch for the further passes."""
-        for window in self._windows():
-            window.add_latest()
+        # Lightning wraps what it finds here, but not its own wrappers. So ours are still there after a finder has
+        # replaced this list.
+        strategy.optimizers = optimizers
 
     def on_train_batch_end(
         self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", outputs: Any, batch: Any, batch_idx: int
@@ -139,8 +142,8 @@ class SAMCallback(pl.Callback):
 
     def teardown(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Restore the strategy."""
-        for _ in self._windows():
-            vars(trainer.strategy).pop("training_step", None)
+        for window in self._windows():
+            window.uninstall()
         self._optimizers = []
 
     def _windows(self) -> list[AccumulationWindow]:
