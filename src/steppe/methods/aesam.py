@@ -140,7 +140,10 @@ CARD = MethodCard(
     },
     checked=f"The formulas as transcribed publicly in https://github.com/junaidaliop/zij. {NO_CODE} mu and sigma "
     "start from 0 here.",
-    caveats=("The cost depends on the gradients, between 1 and 2, and is known only afterwards.",),
+    caveats=(
+        "The cost depends on the gradients, between 1 and 2, and is known only afterwards.",
+        "A perturbation for each micro-batch (`closures.micro_batches`) is an error: mu and sigma describe batches.",
+    ),
     required={"total_steps": 10_000},
     comparison=Comparison(
         summary="perturbs where the gradient is unusually large, more often over the planned steps, at SAM's rho",

@@ -110,7 +110,12 @@ CARD = MethodCard(
     memory=COPY,
     when="When layers can be rescaled without changing the function, as before a normalization layer.",
     when_not="With SAM's rho: ASAM's rho is relative to the weights, and about ten times larger.",
-    usual={"rho": "0.5 to 2", "eta": "0.01", "ascent_steps": "1", "only": "all parameters"},
+    usual={
+        "rho": "0.5 to 2",
+        "eta": "0.01; 0 in the example of the official code",
+        "ascent_steps": "1",
+        "only": "all parameters",
+    },
     checked="The official code, https://github.com/SamsungLabs/ASAM: weights agree (2e-16). Theirs uses T = 1 for "
     'parameters that are not called "weight"; here, as in the paper\'s formula, T is the same for all.',
     caveats=("A weight at zero is perturbed in proportion to eta only, and with eta = 0 not at all.",),

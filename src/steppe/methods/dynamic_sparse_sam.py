@@ -31,7 +31,8 @@ class DynamicSparse(Modifier):
     normalization: rho is its radius before masking. The memory is one bool per coordinate. The draws depend on the
     seed and the step only.
 
-    The authors' code uses a new mask from the next step on; here the same step already uses it.
+    The authors' code uses a new mask from the next step on; here the same step already uses it. Theirs also exchanges
+    after step 0; here the first exchange is at step ``interval``.
 
     Example:
         >>> import steppe
@@ -154,11 +155,15 @@ CARD = MethodCard(
         "total_steps": TOTAL_STEPS,
         "sparsity": "0.5",
         "drop": "0.5, by cosine",
-        "interval": "unverified",
+        "interval": "5 epochs in the official code",
     },
     checked="The official code, https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization, was read. It uses a "
-    "new mask from the next step on; here the same step already uses it.",
-    caveats=("rho is the radius before masking: e is shorter.",),
+    "new mask from the next step on; here the same step already uses it. It also exchanges after step 0; here "
+    "the first exchange is at step `interval`.",
+    caveats=(
+        "rho is the radius before masking: e is shorter.",
+        "A perturbation for each micro-batch (`closures.micro_batches`) is an error: they would exchange one mask.",
+    ),
     required={"total_steps": 10_000},
     short_run={"interval": 2},
     comparison=Comparison(

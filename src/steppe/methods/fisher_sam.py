@@ -107,7 +107,10 @@ CARD = MethodCard(
     "of F are unverified. Three third-party implementations agree on g^2 and 1 / (1 + eta g^2), but not on the "
     "normalization: one has it over all parameters, as here, one in each tensor, and one makes the length of e "
     "rho.",
-    caveats=("g^2 of one batch's gradient is used as the Fisher information: one batch, no average.",),
+    caveats=(
+        "g^2 of one batch's gradient is used as the Fisher information: one batch, no average.",
+        "With `passes(accumulate=True)`, give the share of each micro-batch, `loss_weight=`.",
+    ),
     comparison=Comparison(
         summary=f"perturbs in the Fisher metric, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True
     ),

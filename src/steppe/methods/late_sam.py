@@ -104,8 +104,8 @@ CARD = MethodCard(
     when="When a second pass is too expensive for the whole training, and its length is known.",
     when_not="For a training of unknown length, or one that is stopped early.",
     usual={
-        "rho": "SAM's",
-        "start": "0.875 in the paper's first figure (175 of 200 epochs)",
+        "rho": "SAM's; 2.0 in the script of the official code",
+        "start": "0.875 in the paper's first figure (175 of 200 epochs); 150 of 160 epochs in the script",
         "total_steps": TOTAL_STEPS,
     },
     checked="The official code, https://github.com/zzp1012/SAM-in-Late-Phase, was read: at the switch it changes "

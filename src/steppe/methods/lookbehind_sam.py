@@ -214,7 +214,7 @@ def lookbehind_sam(
 
     Args:
         base_optimizer: The optimizer that takes the steps.
-        rho: rho, the length of each ascent step; the paper's values are unverified.
+        rho: rho, the length of each ascent step; 0.05 in the official code.
         ascent_steps: K; 2 in the authors' example, and 5 is their default.
         alpha: alpha, the share of the way; usually 0.2, 0.5 or 0.8. None chooses it for each tensor and step.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
@@ -248,7 +248,7 @@ CARD = MethodCard(
     when="To perturb farther than one ascent step, if the further passes are affordable.",
     when_not="With a loss scaler or gradient accumulation: both are errors.",
     usual={
-        "rho": "unverified",
+        "rho": "0.05 (official code)",
         "ascent_steps": "2 in the authors' example, 5 their default",
         "alpha": "0.2, 0.5 or 0.8; None chooses it for each tensor and step",
     },

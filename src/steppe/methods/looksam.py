@@ -124,10 +124,14 @@ CARD = MethodCard(
     when="When a second pass at every step is too expensive.",
     when_not="When there is no memory for two more gradients: `late_sam` and `random_sam` keep none.",
     usual={"rho": "0.1 in a third-party implementation", "interval": "5", "alpha": "0.7"},
-    checked=f"{NO_CODE} The third-party https://github.com/Leminhbinh0209/LookSAM (global norms, our formula) "
-    "agrees. That of pytorch_optimizer projects one tensor at a time, and makes 2.0 passes per step at k = 5 "
+    checked=f"{NO_CODE} The third-party https://github.com/Leminhbinh0209/LookSAM has global norms and our "
+    "formula, but as published it stores parameters in place of the gradients of the first step. Another port agrees "
+    "(2e-11). That of pytorch_optimizer projects one tensor at a time, and makes 2.0 passes per step at k = 5 "
     "([conformance](../conformance.md), C8b).",
-    caveats=("A g_v that is not finite is not stored: the previous one is kept.",),
+    caveats=(
+        "A g_v that is not finite is not stored: the previous one is kept.",
+        "A perturbation for each micro-batch (`closures.micro_batches`) is an error: they would exchange one g_v.",
+    ),
     comparison=Comparison(
         summary="perturbs once per interval and reuses the direction in between, at SAM's rho", capturable=True
     ),

@@ -118,6 +118,7 @@ CARD = MethodCard(
     caveats=(
         "`closures.micro_batches` takes the whole step. BatchNorm normalizes each micro-batch by its own statistics.",
         "The cost is that of the method around which it is used; 2 is SAM's.",
+        "SAMPa, Lookbehind, LookSAM, AE-SAM and both SSAM raise an error: what they keep belongs to the whole batch.",
     ),
     build_example=_sam_and_micro_batches,
     usage_code="optimizer = steppe.variants.sam(base, model=model)\n"

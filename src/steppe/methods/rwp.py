@@ -82,11 +82,13 @@ def rwp(
 ) -> SAM:
     """RWP: perturb by Gaussian noise, in each filter in proportion to its norm. A single pass per step, at w + e.
 
-    e = rho |w_f| r in each filter f, with Gaussian r.
+    e = rho |w_f| r in each filter f, with Gaussian r. The paper mixes the gradient at w + e with that at w: that is
+    :func:`mixed_rwp`, in two passes.
 
     Args:
         base_optimizer: The optimizer that takes the steps.
-        rho: rho, the standard deviation of e relative to the filter's norm; 0.01 on CIFAR, 0.005 on ImageNet.
+        rho: rho, the standard deviation of e relative to the filter's norm; the paper's 0.01 (CIFAR) and 0.005
+            (ImageNet) are those of :func:`mixed_rwp`.
         filterwise: False for e = rho r / |r|, whose length is rho.
         seed: The seed of the noise.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
@@ -117,12 +119,14 @@ CARD = MethodCard(
     when="When a second pass is too expensive; with any base.",
     when_not="To minimize the loss at the worst point nearby: this perturbation is an average one.",
     usual={
-        "rho": "0.01 on CIFAR, 0.005 on ImageNet (official code)",
+        "rho": "the authors' 0.01 (CIFAR) and 0.005 (ImageNet) are those of the mixture, `mixed_rwp`",
         "filterwise": "True (official code)",
     },
     checked="The official code, https://github.com/nblt/RWP and https://github.com/nblt/mARWP, was read: the same "
-    "filter-wise Gaussian, never normalized to rho. The form of norm rho (filterwise=False) is ours. The bodies of "
-    "the papers were not read.",
+    "filter-wise Gaussian, never normalized to rho. The paper and its code mix g_s with the gradient at w "
+    "(alpha = 0.5), in two passes or on two devices: that is `mixed_rwp`. This method is the part of it at w + "
+    "e, in a single pass; the authors' recipe for a single pass is `arwp`, with a deviation that grows over the "
+    "training. The form of norm rho (filterwise=False) is ours. The bodies of the papers were not read.",
     caveats=(
         "Filter-wise, the length of e in a filter of n entries is about rho sqrt(n) times the filter's norm.",
         "All workers draw the same noise, unless each has its own seed.",

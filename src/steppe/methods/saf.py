@@ -314,7 +314,7 @@ CARD = MethodCard(
     when="For classification over many epochs, if only one pass is affordable; with any base.",
     when_not="With samples that have no index, a single epoch, or very many classes.",
     usual={
-        "lmbda": "0.3 (official code)",
+        "lmbda": "0.3, the default of the official code; 0.16 in its script",
         "tau": "5",
         "epochs_ago": "2 or 3",
         "start": "5, or 30 % of all epochs",

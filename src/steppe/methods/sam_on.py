@@ -63,10 +63,10 @@ CARD = MethodCard(
     memory="a copy of the normalization layers' weights",
     when="For networks with normalization layers, if a copy of all weights takes too much memory.",
     when_not="To save time: both passes are full. For networks without normalization layers: that is an error.",
-    usual={"rho": "unverified; tune it"},
+    usual={"rho": "0.5 in the script of the official code; tune it"},
     checked="The author confirms in https://github.com/mueller-mp/SAM-ON/issues/1 that the norm runs over the "
     "perturbed layers only, as here.",
-    caveats=("rho has no default: it is not SAM's, and the paper's values were not verified.",),
+    caveats=("rho has no default: it is not SAM's, because the norm runs over few parameters.",),
     required={"rho": 0.1},
     comparison=Comparison(
         summary=f"perturbs the normalization layers only, at 2 x rho ({FIRST_GUESS})",

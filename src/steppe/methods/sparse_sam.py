@@ -131,6 +131,7 @@ CARD = MethodCard(
     caveats=(
         "rho is the radius before masking: e is shorter.",
         "With the cadence `Periodic`, choose `interval` as a multiple of the cadence's interval.",
+        "A perturbation for each micro-batch (`closures.micro_batches`) is an error: they would exchange one mask.",
     ),
     short_run={"interval": 2},
     comparison=Comparison(

@@ -48,7 +48,7 @@ class VarianceSuppressed:
     averages_memory: ClassVar[bool] = True
 
     theta: float = 0.9
-    """theta, the share of the new gradient: small for a long memory, 1 for SAM; the authors' code has 0.9."""
+    """theta, the share of the new gradient: small for a long memory, 1 for SAM; 0.2 in the authors' scripts."""
 
     def __post_init__(self) -> None:
         check_positive_share("theta", self.theta, "the share of the new gradient in the mean")
@@ -68,8 +68,8 @@ def vasso(base_optimizer: Optimizer, rho: Rho = 0.05, *, theta: float = 0.9, **o
 
     Args:
         base_optimizer: The optimizer that takes the steps.
-        rho: rho, the radius of the neighborhood; the paper's values are unverified.
-        theta: theta, the share of the new gradient in d; 0.9 in the official code, and 1 is SAM.
+        rho: rho, the radius of the neighborhood; 0.05 in the official code.
+        theta: theta, the share of the new gradient in d; 0.2 in the official scripts, and 1 is SAM.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
 
     Raises:
@@ -98,7 +98,10 @@ CARD = MethodCard(
     memory=f"{COPY}; from step to step, a mean of the gradient",
     when="With small batches, whose noise changes the direction of SAM's perturbation.",
     when_not="With a rare cadence: the mean is updated at perturbed steps only.",
-    usual={"rho": "unverified", "theta": "0.9 (official code); 1 is SAM"},
+    usual={
+        "rho": "0.05 (official code)",
+        "theta": "0.2 in the scripts of the official code, 0.9 its default; 1 is SAM",
+    },
     checked="The official code, https://github.com/BingcongLi/VaSSO, was read: it adds 1e-7 to the norm.",
     caveats=("theta = 0.9 is a short memory: nine tenths of each mean are the new gradient.",),
     comparison=Comparison(summary="perturbs along a running mean of the gradient, at SAM's rho", capturable=True),

@@ -33,8 +33,7 @@ class WeightedSharpness:
     gamma = 0 is the base, 1/2 is SAM, and more favors flatness. At a step without a perturbation, g.
 
     This is the paper's algorithm without its "weight decouple", in which the base gets g alone and the sharpness term
-    is subtracted after its step; with plain SGD the two are the same. The authors' code decouples by default, and
-    clips both gradients to norm 1 by default, which the paper does not.
+    is subtracted after its step; with plain SGD the two are the same. The authors' code decouples by default.
 
     Args:
         gamma: gamma, the weight of the sharpness, at least 0 and below 1.
@@ -105,14 +104,14 @@ class DecoupledWSAM(OwnStepMethod):
     Args:
         *args: The base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
         gamma: gamma, the weight of the sharpness, at least 0 and below 1; the paper recommends 0.8 to 0.95, and the
-            authors' code has 0.88. The factor gamma / (1 - gamma) grows fast: it is nine for 0.9.
+            authors' code has 0.9. The factor gamma / (1 - gamma) grows fast: it is nine for 0.9.
         **kwargs: ``model``, ``perturbation``, ``cadence``, ``replay_rng`` as for :class:`steppe.SAM`.
 
     Raises:
         ValueError: A gamma out of range; a base without a learning rate.
 
-    The authors' code clips g and g_s, each to norm 1, unless configured otherwise; here nothing is clipped, as in the
-    paper. Theirs adds 1e-12 to |g|, and with several workers perturbs along each worker's own gradient. Its option
+    Nothing is clipped, as in the paper and the authors' repository; a copy of their code clips g and g_s to norm 1.
+    Theirs adds 1e-12 to |g|, and with several workers perturbs along each worker's own gradient. Its option
     ``adaptive`` perturbs along w^2 g; for ASAM's perturbation, use ``perturbation=steppe.Adaptive()`` here.
 
     Example:
@@ -261,12 +260,13 @@ CARD = MethodCard(
     when_not="With a large gamma that was not tuned: at 0.9 the sharpness has nine times the weight of the loss.",
     usual={
         "rho": "unverified",
-        "gamma": "0.8 to 0.95; 0.88 in the authors' code",
+        "gamma": "0.8 to 0.95; 0.9 in the authors' code",
         "decoupled": "True in the authors' code",
     },
-    checked="Decoupled: the official code (WeightedSAM of https://github.com/intelligent-machine-learning/atorch), "
-    "20 steps in float64 agree. Theirs clips both gradients to norm 1 by default, which the paper does not; it "
-    "adds 1e-12 to the norm, and with several workers perturbs along each worker's own gradient.",
+    checked="Decoupled: the official code (WeightedSAM of https://github.com/intelligent-machine-learning/atorch), 20 "
+    "steps in float64 agree. It adds 1e-12 to the norm, and with several workers perturbs along each worker's "
+    "own gradient. One published copy has gamma = 0.88 and clips both gradients to norm 1; the repository and "
+    "the paper do not.",
     caveats=("Coupled and decoupled differ around a base that does more than subtract lr times its gradient.",),
     comparison=Comparison(summary="weights the sharpness against the loss, at SAM's rho", capturable=True),
 )

@@ -110,7 +110,7 @@ CARD = MethodCard(
     memory=COPY,
     when="To perturb along few, outlying coordinates.",
     when_not="To save time: both passes are full, and each perturbed step ranks the entries of each tensor.",
-    usual={"rho": "unverified", "percentile": "0.95"},
+    usual={"rho": "0.05 (official code)", "percentile": "0.95"},
     checked="The official code, https://github.com/YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-"
     "Filtering, was read: the same filter, but each filtered tensor is perturbed by its own rho; here, as in the "
     "paper's formula, rho is the length of the whole e.",
