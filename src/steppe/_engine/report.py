@@ -128,7 +128,7 @@ class Reporting:
         Example:
             >>> import steppe, torch
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
-            >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.05)
+            >>> optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
             >>> loss = optimizer.step(lambda: w.square().sum())
             >>> report = optimizer.report()
             >>> report.perturbed_steps, round(report.length_in_rho, 3), round(report.cosine, 3), report.hints
