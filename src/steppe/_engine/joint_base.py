@@ -267,18 +267,20 @@ def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
 
 
 def _part(state_dict: Mapping[str, Any], number: int, groups: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return the checkpoint of one optimizer: its groups and states, numbered from 0, and keys of its own."""
-    first = min((index for group in groups for index in group["params"]), default=0)
-    own = {index for group in groups for index in group["params"]}
+    """Return the checkpoint of one optimizer: its groups and states, numbered from 0, and keys of its own.
+
+    torch.distributed.checkpoint names the parameters in the place of their numbers.
+    """
+    indices = {index: own for own, index in enumerate(index for group in groups for index in group["params"])}
     prefix = f"{_BASE}.{number}."
     extra = {key.removeprefix(prefix): value for key, value in state_dict.items() if key.startswith(prefix)}
     state: dict[Any, Any] = {}
     for index, entries in state_dict["state"].items():
-        if index in own:
-            state[index - first] = entries
+        if index in indices:
+            state[indices[index]] = entries
         elif isinstance(index, str) and index.startswith(f"{prefix}state."):
             state[index.removeprefix(f"{prefix}state.")] = entries
-    renumbered = [{**group, "params": [index - first for index in group["params"]]} for group in groups]
+    renumbered = [{**group, "params": [indices[index] for index in group["params"]]} for group in groups]
     return {**extra, "state": state, "param_groups": renumbered}
 
 
