@@ -150,8 +150,11 @@ def train_without_clipping():
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
 def test_accumulation_clipping_and_schedule_equal_one_process(way, parts):
     expected = train_without_clipping() if way in MIXED else train_with_clipping(None, 1)
+    # clip_grad_norm_ of torch 2.6 adds its 1e-6 on each rank, if the norm is a sum over ranks that is still pending
+    inexact = torch.__version__.startswith("2.6.") and way == "sequence parallel"
+    tolerance = {"rtol": 1e-6, "atol": 1e-6} if inexact else {}
     for found in start_ranks()(train_with_clipping, way, parts):
-        close(found, expected)
+        close(found, expected, **tolerance)
 
 
 def test_micro_batches_of_a_rank_share_its_perturbation():
