@@ -195,3 +195,15 @@ def test_training_step_that_returns_none_skips_the_batch():
                 F.cross_entropy(twin(batch(i)[0]), batch(i)[1]).backward()
         optimizer.step()
     assert model_bits(module.model) == model_bits(twin)
+
+
+def test_c36_callback_reports_what_its_optimizer_did(caplog):
+    callback = SAMCallback(rho=1e-5)
+    with caplog.at_level("INFO"):
+        fit(Classifier(), callback, max_epochs=1)
+    (report,) = callback.reports()
+    assert report.perturbed_steps == report.steps == BATCHES
+    assert report.length_in_rho == pytest.approx(1.0, rel=0.05)
+    assert report.loss is not None
+    assert any("too small" in hint for hint in report.hints)
+    assert "SAMCallback: rho may be too small" in caplog.text

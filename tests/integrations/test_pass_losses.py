@@ -7,9 +7,10 @@ import torch
 
 from steppe.integrations._pass_losses import MeanLosses, StepLosses
 
-AT_W = SimpleNamespace(is_at_w=True, is_perturbed=False)
-PERTURBED = SimpleNamespace(is_at_w=False, is_perturbed=True)
-AT_A_POINT_OF_THE_METHOD = SimpleNamespace(is_at_w=False, is_perturbed=False)
+NO_REPORT = {"record_loss": lambda loss: None}
+AT_W = SimpleNamespace(is_at_w=True, is_perturbed=False, **NO_REPORT)
+PERTURBED = SimpleNamespace(is_at_w=False, is_perturbed=True, **NO_REPORT)
+AT_A_POINT_OF_THE_METHOD = SimpleNamespace(is_at_w=False, is_perturbed=False, **NO_REPORT)
 
 
 def step(*passes):

@@ -458,3 +458,14 @@ def test_pretrained_sentence_encoder_equals_plain_loop(tmp_path):
     mean = {"loss": lambda model, batch, window: model(**batch).loss, "amp": torch.bfloat16}
     by_hand(twin, steppe.SAM(optimizer, rho=0.1, model=twin), k=2, data=rows, **mean)
     assert model_bits(model) == model_bits(twin)
+
+
+def test_c36_trainer_reports_what_its_optimizer_did(tmp_path):
+    trained = trainer(tmp_path, gpt(), rho=0.1, max_steps=2)
+    with pytest.raises(RuntimeError, match="made no optimizer yet"):
+        trained.sam_report()
+    trained.train()
+    report = trained.sam_report()
+    assert (report.steps, report.perturbed_steps) == (2, 2)
+    assert report.length_in_rho == pytest.approx(1.0, rel=1e-3)
+    assert report.loss_difference > 0

@@ -24,6 +24,7 @@ class StepLosses:
         """Add the loss of a pass."""
         if loss is None:
             return
+        sam_pass.record_loss(loss)
         if sam_pass.is_perturbed:
             self.perturbed_loss = loss
         elif sam_pass.is_at_w:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 from torch.optim import Optimizer
 
+from steppe._engine.report import Report
 from steppe.integrations._lightning_optimizer import SAMLightningOptimizer
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._lightning_window import AccumulationWindow
@@ -81,12 +82,17 @@ class SAMCallback(pl.Callback):
         self._method_options = MethodOptions("SAMCallback", method, rho, ready_made=ready_made, **options)
         self._indices, self._log_sharpness = optimizers, log_sharpness
         self._optimizers: list[SAMLightningOptimizer] = []
+        self._reports: list[Report] = []
 
     @property
     def current_pass(self) -> Pass | None:
         """The pass that runs now, to distinguish the passes in ``training_step``; None between steps."""
         passes = (optimizer.current_pass for optimizer in self._optimizers)
         return next((sam_pass for sam_pass in passes if sam_pass is not None), None)
+
+    def reports(self) -> list[Report]:
+        """Return :meth:`steppe.SAM.report` of each optimizer, in ``fit`` and after its end."""
+        return [optimizer.report() for optimizer in self._optimizers] or self._reports
 
     def setup(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", stage: str) -> None:
         """Raise an error for what is not supported, before training starts."""
@@ -133,6 +139,12 @@ class SAMCallback(pl.Callback):
             losses, window.losses = window.losses, StepLosses()
             for name, value in losses.metrics().items() if self._log_sharpness else ():
                 pl_module.log(name, value)
+
+    def on_train_end(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule") -> None:
+        """Keep the reports, and write their hints to Lightning's log."""
+        self._reports = self.reports()
+        for hint in [hint for report in self._reports for hint in report.hints]:
+            pl.utilities.rank_zero_info(f"SAMCallback: {hint}")
 
     def on_exception(self, trainer: "pl.Trainer", pl_module: "pl.LightningModule", exception: BaseException) -> None:
         """Restore the weights."""

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.report import Report
 from steppe.integrations._method_options import MethodOptions, set_model_if_missing
 from steppe.integrations._pass_losses import MeanLosses, StepLosses
 from steppe.sam import SAM, Pass
@@ -92,6 +93,16 @@ class SAMTrainerMixin(_Trainer):
     def current_pass(self) -> Pass | None:
         """The pass that runs now, to distinguish the passes in ``compute_loss``; None between steps."""
         return None if self.optimizer is None else unwrap_optimizer(self.optimizer).current_pass
+
+    def sam_report(self) -> Report:
+        """Return :meth:`steppe.SAM.report` of the optimizer.
+
+        Raises:
+            RuntimeError: There is no optimizer yet.
+        """
+        if self.optimizer is None:
+            raise RuntimeError("sam_report() before train(): the Trainer has made no optimizer yet")
+        return unwrap_optimizer(self.optimizer).report()
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Optimizer:
         """Create the Trainer's own optimizer, and wrap it unless it is a :class:`steppe.SAM` already."""
