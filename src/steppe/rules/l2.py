@@ -6,11 +6,11 @@ from typing import ClassVar
 from steppe import papers
 from steppe.papers import Paper
 from steppe.rules.ops import reciprocal
-from steppe.rules.protocols import Point, ScaledDirection
+from steppe.rules.protocols import Perturbation, Point, ScaledDirection
 
 
 @dataclass(frozen=True)
-class L2:
+class L2(Perturbation):  # a subclass, since LightningCLI turns default values that are pure dataclasses into dicts
     """Perturb along the gradient (SAM): e = rho g / |g|.
 
     The norm runs over all perturbed parameters together. A zero gradient gives e = 0.

@@ -4,11 +4,11 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from steppe.rules._checks import check_count
-from steppe.rules.protocols import Point
+from steppe.rules.protocols import Cadence, Point
 
 
 @dataclass(frozen=True)
-class Periodic:
+class Periodic(Cadence):  # a subclass for the same reason as L2
     """Perturb at the steps 0, k, 2k, ... for an interval of k; the other steps are plain steps of the base.
 
     A step costs 1 + 1/k passes on average.

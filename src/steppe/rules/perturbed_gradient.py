@@ -8,11 +8,11 @@ from torch import Tensor
 
 from steppe import papers
 from steppe.papers import Paper
-from steppe.rules.protocols import Point
+from steppe.rules.protocols import Combination, Point
 
 
 @dataclass(frozen=True)
-class PerturbedGradient:
+class PerturbedGradient(Combination):  # a subclass for the same reason as L2
     """Update with the gradient at w + e (SAM): g_s; at a step without perturbation, g.
 
     Example:
