@@ -14,7 +14,7 @@ from steppe._tensors.dtensor import by_placement, foreach, local, sum_over_ranks
 from steppe._tensors.in_place import as_real
 from steppe._tensors.reductions import accumulator, norm
 
-_EARLY, _INTERVAL = (0, 1, 8, 64), 128
+_EARLY, _INTERVAL = (0, 8, 64), 128
 """Perturbed steps that are measured: these, and one of each so many."""
 _KEPT = 32
 """Measured steps that are kept."""

@@ -57,7 +57,7 @@ class Report(Measured):
     skipped_steps: int
     """Steps that were skipped because a gradient was not finite."""
     measured_steps: int
-    """Perturbed steps in the medians: the latest 32 of the steps 0, 1, 8, 64, 128, 256, 384, ..."""
+    """Perturbed steps in the medians: the latest 32 of the steps 0, 8, 64, 128, 256, 384, ..."""
     loss: float | None
     """L(w); known from ``step(closure)``, ``Pass.record_loss`` and the trainers of ``steppe.integrations``."""
     perturbed_loss: float | None
