@@ -288,7 +288,7 @@ def _copied(value: Any) -> Any:
 
 
 def _check_total_steps(total_steps: int) -> None:
-    if not isinstance(total_steps, int) or total_steps < 1:
+    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
         raise ValueError(
             f"total_steps must be a whole number, 1 or more, got {total_steps}: it is the length of the schedule"
         )

@@ -27,6 +27,7 @@ from steppe._engine.joint_base import option_names
 from steppe._engine.loss_scale import ScalerTarget, refuse_closure_of_scaler
 from steppe._engine.passes import Pass
 from steppe._engine.signatures import show_signature
+from steppe._engine.slots import check_parameters, check_slots
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
 from steppe._engine.step import SAMStep
@@ -127,6 +128,8 @@ class SAM(SAMStep):
         if per_rank:
             check_per_rank(perturbation, cadence)
         slots = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
+        check_slots(**slots)
+        check_parameters(perturbation, list(parameters_of(base)))
         options = {"replay_rng": replay_rng, "per_rank": per_rank, "stochastic_rounding": stochastic_rounding}
         self.__setstate__({"base": base, "_default_rho": rho, "model": model, "scaler": scaler, **options, **slots})
         for group in base.param_groups:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.rules import Perturbation
+from steppe.rules._checks import check_count
 from steppe.rules.ascent_steps import AscentSteps
 from steppe.rules.subsets import ParameterSubset
 
@@ -30,5 +31,6 @@ class Options(PassOptions, total=False):
 
 def repeated_on_subset(rule: Perturbation, ascent_steps: int, only: Iterable[Tensor] | None) -> Perturbation:
     """Return the rule with several ascent steps, restricted to the parameters in ``only`` if there are any."""
+    check_count("ascent_steps", ascent_steps, "the number of ascent steps in one optimizer step")
     rule = rule if ascent_steps == 1 else AscentSteps(rule, ascent_steps)
     return rule if only is None else ParameterSubset(rule, only)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
+from steppe.rules._checks import check_whole
 
 
 def kl_divergence(past: Tensor, now: Tensor, tau: float) -> Tensor:
@@ -38,6 +39,7 @@ def check_hyperparameters(lmbda: float, tau: float, start: int) -> None:
         raise ValueError(f"lmbda must be finite and at least 0, got {lmbda}: it is the weight of the term")
     if not 0 < tau < math.inf:
         raise ValueError(f"tau must be finite and more than 0, got {tau}: the logits are divided by it")
+    check_whole("start", start, "the first epoch with the term")
     if start < 0:
         raise ValueError(f"start must be 0 or more, got {start}: it is the first epoch with the term")
 

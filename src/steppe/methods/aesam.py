@@ -11,7 +11,7 @@ from steppe.methods._card import COPY, NO_CODE, TOTAL_STEPS, Comparison, MethodC
 from steppe.methods._options import Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_below_one, check_count
+from steppe.rules._checks import check_below_one, check_count, check_finite
 from steppe.sam import SAM
 
 AE_SAM_PAPER = Paper(
@@ -64,6 +64,8 @@ class GradientNormThreshold:
 
     def __post_init__(self) -> None:
         check_count("total_steps", self.total_steps, TOTAL_STEPS)
+        check_finite("lambda_1", self.lambda_1, "the last value of c")
+        check_finite("lambda_2", self.lambda_2, "the first value of c")
         check_below_one("delta", self.delta, "the share of the old mean in the new one")
 
     def __call__(self, point: Point) -> bool:

@@ -15,7 +15,7 @@ from steppe.methods._options import Options, Rho
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import ICLR, Paper, cites
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
-from steppe.rules._checks import check_positive_share
+from steppe.rules._checks import check_positive_share, check_whole
 from steppe.rules.l2 import L2
 from steppe.rules.masks import apply_masks, check_single_ascent_step
 from steppe.rules.ops import uniform, uniform_number
@@ -78,6 +78,7 @@ class Stochastic(Modifier):
     def __post_init__(self) -> None:
         check_single_ascent_step(self.rule, "Stochastic")
         check_positive_share("beta", self.beta, "the probability of each weight to be perturbed")
+        check_whole("seed", self.seed, "the seed of the draws")
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation of a random share of the weights."""

@@ -14,6 +14,7 @@ from steppe.methods._options import Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Perturbation, Point, ScaledDirection, needs_gradient
 from steppe.rules import ascent_steps as ascent_steps_of
+from steppe.rules._checks import check_count
 from steppe.rules.l2 import L2
 from steppe.rules.ops import accumulator, add_scaled_, as_real, norm
 from steppe.sam import SAM, Pass
@@ -126,8 +127,7 @@ class Lookbehind(OwnStepMethod):
         perturbation: Perturbation = _ALONG_G,
         **kwargs: Any,
     ) -> None:
-        if ascent_steps < 1:
-            raise ValueError(f"ascent_steps must be 1 or more, got {ascent_steps}: it is their number in a step")
+        check_count("ascent_steps", ascent_steps, "their number in a step")
         if alpha is not None and not 0 <= alpha <= 1:
             raise ValueError(
                 f"alpha must be between 0 and 1, or None to choose it at each step, got {alpha}: it is the share of "

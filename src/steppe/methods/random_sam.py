@@ -10,7 +10,7 @@ from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_unit_interval
+from steppe.rules._checks import check_unit_interval, check_whole
 from steppe.sam import SAM
 
 RST_PAPER = Paper(
@@ -52,6 +52,7 @@ class Bernoulli:
 
     def __post_init__(self) -> None:
         check_unit_interval("p", self.p, "the probability of a perturbed step")
+        check_whole("seed", self.seed, "the seed of the draws")
 
     def __call__(self, point: Point) -> bool:
         # A string is hashed with SHA-512: neighboring steps get independent draws, the same on every machine.

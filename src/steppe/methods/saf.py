@@ -21,6 +21,7 @@ from steppe.methods._trajectory import (
     zero_term,
 )
 from steppe.papers import NEURIPS, Paper
+from steppe.rules._checks import check_count
 
 SAF_PAPER = Paper(
     "du2022saf",
@@ -111,10 +112,7 @@ class SAF(nn.Module):
                 f"samples={samples} and classes={classes}: the memory holds the logits of every sample, so give the "
                 "data set's length, and the number of classes or the whole shape of one sample's logits"
             )
-        if epochs_ago < 1:
-            raise ValueError(
-                f"epochs_ago must be 1 or more, got {epochs_ago}: it is E, the age of the outputs in epochs"
-            )
+        check_count("epochs_ago", epochs_ago, "E, the age of the outputs in epochs")
         if not dtype.is_floating_point:
             raise ValueError(f"dtype must be a floating dtype, got {dtype}: it is that of the stored logits")
         check_hyperparameters(lmbda, tau, start)

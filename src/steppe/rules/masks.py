@@ -1,6 +1,6 @@
 """Perturb with a mask: constant masks, and the operations on masks that sparse methods share."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -40,6 +40,15 @@ class Masked(Modifier):
                     f"shape {tuple(mask.shape)}: give one bool for each coordinate, True where it is perturbed"
                 )
         object.__setattr__(self, "masks", dict(self.masks))
+
+    def check_parameters(self, owned: Collection[Tensor]) -> None:
+        """Raise ValueError if there is a mask for a parameter that the optimizer does not train."""
+        own = set(owned)
+        if foreign := sum(p not in own and p.requires_grad for p in self.masks):
+            raise ValueError(
+                f"{foreign} of the {len(self.masks)} masks are of parameters that are not in the optimizer, so that "
+                "they would have no effect: take the parameters that the base optimizer got as keys"
+            )
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation, masked."""

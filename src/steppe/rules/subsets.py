@@ -1,6 +1,6 @@
 """Perturb a subset of the parameters, and choose such subsets by layer."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
 from steppe.papers import Paper
+from steppe.rules._checks import check_whole
 from steppe.rules.modifier import Modifier
 from steppe.rules.protocols import Perturbation, Point, ScaledDirection
 
@@ -42,18 +43,44 @@ class ParameterSubset(Modifier):
     """The paper that proposes this choice of parameters, for :func:`steppe.citation`."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.parameters, Tensor | str) or not isinstance(self.parameters, Iterable):
+            raise TypeError(_what_to_give(self.parameters))
         chosen = tuple(dict.fromkeys(self.parameters))
+        for parameter in chosen:
+            if not isinstance(parameter, Tensor):
+                raise TypeError(_what_to_give(parameter))
         if not chosen:
             raise ValueError(
                 "the subset of parameters to perturb is empty, so this would be the plain base optimizer at twice the "
-                "cost: give at least one parameter"
+                "cost: give at least one parameter (an iterator gives its parameters only once)"
             )
         object.__setattr__(self, "parameters", chosen)
+
+    def check_parameters(self, owned: Collection[Tensor]) -> None:
+        """Raise ValueError if the subset holds parameters that the optimizer does not train.
+
+        A frozen parameter may be missing there: it may be trained, and added, later.
+        """
+        own = set(owned)
+        foreign = [p for p in self.parameters if p not in own and p.requires_grad]
+        if foreign or not own.intersection(self.parameters):
+            raise ValueError(
+                f"{len(foreign) or 'all'} of the {len(tuple(self.parameters))} parameters to perturb (only=, "
+                "ParameterSubset) are not in the optimizer, so that they would never be perturbed: choose them from "
+                "the model whose parameters the base optimizer got, not from a copy of it"
+            )
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation at the restricted point."""
         chosen = set(self.parameters)
         return perturb_subset(self.rule, point, [i for i, p in enumerate(point.parameters) if p in chosen])
+
+
+def _what_to_give(value: object) -> str:
+    return (
+        f"the subset to perturb must hold the parameters themselves, got {value!r}: give tensors, as "
+        'norm_layers(model), layers(model, "head") or last_layers(model, 1) return them'
+    )
 
 
 def perturb_subset(rule: Perturbation, point: Point, positions: Sequence[int]) -> ScaledDirection:
@@ -125,6 +152,7 @@ def last_layers(model: nn.Module, num_layers: int) -> list[Tensor]:
         2
     """
     owners = _modules_with_own_parameters(model)
+    check_whole("num_layers", num_layers, "the number of layers, counted from the last")
     if not 1 <= num_layers <= len(owners):
         raise ValueError(
             f"num_layers must be between 1 and {len(owners)}, the number of layers with parameters, got {num_layers}"

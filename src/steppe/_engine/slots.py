@@ -1,0 +1,62 @@
+"""Checks that each rule is in its slot, and fits the optimizer."""
+
+import inspect
+from collections.abc import Callable, Collection
+from typing import Any
+
+from torch import Tensor
+
+from steppe.rules import Perturbation, ScaledDirection
+
+
+def check_slots(**rules: Callable[..., Any]) -> None:
+    """Refuse a rule that is no function, or one of another kind than its slot.
+
+    Perturbations and cadences both take a point: in the wrong slot, one would be called, and perhaps without an error.
+    A rule whose ``__call__`` has no annotations may be of any kind.
+
+    Raises:
+        TypeError: Names the rule and the remedy.
+    """
+    for slot, rule in rules.items():
+        if isinstance(rule, type):
+            raise TypeError(f"{slot}= needs a rule, got the class {rule.__name__}: write {slot}={rule.__name__}(...)")
+        if not callable(rule):
+            raise TypeError(f"{slot}= needs a rule, a function of a steppe.rules.Point, got {rule!r}")
+        kind = _kind(rule)
+        if kind is not None and kind != slot:
+            raise TypeError(f"{slot}={rule!r} is a rule of another kind: write {kind}={rule!r}")
+        if slot == "combination" and not hasattr(rule, "needs_unperturbed_gradient"):
+            raise TypeError(
+                f"combination={rule!r} has no attribute needs_unperturbed_gradient, so that it is unknown if g must be "
+                "kept through the second pass: see steppe.rules.Combination"
+            )
+
+
+def check_parameters(perturbation: Perturbation, owned: Collection[Tensor]) -> None:
+    """Refuse a perturbation, or a rule inside of it, that names parameters which the optimizer does not have.
+
+    Raises:
+        ValueError: Says how many.
+    """
+    rule: Any = perturbation
+    while rule is not None:
+        check: Callable[[Collection[Tensor]], None] | None = getattr(rule, "check_parameters", None)
+        if check is not None:
+            check(owned)
+        rule = getattr(rule, "rule", None)
+
+
+def _kind(rule: Callable[..., Any]) -> str | None:
+    """Return the slot of a rule by its annotations; None if they do not tell."""
+    try:
+        signature = inspect.signature(rule)
+    except (TypeError, ValueError):
+        return None
+    required = [p for p in signature.parameters.values() if p.default is p.empty and p.kind <= p.POSITIONAL_OR_KEYWORD]
+    if len(required) == 2:
+        return "combination"
+    returned = signature.return_annotation
+    if returned in (ScaledDirection, "ScaledDirection"):
+        return "perturbation"
+    return "cadence" if returned in (bool, "bool") else None
