@@ -31,6 +31,9 @@ class Displacement:
         # Keyed by id, not by tensor: Tensor.__hash__ is a Python call, and would be made for every weight.
         self._copies: dict[int, Tensor] = {}
         self._displaced: dict[int, tuple[Tensor, Tensor]] = {}
+        self.latest: dict[int, tuple[Tensor, Tensor]] = {}
+        """The weights that were displaced since the last :meth:`forget`, by id, with the copies from which they were
+        restored."""
 
     @property
     def active(self) -> bool:
@@ -71,8 +74,10 @@ class Displacement:
     @torch.no_grad()
     def restore(self) -> None:
         """Restore every displaced weight to w; without a displacement, do nothing."""
-        write(self.pairs())
-        self._displaced.clear()
+        if self._displaced:
+            write(self.pairs())
+            self.latest = self._displaced
+            self._displaced = {}
 
     @contextmanager
     def displaced(self, weights: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> Iterator[None]:

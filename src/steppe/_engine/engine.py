@@ -1,6 +1,7 @@
 """Perturb the weights, restore them, and write the update gradient to ``.grad``."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Any, TypeAlias, TypeVar, overload
@@ -298,6 +299,19 @@ class Engine:
         """Return the displaced weights with copies of w, for a copy of the optimizer in the middle of a step."""
         return self._displacement.pairs()
 
+    @contextmanager
+    def weights_restored_on_exception(self) -> Iterator[None]:
+        """Restore w if the block raises, which steps from w in several parts; from the copies of a perturbation."""
+        latest, steps = self._displacement.latest, self.gradients.base_steps
+        stepped = {id(p): p for p in self.gradients.parameters()} if latest else {}
+        others = [(p, local(p.detach()).clone()) for key, p in stepped.items() if key not in latest]
+        try:
+            yield
+        except BaseException:
+            write([*latest.values(), *others])
+            self.gradients.base_steps = steps
+            raise
+
     def write_unperturbed(self, pairs: list[tuple[Tensor, Tensor]]) -> None:
         """Write w into the weights of a copy, from what :meth:`displaced` of its original returned."""
         write(pairs)
@@ -318,6 +332,7 @@ class Engine:
     def forget_perturbation(self) -> None:
         """Forget the perturbation of this step and its gradient at w."""
         self._perturbed_parameters, self._ascent, self._unperturbed_gradients = None, None, []
+        self._displacement.latest = {}
 
     def count_step(self) -> None:
         """Count a step, if the base has stepped since the last one that was counted."""

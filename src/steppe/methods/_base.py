@@ -221,7 +221,8 @@ class OwnStepMethod(SAM):
         self.after_classic_passes()
 
     def _step_base(self) -> bool:
-        return self.step_base()
+        with self._engine.weights_restored_on_exception():
+            return self.step_base()
 
     def _make_memory_template(self) -> Memory:
         return self.memory_template()
