@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import steppe
+from fake_cuda import fake_parameters, step_with_ones
 from steppe import SAM
 from support import DRIVES, parameter
 
@@ -178,6 +180,16 @@ def test_c36_few_steps_are_measured(monkeypatch):
         optimizer.step(lambda: w.sum())
     assert len(measured) == 3 + 4
     assert optimizer.report().perturbed_steps == 640
+
+
+def test_c36_measuring_does_not_synchronize_with_the_device():
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        params = fake_parameters()
+        optimizer = SAM(sgd(params), rho=0.1)
+        step_with_ones(optimizer, params, "passes")
+        assert len(optimizer._engine.recorder.samples) == 1
+        with pytest.raises(Exception, match="_local_scalar_dense|not linked|tolist"):
+            optimizer.report()  # reading synchronizes, which raises within FakeTensorMode
 
 
 def test_c36_report_does_not_change_the_steps():
