@@ -202,3 +202,63 @@ def test_no_value_is_read_on_the_host(monkeypatch, filterwise):
 def test_step_costs_one_pass_and_two_when_mixed():
     assert passes_per_step("rwp") == 1.0
     assert passes_per_step("mixed_rwp") == 2.0
+
+
+def squares_by_filter(v: Tensors) -> Tensors:
+    return [part.flatten(1).sum(1).reshape(-1, *[1] * (part.ndim - 1)) if part.ndim > 1 else part for part in v]
+
+
+@pytest.mark.parametrize("drive", ["closure", "passes"])
+@pytest.mark.parametrize("mixed", [False, True])
+@pytest.mark.parametrize("factor", [1.0, 0.999])
+def test_arwp_matches_its_slow_reference_and_its_mutants_do_not(mixed, drive, factor):
+    """e = rho |w_f| r / sqrt(1 + eta v_f), v <- beta v + g_s^2, as in the code of arXiv 2404.00357."""
+    torch.manual_seed(3)
+    start = torch.randn(10, dtype=torch.float64)
+    w = start.clone().requires_grad_()
+    reference = torch.optim.SGD([w], lr=1e-2, momentum=0.9)
+    v = torch.zeros(10, dtype=torch.float64)
+    for t in range(20):
+        noise = random_e(split(w.detach()), 0.3, t, filterwise=True, seed=5)
+        sums = squares_by_filter(split(v))
+        e = flat([r / (1 + factor * 0.7 * s).sqrt() for r, s in zip(noise, sums, strict=True)])
+        _, g = loss_and_gradient(bumpy, w.detach())
+        _, g_s = loss_and_gradient(bumpy, w.detach() + e)
+        v = 0.9 * v + g_s.square()
+        w.grad = 0.4 * g + 0.6 * g_s if mixed else g_s
+        reference.step()
+    params = [nn.Parameter(p) for p in split(start)]
+    base = torch.optim.SGD(params, lr=1e-2, momentum=0.9)
+    arguments = {"eta": 0.7, "beta": 0.9, "seed": 5}
+    if mixed:
+        optimizer = steppe.variants.mixed_arwp(base, 0.3, alpha=0.6, **arguments)
+    else:
+        optimizer = steppe.variants.arwp(base, 0.3, **arguments)
+    calls = []
+    for _ in range(20):
+        DRIVES[drive](optimizer, lambda: (calls.append(1), bumpy(flat(params)))[1])
+    assert len(calls) == (40 if mixed else 20)
+    assert torch.allclose(flat(params), w, rtol=1e-12, atol=1e-12) == (factor == 1.0)
+
+
+def test_arwp_without_squares_is_rwp():
+    for adaptive, plain_noise in (("arwp", "rwp"), ("mixed_arwp", "mixed_rwp")):
+        ends = []
+        for name, arguments in ((adaptive, {"eta": 0.0}), (plain_noise, {})):
+            model = net(dropout=0.0)
+            optimizer = getattr(steppe.variants, name)(
+                torch.optim.SGD(model.parameters(), lr=0.1), 0.05, model=model, **arguments
+            )
+            train(model, optimizer, by_passes, 3)
+            ends.append(bits(model.parameters()))
+        assert ends[0] == ends[1]
+
+
+def test_cosine_schedule_gives_the_deviation_of_the_authors_recipe():
+    optimizer = steppe.variants.arwp(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), 0.001)
+    schedule = steppe.rho_schedule.CosineRho(optimizer, total_steps=10, end=0.011)
+    for t in range(10):
+        factor = -math.cos(t * math.pi / 10) * 0.5 + 0.5
+        assert schedule.get_last_rho() == pytest.approx([0.001 * (factor * 10 + 1)])
+        optimizer.base.step()
+        schedule.step()
