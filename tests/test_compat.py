@@ -7,7 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import steppe
 from reference import sam_e, trajectory
+from steppe import Adaptive, LInf, rho_schedule
 from steppe.compat import SAM, disable_bn_stats, disable_running_stats, enable_bn_stats, enable_running_stats
 from support import batch, by_classic, model_bits, net
 
@@ -140,3 +142,127 @@ def test_copy_made_while_disabled_can_be_enabled():
     other(torch.randn(8, 3))
     assert layer.num_batches_tracked == 0
     assert other.num_batches_tracked == 1
+
+
+def test_group_keys_of_the_classic_implementation_are_read_and_written():
+    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = SAM([w], torch.optim.SGD, rho=0.1, lr=0.0)
+    group = optimizer.param_groups[0]
+    assert (group["rho"], group.get("rho"), group["adaptive"]) == (0.1, 0.1, False)
+    assert (optimizer.defaults["rho"], optimizer.defaults["adaptive"]) == (0.1, False)
+    for group in optimizer.param_groups:
+        group["rho"] *= 5
+    assert (optimizer.param_groups[0]["sam_rho"], optimizer.rho) == (0.5, 0.5)
+    schedule = rho_schedule.LinearRho(optimizer, total_steps=2)
+    schedule.step()
+    assert group["rho"] == 0.25
+    optimizer.rho = 2.0
+    assert group["rho"] == 2.0
+    with pytest.raises(KeyError):
+        group["rho_"]
+
+
+def test_radius_is_read_and_written_after_a_checkpoint_and_in_a_copy():
+    optimizer = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.1, lr=0.1, momentum=0.9)
+    by_classic(optimizer, lambda: optimizer.param_groups[0]["params"][0].sum())
+    other = SAM([nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.7, adaptive=True, lr=0.1, momentum=0.9)
+    other.load_state_dict(optimizer.state_dict())
+    assert [(g["rho"], g["adaptive"]) for g in other.param_groups] == [(0.1, False)]
+    twin = copy.deepcopy(other)
+    twin.param_groups[0]["rho"] = 0.3
+    assert (twin.rho, other.rho) == (0.3, 0.1)
+    other.base_optimizer.load_state_dict(optimizer.state_dict())
+    other.param_groups[0]["rho"] = 0.4
+    assert other.base_optimizer.param_groups[0]["sam_rho"] == 0.4
+    other.add_param_group({"params": [nn.Parameter(torch.ones(1))], "rho": 0.2})
+    other.add_param_group({"params": [nn.Parameter(torch.ones(1))]})
+    assert [(g["rho"], g["adaptive"]) for g in other.param_groups[1:]] == [(0.2, True), (0.7, True)]
+
+
+def test_adaptive_is_chosen_group_by_group():
+    a, b = (nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64)) for _ in range(2))
+    groups = [{"params": [a], "adaptive": True}, {"params": [b], "adaptive": False}]
+    optimizer = SAM(groups, torch.optim.SGD, rho=0.5, lr=0.1)
+    (a.sum() + b.sum()).backward()
+    optimizer.first_step()
+    norm = (2 * 9 + 2) ** 0.5
+    assert a[0].item() == pytest.approx(3 + 0.5 * 9 / norm)
+    assert b[0].item() == pytest.approx(3 + 0.5 / norm)
+    optimizer.restore()
+    for group in optimizer.param_groups:
+        group["adaptive"] = True
+    assert copy.deepcopy(optimizer).perturbation == Adaptive(eta=0.0)
+    with pytest.raises(AttributeError, match="chosen by group"):
+        optimizer.perturbation = LInf()
+
+
+@pytest.mark.parametrize("base", [torch.optim.SGD, torch.optim.Adam])
+def test_old_weights_are_readable_between_the_two_steps(base):
+    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = SAM([w], base, rho=1.0, lr=0.1)
+    before = w.detach().clone()
+    w.square().sum().div(2).backward()
+    optimizer.first_step(zero_grad=True)
+    torch.testing.assert_close(w - optimizer.state[w]["old_p"], torch.tensor([0.6, 0.8]))
+    assert torch.equal(optimizer.state[w]["old_p"], before)
+    w.square().sum().div(2).backward()
+    optimizer.second_step(zero_grad=True)
+    assert "old_p" not in optimizer.state[w]
+    assert not any("old_p" in state for state in optimizer.state_dict()["state"].values())
+
+
+def test_checkpoint_of_the_classic_implementation_loads():
+    """It holds w in the place of the base's state, and the classic keys in the groups."""
+    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = SAM([w], torch.optim.Adam, rho=0.05, lr=0.1)
+    group = torch.optim.Adam([w], lr=0.2).state_dict()["param_groups"][0]
+    classic = {
+        "state": {0: {"old_p": torch.zeros(2)}},
+        "param_groups": [{**group, "rho": 0.3, "adaptive": True}],
+    }
+    optimizer.load_state_dict(classic)
+    loaded = optimizer.param_groups[0]
+    assert (loaded["rho"], loaded["adaptive"], loaded["lr"]) == (0.3, True, 0.2)
+    by_classic(optimizer, lambda: w.square().sum())
+    assert "exp_avg" in optimizer.state[w]
+
+
+def _zero_by_hand(optimizer, model):
+    for p in model.parameters():
+        if p.grad is not None:
+            p.grad.zero_()
+
+
+CLEARED = {
+    "optimizer": lambda optimizer, model: optimizer.zero_grad(set_to_none=False),
+    "model": lambda optimizer, model: model.zero_grad(set_to_none=False),
+    "by hand": _zero_by_hand,
+}
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("clear", CLEARED)
+def test_gradient_of_zeros_is_no_first_pass(clear, when):
+    model = nn.Linear(3, 2).double()
+    twin = copy.deepcopy(model)
+    optimizer = SAM(model.parameters(), torch.optim.SGD, rho=0.5, lr=0.1)
+    reference = steppe.SAM(torch.optim.SGD(twin.parameters(), lr=0.1), rho=0.5)
+    x = torch.randn(4, 3).double()
+    for _ in range(3):
+        calls = []
+
+        def closure():
+            calls.append(1)  # noqa: B023
+            optimizer.zero_grad()
+            loss = model(x).square().sum()
+            loss.backward()
+            return loss
+
+        if when == "before":
+            CLEARED[clear](optimizer, model)
+        optimizer.step(closure)
+        if when == "after":
+            CLEARED[clear](optimizer, model)
+        assert len(calls) == 2
+        by_classic(reference, lambda: twin(x).square().sum())
+    assert model_bits(model) == model_bits(twin)

@@ -16,7 +16,8 @@
 """
 
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,21 +25,65 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from steppe import sam
-from steppe._engine.state_dict import RHO
-from steppe.methods.asam import Adaptive
+from steppe._engine.state_dict import RHO, parameters_of
+from steppe.methods.asam import ASAM_PAPER, Adaptive
+from steppe.papers import Paper
+from steppe.rules import Perturbation, Point, ScaledDirection
 from steppe.rules.l2 import L2
+from steppe.rules.ops import norm, reciprocal
 
 # Attribute of a disabled module. A list of modules here would not contain the copies (deepcopy, pickle) of a model
 # that was copied while its layers were disabled.
 _DISABLED = "_steppe_stats_disabled"
+_CLASSIC_RHO, _ADAPTIVE, _OLD = "rho", "adaptive", "old_p"
+"""Keys of the classic implementation, in groups and in the state of a parameter."""
+
+
+class _Group(dict[str, Any]):
+    """A parameter group in which ``"rho"`` is another name of the radius, :data:`RHO`.
+
+    One value with two names cannot differ: classic code reads and writes ``group["rho"]``, schedules write the other.
+    """
+
+    def __missing__(self, key: str) -> Any:
+        if key == _CLASSIC_RHO:
+            return self[RHO]
+        raise KeyError(key)
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        super().__setitem__(RHO if key == _CLASSIC_RHO else key, value)
+
+    def __contains__(self, key: object) -> bool:
+        return super().__contains__(RHO if key == _CLASSIC_RHO else key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return super().get(RHO if key == _CLASSIC_RHO else key, default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        return super().setdefault(RHO if key == _CLASSIC_RHO else key, default)
+
+
+def _group(group: dict[str, Any]) -> _Group:
+    """Return a group with its radius under one name, written as either.
+
+    A group with both has the classic one from the base's defaults only.
+    """
+    named = _Group()
+    for key, value in group.items():
+        if key != _CLASSIC_RHO or RHO not in group:
+            named[key] = value
+    return named
 
 
 class SAM(sam.SAM):
     """The classic constructor of :class:`steppe.SAM`, with an unchanged step.
 
+    ``group["rho"]`` and ``group["adaptive"]`` are read at every step, as classic code expects, and between
+    ``first_step`` and ``second_step`` ``optimizer.state[p]["old_p"]`` is w. Checkpoints of the classic implementation
+    load; they hold no state of the base.
+
     Args:
-        params: Parameters, or groups of them; a group may have its own ``rho``, and ``group["rho"] = ...`` sets its
-            radius for the next step.
+        params: Parameters, or groups of them; a group may have its own ``rho`` and ``adaptive``.
         base_class: The base optimizer's class (its old name, ``base_optimizer``, works as a keyword).
         rho: The radius of the neighborhood.
         adaptive: True for ASAM as in the classic implementation, T = |w|, e = rho T^2 g / |T g|.
@@ -48,6 +93,8 @@ class SAM(sam.SAM):
         >>> optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.05, lr=0.1)
         >>> optimizer.base_optimizer.defaults["lr"]
         0.1
+        >>> optimizer.param_groups[0]["rho"]
+        0.05
     """
 
     def __init__(
@@ -59,23 +106,93 @@ class SAM(sam.SAM):
         **kwargs: Any,
     ) -> None:
         base_class = kwargs.pop("base_optimizer", base_class)
-        rule = Adaptive(eta=0.0) if adaptive else L2()
-        super().__init__(params, base_class, rho, perturbation=rule, **kwargs)
+        groups, own = _without_adaptive(params)
+        super().__init__(groups, base_class, rho, **kwargs)  # type: ignore[arg-type]
+        self.base.defaults.update({_CLASSIC_RHO: rho, _ADAPTIVE: adaptive})
+        for group, value in zip(self.param_groups, own or [None] * len(self.param_groups), strict=True):
+            group[_ADAPTIVE] = adaptive if value is None else value
 
-    def _begin(self, caller: str) -> None:
-        for group in self.param_groups:
-            if (
-                "rho" in group
-            ):  # classic code writes "rho"; the base has none, because the class form raises for such a base
-                group[RHO] = group.pop("rho")
-        super()._begin(caller)
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The base optimizer's groups, each with its radius as ``rho`` (and ``sam_rho``), and ``adaptive``."""
+        groups = self.base.param_groups
+        for index, group in enumerate(groups):
+            if not isinstance(group, _Group):  # new, or replaced by load_state_dict
+                groups[index] = _group(group)
+        return groups
+
+    @param_groups.setter
+    def param_groups(self, groups: list[dict[str, Any]]) -> None:
+        self.base.param_groups = groups
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group to the base optimizer, with its own ``rho`` and ``adaptive``, or those of the constructor."""
+        group = dict(_group(param_group))
+        super().add_param_group({_ADAPTIVE: self.defaults[_ADAPTIVE], **group})
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load a checkpoint of this optimizer, of its base, or of the classic implementation.
+
+        The classic implementation saves w (``old_p``) in the place of the base's state: it is dropped.
+        """
+        adaptive = [group.get(_ADAPTIVE, self.defaults[_ADAPTIVE]) for group in self.param_groups]
+        state = {key: _without(_OLD, own) for key, own in state_dict["state"].items()}
+        groups = [dict(_group(group)) for group in state_dict["param_groups"]]
+        super().load_state_dict({**state_dict, "state": state, "param_groups": groups})
+        for group, value in zip(self.param_groups, adaptive, strict=True):
+            group.setdefault(_ADAPTIVE, value)
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """The perturbation that ``group["adaptive"]`` chooses, group by group."""
+        flags = {bool(group.get(_ADAPTIVE, False)) for group in self.param_groups}
+        if len(flags) < 2:
+            return Adaptive(eta=0.0) if True in flags else L2()
+        return _AdaptiveByGroup(
+            frozenset(p for group in self.param_groups if group.get(_ADAPTIVE, False) for p in group["params"])
+        )
+
+    @perturbation.setter
+    def perturbation(self, rule: Perturbation) -> None:
+        if rule in (L2(), self.perturbation):  # steppe.SAM's default, and that of a copy
+            return
+        raise AttributeError(
+            'the perturbation of steppe.compat.SAM is chosen by group["adaptive"]: set that, or use steppe.SAM, which '
+            "takes perturbation="
+        )
+
+    def first_step(self, zero_grad: bool = False) -> None:
+        """Perturb the weights, as :meth:`steppe.SAM.first_step` does; ``state[p]["old_p"]`` is w until they are back.
+
+        Args:
+            zero_grad: Clear the gradients for the second backward.
+        """
+        super().first_step(zero_grad)
+        for weight, before in self._engine.displaced():
+            self.state[weight][_OLD] = before
+
+    def restore(self) -> None:
+        """Abort a pending step and restore the weights; the next pass is a first one."""
+        self._drop_old()
+        super().restore()
+
+    def _finish_classic(self) -> None:
+        self._drop_old()
+        super()._finish_classic()
+
+    def _drop_old(self) -> None:
+        """Remove ``old_p`` from the base's state: some bases take a state that is not empty for their own."""
+        for weight in parameters_of(self.base):
+            own = self.base.state.get(weight)
+            if own and own.pop(_OLD, None) is not None and not own:
+                del self.base.state[weight]
 
     def _run(self, closure: sam.Closure) -> Any:
         """Run the classic ``step(closure)``: the caller has run the first pass, and the closure is the second.
 
-        If there is no gradient yet, the closure runs both passes, as in ``steppe.SAM``.
+        If there is no gradient yet, or only zeros, the closure runs both passes, as in ``steppe.SAM``.
         """
-        if not self._engine.gradients.accumulated_outside():
+        if not any(bool(gradient.any()) for gradient in self._engine.gradients.accumulated_outside().values()):
             return super()._run(closure)
         self.first_step(zero_grad=True)
         try:
@@ -84,6 +201,7 @@ class SAM(sam.SAM):
         except BaseException:
             self.restore()
             raise
+        self._engine.pass_gradients.end_pass(made=self._engine.gradients.any())
         self._finish_classic()
         return None
 
@@ -91,6 +209,37 @@ class SAM(sam.SAM):
     def base_optimizer(self) -> Optimizer:
         """The base optimizer, under its classic name."""
         return self.base
+
+
+@dataclass(frozen=True)
+class _AdaptiveByGroup:
+    """ASAM's perturbation on some of the parameters, and SAM's on the others, with one norm over all."""
+
+    paper: ClassVar[Paper] = ASAM_PAPER
+    scale_free: ClassVar[bool] = True
+
+    adaptive: frozenset[Tensor] = field(repr=False)
+    """The parameters with T = |w|; T = 1 for the others."""
+
+    def __call__(self, point: Point) -> ScaledDirection:
+        T = [w.abs() if p in self.adaptive else None for p, w in zip(point.parameters, point.weights, strict=True)]
+        Tg = [g if t is None else t * g for t, g in zip(T, point.gradients, strict=True)]
+        return ScaledDirection([g if t is None else t * g for t, g in zip(T, Tg, strict=True)], reciprocal(norm(Tg)))
+
+
+def _without_adaptive(params: Any) -> tuple[Any, list[bool | None]]:
+    """Return the groups without ``adaptive``, which the base need not know, and these options; one for each group."""
+    if isinstance(params, Tensor | nn.Module | None):
+        return params, []
+    params = list(params)
+    if not any(isinstance(group, dict) for group in params):
+        return params, []
+    return [_without(_ADAPTIVE, group) for group in params], [group.get(_ADAPTIVE) for group in params]
+
+
+def _without(name: str, entries: Any) -> Any:
+    """Return a dictionary without one entry; anything else as it is."""
+    return {key: value for key, value in entries.items() if key != name} if isinstance(entries, dict) else entries
 
 
 def disable_bn_stats(model: nn.Module) -> None:

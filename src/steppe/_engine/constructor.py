@@ -104,7 +104,7 @@ def check_group(index: int, group: dict[str, Any], names: Container[str]) -> Non
             f"its radius is unknown. Use SAM's add_param_group() and load_state_dict(), or set "
             f"param_groups[{index}][{RHO!r}]"
         )
-    if "rho" in group and "rho" not in names:
+    if "rho" in tuple(group) and "rho" not in names:  # as a key; groups of steppe.compat have it as another name
         raise ValueError(
             f"group {index} has a 'rho', which has no effect: the radius of a group is {RHO!r} (Adadelta has a "
             f"'rho' of its own). Write it under that name"
