@@ -33,10 +33,9 @@ class MethodOptions:
                 f"method must be a function that wraps a base optimizer, got {method!r}: write {owner}(rho=0.05) or "
                 f"{owner}(method=steppe.variants.asam, rho=0.5){ready_made and f'; {ready_made}'}"
             )
-        if rho is not None and isinstance(method, functools.partial) and "rho" in method.keywords:
-            raise TypeError(
-                f"{owner} got two radii, rho={rho} and the method's own rho={method.keywords['rho']}: give only one"
-            )
+        own = method.keywords.get("rho") if isinstance(method, functools.partial) else None
+        if rho is not None and own is not None and not _is_from_parser(method, own):
+            raise TypeError(f"{owner} got two radii, rho={rho} and the method's own rho={own}: give only one")
         self._owner, self._method = owner, method
         self._options = options if rho is None else {"rho": rho, **options}
 
@@ -71,6 +70,11 @@ class MethodOptions:
                 f"{self._name} returned {type(sam).__name__}, and {self._owner} needs a steppe.SAM around the base"
             )
         return sam
+
+
+def _is_from_parser(method: Any, rho: Any) -> bool:
+    """Return True for a partial method of jsonargparse (LightningCLI), which gives all default values as arguments."""
+    return SAM in method.args and rho == inspect.signature(SAM).parameters["rho"].default
 
 
 def set_model_if_missing(sam: SAM, model: nn.Module) -> None:

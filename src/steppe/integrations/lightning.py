@@ -13,6 +13,7 @@ from steppe.integrations._lightning_package import pl
 from steppe.integrations._lightning_window import AccumulationWindow
 from steppe.integrations._method_options import MethodOptions, set_model_if_missing
 from steppe.integrations._pass_losses import StepLosses
+from steppe.rules import Cadence, Combination, Perturbation
 from steppe.sam import SAM, Pass
 
 _FINDERS = (pl.callbacks.LearningRateFinder, pl.callbacks.BatchSizeFinder)
@@ -46,11 +47,14 @@ class SAMCallback(pl.Callback):
 
     Args:
         method: Called as ``method(base, model=module, rho=rho, **options)``: :class:`steppe.SAM`, one of
-            :mod:`steppe.variants`, or a function of your own. With DDP, ``module`` is the ``DistributedDataParallel``.
+            :mod:`steppe.variants`, or a function of your own; SAM by default. With DDP, ``module`` is the
+            ``DistributedDataParallel``.
         rho: The neighborhood radius; by default the method's own, 0.05 for SAM.
         optimizers: The indices of the optimizers to wrap; all by default.
         log_sharpness: Log ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w), at each perturbed step, of
             the samples of this process, without waiting for the device. In automatic optimization only.
+        perturbation, combination, cadence: The rules of :class:`steppe.SAM`, for a method that takes them.
+        replay_rng, per_rank, stochastic_rounding: As for :class:`steppe.SAM`; by default the method's own.
         **options: Further options of the method.
 
     Raises:
@@ -71,13 +75,24 @@ class SAMCallback(pl.Callback):
 
     def __init__(
         self,
-        method: Callable[..., SAM] = SAM,
+        method: Callable[..., SAM] | None = None,
         *,
         rho: float | None = None,
         optimizers: Sequence[int] | None = None,
         log_sharpness: bool = False,
+        perturbation: Perturbation | None = None,
+        combination: Combination | None = None,
+        cadence: Cadence | None = None,
+        replay_rng: bool | None = None,
+        per_rank: bool | None = None,
+        stochastic_rounding: bool | None = None,
         **options: Any,
     ) -> None:
+        # Written out, so that a parser (LightningCLI) knows them; None is the method's default.
+        rules = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
+        modes = {"replay_rng": replay_rng, "per_rank": per_rank, "stochastic_rounding": stochastic_rounding}
+        options |= {name: value for name, value in {**rules, **modes}.items() if value is not None}
+        method = SAM if method is None else method
         ready_made = "a ready-made SAM is returned from configure_optimizers"
         self._method_options = MethodOptions("SAMCallback", method, rho, ready_made=ready_made, **options)
         self._indices, self._log_sharpness = optimizers, log_sharpness
@@ -171,6 +186,45 @@ class SAMCallback(pl.Callback):
             )
         set_model_if_missing(base, model)
         return base
+
+
+def build_sam(
+    params: Any,
+    base: Callable[[Any], Optimizer],
+    rho: float = 0.05,
+    *,
+    perturbation: Perturbation | None = None,
+    combination: Combination | None = None,
+    cadence: Cadence | None = None,
+    replay_rng: bool = True,
+    per_rank: bool = False,
+    stochastic_rounding: bool = False,
+) -> SAM:
+    """Build a SAM and its base from the parameters, for configuration files of LightningCLI.
+
+    Train it with ``SAMCallback()``. A file has the base and the rules by their class paths::
+
+        optimizer:
+          class_path: steppe.integrations.lightning.build_sam
+          init_args:
+            base: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+            perturbation: {class_path: steppe.Adaptive, init_args: {eta: 0.5}}
+
+    Args:
+        params: The parameters, or their groups.
+        base: Called with the parameters; returns the base optimizer.
+        rho: As for :class:`steppe.SAM`, like the other options.
+        perturbation, combination, cadence: The rules; None for those of SAM.
+        replay_rng, per_rank, stochastic_rounding: As for :class:`steppe.SAM`.
+    """
+    rules = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
+    given: dict[str, Any] = {name: rule for name, rule in rules.items() if rule is not None}
+    modes: dict[str, Any] = {
+        "replay_rng": replay_rng,
+        "per_rank": per_rank,
+        "stochastic_rounding": stochastic_rounding,
+    }
+    return SAM(base(params), rho, **given, **modes)
 
 
 def _check_supported(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
