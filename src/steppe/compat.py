@@ -107,7 +107,7 @@ class SAM(sam.SAM):
     ) -> None:
         base_class = kwargs.pop("base_optimizer", base_class)
         groups, own = _without_adaptive(params)
-        super().__init__(groups, base_class, rho, **kwargs)  # type: ignore[arg-type]
+        super().__init__(groups, base_class, rho, **kwargs)
         self.base.defaults.update({_CLASSIC_RHO: rho, _ADAPTIVE: adaptive})
         for group, value in zip(self.param_groups, own or [None] * len(self.param_groups), strict=True):
             group[_ADAPTIVE] = adaptive if value is None else value

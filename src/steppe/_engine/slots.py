@@ -9,7 +9,7 @@ from torch import Tensor
 from steppe.rules import Perturbation, ScaledDirection
 
 
-def check_slots(**rules: Callable[..., Any]) -> None:
+def check_slots(**rules: Any) -> None:
     """Refuse a rule that is no function, or one of another kind than its slot.
 
     Perturbations and cadences both take a point: in the wrong slot, one would be called, and perhaps without an error.

@@ -54,7 +54,7 @@ def check_count(name: str, value: int, meaning: str) -> None:
         raise ValueError(f"{name} must be 1 or more, got {value}: it is {meaning}")
 
 
-def check_whole(name: str, value: int, meaning: str) -> None:
+def check_whole(name: str, value: Any, meaning: str) -> None:
     """Raise ValueError unless the value is a whole number, of the type int or one like it (numpy's)."""
     if isinstance(value, bool) or not isinstance(value, Integral):
         raise ValueError(f"{name} must be a whole number, an int, got {value!r}: it is {meaning}")
