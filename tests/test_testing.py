@@ -90,6 +90,7 @@ KILLED = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:both passes changed the buffers")
 @pytest.mark.parametrize("mutant", KILLED)
 def test_mutant_rule_is_killed_by_its_check(mutant):
     check, make = KILLED[mutant]

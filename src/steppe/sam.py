@@ -4,13 +4,14 @@ from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, TypeAlias, Unpack, cast, get_overloads, overload
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe import papers
 from steppe._engine.callers import called_by_scaler, refuse_accumulation
 from steppe._engine.closure import run_closure
 from steppe._engine.constructor import (
+    Model,
     Options,
     Params,
     base_and_rho,
@@ -20,6 +21,7 @@ from steppe._engine.constructor import (
     check_model,
     check_per_rank,
     drop_earlier_radii,
+    one_module,
 )
 from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
@@ -61,9 +63,10 @@ class SAM(SAMStep):
         base_optimizer: An instance of any optimizer that does not need a closure of its own.
         rho: The radius of the neighborhood, at least 0; the default of every group. A group may have its own
             ``sam_rho``.
-        model: The module that the passes run. With it, the second pass changes no buffer (BatchNorm's running
-            statistics, ...), starts from the buffers from which the first one started, and adds nothing to the
-            gradients of parameters that belong to other optimizers.
+        model: The module that the passes run; several in a list, tuple or dict. With it, the second pass leaves no
+            trace in it: buffers (BatchNorm's running statistics, ...), parameters that belong to other optimizers or to
+            none, their gradients, and numbers, tensors and random generators in attributes of modules. It starts from
+            the state from which the first one started.
         perturbation: How to perturb, :class:`~steppe.L2` or any :class:`~steppe.rules.Perturbation`.
         combination: Which update gradient to make of g and g_s, any :class:`~steppe.rules.Combination`.
         cadence: At which steps to perturb, any :class:`~steppe.rules.Cadence`.
@@ -112,7 +115,7 @@ class SAM(SAMStep):
     def __init__(
         self,
         *args: Any,
-        model: nn.Module | None = None,
+        model: Model | None = None,
         perturbation: Perturbation = _ALONG_G,
         combination: Combination = _G_S,
         cadence: Cadence = _EVERY_STEP,
@@ -123,6 +126,7 @@ class SAM(SAMStep):
         **kwargs: Any,
     ) -> None:
         base, rho = base_and_rho(*args, **kwargs)
+        model = one_module(model)
         check_model(model, base)
         drop_earlier_radii(base)
         if per_rank:
@@ -273,8 +277,10 @@ class SAM(SAMStep):
         """Perturb the weights by the gradient that a backward has left (the classic API).
 
         The second pass draws the random numbers that followed the last ``zero_grad()`` or step: the same dropout
-        masks, if the first forward came right after it. :meth:`passes` needs no such care, and restores the weights
-        on any exception.
+        masks, if the first forward came right after it. It starts from the state of ``model=`` before the first
+        forward with a graph after ``zero_grad()`` (without that call, and with ``torch.compile``, from the state that
+        the first pass left).
+        :meth:`passes` needs no such care, and restores the weights on any exception.
 
         Args:
             zero_grad: Clear the gradients for the second backward.
@@ -318,8 +324,7 @@ class SAM(SAMStep):
         self.step()
         if zero_grad:
             self.zero_grad()
-        else:
-            self._engine.side_effects.mark_generators()
+        self._engine.side_effects.expect_first_pass(in_step=False)
 
     def restore(self) -> None:
         """Abort a pending step and restore the weights; the next pass is a first one."""
@@ -332,7 +337,7 @@ class SAM(SAMStep):
         self._engine.gradients.mark_cleared()
         if self._engine.stage in (Stage.READY, Stage.INCOMPLETE, Stage.IDLE):
             self._engine.stage = Stage.IDLE
-            self._engine.side_effects.mark_generators()
+            self._engine.side_effects.expect_first_pass()
 
     # Shared by the three ways. SAMStep has the passes, and the step without passes.
 
@@ -377,6 +382,7 @@ class SAM(SAMStep):
 
     def _take_step(self) -> None:
         """Step from w with the gradient in ``.grad``."""
+        self._engine.side_effects.end_step()
         self._engine.stage = Stage.IDLE
         self._step_base()
         self._engine.count_step()

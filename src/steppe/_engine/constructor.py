@@ -2,7 +2,7 @@
 
 import inspect
 import math
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Mapping
 from typing import Any, TypeAlias, TypedDict
 from weakref import WeakSet
 
@@ -17,13 +17,15 @@ from steppe.rules import Cadence, Combination, Perturbation, ascent_steps, needs
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
+Model: TypeAlias = nn.Module | list[nn.Module] | tuple[nn.Module, ...] | Mapping[str, nn.Module]
+
 _wrapped: WeakSet[Optimizer] = WeakSet()
 
 
 class Options(TypedDict, total=False):
     """Keyword arguments of :class:`steppe.SAM`, which documents them."""
 
-    model: nn.Module | None
+    model: Model | None
     perturbation: Perturbation
     combination: Combination
     cadence: Cadence
@@ -110,6 +112,29 @@ def check_group(index: int, group: dict[str, Any], names: Container[str]) -> Non
             f"'rho' of its own). Write it under that name"
         )
     check_rho(group[RHO])
+
+
+def one_module(model: Model | None) -> nn.Module | None:
+    """Return ``model=`` as one module.
+
+    Raises:
+        TypeError: It is neither a module nor a list, tuple or dict of modules.
+    """
+    if model is None or isinstance(model, nn.Module):
+        return model
+    modules = list(model.values()) if isinstance(model, Mapping) else model
+    if not isinstance(modules, list | tuple):
+        raise TypeError(
+            f"model= is a {type(model).__name__}, and only a module can be protected from the second pass: give the "
+            "module that the passes run, or several in a list, tuple or dict"
+        )
+    for index, module in enumerate(modules):
+        if not isinstance(module, nn.Module):
+            raise TypeError(
+                f"model= holds a {type(module).__name__} at position {index}, and only modules can be protected from "
+                "the second pass: give the modules that the passes run, without their optimizers or parameters"
+            )
+    return nn.ModuleList(modules)
 
 
 def check_model(model: nn.Module | None, base: Optimizer) -> None:

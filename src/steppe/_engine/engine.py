@@ -8,6 +8,7 @@ from typing import Any, TypeAlias, TypeVar, overload
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from steppe._engine.base_hook import call_before_step
@@ -291,6 +292,7 @@ class Engine:
 
     @torch.no_grad()
     def _restore(self) -> None:
+        self.side_effects.end_first_pass()
         self._displacement.restore()
         self.side_effects.end_second_pass()
         self.drop_cached_weights()
@@ -319,6 +321,7 @@ class Engine:
     def drop_cached_weights(self) -> None:
         """Drop copies of the weights that torch has cached; the next pass would run on stale weights."""
         torch.clear_autocast_cache()  # low-precision casts in an open autocast region
+        parametrize._cache.clear()  # of parametrize.cached(), a private name of torch that nothing else clears
         self.ranks.drop_gathered_weights()
 
     def abort(self) -> None:

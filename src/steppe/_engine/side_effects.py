@@ -1,60 +1,19 @@
-"""Protect buffers, random generators and other parameters' gradients from the second pass."""
+"""Protect the model's state, random generators and other parameters' gradients from the second pass."""
 
-import random
-import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 
-from steppe._tensors.dtensor import local
-from steppe._tensors.in_place import copy_, reuse
-
-
-class Buffers:
-    """A snapshot of a model's buffers: which tensors they are, and their values.
-
-    It covers every registered buffer: BatchNorm in all its forms, spectral norm, EvoNorm, codebooks, counters. Nothing
-    in the model is switched off, so that a module saved midway, or an exception, leaves the model as it is. State
-    outside of registered buffers is not covered.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
-        self._entries: list[tuple[dict[str, Tensor | None], dict[str, Tensor | None]]] = []
-        self._values: dict[Tensor, Tensor] = {}
-
-    @torch.no_grad()
-    def save(self) -> None:
-        """Save the buffers; the storage of an earlier snapshot is reused."""
-        self._entries = [(m._buffers, dict(m._buffers)) for m in self._model.modules() if m._buffers]
-        now = {t for _, entries in self._entries for t in entries.values() if t is not None}
-        self._values = {b: reuse(self._values.get(b), like=local(b)) for b in now if b in self._values or _writable(b)}
-        copy_(list(self._values.values()), list(self._values))
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Restore the buffers of :meth:`save`: the same tensors with the same values."""
-        for current, entries in self._entries:
-            if current.keys() != entries.keys() or any(current[k] is not t for k, t in entries.items()):
-                current.clear()
-                current.update(entries)
-        if self._entries:
-            copy_([local(b) for b in self._values], list(self._values.values()))
-
-    def discard(self) -> None:
-        """Make :meth:`restore` do nothing until the next :meth:`save`."""
-        self._entries = []
-
-
-def _writable(buffer: Tensor) -> bool:
-    """True if a pass could have written into the buffer: it is neither uninitialized (lazy) nor expanded."""
-    return not is_lazy(buffer) and not any(
-        stride == 0 and size > 1 for stride, size in zip(buffer.stride(), buffer.shape, strict=True)
-    )
+from steppe._engine.callers import warn
+from steppe._engine.forwards import may_watch_forwards, watch_forwards
+from steppe._engine.generators import Generators
+from steppe._engine.model_state import ModelState
+from steppe._engine.outside import OutsideWatch
+from steppe._tensors.dtensor import all_plain
 
 
 @contextmanager
@@ -62,8 +21,9 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
     """Keep every buffer of ``model`` unchanged by the ``with`` block.
 
     Modules use batch statistics as their modes say. At the end of the block, also on an exception, their buffers are
-    restored: running mean and variance, ``num_batches_tracked``, power iterations, ... For code that drives its own
-    second pass; :class:`steppe.SAM` with ``model=`` needs no such care.
+    restored: running mean and variance, ``num_batches_tracked``, power iterations, ... So are numbers and tensors in
+    attributes that a forward assigns. For code that drives its own second pass; :class:`steppe.SAM` with ``model=``
+    needs no such care.
 
     Args:
         model: The module whose buffers are kept.
@@ -75,115 +35,264 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
         >>> bn.num_batches_tracked
         tensor(0)
     """
-    buffers = Buffers(model)
-    buffers.save()
+    state = ModelState(model, model.parameters(), generators=False)
+    state.save()
     try:
         yield
     finally:
-        buffers.restore()
-
-
-class Generators:
-    """The global random generators: torch's on the CPU and on ``devices``, Python's and NumPy's."""
-
-    def __init__(self, devices: Iterable[torch.device]) -> None:
-        accelerators = {d for d in devices if d.type not in ("cpu", "meta")}
-        self._devices = [d for d in accelerators if torch.get_device_module(d).is_available()]
-
-    def save(self) -> dict[str | torch.device, Any]:
-        """Return the current states."""
-        states: dict[str | torch.device, Any] = {"torch": torch.get_rng_state(), "python": random.getstate()}
-        # Not imported: a program without NumPy has no such generator.
-        if (numpy := sys.modules.get("numpy")) is not None:
-            states["numpy"] = numpy.random.get_state()
-        for device in self._devices:
-            states[device] = torch.get_device_module(device).get_rng_state(device)
-        return states
-
-    def restore(self, states: dict[str | torch.device, Any]) -> None:
-        """Restore the states that :meth:`save` returned."""
-        torch.set_rng_state(states["torch"])
-        random.setstate(states["python"])
-        if "numpy" in states:
-            sys.modules["numpy"].random.set_state(states["numpy"])
-        for device in self._devices:
-            torch.get_device_module(device).set_rng_state(states[device], device)
+        state.restore()
 
 
 class OtherGradients:
     """Gradients of the model's parameters that this optimizer does not own; a second pass must not add to them."""
 
-    def __init__(self, model: nn.Module, owned: Iterable[Tensor]) -> None:
-        ours = set(owned)
-        self._parameters = [p for p in model.parameters() if p not in ours]
-        self._gradients: list[Tensor | None] = []
+    def __init__(self) -> None:
+        self._gradients: list[tuple[Tensor, Tensor | None]] = []
 
-    def save(self) -> None:
-        """Save the current gradients."""
-        self._gradients = [p.grad for p in self._parameters]
+    def save(self, parameters: Iterable[Tensor]) -> None:
+        """Save the current gradients of these parameters."""
+        self._gradients = [(p, p.grad) for p in parameters]
 
     def clear(self) -> None:
         """Clear them, so that the second pass makes gradients of its own."""
-        for p in self._parameters:
+        for p, _ in self._gradients:
             p.grad = None
 
     def restore(self) -> None:
         """Restore the gradients of :meth:`save`."""
-        for p, gradient in zip(self._parameters, self._gradients, strict=True):
+        for p, gradient in self._gradients:
             p.grad = gradient
         self._gradients = []
+
+
+class Initialization:
+    """Notices a first pass that writes the optimizer's own parameters: it initializes them from its data.
+
+    Such a pass cannot be repeated from the state in which it started: it would initialize the weights again, over
+    w + e.
+    """
+
+    def __init__(self, owned: Iterable[Tensor]) -> None:
+        self._owned = list(owned)
+        self._marks: list[tuple[int, int]] = []
+        self._norms: list[Tensor] = []
+        self._first = True
+        self._ever_written: set[int] = set()
+
+    @torch.no_grad()
+    def begin(self) -> None:
+        """Begin the first pass."""
+        self._marks = self._current_marks()
+        # `p.data.copy_(...)` leaves no mark. An initialization comes in the first step, so only that one pays for norms
+        self._norms = self._current_norms() if self._first else []
+
+    def end(self, *, may_initialize: Callable[[], bool]) -> bool:
+        """End the first pass; return True if it has initialized parameters."""
+        marks = zip(self._owned, self._marks, self._current_marks(), strict=True) if self._marks else ()
+        written = {id(p) for p, before, now in marks if before != now} - self._ever_written
+        self._ever_written |= written
+        norms, self._norms, self._marks, self._first = self._norms, [], [], False
+        if not written and norms and may_initialize():
+            return any(not torch.equal(a, b) for a, b in zip(norms, self._current_norms(), strict=True))
+        return bool(written)
+
+    def _current_marks(self) -> list[tuple[int, int]]:
+        plain = all_plain(self._owned)
+        return [(p._version, p.data_ptr() if plain else 0) for p in self._owned]
+
+    @torch.no_grad()
+    def _current_norms(self) -> list[Tensor]:
+        return list(torch._foreach_norm(self._owned)) if self._owned and all_plain(self._owned) else []
+
+
+_all: "WeakSet[SideEffects]" = WeakSet()
 
 
 class SideEffects:
     """Gives two passes the side effects of one ordinary pass.
 
-    The second pass starts from the generator states and the buffers from which the first one started, so that it
-    evaluates the same function at w + e. After it, both are what the first pass left.
+    The second pass starts from the generator states and the state of the model from which the first one started, so
+    that it evaluates the same function at w + e. After it, both are what the first pass left.
+
+    Args:
+        model: The module that the passes run, or None.
+        owned: The optimizer's parameters.
+        replay_rng: Replay the generators.
     """
 
     def __init__(self, model: nn.Module | None, owned: Iterable[Tensor], *, replay_rng: bool) -> None:
         owned = list(owned)
         self._generators = Generators(p.device for p in owned) if replay_rng else None
-        self._before = Buffers(model) if model is not None else None
-        self._after = Buffers(model) if model is not None else None
-        self._others = OtherGradients(model, owned) if model is not None else None
         self._states_before: dict[str | torch.device, Any] | None = None
         self._states_after: dict[str | torch.device, Any] | None = None
+        self._model = _ModelOfTwoPasses(model, owned, generators=replay_rng) if model is not None else None
+        self._watch: OutsideWatch | None = OutsideWatch(model, owned)  # of the first step only
         self._in_second_pass = False
+        self._in_step = False
+        _all.add(self)
 
     def begin_first_pass(self) -> None:
         """Save the state from which the first pass starts."""
-        self.mark_generators()
-        if self._before is not None:
-            self._before.save()
+        self._in_step = True
+        self._save_generators()
+        if self._model is not None:
+            self._model.begin_first_pass()
+        if self._watch is not None:
+            self._watch.begin_first_pass()
 
-    def mark_generators(self) -> None:
-        """Save the generators only: a first pass may start here (the classic API has no call before it)."""
+    def expect_first_pass(self, *, in_step: bool = True) -> None:
+        """Save the generators, and the model when its next forward begins: the classic API has no call there.
+
+        Args:
+            in_step: False after a step: a hook on the next forward could stay for long, and other optimizers may step
+                before it. Then only the generators are saved.
+        """
+        self._in_step = in_step
+        self._save_generators()
+        if self._model is not None and self._model.expect_first_pass(in_step=in_step) and self._watch is not None:
+            self._watch.begin_first_pass()
+
+    def _save_generators(self) -> None:
         self._states_before = self._generators.save() if self._generators is not None else None
-        if self._before is not None:
-            self._before.discard()
+
+    def end_first_pass(self) -> None:
+        """End the first pass, before its weights change; without one, do nothing."""
+        if self._watch is not None and not self._in_second_pass:
+            self._watch.stop()
+        if self._model is not None:
+            self._model.end_first_pass()
 
     def begin_second_pass(self) -> None:
         """Save the state in which the first pass ended, and restore the one from which it started."""
+        self.end_first_pass()
         if self._generators is not None:
             self._states_after = self._generators.save()
-        if self._after is not None and self._others is not None:
-            self._after.save()
-            self._others.save()
+        if self._model is not None:
+            self._model.save_after()
         self._in_second_pass = True  # set before anything is changed: end_second_pass() undoes an interrupt below, too
+        if self._watch is not None and not self._watch.ended:
+            self._watch.begin_second_pass(self._modules_of_others())
         if self._generators is not None and self._states_before is not None:
             self._generators.restore(self._states_before)
-        if self._before is not None and self._others is not None:
-            self._before.restore()
-            self._others.clear()
+        if self._model is not None:
+            self._model.restore_before()
 
     def end_second_pass(self) -> None:
         """Restore the state in which the first pass ended; without a second pass, do nothing."""
         if not self._in_second_pass:
             return
+        if self._watch is not None and not self._watch.ended:
+            self._watch.end(self._modules_of_others())
         if self._generators is not None and self._states_after is not None:
             self._generators.restore(self._states_after)
-        if self._after is not None and self._others is not None:
-            self._after.restore()
-            self._others.restore()
+        if self._model is not None:
+            self._model.restore_after()
         self._in_second_pass = False
+
+    def end_step(self) -> None:
+        """End the step at w, and warn once of what its passes did to the rest of the program."""
+        self._in_step = False
+        watch = self._watch
+        if watch is not None and watch.ended:
+            self._watch = None
+            if self._model is not None and watch.found:
+                self._model.protect_also(watch.found)
+            watch.warn()
+        if self._model is not None:
+            self._model.warn()
+
+    def _modules_of_others(self) -> set[int]:
+        """Return the modules of other optimizers of this package that are in a step at this time."""
+        others = [other for other in _all if other is not self and other._in_step and other._model is not None]
+        return {id(m) for other in others if other._model is not None for m in other._model.model.modules()}
+
+
+class _ModelOfTwoPasses:
+    """The states of the model before and after the first pass, and gradients of parameters that are not ours."""
+
+    def __init__(self, model: nn.Module, owned: list[Tensor], *, generators: bool) -> None:
+        self.model = model
+        self._owned, self._generators = owned, generators
+        self._save_states_of(model)
+        self._others = OtherGradients()
+        self._initialization = Initialization(owned)
+        self._initialized = False
+        self._in_first_pass = False
+        self._is_classic = True
+        self._stop_expecting: Callable[[], None] | None = None
+        self._module_ids: set[int] = set()
+        self._written_late: list[Tensor] = []
+
+    def _save_states_of(self, model: nn.Module) -> None:
+        self._before = ModelState(model, self._owned, generators=self._generators)
+        self._after = ModelState(model, self._owned, generators=self._generators)
+        self._after.share_writes(self._before)
+
+    def protect_also(self, modules: list[nn.Module]) -> None:
+        """Protect further modules."""
+        self.model = nn.ModuleList([self.model, *modules])
+        self._save_states_of(self.model)
+
+    def begin_first_pass(self) -> None:
+        self._stop()
+        self._is_classic = False
+        self._begin()
+
+    def expect_first_pass(self, *, in_step: bool) -> bool:
+        """Begin the first pass at the next forward; return False if that cannot be one of the classic API."""
+        self._stop()
+        if not self._is_classic:
+            return False
+        self._before.discard()
+        if not in_step:
+            return False
+        if may_watch_forwards():
+            self._module_ids = set(map(id, self.model.modules()))
+            self._stop_expecting = watch_forwards(self._before_forward)
+        return True
+
+    def _before_forward(self, module: nn.Module) -> None:
+        # without a graph, it is no pass: an evaluation between two steps
+        if torch.is_grad_enabled() and id(module) in self._module_ids:
+            self._stop()
+            self._begin()
+
+    def _begin(self) -> None:
+        self._before.save()
+        self._initialization.begin()
+        self._initialized, self._in_first_pass = False, True
+
+    def end_first_pass(self) -> None:
+        self._stop()
+        if self._in_first_pass:
+            self._in_first_pass = False
+            self._initialized = self._initialization.end(may_initialize=self._before.own_modules_changed)
+
+    def save_after(self) -> None:
+        self._written_late += self._before.find_writes()
+        self._after.save()
+        self._others.save(self._after.others)
+
+    def restore_before(self) -> None:
+        # In the classic API, another optimizer may have stepped after the forward that seemed to be the first.
+        if not self._initialized and not (self._is_classic and self._before.others_were_trained()):
+            self._before.restore()
+        self._others.clear()
+
+    def restore_after(self) -> None:
+        self._after.restore()
+        self._others.restore()
+
+    def warn(self) -> None:
+        written, self._written_late = self._written_late, []
+        if written:
+            warn(
+                f"the forward writes to {len(written)} parameters that this optimizer does not train, and they are "
+                "copied from now on. They were not copied in this step, because model= holds more such parameters than "
+                "this optimizer trains: its second pass began with the values that the first one left"
+            )
+
+    def _stop(self) -> None:
+        stop, self._stop_expecting = self._stop_expecting, None
+        if stop is not None:
+            stop()

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from steppe._engine.side_effects import Buffers, Generators
+from steppe._engine.generators import Generators
+from steppe._engine.model_state import ModelState
 from steppe._engine.state_dict import parameters_of
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._pass_losses import StepLosses
@@ -29,7 +30,7 @@ class AccumulationWindow:
     def __init__(self, sam: SAM, trainer: "pl.Trainer") -> None:
         self._sam, self._trainer = sam, trainer
         self._generators = Generators(p.device for p in parameters_of(sam.base))
-        self._buffers = Buffers(sam.model) if sam.model is not None else None
+        self._buffers = ModelState(sam.model, parameters_of(sam.base)) if sam.model is not None else None
         self._micro_batches: list[MicroBatch] = []
         self._latest: MicroBatch | None = None
         self.losses = StepLosses()

@@ -1,0 +1,287 @@
+"""Contract C28 and C32: the second pass leaves no trace in ``model=``, and what it changes elsewhere is named."""
+
+import copy
+import random
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.utils import parametrize
+
+from steppe import SAM
+from support import DRIVES, every_drive, model_bits, plain
+
+
+def pair(seed: int = 0):
+    g = torch.Generator().manual_seed(seed)
+    return torch.randn(16, 6, generator=g), torch.randint(3, (16,), generator=g)
+
+
+class MomentumEncoder(nn.Module):
+    """A forward that assigns to parameters without gradients, and counts."""
+
+    def __init__(self, write: str) -> None:
+        super().__init__()
+        self.write, self.calls = write, 0
+        self.query, self.head = nn.Linear(6, 4), nn.Linear(8, 3)
+        self.key = copy.deepcopy(self.query).requires_grad_(False)
+
+    def forward(self, x):
+        self.calls += 1
+        for k, q in zip(self.key.parameters(), self.query.parameters(), strict=True):
+            if self.write == "data":
+                k.data = 0.9 * k.data + 0.1 * q.data
+            elif self.write == "data in place":
+                k.data.mul_(0.9).add_(q.data, alpha=0.1)
+            else:
+                with torch.no_grad():
+                    k.lerp_(q, 0.1)
+        return self.head(torch.cat([self.query(x), self.key(x)], 1))
+
+
+class Observer(nn.Module):
+    """A buffer that the first forward resizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.register_buffer("largest", torch.zeros(0))
+
+    def forward(self, x):
+        now = x.detach().abs().amax(0)
+        if self.largest.numel() == 0:
+            self.largest.resize_(now.shape).copy_(now)
+        self.largest.copy_(torch.maximum(0.9 * self.largest, now))
+        return self.linear(x / self.largest)
+
+
+class Recurrent(nn.Module):
+    """State in attributes: a tensor, a tuple, a list of fixed length, and a log that grows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.mean, self.state, self.slots, self.log = None, (torch.zeros(()), 0), [0.0, 0.0], []
+
+    def forward(self, x):
+        self.mean = x.mean(0) if self.mean is None else self.mean.lerp(x.mean(0), 0.1)
+        self.state = (self.state[0] + 1, self.state[1] + 1)
+        self.slots[self.state[1] % 2] += 1.0
+        self.log.append(self.state[1])
+        return self.linear(x - self.mean) * (1 + 0.1 * self.state[0]) + self.slots[0]
+
+
+class ActNorm(nn.Module):
+    """Initializes its own parameter from the first batch; ``.data`` leaves no mark on it."""
+
+    def __init__(self, flag: str) -> None:
+        super().__init__()
+        self.flag, self.done, self.inits = flag, False, []
+        self.scale, self.linear = nn.Parameter(torch.ones(6)), nn.Linear(6, 3)
+        self.register_buffer("ready", torch.zeros((), dtype=torch.bool))
+
+    def forward(self, x):
+        if not (self.done if self.flag == "attribute" else self.ready):
+            self.scale.data.copy_(1 / x.std(0))
+            self.inits.append(1)
+            self.done = True
+            self.ready.fill_(True)
+        return self.linear(x * self.scale)
+
+
+MODELS = {
+    "parameters assigned by data": lambda: MomentumEncoder("data"),
+    "parameters changed in place by data": lambda: MomentumEncoder("data in place"),
+    "parameters changed in place": lambda: MomentumEncoder("in place"),
+    "resized buffer": Observer,
+    "attributes": Recurrent,
+    "initialization, attribute": lambda: ActNorm("attribute"),
+    "initialization, buffer": lambda: ActNorm("buffer"),
+    "spectral norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 3)),
+    "hook of spectral norm": lambda: nn.Sequential(nn.utils.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 3)),
+    "script": lambda: torch.jit.script(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))),
+}
+
+
+def trained(model: nn.Module):
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+@every_drive
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.filterwarnings("ignore:.*(weight_norm|spectral_norm|torch.jit).*")
+def test_c28_radius_zero_is_the_base_whatever_the_forward_changes(kind, drive):
+    torch.manual_seed(0)
+    model = MODELS[kind]()
+    torch.manual_seed(0)
+    twin = MODELS[kind]()
+    optimizer = SAM(torch.optim.SGD(trained(model), lr=0.1), rho=0.0, model=model)
+    base = torch.optim.SGD(trained(twin), lr=0.1)
+    for step in range(4):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        assert model_bits(model) == model_bits(twin)
+    for name in ("calls", "state", "slots", "inits"):
+        assert getattr(model, name, None) == getattr(twin, name, None)
+    if kind == "attributes":
+        assert torch.equal(model.mean, twin.mean)
+        assert len(model.log) == 8, "a list that grows is a log"
+
+
+class Noisy(nn.Module):
+    """Draws from a generator of its own."""
+
+    def __init__(self, kind: str) -> None:
+        super().__init__()
+        self.linear, self.masks = nn.Linear(6, 3), []
+        self.generators = {
+            "torch": [torch.Generator().manual_seed(1)],
+            "numpy": (np.random.default_rng(1),),
+            "legacy": {"a": np.random.RandomState(1)},
+            "python": random.Random(1),
+        }[kind]
+        self.kind = kind
+
+    def forward(self, x):
+        if self.kind == "torch":
+            noise = torch.rand(6, generator=self.generators[0])
+        elif self.kind == "numpy":
+            noise = torch.from_numpy(self.generators[0].random(6)).float()
+        elif self.kind == "legacy":
+            noise = torch.from_numpy(self.generators["a"].rand(6)).float()
+        else:
+            noise = torch.tensor([self.generators.random() for _ in range(6)])
+        self.masks.append(noise)
+        return self.linear(x * noise)
+
+
+@pytest.mark.parametrize("drive", ["closure", "passes", "classic"])
+@pytest.mark.parametrize("kind", ["torch", "numpy", "legacy", "python"])
+def test_c28_generators_in_modules_are_replayed(kind, drive):
+    model = Noisy(kind)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, y = pair()
+    for _ in range(2):
+        DRIVES[drive](optimizer, lambda: F.cross_entropy(model(x), y))
+    first, again, second, third = model.masks
+    assert torch.equal(first, again)
+    assert torch.equal(second, third)
+    assert not torch.equal(first, second)
+
+
+def test_c28_frozen_parameters_that_outnumber_the_trained_ones_are_copied_once_written(monkeypatch):
+    from steppe._engine import model_state
+
+    monkeypatch.setattr(model_state, "_LARGE", 0)
+    model, twin = MomentumEncoder("in place"), MomentumEncoder("in place")
+    twin.load_state_dict(model.state_dict())
+    optimizer = SAM(torch.optim.SGD(model.head.parameters(), lr=0.1), rho=0.0, model=model)
+    base = torch.optim.SGD(twin.head.parameters(), lr=0.1)
+    x, y = pair()
+    with pytest.warns(UserWarning, match="the forward writes to 2 parameters that this optimizer does not train"):
+        DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
+    plain(base, lambda: F.cross_entropy(twin(x), y))
+    model.load_state_dict(twin.state_dict())
+    for _ in range(2):
+        DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
+        plain(base, lambda: F.cross_entropy(twin(x), y))
+    assert model_bits(model) == model_bits(twin)
+
+
+@every_drive
+def test_c28_weights_cached_by_parametrize_are_dropped(drive):
+    layer = nn.utils.parametrizations.weight_norm(nn.Linear(6, 3))
+    optimizer = SAM(torch.optim.SGD(layer.parameters(), lr=0.0), rho=1.0, model=layer)
+    x, y = pair()
+    losses = []
+
+    def loss():
+        losses.append(F.cross_entropy(layer(x), y))
+        return losses[-1]
+
+    with parametrize.cached():
+        DRIVES[drive](optimizer, loss)
+    assert losses[1] > losses[0]
+
+
+def parts():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8)), nn.Sequential(nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+
+@every_drive
+@pytest.mark.parametrize("form", [list, tuple, lambda parts: dict(zip("ab", parts, strict=True))])
+def test_c32_model_may_be_several_modules(form, drive):
+    a, b = parts()
+    c, d = parts()
+    optimizer = SAM(torch.optim.SGD([*a.parameters(), *b.parameters()], lr=0.0), rho=1.0, model=form([a, b]))
+    base = torch.optim.SGD([*c.parameters(), *d.parameters()], lr=0.0)
+    x, y = pair()
+    for _ in range(2):
+        DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
+        plain(base, lambda: F.cross_entropy(d(c(x)), y))
+    assert model_bits(a) == model_bits(c)
+    assert model_bits(b) == model_bits(d)
+
+
+def test_c32_model_that_is_no_module_raises():
+    a, b = parts()
+    base = torch.optim.SGD(a.parameters(), lr=0.1)
+    with pytest.raises(TypeError, match="model= is a generator"):
+        SAM(base, model=(m for m in (a, b)))
+    with pytest.raises(TypeError, match="model= holds a SGD at position 1"):
+        SAM(base, model=[a, base])
+
+
+@every_drive
+def test_c32_modules_outside_of_model_are_named_once_and_protected(drive):
+    a, b = parts()
+    c, d = parts()
+    optimizer = SAM(torch.optim.SGD(a.parameters(), lr=0.0), rho=1.0, model=a)
+    base = torch.optim.SGD(c.parameters(), lr=0.0)
+    x, y = pair()
+    for step in range(3):
+        for p in [*b.parameters(), *d.parameters()]:
+            p.grad = None
+        if step == 0:
+            with pytest.warns(
+                UserWarning, match=r"buffers .* of Sequential \('0'\) and gradients of .*model=\[model"
+            ) as w:
+                DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
+            assert len(w) == 1
+            assert w[0].filename.endswith(("support.py", "test_state_of_the_model.py"))
+        else:
+            DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
+        plain(base, lambda: F.cross_entropy(d(c(x)), y))
+        assert model_bits(b) == model_bits(d)
+        for p, q in zip(b.parameters(), d.parameters(), strict=True):
+            assert torch.equal(p.grad, q.grad)
+    assert not nn.modules.module._global_forward_pre_hooks
+
+
+def test_c32_two_optimizers_in_step_at_once_leave_each_others_models():
+    a, b = parts()[0], parts()[0]
+    first = SAM(torch.optim.SGD(a.parameters(), lr=0.1), rho=0.1, model=a)
+    second = SAM(torch.optim.SGD(b.parameters(), lr=0.1), rho=0.1, model=b)
+    x, _ = pair()
+    for one, other in zip(first.passes(), second.passes(), strict=True):
+        with one, other:
+            (a(x).square().mean() + b(x).square().mean()).backward()
+    first.step()
+    second.step()
+    assert a[1].num_batches_tracked == b[1].num_batches_tracked == 1
+
+
+def test_c33_second_pass_that_did_not_run_the_model_is_named():
+    model = nn.Linear(6, 3)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    x, y = pair()
+    loss = F.cross_entropy(model(x), y)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            loss.backward(retain_graph=True)
+    with pytest.warns(UserWarning, match="the second pass did not run the model"):
+        optimizer.step()
