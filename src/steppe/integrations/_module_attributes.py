@@ -1,6 +1,7 @@
-"""Plain attributes of modules, saved and restored around a pass that must not change them."""
+"""Plain attributes of modules and trainers, saved and restored around a pass that must not change them."""
 
 from collections import deque
+from collections.abc import Container, Iterator
 from typing import Any
 
 import torch
@@ -11,10 +12,16 @@ _MODULES_OWN = frozenset(vars(nn.Module()))
 
 
 class PlainAttributes:
-    """Numbers, tensors and containers that the modules of a model, such as torchmetrics, keep outside of buffers."""
+    """Numbers, tensors and containers that an object keeps: the metrics and counters of a trainer, for example.
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    Args:
+        owner: A model, for all of its modules, outside of their buffers; or any other object, for itself and for the
+            modules without parameters (torchmetrics) that it keeps.
+        unread: The names of attributes whose contents are not saved, because they are large and not written.
+    """
+
+    def __init__(self, owner: object, unread: Container[str] = ()) -> None:
+        self._owner, self._unread = owner, unread
         self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
         self._contents: dict[int, tuple[Any, Any]] = {}
         self._tensors: dict[Tensor, tuple[int, Tensor]] = {}
@@ -23,7 +30,7 @@ class PlainAttributes:
     def save(self) -> None:
         """Save the present values; a tensor that has not changed since the last call is not copied again."""
         self._contents, tensors = {}, {}
-        self._attributes = [(vars(m), dict(vars(m))) for m in self._model.modules()]
+        self._attributes = [(vars(owner), dict(vars(owner))) for owner in self._owners()]
         for _, attributes in self._attributes:
             for name, value in attributes.items():
                 if isinstance(value, Tensor):
@@ -33,9 +40,18 @@ class PlainAttributes:
                         if known is None or known[0] != value._version:
                             known = value._version, value.clone()
                         tensors[value] = known
-                elif name not in _MODULES_OWN:
+                elif name not in _MODULES_OWN and name not in self._unread:
                     self._save_contents(value)
         self._tensors = tensors
+
+    def _owners(self) -> Iterator[object]:
+        if isinstance(self._owner, nn.Module):
+            yield from self._owner.modules()
+            return
+        yield self._owner
+        for value in vars(self._owner).values():
+            if isinstance(value, nn.Module) and next(value.parameters(), None) is None:
+                yield from value.modules()
 
     def _save_contents(self, value: Any) -> None:
         """Save the members of a container, and of the containers in it."""

@@ -1,7 +1,7 @@
 """Hugging Face Trainer: a step runs all passes of SAM, and all else in the Trainer runs once a step."""
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -10,10 +10,12 @@ from torch.optim import Optimizer
 
 from steppe._engine.report import Report
 from steppe.integrations._method_options import MethodOptions, set_model_if_missing
+from steppe.integrations._module_attributes import PlainAttributes
 from steppe.integrations._pass_losses import MeanLosses, StepLosses
 from steppe.sam import SAM, Pass
 
 try:
+    from accelerate.utils import is_compiled_module  # type: ignore[import-untyped]
     from transformers import Trainer
 
     from steppe.integrations.accelerate import check_supported, share_scaler, unprepared, unwrap_optimizer
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 else:  # at run time the Trainer is the class that follows in the method resolution order
     _Trainer = object
 
+_GENERATES = ("_generate_and_score_completions", "_generate_vllm")
+"""Methods of trainers (TRL's GRPO, RLOO, online DPO and their like) that generate inside ``training_step``."""
+
 
 class SAMTrainerMixin(_Trainer):
     """Sharpness-aware minimization in any Trainer: put it first, ``class Mine(SAMTrainerMixin, Seq2SeqTrainer)``.
@@ -39,7 +44,8 @@ class SAMTrainerMixin(_Trainer):
 
     ``compute_loss`` and ``training_step`` run once for each micro-batch *and pass*, so a counter of your own in them
     counts passes; :attr:`current_pass` distinguishes the passes. Callbacks, logs, token counts, schedulers and
-    checkpoints see one step.
+    checkpoints see one step: plain attributes of the Trainer, with the metrics that it keeps (as TRL's SFT, DPO, KTO
+    and reward trainers do), are restored after each further pass. Objects of other classes are not covered.
 
     The optimizer may also be a ready-made :class:`steppe.SAM`, as ``optimizers=(sam, None)``, or be made in the class
     form, ``optimizer_cls_and_kwargs=(steppe.SAM, {"base_class": torch.optim.AdamW, "rho": 0.05, "lr": 5e-5})``. If it
@@ -56,8 +62,9 @@ class SAMTrainerMixin(_Trainer):
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:
-        RuntimeError: DeepSpeed, FSDP, Megatron, XLA, tensor, context or sequence parallelism, ``DataParallel``, or an
-            optimizer that steps during the backward pass (LOMO, the layer-wise ones).
+        RuntimeError: A trainer that generates its data inside ``training_step`` (TRL's GRPO); DeepSpeed, FSDP,
+            Megatron, XLA, tensor, context or sequence parallelism, ``DataParallel``, or an optimizer that steps during
+            the backward pass (LOMO, the layer-wise ones).
         TypeError: The radius is given twice, or ``method`` returns no :class:`steppe.SAM`.
 
     Example:
@@ -76,11 +83,13 @@ class SAMTrainerMixin(_Trainer):
         log_sharpness: bool = False,
         **kwargs: Any,
     ) -> None:
+        _check_class(self)
         ready_made = "a ready-made SAM is passed as optimizers=(sam, None)"
         self._method_options = MethodOptions(type(self).__name__, method, rho, ready_made=ready_made)
         self._log_sharpness = log_sharpness
         self._window: list[Any] = []
         self._mean_losses = MeanLosses()
+        self._records = PlainAttributes(self, unread=("train_dataset", "eval_dataset"))
         super().__init__(*args, **kwargs)
         _check_supported(self)
         if isinstance(self.optimizer, SAM) and not self._method_options.are_default:
@@ -125,7 +134,7 @@ class SAMTrainerMixin(_Trainer):
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
         losses, step_losses = [], StepLosses()
         for sam_pass in unwrap_optimizer(self.optimizer).passes():
-            with sam_pass:
+            with contextlib.nullcontext() if sam_pass.is_first else self._unrecorded(model), sam_pass:
                 losses.append(self._run_window(model, window, num_items_in_batch))
             step_losses.add(sam_pass, losses[-1])
             if not sam_pass.is_first:  # the Trainer counts the operations of one pass
@@ -133,6 +142,20 @@ class SAMTrainerMixin(_Trainer):
         if self._log_sharpness:
             self._mean_losses.add(step_losses)
         return losses[0]
+
+    @contextlib.contextmanager
+    def _unrecorded(self, model: nn.Module) -> Iterator[None]:
+        """Restore the metrics and counters of the Trainer after a further pass, which also must not generate data."""
+        own = vars(self.accelerator.unwrap_model(model))
+        if guarded := "generate" not in own and not is_compiled_module(model):
+            own["generate"] = _refuse_generation
+        self._records.save()
+        try:
+            yield
+        finally:
+            self._records.restore()
+            if guarded:
+                del own["generate"]
 
     def _run_window(self, model: nn.Module, window: list[Any], num_items_in_batch: Any) -> Tensor:
         """Run forward and backward over all micro-batches; synchronize the processes at the last one."""
@@ -144,7 +167,12 @@ class SAMTrainerMixin(_Trainer):
         return torch.stack(losses).sum()
 
     def log(self, logs: dict[str, float], *args: Any, **kwargs: Any) -> None:
-        """Log, and add the metrics of ``log_sharpness`` to each entry that has a training loss."""
+        """Log, and add the metrics of ``log_sharpness`` to each entry that has a training loss.
+
+        Calls of ``compute_loss`` in passes after the first are ignored.
+        """
+        if (sam_pass := self.current_pass) is not None and not sam_pass.is_first:
+            return
         if "loss" in logs and (metrics := self._mean_losses.metrics(self.accelerator.gather)):
             logs = {**logs, **{name: value.item() for name, value in metrics.items()}}
             self._mean_losses = MeanLosses()
@@ -153,6 +181,23 @@ class SAMTrainerMixin(_Trainer):
 
 class SAMTrainer(SAMTrainerMixin, Trainer):
     """The Trainer with :class:`SAMTrainerMixin`."""
+
+
+def _refuse_generation(*args: Any, **kwargs: Any) -> None:
+    raise RuntimeError(
+        "generate() was called in a pass after the first: this pass would get other data than the first one, because "
+        "its weights are perturbed. Generate before the step, or in the first pass (current_pass.is_first), and keep "
+        "the result"
+    )
+
+
+def _check_class(trainer: Trainer) -> None:
+    if any(hasattr(trainer, name) for name in _GENERATES):
+        raise RuntimeError(
+            f"steppe.SAM with {type(trainer).__name__}: it generates its data inside training_step, so the second pass "
+            "would get other data than the first one. Train on completions that were generated before the step "
+            "(SFTTrainer, DPOTrainer, KTOTrainer, RewardTrainer)"
+        )
 
 
 def _check_supported(trainer: Trainer) -> None:
