@@ -1,7 +1,7 @@
 """The optimizer: one state machine, and three ways to drive it."""
 
 from collections.abc import Callable, Iterator
-from typing import Any, ClassVar, TypeAlias, Unpack, cast, get_overloads, overload
+from typing import Any, ClassVar, Unpack, cast, get_overloads, overload
 
 import torch
 from torch import Tensor
@@ -9,7 +9,6 @@ from torch.optim import Optimizer
 
 from steppe import papers
 from steppe._engine.callers import called_by_scaler, refuse_accumulation
-from steppe._engine.closure import run_closure
 from steppe._engine.constructor import (
     Model,
     Options,
@@ -23,16 +22,16 @@ from steppe._engine.constructor import (
     drop_earlier_radii,
     one_module,
 )
+from steppe._engine.drive import Closure, Drive
 from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
-from steppe._engine.joint_base import option_names
-from steppe._engine.loss_scale import ScalerTarget, refuse_closure_of_scaler
+from steppe._engine.joint_base import Base, option_names
+from steppe._engine.loss_scale import ScalerTarget
 from steppe._engine.passes import Pass
 from steppe._engine.signatures import show_signature
 from steppe._engine.slots import check_parameters, check_slots
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
-from steppe._engine.step import SAMStep
+from steppe._engine.state_dict import RHO, parameters_of
 from steppe.rules import Cadence, Combination, Perturbation
 from steppe.rules.l2 import L2
 from steppe.rules.periodic import Periodic
@@ -40,15 +39,13 @@ from steppe.rules.perturbed_gradient import PerturbedGradient
 
 __all__ = ["SAM", "Closure", "Params", "Pass", "Stage"]
 
-Closure: TypeAlias = Callable[[], Any]
-
 _ALONG_G, _EVERY_STEP, _G_S = L2(), Periodic(), PerturbedGradient()
 _OF_ENGINE = ("memory", "steps", "displaced")
 _SLOTS = ("perturbation", "combination", "cadence")
 _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 
 
-class SAM(SAMStep):
+class SAM(Drive):
     """Sharpness-aware minimization around any base optimizer.
 
     min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e(g) gives g_s, and the base
@@ -60,7 +57,8 @@ class SAM(SAMStep):
     would. The class form ``SAM(params, BaseClass, rho=..., **kwargs)`` builds the base from its class.
 
     Args:
-        base_optimizer: An instance of any optimizer that does not need a closure of its own.
+        base_optimizer: An instance of any optimizer that does not need a closure of its own; or a list of several, such
+            as Muon for the matrices and AdamW for the rest, which then share one perturbation and one checkpoint.
         rho: The radius of the neighborhood, at least 0; the default of every group. A group may have its own
             ``sam_rho``.
         model: The module that the passes run; several in a list, tuple or dict. With it, the second pass leaves no
@@ -107,7 +105,7 @@ class SAM(SAMStep):
     paper: ClassVar[papers.Paper] = papers.SAM
 
     @overload
-    def __init__(self, base_optimizer: Optimizer, rho: float | Tensor = 0.05, **options: Unpack[Options]) -> None: ...
+    def __init__(self, base_optimizer: Base, rho: float | Tensor = 0.05, **options: Unpack[Options]) -> None: ...
     @overload
     def __init__(
         self, params: Params, base_class: Callable[..., Optimizer], rho: float | Tensor = 0.05, **kwargs: Any
@@ -326,11 +324,6 @@ class SAM(SAMStep):
             self.zero_grad()
         self._engine.side_effects.expect_first_pass(in_step=False)
 
-    def restore(self) -> None:
-        """Abort a pending step and restore the weights; the next pass is a first one."""
-        self._engine.abort()
-        self._engine.stage = Stage.IDLE
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients. A step that was ready but not taken (a scaler skipped it) is aborted."""
         super().zero_grad(set_to_none)
@@ -338,54 +331,6 @@ class SAM(SAMStep):
         if self._engine.stage in (Stage.READY, Stage.INCOMPLETE, Stage.IDLE):
             self._engine.stage = Stage.IDLE
             self._engine.side_effects.expect_first_pass()
-
-    # Shared by the three ways. SAMStep has the passes, and the step without passes.
-
-    def _begin(self, caller: str) -> None:
-        """Check everything that a step depends on; called at the start of each step."""
-        if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
-            raise out_of_order(caller, self._engine.stage)
-        self.restore()  # an interrupt may have hit restore() itself
-        if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
-            self._engine.load_from_base()
-        check_groups(self.base)
-        anywhere = next(parameters_of(self.base))
-        self._check_capture(anywhere)
-        self._engine.scale = self._loss_scale(anywhere)
-        self._check_passes()
-
-    def _step_by(self, closure: Closure) -> Any:
-        """Run the passes by a closure and step, through the loss scaler if there is one."""
-        refuse_closure_of_scaler()
-        try:
-            loss = self._run(closure)
-            if self._engine.scale is None or self.scaler is None:
-                self._check_gradients()
-                self._take_step()
-            else:
-                self._scaler_target.param_groups = self.param_groups
-                self.scaler.step(self._scaler_target)  # type: ignore[arg-type]
-                self._engine.stage = Stage.IDLE
-        except BaseException:
-            self._scaler_target = ScalerTarget(self._take_step)  # the scaler may have unscaled for the old one only
-            self.restore()
-            raise
-        return loss
-
-    def _run(self, closure: Closure) -> Any:
-        """Call the closure once a pass; return the loss of the first."""
-        return run_closure(closure, self.passes(), self._engine, self._backward)
-
-    def _backward(self, loss: Tensor) -> None:
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
-
-    def _take_step(self) -> None:
-        """Step from w with the gradient in ``.grad``."""
-        self._engine.side_effects.end_step()
-        self._engine.stage = Stage.IDLE
-        self._step_base()
-        self._engine.count_step()
 
 
 show_signature(SAM.__init__, get_overloads(SAM.__init__)[0])

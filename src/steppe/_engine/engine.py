@@ -3,8 +3,8 @@
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import cached_property, partial
-from typing import Any, TypeAlias, TypeVar, overload
+from functools import partial
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from steppe._engine.dependence import depends_on, uses_again
 from steppe._engine.displacement import Displacement, write
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
+from steppe._engine.lazy_sequence import LazySequence
 from steppe._engine.micro_batches import MicroBatches
 from steppe._engine.pass_gradients import PassGradients
 from steppe._engine.recorder import Recorder
@@ -43,27 +44,6 @@ _SMALLEST_SHARE = 0.9
 """Share of a perturbation below which rounding has to be reported."""
 
 Combine: TypeAlias = Callable[[Point, Sequence[Tensor] | None], Sequence[Tensor]]
-
-
-class LazySequence(Sequence[_T]):
-    """A lazily evaluated sequence: most rules read neither radii nor states, which take time for many parameters."""
-
-    def __init__(self, make: Callable[[], Sequence[_T]]) -> None:
-        self._make = make
-
-    @cached_property
-    def _made(self) -> Sequence[_T]:
-        return self._make()
-
-    @overload
-    def __getitem__(self, index: int) -> _T: ...
-    @overload
-    def __getitem__(self, index: slice) -> Sequence[_T]: ...
-    def __getitem__(self, index: int | slice) -> _T | Sequence[_T]:
-        return self._made[index]
-
-    def __len__(self) -> int:
-        return len(self._made)
 
 
 class Engine:
