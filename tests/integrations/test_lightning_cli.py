@@ -1,16 +1,19 @@
 """LightningCLI builds SAMCallback, SAM and rules from YAML."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 import yaml
 from lightning_reference import IGNORED_WARNINGS, Classifier, by_hand, loader, pl
 
 import steppe
-from steppe.integrations.lightning import SAMCallback
+from steppe.integrations.lightning import ConfiguredSAM, SAMCallback
 from support import model_bits
 
 pytest.importorskip("jsonargparse", reason="LightningCLI needs jsonargparse[signatures]")
-from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.cli import LightningCLI, OptimizerCallable
 
 pytestmark = [*IGNORED_WARNINGS, pytest.mark.filterwarnings("ignore:LightningCLI's args parameter")]
 SGD = {"class_path": "torch.optim.SGD", "init_args": {"lr": 0.1, "momentum": 0.9}}
@@ -39,12 +42,13 @@ def _without_warnings_about_calls_of_lightning(monkeypatch):
     monkeypatch.setenv("JSONARGPARSE_DEPRECATION_WARNINGS", "off")
 
 
-def train_from_yaml(folder, callback, optimizer=SGD):
+def train_from_yaml(folder, callback, optimizer=SGD, of=Module, **own):
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     trainer = {"accelerator": "cpu", "devices": 1, "max_epochs": 2, **quiet, "callbacks": [callback]}
-    (folder / "config.yaml").write_text(yaml.safe_dump({"trainer": trainer, "optimizer": optimizer}))
+    config = {"trainer": trainer, **(own or {"optimizer": optimizer})}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
     return LightningCLI(
-        Module,
+        of,
         save_config_callback=None,
         seed_everything_default=0,
         args=["fit", "--config", str(folder / "config.yaml")],
@@ -91,10 +95,37 @@ def test_callback_with_named_method_and_its_option(tmp_path):
 
 def test_optimizer_built_from_its_base_and_rules(tmp_path):
     init_args = {"base": SGD, "rho": 0.5, "perturbation": ADAPTIVE}
-    optimizer = {"class_path": "steppe.integrations.lightning.build_sam", "init_args": init_args}
+    optimizer = {"class_path": "steppe.integrations.lightning.ConfiguredSAM", "init_args": init_args}
     cli = train_from_yaml(tmp_path, {"class_path": CALLBACK}, optimizer)
     assert cli.trainer.optimizers[0].perturbation == steppe.Adaptive(eta=0.5)
     assert_equals_by_hand(cli, lambda base, model: steppe.variants.asam(base, 0.5, eta=0.5, model=model))
+
+
+class TakesOptimizer(Module):
+    """A module that gets a function that makes its optimizer."""
+
+    def __init__(self, make: OptimizerCallable):
+        super().__init__()
+        self.make = make
+
+    def configure_optimizers(self):
+        return self.make(self.parameters())
+
+
+def test_optimizer_as_argument_of_the_module(tmp_path):
+    init_args = {"base": SGD, "rho": 0.5, "perturbation": ADAPTIVE}
+    optimizer = {"class_path": "steppe.integrations.lightning.ConfiguredSAM", "init_args": init_args}
+    options = {"model": {"make": optimizer}}
+    cli = train_from_yaml(tmp_path, {"class_path": CALLBACK}, of=TakesOptimizer, **options)
+    assert_equals_by_hand(cli, lambda base, model: steppe.variants.asam(base, 0.5, eta=0.5, model=model))
+
+
+def test_copies_of_the_optimizer_are_independent():
+    module = Module()
+    optimizer = ConfiguredSAM(module.parameters(), torch.optim.SGD, rho=0.5, perturbation=steppe.Adaptive())
+    for copied in (copy.deepcopy(optimizer), pickle.loads(pickle.dumps(optimizer))):
+        assert repr(copied) == repr(optimizer)
+        assert copied.param_groups[0]["params"][0] is not optimizer.param_groups[0]["params"][0]
 
 
 def test_radii_of_callback_and_of_method_in_one_file_raise(tmp_path):

@@ -188,24 +188,13 @@ class SAMCallback(pl.Callback):
         return base
 
 
-def build_sam(
-    params: Any,
-    base: Callable[[Any], Optimizer],
-    rho: float = 0.05,
-    *,
-    perturbation: Perturbation | None = None,
-    combination: Combination | None = None,
-    cadence: Cadence | None = None,
-    replay_rng: bool = True,
-    per_rank: bool = False,
-    stochastic_rounding: bool = False,
-) -> SAM:
-    """Build a SAM and its base from the parameters, for configuration files of LightningCLI.
+class ConfiguredSAM(SAM):
+    """SAM that is built from the parameters and a function that makes its base, as LightningCLI calls optimizers.
 
     Train it with ``SAMCallback()``. A file has the base and the rules by their class paths::
 
         optimizer:
-          class_path: steppe.integrations.lightning.build_sam
+          class_path: steppe.integrations.lightning.ConfiguredSAM
           init_args:
             base: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
             perturbation: {class_path: steppe.Adaptive, init_args: {eta: 0.5}}
@@ -217,14 +206,24 @@ def build_sam(
         perturbation, combination, cadence: The rules; None for those of SAM.
         replay_rng, per_rank, stochastic_rounding: As for :class:`steppe.SAM`.
     """
-    rules = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
-    given: dict[str, Any] = {name: rule for name, rule in rules.items() if rule is not None}
-    modes: dict[str, Any] = {
-        "replay_rng": replay_rng,
-        "per_rank": per_rank,
-        "stochastic_rounding": stochastic_rounding,
-    }
-    return SAM(base(params), rho, **given, **modes)
+
+    def __init__(
+        self,
+        params: Any,
+        base: Callable[[Any], Optimizer],
+        rho: float = 0.05,
+        *,
+        perturbation: Perturbation | None = None,
+        combination: Combination | None = None,
+        cadence: Cadence | None = None,
+        replay_rng: bool = True,
+        per_rank: bool = False,
+        stochastic_rounding: bool = False,
+    ) -> None:
+        rules = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
+        given: dict[str, Any] = {name: rule for name, rule in rules.items() if rule is not None}
+        given |= {"replay_rng": replay_rng, "per_rank": per_rank, "stochastic_rounding": stochastic_rounding}
+        super().__init__(base(params), rho, **given)
 
 
 def _check_supported(trainer: "pl.Trainer", module: "pl.LightningModule") -> None:
