@@ -5,10 +5,9 @@ from fractions import Fraction
 from typing import ClassVar, Unpack
 
 import torch
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, NO_CODE, TOTAL_STEPS, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_below_one, check_count, check_finite
@@ -83,7 +82,7 @@ class GradientNormThreshold:
 
 
 def aesam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.05,
     *,
     total_steps: int,

@@ -6,10 +6,9 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho, repeated_on_subset
+from steppe.methods._options import Base, Options, Rho, repeated_on_subset
 from steppe.papers import ICML, Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules._checks import check_nonnegative
@@ -63,7 +62,7 @@ class Adaptive:
 
 
 def asam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.5,
     *,
     eta: float = 0.01,

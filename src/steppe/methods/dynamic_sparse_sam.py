@@ -7,10 +7,9 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, TOTAL_STEPS, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.methods.sparse_sam import SSAM_PAPER
 from steppe.papers import Paper
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
@@ -97,7 +96,7 @@ class DynamicSparse(Modifier):
 
 
 def dynamic_sparse_sam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.1,
     *,
     total_steps: int,

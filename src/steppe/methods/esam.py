@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, backward, check_share, count_samples
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import ICLR, Paper, cites
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
@@ -170,9 +170,7 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
     return closure
 
 
-def esam(
-    base_optimizer: Optimizer, rho: Rho = 0.05, *, beta: float = 0.6, seed: int = 0, **options: Unpack[Options]
-) -> SAM:
+def esam(base_optimizer: Base, rho: Rho = 0.05, *, beta: float = 0.6, seed: int = 0, **options: Unpack[Options]) -> SAM:
     """ESAM: perturb a random share of the weights, update with selected samples. 4/3 + gamma passes per step.
 
     e = m * rho g / |g| / beta,   P(m_i = 1) = beta.

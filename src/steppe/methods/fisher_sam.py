@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 import torch
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules._checks import check_nonnegative
@@ -65,7 +64,7 @@ class Fisher:
         return ScaledDirection(direction, reciprocal(dot(g, d).sqrt()))
 
 
-def fisher_sam(base_optimizer: Optimizer, rho: Rho = 0.1, *, eta: float = 1.0, **options: Unpack[Options]) -> SAM:
+def fisher_sam(base_optimizer: Base, rho: Rho = 0.1, *, eta: float = 1.0, **options: Unpack[Options]) -> SAM:
     """Fisher SAM: SAM in the metric of the Fisher information's diagonal. Two passes per step.
 
     e = rho F^-1 g / sqrt(g' F^-1 g),   F = diag(1 + eta g^2).

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 import torch
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules._checks import check_nonnegative
@@ -77,7 +76,7 @@ class Friendly:
 
 
 def friendly_sam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.05,
     *,
     sigma: float = 1.0,

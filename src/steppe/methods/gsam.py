@@ -6,10 +6,9 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_nonnegative
@@ -77,7 +76,7 @@ class SurrogateGap:
         return update
 
 
-def gsam(base_optimizer: Optimizer, rho: Rho = 0.05, *, alpha: float = 0.2, **options: Unpack[Options]) -> SAM:
+def gsam(base_optimizer: Base, rho: Rho = 0.05, *, alpha: float = 0.2, **options: Unpack[Options]) -> SAM:
     """GSAM: minimize the perturbed loss and the surrogate gap. Two passes per step.
 
     w <- Base(w, g_s - alpha g_orth), where g_orth is the part of g orthogonal to g_s.

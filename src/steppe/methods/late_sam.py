@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from torch.optim import Optimizer
-
 from steppe.methods._card import COPY, TOTAL_STEPS, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_count, check_unit_interval
@@ -57,7 +55,7 @@ class LatePhase:
 
 
 def late_sam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.05,
     *,
     start: float = 0.75,

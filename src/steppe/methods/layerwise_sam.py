@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from torch.optim import Optimizer
-
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.methods.looksam import LOOKSAM_PAPER
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
@@ -49,9 +47,7 @@ class LayerWise:
         return ScaledDirection([scaled(g, length) for g, length in zip(point.gradients, lengths, strict=True)])
 
 
-def layerwise_sam(
-    base_optimizer: Optimizer, rho: Rho = 0.01, *, relative: bool = True, **options: Unpack[Options]
-) -> SAM:
+def layerwise_sam(base_optimizer: Base, rho: Rho = 0.01, *, relative: bool = True, **options: Unpack[Options]) -> SAM:
     """Layer-wise SAM: perturb each tensor along its own gradient, in proportion to its own norm. Two passes per step.
 
     e_l = rho |w_l| g_l / |g_l| in each tensor l.

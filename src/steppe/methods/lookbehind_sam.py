@@ -6,11 +6,10 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Perturbation, Point, ScaledDirection, needs_gradient
 from steppe.rules import ascent_steps as ascent_steps_of
@@ -201,7 +200,7 @@ def _alignment(first: Tensor, last: Tensor, start: Tensor) -> Tensor:
 
 
 def lookbehind_sam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.05,
     *,
     ascent_steps: int = 2,

@@ -5,10 +5,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY_AND_G, NO_CODE, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_nonnegative
@@ -81,7 +80,7 @@ class GradientReuse:
 
 
 def looksam(
-    base_optimizer: Optimizer, rho: Rho = 0.05, *, interval: int = 5, alpha: float = 0.7, **options: Unpack[Options]
+    base_optimizer: Base, rho: Rho = 0.05, *, interval: int = 5, alpha: float = 0.7, **options: Unpack[Options]
 ) -> SAM:
     """LookSAM: SAM once per interval, and its direction reused in between. 1 + 1/interval passes per step.
 

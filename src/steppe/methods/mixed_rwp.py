@@ -2,10 +2,8 @@
 
 from typing import Unpack
 
-from torch.optim import Optimizer
-
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.methods.pgn import PenalizedNorm
 from steppe.methods.rwp import GaussianNoise
 from steppe.papers import Paper
@@ -31,7 +29,7 @@ MIXED_RWP_PAPER = Paper(
 
 
 def mixed_rwp(
-    base_optimizer: Optimizer, rho: Rho = 0.01, *, alpha: float = 0.5, seed: int = 0, **options: Unpack[Options]
+    base_optimizer: Base, rho: Rho = 0.01, *, alpha: float = 0.5, seed: int = 0, **options: Unpack[Options]
 ) -> SAM:
     """m-RWP: mix the gradient at w with that at randomly perturbed weights. Two passes per step.
 

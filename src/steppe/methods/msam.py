@@ -3,10 +3,8 @@
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from torch.optim import Optimizer
-
 from steppe.methods._card import COPY, FIRST_GUESS, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import as_real, norm, reciprocal
@@ -57,7 +55,7 @@ class Momentum:
         return ScaledDirection([None if b is None else as_real(b) for b in v], -reciprocal(norm(known)))
 
 
-def msam(base_optimizer: Optimizer, rho: Rho = 3.0, **options: Unpack[Options]) -> SAM:
+def msam(base_optimizer: Base, rho: Rho = 3.0, **options: Unpack[Options]) -> SAM:
     """MSAM: perturb against the base's momentum, in a single pass per step.
 
     e = -rho v / |v|,   w <- Base(w, gradient at w + e), with v the base's momentum.

@@ -6,10 +6,9 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_nonnegative
@@ -62,7 +61,7 @@ class PenalizedNorm:
         return foreach(torch._foreach_lerp, point.gradients, perturbed, weight=self.alpha)
 
 
-def pgn(base_optimizer: Optimizer, rho: Rho = 0.1, *, alpha: float = 0.8, **options: Unpack[Options]) -> SAM:
+def pgn(base_optimizer: Base, rho: Rho = 0.1, *, alpha: float = 0.8, **options: Unpack[Options]) -> SAM:
     """PGN: penalize the gradient norm. Two passes per step.
 
     w <- Base(w, (1 - alpha) g + alpha g_s), to first order the gradient of L(w) + alpha rho |g|.

@@ -4,10 +4,8 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from torch.optim import Optimizer
-
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_unit_interval, check_whole
@@ -60,7 +58,7 @@ class Bernoulli:
 
 
 def random_sam(
-    base_optimizer: Optimizer, rho: Rho = 0.05, *, p: float = 0.5, seed: int = 0, **options: Unpack[Options]
+    base_optimizer: Base, rho: Rho = 0.05, *, p: float = 0.5, seed: int = 0, **options: Unpack[Options]
 ) -> SAM:
     """RST: SAM at each step with probability p, else a plain step. 1 + p passes per step on average.
 

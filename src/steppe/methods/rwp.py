@@ -4,10 +4,9 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Unpack
 
 import torch
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules.ops import norm, normal, reciprocal, scaled, widen
@@ -73,7 +72,7 @@ class GaussianNoise:
 
 
 def rwp(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.01,
     *,
     filterwise: bool = True,

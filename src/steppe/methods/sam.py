@@ -4,17 +4,16 @@ from collections.abc import Iterable
 from typing import Unpack
 
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe import papers
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho, repeated_on_subset
+from steppe.methods._options import Base, Options, Rho, repeated_on_subset
 from steppe.rules.l2 import L2
 from steppe.sam import SAM
 
 
 def sam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.05,
     *,
     ascent_steps: int = 1,

@@ -3,10 +3,9 @@
 from typing import Unpack
 
 from torch import nn
-from torch.optim import Optimizer
 
 from steppe.methods._card import FIRST_GUESS, Comparison, MethodCard
-from steppe.methods._options import PassOptions, Rho
+from steppe.methods._options import Base, PassOptions, Rho
 from steppe.papers import NEURIPS, Paper
 from steppe.rules.l2 import L2
 from steppe.rules.subsets import ParameterSubset, norm_layers
@@ -22,7 +21,7 @@ SAM_ON_PAPER = Paper(
 )
 
 
-def sam_on(base_optimizer: Optimizer, rho: Rho, *, model: nn.Module, **options: Unpack[PassOptions]) -> SAM:
+def sam_on(base_optimizer: Base, rho: Rho, *, model: nn.Module, **options: Unpack[PassOptions]) -> SAM:
     """SAM-ON: SAM that perturbs the normalization layers only. Two passes per step.
 
     e = rho g / |g| on the parameters of normalization layers, 0 elsewhere.

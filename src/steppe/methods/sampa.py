@@ -6,12 +6,11 @@ from typing import Any, ClassVar, Generic, TypeVar, Unpack
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe._engine.joint_base import names_of, owner_of
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import NEURIPS, Paper
 from steppe.rules import Memory, Perturbation, Point, ascent_steps, needs_gradient
 from steppe.rules.l2 import L2
@@ -309,7 +308,7 @@ class Delayed(Generic[_Batch]):
 
 
 def sampa(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.1,
     *,
     lmbda: float = 0.2,

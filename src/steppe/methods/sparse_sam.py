@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 import torch
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import NEURIPS, Paper
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
 from steppe.rules.l2 import L2
@@ -76,7 +75,7 @@ class Sparse(Modifier):
 
 
 def sparse_sam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.1,
     *,
     sparsity: float = 0.5,

@@ -4,10 +4,9 @@ from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 import torch
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import NEURIPS, Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules._checks import check_positive_share
@@ -61,7 +60,7 @@ class VarianceSuppressed:
         return ScaledDirection(d, reciprocal(norm(d)))
 
 
-def vasso(base_optimizer: Optimizer, rho: Rho = 0.05, *, theta: float = 0.9, **options: Unpack[Options]) -> SAM:
+def vasso(base_optimizer: Base, rho: Rho = 0.05, *, theta: float = 0.9, **options: Unpack[Options]) -> SAM:
     """VaSSO: SAM along a running mean of the gradient. Two passes per step.
 
     e = rho d / |d|,   d <- (1 - theta) d + theta g.

@@ -6,11 +6,10 @@ from typing import Any, ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
 from steppe.rules.ops import add_scaled_, as_real, foreach, norm, reciprocal
@@ -207,7 +206,7 @@ class DecoupledWSAM(OwnStepMethod):
 
 
 def wsam(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.05,
     *,
     gamma: float = 0.9,

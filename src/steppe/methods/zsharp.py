@@ -6,10 +6,9 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
 from steppe.rules._checks import check_below_one
@@ -71,7 +70,7 @@ class ZScore:
         return torch.where(left.any(), left, g)
 
 
-def zsharp(base_optimizer: Optimizer, rho: Rho = 0.05, *, percentile: float = 0.95, **options: Unpack[Options]) -> SAM:
+def zsharp(base_optimizer: Base, rho: Rho = 0.05, *, percentile: float = 0.95, **options: Unpack[Options]) -> SAM:
     """ZSharp: SAM along the gradient's outlying entries, by z-score in each tensor. Two passes per step.
 
     e = rho h / |h|, with h = g where |z| is above its percentile, else 0.
