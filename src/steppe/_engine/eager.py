@@ -17,7 +17,10 @@ def eager(function: Callable[_P, _R]) -> Callable[_P, _R]:
     which doubles the time of ``import steppe``. The private function, which ``torch.optim`` uses, waits for the first
     call.
 
-    >>> eager(abs)(-1)
-    1
+    >>> @eager
+    ... def double(x: int) -> int:
+    ...     return 2 * x
+    >>> double(2)
+    4
     """
     return _disable_dynamo(function)
