@@ -11,8 +11,11 @@ from steppe.flatness import Hessian, density, eigenvalues, trace
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")
 
 
-# raised inside torch by its first forward-mode derivative
-pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script`.*:DeprecationWarning")
+# raised inside torch by its first forward-mode derivative; a FutureWarning since torch 2.14
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:`torch.jit.script`.*:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:`torch.jit.script`.*:FutureWarning"),
+]
 
 
 def ours_and_theirs():

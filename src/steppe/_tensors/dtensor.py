@@ -75,6 +75,8 @@ def shard_like(full: Tensor, like: Tensor) -> Tensor:
     from torch.distributed.tensor import distribute_tensor
 
     mesh, placements = like.device_mesh, like.placements  # type: ignore[attr-defined]
+    if "src_data_rank" not in (distribute_tensor.__kwdefaults__ or {}):  # torch 2.6: rank 0 sends the shards
+        return distribute_tensor(full, mesh, placements)
     return distribute_tensor(full, mesh, placements, src_data_rank=None)
 
 
