@@ -285,6 +285,21 @@ def test_c31_eval_in_the_middle_of_a_step_raises_an_error():
     assert (w == 0.0).all()
 
 
+def test_c31_train_in_a_pass_is_ignored_unless_eval_came_before():
+    w = nn.Parameter(torch.ones(2))
+    optimizer = SAM(Averaged([w], lr=0.1), rho=0.1)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            optimizer.train()  # the Hugging Face Trainer does so
+            w.square().sum().backward()
+    optimizer.step()
+    optimizer.eval()
+    for sam_pass in optimizer.passes():
+        with sam_pass, pytest.raises(RuntimeError, match=r"train\(\) was called inside a pass"):
+            optimizer.train()
+        break
+
+
 class Lookahead(torch.optim.Optimizer):
     """A wrapper with slow weights of its own, whose checkpoint has another form than torch's."""
 

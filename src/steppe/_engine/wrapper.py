@@ -25,6 +25,8 @@ class Wrapper(Optimizer):
     _default_rho = Shared[float | Tensor](0.05)
     """Radius of a group that brings none: the constructor's, or the last one written to :attr:`rho`."""
     _engine: Engine
+    _mode = Shared("")
+    """The last of ``train`` and ``eval`` that was called."""
     _memory_template = Shared[Memory]({})
     """Zero-filled memory of the rules, for a checkpoint before the first step."""
 
@@ -94,8 +96,11 @@ class Wrapper(Optimizer):
 
         def call() -> None:
             if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS, Stage.BETWEEN_PASSES):
+                if name == "train" and self._mode != "eval":
+                    return  # the Hugging Face Trainer calls train() in every pass; the base would raise in its step
                 raise out_of_order(f"{name}()", self._engine.stage)  # it writes other weights, restored by the pass
             method()
+            self._mode = name
 
         return call
 

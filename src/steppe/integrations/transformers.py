@@ -132,8 +132,11 @@ class SAMTrainerMixin(_Trainer):
             return torch.zeros((), device=self.args.device)
         # If a callback has stopped an epoch within a window, older micro-batches are left over.
         window, self._window = self._window[-self.current_gradient_accumulation_steps :], []
+        sam = unwrap_optimizer(self.optimizer)
+        if hasattr(sam, "train"):
+            sam.train()  # a schedule-free base; the Trainer calls it inside of the first pass, which may be at w + e
         losses, step_losses = [], StepLosses()
-        for sam_pass in unwrap_optimizer(self.optimizer).passes():
+        for sam_pass in sam.passes():
             with contextlib.nullcontext() if sam_pass.is_first else self._unrecorded(model), sam_pass:
                 losses.append(self._run_window(model, window, num_items_in_batch))
             step_losses.add(sam_pass, losses[-1])
