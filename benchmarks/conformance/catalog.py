@@ -44,6 +44,14 @@ CATALOG = {
     "C25": "On a GPU, a step never waits for the device (checked with fake CUDA tensors, no GPU needed)",
     "C26": "A compiled model is not compiled again after the first step",
     "C27": "On a GPU, around a fused base, the number of operations does not grow with the number of tensors",
+    "C28a": "A momentum encoder that the forward moves is that of one pass per step",
+    "C28b": "A buffer that the forward resizes is that of one pass per step",
+    "C28c": "Both passes use the same noise from a torch.Generator that the model holds",
+    "C29": "After Ctrl-C in the second pass, the next step is that of a run without the interrupted step",
+    "C30": "An engine that copies the optimizer's attributes, as Lightning Fabric does, takes the same steps",
+    "C32": "Statistics of a second network in the loss are those of one pass per step, or a warning names it",
+    "C33": "A closure that returns the loss without a backward pass trains, or is an error",
+    "C35": "Assigning optimizer.rho sets the radius, or is an error",
 }
 
 REMARKS = {
@@ -88,4 +96,13 @@ REMARKS = {
     "C27": "The cell shows the operations of a step minus those of the base's own step, with `AdamW(fused=True)`. "
     "Around a base that is not fused, Steppe's check for NaN adds one operation per tensor, because torch has no "
     "multi-tensor kernel for it.",
+    "C28a": "Three steps with lr = 0, compared with ordinary ones.",
+    "C29": "The gradients are cleared after the exception. If the user writes the loop of both passes, no optimizer "
+    "can catch the exception, but the next step can notice it.",
+    "C30": "Five steps with momentum through an object of a derived class with the same `__dict__`, whose `step` calls "
+    "the optimizer's.",
+    "C32": "The second network is in training mode and has BatchNorm; SAM was not told about it.",
+    "C33": "`step(closure)` with nothing before it.",
+    "C35": "Other implementations document `param_groups` as the place of the radius; the assignment then has no "
+    "effect. Steppe's groups have the radius as well.",
 }

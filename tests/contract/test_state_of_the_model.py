@@ -131,6 +131,21 @@ def test_c28_radius_zero_is_the_base_whatever_the_forward_changes(kind, drive):
         assert len(model.log) == 8, "a list that grows is a log"
 
 
+@every_drive
+@pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.startswith("parameters")])
+def test_c28_parameters_without_gradients_may_be_in_the_optimizer(kind, drive):
+    results = []
+    for choose in (trained, lambda model: list(model.parameters())):
+        torch.manual_seed(0)
+        model = MODELS[kind]()
+        optimizer = SAM(torch.optim.SGD(choose(model), lr=0.1, momentum=0.9), rho=0.5, model=model)
+        for step in range(4):
+            x, y = pair(step)
+            DRIVES[drive](optimizer, lambda x=x, y=y, model=model: F.cross_entropy(model(x), y))
+        results.append(model_bits(model))
+    assert results[0] == results[1]
+
+
 class Noisy(nn.Module):
     """Draws from a generator of its own."""
 

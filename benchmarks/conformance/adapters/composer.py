@@ -136,6 +136,9 @@ class Composer(Adapter):
         "C17c": "the Trainer owns the scaler",
         "C25": "the Trainer cannot run on fake tensors, and has no GPU here",
         "C27": "the Trainer cannot run on fake tensors, and has no GPU here",
+        "C30": "the Trainer owns the optimizer, and no other engine copies it",
+        "C33": "the Trainer creates the closure",
+        "C35": "the radius is an argument of the algorithm, and the Trainer creates the optimizer",
     }
     limitations: ClassVar = {"C1a": RESUME, "C1b": RESUME, "C2a": RESUME, "C2b": RESUME, "C10a": RHO, "C10b": RHO}
 

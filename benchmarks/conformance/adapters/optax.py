@@ -244,6 +244,14 @@ class Optax(Adapter):
         "C25": "JAX: a step is compiled",
         "C26": "JAX: a step is compiled",
         "C27": "JAX: a step is compiled",
+        "C28a": "JAX: parameters are the user's own values",
+        "C28b": "JAX: buffers are the user's own values",
+        "C28c": "JAX: the user passes the key of both passes",
+        "C29": "JAX: weights are never changed in place",
+        "C30": "JAX: states are values",
+        "C32": "JAX: running statistics are the user's own values",
+        "C33": "JAX: no closure",
+        "C35": "JAX: the radius is the learning rate of the user's own ascent optimizer",
     }
 
     def build(self, model, base, rho=0.05, *, clip=None, state=None):

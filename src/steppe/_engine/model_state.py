@@ -36,7 +36,8 @@ class ModelState:
 
     Args:
         model: The module.
-        owned: The optimizer's parameters, which are left alone.
+        owned: The optimizer's parameters, which are left alone, except those that need no gradient at the time of
+            :meth:`save`: ``SGD(model.parameters())`` has a momentum encoder's, too.
         generators: Include the generators in attributes.
     """
 
@@ -45,7 +46,7 @@ class ModelState:
         self._with_generators = generators
         owned = list(owned)
         self._owned = set(map(id, owned))
-        self._limit = max(_LARGE, sum(p.numel() for p in owned if not is_lazy(p)))
+        self._limit = max(_LARGE, sum(p.numel() for p in owned if p.requires_grad and not is_lazy(p)))
         self._storages = {_storage(p) for p in owned} - {0}
         self._written: set[int] = set()
         self._saved = False
@@ -57,7 +58,7 @@ class ModelState:
         self._generators: list[tuple[Any, Any]] = []
         self._own_buffers: list[tuple[Tensor, int]] = []
         self.others: list[Tensor] = []
-        """Parameters of the model that are not the optimizer's."""
+        """Parameters of the model that the optimizer does not train: not its own, or without gradients."""
 
     @torch.no_grad()
     def save(self) -> None:
@@ -74,7 +75,7 @@ class ModelState:
             for m in modules
             if _has_own_attributes(type(m))  # type: ignore[arg-type]  # a class is hashable
         }
-        self.others = [p for p in found if id(p) not in self._owned]
+        self.others = [p for p in found if id(p) not in self._owned or not (p.requires_grad or p.grad is not None)]
         self._trained_by_others = [(p, _version(p)) for p in self.others if p.requires_grad]
         self._own_buffers = [
             (b, _version(b)) for m in modules if id(m) in self._attributes for b in m._buffers.values() if b is not None

@@ -74,6 +74,7 @@ class Initialization:
 
     def __init__(self, owned: Iterable[Tensor]) -> None:
         self._owned = list(owned)
+        self._trained = self._owned
         self._marks: list[tuple[int, int]] = []
         self._norms: list[Tensor] = []
         self._first = True
@@ -82,13 +83,14 @@ class Initialization:
     @torch.no_grad()
     def begin(self) -> None:
         """Begin the first pass."""
+        self._trained = [p for p in self._owned if p.requires_grad]  # the others are a part of the model's state
         self._marks = self._current_marks()
         # `p.data.copy_(...)` leaves no mark. An initialization comes in the first step, so only that one pays for norms
         self._norms = self._current_norms() if self._first else []
 
     def end(self, *, may_initialize: Callable[[], bool]) -> bool:
         """End the first pass; return True if it has initialized parameters."""
-        marks = zip(self._owned, self._marks, self._current_marks(), strict=True) if self._marks else ()
+        marks = zip(self._trained, self._marks, self._current_marks(), strict=True) if self._marks else ()
         written = {id(p) for p, before, now in marks if before != now} - self._ever_written
         self._ever_written |= written
         norms, self._norms, self._marks, self._first = self._norms, [], [], False
@@ -97,12 +99,12 @@ class Initialization:
         return bool(written)
 
     def _current_marks(self) -> list[tuple[int, int]]:
-        plain = all_plain(self._owned)
-        return [(p._version, p.data_ptr() if plain else 0) for p in self._owned]
+        plain = all_plain(self._trained)
+        return [(p._version, p.data_ptr() if plain else 0) for p in self._trained]
 
     @torch.no_grad()
     def _current_norms(self) -> list[Tensor]:
-        return list(torch._foreach_norm(self._owned)) if self._owned and all_plain(self._owned) else []
+        return list(torch._foreach_norm(self._trained)) if self._trained and all_plain(self._trained) else []
 
 
 _all: "WeakSet[SideEffects]" = WeakSet()
