@@ -162,7 +162,8 @@ def test_subset_inside_and_outside_give_the_same_bits():
         lambda ps: steppe.ParameterSubset(AscentSteps(steppe.L2(), 2), ps),
     ):
         model = net(dropout=0.0)
-        optimizer = SAM(BASES["sgd"](model.parameters()), 0.3, perturbation=wrap(list(model.layers[0].parameters())))
+        perturbation = wrap(list(model.layers[0].parameters()))
+        optimizer = SAM(BASES["sgd"](model.parameters()), 0.3, perturbation=perturbation, model=model)
         train(model, optimizer, by_closure, 3)
         ends.append(bits(model.parameters()))
     assert ends[0] == ends[1]
