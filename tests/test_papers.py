@@ -21,9 +21,11 @@ def keys(*used):
 
 
 def test_each_rule_is_cited_once_and_sam_first():
+    sgd = base()
+    subset = steppe.ParameterSubset(steppe.Adaptive(), sgd.param_groups[0]["params"])
     optimizer = steppe.SAM(
-        base(),
-        perturbation=steppe.AscentSteps(steppe.ParameterSubset(steppe.Adaptive(), [torch.zeros(1)]), 2),
+        sgd,
+        perturbation=steppe.AscentSteps(subset, 2),
         combination=steppe.GradientReuse(),
         cadence=steppe.Bernoulli(0.5),
     )

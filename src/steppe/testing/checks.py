@@ -74,11 +74,12 @@ def rules_are_stateless(make: Make) -> None:
     train(undisturbed, make(undisturbed), 6)
     model, other = network(), network(seed=5)
     optimizer = make(model)
-    base = torch.optim.SGD(other.parameters(), lr=0.1, momentum=0.9)
+    # A rule may name parameters of the model (ParameterSubset): the neighbor has these as well, and does not move them.
+    groups = [{"params": other.parameters()}, {"params": model.parameters(), "lr": 0.0}]
     neighbor = SAM(
-        base,
+        torch.optim.SGD(groups, lr=0.1, momentum=0.9),
         0.3,
-        model=other,
+        model=[other, model],
         perturbation=optimizer.perturbation,
         combination=optimizer.combination,
         cadence=optimizer.cadence,
