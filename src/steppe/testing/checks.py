@@ -3,6 +3,7 @@
 import copy
 import io
 from collections.abc import Callable
+from typing import Any
 from unittest import mock
 
 import torch
@@ -75,7 +76,7 @@ def rules_are_stateless(make: Make) -> None:
     model, other = network(), network(seed=5)
     optimizer = make(model)
     # A rule may name parameters of the model (ParameterSubset): the neighbor has these as well, and does not move them.
-    groups = [{"params": other.parameters()}, {"params": model.parameters(), "lr": 0.0}]
+    groups: list[dict[str, Any]] = [{"params": other.parameters()}, {"params": model.parameters(), "lr": 0.0}]
     neighbor = SAM(
         torch.optim.SGD(groups, lr=0.1, momentum=0.9),
         0.3,
