@@ -128,6 +128,8 @@ def check_interrupt(name: str, drive: str, at: int, after: list[bytes]) -> str:
     return ""
 
 
+# an interrupt in a loop over passes() that Python is closing is printed, not raised
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("drive", DRIVES)
 def test_c29_interrupt_at_any_line_of_a_step_restores_the_weights_and_the_next_step_works(drive):
     covered: set[Line] = set()

@@ -132,10 +132,12 @@ def test_pickled_net_resumes_with_the_same_bits(skorch_net, data):
         fresh(skorch_net).module, criterion=torch.nn.CrossEntropyLoss, optimizer=steppe.SAM, verbose=0,
         optimizer__base_class=torch.optim.SGD, optimizer__momentum=0.9, train_split=None, max_epochs=1,
     )  # fmt: skip
-    net.fit(*data)
+    with pytest.warns(UserWarning, match="without model="):
+        net.fit(*data)
     twin = pickle.loads(pickle.dumps(net))
     net.partial_fit(*data)
-    twin.partial_fit(*data)
+    with pytest.warns(UserWarning, match="without model="):
+        twin.partial_fit(*data)
     assert model_bits(net.module_) == model_bits(twin.module_)
 
 

@@ -173,7 +173,7 @@ class KerasOptimizer(Optimizer):
 class VariablesAsBuffers(nn.Module):
     """The variables of a Keras model that a pass changes, as buffers.
 
-    Keras keeps them in parameters, where SAM's ``model=`` would not protect them.
+    Keras keeps them in parameters, and those of metrics outside of the module that ``model=`` gets.
     """
 
     def __init__(self, model: Any) -> None:

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe.experiments.config.methods import RunContext
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.batches import Batch
 from steppe.experiments.data.datasets import Dataset
@@ -37,20 +38,27 @@ def build_network(run: Run, data: Dataset) -> nn.Module:
     return PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
 
 
-def check_fine_tuning(run: Run, optimizer: Optimizer) -> None:
-    """Raise ExperimentError where a method would silently ignore an option of fine-tuning."""
-    perturbed = getattr(getattr(optimizer, "perturbation", None), "parameters", ())
-    if perturbed and not any(p.requires_grad for p in perturbed):
+def build_optimizer(run: Run, base: Optimizer, context: RunContext) -> Optimizer:
+    """Build the method's optimizer around the base.
+
+    Raises:
+        ExperimentError: The method would silently ignore an option of fine-tuning.
+    """
+    try:
+        optimizer = run.method.optimizer(base, context)
+    except ValueError as error:
+        if not run.recipe.model.freeze:
+            raise
         raise ExperimentError(
-            f"{run.name} perturbs weights that --freeze keeps fixed, so it would be the plain base optimizer at twice "
-            "the cost: leave --freeze or this method out"
-        )
+            f"{run.name} perturbs weights that --freeze keeps fixed ({error}): leave --freeze or this method out"
+        ) from error
     head_lr = run.recipe.training.head_lr
     if head_lr is not None and all(group["lr"] != head_lr for group in optimizer.param_groups):
         raise ExperimentError(
             f"{run.name} has one learning rate of its own, and head_lr={head_lr} would be ignored: leave --head-lr or "
             "this method out"
         )
+    return optimizer
 
 
 class Forward:

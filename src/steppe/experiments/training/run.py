@@ -24,7 +24,7 @@ from steppe.experiments.storage.checkpoints import CheckpointManager
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
 from steppe.experiments.training.evaluation import evaluate, flatness_sample, measure_flatness
-from steppe.experiments.training.forward import Forward, build_network, check_fine_tuning
+from steppe.experiments.training.forward import Forward, build_network, build_optimizer
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
@@ -62,8 +62,7 @@ class Training:
             seed=run.seed,
             replay_rng=self._recorder is None,
         )
-        self.optimizer = run.method.optimizer(self._base(), context)
-        check_fine_tuning(run, self.optimizer)
+        self.optimizer = build_optimizer(run, self._base(), context)
         self.step_function = run.method.step_function(self.optimizer, context)
         self._take_step = Stepper(self._eager_step, self.optimizer, self._recorder)
         self.epoch = 0
