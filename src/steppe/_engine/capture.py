@@ -3,9 +3,9 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 from torch import Tensor
 
+from steppe._engine.cuda_graphs import is_capturing
 from steppe._engine.engine import Engine
 from steppe._engine.shared import Shared
 from steppe.rules import Cadence, needs_gradient
@@ -71,8 +71,3 @@ class GraphCapture:
                 "CUDA graph capture with replay_rng=True: the states of the generators cannot be read or set in a "
                 "graph. Give SAM replay_rng=False; the two passes then have different dropout masks"
             )
-
-
-def is_capturing(parameter: Tensor) -> bool:
-    """Return True if the current stream captures a graph; tests on fake tensors replace this function."""
-    return parameter.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()

@@ -2,7 +2,7 @@
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from steppe._engine.dependence import graph
 from steppe._engine.engine import Engine
+from steppe._engine.losses import find_loss
 from steppe._engine.passes import Pass
 
 
@@ -80,15 +81,9 @@ class GraphReuse:
 
 
 def differentiable_loss(value: Any) -> Tensor | None:
-    """Return the loss that a closure returned, alone, first in a tuple or list, or as "loss" in a mapping.
-
-    None if there is none, or if it has no graph.
-    """
-    if isinstance(value, Mapping):
-        value = value.get("loss")
-    elif isinstance(value, tuple | list) and value:
-        value = value[0]
-    return value if isinstance(value, Tensor) and value.grad_fn is not None else None
+    """Return the loss that a closure returned (:func:`find_loss`); None if there is none, or if it has no graph."""
+    loss = find_loss(value)
+    return loss if isinstance(loss, Tensor) and loss.grad_fn is not None else None
 
 
 def _check_scalar(loss: Tensor) -> None:

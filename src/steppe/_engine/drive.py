@@ -2,13 +2,13 @@
 
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeAlias
-
-from torch import Tensor
 
 from steppe._engine.closure import run_closure
 from steppe._engine.constructor import check_groups
 from steppe._engine.loss_scale import ScalerTarget, refuse_closure_of_scaler
+from steppe._engine.losses import backward
 from steppe._engine.passes import Pass
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import holds_sam_state, parameters_of
@@ -64,11 +64,7 @@ class Drive(SAMStep):
 
     def _run(self, closure: Closure) -> Any:
         """Call the closure once a pass; return the loss of the first."""
-        return run_closure(closure, self.passes(), self._engine, self._backward)
-
-    def _backward(self, loss: Tensor) -> None:
-        scaled = loss if self.scaler is None else self.scaler.scale(loss)
-        scaled.backward()  # type: ignore[no-untyped-call]
+        return run_closure(closure, self.passes(), self._engine, partial(backward, scaler=self.scaler))
 
     def _take_step(self) -> None:
         """Step from w with the gradient in ``.grad``."""

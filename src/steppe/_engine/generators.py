@@ -1,4 +1,4 @@
-"""Save and restore the global random generators."""
+"""Save and restore random generators: the global ones, and those that modules hold."""
 
 import random
 import sys
@@ -33,3 +33,36 @@ class Generators:
             sys.modules["numpy"].random.set_state(states["numpy"])
         for device in self._devices:
             torch.get_device_module(device).set_rng_state(states[device], device)
+
+
+# A generator that a module holds.
+
+
+def is_generator(value: Any) -> bool:
+    """True if the value is a generator of torch, Python or NumPy."""
+    if isinstance(value, torch.Generator | random.Random):
+        return not isinstance(value, random.SystemRandom)
+    # Not imported: a program without NumPy has no such generator.
+    numpy = sys.modules.get("numpy.random")
+    return numpy is not None and isinstance(value, numpy.Generator | numpy.RandomState | numpy.BitGenerator)
+
+
+def get_state(generator: Any) -> Any:
+    """Return the state of such a generator."""
+    if isinstance(generator, torch.Generator):
+        return generator.get_state()
+    if isinstance(generator, random.Random):
+        return generator.getstate()
+    if hasattr(generator, "get_state"):  # RandomState
+        return generator.get_state()
+    return getattr(generator, "bit_generator", generator).state
+
+
+def set_state(generator: Any, state: Any) -> None:
+    """Set the state that :func:`get_state` returned."""
+    if isinstance(generator, random.Random):
+        generator.setstate(state)
+    elif hasattr(generator, "set_state"):
+        generator.set_state(state)
+    else:
+        getattr(generator, "bit_generator", generator).state = state

@@ -8,6 +8,8 @@ from typing import Any, NoReturn, TypeAlias, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._engine.state_dict import parameters_of
+
 Base: TypeAlias = Optimizer | Sequence[Optimizer]
 """One base optimizer, or several that share one perturbation."""
 
@@ -32,7 +34,7 @@ class JointBase(Optimizer):
     def __init__(self, optimizers: Sequence[Optimizer]) -> None:
         owners: dict[Tensor, Optimizer] = {}
         for optimizer in optimizers:
-            for p in _parameters(optimizer):
+            for p in parameters_of(optimizer):
                 if owners.setdefault(p, optimizer) is not optimizer:
                     _refuse_shared(p, owners[p], optimizer)
         self.__setstate__({"optimizers": tuple(optimizers)})
@@ -104,7 +106,7 @@ class JointBase(Optimizer):
         group["params"] = [given] if isinstance(given, Tensor) else list(given)
         new = {item[1] if isinstance(item, tuple) else item for item in group["params"]}
         for other in self.optimizers:
-            if other is not optimizer and (shared := new.intersection(_parameters(other))):
+            if other is not optimizer and (shared := new.intersection(parameters_of(other))):
                 _refuse_shared(next(iter(shared)), other, optimizer)
         optimizer.add_param_group(group)
 
@@ -137,7 +139,7 @@ class JointBase(Optimizer):
                 packed["state"][key] = entries
             for key in own.keys() - {"state", "param_groups"}:
                 packed[f"{_BASE}.{number}.{key}"] = own[key]
-            first += sum(1 for _ in _parameters(optimizer))
+            first += sum(1 for _ in parameters_of(optimizer))
         return packed
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -189,7 +191,7 @@ class _JointState(MutableMapping[Tensor, Any]):
         self._optimizers = optimizers
 
     def _of(self, key: Tensor) -> MutableMapping[Tensor, Any]:
-        owns = (o.state for o in self._optimizers if key in o.state or any(p is key for p in _parameters(o)))
+        owns = (o.state for o in self._optimizers if key in o.state or any(p is key for p in parameters_of(o)))
         return next(owns, self._optimizers[0].state)
 
     def __getitem__(self, key: Tensor) -> Any:
@@ -260,10 +262,6 @@ def _name(optimizer: Optimizer) -> str:
 
 def _is_number(named: object, number: int) -> bool:
     return isinstance(named, int) and not isinstance(named, bool) and named == number
-
-
-def _parameters(optimizer: Optimizer) -> Iterator[Tensor]:
-    return (p for group in optimizer.param_groups for p in group["params"])
 
 
 def _part(state_dict: Mapping[str, Any], number: int, groups: list[dict[str, Any]]) -> dict[str, Any]:

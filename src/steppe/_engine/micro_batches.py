@@ -14,6 +14,7 @@ from steppe.rules import (
     Perturbation,
     Point,
     averages_memory,
+    needs_gradient,
     scale_free,
 )
 
@@ -104,7 +105,7 @@ class MicroBatches:
                     "micro-batches would change one after the other. Run all micro-batches inside each pass, so that "
                     "they share one perturbation"
                 )
-        sized = [rule for rule in rules if rule in keepers or (_gets_gradients(rule) and not scale_free(rule))]
+        sized = [rule for rule in rules if rule in keepers or (needs_gradient(rule) and not scale_free(rule))]
         if loss_weight is None and sized:
             raise RuntimeError(
                 f"passes(accumulate=True) with {sized[0]}, which depends on the size of the gradients: a micro-batch's "
@@ -129,10 +130,6 @@ def _with_memory(rules: Rules, zero_point: Point) -> list[Perturbation | Combina
         if memory:
             keepers.append(rule)
     return keepers
-
-
-def _gets_gradients(rule: Perturbation | Combination | Cadence) -> bool:
-    return bool(getattr(rule, "needs_gradient", True))
 
 
 def _tensors(memory: Memory) -> Iterator[tuple[str, Tensor, str, Tensor]]:

@@ -1,7 +1,5 @@
 """A snapshot of what a forward can change in a model, apart from the parameters that the optimizer trains."""
 
-import random
-import sys
 from collections.abc import Iterable
 from functools import cache
 from operator import is_
@@ -11,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from steppe._engine.generators import get_state, is_generator, set_state
 from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
@@ -85,7 +84,7 @@ class ModelState:
         self._save_values(own)
         if self._with_generators:
             held = [g for attributes in self._attributes.values() for g in attributes.generators]
-            self._generators = [(g, _get_state(g)) for g in held]
+            self._generators = [(g, get_state(g)) for g in held]
         self._saved = True
 
     def _save_values(self, own: list[Tensor]) -> None:
@@ -123,7 +122,7 @@ class ModelState:
             if p.data_ptr() != data.data_ptr():
                 p.data = data
         for generator, state in self._generators:
-            _set_state(generator, state)
+            set_state(generator, state)
 
     def discard(self) -> None:
         """Make :meth:`restore` do nothing until the next :meth:`save`."""
@@ -165,7 +164,7 @@ class _Attributes:
         self._contents = [(v, v.copy()) for v in self._values.values() if isinstance(v, list | dict)]
         leaves = [v for value in self._values.values() for v in _elements(value)]
         self.tensors = [t for t in leaves if isinstance(t, Tensor) and _storage(t) not in excluded_storages]
-        self.generators = [v for value in own.values() for v in _elements(value) if _is_generator(v)]
+        self.generators = [v for value in own.values() for v in _elements(value) if is_generator(v)]
 
     @classmethod
     def of(cls, module: nn.Module, earlier: "_Attributes | None", excluded_storages: set[int]) -> "_Attributes":
@@ -244,43 +243,12 @@ def _is_writable(tensor: Tensor) -> bool:
 
 
 def _restore_entries(entries: Any, saved: dict[str, Any]) -> None:
-    now = dict(entries.items())
-    if now.keys() == saved.keys() and all(map(is_, now.values(), saved.values())):
-        return
     if isinstance(entries, dict):
-        entries.clear()
-        entries.update(saved)
+        if entries.keys() != saved.keys() or not all(map(is_, entries.values(), saved.values())):
+            entries.clear()
+            entries.update(saved)
     else:  # of a ScriptModule, whose names are fixed
+        now = dict(entries.items())
         for name, value in saved.items():
             if now[name] is not value:
                 entries[name] = value
-
-
-# Generators of random numbers: torch's, Python's, NumPy's.
-
-
-def _is_generator(value: Any) -> bool:
-    if isinstance(value, torch.Generator | random.Random):
-        return not isinstance(value, random.SystemRandom)
-    # Not imported: a program without NumPy has no such generator.
-    numpy = sys.modules.get("numpy.random")
-    return numpy is not None and isinstance(value, numpy.Generator | numpy.RandomState | numpy.BitGenerator)
-
-
-def _get_state(generator: Any) -> Any:
-    if isinstance(generator, torch.Generator):
-        return generator.get_state()
-    if isinstance(generator, random.Random):
-        return generator.getstate()
-    if hasattr(generator, "get_state"):  # RandomState
-        return generator.get_state()
-    return getattr(generator, "bit_generator", generator).state
-
-
-def _set_state(generator: Any, state: Any) -> None:
-    if isinstance(generator, random.Random):
-        generator.setstate(state)
-    elif hasattr(generator, "set_state"):
-        generator.set_state(state)
-    else:
-        getattr(generator, "bit_generator", generator).state = state

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.cuda_graphs import is_capturing
+from steppe._engine.losses import find_loss
 from steppe._engine.state_dict import RHO, parameters_of
 from steppe._tensors.dtensor import by_placement, foreach, local, sum_over_ranks
 from steppe._tensors.in_place import as_real
@@ -48,7 +50,7 @@ class Recorder:
 
     def __init__(self, base: Optimizer) -> None:
         self._base = base
-        self._modules: list[nn.Module] = []
+        self._model: nn.Module | None = None
         self._sample: Sample | None = None
         self._perturbed = False
         self._loss: Tensor | None = None
@@ -63,13 +65,10 @@ class Recorder:
         self.samples: deque[Sample] = deque(maxlen=_KEPT)
         """The measured steps."""
 
-    def watch(self, model: Any) -> None:
-        """Set the module or modules of which the training mode is recorded."""
-        modules = list(model.values()) if isinstance(model, Mapping) else model
-        modules = list(modules) if isinstance(modules, list | tuple) else [modules]
-        self._modules = [
-            m for m in modules if isinstance(m, nn.Module) and any(p.requires_grad for p in m.parameters())
-        ]
+    def watch(self, model: nn.Module | None) -> None:
+        """Set the module of which the training mode is recorded; one that trains nothing has no mode to record."""
+        trains = model is not None and any(p.requires_grad for p in model.parameters())
+        self._model = model if trains else None
 
     @torch.no_grad()
     def perturbation(
@@ -87,9 +86,9 @@ class Recorder:
         """
         further, self._perturbed = self._perturbed, True
         if not further:
-            self.steps_in_evaluation_mode += bool(self._modules) and not any(map(_is_training, self._modules))
-            if not self._is_due() or _is_capturing(next(parameters_of(self._base))):
-                return
+            self.steps_in_evaluation_mode += self._model is not None and not _is_training(self._model)
+            if not self._is_due() or is_capturing(next(parameters_of(self._base))):
+                return  # replays of the graph would overwrite what was recorded
         elif self._sample is None:
             return
         copies = {id(w): copy for w, copy in displaced()}
@@ -129,7 +128,7 @@ class Recorder:
                 g.div_(scale.to(g.device))
 
     def loss(self, loss: Any, *, is_perturbed: bool) -> None:
-        """Record the loss at w or at w + e: a tensor or number, alone, first in a tuple, or as "loss" in a mapping."""
+        """Record the loss at w or at w + e: a tensor or number, or something that holds one (:func:`find_loss`)."""
         if not is_perturbed and self._is_due():
             self._loss = _as_scalar(loss)
         elif is_perturbed and self._sample is not None:
@@ -154,13 +153,8 @@ class Recorder:
         self._sample, self._loss, self._perturbed = None, None, False
 
 
-def _is_training(module: nn.Module) -> bool:
-    return module.training or any(m.training for m in module.modules())
-
-
-def _is_capturing(parameter: Tensor) -> bool:
-    """True if a CUDA graph is being captured: its replays would overwrite what was recorded."""
-    return parameter.is_cuda and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+def _is_training(model: nn.Module) -> bool:
+    return any(m.training for m in model.modules())
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
@@ -217,10 +211,7 @@ def _angles(group: Sequence[tuple[Tensor, Tensor]], gradients: Mapping[Tensor, T
 
 
 def _as_scalar(loss: Any) -> Tensor | None:
-    if isinstance(loss, Mapping):
-        loss = loss.get("loss")
-    elif isinstance(loss, tuple | list):
-        loss = loss[0] if loss else None
+    loss = find_loss(loss)
     if isinstance(loss, Tensor):
         return loss.detach().clone() if loss.numel() == 1 else None
     return torch.tensor(float(loss)) if isinstance(loss, int | float) else None

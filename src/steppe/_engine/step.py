@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from steppe._engine.callers import called_by_trainer, warn
+from steppe._engine.callers import called_by_trainer
 from steppe._engine.capture import GraphCapture
 from steppe._engine.joint_base import names_of
 from steppe._engine.loss_scale import check_scale, loss_scale
@@ -36,7 +36,6 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     per_rank: bool
     stochastic_rounding: bool
     scaler = Shared[torch.amp.GradScaler | None](None)
-    _warned_of_plain_step = Shared(False)
 
     def _has_single_pass(self) -> bool:
         """True if the step runs a single pass, at w + e."""
@@ -134,12 +133,12 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
             # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
             self._memory_template = self._make_memory_template()
-        elif not self._warned_of_plain_step:
-            self._warned_of_plain_step = True
-            warn(
+        else:
+            self._engine.warn_once(
+                "plain step",
                 "step() was called without a closure and without passes before it: this is a plain step of "
                 f"{names_of(self.base)}, without sharpness-aware minimization. Give step() a closure, or run "
-                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
+                "the forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`",
             )
         return self.base.step()
 

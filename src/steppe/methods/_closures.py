@@ -1,4 +1,4 @@
-"""Shared by the methods that build closures: the backward of a loss that may be scaled, and checks of a batch."""
+"""Shared by the methods that build closures: which pass runs, and checks of a batch."""
 
 from collections.abc import Callable, Sequence
 
@@ -7,12 +7,6 @@ from torch import Tensor
 from steppe.sam import SAM
 
 Loss = Callable[..., Tensor]
-
-
-def backward(optimizer: SAM, loss: Tensor) -> None:
-    """Run the backward pass of a loss, multiplied by the loss scale if the optimizer has a scaler."""
-    scaled = loss if optimizer.scaler is None else optimizer.scaler.scale(loss)
-    scaled.backward()  # type: ignore[no-untyped-call]
 
 
 def is_last(optimizer: SAM) -> bool:

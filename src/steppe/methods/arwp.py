@@ -6,10 +6,9 @@ from typing import ClassVar, Unpack
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.methods.mixed_rwp import MIXED_RWP_PAPER
 from steppe.methods.rwp import GaussianNoise
 from steppe.papers import Paper
@@ -98,7 +97,7 @@ class AdaptiveNoise:
 
 
 def arwp(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.001,
     *,
     eta: float = 0.1,

@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._closures import Loss, backward, check_share, count_samples
+from steppe.methods._closures import Loss, check_share, count_samples
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import ICLR, Paper, cites
@@ -164,7 +165,7 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
             chosen = rise.topk(kept).indices
             values = evaluate([t[chosen.to(t.device)] for t in batch], kept)
         value = values.mean()
-        backward(optimizer, value)
+        backward(value, optimizer.scaler)
         return value
 
     return closure

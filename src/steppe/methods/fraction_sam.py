@@ -8,8 +8,9 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._closures import Loss, backward, check_share, count_samples, is_last
+from steppe.methods._closures import Loss, check_share, count_samples, is_last
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import Paper, cites
@@ -68,7 +69,7 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
     def closure() -> Tensor:
         optimizer.zero_grad()
         value = loss(*(batch if is_last(optimizer) else [t[:n] for t in batch]))
-        backward(optimizer, value)
+        backward(value, optimizer.scaler)
         return value
 
     return closure

@@ -7,8 +7,9 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._closures import Loss, backward, count_samples
+from steppe.methods._closures import Loss, count_samples
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import ICML, Paper, cites
@@ -71,7 +72,7 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
         for sam_pass in optimizer.passes(accumulate=start > 0, loss_weight=weight):
             with sam_pass, torch.enable_grad():
                 value = weight * loss(*part)
-                backward(optimizer, value)
+                backward(value, optimizer.scaler)
                 if sam_pass.is_first:
                     losses_at_w.append(value.detach())
     if optimizer.scaler is None:

@@ -2,10 +2,8 @@
 
 from typing import Unpack
 
-from torch.optim import Optimizer
-
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
-from steppe.methods._options import Options, Rho
+from steppe.methods._options import Base, Options, Rho
 from steppe.methods.arwp import AdaptiveNoise, RunningSquares
 from steppe.methods.mixed_rwp import MIXED_RWP_PAPER
 from steppe.methods.pgn import PenalizedNorm
@@ -13,7 +11,7 @@ from steppe.sam import SAM
 
 
 def mixed_arwp(
-    base_optimizer: Optimizer,
+    base_optimizer: Base,
     rho: Rho = 0.015,
     *,
     alpha: float = 0.5,

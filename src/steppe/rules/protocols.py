@@ -101,8 +101,8 @@ class Perturbation(Protocol):
         """Return the perturbation from w."""
 
 
-def needs_gradient(rule: "Perturbation | Cadence") -> bool:
-    """Return True if the rule needs the gradient at w, and so a pass at w before it is called."""
+def needs_gradient(rule: "Perturbation | Combination | Cadence") -> bool:
+    """Return True if the rule needs a gradient: a perturbation or a cadence, and so a pass at w before it is called."""
     return bool(getattr(rule, "needs_gradient", True))
 
 
