@@ -164,6 +164,10 @@ def test_c36_model_in_evaluation_mode_gives_a_hint():
     train(model, optimizer, steps=2)
     model.train()
     assert any("evaluation mode in 2 perturbed steps" in hint for hint in optimizer.report().hints)
+    model.eval()
+    listed = SAM(sgd(model.parameters()), model=list(model))
+    assert any("evaluation mode in 2 perturbed steps" in hint for hint in train(model, listed, steps=2).hints)
+    model.train()
     model[1].eval()  # one frozen layer is usual
     assert train(model, SAM(sgd(model.parameters()), rho=0.05, model=model)).hints == ()
 

@@ -154,7 +154,8 @@ class Recorder:
 
 
 def _is_training(model: nn.Module) -> bool:
-    return any(m.training for m in model.modules())
+    # a container without a forward, such as that of model=[a, b], has no mode of its own
+    return any(m.training for m in model.modules() if type(m).forward is not nn.Module.forward)
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
