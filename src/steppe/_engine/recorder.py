@@ -155,7 +155,7 @@ class Recorder:
 
 def _is_training(model: nn.Module) -> bool:
     # a container without a forward, such as that of model=[a, b], has no mode of its own
-    return any(m.training for m in model.modules() if type(m).forward is not nn.Module.forward)
+    return any(m.training for m in model.modules() if not isinstance(m, nn.ModuleList | nn.ModuleDict))
 
 
 def _stack(rows: Sequence[Tensor]) -> Tensor:
