@@ -1,14 +1,13 @@
 """Checks of the contract, shared by the tests."""
 
 import copy
-import io
 from collections.abc import Callable
 
 import torch
 
 import steppe
 from reference import asam_e, sam_e, trajectory
-from support import BASES, DRIVES, bits, model_bits, net, train
+from support import BASES, DRIVES, bits, model_bits, net, saved_and_loaded, train
 
 # Ten numbers in three tensors, and a loss that is neither quadratic nor symmetric.
 SHAPES = [(2, 3), (3,), ()]
@@ -84,10 +83,9 @@ def resumes(make: Callable[[torch.nn.Module], steppe.SAM], drive: str, *, after:
     torch.manual_seed(11)
     optimizer = make(model)
     train(model, optimizer, DRIVES[drive], after)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), optimizer.state_dict(), torch.get_rng_state()], file)
-    file.seek(0)
-    saved_model, saved_optimizer, rng = torch.load(file, weights_only=True)
+    saved_model, saved_optimizer, rng = saved_and_loaded(
+        [model.state_dict(), optimizer.state_dict(), torch.get_rng_state()]
+    )
 
     fresh = net(seed=99)
     fresh_optimizer = make(fresh)

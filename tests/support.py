@@ -1,6 +1,8 @@
 """Small problems, base optimizers and the three APIs of a step, shared by the tests."""
 
+import io
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -62,6 +64,14 @@ def model_bits(model: nn.Module) -> dict[str, bytes]:
 
 
 # One step by each of the three APIs; loss() is the forward alone.
+
+
+def saved_and_loaded(state: Any, *, weights_only: bool = True) -> Any:
+    """Return what a file holds to which the state was saved."""
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=weights_only)
 
 
 def by_closure(optimizer: Optimizer, loss: Callable[[], Tensor]):

@@ -1,7 +1,5 @@
 """Schedules of rho: compared with torch's schedules of the learning rate, and resumed from checkpoints."""
 
-import io
-
 import pytest
 import torch
 from torch.optim import lr_scheduler
@@ -9,7 +7,7 @@ from torch.optim import lr_scheduler
 import steppe
 from steppe import rho_schedule
 from steppe.rho_schedule import CosineRho, LinearRho, ProportionalRho, WarmupRho
-from support import by_closure, model_bits, net, train
+from support import by_closure, model_bits, net, saved_and_loaded, train
 
 STEPS = 8
 
@@ -181,10 +179,7 @@ def test_schedule_resumes_bit_for_bit(name, tensor, schedule_first):
     model = net(dropout=0.0)
     parts = build(model, name, tensor)
     train_with_schedules(model, *parts, 0, 3)
-    file = io.BytesIO()
-    torch.save([model.state_dict(), *(part.state_dict() for part in parts)], file)
-    file.seek(0)
-    saved_model, *saved = torch.load(file, weights_only=True)
+    saved_model, *saved = saved_and_loaded([model.state_dict(), *(part.state_dict() for part in parts)])
     fresh = net(seed=9, dropout=0.0)
     fresh.load_state_dict(saved_model)
     new_parts = build(fresh, name, tensor)

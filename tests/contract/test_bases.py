@@ -1,7 +1,6 @@
 """Several bases as one, train() and eval() of a base, and bases whose checkpoints have another form (C31)."""
 
 import copy
-import io
 import pickle
 
 import pytest
@@ -14,7 +13,19 @@ from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 import steppe
 from steppe import SAM
 from steppe.methods.registry import CARDS, FUNCTIONS
-from support import BASES, DRIVES, batch, bits, by_closure, by_passes, every_drive, model_bits, net, train
+from support import (
+    BASES,
+    DRIVES,
+    batch,
+    bits,
+    by_closure,
+    by_passes,
+    every_drive,
+    model_bits,
+    net,
+    saved_and_loaded,
+    train,
+)
 
 
 def halves(model: nn.Module) -> tuple[list[nn.Parameter], list[nn.Parameter]]:
@@ -78,11 +89,9 @@ def test_c31_every_method_steps_two_bases_as_one_base_with_two_groups(name, base
         optimizer = FUNCTIONS[name](make(model), **given, model=model)
         torch.manual_seed(1)
         train(model, optimizer, by_passes, 3)
-        state = io.BytesIO()
-        torch.save(optimizer.state_dict(), state)
-        state.seek(0)
+        state = saved_and_loaded(optimizer.state_dict())
         optimizer = FUNCTIONS[name](make(model), **given, model=model)
-        optimizer.load_state_dict(torch.load(state, weights_only=True))
+        optimizer.load_state_dict(state)
         train(model, optimizer, by_passes, 3, start=3)
         models.append(model_bits(model))
     assert models[0] == models[1]
@@ -338,11 +347,9 @@ def test_c31_wrapper_with_a_checkpoint_of_another_form_resumes_bit_for_bit():
     train(straight, make(straight), by_closure, 7)
     first = make(model)
     train(model, first, by_closure, 3)
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
+    state = saved_and_loaded(first.state_dict())
     second = make(model, rho=0.7)
-    second.load_state_dict(torch.load(file, weights_only=True))
+    second.load_state_dict(state)
     assert second.rho == 0.1
     train(model, second, by_closure, 4, start=3)
     assert model_bits(model) == model_bits(straight)

@@ -2,7 +2,6 @@
 
 import functools
 import importlib.util
-import io
 import warnings
 
 import pytest
@@ -13,7 +12,7 @@ from torchvision_stand_in import torchvision_stand_in
 
 import steppe
 from steppe import SAM
-from support import bits, by_closure, by_passes, model_bits, plain
+from support import bits, by_closure, by_passes, model_bits, plain, saved_and_loaded
 
 
 def network(base: str) -> nn.Module:
@@ -163,11 +162,9 @@ def test_c31_checkpoint_resumes_bit_for_bit(base):
     train(straight, optimizer, by_closure, range(6))
     first = make(model)
     train(model, first, by_closure, range(3))
-    file = io.BytesIO()
-    torch.save(first.state_dict(), file)
-    file.seek(0)
+    state = saved_and_loaded(first.state_dict(), weights_only=False)
     second = make(model, rho=0.7)
-    second.load_state_dict(torch.load(file, weights_only=False))
+    second.load_state_dict(state)
     assert second.rho == 0.1
     train(model, second, by_closure, range(3, 6))
     assert model_bits(model) == model_bits(straight)

@@ -3,8 +3,6 @@
 The slow references of these methods are in the notation of their papers, on one flat vector, without the package.
 """
 
-import copy
-import io
 from collections.abc import Callable
 
 import torch
@@ -82,13 +80,6 @@ def forward_passes_per_step(model, optimizer, drive: str, steps: int) -> float:
     for _ in range(steps):
         DRIVES[drive](optimizer, lambda: (calls.append(1), F.cross_entropy(model(x), y))[1])
     return len(calls) / steps
-
-
-def saved_and_loaded(state):
-    file = io.BytesIO()
-    torch.save(state, file)
-    file.seek(0)
-    return copy.deepcopy(torch.load(file, weights_only=True))
 
 
 def state_bits(optimizer) -> list[bytes]:

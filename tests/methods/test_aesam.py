@@ -1,6 +1,5 @@
 """AE-SAM against its slow reference; its memory in checkpoints."""
 
-import io
 import math
 
 import pytest
@@ -10,7 +9,7 @@ from torch import nn
 
 import steppe
 from steppe import SAM, GradientNormThreshold
-from support import DRIVES, by_closure
+from support import DRIVES, by_closure, saved_and_loaded
 
 STEPS = 40
 
@@ -75,12 +74,10 @@ def test_resumed_run_has_the_same_bits(dtype):
     for via_base in (False, True):
         w, first = make()
         run(w, first, range(13))
-        file = io.BytesIO()
-        torch.save(first.state_dict(), file)
-        file.seek(0)
+        state = saved_and_loaded(first.state_dict())
         resumed, second = make()
         resumed.data.copy_(w.data)
-        (second.base if via_base else second).load_state_dict(torch.load(file, weights_only=True))
+        (second.base if via_base else second).load_state_dict(state)
         run(resumed, second, range(13, STEPS))
         assert torch.equal(resumed, straight)
         assert str(second.state_dict()) == str(optimizer.state_dict())

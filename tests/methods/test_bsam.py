@@ -1,17 +1,18 @@
 """bSAM: against its slow reference with the same noise; its noise, special cases and arguments."""
 
+import copy
 from collections.abc import Callable
 
 import pytest
 import torch
 import torch.nn.functional as F
-from own_step_problem import Loss, assert_close, gradient, loss, saved_and_loaded, start, trained
+from own_step_problem import Loss, assert_close, gradient, loss, start, trained
 from torch import Tensor
 
 from checks import split
 from steppe._tensors import random as random_tensors
 from steppe.methods.bsam import BSAM
-from support import batch, bits, by_closure, model_bits, net, plain, train
+from support import batch, bits, by_closure, model_bits, net, plain, saved_and_loaded, train
 
 
 def bsam(L: Loss, w: Tensor, steps: int, noise: Callable[[int], Tensor], *, alpha, N, rho, beta1, beta2, delta, gamma):
@@ -160,7 +161,7 @@ def test_checkpoint_loaded_into_the_base_restores_the_whole_state():
     one, two = (BSAM(m.parameters(), 0.1, n_data=100, model=m) for m in (model, twin))
     train(model, one, by_closure, 2)
     twin.load_state_dict(model.state_dict())
-    two.base.load_state_dict(saved_and_loaded(one.state_dict()))  # and not by the wrapper
+    two.base.load_state_dict(copy.deepcopy(saved_and_loaded(one.state_dict())))  # and not by the wrapper
     train(model, one, by_closure, 2, start=2)
     train(twin, two, by_closure, 2, start=2)
     assert model_bits(twin) == model_bits(model)

@@ -1,5 +1,6 @@
 """SAMPa: against its slow reference; two processes against one; special cases, exceptions and arguments."""
 
+import copy
 import itertools
 import os
 import warnings
@@ -18,7 +19,6 @@ from own_step_problem import (
     gradient,
     loss,
     normalized,
-    saved_and_loaded,
     start,
     trained,
 )
@@ -27,7 +27,7 @@ from torch import Tensor
 import steppe
 from checks import split
 from steppe.methods.sampa import Delayed, SAMPa
-from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
+from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, saved_and_loaded, train
 
 RHO = 0.3
 
@@ -181,7 +181,7 @@ def run_rank(rank, folder):
         batches = Delayed(range(4)) if rank == 0 else range(4)
         for step, t in enumerate(itertools.chain(*(list(batches) for _ in range(STEPS // 4)))):
             if step == 5:  # through a checkpoint
-                saved = saved_and_loaded(optimizer.state_dict())
+                saved = copy.deepcopy(saved_and_loaded(optimizer.state_dict()))
                 optimizer = SAMPa(STABLE_BASES[base](params), RHO, lmbda=lmbda, group=dist.group.WORLD)
                 optimizer.load_state_dict(saved)
             DRIVES[drive](optimizer, lambda t=t, ps=params, c=calls: (c.append(1), loss(flat(ps), t))[1])

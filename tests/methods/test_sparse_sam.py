@@ -1,6 +1,5 @@
 """SSAM-F against its slow reference, and the masks that it keeps. SSAM-D has the same tests of its masks."""
 
-import io
 from itertools import pairwise
 from types import MappingProxyType
 
@@ -19,7 +18,7 @@ from steppe.methods.msam import Momentum
 from steppe.methods.sparse_sam import Sparse
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
-from support import DRIVES, by_closure, net, train
+from support import DRIVES, by_closure, net, saved_and_loaded, train
 
 DYNAMIC = DynamicSparse(LInf(), total_steps=100, interval=5)
 
@@ -128,11 +127,9 @@ def test_memory_is_one_bool_per_coordinate_before_and_after_a_checkpoint(rule, d
     masks = memory_of(optimizer)
     assert all(m.dtype == torch.bool and m.shape == p.shape for p, m in masks.items())
     assert all(m.untyped_storage().nbytes() == m.numel() for m in masks.values())
-    file = io.BytesIO()
-    torch.save(optimizer.state_dict(), file)
-    file.seek(0)
+    state = saved_and_loaded(optimizer.state_dict())
     fresh = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model, perturbation=rule)
-    fresh.load_state_dict(torch.load(file, weights_only=True))
+    fresh.load_state_dict(state)
     train(model, fresh, DRIVES[drive], 1, start=3)
     assert all(
         torch.equal(memory_of(fresh)[p], m) and memory_of(fresh)[p].dtype == torch.bool for p, m in masks.items()

@@ -49,6 +49,20 @@ def train(session: Session, steps: int, start: int = 0, forward: Callable | None
         session.step(lambda x=x, y=y: F.cross_entropy((forward or session.model)(x), y))
 
 
+def interrupt_second_pass(session: Session, model: nn.Module, error: type[BaseException]) -> None:
+    """Take a step on the first batch, whose second pass raises the error."""
+    calls = []
+
+    def loss() -> torch.Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise error
+        x, y = batch(0)
+        return F.cross_entropy(model(x), y)
+
+    session.step(loss)
+
+
 def flat(model: nn.Module) -> torch.Tensor:
     """Return copies of all parameters as one vector."""
     return torch.cat([p.detach().reshape(-1).clone() for p in model.parameters()])

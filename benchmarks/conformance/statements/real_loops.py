@@ -9,7 +9,20 @@ from torch import nn
 
 from conformance.adapters.base import Adapter, Session
 from conformance.outcome import Outcome
-from conformance.statements.problems import MOMENTUM, SGD, ZERO_LR, Vector, batch, conv, flat, number, same, tiny, train
+from conformance.statements.problems import (
+    MOMENTUM,
+    SGD,
+    ZERO_LR,
+    Vector,
+    batch,
+    conv,
+    flat,
+    interrupt_second_pass,
+    number,
+    same,
+    tiny,
+    train,
+)
 from conformance.statements.registry import statement
 
 
@@ -91,17 +104,9 @@ def own_generator(peer: Adapter) -> Outcome:
 def step_after_exception(peer: Adapter) -> Outcome:
     """Interrupt the second pass of a step, then compare the next step with that of a run without that step."""
     model, twin = tiny(), tiny()
-    session, calls = peer.build(model, MOMENTUM), []
-
-    def loss():
-        calls.append(1)
-        if len(calls) == 2:
-            raise KeyboardInterrupt
-        x, y = batch(0)
-        return F.cross_entropy(model(x), y)
-
+    session = peer.build(model, MOMENTUM)
     try:
-        session.step(loss)
+        interrupt_second_pass(session, model, KeyboardInterrupt)
     except KeyboardInterrupt:
         session.optimizer.zero_grad()
     train(session, 1, 1)
