@@ -1,6 +1,7 @@
 """Contract C28 and C32: the second pass leaves no trace in ``model=``, and what it changes elsewhere is named."""
 
 import copy
+import gc
 import random
 
 import numpy as np
@@ -274,6 +275,7 @@ def test_c32_modules_outside_of_model_are_named_once_and_protected(drive):
         assert model_bits(b) == model_bits(d)
         for p, q in zip(b.parameters(), d.parameters(), strict=True):
             assert torch.equal(p.grad, q.grad)
+    gc.collect()  # optimizers of other tests may have hooks
     assert not nn.modules.module._global_forward_pre_hooks
 
 
@@ -300,3 +302,16 @@ def test_c33_second_pass_that_did_not_run_the_model_is_named():
             loss.backward(retain_graph=True)
     with pytest.warns(UserWarning, match="the second pass did not run the model"):
         optimizer.step()
+
+
+@every_drive
+def test_c32_module_outside_of_model_may_be_initialized_by_its_first_pass(drive):
+    a, b = nn.Linear(6, 8), nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(8, 3))
+    b.register_buffer("expanded", torch.ones(1).expand(4))
+    optimizer = SAM(torch.optim.SGD(a.parameters(), lr=0.1), rho=0.1, model=a)
+    x, y = torch.randn(16, 6), torch.randint(3, (16,))
+    with pytest.warns(UserWarning, match="both passes changed"):
+        DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
+    assert b[0].num_batches_tracked == 1
+    DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
+    assert b[0].num_batches_tracked == 2

@@ -94,12 +94,12 @@ class ModelState:
             uncopied = [p for p in copied if id(p) not in self._written and all_plain([p])]
             copied = [p for p in copied if id(p) in self._written]
         old = self._copies
-        tensors = {id(t): t for t in [*own, *copied] if id(t) in old or _is_writable(t)}
+        tensors = {id(t): t for t in [*own, *copied] if id(t) in old or is_writable(t)}
         self._copies = {
             key: (t, reuse(old[key][1] if key in old else None, like=local(t))) for key, t in tensors.items()
         }
         copy_([copy for _, copy in self._copies.values()], [t for t, _ in self._copies.values()])
-        self._uncopied = [(p, p.detach(), _version(p)) for p in uncopied if _is_writable(p)]
+        self._uncopied = [(p, p.detach(), _version(p)) for p in uncopied if is_writable(p)]
 
     @torch.no_grad()
     def restore(self) -> None:
@@ -235,7 +235,7 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _is_writable(tensor: Tensor) -> bool:
+def is_writable(tensor: Tensor) -> bool:
     """True if a pass could have written into the tensor: it is not uninitialized (lazy), expanded or for inference."""
     if is_lazy(tensor) or tensor.is_inference():
         return False

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from steppe._engine.callers import warn
 from steppe._engine.forwards import may_watch_forwards, watch_forwards
+from steppe._engine.model_state import is_writable
 from steppe._tensors.dtensor import all_plain
 
 _COUNTER = "num_batches_tracked"
@@ -165,7 +166,7 @@ class OutsideModule:
         self._buffers = {
             name: (b, b.detach().clone(), b._version)
             for name, b in module.named_buffers(recurse=False)
-            if id(b) not in inside and not b.is_inference()
+            if id(b) not in inside and is_writable(b)
         }
         self._gradients = [
             (p, p.grad, None if p.grad is None else p.grad._version)
