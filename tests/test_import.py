@@ -1,8 +1,14 @@
 """Contract C37: `import steppe` is cheap beside `import torch`. Modules are counted, because times vary."""
 
+import ast
+import importlib
+import inspect
 import json
+import pickle
 import subprocess
 import sys
+
+import pytest
 
 import steppe
 
@@ -22,13 +28,43 @@ def test_c37_import_loads_little_beside_torch():
     others = [name for name in modules if not name.startswith("steppe")]
     assert set(others) <= STANDARD_LIBRARY, "torch._dynamo, sympy, numpy, ... belong to the functions that use them"
     packages = {name.split(".")[1] for name in modules if "." in name and name.startswith("steppe")}
-    assert not packages & {"experiments", "flatness", "testing", "compat", "cli"}
+    # what a plain SAM needs; the methods, variants, closures and schedules are loaded when they are used
+    assert packages == {"_engine", "_tensors", "papers", "rules", "sam"}
 
 
-def test_modules_that_are_loaded_when_used_are_attributes():
-    code = "import steppe; print(steppe.flatness.sharpness, steppe.compat.SAM, steppe.testing, steppe.integrations)"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
-    assert set(steppe.__all__) <= set(dir(steppe))
+USE = """
+import pickle, steppe
+module = steppe.methods.bsam, steppe.flatness.sharpness, steppe.compat.SAM, steppe.testing, steppe.integrations
+from steppe import LatePhase, variants
+from steppe.methods import gsam
+from steppe import *
+print(L2, SurrogateGap, steppe.variants.gsam, closures.selected, rho_schedule.LinearRho, Report, gsam.SurrogateGap)
+"""
+
+
+def test_names_that_are_loaded_when_used_are_found_in_a_fresh_process():
+    subprocess.run([sys.executable, "-c", USE], capture_output=True, check=True)
+    rule = pickle.dumps(steppe.Adaptive(eta=0.1))  # unpickled where no method is loaded yet
+    read = f"import pickle, steppe; assert pickle.loads({rule!r}) == steppe.Adaptive(eta=0.1)"
+    subprocess.run([sys.executable, "-c", read], capture_output=True, check=True)
+
+
+def test_each_public_name_is_an_attribute_and_listed():
+    assert {*steppe.__all__, "SAM", "__version__"} <= set(dir(steppe))
+    assert [name for name in steppe.__all__ if getattr(steppe, name, None) is None] == []
+    assert {"gsam", "bsam", "registry"} <= set(dir(steppe.methods))
+    assert steppe.methods.bsam is importlib.import_module("steppe.methods.bsam")
+    for module in (steppe, steppe.methods):
+        with pytest.raises(AttributeError, match=rf"^module '{module.__name__}' has no attribute 'samm'$"):
+            _ = module.samm
+
+
+def test_type_checkers_import_what_is_loaded_when_used():
+    tree = ast.parse(inspect.getsource(steppe))
+    (typed,) = (node for node in tree.body if isinstance(node, ast.If))
+    imports = [(node.module, alias.name) for node in typed.body for alias in node.names]
+    homes = {name: f"{home}.{name}" if home == "steppe" else f"{home}:{name}" for home, name in imports}
+    assert homes == steppe._LOADED_WHEN_USED
 
 
 def test_decorated_methods_keep_name_and_docstring():

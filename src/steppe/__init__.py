@@ -1,32 +1,11 @@
 """Steppe: sharpness-aware minimization for PyTorch."""
 
-import importlib
-from types import ModuleType
-from typing import TYPE_CHECKING
+from pkgutil import resolve_name
+from typing import TYPE_CHECKING, Any
 
-from steppe import closures, methods, rho_schedule, rules, variants
+from steppe import rules
 from steppe._engine.report import Report
 from steppe._engine.side_effects import frozen_stats
-from steppe.methods.aesam import GradientNormThreshold
-from steppe.methods.asam import Adaptive
-from steppe.methods.dynamic_sparse_sam import DynamicSparse
-from steppe.methods.esam import Stochastic
-from steppe.methods.fisher_sam import Fisher
-from steppe.methods.friendly_sam import Friendly
-from steppe.methods.gsam import SurrogateGap
-from steppe.methods.late_sam import LatePhase
-from steppe.methods.layerwise_sam import LayerWise
-from steppe.methods.looksam import GradientReuse
-from steppe.methods.mesa import MESA
-from steppe.methods.msam import Momentum
-from steppe.methods.pgn import PenalizedNorm
-from steppe.methods.random_sam import Bernoulli
-from steppe.methods.rwp import GaussianNoise
-from steppe.methods.saf import SAF
-from steppe.methods.sparse_sam import Sparse
-from steppe.methods.vasso import VarianceSuppressed
-from steppe.methods.wsam import WeightedSharpness
-from steppe.methods.zsharp import ZScore
 from steppe.papers import citation
 from steppe.rules import Cadence, Combination, Perturbation, Point, ScaledDirection
 from steppe.rules.ascent_steps import AscentSteps
@@ -38,8 +17,28 @@ from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
 from steppe.sam import SAM, Pass
 
-if TYPE_CHECKING:
-    from steppe import compat, flatness, integrations, testing
+if TYPE_CHECKING:  # for type checkers; a test compares them with the table below
+    from steppe import closures, compat, flatness, integrations, methods, rho_schedule, testing, variants
+    from steppe.methods.aesam import GradientNormThreshold
+    from steppe.methods.asam import Adaptive
+    from steppe.methods.dynamic_sparse_sam import DynamicSparse
+    from steppe.methods.esam import Stochastic
+    from steppe.methods.fisher_sam import Fisher
+    from steppe.methods.friendly_sam import Friendly
+    from steppe.methods.gsam import SurrogateGap
+    from steppe.methods.late_sam import LatePhase
+    from steppe.methods.layerwise_sam import LayerWise
+    from steppe.methods.looksam import GradientReuse
+    from steppe.methods.mesa import MESA
+    from steppe.methods.msam import Momentum
+    from steppe.methods.pgn import PenalizedNorm
+    from steppe.methods.random_sam import Bernoulli
+    from steppe.methods.rwp import GaussianNoise
+    from steppe.methods.saf import SAF
+    from steppe.methods.sparse_sam import Sparse
+    from steppe.methods.vasso import VarianceSuppressed
+    from steppe.methods.wsam import WeightedSharpness
+    from steppe.methods.zsharp import ZScore
 
 __version__ = "0.1.0"
 
@@ -95,13 +94,44 @@ __all__ = [
     "variants",
 ]
 
-_LOADED_WHEN_USED = frozenset({"compat", "flatness", "integrations", "testing"})
+_LOADED_WHEN_USED = {
+    "Adaptive": "steppe.methods.asam:Adaptive",
+    "Bernoulli": "steppe.methods.random_sam:Bernoulli",
+    "DynamicSparse": "steppe.methods.dynamic_sparse_sam:DynamicSparse",
+    "Fisher": "steppe.methods.fisher_sam:Fisher",
+    "Friendly": "steppe.methods.friendly_sam:Friendly",
+    "GaussianNoise": "steppe.methods.rwp:GaussianNoise",
+    "GradientNormThreshold": "steppe.methods.aesam:GradientNormThreshold",
+    "GradientReuse": "steppe.methods.looksam:GradientReuse",
+    "LatePhase": "steppe.methods.late_sam:LatePhase",
+    "LayerWise": "steppe.methods.layerwise_sam:LayerWise",
+    "MESA": "steppe.methods.mesa:MESA",
+    "Momentum": "steppe.methods.msam:Momentum",
+    "PenalizedNorm": "steppe.methods.pgn:PenalizedNorm",
+    "SAF": "steppe.methods.saf:SAF",
+    "Sparse": "steppe.methods.sparse_sam:Sparse",
+    "Stochastic": "steppe.methods.esam:Stochastic",
+    "SurrogateGap": "steppe.methods.gsam:SurrogateGap",
+    "VarianceSuppressed": "steppe.methods.vasso:VarianceSuppressed",
+    "WeightedSharpness": "steppe.methods.wsam:WeightedSharpness",
+    "ZScore": "steppe.methods.zsharp:ZScore",
+    "closures": "steppe.closures",
+    "compat": "steppe.compat",
+    "flatness": "steppe.flatness",
+    "integrations": "steppe.integrations",
+    "methods": "steppe.methods",
+    "rho_schedule": "steppe.rho_schedule",
+    "testing": "steppe.testing",
+    "variants": "steppe.variants",
+}
+"""Where to find the names that are loaded when they are used, so that ``import steppe`` costs little."""
 
 
-def __getattr__(name: str) -> ModuleType:
-    if name in _LOADED_WHEN_USED:
-        return importlib.import_module(f"{__name__}.{name}")
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+def __getattr__(name: str) -> Any:
+    if name not in _LOADED_WHEN_USED:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = resolve_name(_LOADED_WHEN_USED[name])
+    return found
 
 
 def __dir__() -> list[str]:
