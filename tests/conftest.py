@@ -1,5 +1,6 @@
-"""Hooks for all tests: one thread, and each module-scoped fixture in one worker only."""
+"""Hooks for all tests: one thread, module-scoped fixtures in one worker, compiled functions for one module."""
 
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -14,6 +15,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         shared = [found[-1].argname for found in definitions if found[-1].scope == "module"]
         if shared and item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> None:
+    """Forget what a module has compiled: SAM watches no forwards in a process that has called torch.compile."""
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None and (nextitem is None or nextitem.path != item.path):
+        dynamo.reset()
 
 
 @pytest.fixture(autouse=True)

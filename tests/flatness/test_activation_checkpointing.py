@@ -1,12 +1,14 @@
 """Contract C34: the flatness of a model with activation checkpointing is that of the same model without it."""
 
 import copy
+import importlib.util
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint, checkpoint_sequential
+from torchvision_stand_in import torchvision_stand_in
 
 from steppe.flatness import Hessian, Objective, sharpness
 
@@ -101,11 +103,17 @@ def test_measuring_leaves_checkpointing_of_the_training_as_it_was():
     assert torch.utils.checkpoint.CheckpointFunction is before
 
 
+def vision_transformer():
+    if importlib.util.find_spec("timm") is None:
+        pytest.skip("timm is not installed")
+    with torchvision_stand_in():
+        return importlib.import_module("timm.models.vision_transformer")
+
+
 def test_c34_vision_transformer_of_timm_with_its_own_switch():
-    timm = pytest.importorskip("timm", exc_type=ImportError)
     torch.manual_seed(0)
     options = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "num_classes": 3}
-    plain = timm.models.vision_transformer.VisionTransformer(**options)
+    plain = vision_transformer().VisionTransformer(**options)
     checkpointed = copy.deepcopy(plain)
     checkpointed.set_grad_checkpointing(True)
     g = torch.Generator().manual_seed(0)
