@@ -90,7 +90,7 @@ def test_repr_names_the_rules_and_the_base():
 
 
 HINTS = {
-    "a positional model": (lambda base, m: SAM(base, 0.05, m), "options are given by name, model="),
+    "a positional model": (lambda base, m: SAM(base, 0.05, m), "options are given by name: write model=model"),
     "a model in the place of rho": (lambda base, m: SAM(base, m), "rho must be a number.*given by name"),
     "rho twice": (lambda base, m: SAM(base, 0.05, rho=0.1), "got rho twice"),
     "adaptive": (lambda base, m: SAM(base, adaptive=True), r"got adaptive: for ASAM write .*steppe.Adaptive\(\)"),
@@ -117,7 +117,7 @@ HINTS = {
     ),
     "a positional model in the class form": (
         lambda base, m: SAM(m.parameters(), torch.optim.SGD, 0.05, m, lr=0.1),
-        "takes 3 positional arguments, got 4.*model=",
+        "takes 3 positional arguments, got 4.*: write model=model",
     ),
 }
 

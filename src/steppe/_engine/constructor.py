@@ -204,7 +204,7 @@ def _from_instance(
     base_optimizer: Optimizer, rho: float | Tensor = 0.05, **kwargs: Any
 ) -> tuple[Optimizer, float | Tensor]:
     if kwargs:
-        refuse_unknown(kwargs, Options.__annotations__)
+        refuse_unknown(kwargs, "SAM(base_optimizer, rho)", list(Options.__annotations__))
     check_rho(rho)
     for optimizer in optimizers_of(base_optimizer):
         _check_base(optimizer)
@@ -274,7 +274,7 @@ def _from_class(
     **kwargs: Any,
 ) -> tuple[Optimizer, float | Tensor]:
     if params is None and (kwargs.keys() & {"optimizer", "base"}):
-        refuse_unknown(kwargs.keys() & {"optimizer", "base"}, Options.__annotations__)
+        refuse_unknown(kwargs.keys() & {"optimizer", "base"}, "SAM(base_optimizer, rho)", list(Options.__annotations__))
     if "base_optimizer" in kwargs:
         raise TypeError(
             "SAM(params, base_optimizer=...): the class of the base is base_class= here, SAM(params, torch.optim.SGD, "
@@ -284,6 +284,11 @@ def _from_class(
         raise TypeError(
             f"params is a {type(params).__name__}, not its parameters: write SAM(model.parameters(), torch.optim.SGD, "
             "rho=0.05, lr=0.1, model=model)"
+        )
+    if isinstance(base_class, Optimizer):
+        raise TypeError(
+            f"SAM(params, base): the base is an instance of {type(base_class).__name__}, which has its parameters "
+            "already: write SAM(base, rho=0.05)"
         )
     if params is None or not callable(base_class):
         raise TypeError(

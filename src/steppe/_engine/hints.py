@@ -1,14 +1,18 @@
 """Errors for arguments that :class:`steppe.SAM` does not take: what to write instead."""
 
 import inspect
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from difflib import get_close_matches
-from types import FrameType
-from typing import Any, NoReturn
+from functools import wraps
+from typing import Any, NoReturn, ParamSpec, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
+
+from steppe._engine.joint_base import as_one
+
+_P = ParamSpec("_P")
+_R = TypeVar("_R")
 
 _RULE = "write it where it belongs, as in"
 _INSTEAD = {
@@ -47,21 +51,65 @@ _INSTEAD = {
 """What to write for arguments of other implementations, and for options at the wrong place."""
 
 
-def refuse_unknown(names: Iterable[str], options: Iterable[str]) -> NoReturn:
-    """Raise TypeError for keyword arguments that neither SAM nor the named function around it takes.
+def refuse_unknown(names: Iterable[str], owner: str, known: Sequence[str], *, list_known: bool = False) -> NoReturn:
+    """Raise TypeError for keyword arguments that SAM or a named function does not take.
 
     Args:
         names: The arguments.
-        options: The options of SAM.
+        owner: The function in the error.
+        known: Its arguments.
+        list_known: Name them all in the error.
     """
-    function, names = _named_function(), sorted(names)
-    if function is None:
-        owner, taken, known = "SAM(base_optimizer, rho)", "", list(options)
-    else:
-        owner, known = f"steppe.variants.{function.__name__}", list(inspect.signature(function).parameters)
-        taken = f"; it takes {', '.join(known)}"
+    names = sorted(names)
     advice = dict.fromkeys(_advice(name, known) for name in names)
+    taken = f"; it takes {', '.join(known)}" if list_known else ""
     raise TypeError(f"{owner} got {', '.join(names)}: {'; '.join(advice)}{taken}")
+
+
+def checked(function: Callable[_P, _R], owner: str) -> Callable[_P, _R]:
+    """Return a function that refuses wrong arguments with what to write, instead of Python's TypeError.
+
+    Args:
+        function: A named function or a constructor, with its whole signature.
+        owner: Its public name, for the errors.
+    """
+    every = inspect.signature(function).parameters
+    parameters = [p for p in every.values() if p.name != "self"]
+    known = [p.name for p in parameters]
+    by_position = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    required = [p.name for p in parameters if p.default is p.empty]
+
+    @wraps(function)
+    def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
+        given = args[len(every) - len(known) :]
+        check_positional(by_position, given, kwargs, owner)
+        _check_first(owner, known[0], given[0] if given else kwargs.get(known[0]))
+        if unknown := kwargs.keys() - set(known):
+            refuse_unknown(unknown, owner, known, list_known=True)
+        missing = [f"{name}=" for name in required if name not in kwargs and name not in by_position[: len(given)]]
+        if missing:
+            raise TypeError(f"{owner} needs {', '.join(missing)}; it takes {', '.join(known)}")
+        return function(*args, **kwargs)
+
+    return call
+
+
+def _check_first(owner: str, name: str, value: Any) -> None:
+    """Refuse parameters or a model instead of the optimizer, or the other way round.
+
+    Raises:
+        TypeError: Says what to write.
+    """
+    if name == "base_optimizer" and not isinstance(as_one(value), Optimizer):
+        what, instead = "a base optimizer", "torch.optim.SGD(model.parameters(), lr=0.1), model=model"
+    elif name == "params" and (value is None or isinstance(value, Optimizer | nn.Module | type)):
+        what, instead = "the parameters", "model.parameters(), n_data=50_000, model=model"
+    elif name == "model" and not isinstance(value, nn.Module):
+        what, instead = "the model", "model, optimizer"
+    else:
+        return
+    got = f"the class {value.__name__}" if isinstance(value, type) else f"an object of {type(value).__name__}"
+    raise TypeError(f"{owner} takes {what} first, got {'nothing' if value is None else got}: write {owner}({instead})")
 
 
 def refuse_foreign_options(names: Iterable[str], base_class: Callable[..., Optimizer]) -> None:
@@ -78,22 +126,22 @@ def refuse_foreign_options(names: Iterable[str], base_class: Callable[..., Optim
         raise TypeError(f"neither SAM nor {name} takes {', '.join(foreign)}. {advice}")
 
 
-def check_positional(names: Sequence[str], args: Sequence[Any], kwargs: Iterable[str]) -> None:
+def check_positional(names: Sequence[str], args: Sequence[Any], kwargs: Iterable[str], owner: str = "SAM") -> None:
     """Refuse more positional arguments than a form of the constructor has, and arguments that are given twice.
 
     Raises:
         TypeError: Names the argument and the remedy.
     """
-    form = f"SAM({', '.join(names)})"
+    form = f"{owner}({', '.join(names)})"
     twice = [name for name in names[: len(args)] if name in kwargs]
     if twice:
         raise TypeError(f"{form} got {twice[0]} twice, by position and by name: give it once")
     if len(args) > len(names):
         first = args[len(names)]
-        option = "model=" if isinstance(first, nn.Module) else "model=, perturbation=, cadence=, ..."
+        options = ": write model=model" if isinstance(first, nn.Module) else ", as in model=model"
         raise TypeError(
             f"{form} takes {len(names)} positional arguments, got {len(args)} (the next one is a "
-            f"{type(first).__name__}): options are given by name, {option}"
+            f"{type(first).__name__}): options are given by name{options}"
         )
 
 
@@ -106,14 +154,3 @@ def _advice(name: str, known: Sequence[str]) -> str:
         "options of the base go to the base itself, before it is wrapped (the slots are perturbation=, combination= "
         "and cadence=)"
     )
-
-
-def _named_function() -> Callable[..., Any] | None:
-    """Return the function of steppe.variants that called, read from the call stack: no argument names it."""
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None and frame.f_globals.get("__name__", "").startswith("steppe."):
-        function = frame.f_globals.get(frame.f_code.co_name)
-        if frame.f_globals["__name__"].startswith("steppe.methods.") and inspect.isfunction(function):
-            return function
-        frame = frame.f_back
-    return None

@@ -1,6 +1,6 @@
 """The interface for methods whose step is not SAM's two passes and one step of the base."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from functools import partial
 from typing import Any, ClassVar, NoReturn
 
@@ -9,6 +9,7 @@ from torch import Tensor
 from steppe._engine.callers import called_by_scaler
 from steppe._engine.gradients import Gradients
 from steppe._engine.shared import share
+from steppe._engine.signatures import show_constructor
 from steppe._engine.state_dict import parameters_of
 from steppe.rules import Memory, Point
 from steppe.sam import SAM, Pass
@@ -40,6 +41,14 @@ class OwnStepMethod(SAM):
     why_no_first_step: ClassVar[str] = ""
     """Why the classic API is refused; empty if it works."""
 
+    own_rules: ClassVar[tuple[str, ...]] = ()
+    """Rules of SAM that are the method's own: neither arguments nor assigned later."""
+
+    def __init_subclass__(cls) -> None:
+        super().__init_subclass__()
+        if "__init__" in vars(cls):
+            show_constructor(cls, SAM, without=(*cls.own_rules, "per_rank"))
+
     def __init__(self, *args: Any, per_rank: bool = False, **kwargs: Any) -> None:
         if per_rank:
             raise ValueError(
@@ -47,6 +56,14 @@ class OwnStepMethod(SAM):
                 "share one perturbation, as one process would"
             )
         super().__init__(*args, **kwargs)
+
+    @classmethod
+    def refuse_own_rules(cls, arguments: Collection[str]) -> None:
+        """Raise TypeError if arguments of the constructor are among :attr:`own_rules`."""
+        if taken := [f"{name}=" for name in cls.own_rules if name in arguments]:
+            raise TypeError(
+                f"{cls.__name__} has a {' and a '.join(cls.own_rules)} of its own: leave {' and '.join(taken)} out"
+            )
 
     # Hooks.
 

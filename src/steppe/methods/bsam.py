@@ -3,19 +3,22 @@
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.hints import checked
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point, ScaledDirection
+from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import as_real, foreach, normal
-from steppe.sam import SAM, Closure, Params, Pass
+from steppe.sam import Closure, Params, Pass
 
 BSAM_PAPER = Paper(
     "moellenhoff2023bsam",
@@ -163,6 +166,7 @@ class BSAM(OwnStepMethod):
         "its first pass is at a sample around w, so that the backward before first_step() would be at the wrong point"
     )
 
+    @partial(checked, owner="BSAM")
     def __init__(
         self,
         params: Params,
@@ -243,13 +247,13 @@ def _check(group: dict[str, Any]) -> None:
     ):
         if wrong:
             raise ValueError(f"{name} is out of range, got {group[name]}: {why}")
-    if not isinstance(group["lr"], Tensor) and not 0 <= group["lr"] < math.inf:
-        raise ValueError(f"lr must be finite and at least 0, got {group['lr']}: it is the length of a step")
+    if not isinstance(group["lr"], Tensor):
+        check_nonnegative("lr", group["lr"], "the length of a step")
 
 
 def bsam(
     params: Any, lr: Rho = 0.5, rho: Rho = 0.01, *, n_data: int, model: nn.Module | None = None, **kwargs: Any
-) -> SAM:
+) -> BSAM:
     """bSAM: SAM as variational inference, with a mean and a variance for each weight. Two passes per step.
 
     This is an optimizer of its own: it has no base, and takes the parameters.

@@ -1,15 +1,16 @@
 """The registry of methods: every module of this package that defines a `CARD`."""
 
 import importlib
+import inspect
 import pkgutil
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any
 
 from steppe import methods
+from steppe._engine.hints import checked
 from steppe._engine.signatures import show_signature
 from steppe.methods._card import MethodCard
-from steppe.sam import SAM
 
 __all__ = ["CARDS", "FUNCTIONS"]
 
@@ -35,10 +36,15 @@ CARDS: Mapping[str, MethodCard] = MappingProxyType(
 )
 """The card of every method by name: SAM first, then in alphabetical order."""
 
+
+def _named(card: MethodCard) -> Callable[..., Any]:
+    """Return the function of a card with its whole signature, checked: its options are those of what it returns."""
+    made = inspect.signature(card.function).return_annotation
+    show_signature(card.function, card.function, like=made.__init__)
+    return checked(card.function, f"steppe.variants.{card.name}")
+
+
 FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {name: card.function for name, card in CARDS.items() if card.function.__name__ == name}
+    {name: _named(card) for name, card in CARDS.items() if card.function.__name__ == name}
 )
 """The functions of :mod:`steppe.variants`; methods that are a closure or a rule have none."""
-
-for _function in FUNCTIONS.values():
-    show_signature(_function, _function, like=SAM.__init__)

@@ -101,6 +101,7 @@ class SAMPa(OwnStepMethod):
     paper: ClassVar[Paper] = SAMPA_PAPER
     hyperparameters: ClassVar[tuple[str, ...]] = ("lmbda",)
     why_no_accumulation: ClassVar[str] = "the gradients of a step belong to the updates of different steps"
+    own_rules: ClassVar[tuple[str, ...]] = ("combination", "cadence")  # every step is made of both gradients
     why_no_first_step: ClassVar[str] = "its first pass is at y, so that the backward before first_step() would be lost"
 
     def __init__(
@@ -123,11 +124,7 @@ class SAMPa(OwnStepMethod):
                 f"the group has {dist.get_world_size(group)} processes, and SAMPa computes two gradients, one in "
                 "each: make groups of two with torch.distributed.new_group, or leave group out for one process"
             )
-        if not {"combination", "cadence"}.isdisjoint(kwargs):
-            raise TypeError(
-                "SAMPa has a combination and a cadence of its own, because every step is made of both gradients: leave "
-                "combination= and cadence= out"
-            )
+        self.refuse_own_rules(kwargs)
         self.lmbda, self.group = lmbda, group
         super().__init__(*args, perturbation=perturbation, **kwargs)
         for index, param_group in enumerate(self.param_groups):

@@ -134,7 +134,10 @@ class DecoupledWSAM(OwnStepMethod):
     combination: UnperturbedIfFinite
     paper: ClassVar[Paper] = WSAM_PAPER
 
+    own_rules: ClassVar[tuple[str, ...]] = ("combination",)
+
     def __init__(self, *args: Any, gamma: float = 0.9, **kwargs: Any) -> None:
+        self.refuse_own_rules(kwargs)
         super().__init__(*args, combination=UnperturbedIfFinite(gamma), **kwargs)
         for index, group in enumerate(self.param_groups):
             if "lr" not in group:
