@@ -2,14 +2,15 @@
 
 from collections.abc import Iterable
 from functools import cache
-from operator import is_
-from typing import Any
+from operator import attrgetter, is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from steppe._engine.generators import get_state, is_generator, set_state
+from steppe._engine.registrations import Registrations, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
@@ -18,6 +19,8 @@ _LARGE = 2**24
 _LONG = 64
 """Length of a list or dict from which on it is data, and not a state."""
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+_kind = attrgetter("shape", "dtype", "device")
+_requires_grad = attrgetter("requires_grad")
 _VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
@@ -49,10 +52,15 @@ class ModelState:
         self._storages = {_storage(p) for p in owned} - {0}
         self._written: set[int] = set()
         self._saved = False
+        self._registered: Registrations | None = None
+        self._plain = True
+        self._own_modules: list[nn.Module] = []
+        self._owned_parameters: list[Tensor] = []
+        self._not_owned: list[Tensor] = []
         self._entries: list[tuple[Any, dict[str, Any]]] = []
         self._attributes: dict[int, _Attributes] = {}
-        self._copies: dict[int, tuple[Tensor, Tensor]] = {}
-        self._uncopied: list[tuple[Tensor, Tensor, int]] = []
+        self._copies = _Copies()
+        self._uncopied: list[_Uncopied] = []
         self._trained_by_others: list[tuple[Tensor, int]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._own_buffers: list[tuple[Tensor, int]] = []
@@ -60,64 +68,71 @@ class ModelState:
         """Parameters of the model that the optimizer does not train: not its own, or without gradients."""
 
     @torch.no_grad()
-    def save(self) -> None:
-        """Save the state; the storage of an earlier snapshot is reused."""
-        modules = list(self._model.modules())
-        buffers = [m._buffers for m in modules if m._buffers]
-        parameters: list[Any] = [m._parameters for m in modules if m._parameters]
-        found = [p for names in parameters for p in names.values() if p is not None]
-        # FSDP2 exchanges the parameters of a module for gathered ones in the forward: these entries are not ours to set
-        names = [*buffers, *parameters] if all_plain(found) else buffers
-        self._entries = [(entries, dict(entries.items())) for entries in names]
+    def save(self, *, like: "ModelState | None" = None) -> None:
+        """Save the state; the storage of an earlier snapshot is reused.
+
+        Args:
+            like: Another snapshot of the model, which often has the same modules, buffers and parameters.
+        """
+        registered = Registrations.of(self._model, (like and like._registered) or self._registered)
+        self._list(registered)
         self._attributes = {
-            id(m): _Attributes.of(m, self._attributes.get(id(m)), self._storages)
-            for m in modules
-            if _has_own_attributes(type(m))  # type: ignore[arg-type]  # a class is hashable
+            id(m): _Attributes.of(m, self._attributes.get(id(m)), self._storages) for m in self._own_modules
         }
-        self.others = [p for p in found if id(p) not in self._owned or not (p.requires_grad or p.grad is not None)]
+        self._own_buffers = [(b, _version(b)) for b in tensors_in([m._buffers for m in self._own_modules])]
+        self.others = self._not_owned
+        if not all(map(_requires_grad, self._owned_parameters)):
+            frozen = [p for p in self._owned_parameters if not (p.requires_grad or p.grad is not None)]
+            self.others = [*self._not_owned, *frozen]
         self._trained_by_others = [(p, _version(p)) for p in self.others if p.requires_grad]
-        self._own_buffers = [
-            (b, _version(b)) for m in modules if id(m) in self._attributes for b in m._buffers.values() if b is not None
-        ]
-        own = [t for entries in buffers for t in entries.values() if t is not None]
-        own += [t for attributes in self._attributes.values() for t in attributes.tensors]
-        self._save_values(own)
+        held = [t for attributes in self._attributes.values() for t in attributes.tensors]
+        self._save_values([*registered.buffers, *held])
         if self._with_generators:
-            held = [g for attributes in self._attributes.values() for g in attributes.generators]
-            self._generators = [(g, get_state(g)) for g in held]
+            generators = [g for attributes in self._attributes.values() for g in attributes.generators]
+            self._generators = [(g, get_state(g)) for g in generators]
         self._saved = True
 
+    def _list(self, registered: Registrations) -> None:
+        """Make the lists that depend only on what the model registers."""
+        # FSDP2 exchanges the parameters of a module for gathered ones in the forward: these entries are not ours to set
+        plain = all_plain(registered.parameters)
+        if registered is self._registered and plain == self._plain:
+            return
+        tables = [*registered.buffer_tables, *(registered.parameter_tables if plain else [])]
+        self._registered, self._plain = registered, plain
+        self._entries = [(table, dict(table.items())) for table in tables]
+        self._own_modules = [m for m in registered.modules if _has_own_attributes(type(m))]  # type: ignore[arg-type]  # a class is hashable
+        self._owned_parameters = [p for p in registered.parameters if id(p) in self._owned]
+        self._not_owned = [p for p in registered.parameters if id(p) not in self._owned]
+
     def _save_values(self, own: list[Tensor]) -> None:
+        """Copy the values of buffers and attributes, and of the parameters that the optimizer does not train."""
+        if not self._uncopied and self._copies.update_if_same([*own, *self.others]):
+            return
         # subclasses (quantized weights) may not support a copy in place
         copied, uncopied = [p for p in self.others if all_plain([p]) or is_sharded(p)], []
         if sum(map(Tensor.numel, copied)) > self._limit:
             uncopied = [p for p in copied if id(p) not in self._written and all_plain([p])]
             copied = [p for p in copied if id(p) in self._written]
-        old = self._copies
-        tensors = {id(t): t for t in [*own, *copied] if id(t) in old or is_writable(t)}
-        self._copies = {
-            key: (t, reuse(old[key][1] if key in old else None, like=local(t))) for key, t in tensors.items()
-        }
-        copy_([copy for _, copy in self._copies.values()], [t for t, _ in self._copies.values()])
-        self._uncopied = [(p, p.detach(), _version(p)) for p in uncopied if is_writable(p)]
+        self._copies.update([*own, *copied], all_of=[*own, *self.others])
+        self._uncopied = [_Uncopied(p, p.detach(), _version(p)) for p in uncopied if is_writable(p)]
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Restore what :meth:`save` saved: the same tensors with the same values."""
-        if not self._saved:
+    def restore(self, *, now: "ModelState | None" = None) -> None:
+        """Restore what :meth:`save` saved: the same tensors with the same values.
+
+        Args:
+            now: Another snapshot of the model, which was made since without a forward between it and this call.
+        """
+        registered = self._registered
+        if not self._saved or registered is None:
             return
-        for entries, saved in self._entries:
-            _restore_entries(entries, saved)
+        if (now is None or now._registered is not registered) and not registered.is_current():
+            for table, entries in self._entries:
+                _restore_entries(table, entries)
         for attributes in self._attributes.values():
             attributes.restore()
-        tensors, copies = locals_of([t for t, _ in self._copies.values()]), [c for _, c in self._copies.values()]
-        resized = {i for i, (t, copy) in enumerate(zip(tensors, copies, strict=True)) if t.shape != copy.shape}
-        for i in resized:
-            tensors[i].data = copies[i].clone()
-        copy_(
-            [t for i, t in enumerate(tensors) if i not in resized],
-            [c for i, c in enumerate(copies) if i not in resized],
-        )
+        self._copies.restore()
         for p, data, _ in self._uncopied:
             if p.data_ptr() != data.data_ptr():
                 p.data = data
@@ -150,6 +165,57 @@ class ModelState:
     def others_were_trained(self) -> bool:
         """True if another optimizer may have stepped since :meth:`save`."""
         return any(_version(p) != version for p, version in self._trained_by_others)
+
+
+class _Uncopied(NamedTuple):
+    """A parameter of which no copy was made."""
+
+    parameter: Tensor
+    data: Tensor
+    """Its storage, which a forward may exchange."""
+    version: int
+    """The count of its writes in place."""
+
+
+class _Copies:
+    """Copies of the values of tensors, whose storage is used again by the next ones."""
+
+    def __init__(self) -> None:
+        self._copy_of: dict[int, Tensor] = {}
+        self._tensors: list[Tensor] = []
+        self._copies: list[Tensor] = []
+        self._listed: list[Tensor] = []
+        self._kinds: list[Any] = []
+        self._shapes: list[torch.Size] = []
+
+    def update(self, tensors: list[Tensor], *, all_of: list[Tensor]) -> None:
+        """Copy these tensors, except those that no pass can write."""
+        old = self._copy_of
+        found = {id(t): t for t in tensors if id(t) in old or is_writable(t)}
+        self._copy_of = {key: reuse(old.get(key), like=local(t)) for key, t in found.items()}
+        self._tensors, self._copies = list(found.values()), list(self._copy_of.values())
+        self._shapes = [copy.shape for copy in self._copies]
+        copy_(self._copies, self._tensors)
+        complete = all_plain(all_of) and all(id(t) in found for t in all_of)
+        self._listed, self._kinds = (all_of, _kinds(all_of)) if complete else ([], [])
+
+    def update_if_same(self, tensors: list[Tensor]) -> bool:
+        """Copy again, and return True, if all these tensors were copied before and have the same shapes as then."""
+        if not same_objects(tensors, self._listed) or _kinds(tensors) != self._kinds:
+            return False
+        copy_(self._copies, self._tensors)
+        return True
+
+    def restore(self) -> None:
+        """Write the copies into the tensors, resized ones included."""
+        tensors, copies = locals_of(self._tensors), self._copies
+        if [t.shape for t in tensors] != self._shapes:
+            resized = [i for i, (t, c) in enumerate(zip(tensors, copies, strict=True)) if t.shape != c.shape]
+            for i in resized:
+                tensors[i].data = copies[i].clone()
+            tensors = [t for i, t in enumerate(tensors) if i not in resized]
+            copies = [c for i, c in enumerate(copies) if i not in resized]
+        copy_(tensors, copies)
 
 
 class _Attributes:
@@ -224,6 +290,10 @@ def _is_plain_value(value: Any) -> bool:
 
 def _has_graph(value: Any) -> bool:
     return any(isinstance(v, Tensor) and v.grad_fn is not None for v in _elements(value))
+
+
+def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
+    return list(map(_kind, tensors))
 
 
 def _storage(tensor: Tensor) -> int:

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from itertools import repeat
+from operator import attrgetter
 from typing import Any
 from weakref import WeakSet
 
@@ -14,6 +16,8 @@ from steppe._engine.generators import Generators
 from steppe._engine.model_state import ModelState
 from steppe._engine.outside import OutsideWatch
 from steppe._tensors.dtensor import all_plain
+
+_version = attrgetter("_version")
 
 
 @contextmanager
@@ -99,8 +103,9 @@ class Initialization:
         return bool(written)
 
     def _current_marks(self) -> list[tuple[int, int]]:
-        plain = all_plain(self._trained)
-        return [(p._version, p.data_ptr() if plain else 0) for p in self._trained]
+        trained = self._trained
+        addresses = map(Tensor.data_ptr, trained) if all_plain(trained) else repeat(0)
+        return list(zip(map(_version, trained), addresses, strict=False))
 
     @torch.no_grad()
     def _current_norms(self) -> list[Tensor]:
@@ -272,13 +277,13 @@ class _ModelOfTwoPasses:
 
     def save_after(self) -> None:
         self._written_late += self._before.find_writes()
-        self._after.save()
+        self._after.save(like=self._before)
         self._others.save(self._after.others)
 
     def restore_before(self) -> None:
         # In the classic API, another optimizer may have stepped after the forward that seemed to be the first.
         if not self._initialized and not (self._is_classic and self._before.others_were_trained()):
-            self._before.restore()
+            self._before.restore(now=self._after)
         self._others.clear()
 
     def restore_after(self) -> None:
