@@ -1,6 +1,7 @@
 """Draws from a data set: a few images of each class, wrong labels, a validation set."""
 
 from collections.abc import Iterator
+from typing import Literal, get_args
 
 import torch
 from numpy.random import SeedSequence
@@ -12,12 +13,17 @@ from steppe.experiments.errors import ExperimentError
 # One number for each purpose, so that the draws of one seed are independent.
 FEW_SHOT, LABEL_NOISE, FLATNESS_SAMPLE = 0x5407, 0x401E, 0xF1A7
 
+LabelNoise = Literal["uniform", "next"]
+
 
 def generator(seed: int, purpose: int) -> torch.Generator:
     """Return a CPU generator that depends on `seed` and `purpose` alone, and not on torch's global one."""
-    # torch's CPU generator keeps 32 bits of its seed: (seed << 32) + purpose would give the same draws for every seed
-    mixed = int(SeedSequence((seed, purpose)).generate_state(1)[0])
-    return torch.Generator().manual_seed(mixed)
+    return torch.Generator().manual_seed(seed_of(seed, purpose))
+
+
+def seed_of(*numbers: int) -> int:
+    """Mix numbers to one of 32 bits, which torch's CPU generator keeps of a seed."""
+    return int(SeedSequence(numbers).generate_state(1)[0])
 
 
 def few_shot(split: Split, shots: int, seed: int) -> Split:
@@ -54,19 +60,34 @@ def hold_out(data: Dataset, one_in: int) -> Dataset:
 def mislabeled(split: Split, fraction: float, seed: int) -> Split:
     """Give a fraction of the images, rounded, a wrong class drawn uniformly by `seed`.
 
-    A smaller fraction gives a subset of the wrong labels of a larger one.
-
     >>> split = Split(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
     >>> (mislabeled(split, 0.2, seed=0).labels != split.labels).sum()
     tensor(2)
     """
-    n, draws = len(split), generator(seed, LABEL_NOISE)
+    return Split(split.images, wrong_labels(split.labels, fraction, seed, classes=len(CLASSES)))
+
+
+def wrong_labels(labels: Tensor, fraction: float, seed: int, *, classes: int, kind: LabelNoise = "uniform") -> Tensor:
+    """Return labels, (n,), a fraction of which, rounded, are wrong; those of a smaller fraction are a subset.
+
+    "uniform" draws any other class. "next" takes the next class, 0 after the last one: these errors agree with each
+    other, and are harder to resist (the pair flips of Han et al. 2018, https://arxiv.org/abs/1804.06872).
+
+    >>> wrong_labels(torch.tensor([0, 1, 2, 3]), 1.0, seed=0, classes=4, kind="next")
+    tensor([1, 2, 3, 0])
+    """
+    if not 0 <= fraction <= 1 or classes < 2 or kind not in get_args(LabelNoise):
+        raise ValueError(
+            f"fraction={fraction}, classes={classes}, kind={kind!r}: a fraction is from 0 to 1, a wrong label needs 2 "
+            "classes at least, and the kinds are uniform and next"
+        )
+    n, draws = len(labels), generator(seed, LABEL_NOISE)
     shuffled = torch.randperm(n, generator=draws)
-    shift = torch.randint(1, len(CLASSES), (n,), generator=draws)
-    labels = split.labels.cpu().clone()
+    shift = torch.randint(1, classes, (n,), generator=draws) if kind == "uniform" else torch.ones(n, dtype=torch.int64)
+    noisy = labels.cpu().clone()
     wrong = shuffled[: round(fraction * n)]
-    labels[wrong] = (labels[wrong] + shift[wrong]) % len(CLASSES)
-    return Split(split.images, labels.to(split.labels.device))
+    noisy[wrong] = (noisy[wrong] + shift[wrong]) % classes
+    return noisy.to(labels.device)
 
 
 def _shuffled_classes(labels: Tensor, draws: torch.Generator) -> Iterator[tuple[int, Tensor]]:
