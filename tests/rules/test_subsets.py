@@ -80,6 +80,67 @@ def test_subset_works_with_a_single_pass_rule_and_a_copy_and_must_not_be_empty()
         ParameterSubset(steppe.L2(), [])
 
 
+def subset_of_two():
+    a, b = nn.Parameter(torch.tensor([3.0, 4.0])), nn.Parameter(torch.tensor([1.0]))
+    optimizer = SAM(torch.optim.SGD([a, b], lr=0.1), rho=0.5, perturbation=ParameterSubset(steppe.L2(), [a]))
+    return a, b, optimizer
+
+
+@pytest.mark.parametrize("modify", [lambda rule: rule, lambda rule: steppe.AscentSteps(rule, 2)])
+def test_subset_assigned_later_must_be_in_the_optimizer(modify):
+    a, b, optimizer = subset_of_two()
+    foreign = nn.Parameter(torch.ones(2))
+    with pytest.raises(ValueError, match="1 of the 2 parameters to perturb .* are not in the optimizer"):
+        optimizer.perturbation = modify(ParameterSubset(steppe.L2(), [b, foreign]))
+    assert list(optimizer.perturbation.parameters) == [a]
+    optimizer.perturbation = modify(ParameterSubset(steppe.L2(), [b]))
+    by_closure(optimizer, lambda: (a.sum() + b.sum()).square())
+
+
+def test_rule_of_another_kind_assigned_later_is_an_error():
+    *_, optimizer = subset_of_two()
+    with pytest.raises(TypeError, match="cadence=L2.* is a rule of another kind: write perturbation="):
+        optimizer.cadence = steppe.L2()
+    with pytest.raises(TypeError, match="combination= needs a rule, got the class SurrogateGap"):
+        optimizer.combination = steppe.SurrogateGap
+    wsam = steppe.variants.wsam(torch.optim.SGD([nn.Parameter(torch.ones(2))], lr=0.1), decoupled=True)
+    with pytest.raises(TypeError, match="DecoupledWSAM has a combination of its own"):
+        wsam.combination = steppe.SurrogateGap()
+
+
+@pytest.mark.parametrize("drive", DRIVES)
+def test_step_without_any_parameter_of_the_subset_is_an_error(drive):
+    a, b, optimizer = subset_of_two()
+    optimizer.param_groups[0]["params"] = [b]
+    with pytest.raises(ValueError, match="1 of the 1 parameters to perturb .* are not in the optimizer"):
+        DRIVES[drive](optimizer, lambda: b.square().sum())
+    optimizer.param_groups.clear()
+    optimizer.add_param_group({"params": [b]})  # no error yet: the other group follows
+    optimizer.add_param_group({"params": [a]})
+    DRIVES[drive](optimizer, lambda: a.square().sum() + b.square().sum())
+
+
+def test_groups_with_parts_of_the_subset_may_be_added_one_by_one():
+    a, b, c = (nn.Parameter(torch.ones(2), requires_grad=i == 0) for i in range(3))
+    optimizer = SAM(torch.optim.SGD([a], lr=0.1), rho=0.5, perturbation=ParameterSubset(steppe.L2(), [a, b, c]))
+    for p in (b, c):
+        p.requires_grad_()
+    for p in (b, c):
+        by_closure(optimizer, lambda: sum(w.square().sum() for w in (a, b, c)))
+        copy.deepcopy(optimizer)
+        optimizer.add_param_group({"params": [p]})
+    by_closure(optimizer, lambda: sum(w.square().sum() for w in (a, b, c)))
+    assert optimizer.report().perturbed_steps == 3
+
+
+def test_subset_of_frozen_parameters_warns_once():
+    a, b, optimizer = subset_of_two()
+    a.requires_grad_(False)
+    with pytest.warns(UserWarning, match="all parameters to perturb .* are frozen.*Unfreeze them"):
+        by_closure(optimizer, lambda: b.square().sum())
+    by_closure(optimizer, lambda: b.square().sum())
+
+
 def test_layers_are_chosen_by_the_names_of_modules():
     model = nn.ModuleDict(
         {"body": nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2)), "head": nn.Linear(2, 1)}

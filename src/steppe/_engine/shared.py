@@ -41,6 +41,10 @@ class Shared(Generic[_T]):
             return self
         return getattr(optimizer, _SHARED, {}).get(self._name, self._default)
 
+    def is_set(self, optimizer: object) -> bool:
+        """True if the attribute has been assigned."""
+        return self._name in getattr(optimizer, _SHARED, {})
+
     def __set__(self, optimizer: Any, value: _T) -> None:
         shared: dict[str, Any] | None = getattr(optimizer, _SHARED, None)  # not vars(): a proxy may look it up
         if shared is None:

@@ -1,12 +1,31 @@
 """Checks that each rule is in its slot, and fits the optimizer."""
 
 import inspect
-from collections.abc import Callable, Collection
-from typing import Any
+from collections.abc import Callable, Collection, Iterable
+from typing import Any, TypeVar, cast
 
 from torch import Tensor
 
-from steppe.rules import Perturbation, ScaledDirection
+from steppe._engine.shared import Shared
+from steppe._engine.state_dict import parameters_of
+from steppe.rules import ParameterSubset, Perturbation, ScaledDirection
+
+_T = TypeVar("_T")
+
+
+class Rule(Shared[_T]):
+    """A rule of an optimizer. One that is assigned later is checked as the constructor checks its arguments."""
+
+    def __set__(self, optimizer: Any, value: _T) -> None:
+        if self.is_set(optimizer):
+            if self._name in getattr(optimizer, "own_rules", ()):
+                raise TypeError(
+                    f"{type(optimizer).__name__} has a {self._name} of its own: make a steppe.SAM for another one"
+                )
+            check_slots(**{self._name: value})
+            if self._name == "perturbation":
+                check_parameters(cast(Perturbation, value), list(parameters_of(optimizer.base)))
+        super().__set__(optimizer, value)
 
 
 def check_slots(**rules: Any) -> None:
@@ -45,6 +64,32 @@ def check_parameters(perturbation: Perturbation, owned: Collection[Tensor]) -> N
         if check is not None:
             check(owned)
         rule = getattr(rule, "rule", None)
+
+
+def check_subset(perturbation: Perturbation, owned: Iterable[Tensor]) -> str | None:
+    """Refuse a subset of parameters that the optimizer no longer has; return a warning if all of them are frozen.
+
+    Called at each step, because groups change. A part of the subset may be missing: groups are added one by one.
+
+    Raises:
+        ValueError: None of the parameters to perturb is in the optimizer.
+    """
+    rule: Any = perturbation
+    while rule is not None:
+        if isinstance(rule, ParameterSubset):
+            chosen = set(rule.parameters)
+            trained = [p.requires_grad for p in owned if p in chosen]
+            if not trained:
+                rule.check_parameters([])
+            if not any(trained):
+                return (
+                    "all parameters to perturb (only=, ParameterSubset) are frozen, so that nothing is perturbed, at "
+                    "the cost of a second pass. Unfreeze them, choose others, or perturb in a later phase only, with "
+                    "cadence=steppe.LatePhase(...)"
+                )
+            return None
+        rule = getattr(rule, "rule", None)
+    return None
 
 
 def _kind(rule: Callable[..., Any]) -> str | None:

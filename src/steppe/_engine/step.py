@@ -1,10 +1,11 @@
-"""One step of SAM: its passes, its update gradient, and the base's step.
+"""One step of SAM, part by part: its beginning, its passes, its update gradient, and the base's step.
 
-These are the extension points of :class:`steppe.SAM`. :class:`steppe.methods._base.OwnStepMethod` is their interface
-for methods with another step, and documents when each is called and its result.
+All three APIs of :class:`steppe.SAM` are made of these parts. :class:`steppe.methods._base.OwnStepMethod` is the
+interface for methods that replace some of them, and documents when each is called and its result.
 """
 
 import math
+from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from functools import partial
 from typing import Any
@@ -14,12 +15,17 @@ from torch import Tensor, nn
 
 from steppe._engine.callers import called_by_trainer
 from steppe._engine.capture import GraphCapture
+from steppe._engine.closure import Closure, run_closure
+from steppe._engine.constructor import check_groups
 from steppe._engine.joint_base import names_of
-from steppe._engine.loss_scale import check_scale, loss_scale
+from steppe._engine.loss_scale import ScalerTarget, check_scale, loss_scale, refuse_closure_of_scaler
+from steppe._engine.losses import backward
 from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
 from steppe._engine.report import Reporting
 from steppe._engine.shared import Shared
-from steppe._engine.stage import Stage
+from steppe._engine.slots import Rule, check_subset
+from steppe._engine.stage import Stage, out_of_order
+from steppe._engine.state_dict import holds_sam_state, parameters_of
 from steppe._engine.wrapper import Wrapper
 from steppe._tensors.reductions import norm
 from steppe.rules import Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient
@@ -28,14 +34,63 @@ from steppe.rules.perturbed_gradient import PerturbedGradient
 
 
 class SAMStep(GraphCapture, Reporting, Wrapper):
-    """The step of :class:`steppe.SAM`, part by part."""
+    """The parts of a step of :class:`steppe.SAM`, in their order."""
 
     model: nn.Module | None
-    perturbation = Shared[Perturbation](L2())
-    combination = Shared[Combination](PerturbedGradient())
+    perturbation = Rule[Perturbation](L2())
+    combination = Rule[Combination](PerturbedGradient())
     per_rank: bool
     stochastic_rounding: bool
     scaler = Shared[torch.amp.GradScaler | None](None)
+    _scaler_target: ScalerTarget
+
+    @abstractmethod
+    def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
+        """Yield the passes of one step."""
+
+    # The beginning of a step.
+
+    def restore(self) -> None:
+        """Abort a pending step and restore the weights; the next pass is a first one."""
+        self._engine.abort()
+        self._engine.stage = Stage.IDLE
+
+    def _begin(self, caller: str) -> None:
+        """Begin a step: check everything on which it depends."""
+        if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
+            raise out_of_order(caller, self._engine.stage)
+        self.restore()  # an interrupt may have hit restore() itself
+        if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
+            self._engine.load_from_base()
+        check_groups(self.base)
+        first_parameter = next(parameters_of(self.base))
+        self._check_capture(first_parameter)
+        self._engine.scale = self._loss_scale(first_parameter)
+        self._check_passes()
+
+    def _begin_micro_batch(self, loss_weight: float | None, *, accumulate: bool, is_first: bool) -> None:
+        """Begin a loop over the passes, which may be that of one of several micro-batches."""
+        engine = self._engine
+        if accumulate or loss_weight is not None:
+            rules = (self.perturbation, self.combination, self.cadence)
+            engine.micro_batches.check(rules, engine.zero_point, loss_weight)
+        engine.micro_batches.begin(engine.memory, loss_weight, is_first=is_first)
+
+    def _loss_scale(self, parameter: Tensor) -> Tensor | None:
+        """Return the scale of the loss scaler, on the device of the parameter."""
+        return loss_scale(self.scaler, parameter)
+
+    def _check_passes(self) -> None:
+        """Refuse a cadence that needs a gradient at w, if no pass makes one."""
+        if self._has_single_pass() and needs_gradient(self.cadence):
+            raise ValueError(
+                f"{self.cadence} needs the gradient at w, but {self.perturbation} makes no pass at w: take a "
+                "cadence that reads only the step's number, and declares needs_gradient = False"
+            )
+        if problem := check_subset(self.perturbation, parameters_of(self.base)):
+            self._engine.warn_once("frozen subset", problem)
+
+    # The passes, and the update gradient.
 
     def _has_single_pass(self) -> bool:
         """True if the step runs a single pass, at w + e."""
@@ -93,6 +148,44 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         self._engine.restore()
         self._combine()
 
+    # The end of a step.
+
+    def _step_by(self, closure: Closure) -> Any:
+        """Run the passes by a closure and step, through the loss scaler if there is one."""
+        refuse_closure_of_scaler()
+        try:
+            loss = self._run(closure)
+            if self._engine.scale is None or self.scaler is None:
+                self._check_gradients()
+                self._take_step()
+            else:
+                self._scaler_target.param_groups = self.param_groups
+                self.scaler.step(self._scaler_target)  # type: ignore[arg-type]
+                self._engine.stage = Stage.IDLE
+        except BaseException:
+            self._scaler_target = ScalerTarget(self._take_step)  # the scaler may have unscaled for the old one only
+            self.restore()
+            raise
+        return loss
+
+    def _run(self, closure: Closure) -> Any:
+        """Call the closure once a pass; return the loss of the first."""
+        return run_closure(closure, self.passes(), self._engine, partial(backward, scaler=self.scaler))
+
+    def _take_step(self) -> None:
+        """Step from w with the gradient in ``.grad``."""
+        self._engine.side_effects.end_step()
+        self._engine.stage = Stage.IDLE
+        self._step_base()
+        self._engine.count_step()
+
+    def _check_scale(self) -> None:
+        """Refuse a step with gradients that are scaled, or that a rule has got times an unknown scale."""
+        # in the classic API, scaler.unscale_() has reached g_s only
+        only_one_unscaled = self._engine.stage is Stage.AFTER_FIRST_STEP and self.combination.needs_unperturbed_gradient
+        rules = (self.perturbation, self.combination, self.cadence)
+        check_scale(self._engine.scale, rules, self.combination if only_one_unscaled else None)
+
     def _check_gradients(self) -> None:
         """Refuse a backward after the passes, and warn once if there was none.
 
@@ -145,26 +238,3 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     def _make_memory_template(self) -> Memory:
         """Return the rules' memory filled with zeros: the names and shapes in a later checkpoint."""
         return self._engine.memory_template(self.perturbation, self.combination, self.cadence)
-
-    def _loss_scale(self, parameter: Tensor) -> Tensor | None:
-        return loss_scale(self.scaler, parameter)
-
-    def _begin_micro_batch(self, loss_weight: float | None, *, accumulate: bool, is_first: bool) -> None:
-        """Begin a loop over the passes, which may be that of one of several micro-batches."""
-        engine = self._engine
-        if accumulate or loss_weight is not None:
-            rules = (self.perturbation, self.combination, self.cadence)
-            engine.micro_batches.check(rules, engine.zero_point, loss_weight)
-        engine.micro_batches.begin(engine.memory, loss_weight, is_first=is_first)
-
-    def _check_scale(self) -> None:
-        mixes = self._engine.stage is Stage.AFTER_FIRST_STEP and self.combination.needs_unperturbed_gradient
-        rules = (self.perturbation, self.combination, self.cadence)
-        check_scale(self._engine.scale, rules, self.combination if mixes else None)
-
-    def _check_passes(self) -> None:
-        if self._has_single_pass() and needs_gradient(self.cadence):
-            raise ValueError(
-                f"{self.cadence} needs the gradient at w, but {self.perturbation} makes no pass at w: take a "
-                "cadence that reads only the step's number, and declares needs_gradient = False"
-            )
