@@ -100,10 +100,10 @@ class Stochastic(Modifier):
 def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: float = 0.5) -> Callable[[], Tensor]:
     """Return a closure that updates with the samples whose loss rises most from w to w + e (ESAM's SDS).
 
-    B+ = the ceil(gamma |B|) samples with the largest l(w + e) - l(w); the authors' code leaves the last of them
-    out. At w + e all samples are evaluated forward only, and B+ forward and backward; with a forward as a third of a
-    pass, a step costs 4/3 + gamma passes. The gradient of the mean loss over B+ is no longer an unbiased estimate of
-    the batch's; this is intended.
+    B+ = the ceil(gamma |B|) samples with the largest l(w + e) - l(w). The paper has |B+| = gamma |B|, which is followed
+    here; the authors' code leaves the last of them out. At w + e all samples are evaluated forward only, and B+ forward
+    and backward; with a forward as a third of a pass, a step costs 4/3 + gamma passes. The gradient of the mean loss
+    over B+ is no longer an unbiased estimate of the batch's; this is intended.
 
     The other half of ESAM, the perturbation of a random share of the weights, is :func:`steppe.variants.esam`.
 
@@ -236,8 +236,9 @@ CARD = MethodCard(
     when_not="With a method whose only pass is at w + e (`msam`, `rwp`): there are no losses at w to compare with.",
     usual={"rho": "0.05 to 0.2", "beta": "0.5 to 0.6", "gamma": "0.5"},
     checked="The official code, https://github.com/dydjw9/Efficient_SAM, was read: a forward without gradients over "
-    "all samples at w + e, then forward and backward on the selected. It selects one sample less, those above "
-    "the smallest of the largest rises: 15 of 32 with gamma = 0.5, where 16 are selected here. It draws whole "
+    "all samples at w + e, then forward and backward on the selected. In the paper, |B+| = gamma |B|, and so it is "
+    "here: 16 of 32 with gamma = 0.5. The code selects one sample less, those above the smallest of the largest "
+    "rises. After 20 steps in float64, this one sample of 16 makes the weights differ by 7 %. The code draws whole "
     "tensors, and leaves the others out of the next first pass; here each weight is drawn, and both passes "
     "are full (`steppe.Stochastic(..., whole=True)` draws tensors).",
     caveats=(
