@@ -18,7 +18,7 @@ from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_laye
 from steppe.sam import SAM, Pass
 
 if TYPE_CHECKING:  # for type checkers; a test compares them with the table below
-    from steppe import closures, compat, flatness, integrations, methods, rho_schedule, testing, variants
+    from steppe import averaging, closures, compat, flatness, integrations, methods, rho_schedule, testing, variants
     from steppe.methods.aesam import GradientNormThreshold
     from steppe.methods.asam import Adaptive
     from steppe.methods.dynamic_sparse_sam import DynamicSparse
@@ -78,6 +78,7 @@ __all__ = [
     "VarianceSuppressed",
     "WeightedSharpness",
     "ZScore",
+    "averaging",
     "citation",
     "closures",
     "compat",
@@ -115,6 +116,7 @@ _LOADED_WHEN_USED = {
     "VarianceSuppressed": "steppe.methods.vasso:VarianceSuppressed",
     "WeightedSharpness": "steppe.methods.wsam:WeightedSharpness",
     "ZScore": "steppe.methods.zsharp:ZScore",
+    "averaging": "steppe.averaging",
     "closures": "steppe.closures",
     "compat": "steppe.compat",
     "flatness": "steppe.flatness",

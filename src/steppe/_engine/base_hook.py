@@ -15,6 +15,11 @@ class BeforeStep:
     def __init__(self, method: Callable[[], None] | None = None) -> None:
         self._method = None if method is None else weakref.WeakMethod(method)
 
+    @property
+    def is_alive(self) -> bool:
+        """True if the method's object lives."""
+        return self._method is not None and self._method() is not None
+
     def __call__(self, *_: Any) -> None:
         method = None if self._method is None else self._method()
         if method is not None:

@@ -1,0 +1,229 @@
+"""The base class of the averages: which steps it averages, and what can be done with it."""
+
+from abc import abstractmethod
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.hooks import RemovableHandle
+
+from steppe._engine.completed_steps import CompletedSteps, require_completed_step, with_hooks
+from steppe._engine.eager import eager
+from steppe.averaging._applied import Applied
+from steppe.averaging._pairs import Pairs, copy_of, whole_module
+from steppe.averaging._statistics import batch_norms, refresh_statistics
+
+
+class Average(AveragedModel):
+    """An average of a model's weights, updated after each completed step of an optimizer.
+
+    The base class of :class:`EMA`, :class:`SWA` and :class:`LastPart`, which say how to average. ``module`` is a copy
+    of the model with the averaged weights; it has no part in training. Before the first averaged step it follows w.
+
+    - **Which steps.** Steps of the optimizer: with gradient accumulation one for all micro-batches, with SAM one for
+      all passes. A step that raised, or was skipped because its gradient was not finite, is none. (On an accelerator,
+      SAM and fused optimizers skip it without telling the host: then the unchanged w counts once more.)
+    - **Precision.** The average is in float32 where the weights have a half precision, because the small changes of an
+      average would be lost in rounding. Weights in float32 and float64 keep their type.
+    - **Buffers.** ``running_mean`` and ``running_var`` of normalization layers are averaged like weights; all other
+      buffers are copied from the model. The averaged statistics approximate those of the averaged weights;
+      :meth:`refresh_statistics` computes them.
+    - **Memory.** A second copy of the model, and one more within :meth:`applied`.
+    - **Checkpoints.** ``averaged.state_dict()`` beside those of the model and the optimizer resumes to the same bits.
+    - **Wrapped models.** Of ``DistributedDataParallel`` and ``torch.compile`` the module inside is averaged. All ranks
+      have the same average without communication. An FSDP2 model cannot be copied: pass a second one as ``module``.
+
+    Args:
+        model: The model to average.
+        optimizer: The optimizer whose steps are averaged. None if you call :meth:`update_parameters` yourself.
+        start: The number of steps before the first one that is averaged.
+        every: Average each ``every``-th step after ``start``.
+        device: The device of the average; by default the model's. ``"cpu"`` saves memory of the accelerator, and each
+            update then waits for it.
+        module: An own copy of the model for the average, which is overwritten; by default a deep copy.
+
+    Raises:
+        TypeError: The optimizer runs no step hooks, or is the base of a SAM.
+        ValueError: ``start`` or ``every`` out of range; a model that cannot be copied.
+        RuntimeError: A step of the optimizer is pending, so that the weights may be perturbed.
+    """
+
+    n_steps: Tensor
+    _live: nn.Module
+    _optimizer: Optimizer | None
+    _steps: CompletedSteps | None
+    _is_applied: bool
+    _frozen: list[str]
+    _refusal: RemovableHandle | None
+
+    def __init__(
+        self,
+        model: nn.Module,
+        optimizer: Optimizer | None = None,
+        *,
+        start: int = 0,
+        every: int = 1,
+        device: torch.device | str | int | None = None,
+        module: nn.Module | None = None,
+    ) -> None:
+        _check_count("start", start, at_least=0)
+        _check_count("every", every, at_least=1)
+        optimizer = None if optimizer is None else with_hooks(optimizer)
+        require_completed_step(optimizer, type(self).__name__)
+        live = whole_module(model)
+        super().__init__(nn.Identity())
+        self.module = copy_of(live, device) if module is None else whole_module(module)
+        self.use_buffers = True
+        self.start, self.every = start, every
+        self.register_buffer("n_steps", torch.tensor(0, dtype=torch.long, device="cpu"))
+        self.n_averaged = self.n_averaged.cpu()
+        # not as attributes: a module in one would be a part of this module
+        self.__dict__.update(_live=live, _optimizer=optimizer, _is_applied=False, _frozen=[], _refusal=None)
+        self._pairs().copy()
+        self._note_frozen_layers()
+        self._follow()
+
+    @abstractmethod
+    def _average_function(self) -> Callable[..., None]:
+        """Return the function of ``torch.optim.swa_utils`` that adds the current weights to the average."""
+
+    def _follow(self) -> None:
+        """Update the average after each completed step of the optimizer from now on."""
+        optimizer = self._optimizer
+        self.__dict__["_steps"] = None if optimizer is None else CompletedSteps(optimizer, self._after_step)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = {name: value for name, value in self.__dict__.items() if name != "_steps"}
+        return {**state, "_is_applied": False, "_refusal": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._follow()  # copies of optimizers have no hooks
+
+    def _apply(self, *args: Any, **kwargs: Any) -> Self:
+        """Move or convert the average; its counters stay on the CPU, where reading them does not synchronize."""
+        counters = self.n_averaged, self.n_steps
+        super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
+        self.n_averaged, self.n_steps = counters
+        return self
+
+    def _pairs(self, model: nn.Module | None = None) -> Pairs:
+        return Pairs(self.module, self._live if model is None else whole_module(model))
+
+    def _note_frozen_layers(self) -> None:
+        """Note which BatchNorm layers are in evaluation mode in training; in an evaluation, all are."""
+        if self._live.training:
+            self._frozen = [name for name, layer in batch_norms(self._live).items() if not layer.training]
+
+    def _after_step(self) -> None:
+        self.n_steps += 1
+        steps = int(self.n_steps) - self.start
+        if steps > 0 and steps % self.every == 0:
+            self.update_parameters()
+        elif self.n_averaged == 0:
+            self._pairs().copy()
+
+    @eager
+    @torch.no_grad()
+    def update_parameters(self, model: nn.Module | None = None) -> None:
+        """Add the current weights to the average. With an optimizer this is called for you.
+
+        Args:
+            model: Another model of the same form; by default that of the constructor.
+
+        Raises:
+            RuntimeError: Called in the middle of a step of SAM, or within :meth:`applied`.
+            ValueError: The model has other parameters than it had when the average was made.
+        """
+        require_completed_step(self._optimizer, "update_parameters()")
+        self._refuse_if_applied("update_parameters()")
+        pairs = self._pairs(model)
+        if self.n_averaged == 0:
+            pairs.copy()
+        else:
+            pairs.average(self._average_function(), int(self.n_averaged))
+        self.n_averaged += 1
+        self._note_frozen_layers()
+
+    def applied(self) -> AbstractContextManager[nn.Module]:
+        """Give the model the averaged weights and buffers in a ``with`` block, and restore its own to the same bits.
+
+        For an evaluation of the model itself, in its own precision and on its own devices. The optimizer must not step
+        in the block. The mode of the model is yours: call ``model.eval()``.
+
+        Returns:
+            A context manager, whose value is the model.
+
+        Raises:
+            RuntimeError: Called in the middle of a step of SAM, or in another such block; or (from the optimizer) a
+                step in the block.
+
+        Example:
+            >>> from steppe.averaging import SWA
+            >>> model = torch.nn.Linear(2, 1)
+            >>> averaged = SWA(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> with averaged.applied():
+            ...     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        """
+        require_completed_step(self._optimizer, "applied()")
+        self._refuse_if_applied("applied()")
+        return Applied(self._live, self._pairs(), self._begin_applied, self._end_applied)
+
+    def _begin_applied(self) -> None:
+        """Refuse steps and updates until :meth:`_end_applied`."""
+        self.__dict__["_is_applied"] = True
+        if self._optimizer is not None:
+            self._refusal = self._optimizer.register_step_pre_hook(self._refuse_step)
+
+    def _end_applied(self) -> None:
+        self.__dict__["_is_applied"] = False
+        if self._refusal is not None:
+            self._refusal.remove()
+
+    def _refuse_if_applied(self, caller: str) -> None:
+        if self._is_applied:
+            raise RuntimeError(_REFUSAL.format(caller))
+
+    def _refuse_step(self, *_: Any) -> None:
+        self._refuse_if_applied("step()")
+
+    def refresh_statistics(
+        self, batches: Iterable[Any], forward: Callable[[nn.Module, Any], Any] | None = None
+    ) -> None:
+        """Compute the statistics of BatchNorm layers for the averaged weights, by ``swa_utils.update_bn``.
+
+        Call it before an evaluation with batches of the training data, a few dozen of the usual size are enough. The
+        model and its random generators do not change. BatchNorm layers that were in evaluation mode in training keep
+        their statistics. With several ranks, give all of them the same batches.
+
+        Args:
+            batches: The batches, such as a data loader.
+            forward: Called as ``forward(module, batch)`` for each batch; by default ``module(batch)``, or
+                ``module(batch[0])`` if the batch is a tuple or a list, on the device of the average.
+
+        Raises:
+            TypeError: A batch that is no tensor, without ``forward``.
+            ValueError: There is no batch.
+
+        Example:
+            >>> from steppe.averaging import SWA
+            >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+            >>> averaged = SWA(model, torch.optim.SGD(model.parameters(), lr=0.1))
+            >>> averaged.refresh_statistics([{"x": torch.ones(4, 2)}], lambda module, batch: module(batch["x"]))
+        """
+        refresh_statistics(self.module, batches, forward, self._frozen)
+
+
+_REFUSAL = (
+    "{} was called within applied(): the model has the averaged weights there, and its own are restored at the end of "
+    "the block. Leave the block first"
+)
+
+
+def _check_count(name: str, value: int, *, at_least: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
+        raise ValueError(f"{name} must be a whole number of steps, at least {at_least}, got {value!r}")
