@@ -1,4 +1,4 @@
-"""The optimizer: one state machine, and three ways to drive it."""
+"""The optimizer, with three APIs of a step: a closure, explicit passes, and the classic two calls."""
 
 from collections.abc import Callable, Iterator
 from typing import Any, ClassVar, Unpack, cast, get_overloads, overload
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from steppe import papers
 from steppe._engine.callers import called_by_scaler, refuse_accumulation
+from steppe._engine.closure import Closure
 from steppe._engine.constructor import (
     Model,
     Options,
@@ -22,7 +23,6 @@ from steppe._engine.constructor import (
     drop_earlier_radii,
     one_module,
 )
-from steppe._engine.drive import Closure, Drive
 from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
 from steppe._engine.joint_base import Base, option_names
@@ -32,6 +32,7 @@ from steppe._engine.signatures import show_signature
 from steppe._engine.slots import check_parameters, check_slots
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import RHO, parameters_of
+from steppe._engine.step import SAMStep
 from steppe.rules import Cadence, Combination, Perturbation
 from steppe.rules.l2 import L2
 from steppe.rules.periodic import Periodic
@@ -39,20 +40,20 @@ from steppe.rules.perturbed_gradient import PerturbedGradient
 
 __all__ = ["SAM", "Closure", "Params", "Pass", "Stage"]
 
-_ALONG_G, _EVERY_STEP, _G_S = L2(), Periodic(), PerturbedGradient()
+_DEFAULT_PERTURBATION, _DEFAULT_COMBINATION, _DEFAULT_CADENCE = L2(), PerturbedGradient(), Periodic()
 _OF_ENGINE = ("memory", "steps", "displaced")
 _SLOTS = ("perturbation", "combination", "cadence")
 _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 
 
-class SAM(Drive):
+class SAM(SAMStep):
     """Sharpness-aware minimization around any base optimizer.
 
     min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e(g) gives g_s, and the base
     optimizer steps from w with a combination of the two. ``param_groups``, ``state`` and ``defaults`` *are* the
     base's, so that learning-rate schedules, clipping, checkpoints and hooks work on either object.
 
-    There are three ways to drive it: ``step(closure)``, the explicit :meth:`passes`, and the classic
+    A step has three APIs: ``step(closure)``, the explicit :meth:`passes`, and the classic
     :meth:`first_step` / :meth:`second_step`. Each leaves weights, buffers and random generators as one ordinary pass
     would. The class form ``SAM(params, BaseClass, rho=..., **kwargs)`` builds the base from its class.
 
@@ -114,9 +115,9 @@ class SAM(Drive):
         self,
         *args: Any,
         model: Model | None = None,
-        perturbation: Perturbation = _ALONG_G,
-        combination: Combination = _G_S,
-        cadence: Cadence = _EVERY_STEP,
+        perturbation: Perturbation = _DEFAULT_PERTURBATION,
+        combination: Combination = _DEFAULT_COMBINATION,
+        cadence: Cadence = _DEFAULT_CADENCE,
         replay_rng: bool = True,
         per_rank: bool = False,
         scaler: torch.amp.GradScaler | None = None,
@@ -160,7 +161,13 @@ class SAM(Drive):
         return f"{type(self).__name__}({rules}, base={self.base!r})"
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Add a group to the base optimizer; its radius is its ``sam_rho``, or else this optimizer's rho."""
+        """Add a group to the base optimizer; its radius is its ``sam_rho``, or else this optimizer's rho.
+
+        Raises:
+            RuntimeError: A step is pending, whose second pass does not know the new parameters.
+        """
+        if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
+            raise out_of_order("add_param_group()", self._engine.stage)
         group = {RHO: self._default_rho, **param_group}
         check_group(len(self.param_groups), group, option_names(self.base))
         self.base.add_param_group(group)
@@ -177,7 +184,7 @@ class SAM(Drive):
         """Number of steps skipped because a gradient was not finite; reading it waits for the device."""
         return int(self._engine.gradients.skipped)
 
-    # The three ways to drive a step.
+    # The three APIs of a step.
 
     def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
         """Yield the passes of one step, each a context manager for one forward+backward over all micro-batches.
@@ -193,9 +200,11 @@ class SAM(Drive):
                 if a rule depends on the size of the gradients or has a memory (F-SAM, VaSSO, Fisher SAM, bSAM).
 
         Raises:
-            RuntimeError: A step is pending; a pass was not entered with ``with``; or ``accelerator.accumulate()`` is
-                in force, whose other micro-batches would be lost; or a rule that cannot have a perturbation for each
-                micro-batch, or not without ``loss_weight``.
+            RuntimeError: In these cases:
+
+                - A step is pending, or a pass was not entered by ``with``.
+                - The loop runs inside of ``accelerator.accumulate()``, so that other micro-batches would be lost.
+                - ``accumulate`` with a rule that does not support it, or that needs ``loss_weight``.
 
         Example:
             >>> w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
@@ -210,7 +219,7 @@ class SAM(Drive):
         if not accumulate:
             refuse_accumulation()
             self._warn_of_lost_gradient()
-        engine, loop = self._engine, object()
+        engine, loop = self._engine, object()  # a new object, to recognize this loop below
         is_first = not accumulate or engine.stage is not Stage.READY
         self._begin("passes()")
         self._begin_micro_batch(loss_weight, accumulate=accumulate, is_first=is_first)
@@ -223,7 +232,7 @@ class SAM(Drive):
             engine.micro_batches.end(engine.memory)
             engine.stage = Stage.READY
         except BaseException:
-            if engine.loop is loop:  # else a later step has begun, and this loop was collected as garbage
+            if engine.loop is loop:  # else a later step has begun before Python closed this loop
                 engine.abort()
                 engine.stage = Stage.INCOMPLETE
             raise
@@ -274,11 +283,13 @@ class SAM(Drive):
     def first_step(self, zero_grad: bool = False) -> None:
         """Perturb the weights by the gradient that a backward has left (the classic API).
 
-        The second pass draws the random numbers that followed the last ``zero_grad()`` or step: the same dropout
-        masks, if the first forward came right after it. It starts from the state of ``model=`` before the first
-        forward with a graph after ``zero_grad()`` (without that call, and with ``torch.compile``, from the state that
-        the first pass left).
-        :meth:`passes` needs no such care, and restores the weights on any exception.
+        Until :meth:`second_step`, the weights are at w + e. If an exception comes in between, call :meth:`restore`.
+
+        The second pass evaluates the same function as the first if the loop calls :meth:`zero_grad` right before the
+        first forward. It then draws the random numbers that followed ``zero_grad()``, such as dropout masks, and
+        starts from the state of ``model=`` at that forward. Without ``zero_grad()``, it draws the numbers that followed
+        the last step, and starts from the state that the first pass has left; so it does with ``torch.compile``.
+        :meth:`passes` needs no such care.
 
         Args:
             zero_grad: Clear the gradients for the second backward.
@@ -325,7 +336,7 @@ class SAM(Drive):
         self._engine.side_effects.expect_first_pass(in_step=False)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """Clear the gradients. A step that was ready but not taken (a scaler skipped it) is aborted."""
+        """Clear the gradients, and discard passes that no step has followed (a loss scaler may skip it)."""
         super().zero_grad(set_to_none)
         self._engine.gradients.mark_cleared()
         if self._engine.stage in (Stage.READY, Stage.INCOMPLETE, Stage.IDLE):

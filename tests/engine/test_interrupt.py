@@ -5,7 +5,8 @@ import gc
 import pickle
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -16,14 +17,18 @@ from torch import nn
 import steppe
 from steppe.methods.bsam import BSAM
 from steppe.methods.lookbehind_sam import Lookbehind
+from steppe.methods.sampa import SAMPa
 from steppe.methods.wsam import DecoupledWSAM
 from steppe.sam import Stage
-from support import BASES, DRIVES, bits, by_closure, by_passes, parameter
+from support import BASES, bits, by_classic, by_closure, by_passes, parameter
 
 SOURCE = str(Path(steppe.__file__).parent) + "/"
 METHODS: dict[str, Callable[[nn.Module], steppe.SAM]] = {
     **{name: build(name, "sgd" if name != "msam" else "momentum") for name in WRAPPERS},
     "lookbehind-adaptive": lambda m: Lookbehind(BASES["sgd"](m.parameters()), 0.1, ascent_steps=2, alpha=None, model=m),
+    "lookbehind-unperturbed": lambda m: Lookbehind(
+        BASES["sgd"](m.parameters()), 0.1, alpha=0.5, cadence=steppe.Periodic(2), model=m
+    ),
     "decoupled_wsam": lambda m: DecoupledWSAM(BASES["sgd"](m.parameters()), 0.1, gamma=0.8, model=m),
     "bsam": lambda m: BSAM(
         [{"params": [m[0].weight]}, {"params": [m[0].bias, *m[1].parameters()]}], 0.05, n_data=500, rho=0.1, model=m
@@ -32,6 +37,7 @@ METHODS: dict[str, Callable[[nn.Module], steppe.SAM]] = {
 REFUSE_CLASSIC = {
     "lookbehind_sam",
     "lookbehind-adaptive",
+    "lookbehind-unperturbed",
     "sampa",
     "bsam",
     "ascent_steps",
@@ -42,6 +48,23 @@ REFUSE_CLASSIC = {
 }
 
 Line = tuple[str, int]
+OF_SAM = {
+    "closure": ("sam.py", "_engine/"),
+    "passes": ("sam.py", "_engine/step.py", "_engine/passes.py"),  # the rest runs as in a step by a closure
+    "classic": ("sam.py", "_engine/step.py", "_engine/engine.py", "_engine/side_effects.py"),
+}
+"""Modules at whose lines a step of SAM is interrupted; the slow test has all modules."""
+OF_OWN_STEP_METHODS = {"closure": ("methods/",), "passes": ("methods/_base.py",), "classic": ("methods/",)}
+
+
+def by_passes_in_contexts(optimizer: steppe.SAM, loss: Callable[[], torch.Tensor]) -> None:
+    for sam_pass in optimizer.passes():
+        with sam_pass.around(nullcontext()):
+            loss().backward()
+    optimizer.step()
+
+
+DRIVES = {"closure": by_closure, "passes": by_passes_in_contexts, "classic": by_classic}
 
 
 class Interrupt(BaseException):
@@ -95,13 +118,20 @@ def traced(problem: Problem, at: int | None) -> list[Line]:
     return lines
 
 
-def events(lines: list[Line], covered: set[Line]) -> Iterator[int]:
+def events(lines: list[Line], covered: set[Line], modules: Collection[str] = ("",)) -> Iterator[int]:
+    """Yield the last event at each line of these modules that no earlier method has covered."""
+    lasts = {line: number for number, line in enumerate(lines)}
+    for line in lasts.keys() - covered:
+        if line[0].removeprefix(SOURCE).startswith(tuple(modules)):
+            yield lasts[line]
+    covered.update(lines)
+
+
+def first_and_last_events(lines: list[Line], covered: set[Line]) -> Iterator[int]:
     """Yield the first and the last event at each line that no earlier method has covered."""
     firsts = {line: number for number, line in reversed(list(enumerate(lines)))}
-    lasts = {line: number for number, line in enumerate(lines)}
-    for line in set(lines) - covered:
-        yield from {firsts[line], lasts[line]}
-    covered.update(lines)
+    for number in list(events(lines, covered)):
+        yield from {firsts[lines[number]], number}
 
 
 def check_interrupt(name: str, drive: str, at: int, after: list[bytes]) -> str:
@@ -133,22 +163,105 @@ def check_interrupt(name: str, drive: str, at: int, after: list[bytes]) -> str:
 
 
 # an interrupt in a loop over passes() that Python is closing is printed, not raised
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+as_python_closes_loops = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+
+
+@as_python_closes_loops
 @pytest.mark.parametrize("drive", DRIVES)
-def test_c29_interrupt_at_any_line_of_a_step_restores_the_weights_and_the_next_step_works(drive):
+def test_c29_interrupt_in_a_step_restores_the_weights_and_the_next_step_works(drive):
     covered: set[Line] = set()
-    wrong, tried = [], 0
+    wrong = []
+    for name in ("sam", "lookbehind_sam", "lookbehind-unperturbed", "sampa", "bsam", "decoupled_wsam"):
+        if drive == "classic" and name in REFUSE_CLASSIC:
+            continue
+        problem = Problem(name, drive)
+        lines = traced(problem, None)
+        after = problem.weights()
+        modules = (OF_SAM if name == "sam" else OF_OWN_STEP_METHODS)[drive]
+        wrong += [check_interrupt(name, drive, at, after) for at in events(lines, covered, modules)]
+    assert len(wrong) > 100
+    assert [message for message in wrong if message] == []
+
+
+@pytest.mark.slow
+@as_python_closes_loops
+@pytest.mark.parametrize("drive", DRIVES)
+def test_c29_interrupt_at_any_line_of_every_method_restores_the_weights_and_the_next_step_works(drive):
+    covered: set[Line] = set()
+    wrong = []
     for name in sorted(METHODS, key=lambda name: (name != "sam", name)):
         if drive == "classic" and name in REFUSE_CLASSIC:
             continue
         problem = Problem(name, drive)
         lines = traced(problem, None)
         after = problem.weights()
-        for at in events(lines, covered):
-            tried += 1
-            wrong.append(check_interrupt(name, drive, at, after))
-    assert tried > 200
+        wrong += [check_interrupt(name, drive, at, after) for at in first_and_last_events(lines, covered)]
+    assert len(wrong) > 1000
     assert [message for message in wrong if message] == []
+
+
+def interrupted_before_second_step() -> tuple[Problem, list[bytes], list[bytes]]:
+    """Return a problem at w + e after both backwards of the classic API, with w and the weights after the step."""
+    problem, twin = Problem("sam", "classic"), Problem("sam", "classic")
+    twin.step()
+    before, optimizer = problem.weights(), problem.optimizer
+    optimizer.zero_grad()
+    problem.loss().backward()
+    optimizer.first_step(zero_grad=True)
+    problem.loss().backward()
+    assert problem.weights() != before
+    return problem, before, twin.weights()
+
+
+@pytest.mark.parametrize("call", ["second_step", "step", "step_closure"])
+def test_c29_call_that_ends_a_step_completes_an_interrupted_classic_step(call):
+    problem, _, after = interrupted_before_second_step()
+    if call == "second_step":
+        problem.optimizer.second_step()
+    else:
+        problem.optimizer.step(*[lambda: 1 / 0] * (call == "step_closure"))
+    assert problem.weights() == after
+
+
+NEXT_CALLS: dict[str, Callable[[Problem], object]] = {
+    "zero_grad": lambda problem: problem.optimizer.zero_grad(),
+    "state_dict": lambda problem: problem.optimizer.state_dict(),
+    "copy": lambda problem: copy.deepcopy(problem.optimizer),
+    "first_step": lambda problem: problem.optimizer.first_step(),
+    "passes": lambda problem: next(problem.optimizer.passes()),
+    "load_state_dict": lambda problem: problem.optimizer.load_state_dict({}),
+    "add_param_group": lambda problem: problem.optimizer.add_param_group({"params": [parameter(1.0)]}),
+}
+
+
+@pytest.mark.parametrize("call", NEXT_CALLS)
+def test_c29_no_call_loses_the_weights_of_an_interrupted_classic_step(call):
+    problem, before, after = interrupted_before_second_step()
+    if call in ("zero_grad", "state_dict", "copy"):
+        NEXT_CALLS[call](problem)
+    else:
+        with pytest.raises(RuntimeError, match=r"restore\(\) aborts the step and restores the weights"):
+            NEXT_CALLS[call](problem)
+    problem.optimizer.restore()
+    assert problem.weights() == before
+    problem.step()
+    assert problem.weights() == after
+
+
+def test_c29_interrupt_after_the_step_of_the_base_makes_the_next_step_of_sampa_a_first_one(monkeypatch):
+    w, v = parameter(1.0), parameter(1.0)
+    optimizer, twin = (SAMPa(torch.optim.SGD([p], lr=0.1), rho=0.5) for p in (w, v))
+    for _ in range(2):
+        by_closure(optimizer, lambda: w.square().sum())
+        by_closure(twin, lambda: v.square().sum())
+    with monkeypatch.context() as patch, pytest.raises(Interrupt):
+        patch.setattr(optimizer, "point", lambda *_: (_ for _ in ()).throw(Interrupt()))
+        by_closure(optimizer, lambda: w.square().sum())
+    by_closure(twin, lambda: v.square().sum())
+    assert bits([w]) == bits([v])
+    start = w.item()
+    by_closure(optimizer, lambda: w.square().sum())
+    assert w.item() == pytest.approx(start - 0.1 * 2 * start)
 
 
 def test_c29_copy_in_the_middle_of_a_step_is_a_copy_at_w():

@@ -3,7 +3,7 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -13,10 +13,10 @@ from steppe._engine.engine import Engine
 from steppe._engine.losses import find_loss
 from steppe._engine.passes import Pass
 
+Closure: TypeAlias = Callable[[], Any]
 
-def run_closure(
-    closure: Callable[[], Any], passes: Iterable[Pass], engine: Engine, backward: Callable[[Tensor], None]
-) -> Any:
+
+def run_closure(closure: Closure, passes: Iterable[Pass], engine: Engine, backward: Callable[[Tensor], None]) -> Any:
     """Call the closure once a pass; return the loss of the first, detached where the backward was run here.
 
     Args:

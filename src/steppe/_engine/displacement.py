@@ -31,9 +31,8 @@ class Displacement:
         # Keyed by id, not by tensor: Tensor.__hash__ is a Python call, and would be made for every weight.
         self._copies: dict[int, Tensor] = {}
         self._displaced: dict[int, tuple[Tensor, Tensor]] = {}
-        self.latest: dict[int, tuple[Tensor, Tensor]] = {}
-        """The weights that were displaced since the last :meth:`forget`, by id, with the copies from which they were
-        restored."""
+        self.latest_copies: dict[int, tuple[Tensor, Tensor]] = {}
+        """The weights of the latest displacement, by id, with the copies from which they were restored."""
 
     @property
     def active(self) -> bool:
@@ -76,7 +75,7 @@ class Displacement:
         """Restore every displaced weight to w; without a displacement, do nothing."""
         if self._displaced:
             write(self.pairs())
-            self.latest = self._displaced
+            self.latest_copies = self._displaced
             self._displaced = {}
 
     @contextmanager

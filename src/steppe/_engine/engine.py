@@ -40,8 +40,8 @@ from steppe.rules import (
 )
 
 _T = TypeVar("_T")
-_SMALLEST_SHARE = 0.9
-"""Share of a perturbation below which rounding has to be reported."""
+_MIN_SURVIVING_SHARE = 0.9
+"""Warn if less of a perturbation survives rounding."""
 
 Combine: TypeAlias = Callable[[Point, Sequence[Tensor] | None], Sequence[Tensor]]
 
@@ -81,7 +81,7 @@ class Engine:
         self.current_pass: Any = None
         """The latest pass that passes() has yielded."""
         self.loop: object = None
-        """The loop over passes() that is running; None if it has ended."""
+        """Identifies the loop over passes() that is running; None if none is."""
         self.closure_watched = False
         """True if the tensors around a closure have been checked for changes in place."""
         self._warned: set[str] = set()
@@ -89,7 +89,7 @@ class Engine:
         call_before_step(base, self._refuse_foreign_step)
 
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
-        """Set up the protection from side effects; called again after a change of model or parameters."""
+        """Protect the model from side effects of the second pass; called again for another model or more parameters."""
         owned = list(parameters_of(self._base))
         self.recorder.watch(model)
         self.ranks = Ranks(model, owned, per_rank=per_rank)
@@ -133,7 +133,7 @@ class Engine:
 
     @torch.no_grad()
     def point_after_ascent_step(self) -> Point:
-        """Return the point for a further ascent step: w + e, with its gradient, of the parameters perturbed before."""
+        """Return the point for a further ascent step: w + e and its gradient, of the parameters that are perturbed."""
         parameters, ascent = self._perturbed_parameters or [], self._ascent
         self.gradients.fill_missing(parameters)
         memory = self.ranks.memory_of_perturbation(self.memory)
@@ -157,7 +157,7 @@ class Engine:
         return replace(point, gradients=_times(point.gradients, 1 / factor))
 
     def _hidden_factor(self, rule: Perturbation | Combination | Cadence) -> Tensor | float | None:
-        """Return the factor of the gradients of this pass that a rule must not get; None if there is none."""
+        """Return loss scale times loss weight if a rule must see gradients without them; else None."""
         weight = self.micro_batches.loss_weight
         if weight is None:
             return None if scale_free(rule) else self.scale
@@ -180,7 +180,7 @@ class Engine:
         return replace(point, gradients=[torch.zeros_like(w) for w in point.weights], step=0, memory={})
 
     def trains(self, loss: Tensor) -> bool:
-        """True if the loss depends on a parameter of the optimizer, or may do so out of sight."""
+        """True if the loss depends on a parameter of the optimizer, or if that cannot be told (sharded parameters)."""
         return self.ranks.sharded or depends_on(loss, parameters_of(self._base))
 
     def uses_again(self, loss: Tensor, earlier: set[Any]) -> bool:
@@ -201,21 +201,21 @@ class Engine:
             keep_unperturbed: Keep the gradient at w for the combination.
             single_pass: This is the step's only pass, so that no first pass has to be protected from it.
         """
-        further = self._perturbed_parameters is not None
-        if not further:
+        is_further_ascent = self._perturbed_parameters is not None
+        if not is_further_ascent:
             self._perturbed_parameters, self._ascent = list(point.parameters), None
             self._unperturbed_gradients = [g.clone() for g in point.gradients] if keep_unperturbed else []
         try:
             if not single_pass:
                 finite = self.ranks.all_true(point.gradient_norm.isfinite())
-                finite = self.gradients.record_finite(finite, further=further)
+                finite = self.gradients.record_finite(finite, is_further_ascent=is_further_ascent)
                 self.side_effects.begin_second_pass()
                 if finite.is_cpu and not finite:
-                    return  # the step will be skipped, and this gradient must enter no memory
+                    return  # the step will be skipped; a rule must not keep anything of this gradient
             if point.parameters:
                 self.perturb(point, perturbation)
                 self.recorder.perturbation(self.displaced, point.parameters, point.gradients)
-                self.ranks.average_(self._unperturbed_gradients if not further else [])
+                self.ranks.average_([] if is_further_ascent else self._unperturbed_gradients)
         except BaseException:
             self.restore()
             raise
@@ -255,7 +255,7 @@ class Engine:
         weights = [parameters[i] for i in halves]
         before, along = self._displacement.saved(weights), [direction[i] for i in halves]
         share = float(surviving_share([local(w) for w in weights], before, alpha, along))
-        if share < _SMALLEST_SHARE:
+        if share < _MIN_SURVIVING_SHARE:
             warn(
                 f"only {share:.0%} of the perturbation survives rounding to {weights[0].dtype} weights: the rest is "
                 "smaller than their last bit, so SAM acts with a smaller radius than rho. Keep the weights in float32 "
@@ -283,14 +283,14 @@ class Engine:
 
     @contextmanager
     def weights_restored_on_exception(self) -> Iterator[None]:
-        """Restore w if the block raises, which steps from w in several parts; from the copies of a perturbation."""
-        latest, steps = self._displacement.latest, self.gradients.base_steps
-        stepped = {id(p): p for p in self.gradients.parameters()} if latest else {}
-        others = [(p, local(p.detach()).clone()) for key, p in stepped.items() if key not in latest]
+        """Restore w if the block raises: a step from w that has several parts, after a perturbation."""
+        copies, steps = self._displacement.latest_copies, self.gradients.base_steps
+        stepped = {id(p): p for p in self.gradients.parameters()} if copies else {}
+        unperturbed = [(p, local(p.detach()).clone()) for key, p in stepped.items() if key not in copies]
         try:
             yield
         except BaseException:
-            write([*latest.values(), *others])
+            write([*copies.values(), *unperturbed])
             self.gradients.base_steps = steps
             raise
 
@@ -315,7 +315,7 @@ class Engine:
     def forget_perturbation(self) -> None:
         """Forget the perturbation of this step and its gradient at w."""
         self._perturbed_parameters, self._ascent, self._unperturbed_gradients = None, None, []
-        self._displacement.latest = {}
+        self._displacement.latest_copies = {}
 
     def count_step(self) -> None:
         """Count a step, if the base has stepped since the last one that was counted."""

@@ -112,14 +112,14 @@ class Gradients:
             smallest.masked_fill_(self._so_far_finite.logical_not().to(smallest.device), float("nan"))
         self._so_far_finite = None
 
-    def record_finite(self, finite: Tensor, *, further: bool) -> Tensor:
+    def record_finite(self, finite: Tensor, *, is_further_ascent: bool) -> Tensor:
         """Record if the gradient of a pass is finite; return True if those of this step so far are.
 
         Args:
             finite: A 0-dim bool tensor.
-            further: True for a further ascent step of the same step.
+            is_further_ascent: True after a further ascent step of the same step.
         """
-        if further and self._so_far_finite is not None:
+        if is_further_ascent and self._so_far_finite is not None:
             finite = finite & self._so_far_finite
         self._so_far_finite = finite
         return finite

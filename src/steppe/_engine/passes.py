@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,6 +49,12 @@ class Pass(ExitStack[bool | None]):
         self.done = False
         """True if this pass has run."""
         self._failed = self._made_gradient = False
+        self._around: AbstractContextManager[Any] = nullcontext()
+
+    def around(self, context: AbstractContextManager[Any]) -> Self:
+        """Run the pass in a context: entered before the weights are displaced, and left after they are restored."""
+        self._around = context
+        return self
 
     def __enter__(self) -> Self:
         begin, self._begin = self._begin, None
@@ -56,6 +62,7 @@ class Pass(ExitStack[bool | None]):
             raise RuntimeError("this pass has already run; enter each object yielded by passes() once")
         engine = self._engine
         try:
+            self.enter_context(self._around)
             self.push(self._end)
             self.push(self._end)  # twice: the second call completes one that an interrupt has hit
             engine.pass_gradients.begin_pass(first_step=engine.steps == 0)

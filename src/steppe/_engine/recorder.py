@@ -84,8 +84,8 @@ class Recorder:
             parameters: The parameters with a gradient at w.
             gradients: g of these, as real tensors, or nothing if it is not known.
         """
-        further, self._perturbed = self._perturbed, True
-        if not further:
+        is_further_ascent, self._perturbed = self._perturbed, True
+        if not is_further_ascent:
             self.steps_in_evaluation_mode += self._model is not None and not _is_training(self._model)
             if not self._is_due() or is_capturing(next(parameters_of(self._base))):
                 return  # replays of the graph would overwrite what was recorded
@@ -94,7 +94,7 @@ class Recorder:
         copies = {id(w): copy for w, copy in displaced()}
         groups = [list(group["params"]) for group in self._base.param_groups]
         lengths = _stack([_lengths(own, copies) for own in groups])
-        if further and self._sample is not None:
+        if is_further_ascent and self._sample is not None:
             self._sample.lengths = lengths
             return
         rho = [group[RHO] for group in self._base.param_groups]

@@ -1,8 +1,8 @@
 """The wrapper of a :class:`steppe.SAM` that Lightning's loops and ``self.optimizers()`` get."""
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager
-from typing import Any, Self
+from contextlib import contextmanager
+from typing import Any
 from weakref import proxy
 
 import torch
@@ -37,7 +37,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
 
     def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
         for sam_pass in self._sam.passes(accumulate=accumulate, loss_weight=loss_weight):
-            yield sam_pass if sam_pass.is_first else RepeatedPass(sam_pass, self._muted())
+            yield sam_pass if sam_pass.is_first else sam_pass.around(self._muted())
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         self._sam.zero_grad(set_to_none)
@@ -122,26 +122,6 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
         finally:
             attributes.restore()  # removes "log" too, which was not there when the attributes were saved
             trainer.callbacks = callbacks  # type: ignore[attr-defined]
-
-
-class RepeatedPass(Pass):
-    """A pass after the first, with logs and callbacks muted."""
-
-    def __init__(self, sam_pass: Pass, muted: AbstractContextManager[None]) -> None:
-        self._pass, self._muted = sam_pass, muted  # the pass itself has all other attributes
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._pass, name)
-
-    def __enter__(self) -> Self:
-        with ExitStack() as stack:
-            stack.enter_context(self._muted)
-            stack.enter_context(self._pass)
-            self._exits = stack.pop_all()
-        return self
-
-    def __exit__(self, *exception: Any) -> None:
-        self._exits.__exit__(*exception)
 
 
 def _run_closure_before_step(optimizer: Optimizer, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -18,7 +18,7 @@ from steppe.rules.ops import copy_, foreach, norm, where_finite, widen
 from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.sam import SAM
 
-_G_S = PerturbedGradient()
+_DEFAULT_COMBINATION = PerturbedGradient()
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class RunningSquares:
 
     paper: ClassVar[Paper] = MIXED_RWP_PAPER
 
-    combination: Combination = _G_S
+    combination: Combination = _DEFAULT_COMBINATION
     """The combination that gives the update gradient."""
     beta: float = 0.99
     """beta, the share of the old sum; 0.99 in the authors' scripts."""

@@ -28,7 +28,7 @@ LOOKBEHIND_PAPER = Paper(
 )
 
 
-_ALONG_G = L2()
+_DEFAULT_PERTURBATION = L2()
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Lookbehind(OwnStepMethod):
         *args: Any,
         ascent_steps: int = 2,
         alpha: float | None = 0.5,
-        perturbation: Perturbation = _ALONG_G,
+        perturbation: Perturbation = _DEFAULT_PERTURBATION,
         **kwargs: Any,
     ) -> None:
         check_count("ascent_steps", ascent_steps, "their number in a step")
@@ -144,12 +144,15 @@ class Lookbehind(OwnStepMethod):
         """Discard the gradients of the step."""
         self._earlier: list[dict[Tensor, Tensor]] = []
         """The gradients of all ascent steps but the last, by parameter."""
+        self._is_perturbed = False
+        """True if the passes of this step were perturbed."""
 
     def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield the 1 + k passes of a step: at w, and after each of the k ascent steps."""
-        self._earlier = []
+        self._earlier, self._is_perturbed = [], False
         for sam_pass in self.sam_passes(accumulate=accumulate):
             is_last = sam_pass.is_last
+            self._is_perturbed = sam_pass.is_perturbed
             sam_pass.is_last = is_last or sam_pass.is_perturbed  # every perturbed pass gives an update gradient
             yield sam_pass
             if sam_pass.is_perturbed and not is_last:
@@ -160,7 +163,7 @@ class Lookbehind(OwnStepMethod):
         """Step the base with each of the k gradients, then interpolate between the old and the new weights by alpha."""
         gradients, earlier = self.gradients, self._earlier
         self._earlier = []
-        if not earlier and self.alpha == 1:
+        if not self._is_perturbed or (not earlier and self.alpha == 1):
             return self.step_base_once()
         last = {p: p.grad for p in gradients.parameters() if p.grad is not None}
         finite = norm(gradients.views(last)).isfinite()

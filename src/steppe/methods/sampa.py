@@ -28,7 +28,7 @@ SAMPA_PAPER = Paper(
 
 
 _Batch = TypeVar("_Batch")
-_ALONG_G = L2()
+_DEFAULT_PERTURBATION = L2()
 _PERTURBED_RANK, _AUXILIARY_RANK = 0, 1  # of the two processes: one runs the pass at x~, the other the pass at y
 _G_Y, _G_X = "gradient_at_y", "perturbed_gradient"  # keys in checkpoints
 
@@ -109,7 +109,7 @@ class SAMPa(OwnStepMethod):
         *args: Any,
         lmbda: float = 0.2,
         group: "dist.ProcessGroup | None" = None,
-        perturbation: Perturbation = _ALONG_G,
+        perturbation: Perturbation = _DEFAULT_PERTURBATION,
         **kwargs: Any,
     ) -> None:
         if not 0 <= lmbda <= 1:
@@ -155,7 +155,6 @@ class SAMPa(OwnStepMethod):
         """Yield a pass at y_{t+1}, step the base, and yield a pass at x~_{t+1} on the same batch."""
         yield self.displaced_pass(self._displace_to_y, is_last=True)
         point = self._step_between_passes()
-        self.memory.clear()
         yield self.perturbed_pass(point)
         self._remember(point)
 
@@ -164,6 +163,7 @@ class SAMPa(OwnStepMethod):
         """Step the base from x_t to x_{t+1}; return the point there, with g(y_{t+1})."""
         gradients = self.gradients
         pending = {p: own[_G_X] for p, own in self.memory.items() if _G_X in own}
+        self.memory.clear()  # before the base steps: if an interrupt comes after it, no step uses g(x~) twice
         parameters, found = gradients.parameters_and_gradients()
         g_y = {p: g.clone() for p, g in zip(parameters, found, strict=True)}
         if pending:
