@@ -1,0 +1,187 @@
+"""Verdicts on a metric: is a method better than the base, and is it still, beside each control?"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from steppe.experiments.analysis.statistics import Decision, decide
+from steppe.experiments.config.task_info import MetricInfo
+
+
+@dataclass(frozen=True)
+class Control:
+    """A form of the base that methods are compared with."""
+
+    name: str
+    phrase: str
+    """As it follows the base's name in a sentence: better than SGD *at equal compute*."""
+
+
+EQUAL_COMPUTE = Control("equal_compute", "at equal compute")
+EQUAL_STEPS = Control("equal_steps", "at equal steps")
+BEST_HELD_OUT = Control("best_held_out", "at its best held-out measurement")
+AVERAGED = Control("averaged_weights", "with averaged weights")
+
+CONTROLS: Mapping[str, Control] = {
+    control.name: control for control in (EQUAL_COMPUTE, EQUAL_STEPS, BEST_HELD_OUT, AVERAGED)
+}
+"""The controls that `steppe compare` knows, by name; the first one decides."""
+
+BySeed = Mapping[int, tuple[float, float]]
+"""The numbers of a method and of the base, by seed."""
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A method against the base in the form of one control."""
+
+    control: Control
+    difference: Decision
+    """Method minus base, in the unit of the metric."""
+    word: str
+    """"better", "worse" or "not distinguishable"; "no verdict" where there is none; "" where it is only described."""
+
+    def numbers(self, metric: MetricInfo) -> str:
+        """Return the difference and its interval as text."""
+        return with_interval(self.difference, metric.unit)
+
+
+@dataclass(frozen=True)
+class MetricVerdict:
+    """A method against the base in one metric; the first comparison decides, the others are its controls."""
+
+    method: str
+    base: str
+    metric: MetricInfo
+    comparisons: Sequence[Comparison]
+
+    @property
+    def word(self) -> str:
+        """The verdict of the first comparison."""
+        return self.comparisons[0].word
+
+    @property
+    def first(self) -> Comparison:
+        return self.comparisons[0]
+
+    def control(self, control: Control) -> Comparison | None:
+        """Return the comparison with a control, if there is one."""
+        return next((each for each in self.comparisons if each.control == control), None)
+
+    def sentence(self, labels: Mapping[str, str] | None = None) -> str:
+        """Return the verdict in words; `labels` are names of methods for readers."""
+        ours, theirs = ((labels or {}).get(name, name) for name in (self.method, self.base))
+        first, *others = self.comparisons
+        about = f"test {self.metric.name} {first.numbers(self.metric)}, {_runs(first.difference)}"
+        if self.word == "no verdict":
+            reason = _reason(first.difference)
+            return f"No verdict on {ours} against {theirs} {first.control.phrase} ({about}): {reason}."
+        subject = f"{ours} is {_relation(self.word)} {theirs} {first.control.phrase} ({about})"
+        alike = [each for each in others if each.word == self.word]
+        described = [each for each in others if each.word in ("", "no verdict")]
+        unlike = [each for each in others if each not in alike and each not in described]
+        parts = [subject + "".join(f" and {self._with_numbers(each)}" for each in alike)]
+        parts += [f", but {_relation(each.word)} {theirs} {self._with_numbers(each)}" for each in unlike]
+        if described:
+            parts.append(f"; without a verdict, {' and '.join(map(self._with_numbers, described))}")
+        return "".join(parts) + "."
+
+    def json(self) -> dict[str, Any]:
+        return {
+            "method": self.method,
+            "base": self.base,
+            "metric": asdict(self.metric),
+            "verdict": self.word,
+            "comparisons": [
+                {
+                    "control": each.control.name,
+                    "difference": decision_json(each.difference),
+                    "verdict": each.word,
+                }
+                for each in self.comparisons
+            ],
+            "sentence": self.sentence(),
+        }
+
+    def _with_numbers(self, comparison: Comparison) -> str:
+        return f"{comparison.control.phrase} ({comparison.numbers(self.metric)})"
+
+
+def judge(metric: MetricInfo, base: str, numbers: Mapping[Control, Mapping[str, BySeed]]) -> list[MetricVerdict]:
+    """Compare methods with a base in one metric.
+
+    The first control decides which methods differ from the base. For those, the other controls say if that holds
+    beside them as well; for the others, they are only described. Each control is corrected for all methods, so each
+    question ("at equal compute?", "at equal steps, too?") is answered falsely in at most 5 % of comparisons.
+
+    Args:
+        metric: The metric, with its direction.
+        base: The method that the others are compared with.
+        numbers: For each control, and each method that has it, the numbers of the method and of the base by seed.
+            Methods without a seed under the first control have no verdict.
+
+    Example:
+        >>> numbers = {
+        ...     EQUAL_COMPUTE: {"sam": {0: (85.0, 84.0), 1: (86.1, 84.9), 2: (85.4, 84.3)}},
+        ...     EQUAL_STEPS: {"sam": {0: (85.0, 84.5), 1: (86.1, 86.7), 2: (85.4, 84.3)}},
+        ... }
+        >>> (verdict,) = judge(MetricInfo("accuracy", unit="%"), "sgd", numbers)
+        >>> verdict.word
+        'better'
+        >>> print(verdict.sentence({"sam": "SAM", "sgd": "SGD"}))
+        SAM is better than SGD at equal compute (test accuracy +1.10 points [+0.83, +1.37], 3 seeds), but not \
+distinguishable from SGD at equal steps (+0.33 points [-1.82, +2.48]).
+    """
+    decided: dict[str, list[Comparison]] = {}
+    for i, (control, by_method) in enumerate(numbers.items()):
+        methods = [method for method, by_seed in by_method.items() if by_seed and (i == 0 or method in decided)]
+        decisions = decide([list(by_method[method].values()) for method in methods])
+        for method, difference in zip(methods, decisions, strict=True):
+            first = decided.setdefault(method, [])
+            differs = not first or first[0].word in ("better", "worse")
+            first.append(Comparison(control, difference, verdict_word(difference, metric) if differs else ""))
+    return [MetricVerdict(method, base, metric, comparisons) for method, comparisons in decided.items()]
+
+
+def verdict_word(difference: Decision, metric: MetricInfo) -> str:
+    """Return the decision in a word."""
+    if difference.sign is None:
+        return "no verdict"
+    return {0: "not distinguishable", metric.better: "better", -metric.better: "worse"}[difference.sign]
+
+
+def with_interval(difference: Decision, unit: str = "") -> str:
+    """Return the mean difference and its interval, the latter only where there is one.
+
+    >>> with_interval(decide([[(85.0, 84.0), (86.1, 84.9), (85.4, 84.3)]])[0], "%")
+    '+1.10 points [+0.83, +1.37]'
+    """
+    form = "+.2f" if unit == "%" else "+.3g"
+    named = {"%": " points", "": ""}.get(unit, f" {unit}")
+    text = f"{difference.mean:{form}}{named}"
+    if difference.interval is None:
+        return text
+    low, high = difference.interval
+    return f"{text} [{low:{form}}, {high:{form}}]"
+
+
+def decision_json(difference: Decision) -> dict[str, Any]:
+    """Return a decision with its interval, for a summary's JSON."""
+    interval = None if difference.interval is None else list(difference.interval)
+    return asdict(difference) | {"half_width_95": difference.half_width, "interval_95": interval}
+
+
+def _relation(word: str) -> str:
+    return f"{word} {'from' if word == 'not distinguishable' else 'than'}"
+
+
+def _runs(difference: Decision) -> str:
+    seeds = difference.n + difference.lost
+    corrected = f", corrected for {difference.comparisons} methods" if difference.comparisons > 1 else ""
+    return f"{seeds} seed{'s'[: seeds > 1]}{corrected if difference.p is not None else ''}"
+
+
+def _reason(difference: Decision) -> str:
+    if difference.lost:
+        return f"in {difference.lost} of {difference.n + difference.lost} pairs of runs a number is not finite"
+    return "one seed has no spread, and chance alone may explain the difference"
