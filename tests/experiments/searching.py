@@ -41,5 +41,6 @@ def tuned(words: list[str], monkeypatch: pytest.MonkeyPatch | None = None) -> in
 
 
 def trials(out: Path) -> list[dict[str, object]]:
-    results = [TrialResult.from_json(json.loads(line)) for line in (out / "trials.jsonl").read_text().splitlines()]
+    *lines, _ = (out / "trials.jsonl").read_text().splitlines()  # the last one is the checksum
+    results = [TrialResult.from_json(json.loads(line)) for line in lines]
     return [vars(result) | {"runs": untimed(list(result.runs))} for result in results]

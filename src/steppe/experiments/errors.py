@@ -1,6 +1,7 @@
 """Errors that a user can fix: the command line prints one clear line and no traceback."""
 
 import difflib
+import errno
 from collections.abc import Iterable
 
 
@@ -15,6 +16,23 @@ class DataError(ExperimentError):
 def first_line(error: BaseException) -> str:
     """Return the first line of an error's message as a part of a sentence, or its type if there is none."""
     return next(iter(str(error).strip().splitlines()), type(error).__name__).rstrip(".")
+
+
+def reason(error: BaseException) -> str:
+    """Return why reading a file failed, as a part of a sentence.
+
+    >>> reason(KeyError("format"))
+    "it has no 'format'"
+    """
+    return f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+
+
+def of_system(error: OSError) -> str:
+    """Return the system's message with the file, and the remedy for a full disk."""
+    text = f"{error.strerror}: {error.filename}" if error.filename else str(error)
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        text += ". Make room, and give the same command again: what was finished is kept"
+    return text
 
 
 def unknown(field: str, value: str, known: Iterable[str]) -> str:

@@ -28,6 +28,7 @@ from steppe.experiments.measuring import jobs, measure_runs
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress
 from steppe.experiments.measuring.measure_runs import LineJob, RunJob
 from steppe.experiments.models.preact_resnet import PreActResNet18
+from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training.evaluation import flatness_sample
@@ -85,7 +86,8 @@ def measured(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     def line(job: LineJob, progress: Progress) -> dict[str, Any]:
         names.append(job.name)
         a, b, seed = job.key
-        return {"a": a, "b": b, "seed": seed, "new": True}
+        losses = {"axis": [0.0, 1.0], "train": [1.0, 2.0], "test": [1.0, None], "reestimated": True}
+        return {"a": a, "b": b, "seed": seed, **losses, "new": True}
 
     def run(job: RunJob, progress: Progress) -> None:
         names.append(job.name)
@@ -102,7 +104,17 @@ def measure_quietly(path: Path, options: MeasuringOptions = OPTIONS) -> None:
 
 
 def written(path: Path, *names: str) -> dict[str, Any]:
-    return json.loads(path.joinpath(*names, FLATNESS).read_text())  # type: ignore[no-any-return]
+    """Read a file without its checksum, so that it can be changed and written again."""
+    content: dict[str, Any] = json.loads(path.joinpath(*names, FLATNESS).read_text())
+    del content["checksum"]
+    return content
+
+
+def forget_records(run: Path) -> None:
+    """Make a run one that has not been measured yet."""
+    (run / METRICS).write_text("")
+    state = torch.load(run / CHECKPOINT, weights_only=True)
+    checkpoint_file.save(run / CHECKPOINT, state["owner"], state | {"records": []})
 
 
 def network(path: Path, run: Run) -> torch.nn.Module:
@@ -230,14 +242,13 @@ def test_lines_begin_at_the_present_reference(path: Path, measured: list[str]) -
 
 
 def test_unfinished_run_is_left_out_and_named(path: Path, measured: list[str]) -> None:
-    metrics = path / "runs" / "sam-seed1" / METRICS
-    metrics.write_text("")
+    forget_records(path / "runs" / "sam-seed1")
     console = Console(file=io.StringIO(), width=200)
     measure_runs.measure_runs(path, OPTIONS, console)
     assert "Not finished, so not measured: sam-seed1" in console.file.getvalue()  # type: ignore[attr-defined]
     assert [line["seed"] for line in written(path)["lines"]] == [0]
     for file in path.rglob(METRICS):
-        file.write_text("")
+        forget_records(file.parent)
     with pytest.raises(ExperimentError, match="no finished runs.*steppe compare"):
         measure_quietly(path)
 

@@ -1,4 +1,5 @@
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -7,7 +8,10 @@ import pytest
 from tiny import recipe, train_run
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.run_folder import METRICS, RunFolder
+
+RECORD = Record(4, 4, 20, 288, 1.0, 0.5, 80.0, 0.7, 70.0, 10.0, 1.5, 100.0).to_json()
 
 
 @pytest.fixture
@@ -51,7 +55,7 @@ def test_foreign_folder_raises_and_is_unchanged(tmp_path: Path) -> None:
 @pytest.mark.parametrize("content", ["", "[]", "{}", '{"format": "other"}', '{"recipe": 3}'])
 def test_damaged_configuration_raises(content: str, folder: RunFolder) -> None:
     (folder.path / "config.json").write_text(content)
-    with pytest.raises(ExperimentError, match=r"config.json is damaged or of another version"):
+    with pytest.raises(ExperimentError, match=r"config.json is damaged, of another version"):
         folder.claim(recipe(), 1)
 
 
@@ -70,13 +74,57 @@ def test_lock_is_exclusive_until_it_is_released(folder: RunFolder) -> None:
         pass
 
 
-def test_results_are_read_and_a_damaged_line_raises(folder: RunFolder) -> None:
+@pytest.mark.parametrize("damage", ["", '{"epoch": 1', "half", "another", "missing"])
+def test_damaged_metrics_are_replaced_by_the_records_of_the_checkpoint(
+    damage: str, folder: RunFolder, caplog: pytest.LogCaptureFixture
+) -> None:
     sgd, sam = recipe().runs()
     records = train_run(sgd, folder.run(sgd))
     assert folder.results(recipe()) == {sgd: records, sam: []}
-    (folder.run(sgd) / "metrics.jsonl").write_text('{"epoch": 1')
-    with pytest.raises(ExperimentError, match=r"metrics.jsonl is damaged"):
+    assert not caplog.text
+    metrics = folder.run(sgd) / METRICS
+    whole = metrics.read_text()
+    other = whole.replace('"test_accuracy": ', '"test_accuracy": 1')
+    metrics.write_text({"half": whole.splitlines()[0], "another": other}.get(damage, damage))
+    if damage == "missing":
+        metrics.unlink()
+    assert folder.results(recipe()) == {sgd: records, sam: []}
+    assert f"{metrics} is missing, damaged or incomplete: the records of the checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        '{"epoch": 1',
+        "[]",
+        "null",
+        json.dumps(RECORD | {"gap": None}),
+        json.dumps(RECORD | {"steps": 2.5}),
+        json.dumps(RECORD | {"test_loss": "0.5"}),
+        json.dumps(RECORD | {"test_loss": True}),
+        json.dumps(RECORD | {"seconds": 10**400}),
+        json.dumps({k: v for k, v in RECORD.items() if k != "gap"}),
+        json.dumps(RECORD | {"color": 1}),
+        f"{json.dumps(RECORD)}\n{json.dumps(RECORD)}",
+        "[" * 100_000,
+    ],
+)
+def test_damaged_metrics_without_a_checkpoint_raise(line: str, folder: RunFolder) -> None:
+    sgd, _ = recipe().runs()
+    folder.run(sgd).mkdir(parents=True)
+    (folder.run(sgd) / METRICS).write_text(line)
+    with pytest.raises(ExperimentError, match=r"metrics.jsonl is damaged.*: run the comparison again") as error:
         folder.results(recipe())
+    assert "\n" not in str(error.value)
+
+
+def test_measured_values_that_are_not_finite_are_results(folder: RunFolder) -> None:
+    sgd, _ = recipe().runs()
+    folder.run(sgd).mkdir(parents=True)
+    (folder.run(sgd) / METRICS).write_text(json.dumps(RECORD | {"train_loss": math.nan, "test_loss": math.inf}))
+    (record,) = folder.results(recipe())[sgd]
+    assert math.isnan(record.train_loss)
+    assert record.test_loss == math.inf
 
 
 def test_lock_is_released_when_its_process_is_killed_and_can_be_waited_for(folder: RunFolder) -> None:

@@ -41,5 +41,5 @@ def test_storage_that_cannot_be_opened_is_reported_without_its_password(
     assert tuned(command(tmp_path / "run", storage="nosuchdb://me:secret@host/db")) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "--storage nosuchdb://... cannot be opened" in error
+    assert "--storage nosuchdb://... cannot be used" in error
     assert "secret" not in error

@@ -1,6 +1,7 @@
 """The measured flatness of runs: its files, and verdicts on a method's minima against the reference's."""
 
 import json
+import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -14,10 +15,13 @@ from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.files import read_checked
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import FAMILIES, Flatness, Measure
 
 FLATNESS = "flatness.json"
+
+log = logging.getLogger(__name__)
 
 _WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}
 
@@ -26,6 +30,8 @@ _APART = 2.0  # ratio of two losses, from which on the difference in fit may exp
 _UNEQUAL = "These are the ends of all runs, and not of equal compute: {0} after {2} standardized epochs, {1} after {3}."
 
 _NONE = Measure(math.nan)
+
+_REMEASURED = "the lines between the runs are left out until steppe measure has measured them again"
 
 _FAMILIES = tuple(name for name in FAMILIES if name != "context")
 
@@ -180,22 +186,29 @@ def read_flatness_file(path: Path) -> tuple[Flatness | None, dict[str, Any]]:
     """
     if not path.exists():
         return None, {}
-    try:
-        content: dict[str, Any] = json.loads(path.read_text())
-        return Flatness.from_json(content), content
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise ExperimentError(
-            f"{path} is damaged, of another version or not of steppe measure ({error}), so its numbers cannot be used: "
-            "delete it or move it away, and run steppe measure again"
-        ) from error
+    remedy = "its numbers cannot be used; delete it, or move it away, and run steppe measure again"
+    return read_checked(path, lambda content: (Flatness.from_json(content), content), remedy)
 
 
 def read_lines(folder: RunFolder) -> list[dict[str, Any]]:
-    """Read the losses on the lines between runs; none if the file is missing or damaged, since they can be remade."""
+    """Read the losses on the lines between runs; none if the file is missing, or damaged, which a note says."""
+    path = folder.path / FLATNESS
     try:
-        return list(json.loads((folder.path / FLATNESS).read_text())["lines"])
-    except (OSError, ValueError, TypeError, KeyError):
+        return read_checked(path, lambda content: list(map(_line, content["lines"])), _REMEASURED)
+    except FileNotFoundError:
         return []
+    except ExperimentError as error:
+        log.warning("Note: %s", error)
+        return []
+
+
+def _line(values: Any) -> dict[str, Any]:
+    """Check the form of a line that is read."""
+    losses = [values[name] for name in ("axis", "train", "test")]
+    numbers = [value for each in losses for value in each if value is not None]
+    if len({len(each) for each in losses}) > 1 or not all(isinstance(value, int | float) for value in numbers):
+        raise ValueError("a line must have as many losses as points")
+    return dict(values) | {"a": str(values["a"]), "b": str(values["b"]), "seed": int(values["seed"])}
 
 
 def verdicts(recipe: Recipe, found: Mapping[Run, Flatness]) -> list[Verdict]:

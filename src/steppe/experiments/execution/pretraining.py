@@ -19,9 +19,9 @@ from steppe.experiments.execution.executor import Executor, Job, failures
 from steppe.experiments.execution.progress import RunProgress, print_line
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
-from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
-from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.files import read_checked, write_checked
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import on_signals
@@ -90,19 +90,14 @@ def with_backbone(dataset: Dataset, executor: Executor, path: Path, console: Con
 def _claim(file: Path, backbone: Backbone, console: Console) -> None:
     """Record the backbone of a folder's runs; ExperimentError if it is another one than before."""
     digest = backbone.digest()
-    try:
-        before = str(json.loads(file.read_text())["sha256"]) if file.exists() else digest
-    except (ValueError, TypeError, KeyError) as error:
-        raise ExperimentError(
-            f"{file} is damaged ({error}), so the initial weights of the runs here are unknown: choose another folder "
-            "with --out"
-        ) from error
+    remedy = "the initial weights of the runs here are unknown, so choose another folder with --out"
+    before = read_checked(file, lambda values: str(values["sha256"]), remedy) if file.exists() else digest
     if before != digest:
         raise ExperimentError(
             f"the runs in {file.parent} started from other weights (SHA-256 {before[:12]}) than {backbone.source} has "
             f"now ({digest[:12]}), and could not be compared with these: choose another folder with --out"
         )
-    write_json(file, {"source": backbone.source, "sha256": digest})
+    write_checked(file, {"source": backbone.source, "sha256": digest})
     print_line(console, f"Backbone: {backbone.source} (SHA-256 {digest[:12]})")
 
 
@@ -135,8 +130,10 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
     (run,) = recipe.runs()
     folder = RunFolder(_folder(recipe, world, path))
     checkpoint, its_owner = folder.run(run) / CHECKPOINT, owner(run, world.size, None)
-    state = checkpoints.load(checkpoint, its_owner) if checkpoint.exists() else {"records": []}
-    if not state["records"] or state["records"][-1]["standardized_epoch"] < epochs:
+    state = checkpoint_file.load(checkpoint, its_owner) if checkpoint.exists() else {"records": []}
+    with checkpoint_file.one_line_errors(checkpoint):
+        finished = bool(state["records"]) and state["records"][-1]["standardized_epoch"] >= epochs
+    if not finished:
         with folder.locked() if world.rank == 0 else nullcontext():
             if world.rank == 0:
                 folder.claim(recipe, world.size)
@@ -144,13 +141,14 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
             failed = train_runs([run], load_data(recipe, world), executor, folder, console)
             if failed is not None:
                 raise ExperimentError(failed)
-        state = checkpoints.load(checkpoint, its_owner)
+        state = checkpoint_file.load(checkpoint, its_owner)
     # the drawn weights are overwritten, so the caller's generator must not advance
     with torch.random.fork_rng(devices=[]):
         network = PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
-    network.load_state_dict(state["model"])
+    with checkpoint_file.one_line_errors(checkpoint):
+        network.load_state_dict(state["model"])
+        test = float(state["records"][-1]["test_accuracy"])
     name = "the sample of Fashion-MNIST" if recipe.data.dataset == "sample" else "Fashion-MNIST"
-    test = state["records"][-1]["test_accuracy"]
     source = f"PreAct ResNet-18 (width {model.width}), {epochs} epochs on {name}, {test:.2f} % there"
     return Backbone(network, "head", source)
 

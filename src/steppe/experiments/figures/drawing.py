@@ -21,6 +21,7 @@ from matplotlib.transforms import Affine2D
 from numpy.typing import ArrayLike
 
 from steppe.experiments.figures.style import CARD, COLORS, GRID, INK, SOFT, Style, use_style
+from steppe.experiments.storage.files import write_atomically
 
 _SUFFIXES = ("png", "svg")
 _SVG, _XLINK = "{http://www.w3.org/2000/svg}", "{http://www.w3.org/1999/xlink}"
@@ -105,10 +106,12 @@ class Drawing:
         files = [folder / f"{self.stem}.{suffix}" for suffix in _SUFFIXES]
         for file in files:
             if file.suffix == ".svg":
-                file.write_bytes(ET.tostring(self._tree({}), encoding="utf-8", xml_declaration=True))
+                content: bytes = ET.tostring(self._tree({}), encoding="utf-8", xml_declaration=True)
             else:
-                with use_style():
-                    self.figure.savefig(file)
+                with use_style(), io.BytesIO() as buffer:
+                    self.figure.savefig(buffer, format=file.suffix[1:])
+                    content = buffer.getvalue()
+            write_atomically(file, content)
         return files
 
     def panel(self, index: int, names: Mapping[str, str], description: str) -> str:

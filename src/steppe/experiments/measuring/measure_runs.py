@@ -21,9 +21,9 @@ from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, with_backbone
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
-from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
-from steppe.experiments.storage.files import write_json
+from steppe.experiments.storage.files import write_checked
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
@@ -67,7 +67,7 @@ class RunJob:
     def save(self, found: Flatness) -> None:
         content = found.to_json()
         content["settings"] |= self.options.settings()
-        write_json(self.path, content)
+        write_checked(self.path, content)
 
     def restore(self) -> Training:
         recipe = self.run.recipe
@@ -76,8 +76,10 @@ class RunJob:
         run = replace(self.run, recipe=recipe.replace(channels_last=False, compile=False))
         training = Training(run, dataset.to(device), World(device))
         digest = None if dataset.backbone is None else dataset.backbone.digest()
-        state = checkpoints.load(self.path.with_name(CHECKPOINT), owner(self.run, self.processes, digest))
-        training.network.load_state_dict(state["model"])
+        checkpoint = self.path.with_name(CHECKPOINT)
+        state = checkpoint_file.load(checkpoint, owner(self.run, self.processes, digest))
+        with checkpoint_file.one_line_errors(checkpoint):
+            training.network.load_state_dict(state["model"])
         return training
 
     def sample(self, training: Training) -> Split:
@@ -121,7 +123,7 @@ def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> Non
         options = replace(options, samples=samples, budget=replace(options.budget, m=min(options.budget.m, samples)))
         jobs = [RunJob(path, run, processes, options) for run in runs]
         measure_all([job for job in jobs if not job.is_measured()], options.jobs_at_once, console)
-        write_json(path / FLATNESS, {"lines": _lines(folder, jobs, options.jobs_at_once, console)})
+        write_checked(path / FLATNESS, {"lines": _lines(folder, jobs, options.jobs_at_once, console)})
 
 
 def objectives(

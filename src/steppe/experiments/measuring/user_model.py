@@ -17,7 +17,7 @@ from steppe.experiments.figures.flatness import draw
 from steppe.experiments.measuring import user_inputs
 from steppe.experiments.measuring.flatness_table import TITLE, FlatnessTable
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all
-from steppe.experiments.storage.files import write_atomically, write_json
+from steppe.experiments.storage.files import write_atomically, write_checked
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Budget, Flatness, Objective, normalized_logits
 from steppe.flatness._batches import Batches
@@ -145,7 +145,7 @@ class UserModelJob:
     def save(self, found: Flatness) -> None:
         content = found.to_json()
         content["settings"] |= self.model.entry_points()
-        write_json(self.path, {**content, "weights": str(self.weights), "inputs": self.inputs()})
+        write_checked(self.path, {**content, "weights": str(self.weights), "inputs": self.inputs()})
 
     def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
         model, options, budget = self.model, self.options, self.options.budget

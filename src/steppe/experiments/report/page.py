@@ -2,7 +2,6 @@
 
 import base64
 import hashlib
-import json
 import shlex
 from collections.abc import Mapping, Sequence
 from importlib import resources
@@ -22,6 +21,7 @@ from steppe.experiments.figures.style import styles
 from steppe.experiments.report import content
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.report.numbers import typographic
+from steppe.experiments.storage.environment import read_sessions
 from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
@@ -37,7 +37,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         ExperimentError: a file of the folder is damaged.
         OSError: a file cannot be written.
     """
-    found, sessions = read_flatness(folder, recipe), _sessions(folder)
+    found, sessions = read_flatness(folder, recipe), read_sessions(folder.path / "environment.json")
     figures = Figures(recipe, results, found, read_lines(folder))
     save_all(figures.saved.values(), folder.figures)
     sections = {name: list(getattr(figures, name)()) for name in Figures.SECTIONS}
@@ -92,15 +92,6 @@ def _versions(sessions: Sequence[Mapping[str, Any]], plotly: str) -> str:
     if plotly:
         versions.append(f"plotly.js {plotly.partition('plotly.js v')[2].split(maxsplit=1)[0]}")
     return ", ".join(versions)
-
-
-def _sessions(folder: RunFolder) -> list[Mapping[str, Any]]:
-    """Read environment.json; a damaged one is ignored, as no result depends on it."""
-    try:
-        found = json.loads((folder.path / "environment.json").read_text())
-    except (FileNotFoundError, ValueError):
-        return []
-    return [session for session in found if isinstance(session, dict)] if isinstance(found, list) else []
 
 
 def _file(name: str) -> str:

@@ -15,21 +15,43 @@ import torch
 from rich.console import Console
 
 import steppe
-from steppe.experiments.storage.files import write_json
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.files import read_text, write_json
 
 
 def record_session(path: Path, command: Sequence[str], console: Console) -> None:
     """Add this session to the JSON file at `path`, and print a note when the software or the machine has changed."""
     now = describe(command)
     try:
-        sessions = json.loads(path.read_text()) if path.exists() else []
-    except ValueError:  # no result depends on the record, so a damaged one is begun again
-        sessions = []
-    before = sessions[-1] if sessions else now
+        sessions = read_text(path, _sessions, "the record of earlier sessions is lost, and begun again") or [now]
+    except FileNotFoundError:
+        sessions = [now]
+    except ExperimentError as error:  # no result depends on the record
+        console.print(f"Note: {error}", highlight=False, markup=False, soft_wrap=True, emoji=False)
+        sessions = [now]
+    before = sessions[-1]
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in ("steppe", "torch", "cpu", "gpu") if before.get(k) != now[k]]
     if changed:
-        console.print(f"Note: since this folder's last session: {', '.join(changed)}. Bits may differ.")
-    write_json(path, [*sessions, now])
+        text = f"Note: since this folder's last session: {', '.join(changed)}. Bits may differ."
+        console.print(text, highlight=False, markup=False, soft_wrap=True, emoji=False)
+    write_json(path, [*(session for session in sessions if session is not now), now])
+
+
+def read_sessions(path: Path) -> list[dict[str, Any]]:
+    """Read the sessions of a folder; none if the file is missing or damaged, as no result depends on it."""
+    try:
+        return read_text(path, _sessions, "")
+    except (FileNotFoundError, ExperimentError):
+        return []
+
+
+def _sessions(text: str) -> list[dict[str, Any]]:
+    sessions = json.loads(text)
+    if not isinstance(sessions, list) or not all(isinstance(session, dict) for session in sessions):
+        raise TypeError("it is no list of sessions")
+    if any(isinstance(value, list | dict) for session in sessions for value in session.values()):
+        raise TypeError("a session has texts and numbers only")
+    return sessions
 
 
 def describe(command: Sequence[str]) -> dict[str, Any]:

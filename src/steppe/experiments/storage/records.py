@@ -1,6 +1,7 @@
 """The records of metrics.jsonl: one for each measurement of a run."""
 
 import json
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -40,5 +41,25 @@ class Record:
 
 
 def read_records(text: str) -> list[Record]:
-    """Turn JSON lines into records; ValueError or TypeError when a line is not a record."""
-    return [Record(**json.loads(line)) for line in text.splitlines()]
+    """Turn JSON lines into records; ValueError or TypeError if a line is not a record."""
+    return parse_records(map(json.loads, text.splitlines()))
+
+
+def parse_records(values: Iterable[Mapping[str, Any]]) -> list[Record]:
+    """Turn JSON objects into records, in the order of a run; ValueError or TypeError if they are none."""
+    records = [parse_record(each) for each in values]
+    epochs = [record.standardized_epoch for record in records]
+    if epochs != sorted(set(epochs)):
+        raise ValueError(f"the measurements are not in the order of a run, but at the epochs {epochs}")
+    return records
+
+
+def parse_record(values: Mapping[str, Any]) -> Record:
+    """Turn a JSON object into a record; ValueError or TypeError if it is none."""
+    record = Record(**values)
+    for name, value in values.items():
+        whole = name in ("standardized_epoch", "steps")
+        if isinstance(value, bool) or not isinstance(value, int if whole else int | float):
+            raise TypeError(f"{name} is {value!r} and not a {'whole ' * whole}number")
+        float(value)  # OverflowError for an integer that no result can be
+    return record

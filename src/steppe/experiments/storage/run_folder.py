@@ -1,6 +1,7 @@
 """The run folder: its files, the configuration that owns it, and the lock for one process at a time."""
 
 import json
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,12 +11,15 @@ from filelock import FileLock, Timeout
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.storage.files import write_json
-from steppe.experiments.storage.records import Record, read_records
+from steppe.experiments.storage.checkpoint_file import load_records
+from steppe.experiments.storage.files import read_checked, read_text, write_checked
+from steppe.experiments.storage.records import Record, parse_records, read_records
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
 
 _FORMAT = "steppe run folder, version 3"
+
+log = logging.getLogger(__name__)
 
 Results = Mapping[Run, list[Record]]
 """The measurements of every run of a recipe; an empty list for one that has none yet."""
@@ -72,7 +76,7 @@ class RunFolder:
             now = recipe.result_options() | {"processes": processes}
             check_same(self.path, before.result_options() | {"processes": number}, now)
         check_unused(self.path)
-        write_json(config, {"format": _FORMAT, "recipe": recipe.to_json(), "processes": processes})
+        write_checked(config, {"format": _FORMAT, "recipe": recipe.to_json(), "processes": processes})
 
     def recipe(self) -> Recipe:
         return self.read()[0]
@@ -84,28 +88,49 @@ class RunFolder:
             raise ExperimentError(
                 f"{self.path} is not a run folder, as it has no config.json: name the folder of a `steppe compare`"
             )
-        try:
-            values: dict[str, Any] = json.loads(config.read_text())
-            if values["format"] != _FORMAT:
-                raise ValueError(f"its format is {values['format']!r}")
-            return Recipe.from_json(values["recipe"]), int(values["processes"])
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ExperimentError(
-                f"{config} is damaged or of another version ({error}): choose another folder with --out"
-            ) from error
+        return read_checked(config, _configuration, "restore that file, or choose another folder with --out")
 
     def results(self, recipe: Recipe) -> Results:
-        """Read the measurements of every run; ExperimentError when a file is damaged."""
-        results = {}
-        for run in recipe.runs():
-            path = self.run(run) / METRICS
-            try:
-                results[run] = read_records(path.read_text()) if path.exists() else []
-            except (ValueError, TypeError) as error:
-                raise ExperimentError(
-                    f"{path} is damaged ({error}): run the comparison again, which writes it anew from the checkpoint"
-                ) from error
-        return results
+        """Read the measurements of every run.
+
+        Metrics that are missing, damaged or not those of the run's checkpoint are replaced by the records of the
+        checkpoint, which a note says.
+
+        Raises:
+            ExperimentError: if a file is damaged and there is no checkpoint with its records.
+        """
+        return {run: self._records(self.run(run)) for run in recipe.runs()}
+
+    def _records(self, folder: Path) -> list[Record]:
+        metrics, found, damaged = folder / METRICS, list[Record](), None
+        remedy = "run the comparison again, which writes it anew from the checkpoint"
+        try:
+            found = read_text(metrics, read_records, remedy)
+        except FileNotFoundError:
+            pass
+        except ExperimentError as error:
+            damaged = error
+        saved = load_records(folder / CHECKPOINT)
+        if saved is None and damaged is not None:
+            raise damaged
+        # as text, because NaN is not equal to itself
+        if saved is None or (
+            damaged is None and json.dumps([record.to_json() for record in found]) == json.dumps(saved)
+        ):
+            return found
+        log.warning(
+            "Note: %s is missing, damaged or incomplete: the records of the checkpoint beside it are used", metrics
+        )
+        return parse_records(saved)
+
+
+def _configuration(values: Mapping[str, Any]) -> tuple[Recipe, int]:
+    if values["format"] != _FORMAT:
+        raise ValueError(f"its format is {values['format']!r}")
+    processes = values["processes"]
+    if isinstance(processes, bool) or not isinstance(processes, int):
+        raise TypeError(f"processes is {processes!r}")
+    return Recipe.from_json(values["recipe"]), processes
 
 
 def check_unused(path: Path) -> None:

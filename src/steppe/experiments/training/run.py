@@ -210,8 +210,7 @@ def train(
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
     manager = CheckpointManager(folder, run, world, None if data.backbone is None else data.backbone.digest())
     training = Training(run, data, world)
-    if (state := manager.load()) is not None:
-        training.load_state_dict(state)
+    manager.resume(training.load_state_dict)
     reporter.begin(run, training.standardized_epoch, training.records)
 
     def raise_if_stopped() -> None:

@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
 from statistics import fmean, variance
-from typing import Any, Literal, Self
+from typing import Any, Literal, Self, get_args
 
 from rich.console import Console
 
@@ -17,7 +17,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.execution.progress import print_line
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, parse_record
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.search_space import Range, Space, Values
 
@@ -30,6 +30,9 @@ _COLUMNS = {"test_accuracy": ".2f", "test_loss": ".3f", "train_accuracy": ".2f",
 """The measures in the table, with their formats."""
 
 
+_State = Literal["complete", "diverged", "running"]
+
+
 @dataclass(frozen=True)
 class TrialResult:
     """The state of a trial, and the last measurement of each of its runs."""
@@ -37,7 +40,7 @@ class TrialResult:
     method: str
     number: int
     values: Values
-    state: Literal["complete", "diverged", "running"]
+    state: _State
     runs: Sequence[Record] = ()
     reason: str = ""
 
@@ -46,7 +49,13 @@ class TrialResult:
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:
-        return cls(**{**values, "runs": tuple(Record(**run) for run in values["runs"])})
+        """Read what `to_json` returned; any error if it is something else."""
+        trial = cls(**{**values, "runs": tuple(parse_record(run) for run in values["runs"])})
+        if isinstance(trial.number, bool) or not isinstance(trial.number, int) or not isinstance(trial.reason, str):
+            raise TypeError(f"number {trial.number!r} and reason {trial.reason!r} are not those of a trial")
+        if trial.state not in get_args(_State):
+            raise ValueError(f"state is {trial.state!r}")
+        return trial
 
     def measured(self, field: str) -> list[float]:
         """Return one field of the last measurement of each run."""
@@ -54,6 +63,19 @@ class TrialResult:
 
     def __str__(self) -> str:
         return ", ".join(_text(self.values)) or "as it is"
+
+
+def read_trial(spaces: Sequence[Space], values: Mapping[str, Any]) -> TrialResult:
+    """Read a trial of one of the spaces; any error if it is none."""
+    trial = TrialResult.from_json(values)
+    (space,) = [space for space in spaces if str(space.spec) == trial.method]
+    searched = {dimension.name for dimension in space.dimensions}
+    if trial.values.keys() != searched and (trial.state != "running" or trial.values.keys() - searched):
+        raise ValueError(f"trial {trial.number} of {trial.method} has values of {', '.join(trial.values) or 'nothing'}")
+    if trial.state == "complete" and len(trial.runs) != space.recipe.comparison.seeds:
+        raise ValueError(f"trial {trial.number} of {trial.method} has {len(trial.runs)} runs")
+    space.at(trial.values)  # ValueError for a value that the method cannot take
+    return trial
 
 
 @dataclass(frozen=True)

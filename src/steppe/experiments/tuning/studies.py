@@ -6,6 +6,8 @@ checkpoints. This module needs Optuna; :mod:`.tune` imports it only to search.
 
 from __future__ import annotations
 
+import math
+import sqlite3
 import warnings
 import zlib
 from collections.abc import Iterator, Sequence
@@ -26,12 +28,13 @@ from rich.console import Console
 from steppe.experiments.config.methods import Value
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.errors import ExperimentError, reason
 from steppe.experiments.execution.executor import Executor, Job, Outcome
 from steppe.experiments.execution.progress import RunProgress
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.files import CHECKSUM, checksum
+from steppe.experiments.storage.records import parse_record
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.experiments.training.stopping import on_signals
+from steppe.experiments.training.stopping import Stopped, on_signals
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.result import TrialResult
 from steppe.experiments.tuning.search_space import Choices, Dimension, Space, Values, grid
@@ -41,27 +44,61 @@ _STARTUP = 6  # random trials before TPE
 
 
 @contextmanager
+def _one_line_errors(name: str, remedy: str) -> Iterator[None]:
+    """Turn any error of the database or of its content into an ExperimentError of one line."""
+    try:
+        yield
+    except (ExperimentError, Stopped):
+        raise
+    except Exception as error:  # a damaged file raises errors of SQLite, SQLAlchemy, Optuna and of the values' types
+        raise ExperimentError(f"{name} cannot be used ({reason(_cause(error))}): {remedy}") from error
+
+
+def _cause(error: BaseException) -> BaseException:
+    """Return the database's own error, without the statement that SQLAlchemy adds in further lines."""
+    return _cause(error.__cause__) if error.__cause__ is not None else error
+
+
+def _in_words(url: str | None, path: Path) -> tuple[str, str]:
+    """Return the name of a database in errors, and the remedy."""
+    if url is None:
+        file = path / "study.db"
+        return str(file), (
+            "make room if the disk is full; if it is damaged, delete it, and the same command makes it again from the "
+            f"checkpoints in {path / 'trials'}"
+        )
+    return f"--storage {url.split('://')[0]}://...", (
+        "give the URL of a database that SQLAlchemy supports, with its driver installed, or leave --storage out for a "
+        "file in the run folder"
+    )
+
+
+@contextmanager
 def open_storage(url: str | None, path: Path) -> Iterator[optuna.storages.RDBStorage]:
     """Open the database at `url`, or an SQLite file in `path`; ExperimentError if it cannot be opened."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
-    try:
+    with _one_line_errors(*_in_words(url, path)):
         file = sqlalchemy.URL.create("sqlite", database=str((path / "study.db").absolute()))
         address = file if url is None else sqlalchemy.make_url(url)
         # several processes may write into one file, one after the other
         settings = {"connect_args": {"timeout": 60}} if address.drivername.startswith("sqlite") else {}
         text = address.render_as_string(hide_password=False)
+        if url is None and (path / "study.db").exists():
+            _check_integrity(path / "study.db")
         storage = optuna.storages.RDBStorage(text, engine_kwargs=settings)
-    except Exception as error:  # a missing driver, a server that does not answer, a damaged file
-        shown = "the study in the run folder" if url is None else f"--storage {url.split('://')[0]}://..."
-        raise ExperimentError(
-            f"{shown} cannot be opened ({first_line(error)}): give the URL of a database that SQLAlchemy supports, "
-            "with its driver installed, or leave --storage out for a file in the run folder"
-        ) from error
     try:
         yield storage
     finally:
         storage.remove_session()
         storage.engine.dispose()
+
+
+def _check_integrity(file: Path) -> None:
+    """Let SQLite look through its file; without that, a damaged page is found when it is needed, or never."""
+    with closing(sqlite3.connect(f"{file.absolute().as_uri()}?mode=rw", uri=True, timeout=60)) as database:
+        (found,) = database.execute("PRAGMA quick_check(1)").fetchone()
+    if found != "ok":
+        raise ValueError(found)
 
 
 @dataclass(eq=False)
@@ -95,8 +132,8 @@ class Study:
 
         The folders of the trials are in the run folder `path`, whose id is `folder_id` if others share the storage.
         """
-        name = f"{space.recipe.name}/{space.spec}"
         self.space, self._path, self._folder_id, self._measure = space, path, folder_id, options.measure
+        self._database = _in_words(options.storage, path)
         if options.sampler == "grid":
             first = grid(space.dimensions)
             total = min(options.trials or len(first), len(first))
@@ -105,23 +142,28 @@ class Study:
             first = [] if usual is None else [usual]
             total = options.trials or _TRIALS
         self.total = total if space.dimensions else 1
-        self._study = optuna.create_study(
-            study_name=name,
-            storage=storage,
-            direction="maximize" if options.by_accuracy else "minimize",
-            load_if_exists=True,
-            sampler=_NumberedSampler(options, first),
-        )
+        with _one_line_errors(*self._database):
+            self._study = optuna.create_study(
+                study_name=f"{space.recipe.name}/{space.spec}",
+                storage=storage,
+                direction="maximize" if options.by_accuracy else "minimize",
+                load_if_exists=True,
+                sampler=_NumberedSampler(options, first),
+            )
+            self._claim(depends_on)
+
+    def _claim(self, depends_on: str) -> None:
+        """Make the study one of these inputs, or check that it is already."""
         if self._study.user_attrs.setdefault("depends_on", depends_on) != depends_on:
             raise ExperimentError(
-                f"the storage holds a study {name!r} of another configuration, and its trials could not be compared "
-                "with these: choose another --name, or another --storage"
+                f"the storage holds a study {self._study.study_name!r} of another configuration, and its trials could "
+                "not be compared with these: choose another --name, or another --storage"
             )
         self._study.set_user_attr("depends_on", depends_on)
 
     def take(self) -> Trial | None:
         """Lock the next trial to train: one whose process has ended, or a new one; None if there are none."""
-        with RunFolder(self._path).locked(timeout=-1):
+        with RunFolder(self._path).locked(timeout=-1), _one_line_errors(*self._database):
             for frozen in self._trials():
                 ours = self._folder_id is None or frozen.user_attrs.get("folder_id") == self._folder_id
                 if ours and frozen.state is TrialState.RUNNING and (trial := self._hold(frozen)) is not None:
@@ -153,25 +195,39 @@ class Study:
 
         The sampler treats one that diverged as worse than any other.
         """
-        if trial.errors:
-            trial.handle.set_user_attr("reason", trial.errors[0])
-            self._study.tell(trial.handle, state=TrialState.PRUNED)
-        else:
+        goal = math.nan
+        if not trial.errors:
             runs = [records[-1] for records in trial.folder.results(trial.recipe).values()]
-            trial.handle.set_user_attr("runs", [run.to_json() for run in runs])
-            self._study.tell(trial.handle, fmean(getattr(run, self._measure) for run in runs))
+            goal = fmean(getattr(run, self._measure) for run in runs)
+        with _one_line_errors(*self._database):
+            if math.isfinite(goal):
+                self._tell(trial, goal, "runs", [run.to_json() for run in runs])
+            else:
+                why = f"its {self._measure.replace('test_', 'validation ')} is {goal}"
+                self._tell(trial, None, "reason", (trial.errors or [why])[0])
         trial.lock.close()
 
+    def _tell(self, trial: Trial, goal: float | None, name: str, result: Any) -> None:
+        """Record the end of a trial with its result, and with a checksum, which SQLite has none of."""
+        trial.handle.set_user_attr(name, result)
+        trial.handle.set_user_attr(CHECKSUM, checksum([trial.handle.params, goal, result]))
+        self._study.tell(trial.handle, goal, state=TrialState.PRUNED if goal is None else None)
+
     def results(self) -> list[TrialResult]:
-        return [self._result(frozen) for frozen in self._trials()]
+        with _one_line_errors(*self._database):
+            return [self._result(frozen) for frozen in self._trials()]
 
     def _result(self, frozen: FrozenTrial) -> TrialResult:
         method, number, values = str(self.space.spec), frozen.number, self.space.rounded(frozen.params)
+        result = frozen.user_attrs.get("runs" if frozen.state is TrialState.COMPLETE else "reason")
+        written = frozen.user_attrs.get(CHECKSUM)
+        if frozen.state.is_finished() and written not in (None, checksum([frozen.params, frozen.value, result])):
+            raise ValueError(f"the result of trial {number} of {method} was changed since it was written")
         if frozen.state is TrialState.COMPLETE:
-            runs = tuple(Record(**run) for run in frozen.user_attrs["runs"])
+            runs = tuple(map(parse_record, frozen.user_attrs["runs"]))
             return TrialResult(method, number, values, "complete", runs)
         if frozen.state is TrialState.PRUNED:
-            return TrialResult(method, number, values, "diverged", reason=frozen.user_attrs["reason"])
+            return TrialResult(method, number, values, "diverged", reason=str(frozen.user_attrs["reason"]))
         return TrialResult(method, number, values, "running")
 
     def _trials(self) -> list[FrozenTrial]:

@@ -5,6 +5,7 @@ import re
 import uuid
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -19,15 +20,16 @@ from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, with_backbone
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
-from steppe.experiments.storage.files import write_json, write_json_lines
+from steppe.experiments.storage.files import read_checked, read_checked_lines, write_checked, write_checked_lines
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
 from steppe.experiments.tuning.figure import draw
 from steppe.experiments.tuning.options import TuningOptions
-from steppe.experiments.tuning.result import TrialResult, TuningResult
-from steppe.experiments.tuning.search_space import spaces
+from steppe.experiments.tuning.result import TuningResult, read_trial
+from steppe.experiments.tuning.search_space import Space, spaces
 from steppe.experiments.world import launched
 
 _FORMAT = "steppe tuning, version 2"
+_OTHER_FOLDER = "restore that file, or choose another folder with --out"
 
 
 def tune(
@@ -71,30 +73,30 @@ def tune(
         finally:
             with RunFolder(path).locked(timeout=-1):  # a copy of the database that can be read without Optuna
                 results = chain.from_iterable(study.results() for study in studies)
-                write_json_lines(path / "trials.jsonl", [result.to_json() for result in results])
+                write_checked_lines(path / "trials.jsonl", [result.to_json() for result in results])
     return report_tuning(path, console)
 
 
 def is_tuning(path: Path) -> bool:
+    """True if the folder is one of a search, also if its config.json is damaged."""
     try:
-        return bool(json.loads((path / "config.json").read_text())["format"] == _FORMAT)
-    except (OSError, ValueError, TypeError, KeyError):
+        if json.loads((path / "config.json").read_text("utf-8"))["format"] == _FORMAT:
+            return True
+    except FileNotFoundError:
         return False
+    except Exception:  # damaged, in any of many ways; the reader of the file names it
+        pass
+    return (path / "trials.jsonl").exists() or (path / "study.db").exists()
 
 
 def report_tuning(path: Path, console: Console) -> TuningResult:
     """Write, print and draw the result, from the run folder alone."""
+    recipe, options, found = read_checked(path / "config.json", _configuration, _OTHER_FOLDER)
+    remedy = "run the same `steppe tune` again, which writes it anew from the study"
     try:
-        config = json.loads((path / "config.json").read_text())
-        recipe = Recipe.from_json(config["recipe"])
-        options = TuningOptions(**{**config["options"], "search": tuple(config["options"]["search"])})
-        lines = (path / "trials.jsonl").read_text().splitlines()
-        trials = [TrialResult.from_json(json.loads(line)) for line in lines]
-        found = spaces(recipe, options.search, baseline=options.baseline)
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ExperimentError(
-            f"{path} is damaged or of another version ({error}): run `steppe tune` again, or choose another --out"
-        ) from error
+        trials = read_checked_lines(path / "trials.jsonl", partial(read_trial, found), remedy)
+    except FileNotFoundError as error:
+        raise ExperimentError(f"{path / 'trials.jsonl'} is missing: {remedy}") from error
     result = TuningResult(recipe, options, found, path, trials)
     folder = RunFolder(path)
     with folder.locked(timeout=-1):
@@ -122,9 +124,8 @@ def _claim(path: Path, recipe: Recipe, options: TuningOptions, depends_on: dict[
     """Make this the folder of a search, or check that it is already; return the folder's id."""
     file, folder_id = path / "config.json", uuid.uuid4().hex
     if file.exists():
-        before = json.loads(file.read_text())
-        folder_id = before["id"]
-        check_same(path, before["depends_on"], depends_on)
+        folder_id, before = read_checked(file, _claimed, _OTHER_FOLDER)
+        check_same(path, before, depends_on)
     content = {
         "format": _FORMAT,
         "held_out": "test_loss, test_accuracy and gap of the trials are on images held out of the training set",
@@ -133,8 +134,22 @@ def _claim(path: Path, recipe: Recipe, options: TuningOptions, depends_on: dict[
         "options": {**asdict(options), "storage": None},
         "depends_on": depends_on,
     }
-    write_json(file, content)
+    write_checked(file, content)
     return folder_id
+
+
+def _claimed(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+    """Return the id of a folder and the values that its trials depend on."""
+    _configuration(values)
+    return str(values["id"]), dict(values["depends_on"])
+
+
+def _configuration(values: dict[str, Any]) -> tuple[Recipe, TuningOptions, list[Space]]:
+    if values["format"] != _FORMAT:
+        raise ValueError(f"its format is {values['format']!r}")
+    recipe, options = Recipe.from_json(values["recipe"]), values["options"]
+    options = TuningOptions(**{**options, "search": tuple(options["search"])})
+    return recipe, options, spaces(recipe, options.search, baseline=options.baseline)
 
 
 def _depends_on(recipe: Recipe, options: TuningOptions) -> dict[str, Any]:
