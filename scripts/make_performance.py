@@ -57,6 +57,10 @@ def _render(name: str, found: Found) -> str:
     return str(importlib.import_module(f"{name}.table").render(found[0]))
 
 
+def _render_recording(found: Found) -> str:
+    return str(importlib.import_module("step.recording").render(found[0]))
+
+
 def _draw(name: str, found: list[list[Result]], path: Path) -> object:
     return importlib.import_module(f"{name}.figure").draw([result for each in found for result in each], path)
 
@@ -89,6 +93,9 @@ def _training(name: str, caption: str = "") -> Part:
 
 PARTS = {
     "step": _benchmark("step"),
+    "recording": Part(
+        partial(_each, "recording"), _render_recording, cpu="python benchmarks/step/recording.py", gpu=False
+    ),
     "epoch": _benchmark("epoch", "Time of a step, in steps of its base, against batch size and against width"),
     "cpu": _benchmark("cpu", gpu=False),
     "presets_confirm_bfloat16": _stage("presets_confirm_bfloat16"),

@@ -8,7 +8,8 @@ import pytest
 import torch
 
 import results
-from step import run
+import steppe
+from step import recording, run
 from step.counting import Counted
 from step.implementations import LowerBound, base, steppe_sam
 from step.parameter_shapes import CASES, resnet18, toy, vit_b16, weights
@@ -90,3 +91,23 @@ def test_command_saves_a_result_and_prints_the_table(tmp_path, monkeypatch, caps
     for row in case["rows"]:
         row.update(kernels=3, kernel_seconds=1e-3)
     assert "kernels' ms" in render(replace(result, on_gpu=True))
+
+
+def test_cost_of_the_report_is_measured_and_printed(tmp_path, monkeypatch, capsys):
+    command = f"recording.py --tiny --device cpu --machine here --results {tmp_path}"
+    monkeypatch.setattr(sys, "argv", command.split())
+    recording.main()
+    result = results.read(tmp_path / "here" / "recording.json")
+    printed = capsys.readouterr().out
+    assert len(result.data["networks"]) == 2
+    assert all(found["network"] in printed for found in result.data["networks"])
+
+
+def test_recorder_without_a_cost_records_nothing_and_the_other_one_each_step():
+    w = torch.nn.Parameter(torch.ones(3))
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.1)
+    for recorder, samples in ((recording.Nothing(optimizer.base), 0), (recording.EachStep(optimizer.base), 3)):
+        optimizer._engine.recorder = recorder
+        for _ in range(3):
+            optimizer.step(lambda: w.square().sum())
+        assert len(recorder.samples) == samples
