@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe._tensors.in_place import copy_
-from steppe.averaging._pairs import Pairs, drop_cached
+from steppe.averaging._pairs import Pairs, drop_cached, reshard
 
 
 class Applied(ExitStack[bool | None]):
@@ -44,6 +44,7 @@ class Applied(ExitStack[bool | None]):
 
 
 def _named_tensors(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    reshard(model)
     return itertools.chain(model.named_parameters(), model.named_buffers())
 
 

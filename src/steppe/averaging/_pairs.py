@@ -105,6 +105,8 @@ class Pairs:
 
     def __init__(self, average: nn.Module, live: nn.Module) -> None:
         self._modules = (average, live)
+        for module in self._modules:
+            reshard(module)
         mine, theirs = list(average.parameters()), list(live.parameters())
         if [p.shape for p in mine] != [p.shape for p in theirs]:
             raise ValueError(
@@ -175,7 +177,12 @@ def drop_cached(module: nn.Module) -> None:
     """Drop copies of the weights that torch has cached: a forward would run on stale weights."""
     torch.clear_autocast_cache()  # low-precision casts in an open autocast region
     parametrize._cache.clear()  # of parametrize.cached(), a private name of torch that nothing else clears
+    reshard(module)
+
+
+def reshard(module: nn.Module) -> None:
+    """Make the sharded weights the parameters again: FSDP2 keeps gathered ones after a forward without a backward."""
     if is_fsdp(module):
         for part in module.modules():
-            if isinstance(reshard := getattr(part, "reshard", None), MethodType):
-                reshard()
+            if isinstance(free := getattr(part, "reshard", None), MethodType):
+                free()
