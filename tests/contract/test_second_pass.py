@@ -154,7 +154,7 @@ def test_interrupt_before_second_pass_keeps_buffers_and_gradients_of_the_first(m
     train(model, optimizer, by_closure, 1)
     train(twin, torch.optim.SGD(twin.parameters(), lr=0.0), plain, 1)
     with monkeypatch.context() as patched:
-        patched.setattr(side_effects.OtherGradients, "clear", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(side_effects.UntrainedGradients, "clear", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(model, optimizer, by_closure, 1, start=1)
     x, _ = batch(1)

@@ -117,9 +117,11 @@ def test_adaptive_perturbation_and_maximize_mirror_minimization():
     assert bits([w]) == bits([v])
 
 
-def test_unperturbed_step_is_one_step_of_the_base():
+@pytest.mark.parametrize("alpha", [1.0, 0.5, None])
+def test_unperturbed_step_is_one_step_of_the_base(alpha):
     w = torch.nn.Parameter(torch.tensor([1.0]))
-    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), ascent_steps=3, alpha=1.0, cadence=steppe.LatePhase(1.0, 100))
+    cadence = steppe.LatePhase(1.0, 100)
+    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), ascent_steps=3, alpha=alpha, cadence=cadence)
     by_closure(optimizer, lambda: w.square().sum())
     assert w.item() == pytest.approx(0.8)
 

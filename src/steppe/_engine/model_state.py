@@ -15,7 +15,7 @@ from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
 _LARGE = 2**24
-"""Number of elements up to which parameters of others are always copied, however few the optimizer trains."""
+"""Number of elements up to which untrained parameters are always copied, however few the optimizer trains."""
 _LONG = 64
 """Length of a list or dict from which on it is data, and not a state."""
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
@@ -64,7 +64,7 @@ class ModelState:
         self._trained_by_others: list[tuple[Tensor, int]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._own_buffers: list[tuple[Tensor, int]] = []
-        self.others: list[Tensor] = []
+        self.untrained: list[Tensor] = []
         """Parameters of the model that the optimizer does not train: not its own, or without gradients."""
 
     @torch.no_grad()
@@ -80,11 +80,11 @@ class ModelState:
             id(m): _Attributes.of(m, self._attributes.get(id(m)), self._storages) for m in self._own_modules
         }
         self._own_buffers = [(b, _version(b)) for b in tensors_in([m._buffers for m in self._own_modules])]
-        self.others = self._not_owned
+        self.untrained = self._not_owned
         if not all(map(_requires_grad, self._owned_parameters)):
             frozen = [p for p in self._owned_parameters if not (p.requires_grad or p.grad is not None)]
-            self.others = [*self._not_owned, *frozen]
-        self._trained_by_others = [(p, _version(p)) for p in self.others if p.requires_grad]
+            self.untrained = [*self._not_owned, *frozen]
+        self._trained_by_others = [(p, _version(p)) for p in self.untrained if p.requires_grad]
         held = [t for attributes in self._attributes.values() for t in attributes.tensors]
         self._save_values([*registered.buffers, *held])
         if self._with_generators:
@@ -107,14 +107,14 @@ class ModelState:
 
     def _save_values(self, own: list[Tensor]) -> None:
         """Copy the values of buffers and attributes, and of the parameters that the optimizer does not train."""
-        if not self._uncopied and self._copies.update_if_same([*own, *self.others]):
+        if not self._uncopied and self._copies.update_if_same([*own, *self.untrained]):
             return
         # subclasses (quantized weights) may not support a copy in place
-        copied, uncopied = [p for p in self.others if all_plain([p]) or is_sharded(p)], []
+        copied, uncopied = [p for p in self.untrained if all_plain([p]) or is_sharded(p)], []
         if sum(map(Tensor.numel, copied)) > self._limit:
             uncopied = [p for p in copied if id(p) not in self._written and all_plain([p])]
             copied = [p for p in copied if id(p) in self._written]
-        self._copies.update([*own, *copied], all_of=[*own, *self.others])
+        self._copies.update([*own, *copied], all_of=[*own, *self.untrained])
         self._uncopied = [_Uncopied(p, p.detach(), _version(p)) for p in uncopied if is_writable(p)]
 
     @torch.no_grad()
@@ -162,7 +162,7 @@ class ModelState:
             or not all(all(map(is_, e.values(), s.values())) for e, s in self._entries)
         )
 
-    def others_were_trained(self) -> bool:
+    def another_optimizer_stepped(self) -> bool:
         """True if another optimizer may have stepped since :meth:`save`."""
         return any(_version(p) != version for p, version in self._trained_by_others)
 

@@ -11,7 +11,7 @@ from steppe._engine.model_state import is_writable
 from steppe._tensors.dtensor import all_plain
 
 _COUNTER = "num_batches_tracked"
-"""A buffer that changes nothing, unless a running mean is cumulative."""
+"""BatchNorm's counter of batches: it has an effect only if the running mean is cumulative (momentum=None)."""
 
 
 class OutsideWatch:
@@ -47,15 +47,15 @@ class OutsideWatch:
         if self._model is not None:
             self._watch()
 
-    def begin_second_pass(self, others: set[int]) -> None:
+    def begin_second_pass(self, excluded: set[int]) -> None:
         """Begin to watch the second pass, before the gradients of the first one are cleared.
 
         Args:
-            others: Modules of other optimizers of this package that are in a step themselves: not ours to restore.
+            excluded: Modules of other SAM optimizers that are in a step, which protect them themselves.
         """
         self.stop()
         self._touched_first = {
-            key: module for key, module in self._seen.items() if key not in others and module.is_touched()
+            key: module for key, module in self._seen.items() if key not in excluded and module.is_touched()
         }
         for module in self._touched_first.values():
             module.begin_second_pass()
@@ -73,7 +73,7 @@ class OutsideWatch:
             self._stop = watch_forwards(self._before_forward)
 
     def stop(self) -> None:
-        """End to watch."""
+        """Stop watching."""
         stop, self._stop = self._stop, None
         if stop is not None:
             stop()
@@ -84,12 +84,12 @@ class OutsideWatch:
         elif id(module) not in self._seen:
             self._seen[id(module)] = OutsideModule(module, self._tensors_inside)
 
-    def end(self, others: set[int]) -> None:
-        """End the second pass, also after an exception; :meth:`warn` says what was found."""
+    def end(self, excluded: set[int]) -> None:
+        """End the second pass, also after an exception, and keep what was found for :meth:`warn`."""
         watched = self._stop is not None
         self.stop()
         self.ended = True
-        touched = {key: module for key, module in self._seen.items() if key not in others and module.is_touched()}
+        touched = {key: module for key, module in self._seen.items() if key not in excluded and module.is_touched()}
         self.found = [module.module for module in touched.values()]
         if watched:
             self._message = self._from_w() or self._outside(list(touched.values()))
@@ -98,7 +98,7 @@ class OutsideWatch:
         self._seen, self._touched_first, self._gradients = {}, {}, []
 
     def warn(self) -> None:
-        """Warn of what was found, once."""
+        """Warn of what was found."""
         message, self._message = self._message, ""
         if message:
             warn(message)
@@ -209,7 +209,7 @@ class OutsideModule:
 
     @torch.no_grad()
     def end_second_pass(self, *, gradients: bool) -> None:
-        """Restore the buffers after the first pass, and if asked for its gradients."""
+        """Restore the buffers after the first pass; with ``gradients``, its gradients too."""
         for buffer, after in self._after:
             buffer.copy_(after)
         if gradients:

@@ -47,8 +47,8 @@ def frozen_stats(model: nn.Module) -> Iterator[None]:
         state.restore()
 
 
-class OtherGradients:
-    """Gradients of the model's parameters that this optimizer does not own; a second pass must not add to them."""
+class UntrainedGradients:
+    """Gradients of parameters that this optimizer does not train; a second pass must not add to them."""
 
     def __init__(self) -> None:
         self._gradients: list[tuple[Tensor, Tensor | None]] = []
@@ -112,7 +112,7 @@ class Initialization:
         return list(torch._foreach_norm(self._trained)) if self._trained and all_plain(self._trained) else []
 
 
-_all: "WeakSet[SideEffects]" = WeakSet()
+_live_instances: "WeakSet[SideEffects]" = WeakSet()
 
 
 class SideEffects:
@@ -132,11 +132,11 @@ class SideEffects:
         self._generators = Generators(p.device for p in owned) if replay_rng else None
         self._states_before: dict[str | torch.device, Any] | None = None
         self._states_after: dict[str | torch.device, Any] | None = None
-        self._model = _ModelOfTwoPasses(model, owned, generators=replay_rng) if model is not None else None
+        self._model = _ModelProtection(model, owned, generators=replay_rng) if model is not None else None
         self._watch: OutsideWatch | None = OutsideWatch(model, owned)  # of the first step only
         self._in_second_pass = False
         self._in_step = False
-        _all.add(self)
+        _live_instances.add(self)
 
     def begin_first_pass(self) -> None:
         """Save the state from which the first pass starts."""
@@ -151,8 +151,8 @@ class SideEffects:
         """Save the generators, and the model when its next forward begins: the classic API has no call there.
 
         Args:
-            in_step: False after a step: a hook on the next forward could stay for long, and other optimizers may step
-                before it. Then only the generators are saved.
+            in_step: False after a step. Then only the generators are saved: the next forward may come much later, or
+                belong to another optimizer's step.
         """
         self._in_step = in_step
         self._save_generators()
@@ -178,7 +178,7 @@ class SideEffects:
             self._model.save_after()
         self._in_second_pass = True  # set before anything is changed: end_second_pass() undoes an interrupt below, too
         if self._watch is not None and not self._watch.ended:
-            self._watch.begin_second_pass(self._modules_of_others())
+            self._watch.begin_second_pass(self._modules_of_other_optimizers())
         if self._generators is not None and self._states_before is not None:
             self._generators.restore(self._states_before)
         if self._model is not None:
@@ -189,7 +189,7 @@ class SideEffects:
         if not self._in_second_pass:
             return
         if self._watch is not None and not self._watch.ended:
-            self._watch.end(self._modules_of_others())
+            self._watch.end(self._modules_of_other_optimizers())
         if self._generators is not None and self._states_after is not None:
             self._generators.restore(self._states_after)
         if self._model is not None:
@@ -208,24 +208,26 @@ class SideEffects:
         if self._model is not None:
             self._model.warn()
 
-    def _modules_of_others(self) -> set[int]:
+    def _modules_of_other_optimizers(self) -> set[int]:
         """Return the modules of other optimizers of this package that are in a step at this time."""
-        others = [other for other in _all if other is not self and other._in_step and other._model is not None]
-        return {id(m) for other in others if other._model is not None for m in other._model.model.modules()}
+        optimizers = [
+            other for other in _live_instances if other is not self and other._in_step and other._model is not None
+        ]
+        return {id(m) for other in optimizers if other._model is not None for m in other._model.model.modules()}
 
 
-class _ModelOfTwoPasses:
-    """The states of the model before and after the first pass, and gradients of parameters that are not ours."""
+class _ModelProtection:
+    """Protects a model from the second pass: its states before and after the first pass, and untrained gradients."""
 
     def __init__(self, model: nn.Module, owned: list[Tensor], *, generators: bool) -> None:
         self.model = model
         self._owned, self._generators = owned, generators
         self._save_states_of(model)
-        self._others = OtherGradients()
+        self._untrained_gradients = UntrainedGradients()
         self._initialization = Initialization(owned)
         self._initialized = False
         self._in_first_pass = False
-        self._is_classic = True
+        self._has_passes = False  # set by passes(); before, the first pass may be one of the classic API
         self._stop_expecting: Callable[[], None] | None = None
         self._module_ids: set[int] = set()
         self._written_late: list[Tensor] = []
@@ -242,13 +244,13 @@ class _ModelOfTwoPasses:
 
     def begin_first_pass(self) -> None:
         self._stop()
-        self._is_classic = False
+        self._has_passes = True
         self._begin()
 
     def expect_first_pass(self, *, in_step: bool) -> bool:
-        """Begin the first pass at the next forward; return False if that cannot be one of the classic API."""
+        """Begin the first pass at the next forward; return False if this optimizer is stepped by passes()."""
         self._stop()
-        if not self._is_classic:
+        if self._has_passes:
             return False
         self._before.discard()
         if not in_step:
@@ -278,17 +280,18 @@ class _ModelOfTwoPasses:
     def save_after(self) -> None:
         self._written_late += self._before.find_writes()
         self._after.save(like=self._before)
-        self._others.save(self._after.others)
+        self._untrained_gradients.save(self._after.untrained)
 
     def restore_before(self) -> None:
-        # In the classic API, another optimizer may have stepped after the forward that seemed to be the first.
-        if not self._initialized and not (self._is_classic and self._before.others_were_trained()):
+        # In the classic API, the forward that was taken for the first pass may belong to a step of another optimizer.
+        outdated = not self._has_passes and self._before.another_optimizer_stepped()
+        if not self._initialized and not outdated:
             self._before.restore(now=self._after)
-        self._others.clear()
+        self._untrained_gradients.clear()
 
     def restore_after(self) -> None:
         self._after.restore()
-        self._others.restore()
+        self._untrained_gradients.restore()
 
     def warn(self) -> None:
         written, self._written_late = self._written_late, []

@@ -95,7 +95,9 @@ class OwnStepMethod(SAM):
     def step_base(self) -> bool:
         """Step from w with the gradient in ``.grad``; return False if the step was skipped on the host.
 
-        By default, one step of the base, :meth:`step_base_once`. It leaves the weights at the new w.
+        By default, one step of the base, :meth:`step_base_once`. It leaves the weights at the new w. If it raises after
+        a perturbation, the weights are restored to w, but not the base's state: change as little as possible after
+        the base has stepped.
         """
         return self.step_base_once()
 
