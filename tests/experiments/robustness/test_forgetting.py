@@ -66,26 +66,43 @@ def test_the_second_task_is_trained_by_plain_steps_in_the_order_of_the_seed() ->
             optimizer.step()
     old, targets = data(1)
     expected = float(F.cross_entropy(by_hand(old), targets).detach())
-    loss = lambda outputs, targets: float(F.cross_entropy(outputs, targets))  # noqa: E731
     found = measured(model, steps=6, batch_size=32, seed=7, metric=loss)
     assert found.old_after == pytest.approx(expected, rel=1e-6)
     assert measured(model, steps=6, batch_size=32, seed=8, metric=loss).old_after != found.old_after
 
 
+def loss(outputs: torch.Tensor, targets: torch.Tensor) -> float:
+    return float(F.cross_entropy(outputs, targets))
+
+
+def with_dropout() -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+
+
 def test_model_modes_gradients_and_generators_are_unchanged() -> None:
-    model = nn.Sequential(nn.Linear(2, 8), nn.BatchNorm1d(8), nn.Dropout(0.5), nn.Linear(8, 4))
+    model = with_dropout()
     model[1].eval()
     model[0].weight.grad = torch.ones(8, 2)
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     states = torch.get_rng_state(), random.getstate(), np.random.get_state()[1].tolist()
-    first = measured(model, steps=5)
+    measured(model, steps=5)
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
     assert [module.training for module in model] == [True, False, True, True]
     assert torch.equal(model[0].weight.grad, torch.ones(8, 2))
     assert torch.equal(torch.get_rng_state(), states[0])
     assert (random.getstate(), np.random.get_state()[1].tolist()) == states[1:]
+
+
+def test_dropout_draws_from_the_seed() -> None:
+    model = with_dropout()
+    first = measured(model, steps=3, metric=loss)
     torch.rand(3)
-    assert measured(model, steps=5) == first  # dropout draws from the seed
+    assert measured(model, steps=3, metric=loss) == first
+
+
+def test_a_model_in_evaluation_mode_is_trained_in_training_mode() -> None:
+    assert measured(with_dropout().eval(), steps=3, metric=loss) == measured(with_dropout(), steps=3, metric=loss)
 
 
 def test_inputs_are_prepared_before_the_model_gets_them() -> None:

@@ -165,6 +165,7 @@ def test_a_corruption_of_the_users_own_gets_a_copy_and_its_own_generator(images:
     found = measure(model, unit, labels, own={"dark": dark}, corruptions=(), bits=())
     assert torch.equal(unit, original)
     assert found["accuracy under dark"] == correct(model, torch.zeros(N, 1, 8, 8), labels)
+    torch.rand(1)
     measure(model, unit, labels, own={"dark": dark}, corruptions=(), bits=())
     assert kept[:2] == kept[2:]
     assert kept[0] != kept[1]

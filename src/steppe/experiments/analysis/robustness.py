@@ -1,0 +1,122 @@
+"""Corrupted images, calibration and rounded weights in a comparison: a table, and verdicts on the main measures."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich.console import Console
+
+from steppe.experiments.analysis.metric_verdicts import EQUAL_COMPUTE, MetricVerdict, judge
+from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.task_info import MetricInfo
+from steppe.experiments.robustness.records import PREFIX, Measure, measures_in
+from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.run_folder import Results
+
+TITLE = "The trained networks on corrupted images, and with rounded weights"
+MAIN = ("accuracy under corruptions", "calibration error", "accuracy at 4 bits")
+"""The measures that have a sentence: with one for each of all, some would be wrong by chance."""
+_LEAST_NEEDED = (
+    *("Brier score", "negative log-likelihood", "accuracy at 8 bits", "accuracy at 2 bits", "accuracy at 3 bits"),
+    *("accuracy under brightness", "accuracy under contrast", "accuracy under blur", "accuracy under shift"),
+    *("accuracy under salt_and_pepper", "accuracy under gaussian_noise"),
+)
+"""In the order in which a narrow console leaves them out."""
+
+
+@dataclass(frozen=True)
+class Robustness:
+    """Means over the runs of each method at equal compute, and verdicts on every measure."""
+
+    methods: Sequence[MethodSpec]
+    measures: Sequence[Measure]
+    values: Mapping[str, Mapping[str, Estimate]]
+    """By method and by measure."""
+    verdicts: Mapping[str, Sequence[MetricVerdict]]
+    """By measure."""
+
+    def table(self) -> Table:
+        """Return the table: a row for each method, a column for each measure."""
+        rows = [
+            [
+                method.label,
+                *(_cell(self.values[str(method)].get(measure.name), measure) for measure in self.measures),
+            ]
+            for method in self.methods
+        ]
+        positions = {measure.name: i + 1 for i, measure in enumerate(self.measures)}
+        own = [name for name in positions if name not in _LEAST_NEEDED and name not in MAIN]
+        optional = tuple((positions[name],) for name in (*_LEAST_NEEDED, *own) if name in positions)
+        return Table(["method", *(m.heading for m in self.measures)], {"": rows}, title=TITLE, optional=optional)
+
+    def notes(self) -> Iterator[str]:
+        """Yield the verdicts on the main measures in sentences, and the units of the table."""
+        labels = {str(method): method.label for method in self.methods}
+        for name in MAIN:
+            yield from (verdict.sentence(labels) for verdict in self.verdicts.get(name, ()))
+        yield "Accuracies are in percent, the calibration error in percentage points; for the latter, less is better."
+
+    def markdown(self) -> str:
+        """Return the section of summary.md."""
+        return "\n".join(["", f"## {TITLE}", "", *self.table().markdown(), "", *bullets(self.notes()), ""])
+
+    def show(self, console: Console) -> None:
+        """Print the table and the notes; columns that do not fit a narrow console are in summary.md only."""
+        self.table().show(console, self.notes())
+
+    def json(self) -> dict[str, Any]:
+        """Return all means and verdicts."""
+        return {
+            "values": {
+                method: {name: asdict(value) for name, value in values.items()}
+                for method, values in self.values.items()
+            },
+            "verdicts": [verdict.json() for verdicts in self.verdicts.values() for verdict in verdicts],
+        }
+
+
+def robustness_of(recipe: Recipe, results: Results) -> Robustness | None:
+    """Collect the measures at equal compute; None where none were made."""
+    found: dict[str, dict[int, Record]] = {}
+    for run, records in results.items():
+        for record in records:
+            if record.standardized_epoch == recipe.comparison.epochs and measures_in(record.measures):
+                found.setdefault(str(run.method), {})[run.seed] = record
+    methods = [method for method in recipe.comparison.methods if str(method) in found]
+    if not methods:
+        return None
+    every = [record for by_seed in found.values() for record in by_seed.values()]
+    measures = measures_in(dict.fromkeys(name for record in every for name in record.measures))
+    values = {str(method): dict(_estimates(found[str(method)].values(), measures)) for method in methods}
+    base = str(recipe.comparison.methods[0])
+    verdicts = {measure.name: _verdicts(measure, base, found) for measure in measures} if base in found else {}
+    return Robustness(methods, measures, values, verdicts)
+
+
+def _estimates(records: Any, measures: Sequence[Measure]) -> Iterator[tuple[str, Estimate]]:
+    for measure in measures:
+        values = [r.measures[PREFIX + measure.name] for r in records if PREFIX + measure.name in r.measures]
+        if values:
+            yield measure.name, estimate(values)
+
+
+def _verdicts(measure: Measure, base: str, found: Mapping[str, Mapping[int, Record]]) -> Sequence[MetricVerdict]:
+    name = PREFIX + measure.name
+    pairs = {
+        method: {
+            seed: (record[name], found[base][seed][name])
+            for seed, record in by_seed.items()
+            if name in record.measures and seed in found[base] and name in found[base][seed].measures
+        }
+        for method, by_seed in found.items()
+        if method != base
+    }
+    paired = {method: by_seed for method, by_seed in pairs.items() if by_seed}
+    return judge(MetricInfo(measure.name, measure.higher_is_better, measure.unit), base, {EQUAL_COMPUTE: paired})
+
+
+def _cell(value: Estimate | None, measure: Measure) -> str:
+    return "–" if value is None else value.text(".2f" if measure.unit == "%" else ".3f")
