@@ -48,10 +48,11 @@ REFUSE_CLASSIC = {
 }
 
 Line = tuple[str, int]
+MOVING = ("sam.py", "_engine/step.py", "_engine/engine.py", "_engine/side_effects.py")
 OF_SAM = {
-    "closure": ("sam.py", "_engine/"),
+    "closure": (*MOVING, "_engine/passes.py", "_engine/closure.py", "_engine/gradients.py", "_engine/displacement.py"),
     "passes": ("sam.py", "_engine/step.py", "_engine/passes.py"),  # the rest runs as in a step by a closure
-    "classic": ("sam.py", "_engine/step.py", "_engine/engine.py", "_engine/side_effects.py"),
+    "classic": MOVING,
 }
 """Modules at whose lines a step of SAM is interrupted; the slow test has all modules."""
 OF_OWN_STEP_METHODS = {"closure": ("methods/",), "passes": ("methods/_base.py",), "classic": ("methods/",)}
