@@ -128,3 +128,16 @@ def test_a_graph_from_before_can_be_differentiated_afterwards() -> None:
         pass
     loss.backward()
     assert torch.equal(inputs.grad, model.weight.detach().sum(0).expand(2, 4))
+
+
+def test_autocast_computes_with_the_weights_of_the_moment() -> None:
+    model, inputs = nn.Linear(16, 4, bias=False), torch.eye(16)
+    exact = model.weight.detach().clone()
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        before = model(inputs)
+        with round_weights(model, 2):
+            within = model(inputs)
+        after = model(inputs)
+    torch.testing.assert_close(within.float(), rounded(exact, 2).T, rtol=1e-2, atol=0)
+    assert not torch.equal(before, within)
+    assert torch.equal(before, after)

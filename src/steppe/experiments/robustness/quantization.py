@@ -43,7 +43,9 @@ def round_weights(model: nn.Module, bits: int, *, per_channel: bool = False) -> 
         for p in matrices:
             # .data: a graph that was recorded before is right again afterwards, so autograd must not count the writes
             p.data.copy_(rounded(p, bits, per_channel=per_channel))
+        torch.clear_autocast_cache()  # within torch.autocast: its copies in half precision are of the weights before
         yield
     finally:
         for p, before in saved:
             p.data.copy_(before)
+        torch.clear_autocast_cache()
