@@ -1,7 +1,7 @@
 """Corrupted images, calibration and rounded weights in a comparison: a table, and verdicts on the main measures."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import Any
 
 from rich.console import Console
@@ -67,15 +67,9 @@ class Robustness:
         """Print the table and the notes; columns that do not fit a narrow console are in summary.md only."""
         self.table().show(console, self.notes())
 
-    def json(self) -> dict[str, Any]:
-        """Return all means and verdicts."""
-        return {
-            "values": {
-                method: {name: asdict(value) for name, value in values.items()}
-                for method, values in self.values.items()
-            },
-            "verdicts": [verdict.json() for verdicts in self.verdicts.values() for verdict in verdicts],
-        }
+    def json(self) -> list[dict[str, Any]]:
+        """Return the verdicts on every measure; its means are in the rows of the summary."""
+        return [verdict.json() for verdicts in self.verdicts.values() for verdict in verdicts]
 
 
 def robustness_of(recipe: Recipe, results: Results) -> Robustness | None:
