@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 from rich.console import Console
-from tiny import RecordingReporter, dataset, options, recipe, untimed
+from tiny import RecordingReporter, make_task, options, recipe, untimed
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.execution.executor import ExecutionOptions, Job, Outcome
@@ -104,7 +104,7 @@ def train_on_ray(
     console = Console(file=io.StringIO(), width=300)
     with start_executor(recipe(epochs=2, seeds=2), ExecutionOptions("ray", **options), console) as executor:
         work = jobs(tmp_path, epochs=2, seeds=2)
-        outcomes = list(executor.run(work, dataset(), tmp_path, RecordingReporter(), Stop()))
+        outcomes = list(executor.run(work, make_task(), tmp_path, RecordingReporter(), Stop()))
     return outcomes, console.file.getvalue()  # type: ignore[attr-defined]
 
 

@@ -1,7 +1,9 @@
 """Comparisons small enough for tests; run as a script, it is the command line on such data."""
 
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,10 +15,13 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.execution import cpus
+from steppe.experiments.execution.executor import MakeTask
 from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
+from steppe.experiments.tasks.batches import Batch, Epochs
+from steppe.experiments.tasks.images import ImageSamples, images_task
 from steppe.experiments.training.reporter import Reporter
-from steppe.experiments.training.run import train
+from steppe.experiments.training.run import Training, train
 from steppe.experiments.world import World
 
 CPU = World(torch.device("cpu"))
@@ -65,8 +70,46 @@ class RecordingReporter(Reporter):
         self.records.append(record)
 
 
-def train_run(run: Run, folder: Path, **kwargs: object) -> list[Record]:
-    return train(run, folder, dataset(), CPU, **kwargs)  # type: ignore[arg-type]
+def make_task(data: Dataset | None = None) -> MakeTask:
+    """The function by which executors make the task of a run on the tiny data."""
+    return partial(images_task, data or dataset())
+
+
+def training_of(run: Run, data: Dataset | None = None) -> Training:
+    return Training(run, make_task(data)(run.recipe), CPU)
+
+
+def samples(data: Split) -> ImageSamples:
+    return ImageSamples((data.images, data.labels))
+
+
+def batches_of(
+    data: Split, batch_size: int, *, seed: int = 0, epoch: int = 0, first: int = 0, world: World = CPU
+) -> Iterator[Batch]:
+    return Epochs(samples(data), batch_size, seed, world).batches(epoch, first)
+
+
+def train_run(run: Run, folder: Path, data: Dataset | None = None, **kwargs: object) -> list[Record]:
+    return train(run, folder, make_task(data)(run.recipe), CPU, **kwargs)  # type: ignore[arg-type]
+
+
+def image_record(
+    standardized_epoch: int,
+    epoch: float,
+    steps: int,
+    gradient_evaluations: float,
+    passes: float,
+    train_loss: float,
+    train_accuracy: float,
+    test_loss: float,
+    test_accuracy: float,
+    gap: float,
+    *rest: float,
+) -> Record:
+    """A record of images: `rest` are seconds, images a second, and the measures of sharpness."""
+    measures = {"train_loss": train_loss, "train_accuracy": train_accuracy, "test_loss": test_loss}
+    measures |= {"test_accuracy": test_accuracy, "gap": gap}
+    return Record(standardized_epoch, epoch, steps, gradient_evaluations, passes, measures, *rest)
 
 
 def untimed(records: list[Record]) -> list[dict[str, object]]:

@@ -2,16 +2,15 @@
 
 from pathlib import Path
 
-from tiny import recipe
+from tiny import image_record, recipe
 
-from steppe.experiments.storage.records import Record
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.result import TrialResult, TuningResult
 from steppe.experiments.tuning.search_space import spaces
 
 
 def result(number: int, rho: float, *accuracies: float, method: str = "sam") -> TrialResult:
-    runs = tuple(Record(4, 2, 10, 100, 2.0, 0.1, 99.0, 0.5, a, 99.0 - a, 1.0, 1.0) for a in accuracies)
+    runs = tuple(image_record(4, 2, 10, 100, 2.0, 0.1, 99.0, 0.5, a, 99.0 - a, 1.0, 1.0) for a in accuracies)
     values = {"rho": rho} if method != "sgd" else {}
     return TrialResult(method, number, values, "complete", runs)
 

@@ -13,6 +13,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import measure_runs
@@ -75,6 +76,9 @@ The methods are named by --methods, with arguments that differ from the usual on
 
 # Options that are yes, no or left open.
 _OPEN = ("amp", "cuda-graphs")
+
+# Not an option. Annotated here and not in the class, because the processes that train should not import tyro.
+Recipe.__annotations__["task"] = tyro.conf.Suppress[TaskInfo]
 
 if TYPE_CHECKING:
     AnyRecipe = Recipe
@@ -222,11 +226,26 @@ def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | 
         commands,
         prog="steppe",
         description="Sharpness-aware minimization: the experiments. Begin with `steppe compare`.",
-        args=_said_open(words),
+        args=_said_open(_with_task(words)),
         registry=_REGISTRY,
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
     )
     return command
+
+
+def _with_task(words: Sequence[str]) -> list[str]:
+    """Let a task be named in the place of a recipe: `compare package.module:task` is `compare task --task ...`.
+
+    >>> _with_task(["compare", "my_project.flowers:task", "--seeds", "5"])
+    ['compare', 'task', '--task', 'my_project.flowers:task', '--name', 'flowers', '--seeds', '5']
+    """
+    verb, place, rest = list(words[:1]), "".join(words[1:2]), list(words[2:])
+    if verb not in (["compare"], ["tune"]) or ":" not in place or place.startswith("-"):
+        return list(words)
+    module, _, attribute = place.partition(":")
+    name = module.rpartition(".")[2] if attribute == "task" else attribute
+    named = [] if any(word.split("=")[0] == "--name" for word in rest) or not name.isidentifier() else ["--name", name]
+    return [*verb, "task", "--task", place, *named, *rest]
 
 
 def _said_open(words: Sequence[str]) -> list[str]:

@@ -15,7 +15,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, train_runs, with_backbone
+from steppe.experiments.execution.pretraining import prepare_task, resolve_pretraining, train_runs
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
@@ -97,7 +97,7 @@ def _train_and_report(
             _, reasons = _train_and_report(member, executor, command, console)
             failed += [f"width {member.model.width}: {reason}" for reason in reasons]
         if not recipe.comparison.widths:
-            dataset = with_backbone(load_data(recipe, world), executor, folder.path, console)
-            reason = train_runs(recipe.runs(), dataset, executor, folder, console)
+            make_task = prepare_task(executor, folder.path, console)
+            reason = train_runs(recipe.runs(), make_task, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed

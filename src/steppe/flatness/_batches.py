@@ -56,7 +56,7 @@ class Batches:
             def part(tensor: Tensor, begin: int = begin) -> Tensor:
                 return tensor[begin : begin + m] if tensor.dim() > 0 and len(tensor) == length else tensor
 
-            yield _map_tensors(batch, part)
+            yield map_tensors(batch, part)
 
 
 class _TensorBatches:
@@ -131,10 +131,10 @@ def cast(tree: Any, dtype: torch.dtype | None = None, device: torch.device | Non
         tensor = tensor.clone() if tensor.is_inference() and not torch.is_inference_mode_enabled() else tensor
         return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
 
-    return _map_tensors(tree, one)
+    return map_tensors(tree, one)
 
 
-def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
+def map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     """Apply a function to every tensor in nested dictionaries, lists and tuples.
 
     torch.utils._pytree would leave out mappings other than the built-in ones, such as transformers' BatchEncoding.
@@ -142,16 +142,16 @@ def _map_tensors(tree: Any, function: Callable[[Tensor], Tensor]) -> Any:
     if isinstance(tree, Tensor):
         return function(tree)
     if isinstance(tree, Mapping):
-        return {k: _map_tensors(v, function) for k, v in tree.items()}
+        return {k: map_tensors(v, function) for k, v in tree.items()}
     if isinstance(tree, tuple) and hasattr(tree, "_fields"):
-        return type(tree)(*(_map_tensors(v, function) for v in tree))
+        return type(tree)(*(map_tensors(v, function) for v in tree))
     if isinstance(tree, list | tuple):
-        return type(tree)(_map_tensors(v, function) for v in tree)
+        return type(tree)(map_tensors(v, function) for v in tree)
     return tree
 
 
 def list_tensors(tree: Any) -> list[Tensor]:
     """List all tensors of a nested structure, in order."""
     found: list[Tensor] = []
-    _map_tensors(tree, lambda t: (found.append(t), t)[1])  # type: ignore[func-returns-value]
+    map_tensors(tree, lambda t: (found.append(t), t)[1])  # type: ignore[func-returns-value]
     return found

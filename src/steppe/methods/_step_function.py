@@ -10,19 +10,19 @@ from torch.optim import Optimizer
 
 
 class LabeledBatch(Protocol):
-    """One process's share of a batch of labeled images."""
+    """One process's share of a batch of samples with targets."""
 
     @property
-    def tensors(self) -> tuple[Tensor, Tensor]:
-        """Images and labels."""
+    def tensors(self) -> tuple[Tensor, ...]:
+        """All tensors of the batch, of shape (n, ...) each."""
 
     @property
-    def images(self) -> Tensor:
-        """Images, of shape (n, ...)."""
+    def inputs(self) -> Any:
+        """The inputs of the model, a tensor of shape (n, ...)."""
 
     @property
-    def labels(self) -> Tensor:
-        """Class indices, of shape (n,)."""
+    def targets(self) -> Any:
+        """The targets, of shape (n,): class indices."""
 
     @property
     def indices(self) -> Tensor:
@@ -44,13 +44,16 @@ class CountedForward(Protocol):
     def losses(self, *tensors: Tensor) -> Tensor:
         """Return the loss of each sample, of shape (n,)."""
 
+    def backward(self, *tensors: Tensor) -> Tensor:
+        """Add the gradient of the mean loss to that of the weights, and return the loss, detached."""
+
     def mean(self, losses: Tensor) -> Tensor:
         """Return the mean of losses of shape (n,)."""
 
-    def logits(self, images: Tensor) -> Tensor:
+    def logits(self, inputs: Any) -> Tensor:
         """Return the logits."""
 
-    def count(self, images: int, *, recorded: bool) -> None:
+    def count(self, samples: int, *, recorded: bool) -> None:
         """Count samples that another network of the same size evaluates."""
 
 
@@ -69,9 +72,7 @@ class StepFunction:
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            loss = forward(*batch.tensors)
-            loss.backward()  # type: ignore[no-untyped-call]
-            return loss.detach()
+            return forward.backward(*batch.tensors)
 
         loss: Tensor = self.optimizer.step(closure)  # type: ignore[arg-type, assignment]
         return loss

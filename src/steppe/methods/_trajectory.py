@@ -66,12 +66,12 @@ class StepWithTerm(StepFunction):
 
     def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
         """Take one step; the loss that is returned is without the term, so that methods can be compared by it."""
-        self.module.to(batch.images.device)
+        self.module.to(batch.inputs.device)
 
         def closure() -> Tensor:
             self.optimizer.zero_grad()
-            logits = forward.logits(batch.images)
-            losses = F.cross_entropy(logits.float(), batch.labels, reduction="none")
+            logits = forward.logits(batch.inputs)
+            losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
             forward.mean(losses + self.term(forward, logits, batch)).backward()  # type: ignore[no-untyped-call]
             return forward.mean(losses.detach())
 

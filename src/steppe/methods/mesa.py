@@ -295,7 +295,7 @@ class MESAStep(StepWithTerm):
         """Return the divergence from the outputs of the averaged weights, whose forward is counted."""
         if batch.epoch >= self.start:
             forward.count(len(batch), recorded=False)
-        value: Tensor = self.module(logits, batch.images, epoch=batch.epoch)
+        value: Tensor = self.module(logits, batch.inputs, epoch=batch.epoch)
         return value
 
 

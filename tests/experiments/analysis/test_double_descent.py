@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from matplotlib.figure import Figure
 from rich.console import Console
-from tiny import command_line, options, recipe, train_run
+from tiny import command_line, image_record, options, recipe, train_run
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.summary import setting
@@ -160,7 +160,7 @@ OFF = (-0.3, 0.0, 0.3)  # by seed
 def record(train_error: float, test_error: float, sharpness: float | None) -> Record:
     train, test = 100 - train_error, 100 - test_error
     flat = None if sharpness is None else 3 * sharpness
-    return Record(4, 4, 20, 288, 1.0, 1.0, train, 1.0, test, train - test, 1.0, 72.0, sharpness, flat, flat)
+    return image_record(4, 4, 20, 288, 1.0, 1.0, train, 1.0, test, train - test, 1.0, 72.0, sharpness, flat, flat)
 
 
 def measured(out: Path, *, sharp: bool = True, wobble: float = 0.0) -> Recipe:

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 from rich.console import Console
-from tiny import recipe
+from tiny import image_record, recipe
 
 from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.config.method_spec import MethodSpec
@@ -15,7 +15,9 @@ from steppe.experiments.storage.run_folder import Results, RunFolder
 
 
 def record(epoch: float, train: float, test: float) -> Record:
-    return Record(int(epoch), 1, 10, 100, 1.2, 2 - train / 50, train, 1.0, test, train - test, 60.0 * epoch, 100.0)
+    return image_record(
+        int(epoch), 1, 10, 100, 1.2, 2 - train / 50, train, 1.0, test, train - test, 60.0 * epoch, 100.0
+    )
 
 
 def results(of: Recipe, tests: dict[str, list[float]]) -> Results:
@@ -32,12 +34,12 @@ def results(of: Recipe, tests: dict[str, list[float]]) -> Results:
 def test_rows_differences_and_verdicts() -> None:
     three = recipe(seeds=3)
     summary = summarize(three, results(three, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
-    assert [(str(row.method), row.standardized_epoch, row.gap.n) for row in summary.rows] == [
+    assert [(str(row.method), row.standardized_epoch, row.seconds.n) for row in summary.rows] == [
         ("sgd", 4, 3),
         ("sam", 4, 3),
     ]
-    assert summary.rows[0].test_accuracy.mean == pytest.approx(85.0)
-    assert summary.rows[0].test_accuracy.sd == pytest.approx(1.0)
+    assert summary.rows[0].measures["test_accuracy"].mean == pytest.approx(85.0)
+    assert summary.rows[0].measures["test_accuracy"].sd == pytest.approx(1.0)
     (sentence,) = summary.notes()
     # differences 1.0, 1.1, 1.1: mean 1.0667, sd 0.0577, 4.3027 * sd / sqrt(3) = 0.1434
     assert "SAM against SGD at 4 standardized epochs, 3 paired runs" in sentence

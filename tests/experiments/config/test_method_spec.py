@@ -1,10 +1,9 @@
 from fractions import Fraction
 from typing import Any
 
-from tiny import CPU, dataset, recipe
+from tiny import recipe, training_of
 
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.training.run import Training
 
 
 def test_equal_specs_have_one_spelling() -> None:
@@ -36,10 +35,10 @@ def test_arguments_of_a_spec_reach_the_optimizer_and_the_plan() -> None:
         k: Fraction(str(v)) for k, v in planned.items()
     }
     look = next(recipe(methods=("looksam:interval=2,alpha=0.3",)).runs())
-    optimizer: Any = Training(look, dataset(), CPU).optimizer
+    optimizer: Any = training_of(look).optimizer
     assert (optimizer.cadence.interval, optimizer.combination.alpha, optimizer.rho) == (2, 0.3, 0.05)
     late = next(recipe(methods=("late_sam:start=0.5,rho=0.2",), extra_epochs=3).runs())
-    optimizer = Training(late, dataset(), CPU).optimizer
+    optimizer = training_of(late).optimizer
     assert (optimizer.cadence.start, optimizer.cadence.total_steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
-    draws: Any = [Training(run, dataset(), CPU).optimizer for run in recipe(methods=("random_sam",), seeds=2).runs()]
+    draws: Any = [training_of(run).optimizer for run in recipe(methods=("random_sam",), seeds=2).runs()]
     assert [optimizer.cadence.seed for optimizer in draws] == [0, 1]

@@ -2,14 +2,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, dataset, recipe, train_run, untimed
+from tiny import recipe, train_run, training_of, untimed
 
 from steppe import variants
 from steppe.experiments.config import methods
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.training.run import Training
 
 
 def test_every_variant_is_a_method_of_comparisons_and_can_be_built() -> None:
@@ -18,7 +17,7 @@ def test_every_variant_is_a_method_of_comparisons_and_can_be_built() -> None:
     for name, method in METHODS.items():
         base = method.plain or "sgd"
         (run,) = recipe(methods=(name,), base=base).runs()
-        assert isinstance(Training(run, dataset(), CPU).optimizer, torch.optim.Optimizer)
+        assert isinstance(training_of(run).optimizer, torch.optim.Optimizer)
         assert 1 <= run.method.passes <= 6
         assert "_" not in run.method.label
 

@@ -15,7 +15,7 @@ def test_article_recipe_has_the_articles_settings() -> None:
         "methods": tuple(map(str, article.comparison.methods))
     } == wanted
     assert "does not give the batch size" in help_text
-    assert [run.steps(60_000) for run in article.runs()][:2] == [150 * 469, 75 * 469]
+    assert [run.steps(469) for run in article.runs()][:2] == [150 * 469, 75 * 469]
     assert [run.standardized_epochs for run in article.runs()][:2] == [150, 200]
 
 

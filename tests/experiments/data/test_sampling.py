@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny import CPU, dataset, recipe, split, train_run, untimed
+from tiny import CPU, dataset, recipe, samples, split, train_run, training_of, untimed
 
 from steppe.experiments.analysis.summary import setting
 from steppe.experiments.config.presets import RECIPES
@@ -11,8 +11,6 @@ from steppe.experiments.data.sampling import few_shot, hold_out, mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.evaluation import evaluate
-from steppe.experiments.training.run import Training
-from steppe.experiments.world import World
 
 
 @pytest.fixture(scope="module")
@@ -95,26 +93,26 @@ def test_draw_of_wrong_labels_is_stable_across_versions() -> None:
 
 def test_methods_of_a_seed_share_wrong_training_labels_and_correct_test_labels() -> None:
     runs = list(recipe(label_noise=0.25, shots=3, seeds=2).runs())
-    sgd, sam, other, _ = (Training(run, dataset(), CPU) for run in runs)
+    sgd, sam, other, _ = (training_of(run) for run in runs)
     few = few_shot(dataset().train, 3, 0)
-    assert torch.equal(sgd.data.train.images, few.images)  # the noise leaves the draw of the images alone
-    assert int((sgd.data.train.labels != few.labels).sum()) == 8  # of 30, to the nearest image
-    assert torch.equal(sgd.data.train.labels, sam.data.train.labels)
-    assert not torch.equal(sgd.data.train.labels, other.data.train.labels)
-    assert torch.equal(sgd.data.test.labels, dataset().test.labels)
+    assert torch.equal(sgd.samples["train"].tensors[0], few.images)  # the noise leaves the draw of the images alone
+    assert int((sgd.samples["train"].tensors[1] != few.labels).sum()) == 8  # of 30, to the nearest image
+    assert torch.equal(sgd.samples["train"].tensors[1], sam.samples["train"].tensors[1])
+    assert not torch.equal(sgd.samples["train"].tensors[1], other.samples["train"].tensors[1])
+    assert torch.equal(sgd.samples["test"].tensors[1], dataset().test.labels)
 
 
 def test_noise_leaves_initial_weights_unchanged_and_training_is_measured_on_noisy_labels(tmp_path: Path) -> None:
     (run,) = recipe(methods=("sgd",), label_noise=0.5).runs()
     (plain,) = recipe(methods=("sgd",)).runs()
-    noisy, clean = Training(run, dataset(), CPU), Training(plain, dataset(), CPU)
+    noisy, clean = training_of(run), training_of(plain)
     assert all(map(torch.equal, noisy.network.state_dict().values(), clean.network.state_dict().values()))
     noisy.epoch, noisy.spent = 2, noisy.spent + 2 * noisy.images  # as if: a measurement is due
     (record,) = noisy.measure(lambda: None)
-    fitted = mislabeled(dataset().train, 0.5, 0)
-    score = evaluate(noisy.network, fitted, World(torch.device("cpu")), noisy.autocast, lambda: None)
-    assert (record.train_loss, record.train_accuracy) == (score.loss, score.accuracy)
-    assert record.gap == record.train_accuracy - record.test_accuracy
+    fitted = samples(mislabeled(dataset().train, 0.5, 0))
+    score = evaluate(noisy.task, noisy.network, fitted, 500, CPU, noisy.autocast, lambda: None)
+    assert (record["train_loss"], record["train_accuracy"]) == (score["loss"], score["accuracy"])
+    assert record["gap"] == record["train_accuracy"] - record["test_accuracy"]
     assert untimed(train_run(run, tmp_path / "a")) != untimed(train_run(plain, tmp_path / "b"))
 
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from executing import EventRecorder, jobs
-from tiny import CPU, RecordingReporter, dataset, recipe, train_run
+from tiny import CPU, RecordingReporter, dataset, make_task, recipe, train_run
 
 from steppe.experiments.execution.forwarding import EVENTS, EventReader, EventWriter, TensorBoard
 from steppe.experiments.execution.launch import InProcessExecutor
@@ -44,7 +44,7 @@ def test_every_measurement_is_logged(tmp_path: Path) -> None:
     run = next(recipe().runs())
     with TensorBoard(tmp_path / "tensorboard") as reporter:
         records = train_run(run, tmp_path / "run", reporter=reporter)
-    expected = [(r.standardized_epoch, pytest.approx(r.gap, rel=1e-5)) for r in records]
+    expected = [(r.standardized_epoch, pytest.approx(r["gap"], rel=1e-5)) for r in records]
     assert logged(tmp_path / "tensorboard", run.name) == expected
 
 
@@ -52,7 +52,7 @@ def test_every_measurement_is_logged(tmp_path: Path) -> None:
 def test_executor_logs_the_runs_that_ask_for_it_and_forwards_their_progress(tmp_path: Path) -> None:
     reporter = RecordingReporter()
     of, (job, *_) = recipe(tensorboard=True), jobs(tmp_path, tensorboard=True)
-    list(InProcessExecutor(of, CPU).run([job], dataset(), tmp_path, reporter, Stop()))
+    list(InProcessExecutor(of, CPU).run([job], make_task(), tmp_path, reporter, Stop()))
     assert [step for step, _ in logged(tmp_path / "tensorboard", job.run.name)] == [2, 4]
     assert [record.standardized_epoch for record in reporter.records] == [2, 4]
     assert reporter.steps

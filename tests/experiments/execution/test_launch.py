@@ -9,7 +9,7 @@ import pytest
 import torch
 from executing import DEMO, FIELDS, EventRecorder, assert_same, jobs, start_process, within_an_epoch, worker
 from rich.console import Console
-from tiny import CPU, RecordingReporter, command_line, dataset, options, recipe
+from tiny import CPU, RecordingReporter, command_line, dataset, make_task, options, recipe
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.execution import cpus
@@ -46,9 +46,9 @@ def test_parallel_runs_have_the_bits_of_sequential_ones_also_after_a_worker_is_k
     console, killer = Console(file=io.StringIO(), width=300), Killer(tmp_path)
     before = set(multiprocessing.active_children())  # of other tests
     with start_executor(recipe(**given), ExecutionOptions(runs_at_once=2), console) as executor:
-        outcomes = list(executor.run(jobs(tmp_path, **given), dataset(), tmp_path, killer, Stop()))
+        outcomes = list(executor.run(jobs(tmp_path, **given), make_task(), tmp_path, killer, Stop()))
         (tmp_path / "sgd-seed1" / "checkpoint.pt").write_bytes(b"no checkpoint")
-        again = list(executor.run(jobs(tmp_path, **given), dataset(), tmp_path, RecordingReporter(), Stop()))
+        again = list(executor.run(jobs(tmp_path, **given), make_task(), tmp_path, RecordingReporter(), Stop()))
     assert [bool(outcome.error) for outcome in outcomes] == [False] * 4
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert printed.startswith("sam-seed0: its worker died (it was ended by SIGKILL, ")
@@ -71,7 +71,7 @@ def test_outcomes_have_the_jobs_that_were_given_also_in_a_relative_folder(
     monkeypatch.chdir(tmp_path)
     fields, folder = {"epochs": 1, "eval_every": 1, "seeds": 1}, Path("run")
     with start_executor(recipe(**fields), ExecutionOptions(runs_at_once=2), Console()) as executor:
-        outcomes = list(executor.run(jobs(folder, **fields), dataset(), folder, RecordingReporter(), Stop()))
+        outcomes = list(executor.run(jobs(folder, **fields), make_task(), folder, RecordingReporter(), Stop()))
     assert {outcome.job for outcome in outcomes} == set(jobs(folder, **fields))
 
 
@@ -115,7 +115,7 @@ def test_next_job_is_taken_only_when_the_last_one_has_ended(tmp_path: Path) -> N
             taken.append(job.run.name)
             yield job
 
-    outcomes = InProcessExecutor(recipe(), CPU).run(watched(), dataset(), tmp_path, RecordingReporter(), Stop())
+    outcomes = InProcessExecutor(recipe(), CPU).run(watched(), make_task(), tmp_path, RecordingReporter(), Stop())
     assert taken == []
     assert next(outcomes).job.run.name == "sgd-seed0"
     assert taken == ["sgd-seed0"]

@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from fine_tuning import OPTIONS, recipe, weights
 from rich.console import Console
-from tiny import CPU, split
+from tiny import CPU, batches_of, split
 
 import steppe
 from steppe.cli import main
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data import datasets as data
-from steppe.experiments.data.batches import batches, count, order
+from steppe.experiments.data.batches import count
 from steppe.experiments.data.datasets import Dataset, Split, normalize
 from steppe.experiments.data.sampling import few_shot
 from steppe.experiments.execution import pretraining as finetune
@@ -25,7 +25,7 @@ from steppe.experiments.execution.launch import InProcessExecutor
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.report import page
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import parse_records
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop, Stopped
@@ -187,17 +187,17 @@ def test_steppe_finetune_with_a_hugging_face_folder(cache: Path, saved: Path, tm
     assert not cache.exists()
     last = [json.loads((out / f"runs/{m}-seed0/metrics.jsonl").read_text().splitlines()[-1]) for m in ("sgd", "sam")]
     assert [run["passes"] for run in last] == [1, 2]
-    records = [Record(**run) for run in last]
+    records = parse_records(last)
     backbone = from_hub(f"hf:{saved}", 10, 16)
     torch.manual_seed(0)
     network = backbone.network(freeze=False)
     optimizer = steppe.SAM(torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9), rho=0.05, model=network)
     drawn = few_shot(tiny_data("digits").train, 2, 0)
     assert (len(drawn), count(20, 10)) == (20, 2)
-    for batch in batches(Split(drawn.images, drawn.labels), 10, order(20, 0, 0), CPU):
+    for batch in batches_of(Split(drawn.images, drawn.labels), 10):
         for sam_pass in optimizer.passes():
             with sam_pass:
-                F.cross_entropy(network(batch.images), batch.labels).backward()
+                F.cross_entropy(network(batch.inputs), batch.targets).backward()
         optimizer.step()
     ours = weights(out / "runs" / "sam-seed0")
     for name, tensor in network.state_dict().items():
@@ -205,4 +205,4 @@ def test_steppe_finetune_with_a_hugging_face_folder(cache: Path, saved: Path, tm
     network.eval()
     with torch.no_grad():
         loss = F.cross_entropy(network(normalize(drawn.images)), drawn.labels)
-    assert records[1].train_loss == pytest.approx(loss.item(), rel=1e-5)
+    assert records[1]["train_loss"] == pytest.approx(loss.item(), rel=1e-5)

@@ -3,10 +3,9 @@ from pathlib import Path
 
 import pytest
 from rich.console import Console
-from tiny import recipe, train_run
+from tiny import image_record, recipe, train_run
 
 from steppe.experiments.execution.progress import JobProgress, RunProgress
-from steppe.experiments.storage.records import Record
 
 
 def terminal(width: int = 160) -> Console:
@@ -25,7 +24,7 @@ def test_bars_show_loss_accuracies_speed_and_time(tmp_path: Path) -> None:
         for run in two.runs():
             records = train_run(run, tmp_path / run.name, reporter=progress)
             progress._bars.refresh()
-    for part in ("SGD seed 0", "SAM seed 0", "all runs", f"{records[-1].test_accuracy:.2f} %", "8/8"):
+    for part in ("SGD seed 0", "SAM seed 0", "all runs", f"{records[-1]['test_accuracy']:.2f} %", "8/8"):
         assert part in printed(console)
     progress = RunProgress(terminal(), 8)
     run = next(two.runs())
@@ -44,7 +43,7 @@ def test_several_runs_have_a_bar_each_and_one_that_begins_again_moves_back() -> 
         progress.begin(run, epoch, [])
     completed = {task.description: task.completed for task in progress._bars.tasks}
     assert completed == {"all runs": 2.0, "SGD seed 0": 1.0, "SAM seed 0": 1.0}
-    progress.end(first, [Record(4, 2, 10, 100, 2.0, 0.1, 99.0, 0.5, 80.0, 19.0, 1.0, 1.0)])
+    progress.end(first, [image_record(4, 2, 10, 100, 2.0, 0.1, 99.0, 0.5, 80.0, 19.0, 1.0, 1.0)])
     completed = {task.description: task.completed for task in progress._bars.tasks}
     assert completed == {"all runs": 5.0, "SAM seed 0": 1.0}
 
@@ -57,8 +56,8 @@ def test_without_a_terminal_each_measurement_is_a_plain_line(tmp_path: Path) -> 
     lines = printed(console).splitlines()
     assert len(lines) == len(records) == 2
     assert lines[-1].startswith("SGD seed 0  standardized epoch 4/4  loss ")
-    assert f"gap {records[-1].gap:5.2f}" in lines[-1]
-    assert f"test {records[-1].test_accuracy:5.2f} %" in lines[-1]
+    assert f"gap {records[-1]['gap']:5.2f}" in lines[-1]
+    assert f"test {records[-1]['test_accuracy']:5.2f} %" in lines[-1]
 
 
 @pytest.mark.parametrize(("epoch", "state"), [(1.5, "resumes"), (4.0, "is finished")])

@@ -8,7 +8,7 @@ from xml.etree import ElementTree
 import matplotlib
 import matplotlib.image
 import pytest
-from tiny import recipe
+from tiny import image_record, recipe
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import drawing, style
@@ -18,7 +18,9 @@ from steppe.experiments.storage.run_folder import Results
 
 
 def record(epoch: float, train: float, test: float) -> Record:
-    return Record(int(epoch), 1, 10, 100, 1.2, 2 - train / 50, train, 1.0, test, train - test, 60.0 * epoch, 100.0)
+    return image_record(
+        int(epoch), 1, 10, 100, 1.2, 2 - train / 50, train, 1.0, test, train - test, 60.0 * epoch, 100.0
+    )
 
 
 def draw(of: Recipe, measured: Results, folder: Path) -> list[Path]:

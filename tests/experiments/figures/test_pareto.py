@@ -37,8 +37,11 @@ def measured(epochs: Sequence[float], passes: float, *, images: int = 72) -> lis
     return [
         Record(
             standardized_epoch=round(e * passes), epoch=e, steps=int(5 * e), passes=passes,
-            gradient_evaluations=passes * e * images, train_loss=1 / e, train_accuracy=80 + e, test_loss=1.0,
-            test_accuracy=70 + e, gap=10.0, seconds=3 * e * passes, images_per_second=1.0,
+            gradient_evaluations=passes * e * images,
+            measures={
+                "train_loss": 1 / e, "train_accuracy": 80 + e, "test_loss": 1.0, "test_accuracy": 70 + e, "gap": 10.0
+            },
+            seconds=3 * e * passes, images_per_second=1.0,
         )
         for e in epochs
     ]  # fmt: skip
@@ -64,7 +67,7 @@ def test_records_between_two_measurements_are_interpolated() -> None:
     assert after_epochs(records, 2.0) is records[1]
     between = after_epochs(records, 2.5)
     assert between is not None
-    assert (between.test_accuracy, between.seconds) == pytest.approx((72.5, 9.0))
+    assert (between["test_accuracy"], between.seconds) == pytest.approx((72.5, 9.0))
     assert (between.passes, between.gradient_evaluations) == pytest.approx((1.2, 1.2 * 2.5 * 72))
     assert after_epochs(records, 0.5) is None
     assert after_epochs(records, 4.5) is None
@@ -107,7 +110,7 @@ def test_filled_points_are_the_front_of_the_means() -> None:
         assert filled == sorted(front([(x, better * y) for x, y in points]))
     records = [after_epochs(results[run], epochs) for run in ours.runs() if run.method.name == "sam"]
     sam = figure.axes[0].containers[1][0].get_xydata()[0]
-    assert sam[1] == pytest.approx(sum(r.test_accuracy for r in records if r is not None) / 2)
+    assert sam[1] == pytest.approx(sum(r["test_accuracy"] for r in records if r is not None) / 2)
 
 
 @pytest.mark.parametrize("n", [3, 12, 20])

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 from matplotlib.figure import Figure
-from tiny import recipe
+from tiny import image_record, recipe
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import curves as figures
@@ -16,7 +16,7 @@ def results(of: Recipe, sharp: bool) -> Results:
     def records(run: Run) -> list[Record]:
         flat = [(0.1 * e, 4.0 * e, 0.5 * e) if sharp and e > 2 else (None, None, None) for e in (2, 4)]
         return [
-            Record(e, e, 10, 100, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0, *f)
+            image_record(e, e, 10, 100, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0, *f)
             for e, f in zip((2, 4), flat, strict=True)
         ]
 
@@ -48,7 +48,7 @@ def test_no_edge_is_drawn_that_is_another_ones(fields: dict[str, object]) -> Non
 
 
 def test_between_two_measurements_only_what_both_have_is_interpolated() -> None:
-    early, late = (Record(e, e, 10, 100 * e, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0) for e in (2, 4))
+    early, late = (image_record(e, e, 10, 100 * e, 1.0, 1.0, 90.0, 1.0, 80.0, 10.0, 1.0, 1.0) for e in (2, 4))
     sharp = [replace(early, sharpness=0.2, lambda_max=3.0), replace(late, sharpness=0.4)]
     between = after_epochs(sharp, 3.0)
     assert between is not None

@@ -19,11 +19,11 @@ from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdic
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split, load, normalize
-from steppe.experiments.data.sampling import few_shot, mislabeled
+from steppe.experiments.data.sampling import FLATNESS_SAMPLE, few_shot, generator, mislabeled
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import with_backbone
+from steppe.experiments.execution.pretraining import prepare_task
 from steppe.experiments.measuring import jobs, measure_runs
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress
 from steppe.experiments.measuring.measure_runs import LineJob, RunJob
@@ -31,7 +31,6 @@ from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
-from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import train
 from steppe.flatness import FAMILIES, Budget, Objective
 
@@ -129,8 +128,13 @@ def objective(path: Path, run: Run, split: Split) -> Objective:
     return Objective(network(path, run), (normalize(split.images), split.labels), loss=F.cross_entropy)
 
 
+def sample(split: Split, seed: int) -> Split:
+    drawn = torch.randperm(len(split), generator=generator(seed, FLATNESS_SAMPLE))[:24]
+    return split.select(drawn.sort().values)
+
+
 def trained_on(run: Run) -> Split:
-    return flatness_sample(mislabeled(few_shot(dataset().train, 4, run.seed), 0.25, run.seed), 24, run.seed)
+    return sample(mislabeled(few_shot(dataset().train, 4, run.seed), 0.25, run.seed), run.seed)
 
 
 def same(path: Path, other: Path) -> bool:
@@ -177,7 +181,7 @@ def test_flatness_is_measured_on_the_images_and_labels_of_the_training(path: Pat
     for run in RunFolder(path).recipe().runs():
         loss = float(objective(path, run, trained_on(run)).loss())
         assert written(path, "runs", run.name)["measures"]["loss"]["value"] == pytest.approx(loss, rel=1e-6)
-        unchanged = flatness_sample(few_shot(dataset().train, 4, run.seed), 24, run.seed)
+        unchanged = sample(few_shot(dataset().train, 4, run.seed), run.seed)
         assert float(objective(path, run, unchanged).loss()) != pytest.approx(loss, rel=1e-5)
 
 
@@ -188,7 +192,7 @@ def test_line_ends_at_the_losses_of_its_two_networks(path: Path) -> None:
         assert (line["axis"][0], line["axis"][-1], len(line["axis"])) == (0.0, 1.0, len(line["train"]))
         for end, method in ((0, "sgd"), (-1, "sam")):
             run = runs[f"{method}-seed{line['seed']}"]
-            for split, on in (("train", trained_on(run)), ("test", flatness_sample(dataset().test, 24, 0))):
+            for split, on in (("train", trained_on(run)), ("test", sample(dataset().test, 0))):
                 there = objective(path, run, on)
                 loss = float(there.loss(buffers=there.statistics()))
                 assert line[split][end] == pytest.approx(loss, rel=1e-6), (run.name, split)
@@ -342,9 +346,9 @@ def own_backbone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Ru
     folder = RunFolder(tmp_path / "run")
     with folder.locked(), start_executor(ours, ExecutionOptions(), Console(quiet=True)) as executor:
         folder.claim(ours, 1)
-        images = with_backbone(dataset(), executor, folder.path, Console(quiet=True))
+        made = prepare_task(executor, folder.path, Console(quiet=True))
     (run,) = ours.runs()
-    train(run, folder.run(run), images, CPU)
+    train(run, folder.run(run), made(ours), CPU)
     yield folder
     torch.set_num_threads(1)
 

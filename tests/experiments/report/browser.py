@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from tiny import image_record
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.files import write_json, write_json_lines
@@ -103,7 +104,7 @@ def _records(run: Run) -> list[Record]:
         test += draws.gauss(0, 0.2)
         own, seconds = epoch / passes, epoch * (2.0 + draws.random() / 10)
         records.append(
-            Record(
+            image_record(
                 *(epoch, own, int(9 * own), 144.0 * epoch, passes),
                 *(2 - train / 50, train, 1.0, test, train - test, seconds, 144 * own / seconds),
             )

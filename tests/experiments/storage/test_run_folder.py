@@ -5,13 +5,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from tiny import recipe, train_run
+from tiny import image_record, recipe, train_run
 
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import METRICS, RunFolder
 
-RECORD = Record(4, 4, 20, 288, 1.0, 0.5, 80.0, 0.7, 70.0, 10.0, 1.5, 100.0).to_json()
+RECORD = image_record(4, 4, 20, 288, 1.0, 0.5, 80.0, 0.7, 70.0, 10.0, 1.5, 100.0).to_json()
 
 
 @pytest.fixture
@@ -104,7 +103,7 @@ def test_damaged_metrics_are_replaced_by_the_records_of_the_checkpoint(
         json.dumps(RECORD | {"test_loss": True}),
         json.dumps(RECORD | {"seconds": 10**400}),
         json.dumps({k: v for k, v in RECORD.items() if k != "gap"}),
-        json.dumps(RECORD | {"color": 1}),
+        json.dumps(RECORD | {"color": "red"}),
         f"{json.dumps(RECORD)}\n{json.dumps(RECORD)}",
         "[" * 100_000,
     ],
@@ -123,8 +122,8 @@ def test_measured_values_that_are_not_finite_are_results(folder: RunFolder) -> N
     folder.run(sgd).mkdir(parents=True)
     (folder.run(sgd) / METRICS).write_text(json.dumps(RECORD | {"train_loss": math.nan, "test_loss": math.inf}))
     (record,) = folder.results(recipe())[sgd]
-    assert math.isnan(record.train_loss)
-    assert record.test_loss == math.inf
+    assert math.isnan(record["train_loss"])
+    assert record["test_loss"] == math.inf
 
 
 def test_lock_is_released_when_its_process_is_killed_and_can_be_waited_for(folder: RunFolder) -> None:

@@ -9,22 +9,20 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
-from tiny import CPU, dataset, recipe, train_run
+from tiny import CPU, batches_of, dataset, recipe, samples, train_run, training_of
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
 from steppe.experiments.config.methods import BASES, METHODS, Base
-from steppe.experiments.config.recipe import Run
-from steppe.experiments.data.batches import Batch, batches, order
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.data.batches import order
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks import images
+from steppe.experiments.tasks.batches import Batch
 from steppe.experiments.training import cuda_graphs as graphs
-from steppe.experiments.training import run as training
 from steppe.experiments.training.cuda_graphs import Stepper, recorder
-from steppe.experiments.training.evaluation import evaluate
-from steppe.experiments.training.forward import build_network
-from steppe.experiments.training.run import Training
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import World
 from stops import StopAfter
@@ -33,6 +31,9 @@ T = TypeVar("T")
 CAPTURABLE = [name for name, method in METHODS.items() if method.capturable]
 # of the methods that do not perturb at every step, so that both kinds of step are recorded in a short run
 AT_SOME_STEPS = {"looksam": "looksam:interval=2", "late_sam": "late_sam:start=0.5", "random_sam": "random_sam:p=0.5"}
+
+NETWORK = images._network
+TRAIN = samples(dataset().train)
 
 
 def places(values: object) -> dict[int, Tensor]:
@@ -94,7 +95,7 @@ class StandIn:
         return result, replay
 
 
-def fused_adamw(parameters, lr: float, momentum: float, weight_decay: float, *, on_gpu: bool) -> torch.optim.AdamW:
+def fused_adamw(parameters, lr: float, momentum: float, weight_decay: float, **options: object) -> torch.optim.AdamW:
     """As on a GPU: the plain one on a CPU reads its step counter on the host."""
     return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=True)
 
@@ -102,8 +103,8 @@ def fused_adamw(parameters, lr: float, momentum: float, weight_decay: float, *, 
 @pytest.fixture
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     StandIn.made = []
-    monkeypatch.setattr(training, "build_network", small)
-    monkeypatch.setattr(training, "BASES", {**BASES, "adamw": Base(fused_adamw, has_momentum=False)})
+    monkeypatch.setattr(images, "_network", small)
+    monkeypatch.setattr(images, "BASES", {**BASES, "adamw": Base(fused_adamw, has_momentum=False)})
     monkeypatch.setattr(graphs, "RECORDERS", {"cpu": StandIn})
     return StandIn
 
@@ -114,7 +115,7 @@ def make_run(method: str, **fields: object) -> Run:
     return next(recipe(methods=(method,), **given).runs())
 
 
-def small(run: Run, data: Dataset) -> nn.Module:
+def small(data: Dataset, recipe: Recipe) -> nn.Module:
     """A network with all kinds of layers that the real one has."""
     convolution = nn.Conv2d(1, 4, 3, stride=3, bias=False)
     return nn.Sequential(convolution, nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9 * 9, 10))
@@ -168,7 +169,7 @@ def test_a_stopped_run_resumes_with_graphs(method: str, tmp_path: Path, stand_in
 def test_the_real_network_under_autocast(
     tmp_path: Path, stand_in: type[StandIn], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training, "build_network", build_network)
+    monkeypatch.setattr(images, "_network", NETWORK)
     given = make_run("sam", amp=True, channels_last=True, epochs=4)
     train_run(one_by_one(given), tmp_path / "eager")
     train_run(given, tmp_path / "graphs")
@@ -180,14 +181,15 @@ def test_another_batch_size_and_a_measurement_between_steps(stand_in: type[Stand
     """A few steps of a size that has no graph, amid replays; measuring changes modes and runs other shapes."""
     weights, losses = [], []
     for given in (make_run("sam"), one_by_one(make_run("sam"))):
-        moving, train = Training(given, dataset(), CPU), dataset().train
+        moving = training_of(given)
+        train = moving.samples["train"]
         cut = [0, *range(7, 71, 8)]  # of 7 and of 8
         found: list[float] = []
         for epoch in range(4):
             indices = order(71, 0, epoch)
             parts = [indices[a:b] for a, b in pairwise(cut)] + [indices[:3]]
-            found += [float(moving.step(Batch(train, part, len(part), epoch))) for part in parts]
-            evaluate(moving.network, dataset().test, CPU, moving.autocast, lambda: None)
+            found += [float(moving.step(Batch(train.gather, part, len(part), epoch))) for part in parts]
+            moving.measure(lambda: None)
         losses.append(found)
         weights.append(moving.network.state_dict())
     assert (stand_in.made[0].warmed, stand_in.made[0].recorded) == (9, 3)
@@ -196,9 +198,9 @@ def test_another_batch_size_and_a_measurement_between_steps(stand_in: type[Stand
 
 
 def test_the_step_counter_is_that_of_all_steps(stand_in: type[StandIn]) -> None:
-    moving = Training(make_run("sam"), dataset(), CPU)
+    moving = training_of(make_run("sam"))
     for epoch in range(3):
-        for batch in batches(dataset().train, 16, order(72, 0, epoch), CPU, epoch=epoch):
+        for batch in batches_of(dataset().train, 16, epoch=epoch):
             moving.step(batch)
     assert moving.steps == 15
     assert [group["sam_step"] for group in moving.optimizer.state_dict()["param_groups"]] == [15]
@@ -206,17 +208,17 @@ def test_the_step_counter_is_that_of_all_steps(stand_in: type[StandIn]) -> None:
 
 
 def test_which_runs_use_graphs(stand_in: type[StandIn]) -> None:
-    assert recorder(make_run("sam"), CPU) is not None
-    assert recorder(make_run("sam", cuda_graphs=True), CPU) is not None
-    assert recorder(make_run("sam", cuda_graphs=False), CPU) is None
-    assert recorder(make_run("sam"), World(CPU.device, 0, 2)) is None
-    assert recorder(make_run("sam", backbone="timm:resnet18"), CPU) is None
+    assert recorder(make_run("sam"), CPU, TRAIN) is not None
+    assert recorder(make_run("sam", cuda_graphs=True), CPU, TRAIN) is not None
+    assert recorder(make_run("sam", cuda_graphs=False), CPU, TRAIN) is None
+    assert recorder(make_run("sam"), World(CPU.device, 0, 2), TRAIN) is None
+    assert recorder(make_run("sam", backbone="timm:resnet18"), CPU, TRAIN) is None
     for host in ("aesam", "rwp", "sparse_sam", "mesa"):
-        assert recorder(make_run(host), CPU) is None
+        assert recorder(make_run(host), CPU, TRAIN) is None
 
 
 def test_no_graphs_on_a_cpu() -> None:
-    assert recorder(make_run("sam"), CPU) is None
+    assert recorder(make_run("sam"), CPU, TRAIN) is None
 
 
 def test_a_failed_capture_reports_the_remedy() -> None:
@@ -230,7 +232,7 @@ def test_a_failed_capture_reports_the_remedy() -> None:
     by_graphs = Stepper(
         take, torch.optim.SGD([torch.zeros(1)]), SimpleNamespace(warm=lambda work: work(), record=record)
     )
-    batch = next(batches(dataset().train, 16, order(72, 0, 0), CPU))
+    batch = next(batches_of(dataset().train, 16))
     for _ in range(3):
         by_graphs(batch)
     with pytest.raises(ExperimentError, match=r"stream is capturing\): use --no-cuda-graphs"):

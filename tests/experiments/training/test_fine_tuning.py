@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fine_tuning import dataset, pretrained, recipe, run_of, weights
-from tiny import CPU, untimed
+from tiny import train_run, training_of, untimed
 from torch import Tensor, nn
 
 import steppe
@@ -20,18 +20,17 @@ from steppe.experiments.data.datasets import MEAN, STD, Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.backbones import Backbone
 from steppe.experiments.models.preact_resnet import PreActResNet18
-from steppe.experiments.training.run import Training, train
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
 
 
 def test_methods_of_a_seed_share_images_and_head_and_seeds_differ() -> None:
     runs = list(recipe(shots=2, seeds=2).runs())
-    runs = [Training(run, dataset(), CPU) for run in runs]
+    runs = [training_of(run, dataset()) for run in runs]
     sgd, sam, other = runs[:3]
     assert sgd.images == 20
-    assert torch.equal(sgd.data.train.images, sam.data.train.images)
-    assert not torch.equal(sgd.data.train.images, other.data.train.images)
+    assert torch.equal(sgd.samples["train"].tensors[0], sam.samples["train"].tensors[0])
+    assert not torch.equal(sgd.samples["train"].tensors[0], other.samples["train"].tensors[0])
     heads = [run.network.state_dict()["body.head.weight"] for run in runs]
     assert torch.equal(heads[0], heads[1])
     assert not torch.equal(heads[0], heads[2])
@@ -78,7 +77,7 @@ def plain_loop(method: str, r: Recipe, seed: int, backbone: Backbone, images: Da
 @pytest.mark.parametrize("fields", [{}, {"head_lr": 0.1}, {"freeze": True}], ids=str)
 def test_a_run_equals_a_plain_fine_tuning_loop(method: str, fields: dict[str, Any], tmp_path: Path) -> None:
     r = recipe(norm="batch", **fields)
-    train(Run(r, MethodSpec.parse(method), 3), tmp_path, dataset(), CPU)
+    train_run(Run(r, MethodSpec.parse(method), 3), tmp_path, dataset())
     ours = {k.removeprefix("body."): v for k, v in weights(tmp_path).items()}
     theirs = plain_loop(method, r, 3, pretrained(), dataset()).state_dict()
     before = pretrained().model.state_dict()
@@ -91,12 +90,12 @@ def test_a_run_equals_a_plain_fine_tuning_loop(method: str, fields: dict[str, An
 
 def test_every_method_protects_the_network_that_it_trains() -> None:
     for method in (name for name, method in METHODS.items() if not method.plain):
-        run = Training(run_of(method, methods=("sgd", method)), dataset(), CPU)
+        run = training_of(run_of(method, methods=("sgd", method)), dataset())
         assert getattr(run.optimizer, "model", run.network) is run.network, method
 
 
 def test_sam_differs_from_sgd_and_its_second_pass_is_counted(tmp_path: Path) -> None:
-    ends = {m: train(run_of(m), tmp_path / m, dataset(), CPU)[-1] for m in ("sgd", "sam")}
+    ends = {m: train_run(run_of(m), tmp_path / m, dataset())[-1] for m in ("sgd", "sam")}
     assert (ends["sgd"].passes, ends["sam"].passes) == (1, 2)
     assert ends["sgd"].gradient_evaluations == ends["sam"].gradient_evaluations == 144
     assert not torch.equal(weights(tmp_path / "sgd")["body.head.weight"], weights(tmp_path / "sam")["body.head.weight"])
@@ -105,30 +104,30 @@ def test_sam_differs_from_sgd_and_its_second_pass_is_counted(tmp_path: Path) -> 
 @pytest.mark.parametrize("fields", [{}, {"freeze": True, "shots": 3, "head_lr": 0.1}], ids=str)
 def test_a_stopped_fine_tuning_resumes_to_the_same_bits(fields: dict[str, Any], tmp_path: Path) -> None:
     run = run_of("sam", **fields)
-    whole = train(run, tmp_path / "whole", dataset(), CPU)
+    whole = train_run(run, tmp_path / "whole", dataset())
     with pytest.raises(Stopped):
-        train(run, tmp_path / "parts", dataset(), CPU, stop=StopAfter(2))
+        train_run(run, tmp_path / "parts", dataset(), stop=StopAfter(2))
     torch.manual_seed(99)
-    assert untimed(train(run, tmp_path / "parts", dataset(), CPU)) == untimed(whole)
+    assert untimed(train_run(run, tmp_path / "parts", dataset())) == untimed(whole)
     ours, theirs = weights(tmp_path / "parts"), weights(tmp_path / "whole")
     assert all(torch.equal(ours[k], theirs[k]) for k in theirs)
 
 
 def test_a_run_from_other_initial_weights_does_not_resume(tmp_path: Path) -> None:
     run = run_of("sgd")
-    train(run, tmp_path, dataset(), CPU)
+    train_run(run, tmp_path, dataset())
     with pytest.raises(ExperimentError, match="belongs to another run or another configuration"):
-        train(run, tmp_path, dataset(pretrained(6)), CPU)
+        train_run(run, tmp_path, dataset(pretrained(6)))
 
 
 def test_a_missing_backbone_raises() -> None:
     with pytest.raises(RuntimeError, match=r"backbone=own, but the data has None"):
-        Training(run_of("sgd"), dataclasses.replace(dataset(), backbone=None), CPU)
+        training_of(run_of("sgd"), dataclasses.replace(dataset(), backbone=None))
 
 
 def test_backbone_none_is_the_network_of_compare() -> None:
     r = recipe(backbone="none", pretrain_on="auto")
-    network = Training(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), backbone=None), CPU).network
+    network = training_of(Run(r, MethodSpec.parse("sgd"), 4), dataclasses.replace(dataset(), backbone=None)).network
     torch.manual_seed(4)
     assert torch.equal(network.state_dict()["head.weight"], PreActResNet18(2, stem_stride=2).head.weight)
 
@@ -142,4 +141,4 @@ def test_backbone_none_is_the_network_of_compare() -> None:
 )
 def test_an_option_that_would_be_ignored_raises(method: str, fields: dict[str, Any], meaning: str) -> None:
     with pytest.raises(ExperimentError, match=meaning):
-        Training(run_of(method, methods=("sgd", method), **fields), dataset(), CPU)
+        training_of(run_of(method, methods=("sgd", method), **fields), dataset())

@@ -5,13 +5,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, dataset, recipe, train_run, untimed
+from tiny import CPU, batches_of, dataset, make_task, recipe, train_run, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.config import methods
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.data.batches import Batch, batches, order
+from steppe.experiments.tasks.batches import Batch
 from steppe.experiments.training.forward import Forward
 from steppe.experiments.world import World
 from steppe.methods._step_function import StepFunction
@@ -61,7 +61,7 @@ def test_the_term_in_the_loss_changes_the_run(method: str, tmp_path: Path) -> No
         train_run(make_run(method.format(2)), tmp_path / "a"),
         train_run(make_run(method.format(0)), tmp_path / "b"),
     )
-    assert with_it[-1].train_loss != without[-1].train_loss
+    assert with_it[-1]["train_loss"] != without[-1]["train_loss"]
     if method == PAST:
         plain = untimed(train_run(make_run("sgd"), tmp_path / "c"))
         assert untimed(without) == [pytest.approx(r, rel=1e-4) for r in plain]
@@ -77,8 +77,10 @@ def test_micro_batches_cost_as_much_as_whole_batches(tmp_path: Path) -> None:
         train_run(make_run("micro_batch_sam:m=5"), tmp_path / "b"),
     )
     assert [r.passes for r in parts] == [2.0, 2.0]
-    assert whole[-1].train_loss == pytest.approx(train_run(make_run("sam"), tmp_path / "c")[-1].train_loss, rel=1e-4)
-    assert whole[-1].train_loss != parts[-1].train_loss
+    assert whole[-1]["train_loss"] == pytest.approx(
+        train_run(make_run("sam"), tmp_path / "c")[-1]["train_loss"], rel=1e-4
+    )
+    assert whole[-1]["train_loss"] != parts[-1]["train_loss"]
 
 
 def test_a_step_function_that_bypasses_forward_raises(tmp_path: Path) -> None:
@@ -91,20 +93,20 @@ def test_a_step_function_that_bypasses_forward_raises(tmp_path: Path) -> None:
 def test_the_shares_of_a_batch_add_up_to_its_mean(size: int) -> None:
     """What processes average is the mean over the whole batch, by each of the three ways to a loss."""
     model = nn.Sequential(nn.Flatten(), nn.Linear(28 * 28, 10))
-    train = dataset().train
+    train, task = dataset().train, make_task()(recipe())
     means = {"call": 0.0, "losses": 0.0, "mean": 0.0, "first": 0.0}
     for rank in range(size):
         world = dataclasses.replace(CPU, rank=rank, size=size)
-        batch = next(batches(train, 16, order(72, 0, 0), world))
-        forward = Forward(model, batch, world, nullcontext)
+        batch = next(batches_of(train, 16, world=world))
+        forward = Forward(task, model, batch, world, nullcontext)
         means["call"] += float(forward(*batch.tensors)) / size
         means["losses"] += float(forward.losses(*batch.tensors).mean()) / size
-        logits = forward.logits(batch.images)
-        means["mean"] += float(forward.mean(F.cross_entropy(logits, batch.labels, reduction="none"))) / size
+        logits = forward.logits(batch.inputs)
+        means["mean"] += float(forward.mean(F.cross_entropy(logits, batch.targets, reduction="none"))) / size
         # the same image again and again: a part that a process takes stands for its whole share
         means["first"] += float(forward(*(t[:1].repeat(3, *[1] * (t.dim() - 1)) for t in batch.tensors))) / size
-    whole = next(batches(train, 16, order(72, 0, 0), CPU))
-    losses = F.cross_entropy(model(whole.images), whole.labels, reduction="none")
+    whole = next(batches_of(train, 16))
+    losses = F.cross_entropy(model(whole.inputs), whole.targets, reduction="none")
     for way in ("call", "losses", "mean"):
         assert means[way] == pytest.approx(float(losses.mean()), rel=1e-5)
     shares = [World(CPU.device, rank, size).share(whole.size) for rank in range(size)]

@@ -6,16 +6,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny import CPU, dataset, recipe, split, train_run, untimed
+from tiny import CPU, dataset, make_task, recipe, samples, split, train_run, training_of, untimed
 from torch import Tensor, nn
 
-from steppe.experiments.data.datasets import normalize
+from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.data.sampling import mislabeled
 from steppe.experiments.storage.records import read_records
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training import run as training
 from steppe.experiments.training.evaluation import flatness_sample, measure_flatness
-from steppe.experiments.training.run import Training
 from steppe.experiments.training.stopping import Stop, Stopped
 
 FIELDS = ("sharpness", "lambda_max", "gradient_norm")
@@ -103,13 +102,20 @@ class Small(nn.Module):
         return logits
 
 
+TASK = make_task()(recipe())
+
+
+def whole(data: Split) -> list[tuple[Tensor, ...]]:
+    return [samples(data).gather(torch.arange(len(data)))]
+
+
 def test_values_are_those_of_slow_references() -> None:
     network, sample = Small().double(), split(60, 0)
     images = normalize(sample.images).double()
     network.train()
     network(images)  # statistics that are not those of the sample, so that modes differ
     network.train()
-    found = measure_flatness(Small32(network), sample, 0.3, lambda: None)
+    found = measure_flatness(TASK, Small32(network), whole(sample), 0.3, lambda: None)
     assert network.training
     network.eval()
 
@@ -141,7 +147,7 @@ def test_a_loss_that_is_not_finite_gives_nan_and_does_not_raise() -> None:
     network = Small32(Small().double())
     with torch.no_grad():
         network.inner.head.weight[0, 0] = math.nan
-    found = measure_flatness(network, split(20, 0), 0.3, lambda: None)
+    found = measure_flatness(TASK, network, whole(split(20, 0)), 0.3, lambda: None)
     assert found.keys() == set(FIELDS)
     assert all(math.isnan(value) for value in found.values())
 
@@ -155,7 +161,7 @@ def test_a_measurement_can_be_stopped() -> None:
             raise Stopped(15)
 
     with pytest.raises(Stopped):
-        measure_flatness(Small32(Small().double()), split(20, 0), 0.3, pause)
+        measure_flatness(TASK, Small32(Small().double()), whole(split(20, 0)), 0.3, pause)
 
 
 def slow_sharpness(at: Any, w: Tensor, rho: float) -> float:
@@ -175,16 +181,16 @@ def slow_sharpness(at: Any, w: Tensor, rho: float) -> float:
 
 def test_the_sample_has_the_noisy_labels_and_is_always_the_same() -> None:
     runs = list(recipe(seeds=2, label_noise=0.5, shots=4, flatness_every=2).runs())
-    sgd, sam, other, _ = (Training(run, dataset(), CPU).data.train for run in runs)
-    first, again = flatness_sample(sgd, 15, 0), flatness_sample(sam, 15, 0)
-    assert torch.equal(first.images, again.images)
-    assert torch.equal(first.labels, again.labels)
-    fitted = {(i.numpy().tobytes(), int(y)) for i, y in zip(sgd.images, sgd.labels, strict=True)}
-    drawn = {(i.numpy().tobytes(), int(y)) for i, y in zip(first.images, first.labels, strict=True)}
+    sgd, sam, other, _ = (training_of(run).samples["train"] for run in runs)
+    first, again = *flatness_sample(sgd, 15, 0, CPU.device), *flatness_sample(sam, 15, 0, CPU.device)
+    assert torch.equal(first[0], again[0])
+    assert torch.equal(first[1], again[1])
+    fitted = {(i.numpy().tobytes(), int(y)) for i, y in zip(*sgd.gather(torch.arange(len(sgd))), strict=True)}
+    drawn = {(i.numpy().tobytes(), int(y)) for i, y in zip(*first, strict=True)}
     assert len(drawn) == 15
     assert drawn <= fitted
-    assert not torch.equal(flatness_sample(other, 15, 1).images, first.images)
-    assert torch.equal(flatness_sample(sgd, 4000, 0).images, sgd.images)
+    assert not torch.equal(flatness_sample(other, 15, 1, CPU.device)[0][0], first[0])
+    assert torch.equal(flatness_sample(sgd, 4000, 0, CPU.device)[0][1], sgd.tensors[1])
 
 
 def test_flatness_options_are_no_part_of_the_result(tmp_path: Path) -> None:
@@ -218,7 +224,9 @@ def test_an_interval_beyond_the_compute_measures_at_the_end_only() -> None:
 def test_a_record_has_the_values_of_its_weights_on_the_noisy_sample(tmp_path: Path) -> None:
     (run,) = recipe(methods=("sgd",), label_noise=0.5, flatness_every=4, flatness_samples=11, rho=0.3, seeds=1).runs()
     *_, last = train_run(run, tmp_path)
-    again = Training(run, dataset(), CPU)
+    again = training_of(run)
     again.network.load_state_dict(torch.load(tmp_path / CHECKPOINT, weights_only=True)["model"])
-    sample = flatness_sample(mislabeled(dataset().train, 0.5, 0), 11, 0)
-    assert measure_flatness(again.network, sample, 0.3, lambda: None) == {name: getattr(last, name) for name in FIELDS}
+    sample = flatness_sample(samples(mislabeled(dataset().train, 0.5, 0)), 11, 0, CPU.device)
+    assert measure_flatness(again.task, again.network, sample, 0.3, lambda: None) == {
+        name: getattr(last, name) for name in FIELDS
+    }

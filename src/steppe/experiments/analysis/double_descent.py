@@ -185,8 +185,8 @@ def _point(recipe: Recipe, width: int, size: int, method: MethodSpec, runs: Runs
         width,
         size,
         method,
-        estimate([100 - r.train_accuracy for r in records]),
-        estimate([100 - r.test_accuracy for r in records]),
+        estimate([100 - r["train_accuracy"] for r in records]),
+        estimate([100 - r["test_accuracy"] for r in records]),
         _estimate_of_some(_against(recipe, width, method, runs).values()),
         _estimate_of_some(r.sharpness for r in records),
         _estimate_of_some(r.lambda_max for r in records),
@@ -204,7 +204,7 @@ def _against(recipe: Recipe, width: int, method: MethodSpec, runs: Runs) -> dict
     reference = recipe.comparison.methods[0]
     ours, theirs = runs.get((width, method), {}), runs.get((width, reference), {})
     seeds = sorted(ours.keys() & theirs.keys()) if method != reference else []
-    return {seed: theirs[seed].test_accuracy - ours[seed].test_accuracy for seed in seeds}
+    return {seed: theirs[seed]["test_accuracy"] - ours[seed]["test_accuracy"] for seed in seeds}
 
 
 def _estimate_of_some(values: Iterable[float | None]) -> Estimate | None:
@@ -217,7 +217,7 @@ def _peak(method: MethodSpec, runs: Runs) -> Peak | None:
     widths = sorted(width for width, name in runs if name == method)
     if len(widths) < 3 or not (seeds := set.intersection(*(set(runs[width, method]) for width in widths))):
         return None
-    accuracies = {width: [runs[width, method][seed].test_accuracy for seed in sorted(seeds)] for width in widths}
+    accuracies = {width: [runs[width, method][seed]["test_accuracy"] for seed in sorted(seeds)] for width in widths}
     errors = {width: fmean(100 - value for value in values) for width, values in accuracies.items()}
     top, narrowest, widest = max(widths, key=lambda width: errors[width]), widths[0], widths[-1]
 

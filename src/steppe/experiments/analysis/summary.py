@@ -12,11 +12,14 @@ from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
 from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
 _NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
+
+_LEAST_NEEDED = ("train\nloss", "time,\ns", "std.\nepochs")  # in the order in which a narrow console leaves them out
 
 _MANY = 6  # verdicts, from which on the notes warn that some will be wrong by chance
 
@@ -28,46 +31,67 @@ class Row:
     method: MethodSpec
     standardized_epoch: int
     passes: Estimate
-    train_accuracy: Estimate
-    test_accuracy: Estimate
-    gap: Estimate
-    train_loss: Estimate
+    measures: Mapping[str, Estimate]
+    """By the names of `Record.measures`: the metrics of each split, its loss, and the gap."""
     seconds: Estimate
 
-    def cells(self) -> list[str]:
-        return [text(self) for text in _COLUMNS.values()]
+
+@dataclass(frozen=True)
+class Column:
+    """A column of the table: its name and unit, the text of a row, and the heading in a narrow table, in two lines."""
+
+    name: str
+    unit: str
+    text: Callable[[Row], str]
+    heading: str
+    is_extra: bool = False
+    """True if a narrow console may leave it out."""
 
 
-_COLUMNS: Mapping[str, Callable[[Row], str]] = {
-    "method": lambda row: row.method.label,
-    "std.\nepochs": lambda row: str(row.standardized_epoch),
-    "passes\na step": lambda row: f"{row.passes.mean:.2f}",
-    "train\naccuracy %": lambda row: row.train_accuracy.text(".2f"),
-    "test\naccuracy %": lambda row: row.test_accuracy.text(".2f"),
-    "gap,\npoints": lambda row: row.gap.text(".2f"),
-    "train\nloss": lambda row: row.train_loss.text(".3f"),
-    "time,\ns": lambda row: f"{row.seconds.mean:.0f}",
-    "runs": lambda row: str(row.gap.n),
-}
-_LEAST_NEEDED = ((6,), (7,), (1,))  # columns in the order in which a narrow console leaves them out
+def columns(task: TaskInfo) -> list[Column]:
+    """Return the columns of a comparison of a task."""
+
+    def measured(split: str, metric: MetricInfo, form: str = "", *, is_extra: bool = False) -> Column:
+        name, heading = f"{split}_{metric.name}", f"{split}\n{metric.name} {metric.unit}".rstrip()
+        return Column(f"{split} {metric.name}", metric.unit, _value(name, form or metric.form), heading, is_extra)
+
+    deciding, unit = task.deciding, task.deciding.unit_of_change
+    return [
+        Column("method", "", lambda row: row.method.label, "method"),
+        Column("standardized epochs", "", lambda row: str(row.standardized_epoch), "std.\nepochs", is_extra=True),
+        Column("passes a step", "", lambda row: f"{row.passes.mean:.2f}", "passes\na step"),
+        measured("train", deciding),
+        *(measured("test", metric) for metric in task.measured),
+        Column("gap", unit, _value("gap", deciding.form), f"gap,\n{unit}" if unit else "gap"),
+        *([] if deciding is LOSS else [measured("train", LOSS, ".3f", is_extra=True)]),
+        Column("time", "s", lambda row: f"{row.seconds.mean:.0f}", "time,\ns", is_extra=True),
+        Column("runs", "", lambda row: str(row.seconds.n), "runs"),
+    ]
+
+
+def _value(name: str, form: str) -> Callable[[Row], str]:
+    return lambda row: row.measures[name].text(form) if name in row.measures else "–"
 
 
 @dataclass(frozen=True)
 class Difference:
-    """A method minus the first one, paired by seed, at equal compute: percentage points."""
+    """A method minus the first one, paired by seed, at equal compute, in units of the deciding metric."""
 
     method: MethodSpec
     reference: MethodSpec
     standardized_epoch: int
-    test_accuracy: Estimate
+    test: Estimate
+    """Of the deciding metric on the test data."""
     gap: Estimate
+    metric: MetricInfo
 
     def sentence(self) -> str:
-        runs = self.gap.n
+        runs, unit = self.gap.n, self.metric.unit_of_change
         return (
             f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} standardized epochs, "
-            f"{runs} paired run{'s'[: runs > 1]}: test accuracy {_verdict(self.test_accuracy, better=1)}; "
-            f"generalization gap {_verdict(self.gap, better=-1)}."
+            f"{runs} paired run{'s'[: runs > 1]}: test {self.metric.name} "
+            f"{_verdict(self.test, self.metric.form, unit, better=self.metric.better)}; "
+            f"generalization gap {_verdict(self.gap, self.metric.form, unit, better=-1)}."
         )
 
 
@@ -104,16 +128,20 @@ class Summary(SummaryFiles):
     rows: Sequence[Row]
     differences: Sequence[Difference]
     unfinished: Sequence[str]
+    task: TaskInfo
     flatness: Sequence[Verdict] = ()
     """The verdicts on flatness, where it was measured."""
 
     def table(self) -> Table:
-        rows = [row.cells() for row in self.rows]
-        return Table(list(_COLUMNS), {"": rows}, title=self.title, optional=_LEAST_NEEDED)
+        shown = columns(self.task)
+        rows = [[column.text(row) for column in shown] for row in self.rows]
+        extra = [i for i, column in enumerate(shown) if column.is_extra]
+        extra.sort(key=lambda i: _LEAST_NEEDED.index(shown[i].heading))
+        return Table([c.heading for c in shown], {"": rows}, title=self.title, optional=tuple((i,) for i in extra))
 
     def notes(self) -> Iterator[str]:
         yield from (difference.sentence() for difference in self.differences)
-        verdicts = sum(value.sign is not None for d in self.differences for value in (d.test_accuracy, d.gap))
+        verdicts = sum(value.sign is not None for d in self.differences for value in (d.test, d.gap))
         if verdicts >= _MANY:
             yield (
                 f"Each of these {verdicts} intervals alone has a confidence of 95 %: where there is no difference, one "
@@ -138,34 +166,66 @@ class Summary(SummaryFiles):
         values = asdict(self) | {"flatness": [verdict.json() for verdict in self.flatness]}
         if not self.flatness:
             del values["flatness"]
-        for row, value in zip(self.rows, values["rows"], strict=True):
-            value["method"] = str(row.method)
-        for difference, value in zip(self.differences, values["differences"], strict=True):
-            value |= {"method": str(difference.method), "reference": str(difference.reference)}
-            value["test_accuracy"]["half_width_95"] = difference.test_accuracy.half_width
-            value["gap"]["half_width_95"] = difference.gap.half_width
-            value["verdict"] = difference.sentence()
+        values["rows"] = [
+            {
+                "method": str(row.method),
+                "standardized_epoch": row.standardized_epoch,
+                "passes": asdict(row.passes),
+                **{name: asdict(value) for name, value in row.measures.items()},
+                "seconds": asdict(row.seconds),
+            }
+            for row in self.rows
+        ]
+        values["differences"] = [
+            {
+                "method": str(difference.method),
+                "reference": str(difference.reference),
+                "standardized_epoch": difference.standardized_epoch,
+                f"test_{difference.metric.name}": _json(difference.test),
+                "gap": _json(difference.gap),
+                "verdict": difference.sentence(),
+            }
+            for difference in self.differences
+        ]
         return values
 
 
 def setting(recipe: Recipe) -> str:
     """Describe in one line the network, the data and the optimizer."""
+    if recipe.data.task:
+        return f"{recipe.task.description}: {_training(recipe)}"
     data = _NAMES[recipe.data.dataset]
     if recipe.data.shots is not None:
         data += f", {recipe.data.shots} image{'s'[: recipe.data.shots > 1]} a class"
     if recipe.data.label_noise:
         data += f", {100 * recipe.data.label_noise:g} % wrong training labels"
-    base = f"{recipe.training.base.upper() if recipe.training.base == 'sgd' else 'AdamW'}, lr {recipe.training.lr:g}"
-    if recipe.training.head_lr is not None:
-        base += f" (head {recipe.training.head_lr:g})"
+    return f"{_network(recipe)} on {data}: {_training(recipe)}"
+
+
+def _training(recipe: Recipe) -> str:
+    """Describe the base optimizer, its schedule and the radius."""
+    training = recipe.training
+    base = {"own": "its own optimizer", "adamw": "AdamW"}.get(training.base, training.base.upper())
+    if training.lr is not None:
+        base += f", lr {training.lr:g}"
+    if training.head_lr is not None:
+        base += f" (head {training.head_lr:g})"
+    if training.schedule != "constant":
+        base += f" ({'its own' if training.schedule == 'own' else training.schedule} schedule)"
+    if training.warmup:
+        base += f", {100 * training.warmup:g} % warm-up"
     if recipe.base_momentum:
-        base += f", momentum {recipe.base_momentum:g}"
+        base += f", {'Nesterov ' if training.nesterov else ''}momentum {recipe.base_momentum:g}"
+    if training.weight_decay and (recipe.data.task or training.base != "sgd"):
+        base += f", weight decay {training.weight_decay:g}"
+    if training.clip is not None:
+        base += f", gradients clipped at {training.clip:g}"
     # a rho that every method replaces by its own would only mislead
     takes_it = any(
         "rho" in s.definition.arguments and "rho" not in dict(s.overrides) for s in recipe.comparison.methods
     )
-    rho = f", rho {recipe.training.rho:g}" if takes_it else ""
-    return f"{_network(recipe)} on {data}: {base}, batch {recipe.training.batch_size}{rho}"
+    rho = f", rho {training.rho:g}" if takes_it else ""
+    return f"{base}, batch {training.batch_size}{rho}"
 
 
 def _network(recipe: Recipe) -> str:
@@ -188,17 +248,17 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
     rows = [row for method in recipe.comparison.methods for row in _rows(recipe, method, results)]
     epochs, (reference, *others) = recipe.comparison.epochs, recipe.comparison.methods
     found = {run: record for run in results if (record := record_at(results[run], epochs)) is not None}
-    differences = []
+    differences, metric = [], recipe.task.deciding
     for method in others:
         # the runs of a seed have the same initial weights and order of images
         runs = [(run, Run(recipe, reference, run.seed)) for run in found if run.method == method]
         pairs = [(found[run], found[other]) for run, other in runs if other in found]
         if pairs:
-            names = ("test_accuracy", "gap")
-            values = (estimate([getattr(ours, n) - getattr(theirs, n) for ours, theirs in pairs]) for n in names)
-            differences.append(Difference(method, reference, epochs, *values))
+            names = (f"test_{metric.name}", "gap")
+            test, gap = (estimate([ours[n] - theirs[n] for ours, theirs in pairs]) for n in names)
+            differences.append(Difference(method, reference, epochs, test, gap, metric))
     unfinished = [run.name for run in results if not record_at(results[run], run.standardized_epochs)]
-    return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished)
+    return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished, recipe.task)
 
 
 def record_at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
@@ -211,15 +271,23 @@ def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]
     for epoch in sorted({recipe.comparison.epochs} | {run.standardized_epochs for run in runs}):
         records = [record for run in runs if (record := record_at(results[run], epoch)) is not None]
         if records:
-            names = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
-            yield Row(method, epoch, *(estimate([getattr(r, name) for r in records]) for name in names))
+            names = [name for name in records[0].measures if all(name in r.measures for r in records)]
+            measures = {name: estimate([r[name] for r in records]) for name in names}
+            passes, seconds = (estimate([r[name] for r in records]) for name in ("passes", "seconds"))
+            yield Row(method, epoch, passes, measures, seconds)
 
 
-def _verdict(value: Estimate, *, better: int) -> str:
+def _verdict(value: Estimate, form: str, unit: str, *, better: int) -> str:
+    after = f" {unit}" if unit else ""
     if value.half_width is None:
-        return f"{value.mean:+.2f} points (one run: no verdict)"
+        return f"{value.mean:+{form}}{after} (one run: no verdict)"
     low, high = value.mean - value.half_width, value.mean + value.half_width
-    return f"{value.mean:+.2f} points, 95 % interval [{low:+.2f}, {high:+.2f}]: {word(value, better=better)}"
+    interval = f"[{low:+{form}}, {high:+{form}}]"
+    return f"{value.mean:+{form}}{after}, 95 % interval {interval}: {word(value, better=better)}"
+
+
+def _json(value: Estimate) -> dict[str, Any]:
+    return {**asdict(value), "half_width_95": value.half_width}
 
 
 def word(value: Estimate, *, better: int) -> str:

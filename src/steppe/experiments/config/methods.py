@@ -115,27 +115,47 @@ def _kind(annotation: Any) -> type[Value] | None:
 
 @dataclass(frozen=True)
 class Base:
-    """A base optimizer: `build(parameters, lr, momentum, weight_decay, on_gpu=False)`."""
+    """A base optimizer: `build(parameters, lr, momentum, weight_decay, nesterov=False, on_gpu=False)`."""
 
     build: Callable[..., Optimizer]
-    has_momentum: bool
+    has_momentum: bool = False
 
 
-def _sgd(parameters: Parameters, lr: float, momentum: float, weight_decay: float, *, on_gpu: bool = False) -> Optimizer:
-    fused = on_gpu or None
-    return torch.optim.SGD(parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, fused=fused)
+_FUSED_ON_GPUS = ("SGD", "AdamW", "Adam")
 
 
-def _adamw(
-    parameters: Parameters, lr: float, momentum: float, weight_decay: float, *, on_gpu: bool = False
-) -> Optimizer:
-    fused = on_gpu or None
-    return torch.optim.AdamW(parameters, lr=lr, weight_decay=weight_decay, fused=fused, capturable=on_gpu)
+def _torch(name: str) -> Base:
+    """Return an optimizer of torch; it gets the options that it has."""
+    kind = getattr(torch.optim, name)
+    known = inspect.signature(kind).parameters
+
+    def build(
+        parameters: Parameters,
+        lr: float,
+        momentum: float,
+        weight_decay: float,
+        *,
+        nesterov: bool = False,
+        on_gpu: bool = False,
+    ) -> Optimizer:
+        options: dict[str, Any] = {"lr": lr, "momentum": momentum, "weight_decay": weight_decay, "nesterov": nesterov}
+        if on_gpu:
+            options |= {"fused": name in _FUSED_ON_GPUS or None, "capturable": True}
+        made: Optimizer = kind(parameters, **{key: value for key, value in options.items() if key in known})
+        return made
+
+    return Base(build, has_momentum="momentum" in known)
 
 
 BASES: Mapping[str, Base] = MappingProxyType(
-    {"sgd": Base(_sgd, has_momentum=True), "adamw": Base(_adamw, has_momentum=False)}
+    {
+        name.lower(): _torch(name)
+        for name in (
+            *("SGD", "AdamW", "Adam", "NAdam", "RAdam", "RMSprop", "Adagrad", "Adadelta", "Adamax", "Adafactor"),
+        )
+    }
 )
+"""The optimizers of torch by the names of their classes in lower case."""
 
 
 def _of_card(card: MethodCard, how: Comparison) -> Method:
@@ -145,6 +165,7 @@ def _of_card(card: MethodCard, how: Comparison) -> Method:
 
 METHODS: Mapping[str, Method] = MappingProxyType(
     {
+        "base": Method("the plain base optimizer, whichever it is", passes=1, label="base", capturable=True),
         "sgd": Method("plain SGD", passes=1, label="SGD", plain="sgd", capturable=True),
         "adamw": Method("plain AdamW", passes=1, label="AdamW", plain="adamw", capturable=True),
         **{name: _of_card(card, card.comparison) for name, card in CARDS.items() if card.comparison is not None},

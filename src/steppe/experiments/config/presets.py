@@ -12,6 +12,9 @@ _SMALL = Recipe().replace(channels_last=True)
 # width (see `resolve`).
 _PORTABLE = _SMALL.replace(amp=False, channels_last=False, threads=1)
 
+YOUR_TASK = "your_module:task"
+"""In the place of the name of a task, in the recipe for one."""
+
 RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
     {
         "demo": (
@@ -45,6 +48,21 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             ),
             "A narrow network, pretrained once on Fashion-MNIST, fine-tuned on scikit-learn's handwritten digits: a "
             "few minutes on two CPU cores.",
+        ),
+        "task": (
+            Recipe().replace(
+                name="task",
+                task=YOUR_TASK,
+                methods=("base", "sam"),
+                base="own",
+                schedule="own",
+                lr=None,
+                weight_decay=None,
+                batch_size=None,
+                amp=False,
+            ),
+            "A task of your own, `steppe compare package.module:task`: the model, the data, the loss and the optimizer "
+            "are functions of your code.",
         ),
         "double-descent": (
             _PORTABLE.replace(

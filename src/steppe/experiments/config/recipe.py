@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from steppe.experiments.config.sections import (
     TrainingConfig,
     check_ranges,
 )
-from steppe.experiments.data.batches import count
+from steppe.experiments.config.task_info import IMAGES, TaskInfo
 from steppe.experiments.errors import unknown
 
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
@@ -55,6 +55,8 @@ class Recipe:
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+    task: TaskInfo = IMAGES
+    """The metrics, and a description; those of a task of your own once it is loaded."""
 
     def __post_init__(self) -> None:
         if Path(self.name).name != self.name or self.name in ("", ".."):
@@ -66,27 +68,74 @@ class Recipe:
                 f"label_noise={self.data.label_noise}: a fraction of the training images, 0.2 for one in five, must be "
                 "below 1"
             )
+        self._check_training()
         self._check_methods()
+        self._check_task()
         self._check_flatness()
         self._check_widths()
         self._check_backbone()
+
+    @property
+    def _has_momentum(self) -> bool:
+        return self.training.base in BASES and BASES[self.training.base].has_momentum
+
+    def _check_training(self) -> None:
+        training = self.training
+        if training.momentum and not self._has_momentum:
+            raise ValueError(f"momentum={training.momentum}: {training.base} has none that could be set; leave it at 0")
+        if training.nesterov and not (training.base == "sgd" and self.base_momentum):
+            raise ValueError(
+                f"nesterov with base={training.base}, momentum={self.base_momentum:g}: Nesterov's momentum is SGD's, "
+                "and needs a momentum above 0. Use --momentum 0.9, or leave --nesterov out"
+            )
+        if training.warmup >= 1:
+            raise ValueError(f"warmup={training.warmup}: a part of the planned steps, 0.05 for a twentieth, below 1")
+        if training.schedule == "one-cycle" and training.warmup:
+            raise ValueError(f"warmup={training.warmup}: schedule=one-cycle rises by itself: leave --warmup out")
+        if training.schedule != "constant" and self.comparison.extra_epochs:
+            raise ValueError(
+                f"extra_epochs={self.comparison.extra_epochs} with schedule={training.schedule}: the learning rate is "
+                "at its end where the further compute begins, and nothing would change. Leave one of them out"
+            )
+        if not self.data.task:
+            for name in ("base", "schedule"):
+                if getattr(training, name) == "own":
+                    raise ValueError(f"{name}=own: only a task of your own has one. Name it with --task, or another")
+            for name in ("lr", "weight_decay", "batch_size"):
+                if getattr(training, name) is None:
+                    raise ValueError(f"{name}=None: only a task of your own brings a {name}: give a number")
+
+    def _check_task(self) -> None:
+        if not self.data.task:
+            return
+        given = {name: getattr(self.data, name) for name in ("dataset", "shots", "label_noise", "data_dir")}
+        given |= vars(self.model) | {"head_lr": self.training.head_lr, "channels_last": self.hardware.channels_last}
+        usual = vars(DataConfig()) | vars(ModelConfig()) | {"head_lr": None, "channels_last": False}
+        if changed := [name for name in given if given[name] != usual[name]]:
+            raise ValueError(
+                f"{changed[0]}={given[changed[0]]}: task={self.data.task} brings the model and the data, so it would "
+                "have no effect: leave it out"
+            )
+        if self.training.base == "own" and self.training.momentum is not None:
+            raise ValueError(
+                f"momentum={self.training.momentum}: base=own is the task's own optimizer, which has its own: set it "
+                "there, or use another --base"
+            )
 
     def _check_methods(self) -> None:
         methods, training = self.comparison.methods, self.training
         if not methods or len(set(methods)) < len(methods):
             named = " ".join(map(str, methods))
             raise ValueError(f"methods={named!r}: name at least one method, each of them once")
-        if training.momentum and not BASES[training.base].has_momentum:
-            raise ValueError(f"momentum={training.momentum}: {training.base} has none that could be set; leave it at 0")
         for spec in methods:
             spec.check(training.base, training.rho)
             method = spec.definition
-            if method.plain not in (None, training.base):
+            if method.plain not in (None, training.base) and training.base != "own":
                 raise ValueError(
                     f"methods: {spec} is {method.summary}, but base={training.base}: a difference would mix two "
                     f"effects. Use --base {method.plain}, or {training.base} among the methods"
                 )
-            if method.needs_momentum and BASES[training.base].has_momentum and training.momentum == 0:
+            if method.needs_momentum and self._has_momentum and training.momentum == 0:
                 raise ValueError(
                     f"momentum={training.momentum}: {spec} perturbs along the base's momentum, and without one each of "
                     "its steps would be a plain one. Use --momentum 0.9, or leave it out for 0.9 in all methods"
@@ -151,7 +200,7 @@ class Recipe:
             )
 
     def _sections(self) -> dict[str, Any]:
-        return {name: value for name, value in vars(self).items() if name != "name"}
+        return {name: value for name, value in vars(self).items() if name not in ("name", "task")}
 
     def options(self) -> dict[str, Any]:
         """Return every option by its name, without its section.
@@ -178,7 +227,7 @@ class Recipe:
         changed: dict[str, Any] = {"name": values.get("name", self.name)}
         for name, section in self._sections().items():
             changed[name] = replace(section, **{k: values[k] for k in vars(section) if k in values})
-        return Recipe(**changed)
+        return Recipe(**changed, task=self.task)
 
     @property
     def base_momentum(self) -> float:
@@ -190,7 +239,7 @@ class Recipe:
         if self.training.momentum is not None:
             return self.training.momentum
         needed = any(spec.definition.needs_momentum for spec in self.comparison.methods)
-        return 0.9 if needed and BASES[self.training.base].has_momentum else 0.0
+        return 0.9 if needed and self._has_momentum else 0.0
 
     @property
     def folder(self) -> Path:
@@ -220,7 +269,10 @@ class Recipe:
 
     def to_json(self) -> dict[str, Any]:
         """Return the sections with their options as JSON has them; `from_json` is the inverse."""
-        text = json.dumps(vars(self), default=lambda v: str(v) if isinstance(v, (MethodSpec, Path)) else vars(v))
+        text = json.dumps(
+            {**vars(self), "task": asdict(self.task)},
+            default=lambda v: str(v) if isinstance(v, (MethodSpec, Path)) else vars(v),
+        )
         values: dict[str, Any] = json.loads(text)
         return values
 
@@ -229,10 +281,12 @@ class Recipe:
         """Make a recipe from the output of `to_json`; ValueError when the options are not a recipe's."""
         options = dict[str, Any]()
         for name, value in values.items():
+            if name == "task":
+                continue
             options |= value if isinstance(value, Mapping) else {name: value}
         if differing := options.keys() ^ cls().options().keys():
             raise ValueError(f"not the options of a recipe: {', '.join(sorted(differing))}")
-        return cls().replace(**options)
+        return replace(cls().replace(**options), task=TaskInfo.from_json(values["task"]))
 
     def result_options(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, as JSON has them."""
@@ -284,14 +338,13 @@ class Run:
         ends = (self.recipe.comparison.epochs, self.standardized_epochs)
         return frozenset(point for point in self.grid if point % every == 0 or point in ends)
 
-    def steps(self, images: int) -> int:
-        """Return the planned number of steps until the compute that all methods get is spent.
+    def steps(self, batches: int) -> int:
+        """Return the planned number of steps until the compute that all methods get is spent, for an epoch's batches.
 
         A schedule ends there: further compute (`extra_epochs`) continues with its last value.
 
         >>> recipe = Recipe().replace(methods=["sgd", "late_sam:start=0.75"], epochs=10, batch_size=64, seeds=1)
-        >>> [run.steps(3000) for run in recipe.runs()]
+        >>> [run.steps(batches=47) for run in recipe.runs()]
         [470, 376]
         """
-        batches = count(images, self.recipe.training.batch_size)
         return math.ceil(self.recipe.comparison.epochs * batches / self.method.passes)

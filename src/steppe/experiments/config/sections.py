@@ -34,8 +34,11 @@ def check_ranges(section: object) -> None:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The images and their labels."""
+    """The images and their labels, or a task of the user's own."""
 
+    task: str = ""
+    """A task of your own, package.module:name: a steppe.experiments.Task or a function that returns one. It brings the
+    model and the data, and the options of images and networks are not used."""
     dataset: DatasetName = "sample"
     """fashion-mnist: the whole data set. sample: 3000 training and 3000 test images of it, included in Steppe. digits:
     scikit-learn's 1797 handwritten digits, one in three of them for testing (needs the finetune extra)."""
@@ -72,24 +75,42 @@ class ModelConfig:
     """Height and width to which images are resized for a timm or hf checkpoint; by default those of its training."""
 
 
+BaseName = Literal[
+    "sgd", "adamw", "adam", "nadam", "radam", "rmsprop", "adagrad", "adadelta", "adamax", "adafactor", "own"
+]
+Schedule = Literal["constant", "cosine", "linear", "one-cycle", "own"]
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """The base optimizer, the radius and the batch size."""
 
-    base: Literal["sgd", "adamw"] = "sgd"
-    """The base optimizer, plain and inside SAM."""
-    lr: Annotated[float, Minimum(0, "the learning rate", included=False)] = 0.05
-    """Learning rate, constant."""
+    base: BaseName = "sgd"
+    """The base optimizer, plain and inside SAM; own: that of a task of your own."""
+    lr: Annotated[float | None, Minimum(0, "the learning rate", included=False)] = 0.05
+    """Learning rate; None: that of a task's own optimizer."""
+    schedule: Schedule = "constant"
+    """Course of the learning rate over the planned steps, from lr to 0 unless constant. one-cycle: up from lr / 25 in
+    the first 30 % of the steps, then down; lr is its largest value. own: that of a task of your own."""
+    warmup: Annotated[float, Minimum(0, "the part of the steps in which the learning rate rises")] = 0.0
+    """Part of the planned steps in which the learning rate rises linearly from lr / 100 to lr; 0.05 for a twentieth."""
     head_lr: Annotated[float | None, Minimum(0, "the head's learning rate", included=False)] = None
     """Learning rate of the new head; by default that of the rest."""
     momentum: Annotated[float | None, Minimum(0, "SGD's momentum")] = None
     """Momentum of SGD; by default 0, or 0.9 for all methods when one of them (msam) perturbs along it."""
-    weight_decay: Annotated[float, Minimum(0, "the base optimizer's weight decay")] = 0.0
-    """Weight decay of the base optimizer."""
+    nesterov: bool = False
+    """Nesterov's momentum, for SGD."""
+    weight_decay: Annotated[float | None, Minimum(0, "the base optimizer's weight decay")] = 0.0
+    """Weight decay of the base optimizer; None: that of a task's own optimizer."""
+    clip: Annotated[float | None, Minimum(0, "the largest norm of the gradient", included=False)] = None
+    """Largest norm of the gradient that the base optimizer gets: longer ones are scaled down. By default no limit."""
+    accumulate: Annotated[int, Minimum(1, "micro-batches in one step")] = 1
+    """Micro-batches that the gradient of every pass is accumulated over, to save memory."""
     rho: Annotated[float, Minimum(0, "the radius of SAM's neighborhood")] = 0.05
     """Radius of SAM's neighborhood; a method takes its usual multiple of it, unless its spec gives a rho."""
-    batch_size: Annotated[int, Minimum(1, "images in one optimizer step")] = 64
-    """Maximum number of images per step, over all devices; the batches of an epoch differ in size by one at most."""
+    batch_size: Annotated[int | None, Minimum(1, "samples in one optimizer step")] = 64
+    """Maximum number of samples per step, over all devices; the batches of an epoch differ in size by one at most.
+    None: that of a task of your own, or 64."""
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,14 @@
 """Executors train runs: the interface, its inputs and its results. :mod:`.launch` makes one."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.config.sections import Minimum, check_ranges
-from steppe.experiments.data.datasets import Dataset
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop
 from steppe.experiments.world import World
@@ -41,6 +41,10 @@ class ExecutionOptions:
             )
 
 
+MakeTask = Callable[[Recipe], Task]
+"""A function that returns the task of a run's recipe; it is sent to the processes that train."""
+
+
 @dataclass(frozen=True)
 class Job:
     """A run of a resolved recipe, and the folder for its metrics and its checkpoint."""
@@ -65,12 +69,12 @@ class Executor(ABC):
 
     @abstractmethod
     def run(
-        self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
+        self, jobs: Iterable[Job], make_task: MakeTask, control: Path, reporter: Reporter, stop: Stop
     ) -> Generator[Outcome, None, None]:
         """Train each job, taking the next one only when there is room for it; yield each when it ends.
 
-        The data are on the CPU, and all processes and machines see the folder `control`. An ExperimentError of one run
-        does not end the others. After a request to stop, the runs in progress save a checkpoint, and Stopped is raised.
+        All processes and machines see the folder `control`. An ExperimentError of one run does not end the others.
+        After a request to stop, the runs in progress save a checkpoint, and Stopped is raised.
         """
 
 

@@ -99,8 +99,8 @@ class TensorBoard(Reporter):
 
     def measured(self, run: Run, record: Record) -> None:
         assert self._writer is not None  # begin() comes first
-        for name in ("train_loss", "train_accuracy", "test_loss", "test_accuracy", "gap", "images_per_second"):
-            self._writer.add_scalar(name, getattr(record, name), int(record.standardized_epoch))
+        for name in (*record.measures, "images_per_second"):
+            self._writer.add_scalar(name, record[name], int(record.standardized_epoch))
         self._reporter.measured(run, record)
 
     def end(self, run: Run, records: Sequence[Record]) -> None:

@@ -9,10 +9,9 @@ from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.resolve import resolve
-from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
-from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, Outcome
+from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, MakeTask, Outcome
 from steppe.experiments.execution.forwarding import TensorBoard, with_tensorboard
 from steppe.experiments.execution.pool import ProcessPool, Worker
 from steppe.experiments.execution.ray import RayExecutor, connect
@@ -30,13 +29,12 @@ class InProcessExecutor(Executor):
         self.recipe, self.world = recipe, world
 
     def run(
-        self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
+        self, jobs: Iterable[Job], make_task: MakeTask, control: Path, reporter: Reporter, stop: Stop
     ) -> Generator[Outcome, None, None]:
-        data = data.to(self.world.device)
         for job in jobs:
             try:
                 with with_tensorboard(reporter, job.run, control, self.world) as logged:
-                    train(job.run, job.folder, data, self.world, logged, stop)
+                    train(job.run, job.folder, make_task(job.run.recipe), self.world, logged, stop)
             except ExperimentError as error:
                 if self.world.size > 1:  # the other processes may not have met it, and would wait for this one forever
                     raise
@@ -55,7 +53,7 @@ class LocalExecutor(WorkerExecutor[Worker]):
     def _capacity(self) -> int:
         return self._max
 
-    def _start(self, task: RunTask, shared: Dataset) -> Worker:
+    def _start(self, task: RunTask, shared: MakeTask) -> Worker:
         return self._pool.submit(partial(_train, task, shared))
 
     def _wait(self, running: Sequence[Worker]) -> list[Worker]:
@@ -68,8 +66,8 @@ class LocalExecutor(WorkerExecutor[Worker]):
         self._pool.kill(worker)
 
 
-def _train(task: RunTask, data: Dataset, report: Callable[..., None]) -> str | None:
-    return train_task(task, data)  # its progress goes through the event file, as it does on Ray
+def _train(task: RunTask, make_task: MakeTask, report: Callable[..., None]) -> str | None:
+    return train_task(task, make_task)  # its progress goes through the event file, as it does on Ray
 
 
 @contextmanager

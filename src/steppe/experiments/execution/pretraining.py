@@ -4,7 +4,8 @@ import hashlib
 import json
 from collections.abc import Iterable
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -14,8 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import CLASSES, Dataset
+from steppe.experiments.data.sampling import hold_out
 from steppe.experiments.errors import DataError, ExperimentError
-from steppe.experiments.execution.executor import Executor, Job, failures
+from steppe.experiments.execution.executor import Executor, Job, MakeTask, failures
 from steppe.experiments.execution.progress import RunProgress, print_line
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
@@ -23,6 +25,10 @@ from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import read_checked, write_checked
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.tasks.check import check
+from steppe.experiments.tasks.images import images_task
+from steppe.experiments.tasks.load import held_out, load_task
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import on_signals
 from steppe.experiments.world import World
@@ -34,15 +40,44 @@ def load_data(recipe: Recipe, world: World) -> Dataset:
         return data.load(recipe.data.dataset, recipe.data.data_dir)
 
 
+def prepare_task(
+    executor: Executor, path: Path, console: Console, given: Task | None = None, one_in: int | None = None
+) -> MakeTask:
+    """Return the function that makes the task of a run: the user's own, or one on the recipe's data set.
+
+    `path` is the run folder; `given` is a task that has no name by which it could be imported. With `one_in`, one in so
+    many training samples is held out and takes the place of the test data.
+    """
+    recipe = executor.recipe
+    if recipe.data.task:
+        task = given or load_task(recipe.data.task)
+        check(task, executor.world.device)
+        return OneTask(task if one_in is None else held_out(task, one_in))
+    dataset = load_data(recipe, executor.world)
+    dataset = dataset if one_in is None else hold_out(dataset, one_in)
+    return partial(images_task, with_backbone(dataset, executor, path, console))
+
+
+@dataclass(frozen=True)
+class OneTask:
+    """A function that returns the same task for every recipe."""
+
+    task: Task
+
+    def __call__(self, recipe: Recipe) -> Task:
+        return self.task
+
+
 def train_runs(
-    runs: Iterable[Run], dataset: Dataset, executor: Executor, folder: RunFolder, console: Console
+    runs: Iterable[Run], make_task: MakeTask, executor: Executor, folder: RunFolder, console: Console
 ) -> str | None:
     """Train runs of a folder with a progress display; return one line on those that failed, if any."""
     jobs = [Job(run, folder.run(run)) for run in runs]
     total = sum(job.run.standardized_epochs for job in jobs)
-    progress = RunProgress(console, total) if executor.world.rank == 0 else Reporter()
+    info = make_task(executor.recipe).info
+    progress = RunProgress(console, total, task=info) if executor.world.rank == 0 else Reporter()
     with progress, on_signals() as stop:
-        return failures(executor.run(jobs, dataset, folder.path, progress, stop))
+        return failures(executor.run(jobs, make_task, folder.path, progress, stop))
 
 
 def resolve_pretraining(recipe: Recipe, console: Console) -> Recipe:
@@ -138,7 +173,7 @@ def _pretrained(executor: Executor, path: Path, console: Console) -> Backbone:
             if world.rank == 0:
                 folder.claim(recipe, world.size)
                 print_line(console, f"Pretraining the backbone, once: it is kept in {folder.path}")
-            failed = train_runs([run], load_data(recipe, world), executor, folder, console)
+            failed = train_runs([run], partial(images_task, load_data(recipe, world)), executor, folder, console)
             if failed is not None:
                 raise ExperimentError(failed)
         state = checkpoint_file.load(checkpoint, its_owner)

@@ -9,6 +9,7 @@ from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeEla
 from rich.text import Text
 
 from steppe.experiments.config.recipe import Run
+from steppe.experiments.config.task_info import IMAGES, TaskInfo
 from steppe.experiments.storage.records import Record
 from steppe.experiments.training.reporter import Reporter
 
@@ -75,13 +76,13 @@ class ProgressDisplay:
 
 
 class RunProgress(ProgressDisplay, Reporter):
-    """Displays runs, of `total` standardized epochs; `split` is the name of the images in place of the test set."""
+    """Displays runs, of `total` standardized epochs; `split` is the name of the data in place of the test set."""
 
-    def __init__(self, console: Console, total: int, split: str = "test") -> None:
+    def __init__(self, console: Console, total: int, split: str = "test", task: TaskInfo = IMAGES) -> None:
         super().__init__(console, "all runs", total, "standardized epochs")
         self._terminal = console.is_terminal
         self.interval = 0.5 if self._terminal else float("inf")
-        self._split = split
+        self._split, self._task = split, task
         self._scores: dict[Run, str] = {}
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
@@ -98,11 +99,11 @@ class RunProgress(ProgressDisplay, Reporter):
 
     def measured(self, run: Run, record: Record) -> None:
         self._scores[run] = self._text(record)
-        self._move(run, record.standardized_epoch, f"loss {record.train_loss:.3f}  {self._scores[run]}")
+        self._move(run, record.standardized_epoch, f"loss {record['train_loss']:.3f}  {self._scores[run]}")
         if not self._terminal:
             self.print(
                 f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
-                f"loss {record.train_loss:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} images/s"
+                f"loss {record['train_loss']:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} images/s"
             )
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
@@ -114,8 +115,13 @@ class RunProgress(ProgressDisplay, Reporter):
         self.update(run, _title(run), standardized_epoch, run.standardized_epochs, detail)
 
     def _text(self, record: Record) -> str:
-        accuracies = f"train {record.train_accuracy:6.2f} %  {self._split} {record.test_accuracy:5.2f} %"
-        return f"{accuracies}  gap {record.gap:5.2f}"
+        metric = self._task.deciding
+        name, unit = ("", f" {metric.unit}") if metric.unit else (f"{metric.name} ", "")
+        train, test = record[f"train_{metric.name}"], record[f"test_{metric.name}"]
+        digits = ".2f" if metric.unit == "%" else ".4g"
+        return (
+            f"{name}train {train:6{digits}}{unit}  {self._split} {test:5{digits}}{unit}  gap {record['gap']:5{digits}}"
+        )
 
 
 class JobProgress(ProgressDisplay):

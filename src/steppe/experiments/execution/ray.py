@@ -12,9 +12,8 @@ from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.resolve import fill_in, resolve
-from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError, first_line
-from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.execution.executor import ExecutionOptions, MakeTask
 from steppe.experiments.execution.pool import WorkerDied
 from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
 from steppe.experiments.world import has_bfloat16
@@ -74,8 +73,8 @@ class RayExecutor(WorkerExecutor[Any]):
         recipe = recipe.replace(amp=amp, device=device)
         self.recipe = fill_in(recipe) if device == "cuda" else resolve(recipe)
 
-    def _share(self, data: Dataset) -> Any:
-        return self._ray.put(data)  # in Ray's object store, so that the machines need no copy of the data set
+    def _share(self, make_task: MakeTask) -> Any:
+        return self._ray.put(make_task)  # in Ray's object store, so that the machines need no copy of the data set
 
     def _start(self, task: RunTask, shared: Any) -> Any:
         return self._train.remote(task, shared)

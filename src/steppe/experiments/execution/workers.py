@@ -15,9 +15,8 @@ import torch
 from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import Executor, Job, Outcome
+from steppe.experiments.execution.executor import Executor, Job, MakeTask, Outcome
 from steppe.experiments.execution.forwarding import EventReader, EventWriter, with_tensorboard
 from steppe.experiments.execution.pool import WorkerDied
 from steppe.experiments.execution.progress import print_line
@@ -61,7 +60,7 @@ class StopFile(Stop):
         return self.signal != 0
 
 
-def train_task(task: RunTask, data: Dataset) -> str | None:
+def train_task(task: RunTask, make_task: MakeTask) -> str | None:
     """Train a job in a worker; return the reason why it was not trained to the end, `_STOPPED`, or None."""
     job, hardware = task.job, task.job.run.recipe.hardware
     try:
@@ -75,7 +74,7 @@ def train_task(task: RunTask, data: Dataset) -> str | None:
             join(hardware.device, hardware.threads) as world,
             with_tensorboard(EventWriter(job.folder, task.interval), job.run, task.control, world) as reporter,
         ):
-            train(job.run, job.folder, data.to(world.device), world, reporter, StopFile(task.stop_file))
+            train(job.run, job.folder, make_task(job.run.recipe), world, reporter, StopFile(task.stop_file))
     except Stopped:
         return _STOPPED
     except ExperimentError as error:
@@ -104,9 +103,9 @@ class WorkerExecutor(Executor, Generic[W]):
     def _capacity(self) -> int:
         """Return how many runs may be in progress at a time."""
 
-    def _share(self, data: Dataset) -> Any:
-        """Return the data as `_start` takes them."""
-        return data
+    def _share(self, make_task: MakeTask) -> Any:
+        """Return the function as `_start` takes it."""
+        return make_task
 
     @abstractmethod
     def _start(self, task: RunTask, shared: Any) -> W:
@@ -125,11 +124,11 @@ class WorkerExecutor(Executor, Generic[W]):
         """End a worker at once; its run resumes at the last checkpoint."""
 
     def run(
-        self, jobs: Iterable[Job], data: Dataset, control: Path, reporter: Reporter, stop: Stop
+        self, jobs: Iterable[Job], make_task: MakeTask, control: Path, reporter: Reporter, stop: Stop
     ) -> Generator[Outcome, None, None]:
         control = control.absolute()
         stop_file = control / f".stop-{uuid.uuid4().hex[:12]}"
-        shared, remaining, running, exhausted = self._share(data), iter(jobs), dict[W, _RunInProgress](), False
+        shared, remaining, running, exhausted = self._share(make_task), iter(jobs), dict[W, _RunInProgress](), False
         try:
             while True:
                 while not exhausted and not stop and len(running) < self._capacity():

@@ -1,6 +1,7 @@
 """Accuracy, loss, generalization gap and sharpness over compute and over time."""
 
 import math
+import re
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from matplotlib.ticker import MaxNLocator
 from steppe import flatness
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.task_info import LOSS
 from steppe.experiments.figures import pareto
 from steppe.experiments.figures.drawing import Drawing, plot_mean, tag, tag_legend
 from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles
@@ -31,6 +33,11 @@ class Quantity:
     unit: str
     log: bool = False
 
+    @property
+    def stem(self) -> str:
+        """The field as a part of a file's name; a user may give any name to a metric."""
+        return re.sub(r"\W+", "_", self.field)
+
 
 @dataclass(frozen=True)
 class Extent:
@@ -41,12 +48,20 @@ class Extent:
     suffix: str = ""
 
 
-QUANTITIES = (
-    Quantity("train_loss", "Training loss", "cross-entropy", log=True),
-    Quantity("train_accuracy", "Training accuracy", "%"),
-    Quantity("test_accuracy", "Test accuracy", "%"),
-    Quantity("gap", "Generalization gap", "percentage points"),
-)
+def quantities(recipe: Recipe) -> list[Quantity]:
+    """Return what is drawn of every task: its losses, its deciding metric, and the gap."""
+    metric, loss = recipe.task.deciding, "" if recipe.data.task else "cross-entropy"
+    unit = {"points": "percentage points"}.get(metric.unit_of_change, metric.unit_of_change)
+    first = Quantity("train_loss", "Training loss", loss, log=True)
+    if metric is LOSS:
+        return [first, Quantity("test_loss", "Test loss", loss, log=True), Quantity("gap", "Generalization gap", unit)]
+    return [
+        first,
+        Quantity(f"train_{metric.name}", f"Training {metric.name}", metric.unit),
+        Quantity(f"test_{metric.name}", f"Test {metric.name}", metric.unit),
+        Quantity("gap", "Generalization gap", unit),
+    ]
+
 
 _TRACKED = (
     Quantity("sharpness", "Sharpness S(w)", "rise of the training loss", log=True),
@@ -65,10 +80,10 @@ def drawings(recipe: Recipe, results: Results) -> Iterator[Drawing]:
     A line is the mean over the runs, its band one standard deviation to either side; one run is a thin line.
     """
     for extent in EXTENTS:
-        for quantity in QUANTITIES:
+        for quantity in quantities(recipe):
             plot = partial(_plot_panels, recipe, results, extent, [quantity], (6.4, 4.4))
-            yield Drawing(f"{quantity.field}{extent.suffix}", plot)
-        overview = partial(_plot_panels, recipe, results, extent, QUANTITIES, (10.5, 7.4), legend=1)
+            yield Drawing(f"{quantity.stem}{extent.suffix}", plot)
+        overview = partial(_plot_panels, recipe, results, extent, quantities(recipe), (10.5, 7.4), legend=1)
         yield Drawing(f"overview{extent.suffix}", overview)
     yield Drawing("pareto", partial(pareto.draw, recipe, results))
     if tracked(results):
@@ -79,7 +94,7 @@ def drawings(recipe: Recipe, results: Results) -> Iterator[Drawing]:
 def tracked(results: Results) -> list[Quantity]:
     """Return the measures of flatness that at least one record has."""
     records = [record for of_run in results.values() for record in of_run]
-    return [q for q in _TRACKED if any(getattr(record, q.field) is not None for record in records)]
+    return [q for q in _TRACKED if any(record[q.field] is not None for record in records)]
 
 
 def _plot_panels(
@@ -94,8 +109,8 @@ def _plot_panels(
     """Draw each quantity in its own panel, at most two beside each other; a panel has the index `legend`."""
     figure = Figure(figsize=(size[0] + _legend_width(recipe), size[1]), layout="constrained")
     columns = min(len(quantities), 2)
-    figure.subplots(len(quantities) // columns, columns, sharex="col", squeeze=False)
-    for index, (axes, quantity) in enumerate(zip(figure.axes, quantities, strict=True)):
+    figure.subplots(-(-len(quantities) // columns), columns, sharex="col", squeeze=False)
+    for index, (axes, quantity) in enumerate(zip(figure.axes, quantities, strict=False)):
         _plot(axes, quantity, extent, recipe, results)
         if index < len(quantities) - columns:
             axes.set_xlabel("")
@@ -122,7 +137,7 @@ def _plot_sharpness(recipe: Recipe, results: Results, extent: Extent) -> Figure:
 
 def _edges(recipe: Recipe, results: Results) -> dict[MethodSpec, tuple[list[list[Record]], list[float]]]:
     """Return the edge of stability of SGD and SAM at each measurement; none unless the base is plain descent."""
-    lr, edges = recipe.training.lr, {}
+    lr, edges = recipe.training.lr or math.nan, {}
     if recipe.training.base != "sgd" or recipe.base_momentum or recipe.training.weight_decay:
         return {}
 
@@ -157,18 +172,18 @@ def _points(method: MethodSpec, field: str, results: Results) -> list[list[Recor
     """Return the records of a method that have a value, those of one standardized epoch together."""
     points: dict[int, list[Record]] = {}
     for record in (record for run, records in results.items() if run.method == method for record in records):
-        if getattr(record, field) is not None:
+        if record[field] is not None:
             points.setdefault(record.standardized_epoch, []).append(record)
     return [points[epoch] for epoch in sorted(points)]
 
 
 def _means(points: Sequence[Sequence[Record]], field: str) -> list[float]:
-    return [statistics.fmean(getattr(record, field) for record in records) for records in points]
+    return [statistics.fmean(record[field] for record in records) for records in points]
 
 
 def _plot_line(axes: Axes, quantity: Quantity, style: Style, x: list[float], points: Sequence[list[Record]]) -> None:
     """Draw the mean of one method's runs, and its standard deviation as a band."""
-    values = [[getattr(record, quantity.field) for record in records] for records in points]
+    values = [[record[quantity.field] for record in records] for records in points]
     mean = [statistics.fmean(v) for v in values]
     sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
     several = any(len(v) > 1 for v in values)

@@ -13,14 +13,19 @@ from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.summary import record_at
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.figures.drawing import freeze, tag
 from steppe.experiments.figures.label_placement import Point, add_labels
 from steppe.experiments.figures.style import GREY, add_caption, styles
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
-_FIELDS = (("test_accuracy", "test accuracy, %", 1), ("gap", "generalization gap, points", -1))
-"""A field of `Record`, its label, and the sign of what is better."""
+
+def _fields(task: TaskInfo) -> tuple[tuple[str, str, int], ...]:
+    """Return the fields of a record that are drawn, each with its label and the sign of what is better."""
+    metric = task.deciding
+    gap = f"generalization gap, {metric.unit_of_change}".removesuffix(", ")
+    return (f"test_{metric.name}", metric.with_unit(f"test {metric.name}"), metric.better), ("gap", gap, -1)
 
 
 def front(points: Sequence[Point]) -> list[int]:
@@ -59,7 +64,7 @@ def draw(recipe: Recipe, results: Results) -> Figure:
     figure = Figure(figsize=(15.0, 8.6), layout="constrained")
     grid = figure.subplots(2, 3, sharex="col")
     labels = []
-    for row, (field, label, better) in zip(grid, _FIELDS, strict=True):
+    for row, (field, label, better) in zip(grid, _fields(recipe.task), strict=True):
         for axes, cost in zip(row, costs, strict=True):
             labels.append(_plot(axes, cost, field, recipe, better=better))
             axes.tick_params(labelbottom=True)  # sharex hides it, but each panel also stands by itself on the page
@@ -101,7 +106,7 @@ def _plot(
 ) -> tuple[list[str], list[Point], list[tuple[Point, Point]]]:
     """Draw one panel without its labels; return these, their points, and the lines that they should not cover."""
     costs = [estimate([cost.of(record) for record in records]) for records in cost.records.values()]
-    values = [estimate([getattr(r, field) for r in records]) for records in cost.records.values()]
+    values = [estimate([r[field] for r in records]) for records in cost.records.values()]
     points = [(x.mean, y.mean) for x, y in zip(costs, values, strict=True)]
     on_front = front([(x, -better * y) for x, y in points])
     lines = []
@@ -150,10 +155,11 @@ def after_epochs(records: Sequence[Record], epochs: float) -> Record | None:
         if before.epoch < epochs < after.epoch:
             part = (epochs - before.epoch) / (after.epoch - before.epoch)
             both = before.to_json().keys() & after.to_json().keys()
-            mixed = {k: (1 - part) * getattr(before, k) + part * getattr(after, k) for k in both}
+            mixed = {k: (1 - part) * before[k] + part * after[k] for k in both}
             # gradient evaluations add up and can be interpolated; passes are their average over the run so far
             images = before.gradient_evaluations / before.passes / before.epoch
-            return Record(**{**mixed, "epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * images)})
+            mixed |= {"epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * images)}
+            return Record.from_json(mixed)
     return None
 
 

@@ -14,17 +14,17 @@ from torch import nn
 from steppe.experiments.analysis.summary import record_at
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness_file, read_lines
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.data.datasets import CLASSES, Dataset, Split, normalize
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.execution.executor import ExecutionOptions, MakeTask
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import load_data, with_backbone
+from steppe.experiments.execution.pretraining import prepare_task
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
 from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_checked
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
 from steppe.experiments.world import World
@@ -60,9 +60,10 @@ class RunJob:
             and self.options.settings().items() <= found.settings.items()
         )
 
-    def prepare(self, progress: Progress) -> tuple[Objective, Objective, Budget]:
+    def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
         training, options = self.restore(), self.options
-        return *objectives(training.network, self.sample(training), options, progress), options.budget
+        sample = self.sample(training, "train", self.run.seed)
+        return *objectives(training.task, training.network, sample, options, progress), options.budget
 
     def save(self, found: Flatness) -> None:
         content = found.to_json()
@@ -71,20 +72,21 @@ class RunJob:
 
     def restore(self) -> Training:
         recipe = self.run.recipe
-        dataset, device = _data_and_device(recipe, self.folder, Console(quiet=True))
+        make_task, device = _task_and_device(recipe, self.folder, Console(quiet=True))
         # the layout that every network can be measured in; it changes no weight
         run = replace(self.run, recipe=recipe.replace(channels_last=False, compile=False))
-        training = Training(run, dataset.to(device), World(device))
-        digest = None if dataset.backbone is None else dataset.backbone.digest()
+        task = make_task(recipe)
+        training = Training(run, task, World(device))
         checkpoint = self.path.with_name(CHECKPOINT)
-        state = checkpoint_file.load(checkpoint, owner(self.run, self.processes, digest))
+        state = checkpoint_file.load(checkpoint, owner(self.run, self.processes, task.initial_weights))
         with checkpoint_file.one_line_errors(checkpoint):
             training.network.load_state_dict(state["model"])
         return training
 
-    def sample(self, training: Training) -> Split:
-        """Draw the training images to measure on."""
-        return flatness_sample(training.data.train, self.options.samples, self.run.seed)
+    def sample(self, training: Training, split: str, seed: int) -> list[Any]:
+        """Draw the samples of a split to measure on, in batches."""
+        options, device = self.options, training.world.device
+        return flatness_sample(training.samples[split], options.samples, seed, device, options.batch_size)
 
 
 @dataclass(frozen=True)
@@ -117,9 +119,8 @@ def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> Non
         return
     with folder.locked():
         runs = _finished(folder, recipe, console)
-        dataset, _ = _data_and_device(recipe, path, console)  # makes or downloads a backbone once, here
-        shots = recipe.data.shots
-        samples = min(options.samples, len(dataset.train) if shots is None else shots * len(CLASSES))
+        make_task, _ = _task_and_device(recipe, path, console)  # makes or downloads a backbone once, here
+        samples = min(options.samples, len(make_task(recipe).samples("train", runs[0].seed)))
         options = replace(options, samples=samples, budget=replace(options.budget, m=min(options.budget.m, samples)))
         jobs = [RunJob(path, run, processes, options) for run in runs]
         measure_all([job for job in jobs if not job.is_measured()], options.jobs_at_once, console)
@@ -127,11 +128,14 @@ def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> Non
 
 
 def objectives(
-    network: nn.Module, sample: Split, options: MeasuringOptions, progress: Progress
-) -> tuple[Objective, Objective]:
-    """Return a network's mean cross-entropy on a sample, and that of its normalized logits."""
-    objective = partial(options.objective, network, (normalize(sample.images), sample.labels), progress=progress)
-    return objective(loss=F.cross_entropy), objective(loss=normalized_logits(F.cross_entropy))
+    task: Task, network: nn.Module, sample: list[Any], options: MeasuringOptions, progress: Progress
+) -> tuple[Objective, Objective | None]:
+    """Return a network's mean loss on a sample, and, of a classifier, that of its normalized logits."""
+    objective = partial(options.objective, network, sample, progress=progress)
+    normalized = None
+    if task.loss is F.cross_entropy:
+        normalized = objective(evaluate=replace(task, loss=normalized_logits(F.cross_entropy)).evaluate)
+    return objective(evaluate=task.evaluate), normalized
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:
@@ -167,18 +171,18 @@ def measure_line(line: LineJob, progress: Progress) -> dict[str, Any]:
     """Measure the loss between two runs, on training and test images, with BatchNorm statistics estimated anew."""
     options = line.job.options
     end, start = line.job.restore(), replace(line.job, run=line.reference).restore()
-    samples = {"train": line.job.sample(start), "test": flatness_sample(start.data.test, options.samples, 0)}
+    samples = {"train": line.job.sample(start, "train", start.run.seed), "test": line.job.sample(start, "test", 0)}
     found: dict[str, Any] = dict(zip(("a", "b", "seed"), line.key, strict=True))
     for split, sample in samples.items():
-        objective, _ = objectives(start.network, sample, options, progress)
+        objective, _ = objectives(start.task, start.network, sample, options, progress)
         losses = interpolation(objective, end.network.state_dict(), points=_LINE_POINTS, statistics=True)
         found |= {"axis": losses.axis.tolist(), split: losses.to_json()["losses"], "reestimated": losses.statistics}
     return found
 
 
-def _data_and_device(recipe: Recipe, path: Path, console: Console) -> tuple[Dataset, torch.device]:
-    """Return the data of a recipe, with the backbone of its runs, and this machine's device."""
+def _task_and_device(recipe: Recipe, path: Path, console: Console) -> tuple[MakeTask, torch.device]:
+    """Return the task of a recipe, with the backbone of its runs, and this machine's device."""
     local = recipe.replace(device="auto", threads=torch.get_num_threads(), compile=False, channels_last=False)
     with start_executor(local, ExecutionOptions(), console) as executor:
         executor.recipe = recipe  # the backbone of the recipe itself, not one pretrained with these changes
-        return with_backbone(load_data(recipe, executor.world), executor, path, console), executor.world.device
+        return prepare_task(executor, path, console), executor.world.device

@@ -1,12 +1,9 @@
-"""The inputs of a user: objects in their code, named as "package.module:name", files of weights, and data."""
+"""The inputs of a user: files of weights, and data."""
 
 import hashlib
-import pkgutil
 import re
-import sys
 import zipfile
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import IterableDataset, default_collate
 
-from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.entry_points import one_line_errors
+from steppe.experiments.errors import ExperimentError
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.flatness._batches import Batches, list_tensors
 
@@ -22,59 +20,6 @@ _KEYS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
 _FEW = 3  # names in an error
 _FORMS = "a tuple of tensors (inputs, targets), a Dataset of such pairs, or batches: a DataLoader, a list"
-
-
-def check_name(option: str, name: str) -> None:
-    """Raise ValueError where it cannot be a name.
-
-    >>> check_name("model", "nets.py:resnet")
-    Traceback (most recent call last):
-        ...
-    ValueError: model='nets.py:resnet': write package.module:name, as in an import and without .py
-    """
-    module, _, attribute = name.partition(":")
-    parts = [*module.split("."), *attribute.split(".")]
-    if not all(part.isidentifier() for part in parts) or module.endswith(".py"):
-        raise ValueError(f"{option}={name!r}: write package.module:name, as in an import and without .py")
-
-
-def load_entry_point(option: str, name: str) -> Any:
-    """Import it, from the current folder first, as `python -m` does; ExperimentError when that fails."""
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.insert(0, here)  # permanently: a factory may import when it is called
-    module, _, attribute = name.partition(":")
-    with one_line_errors(f"--{option} {name}: importing {module} raised "):
-        try:
-            return pkgutil.resolve_name(name)
-        except ModuleNotFoundError as error:
-            missing = error.name or module
-            inside = "" if module == missing or module.startswith(f"{missing}.") else f", which {module} imports"
-            raise ExperimentError(
-                f"--{option} {name}: there is no module {missing}{inside}, neither in the current folder ({here}) nor "
-                "among the installed ones"
-            ) from error
-        except AttributeError as error:
-            if module not in sys.modules:  # the module's own code has failed
-                raise
-            file = getattr(sys.modules[module], "__file__", None)
-            raise ExperimentError(f"--{option} {name}: {module} ({file}) has no {attribute}") from error
-
-
-def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:
-    with one_line_errors(f"--{option} {name}: calling it raised "):
-        return factory()
-
-
-@contextmanager
-def one_line_errors(before: str, after: str = "") -> Iterator[None]:
-    """Turn any error of the user's code into an ExperimentError, its type and first line between two texts."""
-    try:
-        yield
-    except ExperimentError:
-        raise
-    except Exception as error:
-        raise ExperimentError(f"{before}{type(error).__name__}: {first_line(error)}{after}") from error
 
 
 def load_weights(network: nn.Module, path: Path) -> None:

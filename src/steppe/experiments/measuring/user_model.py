@@ -10,6 +10,7 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
+from steppe.experiments import entry_points
 from steppe.experiments.analysis.verdicts import read_flatness_file
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.progress import print_line
@@ -52,7 +53,7 @@ class UserModel:
     def __post_init__(self) -> None:
         for option, name in self.entry_points().items():
             if name:
-                user_inputs.check_name(option, name)
+                entry_points.check_name(option, name)
         if bool(self.model) != bool(self.data):
             given, missing = ("model", "data") if self.model else ("data", "model")
             raise ValueError(
@@ -79,7 +80,7 @@ class UserModel:
 
     def network(self, seed: int) -> nn.Module:
         """Return the network, made by its factory with torch seeded."""
-        found = user_inputs.load_entry_point("model", self.model)
+        found = entry_points.load_entry_point("model", self.model)
         if isinstance(found, nn.Module):
             return found
         if not callable(found):
@@ -88,26 +89,26 @@ class UserModel:
             )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            made = user_inputs.call_factory("model", self.model, found)
+            made = entry_points.call_factory("model", self.model, found)
         if not isinstance(made, nn.Module):
             raise ExperimentError(f"--model {self.model} gives {type(made).__name__}, and a torch.nn.Module is needed")
         return made
 
     def samples(self, options: MeasuringOptions) -> tuple[Any, str]:
         """Return the data to measure on, and their digest."""
-        found = user_inputs.load_entry_point("data", self.data)
+        found = entry_points.load_entry_point("data", self.data)
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(options.budget.seed)
-            given = user_inputs.call_factory("data", self.data, found) if callable(found) else found
+            given = entry_points.call_factory("data", self.data, found) if callable(found) else found
             data = user_inputs.prepare_data(given, self.data, options, pairs=self.evaluate is None)
-            with user_inputs.one_line_errors(f"--data {self.data}: iterating over it raised "):
+            with entry_points.one_line_errors(f"--data {self.data}: iterating over it raised "):
                 return data, user_inputs.digest_of_data(data)
 
     def function(self, option: str) -> Callable[..., Tensor]:
         name = getattr(self, option)
-        found = user_inputs.load_entry_point(option, name)
+        found = entry_points.load_entry_point(option, name)
         if isinstance(found, type) and issubclass(found, nn.Module):  # torch.nn:MSELoss
-            found = user_inputs.call_factory(option, name, found)
+            found = entry_points.call_factory(option, name, found)
         if not callable(found):
             raise ExperimentError(f"--{option} {name} is {type(found).__name__}, and no function")
         return found  # type: ignore[no-any-return]
@@ -153,7 +154,7 @@ class UserModelJob:
         network.to("cuda" if torch.cuda.is_available() else "cpu")
         objective = partial(options.objective, network, data, seed=budget.seed, progress=progress)
         normalized = None
-        with user_inputs.one_line_errors(f"{self.name}: the loss of {model.model} on {model.data}: "):
+        with entry_points.one_line_errors(f"{self.name}: the loss of {model.model} on {model.data}: "):
             if model.evaluate is not None:
                 plain = objective(evaluate=model.function("evaluate"))
                 plain.loss()

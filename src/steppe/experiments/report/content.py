@@ -16,19 +16,6 @@ from steppe.flatness import FAMILIES, Flatness
 KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad", "sharper": "bad"}
 """The class of a verdict's word on the page; every other word is "open"."""
 
-HEADINGS = {
-    "method": "",
-    "standardized epochs": "",
-    "passes a step": "",
-    "train accuracy": "%",
-    "test accuracy": "%",
-    "gap": "points",
-    "train loss": "",
-    "time": "s",
-    "runs": "",
-}
-"""The columns of the summary, with their units."""
-
 _UNMEASURED, _NO_VERDICT = "not measured", "no verdict"
 
 Headline = Sequence[tuple[str, str]]
@@ -50,20 +37,21 @@ def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
     groups: dict[tuple[str, str, str], list[Difference]] = {}
     for difference in summary.differences:
         flat = flatness.get(str(difference.method), _NO_VERDICT if measured else _UNMEASURED)
-        words = word(difference.test_accuracy, better=1), word(difference.gap, better=-1), flat
+        words = word(difference.test, better=difference.metric.better), word(difference.gap, better=-1), flat
         groups.setdefault(words, []).append(difference)
     return [_headline(differences, *words) for words, differences in groups.items()]
 
 
 def _headline(differences: list[Difference], accuracy: str, gap: str, flat: str) -> Headline:
     *most, last = (difference.method.label for difference in differences)
+    name = differences[0].metric.name
     ours = f"{', '.join(most)} and {last}" if most else last
     subject = f"{ours} against {differences[0].reference.label}: "
     minima = ("minima " if most else "minimum ") if flat in KINDS else "flatness "
     if accuracy == gap:
-        parts = [(f"{subject}test accuracy and generalization gap ", accuracy)]
+        parts = [(f"{subject}test {name} and generalization gap ", accuracy)]
     else:
-        parts = [(f"{subject}test accuracy ", accuracy), (", generalization gap ", gap)]
+        parts = [(f"{subject}test {name} ", accuracy), (", generalization gap ", gap)]
     return [*parts, (f"; {minima}", flat), (".", "")]
 
 
@@ -126,9 +114,19 @@ def _measure(
 
 def _generalization(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]]:
     rows = {str(row.method): row for row in summary.rows if row.standardized_epoch == recipe.comparison.epochs}
-    for name, label, better in (("gap", "generalization gap, points", -1), ("test_accuracy", "test accuracy, %", 1)):
-        values = {method: getattr(row, name).text(".2f", sign=" ± ") for method, row in rows.items()}
-        paired: dict[str, Estimate] = {str(d.method): getattr(d, name) for d in summary.differences}
+    metric = summary.task.deciding
+    gap = f"generalization gap, {metric.unit_of_change}".removesuffix(", ")
+    measures = (
+        ("gap", gap, -1, {str(d.method): d.gap for d in summary.differences}),
+        (
+            f"test_{metric.name}",
+            metric.with_unit(f"test {metric.name}"),
+            metric.better,
+            {str(d.method): d.test for d in summary.differences},
+        ),
+    )
+    for name, label, better, paired in measures:
+        values = {method: row.measures[name].text(metric.form, sign=" ± ") for method, row in rows.items()}
         changes = {method: (value, word(value, better=better)) for method, value in paired.items()}
         yield {"label": label, "notes": [], "cells": _cells(recipe, values, changes)}
 

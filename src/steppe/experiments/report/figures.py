@@ -103,8 +103,8 @@ class Figures:
         texts = {"standardized_epoch": "Standardized epochs", "seconds": "Seconds"}
         self.choices["extent"] = Choice("Horizontal axis", texts, "standardized_epoch")
         for extent in curves.EXTENTS:
-            for quantity in curves.QUANTITIES:
-                yield self._curve(quantity.field, 0, quantity, extent)
+            for quantity in curves.quantities(self._recipe):
+                yield self._curve(quantity.stem, 0, quantity, extent)
 
     def tracked(self) -> Iterator[Panel]:
         """The measures of flatness that were taken during training."""
@@ -119,7 +119,8 @@ class Figures:
     def pareto(self) -> Iterator[Panel]:
         costs = ("Passes a step", "Time a step", "Training time")
         self.choices["cost"] = Choice("Cost", {str(i): text for i, text in enumerate(costs)}, "0")
-        for row, (name, title) in enumerate((("test_accuracy", "test accuracy"), ("gap", "generalization gap"))):
+        metric = self._recipe.task.deciding.name
+        for row, (name, title) in enumerate(((f"test_{metric}", f"test {metric}"), ("gap", "generalization gap"))):
             for column, cost in enumerate(costs):
                 about = f"{cost} against {title}, one point a method"
                 yield self._panel(f"pareto-{name}", self.saved["pareto"], 3 * row + column, about, cost=str(column))
@@ -131,7 +132,7 @@ class Figures:
         gaps: dict[str, list[tuple[int, float | None]]] = {label: [] for label in self._known}
         for run in self._measured:
             records = self._results.get(run, [])
-            gaps[run.method.label].append((run.seed, records[-1].gap if records else None))
+            gaps[run.method.label].append((run.seed, records[-1]["gap"] if records else None))
         drawing = self._drawing("gap_over_flatness", plot_gap_over, self._known, gaps, self._by_label)
         self.choices["measure"] = Choice("Measure", measures, next(iter(measures)))
         for index, (name, title) in enumerate(measures.items()):

@@ -12,7 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
-from steppe.experiments.analysis.summary import Summary, setting
+from steppe.experiments.analysis.summary import Summary, columns, setting
 from steppe.experiments.analysis.verdicts import read_flatness, read_lines
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
@@ -51,7 +51,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         headlines=content.headlines(summary, measured=bool(found)),
         details=content.details(summary),
         word_kinds=content.KINDS,
-        headings=content.HEADINGS,
+        columns=columns(summary.task),
         flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
         sections=sections,
         figures=figures,

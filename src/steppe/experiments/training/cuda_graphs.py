@@ -17,8 +17,10 @@ from torch.optim import Optimizer
 
 from steppe import SAM
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.data.batches import Batch
+from steppe.experiments.config.sections import TrainingConfig
 from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.tasks.batches import Batch
+from steppe.experiments.tasks.samples import Samples, TensorSamples
 from steppe.experiments.world import World
 
 T = TypeVar("T")
@@ -69,16 +71,24 @@ RECORDERS = {"cuda": Recorder}
 """The recorder of each type of device."""
 
 
-def recorder(run: Run, world: World) -> Recorder | None:
-    """Make the recorder of a run's steps; None if they are taken without graphs."""
+def recorder(run: Run, world: World, train: Samples) -> Recorder | None:
+    """Make the recorder of a run's steps on its training data; None if they are taken without graphs."""
     recipe = run.recipe
     if recipe.hardware.cuda_graphs is False or not run.method.definition.capturable or world.size > 1:
+        return None
+    # a graph reads the data by their positions, and keeps the learning rate and the number of micro-batches
+    if not isinstance(train, TensorSamples) or _has_course(recipe.training) or recipe.data.task:
         return None
     # a published checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
     if recipe.model.backbone not in ("none", "own"):
         return None
     make = RECORDERS.get(world.device.type)
     return None if make is None else make(world.device)
+
+
+def _has_course(training: TrainingConfig) -> bool:
+    """True if the learning rate changes, or the gradients are changed by code that a graph would not contain."""
+    return training.schedule != "constant" or training.warmup > 0 or training.clip is not None
 
 
 class _Graph(NamedTuple):

@@ -1,82 +1,153 @@
-"""Measure a network: loss and accuracy over a whole split, and flatness on a sample of the training images."""
+"""Measure a model: loss and metrics over a whole split, and flatness on a sample of the training data."""
 
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import nn
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from steppe import flatness
-from steppe.experiments.data.datasets import Split, normalize
 from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks.batches import share_out
+from steppe.experiments.tasks.samples import Samples
+from steppe.experiments.tasks.task import Task, logits_of
+from steppe.experiments.training.forward import in_float32
 from steppe.experiments.world import World
+from steppe.flatness._batches import cast, map_tensors
 
-# Images in one forward pass; the number changes memory, speed and the last bits of a result.
-_CHUNK, _CHUNK_ON_A_GPU = 500, 5000
+_FLATNESS_BATCH = 256  # samples in memory at a time
 _TOLERANCE = 1e-2  # of the largest eigenvalue, relative
 
 
-@dataclass(frozen=True)
-class Score:
-    """Mean cross-entropy, and accuracy in percent."""
-
-    loss: float
-    accuracy: float
-
-
 def evaluate(
-    network: nn.Module,
-    split: Split,
+    task: Task,
+    model: nn.Module,
+    samples: Samples,
+    batch_size: int,
     world: World,
     autocast: Callable[[], AbstractContextManager[object]],
     raise_if_stopped: Callable[[], None],
-) -> Score:
-    """Measure `network` on a split, shared out over the processes, with a call of `raise_if_stopped` before each chunk.
+) -> dict[str, float]:
+    """Measure the loss and the metrics of a split, `batch_size` samples at a time, shared out over the processes.
 
-    The network is left in training mode.
+    The deciding metric is measured on two halves of the split as well, under its name with " (half 1)" and
+    " (half 2)", so that a moment can be chosen on one and judged on the other. `raise_if_stopped` is called before each
+    batch.
     """
-    share = world.share(len(split))
-    images, labels = split.images[share], split.labels[share]
-    sums = torch.zeros(2, dtype=torch.float64, device=labels.device)
-    chunk = _CHUNK_ON_A_GPU if labels.is_cuda else _CHUNK
-    network.eval()
+    total, n = torch.zeros((), dtype=torch.float64, device=world.device), 0
+    kept: list[tuple[Any, Any]] = []
+    losses: list[tuple[float, int]] = []
+    metrics = task.all_metrics()
+    with evaluation_mode(model), torch.no_grad():
+        for batch in share_out(samples, _chunks(samples, batch_size), world):
+            raise_if_stopped()
+            with autocast():
+                outputs, targets = task.outputs(model, batch.data)
+            loss = task.total_loss(in_float32(outputs), targets, len(batch)).double()
+            total += loss
+            n += len(batch)
+            if metrics:
+                kept.append(cast((in_float32(logits_of(outputs)), targets), device=torch.device("cpu")))
+            else:
+                losses.append((float(loss), len(batch)))
+    found = {"loss": float(world.total(total) / len(samples))}
+    kept = _of_all_processes(kept, world)
+    for i, (name, metric) in enumerate(metrics.items()):
+        parts = {"": kept} | ({" (half 1)": kept[::2], " (half 2)": kept[1::2]} if i == 0 and len(kept) > 1 else {})
+        for suffix, part in parts.items():
+            found[name + suffix] = _number(name, metric.function(*_concatenated(part)))
+    if not metrics and len(losses) > 1:
+        for suffix, half in ((" (half 1)", losses[::2]), (" (half 2)", losses[1::2])):
+            found["loss" + suffix] = sum(loss for loss, _ in half) / sum(size for _, size in half)
+    return found
+
+
+@contextmanager
+def evaluation_mode(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and each of its modules back to its own."""
+    before = [(module, module.training) for module in model.modules()]
+    model.eval()
     try:
-        with torch.no_grad():
-            for x, y in zip(torch.split(images, chunk), torch.split(labels, chunk), strict=True):
-                raise_if_stopped()
-                with autocast():
-                    logits = network(normalize(x))
-                sums[0] += F.cross_entropy(logits.float(), y, reduction="sum")
-                sums[1] += (logits.argmax(1) == y).sum()
+        yield
     finally:
-        network.train()
-    loss, correct = (world.total(sums) / len(split)).tolist()
-    return Score(loss, 100.0 * correct)
+        for module, mode in before:
+            module.training = mode
 
 
-def flatness_sample(split: Split, samples: int, seed: int) -> Split:
-    """Draw `samples` images, or all where there are fewer, by `seed`: the same at every measurement of a run."""
-    drawn = torch.randperm(len(split), generator=generator(seed, FLATNESS_SAMPLE))[:samples]
-    drawn = drawn.sort().values.to(split.labels.device)
-    return Split(split.images[drawn], split.labels[drawn])
+def _chunks(samples: Samples, batch_size: int) -> list[Tensor]:
+    """Return the positions of the batches of an evaluation; each is spread over the split, so the halves are alike."""
+    n = len(samples)
+    if samples.sizes is not None:
+        return list(torch.split(torch.arange(n), samples.sizes))
+    number = max(min(2, n), -(-n // batch_size))
+    return [torch.arange(i, n, number) for i in range(number)]
+
+
+def _of_all_processes(kept: list[tuple[Any, Any]], world: World) -> list[tuple[Any, Any]]:
+    """Return the outputs and targets of all processes, each batch of theirs in one piece."""
+    if world.size == 1:
+        return kept
+    gathered: list[Any] = [None] * world.size
+    dist.all_gather_object(gathered, kept)
+    return [_concatenated(list(parts)) for parts in zip(*gathered, strict=True)]
+
+
+def _concatenated(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
+    """Concatenate outputs and targets, trees of tensors, along their first dimension."""
+    columns: list[list[Tensor]] = []
+    for part in parts:
+        leaves: list[Tensor] = []
+        map_tensors(part, lambda t, leaves=leaves: (leaves.append(t), t)[1])  # type: ignore[misc]
+        columns.append(leaves)
+    joined = iter([torch.cat([t.reshape(1) if t.dim() == 0 else t for t in row]) for row in zip(*columns, strict=True)])
+    whole: tuple[Any, Any] = map_tensors(parts[0], lambda _: next(joined))
+    return whole
+
+
+def _number(name: str, value: Any) -> float:
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ExperimentError(
+            f"the metric {name} returned {type(value).__name__}, and a number is needed: a float, or a tensor of one "
+            "element"
+        ) from error
+
+
+def flatness_sample(
+    samples: Samples, number: int, seed: int, device: torch.device, batch_size: int = _FLATNESS_BATCH
+) -> list[Any]:
+    """Draw `number` samples, or all where there are fewer, by `seed`: the same batches at every call."""
+    if samples.sizes is not None:
+        raise ExperimentError(
+            "the training data decide which samples make a batch, so no sample can be drawn to measure flatness on: "
+            "give a Dataset or tensors, or leave --flatness-every out"
+        )
+    drawn = torch.randperm(len(samples), generator=generator(seed, FLATNESS_SAMPLE))[:number].sort().values
+    return [batch.data for batch in share_out(samples, list(torch.split(drawn, batch_size)), World(device))]
+
+
+def objective(task: Task, model: nn.Module, batches: list[Any], **arguments: Any) -> flatness.Objective:
+    """Return the task's mean loss of a model on some batches, as the measures of flatness take it."""
+    return flatness.Objective(model, batches, evaluate=task.evaluate, **arguments)
 
 
 def measure_flatness(
-    network: nn.Module, sample: Split, rho: float, raise_if_stopped: Callable[[], None]
+    task: Task, model: nn.Module, sample: list[Any], rho: float, raise_if_stopped: Callable[[], None]
 ) -> dict[str, float]:
     """Measure S(w) at `rho`, the Hessian's largest eigenvalue and the norm of the gradient: fields of `Record`.
 
-    In evaluation mode and in the weights' own precision; the network and all generators are unchanged. All values are
+    In evaluation mode and in the weights' own precision; the model and all generators are unchanged. All values are
     NaN if the loss is not finite. `raise_if_stopped` is called after every pass over the sample.
     """
-    data = normalize(sample.images), sample.labels
-    objective = flatness.Objective(network, data, loss=F.cross_entropy, progress=lambda *_: raise_if_stopped())
+    loss = objective(task, model, sample, progress=lambda *_: raise_if_stopped())
     try:
-        found = flatness.sharpness(objective, rho=rho, seed=0)
+        found = flatness.sharpness(loss, rho=rho, seed=0)
     except FloatingPointError:  # the run itself continues, and checks its loss
         return dict.fromkeys(("sharpness", "lambda_max", "gradient_norm"), math.nan)
-    top = flatness.eigenvalues(flatness.Hessian(objective), k=1, tol=_TOLERANCE, seed=0)
+    top = flatness.eigenvalues(flatness.Hessian(loss), k=1, tol=_TOLERANCE, seed=0)
     return {"sharpness": found.value, "lambda_max": float(top.values[0]), "gradient_norm": found.gradient_norm}

@@ -1,4 +1,4 @@
-"""The network of a run, and its loss as a step function uses it, with a count of all samples.
+"""The model of a run, and its loss as a step function uses it, with a count of all samples.
 
 A step function is a subclass of `StepFunction`. With a builder of `steppe.closures` its `step` is one line:
 
@@ -8,103 +8,87 @@ A step function is a subclass of `StepFunction`. With a builder of `steppe.closu
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from fractions import Fraction
+from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
-from steppe.experiments.config.methods import RunContext
-from steppe.experiments.config.recipe import Run
-from steppe.experiments.data.batches import Batch
-from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.models.preact_resnet import PreActResNet18
+from steppe.experiments.tasks.batches import Batch
+from steppe.experiments.tasks.task import Task, logits_of
 from steppe.experiments.world import World
+from steppe.flatness._batches import map_tensors
 
 FORWARD_ONLY = Fraction(1, 3)
 """Cost of a sample without a backward pass, which does about twice the work of the forward pass."""
 
 
-def build_network(run: Run, data: Dataset) -> nn.Module:
-    """Build the network with its initial weights, drawn from torch's generator."""
-    model = run.recipe.model
-    if (data.backbone is None) != (model.backbone == "none"):
-        raise RuntimeError(
-            f"backbone={model.backbone}, but the data has {data.backbone}: load it by pretraining.with_backbone"
-        )
-    if data.backbone is not None:
-        return data.backbone.network(freeze=model.freeze)
-    return PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
-
-
-def build_optimizer(run: Run, base: Optimizer, context: RunContext) -> Optimizer:
-    """Build the method's optimizer around the base.
-
-    Raises:
-        ExperimentError: The method would silently ignore an option of fine-tuning.
-    """
-    try:
-        optimizer = run.method.optimizer(base, context)
-    except ValueError as error:
-        if not run.recipe.model.freeze:
-            raise
-        raise ExperimentError(
-            f"{run.name} perturbs weights that --freeze keeps fixed ({error}): leave --freeze or this method out"
-        ) from error
-    head_lr = run.recipe.training.head_lr
-    if head_lr is not None and all(group["lr"] != head_lr for group in optimizer.param_groups):
-        raise ExperimentError(
-            f"{run.name} has one learning rate of its own, and head_lr={head_lr} would be ignored: leave --head-lr or "
-            "this method out"
-        )
-    return optimizer
-
-
 class Forward:
-    """The network and its loss for one step; every sample that it evaluates is counted.
+    """The model and the task's loss for one step; every sample that it evaluates is counted.
 
     A sample is one gradient evaluation where autograd records, and `FORWARD_ONLY` of one under `torch.no_grad()`.
 
-    Processes average their gradients, and their shares of a batch may differ by one image. So each mean loss is
+    Processes average their gradients, and their shares of a batch may differ by one sample. So each mean loss is
     weighted by this process's share of the whole batch; the samples that a step function selects from its share
     represent all of it.
     """
 
     def __init__(
-        self, model: nn.Module, batch: Batch, world: World, autocast: Callable[[], AbstractContextManager[object]]
+        self,
+        task: Task,
+        model: nn.Module,
+        batch: Batch,
+        world: World,
+        autocast: Callable[[], AbstractContextManager[object]],
+        micro_batches: int = 1,
     ) -> None:
-        self._model, self._batch, self._world, self._autocast = model, batch, world, autocast
+        self._task, self._model, self._batch, self._world, self._autocast = task, model, batch, world, autocast
+        self._micro_batches = micro_batches
         self._recorded = self._unrecorded = 0
 
     def __call__(self, *tensors: Tensor) -> Tensor:
-        """Evaluate the mean cross-entropy."""
-        images, labels = tensors
-        logits = self.logits(images)
-        return F.cross_entropy(logits.float(), labels, reduction="sum") * self._weight(len(labels))
+        """Evaluate the mean loss of samples: the tensors of the batch, or of a part of it."""
+        outputs, targets, n = self._outputs(tensors)
+        return self._task.total_loss(outputs, targets, n) * self._weight(n)
 
     def losses(self, *tensors: Tensor) -> Tensor:
-        """Evaluate the cross-entropy of each sample, (n,), weighted so that their mean is the mean cross-entropy."""
-        images, labels = tensors
-        return F.cross_entropy(self.logits(images).float(), labels, reduction="none") * self._share
+        """Evaluate the loss of each sample, (n,), weighted so that their mean is the mean loss."""
+        outputs, targets, _ = self._outputs(tensors)
+        return self._task.losses(outputs, targets) * self._share
+
+    def backward(self, *tensors: Tensor) -> Tensor:
+        """Evaluate the mean loss and its gradient, in micro-batches if the recipe says so; return the loss."""
+        n = len(self._batch)
+        parts = min(self._micro_batches, n)
+        if parts <= 1:
+            loss = self(*tensors)
+            loss.backward()  # type: ignore[no-untyped-call]
+            return loss.detach()
+        total = torch.zeros((), device=self._world.device)
+        for i in range(parts):
+            begin, end = i * n // parts, (i + 1) * n // parts
+            loss = self(*(t[begin:end] for t in tensors)) * ((end - begin) / n)
+            loss.backward()  # type: ignore[no-untyped-call]
+            total += loss.detach()
+        return total
 
     def mean(self, losses: Tensor) -> Tensor:
         """Average losses (n,) that a step function has computed from `logits`."""
         return losses.sum() * self._weight(len(losses))
 
-    def logits(self, images: Tensor) -> Tensor:
-        """Evaluate the logits of images."""
-        self.count(len(images), recorded=torch.is_grad_enabled())
+    def logits(self, inputs: Any) -> Tensor:
+        """Evaluate the outputs of inputs."""
+        self.count(len(inputs), recorded=torch.is_grad_enabled())
         with self._autocast():
-            logits: Tensor = self._model(images)
+            logits: Tensor = logits_of(self._model(inputs))
         return logits
 
-    def count(self, images: int, *, recorded: bool) -> None:
-        """Count images that another network of the same size evaluates, such as a running mean."""
+    def count(self, samples: int, *, recorded: bool) -> None:
+        """Count samples that another network of the same size evaluates, such as a running mean."""
         if recorded:
-            self._recorded += images
+            self._recorded += samples
         else:
-            self._unrecorded += images
+            self._unrecorded += samples
 
     def cost(self) -> Fraction:
         """Return the gradient evaluations so far, of all processes together; every process must call it."""
@@ -114,9 +98,41 @@ class Forward:
             counts = tuple(total.tolist())
         return counts[0] + FORWARD_ONLY * counts[1]
 
+    def _outputs(self, tensors: tuple[Tensor, ...]) -> tuple[Any, Any, int]:
+        """Return the outputs in float32, the targets and the number of samples."""
+        data, n = self._batch.data, len(self._batch)
+        own = self._batch.tensors
+        if len(tensors) != len(own) or any(a is not b for a, b in zip(tensors, own, strict=True)):
+            n = _rows(tensors, own, n)
+            rest = iter(tensors)
+            data = map_tensors(data, lambda _: next(rest))
+        self.count(n, recorded=torch.is_grad_enabled())
+        with self._autocast():
+            outputs, targets = self._task.outputs(self._model, data)
+        return in_float32(outputs), targets, n
+
     @property
     def _share(self) -> float:
         return len(self._batch) * self._world.size / self._batch.size
 
     def _weight(self, n: int) -> float:
         return (self._world.size / self._batch.size) * (len(self._batch) / n)
+
+
+def in_float32(outputs: Any) -> Any:
+    """Return outputs in which a tensor of half precision, as autocast makes it, is float32."""
+    return (
+        outputs.float() if isinstance(outputs, Tensor) and outputs.dtype in (torch.bfloat16, torch.float16) else outputs
+    )
+
+
+def _rows(tensors: tuple[Tensor, ...], own: tuple[Tensor, ...], n: int) -> int:
+    """Return the number of samples in a part of a batch of `n`."""
+    for whole in own:
+        if whole.dim() == 0 or len(whole) != n:
+            raise ExperimentError(
+                f"this method evaluates a part of a batch of {n} samples, and one of its tensors has the shape "
+                f"{tuple(whole.shape)}, without a row for each sample: only methods that take whole batches can train "
+                "this task"
+            )
+    return len(tensors[0])

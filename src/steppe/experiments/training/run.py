@@ -1,30 +1,28 @@
 """Train one run, from its seed or its checkpoint, until its compute is spent."""
 
+import math
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
-from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
-from steppe.experiments.config.methods import BASES, RunContext
+from steppe.experiments.config.methods import RunContext
 from steppe.experiments.config.recipe import Run
-from steppe.experiments.data.batches import Batch, batches, count, order, start
-from steppe.experiments.data.datasets import CLASSES, Dataset
-from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.storage.checkpoints import CheckpointManager
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, parse_records
+from steppe.experiments.tasks.batches import Batch, Epochs
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
 from steppe.experiments.training.evaluation import evaluate, flatness_sample, measure_flatness
-from steppe.experiments.training.forward import Forward, build_network, build_optimizer
+from steppe.experiments.training.forward import Forward
+from steppe.experiments.training.optimizers import build_optimizer
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
@@ -36,33 +34,33 @@ _STOP_INTERVAL = 8  # batches from one exchange of stop requests between several
 
 
 class Training:
-    """The state of a run: its network, its optimizer and its progress."""
+    """The state of a run: its model, its optimizer and its progress."""
 
-    def __init__(self, run: Run, data: Dataset, world: World) -> None:
+    def __init__(self, run: Run, task: Task, world: World) -> None:
         recipe = run.recipe
-        if recipe.data.shots is not None:
-            data = replace(data, train=few_shot(data.train, recipe.data.shots, run.seed))
-        if recipe.data.label_noise:
-            data = replace(data, train=mislabeled(data.train, recipe.data.label_noise, run.seed))
-        self.run, self.data, self.world = run, data, world
+        self.run, self.task, self.world = run, task, world
+        self.samples = {name: task.samples(name, run.seed).to(world.device) for name in task.splits}
+        self._batch_size = recipe.training.batch_size or task.usual_batch_size(self.samples["train"])
+        self._epochs = Epochs(self.samples["train"], self._batch_size, run.seed, world)
         torch.manual_seed(run.seed)
         layout = torch.channels_last if recipe.hardware.channels_last else torch.contiguous_format
-        network = build_network(run, data).to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+        network = task.model().to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.network = world.synchronize_norms(network)
         self.model = world.wrap(self.network)
         if recipe.hardware.compile:
             self.model.compile(dynamic=False)
-        self._recorder = recorder(run, world)
+        self._recorder = recorder(run, world, self.samples["train"])
         context = RunContext(
             rho=run.method.rho(recipe.training.rho),
             model=self.network,
-            total_steps=run.steps(self.images),
+            total_steps=run.steps(self.batches),
             samples=self.images,
-            classes=len(CLASSES),
+            classes=task.classes or 0,
             seed=run.seed,
             replay_rng=self._recorder is None,
         )
-        self.optimizer = build_optimizer(run, self._base(), context)
+        self._planned_steps = context.total_steps
+        self.optimizer, self.scheduler, self._clipping = build_optimizer(run, task, self.network, context)
         self.step_function = run.method.step_function(self.optimizer, context)
         self._take_step = Stepper(self._eager_step, self.optimizer, self._recorder)
         self.epoch = 0
@@ -76,26 +74,24 @@ class Training:
         self.records: list[Record] = []
         self._grid = run.grid
 
-    def _base(self) -> Optimizer:
-        network, options, momentum = self.network, self.run.recipe.training, self.run.recipe.base_momentum
-        trained = network.groups(options.head_lr) if isinstance(network, FineTuned) else network.parameters()
-        on_gpu = self.world.device.type == "cuda"
-        return BASES[options.base].build(trained, options.lr, momentum, options.weight_decay, on_gpu=on_gpu)
-
     @property
     def images(self) -> int:
-        """Images in an epoch."""
-        return len(self.data.train)
+        """Samples in an epoch."""
+        return self._epochs.samples
 
     @property
     def batches(self) -> int:
         """Batches in an epoch."""
-        return count(self.images, self.run.recipe.training.batch_size)
+        return self._epochs.number
+
+    def rest_of_epoch(self) -> Iterator[Batch]:
+        """Yield the batches of the epoch in progress that are not finished."""
+        return self._epochs.batches(self.epoch, self.batch)
 
     @property
     def images_seen(self) -> int:
-        """Images in all steps so far; an image counts once for each step that it is part of."""
-        return self.epoch * self.images + start(self.batch, self.images, self.batches)
+        """Samples in all steps so far; a sample counts once for each step that it is part of."""
+        return self.epoch * self.images + self._epochs.seen(self.batch)
 
     @property
     def finished(self) -> bool:
@@ -126,26 +122,39 @@ class Training:
                 f"{type(self.step_function).__name__} took a step without evaluating the network through `forward`: "
                 "nothing was counted, so the run would never end. Use `forward` for every pass"
             )
+        if self._clipping is not None and self._clipping.steps == 0:
+            raise ExperimentError(
+                f"{self.run.name} takes its steps without the base optimizer, so clip={self.run.recipe.training.clip} "
+                "would be ignored: leave --clip or this method out"
+            )
         self.spent += cost
         self.steps += 1
+        if self.scheduler is not None and self.steps < self._planned_steps:  # it ends there
+            self.scheduler.step()
         self.epoch, self.batch = divmod(self.epoch * self.batches + self.batch + 1, self.batches)
         return loss
 
     def _eager_step(self, batch: Batch) -> Step:
-        forward = Forward(self.model, batch, self.world, self.autocast)
+        micro_batches = self.run.recipe.training.accumulate
+        forward = Forward(self.task, self.model, batch, self.world, self.autocast, micro_batches)
         return Step(self.step_function.step(forward, batch).detach(), forward.cost())
 
     def measure(self, raise_if_stopped: Callable[[], None]) -> list[Record]:
-        """Measure the network on both splits, for every point of the grid that is due."""
-        train, test = (
-            evaluate(self.network, split, self.world, self.autocast, raise_if_stopped)
-            for split in (self.data.train, self.data.test)
-        )
+        """Measure the model on all splits, for every point of the grid that is due."""
+        recipe, measures = self.run.recipe, dict[str, float]()
+        for name, samples in self.samples.items():
+            size = self.task.evaluation_batch_size or samples.batch_size or self._batch_size
+            found = evaluate(self.task, self.network, samples, size, self.world, self.autocast, raise_if_stopped)
+            halves = name == "test"  # of the others, nothing is chosen
+            measures |= {f"{name}_{key}": value for key, value in found.items() if halves or "(half" not in key}
+        deciding = self.task.info.deciding
+        train, test = measures[f"train_{deciding.name}"], measures[f"test_{deciding.name}"]
+        measures["gap"] = (train - test) * deciding.better
         flatness: dict[str, float] = {}
         if not self.run.flatness_grid.isdisjoint(self.due):
-            recipe = self.run.recipe
-            sample = flatness_sample(self.data.train, recipe.evaluation.flatness_samples, self.run.seed)
-            flatness = measure_flatness(self.network, sample, recipe.training.rho, raise_if_stopped)
+            number = recipe.evaluation.flatness_samples
+            sample = flatness_sample(self.samples["train"], number, self.run.seed, self.world.device)
+            flatness = measure_flatness(self.task, self.network, sample, recipe.training.rho, raise_if_stopped)
         # a step that crosses several points gives a record for each: methods are compared point by point
         return [
             Record(
@@ -154,11 +163,7 @@ class Training:
                 steps=self.steps,
                 gradient_evaluations=_number(self.spent),
                 passes=float(self.spent / self.images_seen),
-                train_loss=train.loss,
-                train_accuracy=train.accuracy,
-                test_loss=test.loss,
-                test_accuracy=test.accuracy,
-                gap=train.accuracy - test.accuracy,
+                measures=measures,
                 seconds=round(self.seconds, 3),
                 images_per_second=round(self.images_seen / max(self.seconds, 1e-9), 1),
                 **(flatness if point in self.run.flatness_grid else {}),
@@ -173,6 +178,7 @@ class Training:
             "model": self.network.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "step_function": self.step_function.state_dict(),
+            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.world.device) if on_gpu else None,
             "epoch": self.epoch,
@@ -187,29 +193,31 @@ class Training:
         self.network.load_state_dict(state["model"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step_function.load_state_dict(state["step_function"])
+        if self.scheduler is not None:
+            self.scheduler.load_state_dict(state["scheduler"])
         self._take_step.reset()  # graphs captured before would write to the old tensors
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)
         self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
         self.seconds, self.spent = state["seconds"], Fraction(state["spent"])
-        self.records = [Record(**record) for record in state["records"]]
+        self.records = parse_records(state["records"])
 
 
 def train(
-    run: Run, folder: Path, data: Dataset, world: World, reporter: Reporter | None = None, stop: Stop | None = None
+    run: Run, folder: Path, task: Task, world: World, reporter: Reporter | None = None, stop: Stop | None = None
 ) -> list[Record]:
     """Train `run` to its end and return its measurements; resume at the checkpoint in `folder` if there is one.
 
-    The recipe must be resolved, and the data on the device of `world`.
+    The recipe must be resolved.
 
     Raises:
         Stopped: once `stop` is set, after a checkpoint.
         ExperimentError: if the loss diverges, or if the checkpoint is damaged or of another run or configuration.
     """
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
-    manager = CheckpointManager(folder, run, world, None if data.backbone is None else data.backbone.digest())
-    training = Training(run, data, world)
+    manager = CheckpointManager(folder, run, world, task.initial_weights)
+    training = Training(run, task, world)
     manager.resume(training.load_state_dict)
     reporter.begin(run, training.standardized_epoch, training.records)
 
@@ -238,10 +246,9 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
     """Train to the end of the epoch in progress, or to a measurement within it."""
     run, world = training.run, training.world
     epoch, steps, seen, before = training.epoch, training.steps, training.images_seen, training.seconds
-    indices = order(training.images, run.seed, epoch)
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     begun = reported = time.perf_counter()
-    for batch in batches(training.data.train, run.recipe.training.batch_size, indices, world, training.batch, epoch):
+    for batch in training.rest_of_epoch():
         loss = training.step(batch)
         total += loss
         now = time.perf_counter()
@@ -261,7 +268,8 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
             begun += time.perf_counter() - saving
     mean = float(world.total(total)) / world.size / (training.steps - steps)
     training.seconds = before + time.perf_counter() - begun  # float() has waited for the device
-    if not mean < _DIVERGED_LOSS:  # also if it is NaN
+    # of a task of the user's own, the usual size is not known
+    if not mean < (math.inf if run.recipe.data.task else _DIVERGED_LOSS):  # also if it is NaN
         options = run.recipe.training
         raise ExperimentError(
             f"{run.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "

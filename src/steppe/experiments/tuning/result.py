@@ -59,7 +59,7 @@ class TrialResult:
 
     def measured(self, field: str) -> list[float]:
         """Return one field of the last measurement of each run."""
-        return [getattr(run, field) for run in self.runs]
+        return [run[field] for run in self.runs]
 
     def __str__(self) -> str:
         return ", ".join(_text(self.values)) or "as it is"

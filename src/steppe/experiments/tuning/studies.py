@@ -27,9 +27,8 @@ from rich.console import Console
 
 from steppe.experiments.config.methods import Value
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.errors import ExperimentError, reason
-from steppe.experiments.execution.executor import Executor, Job, Outcome
+from steppe.experiments.execution.executor import Executor, Job, MakeTask, Outcome
 from steppe.experiments.execution.progress import RunProgress
 from steppe.experiments.storage.files import CHECKSUM, checksum
 from steppe.experiments.storage.records import parse_record
@@ -198,7 +197,7 @@ class Study:
         goal = math.nan
         if not trial.errors:
             runs = [records[-1] for records in trial.folder.results(trial.recipe).values()]
-            goal = fmean(getattr(run, self._measure) for run in runs)
+            goal = fmean(run[self._measure] for run in runs)
         with _one_line_errors(*self._database):
             if math.isfinite(goal):
                 self._tell(trial, goal, "runs", [run.to_json() for run in runs])
@@ -235,7 +234,7 @@ class Study:
 
 
 def train_trials(
-    studies: Sequence[Study], executor: Executor, data: Dataset, path: Path, console: Console, *, one_by_one: bool
+    studies: Sequence[Study], executor: Executor, make_task: MakeTask, path: Path, console: Console, *, one_by_one: bool
 ) -> None:
     """Train the remaining trials; at the end, release those in progress, so that any process can resume them."""
     results, comparison = [r for study in studies for r in study.results()], executor.recipe.comparison
@@ -246,7 +245,7 @@ def train_trials(
         with RunProgress(console, total, "validation") as progress, on_signals() as stop:
             jobs = _jobs(studies, in_progress)
             for group in jobs if one_by_one else [chain.from_iterable(jobs)]:
-                with closing(executor.run(group, data, path, progress, stop)) as outcomes:
+                with closing(executor.run(group, make_task, path, progress, stop)) as outcomes:
                     for outcome in outcomes:
                         _record(outcome, in_progress)
     finally:

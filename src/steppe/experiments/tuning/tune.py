@@ -13,11 +13,10 @@ from typing import Any
 from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.sampling import hold_out
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import load_data, resolve_pretraining, with_backbone
+from steppe.experiments.execution.pretraining import prepare_task, resolve_pretraining
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.files import read_checked, read_checked_lines, write_checked, write_checked_lines
@@ -66,10 +65,9 @@ def tune(
             record_session(path / "environment.json", [_without_password(word) for word in command], console)
             inputs, shared = json.dumps(depends_on, sort_keys=True), None if options.storage is None else folder_id
             studies = [Study(space, storage, path, options, depends_on=inputs, folder_id=shared) for space in found]
-        held_out = hold_out(load_data(recipe, executor.world), options.hold_out)
-        held_out = with_backbone(held_out, executor, path, console)
+        make_task = prepare_task(executor, path, console, one_in=options.hold_out)
         try:
-            train_trials(studies, executor, held_out, path, console, one_by_one=one_by_one)
+            train_trials(studies, executor, make_task, path, console, one_by_one=one_by_one)
         finally:
             with RunFolder(path).locked(timeout=-1):  # a copy of the database that can be read without Optuna
                 results = chain.from_iterable(study.results() for study in studies)

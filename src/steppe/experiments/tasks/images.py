@@ -1,0 +1,78 @@
+"""The built-in tasks: image classification with the networks and data sets of the recipes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from steppe.experiments.config.methods import BASES
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data.datasets import CLASSES, Dataset, Split, normalize
+from steppe.experiments.data.sampling import few_shot, mislabeled
+from steppe.experiments.models.backbones import FineTuned
+from steppe.experiments.models.preact_resnet import PreActResNet18
+from steppe.experiments.tasks.samples import Samples, TensorSamples
+from steppe.experiments.tasks.task import Metric, Task, accuracy
+
+# Images in one forward pass of an evaluation; the number changes memory, speed and the last bits of a result.
+_CHUNK, _CHUNK_ON_A_GPU = 500, 5000
+
+
+class ImageSamples(TensorSamples):
+    """Images that are stored as bytes, and normalized when a batch is gathered."""
+
+    def gather(self, positions: Tensor) -> tuple[Tensor, ...]:
+        images, labels = self.tensors
+        return normalize(images[positions]), labels[positions]
+
+
+def images_task(dataset: Dataset, recipe: Recipe) -> Task:
+    """Return the task of a recipe on a built-in data set."""
+    if (dataset.backbone is None) != (recipe.model.backbone == "none"):
+        raise RuntimeError(
+            f"backbone={recipe.model.backbone}, but the data has {dataset.backbone}: load it by "
+            "pretraining.with_backbone"
+        )
+    return Task(
+        name=recipe.name,
+        model=partial(_network, dataset, recipe),
+        train=partial(_training_images, dataset.train, recipe),
+        test=_samples(dataset.test),
+        optimizer=partial(_optimizer, recipe),
+        loss=F.cross_entropy,
+        metrics={"accuracy": Metric(accuracy, unit="%")},
+        evaluation_batch_size=_CHUNK_ON_A_GPU if recipe.hardware.device == "cuda" else _CHUNK,
+        classes=len(CLASSES),
+        initial_weights=None if dataset.backbone is None else dataset.backbone.digest(),
+    )
+
+
+def _network(dataset: Dataset, recipe: Recipe) -> nn.Module:
+    model = recipe.model
+    if dataset.backbone is not None:
+        return dataset.backbone.network(freeze=model.freeze)
+    return PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
+
+
+def _training_images(split: Split, recipe: Recipe, seed: int) -> Samples:
+    if recipe.data.shots is not None:
+        split = few_shot(split, recipe.data.shots, seed)
+    if recipe.data.label_noise:
+        split = mislabeled(split, recipe.data.label_noise, seed)
+    return _samples(split)
+
+
+def _samples(split: Split) -> ImageSamples:
+    return ImageSamples((split.images, split.labels))
+
+
+def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:
+    options = recipe.training
+    trained = model.groups(options.head_lr) if isinstance(model, FineTuned) else model.parameters()
+    on_gpu = next(model.parameters()).is_cuda
+    return BASES[options.base].build(
+        trained, options.lr, recipe.base_momentum, options.weight_decay, nesterov=options.nesterov, on_gpu=on_gpu
+    )

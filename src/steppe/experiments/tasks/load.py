@@ -1,0 +1,55 @@
+"""Load a user's task by its name, and prepare it for a search."""
+
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch.utils.data import Subset
+
+from steppe.experiments.entry_points import check_name, load_entry_point, one_line_errors
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks.samples import DatasetSamples, Samples, TensorSamples
+from steppe.experiments.tasks.task import Task
+
+
+def load_task(name: str) -> Task:
+    """Import a task, package.module:name: a :class:`Task`, or a function without arguments that returns one."""
+    check_name("task", name)
+    found = load_entry_point("task", name)
+    if not isinstance(found, Task) and callable(found):
+        with one_line_errors(f"--task {name}: calling it raised "):
+            found = found()
+    if not isinstance(found, Task):
+        raise ExperimentError(
+            f"--task {name} gives {type(found).__name__}: a steppe.experiments.Task is needed, or a function without "
+            "arguments that returns one"
+        )
+    return found
+
+
+def held_out(task: Task, one_in: int) -> Task:
+    """Return the task for tuning: its test data are the validation data, or one in `one_in` training samples."""
+    if task.validation is not None:
+        return replace(task, test=task.validation, validation=None)
+    return replace(task, train=partial(_part, task, one_in, False), test=partial(_part, task, one_in, True))
+
+
+def _part(task: Task, one_in: int, held: bool, seed: int) -> Samples:
+    """Return the training samples of a seed that are held out, or the others; the choice is the same for all seeds."""
+    samples = task.samples("train", seed)
+    n = len(samples)
+    if n < 2 * one_in:
+        raise ExperimentError(
+            f"{n} training samples are too few to hold out one in {one_in}: take a smaller --hold-out, or give the "
+            "task validation="
+        )
+    chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))
+    positions = (chosen[: n // one_in] if held else chosen[n // one_in :]).sort().values
+    if isinstance(samples, TensorSamples):
+        return type(samples)(samples.gather_stored(positions))
+    if isinstance(samples, DatasetSamples):
+        return samples.with_dataset(Subset(samples.dataset, positions.tolist()))
+    raise ExperimentError(
+        "the training data decide which samples make a batch, so none can be held out for the search: give the task "
+        "validation="
+    )

@@ -1,0 +1,266 @@
+"""The samples of a task's split: any data of a user, in batches that depend on the seed and the epoch alone."""
+
+from __future__ import annotations
+
+import copy
+import random
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import (
+    BatchSampler,
+    DataLoader,
+    IterableDataset,
+    RandomSampler,
+    SequentialSampler,
+    default_collate,
+)
+from torch.utils.data import Dataset as TorchDataset
+
+from steppe.experiments.data.sampling import seed_of
+from steppe.experiments.errors import ExperimentError
+from steppe.flatness._batches import cast as cast_tensors
+from steppe.flatness._batches import num_samples
+
+_EVALUATION = 0xE7A1  # in the place of a seed, where no run's seed is
+_END = object()
+_FORMS = "a tuple of tensors (inputs, targets), a Dataset, a DataLoader, or a function of the seed that returns one"
+
+
+class Samples(ABC):
+    """The samples of a split; a batch of them is named by the positions of its samples."""
+
+    batch_size: int | None = None
+    """The number of samples in a batch, where the data have one of their own."""
+    sizes: list[int] | None = None
+    """The sizes of the batches of an epoch, where the data decide which samples they hold; else positions are free."""
+    shuffled = True
+    """False if the user's own loader goes through the samples in their order."""
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def fetch(self, positions: Sequence[Tensor], epoch: int, first: int, seed: int | None) -> Iterable[Any]:
+        """Yield a batch for each of `positions`, the first of which is batch number `first` of the epoch.
+
+        Random numbers of the data (augmentation) depend on `seed`, `epoch` and the number of the batch alone, and the
+        global generators are unchanged; `seed` is None for an evaluation, which draws the same numbers each time.
+        """
+
+    def to(self, device: torch.device) -> Samples:
+        """Return the samples, with their tensors on the device."""
+        return self
+
+
+class TensorSamples(Samples):
+    """Tensors of equal length; a batch is a tuple of their rows."""
+
+    def __init__(self, tensors: tuple[Tensor, ...]) -> None:
+        self.tensors = tensors
+
+    def __len__(self) -> int:
+        return len(self.tensors[0])
+
+    def gather(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows at `positions`, a tensor on the device of the samples, as a batch."""
+        return self.gather_stored(positions)
+
+    def gather_stored(self, positions: Tensor) -> tuple[Tensor, ...]:
+        """Return the rows at `positions` as they are stored."""
+        return tuple(tensor[positions] for tensor in self.tensors)
+
+    def fetch(self, positions: Sequence[Tensor], epoch: int, first: int, seed: int | None) -> Iterable[Any]:
+        return (self.gather(p) for p in positions)
+
+    def to(self, device: torch.device) -> TensorSamples:
+        return type(self)(tuple(t.to(device) for t in self.tensors))
+
+
+class DatasetSamples(Samples):
+    """A map-style dataset, with the collate function and the workers of a DataLoader if it came with one."""
+
+    def __init__(self, dataset: TorchDataset[Any], loader: DataLoader[Any] | None = None) -> None:
+        self.dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
+        self.batch_size = None if loader is None else loader.batch_size
+        self.shuffled = loader is None or isinstance(loader.sampler, RandomSampler)
+        # only the settings: a loader itself cannot be sent to another process while it has workers
+        self._collate = default_collate if loader is None else loader.collate_fn
+        self._settings = (
+            {}
+            if loader is None
+            else {
+                "num_workers": loader.num_workers,
+                "timeout": loader.timeout,
+                "worker_init_fn": loader.worker_init_fn,
+                "multiprocessing_context": loader.multiprocessing_context if loader.num_workers else None,
+                "prefetch_factor": loader.prefetch_factor,
+            }
+        )
+
+    def __len__(self) -> int:
+        return self._length
+
+    def with_dataset(self, dataset: TorchDataset[Any]) -> DatasetSamples:
+        """Return samples of another dataset with the same settings."""
+        other = copy.copy(self)
+        other.dataset, other._length = dataset, len(dataset)  # type: ignore[arg-type]
+        return other
+
+    def fetch(self, positions: Sequence[Tensor], epoch: int, first: int, seed: int | None) -> Iterable[Any]:
+        keys = [(*_key(seed, epoch, first + i), p.tolist()) for i, p in enumerate(positions)]
+        loader = DataLoader(
+            _Drawn(self.dataset),
+            sampler=cast(Any, keys),
+            batch_size=None,
+            collate_fn=_Collated(self._collate),
+            generator=torch.Generator().manual_seed(0),  # else each iteration draws from the global generator
+            **cast(Any, self._settings),
+        )
+        return loader
+
+
+class _Drawn(TorchDataset[Any]):
+    """The items of a batch; their random numbers depend on the key of the batch alone, in whichever process."""
+
+    def __init__(self, dataset: TorchDataset[Any]) -> None:
+        self._dataset = dataset
+
+    def __getitem__(self, key: tuple[int, int, int, list[int]]) -> list[Any]:
+        *numbers, positions = key
+        with RandomStream(*numbers).active():
+            together = getattr(self._dataset, "__getitems__", None)
+            return together(positions) if together else [self._dataset[i] for i in positions]
+
+
+class _Collated:
+    """The collate function of a whole batch, where the loader takes the batch for a single item."""
+
+    def __init__(self, function: Callable[[list[Any]], Any]) -> None:
+        self._function = function
+
+    def __call__(self, items: list[Any]) -> Any:
+        return self._function(items)
+
+
+class LoaderSamples(Samples):
+    """A DataLoader, or another iterable of batches, with an order of its own: each epoch is one iteration of it."""
+
+    def __init__(self, batches: Iterable[Any]) -> None:
+        self._batches = batches
+        with RandomStream(0, 0, 0).active():
+            self._sizes = [num_samples(batch) for batch in batches]
+        if not self._sizes:
+            raise ExperimentError("the data have no batch, so there is nothing to train on or to measure")
+        self.sizes = self._sizes
+        self.batch_size = max(self._sizes)
+
+    def __len__(self) -> int:
+        return sum(self._sizes)
+
+    def fetch(self, positions: Sequence[Tensor], epoch: int, first: int, seed: int | None) -> Iterable[Any]:
+        """Yield the batches of an epoch from number `first` on; those before are read and dropped."""
+        stream = RandomStream(*_key(seed, epoch, 0))
+        for owner in (self._batches, getattr(self._batches, "sampler", None)):
+            if isinstance(generator := getattr(owner, "generator", None), torch.Generator):
+                generator.manual_seed(seed_of(*_key(seed, epoch, 0)))
+        with stream.active():
+            iterator = iter(self._batches)
+        for number in range(first + len(positions)):
+            with stream.active():
+                batch = next(iterator, _END)
+            if batch is _END:
+                raise ExperimentError(
+                    f"the data gave {number} batches in epoch {epoch + 1}, and {len(self._sizes)} when they were "
+                    "counted, but the compute of an epoch must be the same for all methods: give a Dataset, or batches "
+                    "of a fixed number"
+                )
+            if number >= first:
+                yield batch
+
+
+class RandomStream:
+    """A state of its own for the global generators of torch's CPU, NumPy and Python."""
+
+    def __init__(self, *numbers: int) -> None:
+        seed = seed_of(*numbers)
+        before = _states()
+        torch.default_generator.manual_seed(seed)
+        np.random.seed(seed)
+        random.seed(seed)
+        self._states = _states()
+        _restore(before)
+
+    @contextmanager
+    def active(self) -> Iterator[None]:
+        """Let the global generators draw from the stream within the context."""
+        before = _states()
+        _restore(self._states)
+        try:
+            yield
+        finally:
+            self._states = _states()
+            _restore(before)
+
+
+def _states() -> tuple[Any, ...]:
+    return torch.get_rng_state(), np.random.get_state(), random.getstate()
+
+
+def _restore(states: tuple[Any, ...]) -> None:
+    torch.set_rng_state(states[0])
+    np.random.set_state(states[1])
+    random.setstate(states[2])
+
+
+def _key(seed: int | None, epoch: int, number: int) -> tuple[int, int, int]:
+    return (_EVALUATION, 0, number) if seed is None else (seed, epoch, number)
+
+
+def as_samples(given: Any, name: str) -> Samples:
+    """Turn the data of a user into samples; `name` is theirs in an error."""
+    if isinstance(given, Samples):
+        return given
+    if isinstance(given, tuple) and given and all(isinstance(tensor, Tensor) for tensor in given):
+        lengths = {len(tensor) for tensor in given}
+        if len(lengths) > 1 or lengths == {0}:
+            sizes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+            raise ExperimentError(
+                f"{name}: tensors of shapes {sizes}, but inputs and targets need the same number of samples, at least 1"
+            )
+        return TensorSamples(given)
+    if isinstance(given, Iterator):
+        raise ExperimentError(
+            f"{name} is {type(given).__name__}, an iterator, which can be read once only, and training reads the data "
+            f"in every epoch: give {_FORMS}"
+        )
+    if isinstance(given, DataLoader):
+        return DatasetSamples(given.dataset, given) if _is_plain(given) else LoaderSamples(given)
+    if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, list | tuple | dict | str):
+        if not len(given):
+            raise ExperimentError(f"{name} is empty: at least one sample is needed")
+        return DatasetSamples(given)
+    if isinstance(given, Iterable) and not isinstance(given, tuple | dict | str | Tensor):
+        return LoaderSamples(given)
+    raise ExperimentError(f"{name} is {type(given).__name__}: give {_FORMS}")
+
+
+def _is_plain(loader: DataLoader[Any]) -> bool:
+    """True if only the dataset, the size of a batch and the collate function decide the batches of a loader."""
+    usual = type(loader.batch_sampler) is BatchSampler and type(loader.sampler) in (RandomSampler, SequentialSampler)
+    if isinstance(loader.dataset, IterableDataset) or not usual:
+        return False
+    sampler = loader.sampler
+    return not (isinstance(sampler, RandomSampler) and (sampler.replacement or len(sampler) != len(loader.dataset)))  # type: ignore[arg-type]
+
+
+def on_device(batch: Any, device: torch.device) -> Any:
+    """Move a batch: its tensors, or the object itself where it has a method `to`, as graphs have."""
+    if not isinstance(batch, Tensor | Mapping | list | tuple) and hasattr(batch, "to"):
+        return batch.to(device)
+    return cast_tensors(batch, device=device)

@@ -1,0 +1,233 @@
+"""A task: the model, the data, the loss and the metrics that methods are compared on."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from steppe.experiments.config.task_info import MetricInfo, TaskInfo
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks.samples import Samples, as_samples
+
+_BATCH_SIZE = 64
+_LABELS = ("labels", "label", "targets", "target")
+
+
+@dataclass(frozen=True)
+class Metric:
+    """A measure of a split: a function of all outputs and targets, in the order of the samples."""
+
+    function: Callable[[Any, Any], Any]
+    """(outputs, targets) -> a number; both are on the CPU, concatenated over the whole split."""
+    higher_is_better: bool = True
+    unit: str = ""
+    """Written beside the values in tables and figures, for example "%"."""
+
+
+def accuracy(outputs: Tensor, targets: Tensor) -> float:
+    """Return the accuracy in percent, for logits (n, classes, ...) and targets (n, ...).
+
+    >>> accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
+    75.0
+    """
+    return 100.0 * float((outputs.argmax(1) == targets).sum()) / targets.numel()
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """What methods are compared on: a model, data, a loss, metrics, an optimizer and a schedule.
+
+    All functions are called in the process that trains. A run is seeded before `model` is called, and so is each batch
+    before its items are read, so that all methods of a seed have the same initial weights and the same batches.
+
+    Args:
+        model: Function that returns a new model.
+        train: The training data: a tuple of tensors (inputs, targets), a Dataset, a DataLoader, other batches that can
+            be iterated over many times, or a function of the seed that returns one of these. Of a DataLoader, the
+            dataset, the batch size, the collate function and the workers are used; the order is shuffled by the run's
+            seed if the loader shuffles. A loader with a sampler of its own is used as it is.
+        test: The test data, in the same forms. They are read in evaluation mode, without a shuffle.
+        optimizer: Function of the model that returns the base optimizer, any of torch's.
+        loss: Function (outputs, targets) -> mean loss of a batch, a 0-dim tensor. By default the model's own: its
+            outputs have a `loss`, as those of Hugging Face models do.
+        predict: Function (model, batch) -> (outputs, targets). By default, a batch is a tuple (inputs, targets), or
+            (input, input, ..., targets) for a model of several inputs, or a mapping that is passed to the model by its
+            keys; of a mapping, the targets are its "labels".
+        metrics: Functions (outputs, targets) -> number, or :class:`Metric` where lower is better or a unit is to be
+            shown, by their names. The first one decides the comparison; without any, the loss does.
+        validation: Held-out data, on which the best moment of a run is chosen and `steppe tune` judges. By default,
+            tuning holds out a part of the training data.
+        schedule: "constant", "cosine", "linear" or "one-cycle" over the planned steps, or a function
+            (optimizer, total_steps) -> scheduler of torch. By default, the command's option decides.
+        batch_size: Samples in a step; by default the loader's, or 64.
+        evaluation_batch_size: Samples in a batch of an evaluation; by default that of the test data's loader, or
+            `batch_size`.
+        classes: The number of classes; needed by methods that store outputs (`saf`) only.
+        name: The title of tables and figures.
+
+    Example:
+        >>> inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
+        >>> task = Task(
+        ...     model=lambda: nn.Linear(5, 3),
+        ...     train=(inputs[:48], targets[:48]),
+        ...     test=(inputs[48:], targets[48:]),
+        ...     optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=1e-2),
+        ...     loss=F.cross_entropy,
+        ...     metrics={"accuracy": accuracy},
+        ... )
+        >>> list(task.metrics)
+        ['accuracy']
+    """
+
+    model: Callable[[], nn.Module]
+    train: Any
+    test: Any
+    optimizer: Callable[[nn.Module], Optimizer]
+    loss: Callable[[Any, Any], Tensor] | None = None
+    predict: Callable[[nn.Module, Any], tuple[Any, Any]] | None = None
+    metrics: Mapping[str, Callable[[Any, Any], Any] | Metric] = field(default_factory=dict)
+    validation: Any = None
+    schedule: str | Callable[[Optimizer, int], LRScheduler] | None = None
+    batch_size: int | None = None
+    evaluation_batch_size: int | None = None
+    classes: int | None = None
+    name: str = "task"
+    initial_weights: str | None = None
+    """A digest of pretrained weights that every run starts from: a run is resumed only if it is the same."""
+
+    def __post_init__(self) -> None:
+        for name in ("model", "optimizer"):
+            if not callable(getattr(self, name)) or isinstance(getattr(self, name), nn.Module | Optimizer):
+                raise TypeError(
+                    f"{name} is {type(getattr(self, name)).__name__}: every run needs one of its own, so give a "
+                    f"function that makes it, for example {name}={_EXAMPLES[name]}"
+                )
+        if "loss" in self.metrics or not all(str(name).strip() == name != "" for name in self.metrics):
+            raise ValueError(
+                f"metrics={list(self.metrics)}: each needs a name, without spaces at its ends, and not 'loss', which "
+                "is measured anyway"
+            )
+
+    def samples(self, split: str, seed: int = 0) -> Samples:
+        """Return the samples of "train", "test" or "validation" for a seed."""
+        given = getattr(self, split)
+        if callable(given) and not isinstance(given, Samples | nn.Module) and not hasattr(given, "__getitem__"):
+            try:
+                takes_seed = bool(inspect.signature(given).parameters)
+            except ValueError:  # a built-in function
+                takes_seed = True
+            given = given(seed) if takes_seed else given()
+        return as_samples(given, split)
+
+    @property
+    def splits(self) -> tuple[str, ...]:
+        """The splits that are measured."""
+        return ("train", "test") if self.validation is None else ("train", "validation", "test")
+
+    def usual_batch_size(self, train: Samples) -> int:
+        """Return the number of samples in a step, where the recipe leaves it open."""
+        return self.batch_size or train.batch_size or _BATCH_SIZE
+
+    @property
+    def info(self) -> TaskInfo:
+        """What a folder keeps of the task."""
+        metrics = (MetricInfo(name, m.higher_is_better, m.unit) for name, m in self.all_metrics().items())
+        return TaskInfo(self.name, tuple(metrics))
+
+    def outputs(self, model: nn.Module, batch: Any) -> tuple[Any, Any]:
+        """Return the outputs of the model on a batch, and its targets."""
+        return (self.predict or predict)(model, batch)
+
+    def evaluate(self, model: nn.Module, batch: Any) -> Tensor:
+        """Return the mean loss of a model on a batch."""
+        return self.mean_loss(*self.outputs(model, batch))
+
+    def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the mean loss of a batch."""
+        return _own_loss(outputs) if self.loss is None else self.loss(logits_of(outputs), targets)
+
+    def total_loss(self, outputs: Any, targets: Any, samples: int) -> Tensor:
+        """Return the sum of the losses of a batch."""
+        if self.loss is F.cross_entropy and targets.dim() == 1:
+            summed: Tensor = cast(Any, F.cross_entropy)(logits_of(outputs), targets, reduction="sum")
+            return summed
+        return self.mean_loss(outputs, targets) * samples
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor:
+        """Return the loss of each sample, (n,)."""
+        if self.loss is None:
+            raise ExperimentError(
+                "the model computes its loss itself, as the mean of a batch, and this method needs that of each "
+                "sample: give the task a loss=, (outputs, targets) -> mean loss"
+            )
+        outputs = logits_of(outputs)
+        if "reduction" in _parameters(self.loss):
+            each: Tensor = cast(Any, self.loss)(outputs, targets, reduction="none")
+            return each.flatten(1).mean(1) if each.dim() > 1 else each
+        rows = range(len(targets))
+        return torch.stack([self.loss(outputs[i : i + 1], targets[i : i + 1]) for i in rows])
+
+    def all_metrics(self) -> dict[str, Metric]:
+        """Return the metrics by name, each with its direction."""
+        return {k: m if isinstance(m, Metric) else Metric(m) for k, m in self.metrics.items()}
+
+
+_EXAMPLES = {"model": "lambda: Net()", "optimizer": "lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)"}
+
+
+def predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
+    """Return (outputs, targets) of a batch: (inputs, targets), (input, input, ..., targets), or a mapping."""
+    if isinstance(batch, Mapping):
+        key = next((key for key in _LABELS if key in batch), None)
+        return model(**batch), None if key is None else batch[key]
+    if isinstance(batch, tuple | list) and len(batch) > 1:
+        return model(*batch[:-1]), batch[-1]
+    raise ExperimentError(
+        f"a batch is {describe(batch)}, neither (inputs, targets) nor a mapping: give the task a function "
+        "predict=(model, batch) -> (outputs, targets)"
+    )
+
+
+def describe(thing: Any) -> str:
+    """Describe an object of a user in a few words, with its shape.
+
+    >>> describe((torch.zeros(4, 3), {"a": torch.zeros(2)}))
+    "(a tensor of shape (4, 3), {'a': a tensor of shape (2,)})"
+    """
+    if isinstance(thing, Tensor):
+        return f"a tensor of shape {tuple(thing.shape)}"
+    if isinstance(thing, Mapping):
+        return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in thing.items()) + "}"
+    if isinstance(thing, tuple | list) and len(thing) <= 8:
+        return f"({', '.join(map(describe, thing))})"
+    return type(thing).__name__
+
+
+def _own_loss(outputs: Any) -> Tensor:
+    loss = outputs.get("loss") if isinstance(outputs, Mapping) else getattr(outputs, "loss", None)
+    if not isinstance(loss, Tensor):
+        raise ExperimentError(
+            f"the task has no loss=, and the model returned {describe(outputs)} without a loss of its own: give "
+            "loss=(outputs, targets) -> mean loss, or labels in the batch if the model computes the loss from them"
+        )
+    return loss
+
+
+def logits_of(outputs: Any) -> Any:
+    """Return the logits of a Hugging Face output, and other outputs as they are."""
+    return getattr(outputs, "logits", outputs)
+
+
+def _parameters(function: Callable[..., Any]) -> Mapping[str, inspect.Parameter]:
+    try:
+        return inspect.signature(function).parameters
+    except ValueError:
+        return {}
