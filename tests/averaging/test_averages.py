@@ -492,7 +492,7 @@ def test_interrupt_at_any_line_within_applied_restores_the_model():
         interrupted(evaluate, at)
         assert model_bits(model) == before, at
     assert lines > 50
-    assert not averaged._is_applied
+    assert not averaged.is_applied
     evaluate()
 
 

@@ -56,7 +56,8 @@ class Average(AveragedModel):
     _live: nn.Module
     _optimizer: Optimizer | None
     _steps: CompletedSteps | None
-    _is_applied: bool
+    is_applied: bool
+    """True within :meth:`applied`."""
     _frozen: list[str]
     _refusal: RemovableHandle | None
 
@@ -82,7 +83,7 @@ class Average(AveragedModel):
         self.register_buffer("n_steps", torch.tensor(0, dtype=torch.long, device="cpu"))
         self.n_averaged = self.n_averaged.cpu()
         # not as attributes: a module in one would be a part of this module
-        self.__dict__.update(_live=live, _optimizer=optimizer, _is_applied=False, _frozen=[], _refusal=None)
+        self.__dict__.update(_live=live, _optimizer=optimizer, is_applied=False, _frozen=[], _refusal=None)
         self._pairs().copy()
         self._note_frozen_layers()
         self._follow()
@@ -98,7 +99,7 @@ class Average(AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_steps"}
-        return {**state, "_is_applied": False, "_refusal": None}
+        return {**state, "is_applied": False, "_refusal": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -175,17 +176,17 @@ class Average(AveragedModel):
 
     def _begin_applied(self) -> None:
         """Refuse steps and updates until :meth:`_end_applied`."""
-        self.__dict__["_is_applied"] = True
+        self.__dict__["is_applied"] = True
         if self._optimizer is not None:
             self._refusal = self._optimizer.register_step_pre_hook(self._refuse_step)
 
     def _end_applied(self) -> None:
-        self.__dict__["_is_applied"] = False
+        self.__dict__["is_applied"] = False
         if self._refusal is not None:
             self._refusal.remove()
 
     def _refuse_if_applied(self, caller: str) -> None:
-        if self._is_applied:
+        if self.is_applied:
             raise RuntimeError(_REFUSAL.format(caller))
 
     def _refuse_step(self, *_: Any) -> None:

@@ -18,12 +18,15 @@ try:
     from accelerate.utils import is_compiled_module  # type: ignore[import-untyped]
     from transformers import Trainer
 
+    from steppe.integrations._averaged_trainer import AveragedTrainerMixin
     from steppe.integrations.accelerate import check_supported, share_scaler, unprepared, unwrap_optimizer
 except ImportError as missing:
     raise ImportError(
         "steppe.integrations.transformers needs Transformers and Accelerate, and one of them is not installed: "
         "pip install 'steppe[transformers]'"
     ) from missing
+
+__all__ = ["AveragedTrainerMixin", "SAMTrainer", "SAMTrainerMixin"]
 
 if TYPE_CHECKING:
     _Trainer = Trainer
