@@ -21,24 +21,31 @@ from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.tasks.load import with_task
+from steppe.experiments.tasks.task import Task
 
 _LOCAL = ExecutionOptions()
 
 
 def compare(
-    recipe: Recipe, command: Sequence[str], console: Console, execution: ExecutionOptions = _LOCAL
+    recipe: Recipe,
+    command: Sequence[str],
+    console: Console,
+    execution: ExecutionOptions = _LOCAL,
+    task: Task | None = None,
 ) -> Summary | DoubleDescent | None:
     """Train the runs that are not finished, then write and show the summary and the figures.
 
-    `command` is the words of the command line, for the record. Returns None in all processes but the first.
+    `command` is the words of the command line, for the record; `task` is one that has no name by which it could be
+    imported. Returns None in all processes but the first.
 
     Raises Stopped on a signal, ExperimentError with one clear line; the failure of a run is raised after the others
     are trained.
     """
-    recipe = resolve_pretraining(recipe, console)
+    recipe, task = with_task(resolve_pretraining(recipe, console), task)
     runs = max(len(list(member.runs())) for member in [recipe, *recipe.members()])
     with start_executor(recipe, execution, console, max_runs=runs) as executor:
-        summary, failed = _train_and_report(executor.recipe, executor, command, console)
+        summary, failed = _train_and_report(executor.recipe, executor, command, console, task)
     if failed and summary is not None:
         raise ExperimentError("; ".join(failed))
     return summary
@@ -83,7 +90,7 @@ def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdi
 
 
 def _train_and_report(
-    recipe: Recipe, executor: Executor, command: Sequence[str], console: Console
+    recipe: Recipe, executor: Executor, command: Sequence[str], console: Console, task: Task | None
 ) -> tuple[Summary | DoubleDescent | None, list[str]]:
     """Train every run of a comparison, or of its members, and report; return the failures as well."""
     folder, world = RunFolder(recipe.folder), executor.world
@@ -94,10 +101,10 @@ def _train_and_report(
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():
-            _, reasons = _train_and_report(member, executor, command, console)
+            _, reasons = _train_and_report(member, executor, command, console, task)
             failed += [f"width {member.model.width}: {reason}" for reason in reasons]
         if not recipe.comparison.widths:
-            make_task = prepare_task(executor, folder.path, console)
+            make_task = prepare_task(executor, folder.path, console, task)
             reason = train_runs(recipe.runs(), make_task, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed

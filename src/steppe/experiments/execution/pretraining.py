@@ -25,7 +25,6 @@ from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import read_checked, write_checked
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.tasks.check import check
 from steppe.experiments.tasks.images import images_task
 from steppe.experiments.tasks.load import held_out, load_task
 from steppe.experiments.tasks.task import Task
@@ -51,7 +50,6 @@ def prepare_task(
     recipe = executor.recipe
     if recipe.data.task:
         task = given or load_task(recipe.data.task)
-        check(task, executor.world.device)
         return OneTask(task if one_in is None else held_out(task, one_in))
     dataset = load_data(recipe, executor.world)
     dataset = dataset if one_in is None else hold_out(dataset, one_in)

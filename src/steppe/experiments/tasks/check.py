@@ -6,12 +6,14 @@ import math
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.samples import RandomStream, Samples
@@ -22,18 +24,21 @@ from steppe.flatness._batches import cast
 _SAMPLES = 4
 
 
-def check(task: Task, device: torch.device) -> None:
+def check(task: Task, device: torch.device) -> TaskInfo:
     """Run the model forward and backward on a few samples, and each metric on some of the test data.
+
+    Returns the metrics, and a description of the model and the data.
 
     Raises:
         ExperimentError: A function of the task raised an error, or returned something that cannot be trained on.
     """
     world = World(device)
     with RandomStream(0, 0, 0).active():
-        batches = {}
+        batches, sizes = {}, {}
         for split in task.splits:
             with _explained(f"{split}=", "could not be read"):
                 samples = task.samples(split)
+                sizes[split] = len(samples)
                 batches[split] = next(share_out(samples.to(device), [_some(samples)], world, seed=0)).data
         with _explained("model=", "raised an error"):
             model = task.model()
@@ -57,6 +62,9 @@ def check(task: Task, device: torch.device) -> None:
             for split, batch in batches.items():
                 if split != "train":
                     _check_metrics(task, *_outputs(task, model, batch))
+    parameters = sum(p.numel() for p in model.parameters())
+    data = " + ".join(f"{number:,}" for number in sizes.values())
+    return replace(task.info, description=f"{type(model).__name__} ({parameters:,} parameters), {data} samples")
 
 
 def _some(samples: Samples) -> Tensor:
@@ -87,9 +95,9 @@ def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> Non
             f"the task's loss does not depend on the weights through autograd, for {shapes}: nothing would be trained. "
             "Do not use .item(), .detach(), argmax or torch.no_grad() on the way from the model to the loss"
         )
-    if not math.isfinite(float(loss)):
+    if not math.isfinite(loss.item()):
         raise ExperimentError(
-            f"the loss of the new model is {float(loss)} on {shapes}: look for NaN in the data, or a loss that takes "
+            f"the loss of the new model is {loss.item()} on {shapes}: look for NaN in the data, or a loss that takes "
             "other outputs (logits or probabilities?)"
         )
     with _explained("the backward pass", f"raised an error on {shapes}"):

@@ -6,8 +6,10 @@ from functools import partial
 import torch
 from torch.utils.data import Subset
 
+from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.entry_points import check_name, load_entry_point, one_line_errors
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks.check import check
 from steppe.experiments.tasks.samples import DatasetSamples, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task
 
@@ -25,6 +27,23 @@ def load_task(name: str) -> Task:
             "arguments that returns one"
         )
     return found
+
+
+def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task | None]:
+    """Return the recipe with what its task decides, and the task, after a trial of it; None for the built-in images.
+
+    `given` is a task that has no name by which it could be imported.
+    """
+    if not recipe.data.task:
+        return recipe, None
+    task = given or load_task(recipe.data.task)
+    on_gpu = recipe.hardware.device != "cpu" and torch.cuda.is_available()
+    info = check(task, torch.device("cuda" if on_gpu else "cpu"))
+    if recipe.training.batch_size is None:
+        recipe = recipe.replace(batch_size=task.usual_batch_size(task.samples("train", recipe.comparison.first_seed)))
+    if recipe.training.schedule == "own" and not callable(task.schedule):
+        recipe = recipe.replace(schedule=task.schedule or "constant")
+    return replace(recipe, task=info), task
 
 
 def held_out(task: Task, one_in: int) -> Task:
