@@ -565,14 +565,26 @@ def test_discarded_average_is_updated_no_more():
 # Models.
 
 
-def test_compiled_model_is_averaged_and_its_copy_is_not_compiled():
+def test_compiled_model_is_averaged_without_recompilation_and_its_copy_is_not_compiled():
+    graphs = []
+
+    def backend(graph, inputs):
+        graphs.append(graph)
+        return graph.forward
+
     model = nn.Linear(2, 1)
-    compiled = torch.compile(model, backend="eager")
+    compiled = torch.compile(model, backend=backend)
     optimizer = sgd(model)
     averaged = SWA(compiled, optimizer)
-    plain(optimizer, lambda: compiled(torch.ones(3, 2)).square().mean())
+    for _ in range(2):
+        plain(optimizer, lambda: compiled(torch.ones(3, 2)).square().mean())
+        last = compiled(torch.ones(3, 2))
+        with averaged.applied():
+            output = compiled(torch.ones(3, 2))
+            torch.testing.assert_close(output, averaged(torch.ones(3, 2)))
+    assert len(graphs) == 1
+    assert not torch.equal(output, last)
     assert type(averaged.module) is nn.Linear
-    assert bits(averaged.module.parameters()) == bits(model.parameters())
     assert list(averaged.module.state_dict()) == ["weight", "bias"]
 
 

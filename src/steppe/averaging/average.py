@@ -44,7 +44,8 @@ class Average(AveragedModel):
         every: Average each ``every``-th step after ``start``.
         device: The device of the average; by default the model's. ``"cpu"`` saves memory of the accelerator, and each
             update then waits for it.
-        module: An own copy of the model for the average, which is overwritten; by default a deep copy.
+        module: A module for the average, of the model's form; it is overwritten and keeps its precision. By default a
+            deep copy of the model.
 
     Raises:
         TypeError: The optimizer runs no step hooks, or is the base of a SAM.
@@ -197,8 +198,8 @@ class Average(AveragedModel):
     ) -> None:
         """Compute the statistics of BatchNorm layers for the averaged weights, by ``swa_utils.update_bn``.
 
-        Call it before an evaluation with batches of the training data, a few dozen of the usual size are enough. The
-        model and its random generators do not change. BatchNorm layers that were in evaluation mode in training keep
+        Call it before an evaluation, with a few dozen batches of the training data. The model and the random generators
+        do not change. BatchNorm layers that were in evaluation mode in training keep
         their statistics. With several ranks, give all of them the same batches.
 
         Args:
