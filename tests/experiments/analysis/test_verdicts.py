@@ -45,7 +45,7 @@ def test_a_difference_is_ours_minus_theirs_and_lower_is_flatter() -> None:
     assert [row.word for row in found.rows] == ["flatter", "sharper", "not distinguishable"]
     sharper = found.rows[0].difference, found.rows[1].difference
     assert [d.mean for d in sharper] == pytest.approx([-1.0, 1.0])
-    assert sharper[0].half_width == pytest.approx(4.3027 * 0.1 / math.sqrt(3))
+    assert sharper[0].half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
     assert (found.rows[0].ours.mean, found.rows[0].reference.mean) == pytest.approx((1.0, 2.0))
     assert found.runs == 3
 

@@ -94,7 +94,7 @@ def _more_seeds(verdict: MetricVerdict, candidates: Candidates) -> str:
     difference = verdict.first.difference
     spread = math.sqrt((difference.sd or 0.0) ** 2 + difference.step**2 / 6)
     needed = seeds_needed(difference.mean / spread, comparisons=difference.comparisons, most=_MANY_SEEDS)
-    about = f"{_label(verdict, candidates)} is ahead by {with_interval(difference, verdict.metric.unit)}"
+    about = f"{_label(verdict, candidates)} is ahead by {with_interval(difference, verdict.metric)}"
     if needed is None:
         return f"{about}: if that is the difference, more than {_MANY_SEEDS} seeds are needed to find it."
     needed = max(needed, difference.n + 1)

@@ -43,7 +43,7 @@ class Comparison:
 
     def numbers(self, metric: MetricInfo) -> str:
         """Return the difference and its interval as text."""
-        return with_interval(self.difference, metric.unit)
+        return with_interval(self.difference, metric)
 
 
 @dataclass(frozen=True)
@@ -150,15 +150,14 @@ def verdict_word(difference: Decision, metric: MetricInfo) -> str:
     return {0: "not distinguishable", metric.better: "better", -metric.better: "worse"}[difference.sign]
 
 
-def with_interval(difference: Decision, unit: str = "") -> str:
+def with_interval(difference: Decision, metric: MetricInfo) -> str:
     """Return the mean difference and its interval, the latter only where there is one.
 
-    >>> with_interval(decide([[(85.0, 84.0), (86.1, 84.9), (85.4, 84.3)]])[0], "%")
+    >>> with_interval(decide([[(85.0, 84.0), (86.1, 84.9), (85.4, 84.3)]])[0], MetricInfo("accuracy", unit="%"))
     '+1.10 points [+0.83, +1.37]'
     """
-    form = "+.2f" if unit == "%" else "+.3g"
-    named = {"%": " points", "": ""}.get(unit, f" {unit}")
-    text = f"{difference.mean:{form}}{named}"
+    form, unit = f"+{metric.form}", f" {metric.unit_of_change}" if metric.unit else ""
+    text = f"{difference.mean:{form}}{unit}"
     if difference.interval is None:
         return text
     low, high = difference.interval

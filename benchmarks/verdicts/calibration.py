@@ -1,0 +1,113 @@
+"""The share of comparisons that call methods different, in simulation and from measured numbers."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from steppe.experiments.analysis.statistics import decide, estimate, power, seeds_needed
+
+Numbers = NDArray[np.float64]
+Draw = Callable[[np.random.Generator, tuple[int, ...]], Numbers]
+
+BLOCKS = 10
+"""Disjoint sets of runs, whose shares are independent and give the share its interval."""
+
+EFFECTS = (0.5, 0.75, 1.0, 1.5, 2.0, 3.0, 5.0)
+"""Differences in standard deviations of the paired differences."""
+
+
+def _with_failures(rng: np.random.Generator, shape: tuple[int, ...]) -> Numbers:
+    return rng.standard_normal(shape) - 8 * (rng.random(shape) < 0.1)
+
+
+def _accuracy(samples: int) -> Draw:
+    def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> Numbers:
+        accuracies: Numbers = np.round(samples * rng.normal(0.9, 0.015, shape)) * 100 / samples
+        return accuracies
+
+    return draw
+
+
+SHAPES: Mapping[str, Draw] = {
+    "normal": lambda rng, shape: rng.standard_normal(shape),
+    "skewed (exponential)": lambda rng, shape: rng.exponential(size=shape),
+    "heavy tails (Student's t, 2 df)": lambda rng, shape: rng.standard_t(2, shape),
+    "one run in ten fails by 8 standard deviations": _with_failures,
+    "accuracy 90 ± 1.5 % on 1,000 samples": _accuracy(1000),
+    "accuracy 90 ± 1.5 % on 100 samples": _accuracy(100),
+    "accuracy 90 ± 1.5 % on 30 samples": _accuracy(30),
+}
+"""Distributions of a run's number. What the runs of a seed have in common cancels in their difference."""
+
+
+def different(numbers: Numbers) -> bool:
+    """Return True if any method is called different from the base: numbers (1 + methods, seeds), the base first."""
+    base, *methods = numbers.tolist()
+    return any(decision.sign for decision in decide([list(zip(ours, base, strict=True)) for ours in methods]))
+
+
+def simulate_same(seeds: Sequence[int], methods: Sequence[int], comparisons: int) -> Iterator[dict[str, Any]]:
+    """Yield the number of comparisons of equal methods that call any of them different, for each shape and size."""
+    for i, (shape, draw) in enumerate(SHAPES.items()):
+        for m in methods if shape == "normal" else methods[:1]:
+            for n in seeds:
+                rng = np.random.default_rng([i, n, m])
+                found = sum(different(numbers) for numbers in draw(rng, (comparisons, 1 + m, n)))
+                yield {"shape": shape, "seeds": n, "methods": m, "comparisons": comparisons, "different": found}
+
+
+def simulate_unequal_shapes(seeds: Sequence[int], comparisons: int) -> Iterator[dict[str, Any]]:
+    """Yield the same for methods of equal mean, of which one is normal and the other skewed."""
+    for n in seeds:
+        rng = np.random.default_rng(n)
+        numbers = 0.1 * rng.standard_normal((comparisons, 2, n))
+        numbers[:, 1] = 1 - rng.exponential(size=(comparisons, n))
+        found = sum(map(different, numbers))
+        yield {"seeds": n, "methods": 1, "comparisons": comparisons, "different": found}
+
+
+def simulate_power(comparisons: int, share: float = 0.8) -> Iterator[dict[str, Any]]:
+    """Yield the share of differences that are found with as many seeds as `seeds_needed` names."""
+    for effect in EFFECTS:
+        seeds = seeds_needed(effect, share)
+        assert seeds is not None
+        differences = np.random.default_rng(0).normal(effect, 1, (comparisons, seeds))
+        signs = [decide([[(value, 0.0) for value in each]])[0].sign for each in differences.tolist()]
+        yield {"effect": effect, "seeds": seeds, "comparisons": comparisons, "found": signs.count(1)}
+
+
+def compare_same(values: Sequence[float], seeds: int, methods: int, rounds: int) -> dict[str, Any]:
+    """Compare a method with itself, on disjoint groups of its runs, grouped anew in each round."""
+    needed = seeds * (1 + methods)
+
+    def called(block: Numbers) -> Iterator[bool]:
+        for start in range(0, len(block) - needed + 1, needed):
+            yield different(block[start : start + needed].reshape(1 + methods, seeds))
+
+    return {"seeds": seeds, "methods": methods, **_by_block(np.array(values), called, rounds)}
+
+
+def compare_different(ours: Sequence[float], theirs: Sequence[float], seeds: int, rounds: int) -> dict[str, Any]:
+    """Return the share of comparisons that find the difference of two methods, and that of `power`."""
+    pairs = np.array([ours, theirs]).T
+    over_all = estimate((pairs[:, 0] - pairs[:, 1]).tolist())
+    effect = over_all.mean / (over_all.sd or 1.0)
+
+    def called(block: Numbers) -> Iterator[bool]:
+        for start in range(0, len(block) - seeds + 1, seeds):
+            yield different(block[start : start + seeds].T[::-1])
+
+    found = _by_block(pairs, called, rounds)
+    return {"seeds": seeds, "effect": effect, "expected": power(effect, seeds), **found}
+
+
+def _by_block(values: Numbers, called: Callable[[Numbers], Iterator[bool]], rounds: int) -> dict[str, Any]:
+    """Return the share of comparisons that call methods different, in each block of runs."""
+    rng, shares, comparisons = np.random.default_rng(0), list[float](), 0
+    for block in np.array_split(values, BLOCKS):
+        answers = [answer for _ in range(rounds) for answer in called(rng.permutation(block))]
+        comparisons += len(answers)
+        shares.append(sum(answers) / len(answers))
+    return {"comparisons": comparisons, "disjoint": comparisons // rounds, "shares": shares}

@@ -1,0 +1,57 @@
+"""Write the measured parts of docs/verdicts.md from results/.
+
+    python scripts/make_verdicts.py            after benchmarks/verdicts/run.py has written a result
+    python scripts/make_verdicts.py --check    writes nothing, and exits 1 if the page is out of date
+
+A part of the page is between two comments, such as `<!-- begin seeds -->` and `<!-- end seeds -->`; the rest is written
+by hand.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT / "benchmarks")]
+
+import results  # noqa: E402
+from verdicts.table import render_calibration, render_seeds  # noqa: E402
+
+PAGE = ROOT / "docs" / "verdicts.md"
+PARTS = {"seeds": render_seeds, "calibration": render_calibration}
+
+
+def page(text: str, folder: Path = results.RESULTS) -> str:
+    """Return the page with all parts rendered again."""
+    found = results.load("verdicts", folder)
+    for name, render in PARTS.items():
+        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
+        if text.count(begin) != 1 or text.count(end) != 1:
+            raise ValueError(
+                f"{PAGE} must contain {begin} and then {end}, once each; the measured part is between them"
+            )
+        before, _, rest = text.partition(begin)
+        measured = "\n\n".join(render(result).strip() for result in found)
+        text = f"{before}{begin}\n\n{measured}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
+    args = parser.parse_args(words)
+    before = PAGE.read_text(encoding="utf-8")
+    after = page(before)
+    if args.check:
+        if before != after:
+            print("docs/verdicts.md is out of date: run python scripts/make_verdicts.py", file=sys.stderr)
+        return int(before != after)
+    PAGE.write_text(after, encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
