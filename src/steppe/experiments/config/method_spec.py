@@ -1,31 +1,46 @@
-"""Method specs: a method as it is written in a recipe, `sam`, `sam:rho=0.1`, `late_sam:start=0.5,rho=0.1`."""
+"""Method specs: a method as it is written in a recipe, `sam`, `sam:rho=0.1`, `sgd+ema`, `package.module:function`."""
 
 from __future__ import annotations
 
 import math
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from fractions import Fraction
 
 from torch import nn
 from torch.optim import Optimizer
 
-from steppe.experiments.config import methods
-from steppe.experiments.config.methods import BASES, Method, RunContext, Value, fill
-from steppe.experiments.errors import unknown
+from steppe.experiments.config.methods import (
+    AVERAGES,
+    BASES,
+    METHODS,
+    Method,
+    RunContext,
+    Value,
+    fill,
+    find,
+    from_function,
+)
+from steppe.experiments.errors import ExperimentError, unknown
 from steppe.methods._step_function import StepFunction
 
 _SYNTAX = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
+# The name may be package.module:function, whose colon is followed by no "=" before the next colon or the end.
+_SPEC = re.compile(r"(?P<name>[^:+]*(?::[^:+=]+(?=$|[:+]))?)(?:\+(?P<average>[^:]*))?(?::(?P<arguments>.*))?")
 _BOOLEANS: Mapping[str, bool] = {"true": True, "false": False}
 
 
 @dataclass(frozen=True)
 class MethodSpec:
-    """A method and the arguments that differ from its defaults."""
+    """A method, the arguments that differ from its defaults, and the average of its weights that is evaluated."""
 
     name: str
     overrides: tuple[tuple[str, Value], ...] = ()
+    average: str = ""
+    """ema or swa, see `steppe.averaging.from_name`; empty for the weights themselves."""
+    function: Callable[..., Optimizer] | None = field(default=None, compare=False, repr=False)
+    """The method itself, if it has no name by which it could be imported."""
 
     @classmethod
     def parse(cls, text: str) -> MethodSpec:
@@ -36,12 +51,15 @@ class MethodSpec:
         >>> str(MethodSpec.parse("late_sam:start=.50,rho=1e-1"))
         'late_sam:rho=0.1,start=0.5'
         """
-        name, colon, rest = text.partition(":")
-        if name not in methods.METHODS:
-            raise ValueError(unknown("methods", name, methods.METHODS))
-        known = methods.METHODS[name].arguments
+        found = _SPEC.fullmatch(text)
+        name, average, rest = found.group("name", "average", "arguments") if found else (text, None, None)
+        if ":" in name and name.partition(":")[0] in METHODS:  # an argument without a value, and no function
+            name, _, rest = name.partition(":")
+        if average is not None and average not in AVERAGES:
+            raise ValueError(unknown(f"methods: {text}: the average", average, AVERAGES))
+        known = find(name).arguments
         overrides: dict[str, Value] = {}
-        for part in rest.split(",") if colon else []:
+        for part in [] if rest is None else rest.split(","):
             key, equals, value = part.partition("=")
             if not equals:
                 raise ValueError(f"methods: {text}: {part!r} is not an argument: {_SYNTAX}")
@@ -50,17 +68,28 @@ class MethodSpec:
             if key in overrides:
                 raise ValueError(f"methods: {text}: {key} is given twice: give it once")
             overrides[key] = _read(text, key, value, known[key])
-        return cls(name).override(overrides)
+        return cls(name, average=average or "").override(overrides)
+
+    @classmethod
+    def read(cls, text: str) -> MethodSpec:
+        """Read a spec from a folder; a function that cannot be found here can be reported, but not trained."""
+        try:
+            return cls.parse(text)
+        except ValueError:
+            if not re.fullmatch(r"\w+", text):
+                raise
+            return cls(text, function=not_here)
 
     def override(self, values: Mapping[str, Value]) -> MethodSpec:
         """Return a spec with further overrides, in the order of the method's arguments."""
         merged = {**dict(self.overrides), **values}
-        return MethodSpec(self.name, tuple((key, merged[key]) for key in self.definition.arguments if key in merged))
+        arguments = self.definition.arguments
+        return replace(self, overrides=tuple((key, merged[key]) for key in arguments if key in merged))
 
     @property
     def definition(self) -> Method:
-        """The method's entry in the registry."""
-        return methods.METHODS[self.name]
+        """The method itself: of the registry, of an installed package, or a function of the user's own."""
+        return find(self.name) if self.function is None else from_function(self.name, self.function)
 
     @property
     def label(self) -> str:
@@ -70,7 +99,8 @@ class MethodSpec:
         'SAM (rho 0.1, ascent steps 2)'
         """
         overrides = ", ".join(f"{key.replace('_', ' ')} {_write(value)}" for key, value in self.overrides)
-        return f"{self.definition.label} ({overrides})" if overrides else self.definition.label
+        label = self.definition.label + (f" + {self.average.upper()}" if self.average else "")
+        return f"{label} ({overrides})" if overrides else label
 
     @property
     def folder(self) -> str:
@@ -79,7 +109,8 @@ class MethodSpec:
         >>> MethodSpec.parse("late_sam:start=0.5,rho=.1").folder
         'late_sam-rho=0.1-start=0.5'
         """
-        return "-".join([self.name, *(f"{key}={_write(value)}" for key, value in self.overrides)])
+        name = self.name.replace(":", "-") + (f"+{self.average}" if self.average else "")
+        return "-".join([name, *(f"{key}={_write(value)}" for key, value in self.overrides)])
 
     @property
     def passes(self) -> Fraction:
@@ -98,6 +129,8 @@ class MethodSpec:
 
     def check(self, base: str, recipe_rho: float) -> None:
         """Build it once around a tiny model: ValueError when a value is out of the method's range."""
+        if self.function is not_here:
+            return
         model = nn.Sequential(nn.BatchNorm1d(1))  # draws no random numbers, and has norm layers for sam_on to perturb
         context = RunContext(self.rho(recipe_rho), model, total_steps=1, samples=1, classes=2, seed=0)
         try:
@@ -111,7 +144,13 @@ class MethodSpec:
 
     def __str__(self) -> str:
         overrides = ",".join(f"{key}={_write(value)}" for key, value in self.overrides)
-        return f"{self.name}:{overrides}" if overrides else self.name
+        name = self.name + (f"+{self.average}" if self.average else "")
+        return f"{name}:{overrides}" if overrides else name
+
+
+def not_here(base: Optimizer) -> Optimizer:
+    """A method that was given as a function of Python, and not by a name."""
+    raise ExperimentError("this method was a function of another Python session: give it again to train it")
 
 
 def _read(text: str, key: str, value: str, kind: type[Value]) -> Value:

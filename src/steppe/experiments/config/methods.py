@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from importlib.metadata import entry_points
 from types import MappingProxyType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
 
@@ -14,8 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe.experiments.entry_points import check_name, load_entry_point
+from steppe.experiments.errors import ExperimentError, unknown
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._options import Options
+from steppe.methods._step_function import StepFunction
 from steppe.methods.registry import CARDS
 
 T = TypeVar("T")
@@ -171,3 +175,46 @@ METHODS: Mapping[str, Method] = MappingProxyType(
         **{name: _of_card(card, card.comparison) for name, card in CARDS.items() if card.comparison is not None},
     }
 )
+
+AVERAGES = ("ema", "swa")
+"""The averages of the weights that a spec may name after a method, `sgd+ema`."""
+
+_GROUP = "steppe.methods"
+"""The entry points by which installed packages add methods."""
+
+
+def find(name: str) -> Method:
+    """Return a method by its name: of the registry, of an installed package's entry point, or package.module:function.
+
+    Raises ValueError when there is none.
+    """
+    if name in METHODS:
+        return METHODS[name]
+    for entry_point in entry_points(group=_GROUP):
+        if entry_point.name == name:
+            return from_function(name, entry_point.load())
+    if ":" not in name or name.partition(":")[0] in METHODS:
+        raise ValueError(unknown("methods", name.partition(":")[0], METHODS))
+    check_name("methods", name)
+    try:
+        return from_function(name, load_entry_point("methods", name))
+    except ExperimentError as error:
+        raise ValueError(str(error)) from error
+
+
+def from_function(name: str, function: Callable[..., Optimizer]) -> Method:
+    """Make a method of a function that builds an optimizer around a base: function(base, rho=0.05, model=..., ...).
+
+    It is called with the base optimizer, and by name with what it has parameters for: rho, model, seed, total_steps,
+    samples, classes, and the arguments of its spec. Its attribute `passes` is the planned cost of a step, 2 by default.
+    What a step really costs is counted.
+    """
+    if not callable(function):
+        raise ValueError(
+            f"methods: {name} is {type(function).__name__}, and a function of the base optimizer is needed"
+        )
+    summary = (inspect.getdoc(function) or "a method of your own").strip().splitlines()[0]
+    passes = getattr(function, "passes", 2)
+    step_function = getattr(function, "step_function", StepFunction)
+    label = name.rpartition(":")[2].rpartition(".")[2]
+    return Method(summary, function, passes, step_function, label=label)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.methods import BASES
+from steppe.experiments.config.methods import BASES, METHODS
 from steppe.experiments.config.sections import (
     ComparisonConfig,
     DataConfig,
@@ -35,11 +35,29 @@ _NO_EFFECT_ON_RESULTS = frozenset(
 
 # Functions from an option's JSON value to its own type, where the two differ.
 _READERS: dict[str, Callable[[Any], Any]] = {
-    "methods": lambda specs: tuple(s if isinstance(s, MethodSpec) else MethodSpec.parse(s) for s in specs),
+    "methods": lambda specs: tuple(_spec(s) for s in specs),
     "widths": tuple,
     "data_dir": lambda path: None if path is None else Path(path),
     "out": lambda path: None if path is None else Path(path),
 }
+
+
+def _spec(given: MethodSpec | str | Callable[..., Any]) -> MethodSpec:
+    """Return the spec of a method that is given as such, as a text or as a function."""
+    if isinstance(given, MethodSpec):
+        return given
+    if isinstance(given, str):
+        return MethodSpec.parse(given)
+    name = str(getattr(given, "__name__", type(given).__name__))
+    path = f"{getattr(given, '__module__', '__main__')}:{getattr(given, '__qualname__', '<>')}"
+    importable = "<" not in path and not path.startswith("__main__")
+    if importable:
+        return MethodSpec.parse(path)
+    if name in METHODS or not name.isidentifier():
+        raise ValueError(
+            f"methods: a function is called {name!r}: give it a name of its own, by `def`, for tables and folders"
+        )
+    return MethodSpec(name, function=given)
 
 
 @dataclass(frozen=True)
@@ -286,6 +304,7 @@ class Recipe:
             options |= value if isinstance(value, Mapping) else {name: value}
         if differing := options.keys() ^ cls().options().keys():
             raise ValueError(f"not the options of a recipe: {', '.join(sorted(differing))}")
+        options["methods"] = [MethodSpec.read(text) for text in options["methods"]]
         return replace(cls().replace(**options), task=TaskInfo.from_json(values["task"]))
 
     def result_options(self) -> dict[str, Any]:

@@ -77,7 +77,7 @@ def recorder(run: Run, world: World, train: Samples) -> Recorder | None:
     if recipe.hardware.cuda_graphs is False or not run.method.definition.capturable or world.size > 1:
         return None
     # a graph reads the data by their positions, and keeps the learning rate and the number of micro-batches
-    if not isinstance(train, TensorSamples) or _has_course(recipe.training) or recipe.data.task:
+    if not isinstance(train, TensorSamples) or _has_course(recipe.training) or recipe.data.task or run.method.average:
         return None
     # a published checkpoint may have dropout, and the passes of a recorded step cannot draw the same numbers
     if recipe.model.backbone not in ("none", "own"):

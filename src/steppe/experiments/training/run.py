@@ -4,20 +4,23 @@ import math
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from steppe.averaging import from_name
 from steppe.experiments.config.methods import RunContext
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.checkpoints import CheckpointManager
 from steppe.experiments.storage.records import Record, parse_records
 from steppe.experiments.tasks.batches import Batch, Epochs
+from steppe.experiments.tasks.samples import Samples
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
 from steppe.experiments.training.evaluation import evaluate, flatness_sample, measure_flatness
@@ -30,6 +33,8 @@ from steppe.experiments.world import World
 # A network that guesses has a loss of log(10) = 2.3. SAM skips steps that are not finite, so a diverged loss may stay
 # at 1e17 and never become NaN.
 _DIVERGED_LOSS = 1e4
+_CONTROL_AVERAGE = "ema"
+_BATCHES_FOR_STATISTICS = 50
 _STOP_INTERVAL = 8  # batches from one exchange of stop requests between several processes to the next
 
 
@@ -62,6 +67,11 @@ class Training:
         self._planned_steps = context.total_steps
         self.optimizer, self.scheduler, self._clipping = build_optimizer(run, task, self.network, context)
         self.step_function = run.method.step_function(self.optimizer, context)
+        averaged = run.method.average or _CONTROL_AVERAGE if self._is_control or run.method.average else ""
+        self.average = None
+        """An average of the weights: that of the method, or the control beside a plain method."""
+        if averaged and not (self._is_control and self._recorder is not None):
+            self.average = from_name(averaged, self.network, self.optimizer, total_steps=context.total_steps)
         self._take_step = Stepper(self._eager_step, self.optimizer, self._recorder)
         self.epoch = 0
         """Finished epochs."""
@@ -83,6 +93,13 @@ class Training:
     def batches(self) -> int:
         """Batches in an epoch."""
         return self._epochs.number
+
+    @property
+    def _is_control(self) -> bool:
+        """True if averaged weights are measured beside the run's own, as a free rival of other methods."""
+        comparison = self.run.recipe.comparison
+        is_reference = self.run.method == comparison.methods[0] and not self.run.method.average
+        return is_reference and self.run.method.passes == 1 and len(comparison.methods) > 1 and self.world.size == 1
 
     def rest_of_epoch(self) -> Iterator[Batch]:
         """Yield the batches of the epoch in progress that are not finished."""
@@ -142,11 +159,17 @@ class Training:
     def measure(self, raise_if_stopped: Callable[[], None]) -> list[Record]:
         """Measure the model on all splits, for every point of the grid that is due."""
         recipe, measures = self.run.recipe, dict[str, float]()
-        for name, samples in self.samples.items():
-            size = self.task.evaluation_batch_size or samples.batch_size or self._batch_size
-            found = evaluate(self.task, self.network, samples, size, self.world, self.autocast, raise_if_stopped)
-            halves = name == "test"  # of the others, nothing is chosen
-            measures |= {f"{name}_{key}": value for key, value in found.items() if halves or "(half" not in key}
+        with self._averaged_weights() if self.run.method.average else nullcontext():
+            for name, samples in self.samples.items():
+                found = self._evaluate(samples, raise_if_stopped)
+                halves = name == "test"  # of the others, nothing is chosen
+                measures |= {f"{name}_{key}": value for key, value in found.items() if halves or "(half" not in key}
+        ends = {recipe.comparison.epochs, self.run.standardized_epochs}
+        if self.average is not None and self._is_control and ends & set(self.due):
+            with self._averaged_weights():
+                found = self._evaluate(self.samples["test"], raise_if_stopped)
+            name = self.task.info.deciding.name
+            measures[f"test_{name} ({_CONTROL_AVERAGE})"] = found[name]
         deciding = self.task.info.deciding
         train, test = measures[f"train_{deciding.name}"], measures[f"test_{deciding.name}"]
         measures["gap"] = (train - test) * deciding.better
@@ -171,6 +194,19 @@ class Training:
             for point in self.due
         ]
 
+    def _evaluate(self, samples: Samples, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
+        size = self.task.evaluation_batch_size or samples.batch_size or self._batch_size
+        return evaluate(self.task, self.network, samples, size, self.world, self.autocast, raise_if_stopped)
+
+    @contextmanager
+    def _averaged_weights(self) -> Iterator[None]:
+        """Give the network its averaged weights, with BatchNorm statistics of their own, within the context."""
+        assert self.average is not None
+        batches = (batch.data for batch in islice(self._epochs.batches(0), _BATCHES_FOR_STATISTICS))
+        self.average.refresh_statistics(batches, lambda module, data: self.task.outputs(module, data))
+        with self.average.applied():
+            yield
+
     def state_dict(self) -> dict[str, Any]:
         """Return everything that the rest of the run depends on."""
         on_gpu = self.world.device.type == "cuda"
@@ -179,6 +215,7 @@ class Training:
             "optimizer": self.optimizer.state_dict(),
             "step_function": self.step_function.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
+            "average": None if self.average is None else self.average.state_dict(),
             "rng": torch.get_rng_state(),
             "cuda_rng": torch.cuda.get_rng_state(self.world.device) if on_gpu else None,
             "epoch": self.epoch,
@@ -195,6 +232,8 @@ class Training:
         self.step_function.load_state_dict(state["step_function"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self._take_step.reset()  # graphs captured before would write to the old tensors
         torch.set_rng_state(state["rng"])
         if state["cuda_rng"] is not None:
