@@ -78,6 +78,7 @@ def test_batches_of_each_form_give_the_same_statistics_and_change_nothing_else(b
 
 def test_layers_frozen_in_training_keep_their_statistics_and_use_them():
     model = DictNet()
+    model.layers[2].p = 0.0
     model.layers[1].eval()
     model.layers[1].running_mean.fill_(3.0)
     averaged = SWA(model)
@@ -89,6 +90,7 @@ def test_layers_frozen_in_training_keep_their_statistics_and_use_them():
     assert first.running_mean.tolist() == [3.0] * 4
     assert int(first.num_batches_tracked) == 0
     assert int(averaged.module.layers[4].num_batches_tracked) == 1
+    torch.testing.assert_close(averaged.module.layers[4].running_mean, averaged.module.layers[:4](X).mean(0))
     model.train()
     averaged.update_parameters()  # now no layer is frozen
     averaged.refresh_statistics([X])
