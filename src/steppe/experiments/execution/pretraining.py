@@ -1,11 +1,14 @@
 """Backbones that runs start from: a network pretrained here once and kept, or a published checkpoint."""
 
+from __future__ import annotations
+
 import hashlib
 import json
-from collections.abc import Iterable
+import pickle
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -16,7 +19,7 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import CLASSES, Dataset
 from steppe.experiments.data.sampling import hold_out
-from steppe.experiments.errors import DataError, ExperimentError
+from steppe.experiments.errors import DataError, ExperimentError, first_line
 from steppe.experiments.execution.executor import Executor, Job, MakeTask, failures
 from steppe.experiments.execution.progress import RunProgress, print_line
 from steppe.experiments.models.backbones import Backbone, from_hub
@@ -50,7 +53,8 @@ def prepare_task(
     recipe = executor.recipe
     if recipe.data.task:
         task = given or load_task(recipe.data.task)
-        return OneTask(task if one_in is None else held_out(task, one_in))
+        task = task if one_in is None else held_out(task, one_in)
+        return OneTask(task) if task.entry_point is None else NamedTask(task, task.entry_point, one_in)
     dataset = load_data(recipe, executor.world)
     dataset = dataset if one_in is None else hold_out(dataset, one_in)
     return partial(images_task, with_backbone(dataset, executor, path, console))
@@ -58,12 +62,57 @@ def prepare_task(
 
 @dataclass(frozen=True)
 class OneTask:
-    """A function that returns the same task for every recipe."""
+    """A function that returns the same task for every recipe; sent to another process, it takes everything along."""
 
     task: Task
 
     def __call__(self, recipe: Recipe) -> Task:
         return self.task
+
+    def __reduce__(self) -> tuple[Callable[[bytes], OneTask], tuple[bytes]]:
+        return _sent, (_bytes(self.task),)
+
+
+@dataclass(frozen=True)
+class NamedTask:
+    """A function that returns the task of a name; another process imports it, once, by the name."""
+
+    task: Task
+    name: str
+    one_in: int | None
+
+    def __call__(self, recipe: Recipe) -> Task:
+        return self.task
+
+    def __reduce__(self) -> tuple[Callable[..., NamedTask], tuple[str, int | None]]:
+        return _imported, (self.name, self.one_in)
+
+
+def _bytes(task: Task) -> bytes:
+    """Pickle a task; functions that no name leads to, as a notebook's, need cloudpickle."""
+    try:
+        import cloudpickle
+    except ModuleNotFoundError:
+        cloudpickle = pickle
+    try:
+        return bytes(cloudpickle.dumps(task))
+    except Exception as error:
+        raise ExperimentError(
+            f"the task cannot be sent to another process ({type(error).__name__}: {first_line(error)}): name it, "
+            "package.module:task, so that each process imports it, install cloudpickle, or train one run after the "
+            "other in this process with runs_at_once=1"
+        ) from error
+
+
+def _sent(task: bytes) -> OneTask:
+    return OneTask(pickle.loads(task))
+
+
+@cache
+def _imported(name: str, one_in: int | None) -> NamedTask:
+    """Return the same object for every run that a worker trains."""
+    task = load_task(name)
+    return NamedTask(task if one_in is None else held_out(task, one_in), name, one_in)
 
 
 def train_runs(

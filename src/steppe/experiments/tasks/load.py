@@ -10,23 +10,25 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.entry_points import check_name, load_entry_point, one_line_errors
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.tasks.check import check
-from steppe.experiments.tasks.samples import DatasetSamples, Samples, TensorSamples
+from steppe.experiments.tasks.samples import DatasetSamples, RandomStream, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task
 
 
 def load_task(name: str) -> Task:
     """Import a task, package.module:name: a :class:`Task`, or a function without arguments that returns one."""
     check_name("task", name)
-    found = load_entry_point("task", name)
-    if not isinstance(found, Task) and callable(found):
-        with one_line_errors(f"--task {name}: calling it raised "):
-            found = found()
+    # every process and every session makes the task anew, and a random split in it must be the same each time
+    with RandomStream(0, 0, 0).active():
+        found = load_entry_point("task", name)
+        if not isinstance(found, Task) and callable(found):
+            with one_line_errors(f"--task {name}: calling it raised "):
+                found = found()
     if not isinstance(found, Task):
         raise ExperimentError(
             f"--task {name} gives {type(found).__name__}: a steppe.experiments.Task is needed, or a function without "
             "arguments that returns one"
         )
-    return found
+    return replace(found, entry_point=name)
 
 
 def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task | None]:

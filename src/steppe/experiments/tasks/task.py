@@ -102,6 +102,8 @@ class Task:
     name: str = "task"
     initial_weights: str | None = None
     """A digest of pretrained weights that every run starts from: a run is resumed only if it is the same."""
+    entry_point: str | None = None
+    """The name by which other processes can import the task, package.module:name."""
 
     def __post_init__(self) -> None:
         for name in ("model", "optimizer"):
