@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 import tyro
 from rich.console import Console
 
-from steppe.experiments.compare import compare, plot
+from steppe.experiments.comparison import compare, plot
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS, Method
 from steppe.experiments.config.presets import RECIPES

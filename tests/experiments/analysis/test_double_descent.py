@@ -12,7 +12,7 @@ from tiny import command_line, image_record, options, recipe, train_run
 
 from steppe.experiments.analysis import double_descent
 from steppe.experiments.analysis.summary import setting
-from steppe.experiments.compare import plot
+from steppe.experiments.comparison import plot
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.resolve import resolve

@@ -86,6 +86,14 @@ class MetricVerdict:
             parts.append(f"; without a verdict, {' and '.join(map(self._with_numbers, described))}")
         return "".join(parts) + "."
 
+    def controls_sentence(self) -> str:
+        """Return what was found beside the controls, as it follows the method's name; empty without controls."""
+        found = []
+        for each in self.comparisons[1:]:
+            word = f": {each.word}" if each.word else ""
+            found.append(f"{each.control.phrase} {each.numbers(self.metric)}{word}")
+        return "; ".join(found)
+
     def json(self) -> dict[str, Any]:
         return {
             "method": self.method,

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.console import Console
 
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict
+from steppe.experiments.analysis.statistics import Decision, Estimate, decide, estimate
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.config.method_spec import MethodSpec
@@ -18,10 +19,6 @@ from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
 _NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
-
-_LEAST_NEEDED = ("train\nloss", "time,\ns", "std.\nepochs")  # in the order in which a narrow console leaves them out
-
-_MANY = 6  # verdicts, from which on the notes warn that some will be wrong by chance
 
 
 @dataclass(frozen=True)
@@ -44,33 +41,35 @@ class Column:
     unit: str
     text: Callable[[Row], str]
     heading: str
-    is_extra: bool = False
-    """True if a narrow console may leave it out."""
+    extra: int = 0
+    """The order in which a narrow console leaves columns out; 0 for those that stay."""
 
 
 def columns(task: TaskInfo) -> list[Column]:
     """Return the columns of a comparison of a task."""
 
-    def measured(split: str, metric: MetricInfo, form: str = "", *, is_extra: bool = False) -> Column:
+    def measured(split: str, metric: MetricInfo, form: str = "", *, extra: int = 0) -> Column:
         name, heading = f"{split}_{metric.name}", f"{split}\n{metric.name} {metric.unit}".rstrip()
-        return Column(f"{split} {metric.name}", metric.unit, _value(name, form or metric.form), heading, is_extra)
+        return Column(f"{split} {metric.name}", metric.unit, _value(name, form or metric.form), heading, extra)
 
     deciding, unit = task.deciding, task.deciding.unit_of_change
     return [
         Column("method", "", lambda row: row.method.label, "method"),
-        Column("standardized epochs", "", lambda row: str(row.standardized_epoch), "std.\nepochs", is_extra=True),
+        Column("standardized epochs", "", lambda row: str(row.standardized_epoch), "std.\nepochs", extra=3),
         Column("passes a step", "", lambda row: f"{row.passes.mean:.2f}", "passes\na step"),
         measured("train", deciding),
-        *(measured("test", metric) for metric in task.measured),
+        measured("test", deciding),
+        *(measured("test", metric, extra=4) for metric in task.measured[1:]),
         Column("gap", unit, _value("gap", deciding.form), f"gap,\n{unit}" if unit else "gap"),
-        *([] if deciding is LOSS else [measured("train", LOSS, ".3f", is_extra=True)]),
-        Column("time", "s", lambda row: f"{row.seconds.mean:.0f}", "time,\ns", is_extra=True),
+        *([] if deciding is LOSS else [measured("train", LOSS, ".3f", extra=1)]),
+        Column("time", "s", lambda row: f"{row.seconds.mean:.0f}", "time,\ns", extra=2),
         Column("runs", "", lambda row: str(row.seconds.n), "runs"),
     ]
 
 
 def _value(name: str, form: str) -> Callable[[Row], str]:
-    return lambda row: row.measures[name].text(form) if name in row.measures else "–"
+    form_of_sd = None if form.endswith("f") else ".2g"
+    return lambda row: row.measures[name].text(form, form_of_sd) if name in row.measures else "–"
 
 
 @dataclass(frozen=True)
@@ -80,9 +79,9 @@ class Difference:
     method: MethodSpec
     reference: MethodSpec
     standardized_epoch: int
-    test: Estimate
+    test: Decision
     """Of the deciding metric on the test data."""
-    gap: Estimate
+    gap: Decision
     metric: MetricInfo
 
     def sentence(self) -> str:
@@ -131,39 +130,55 @@ class Summary(SummaryFiles):
     task: TaskInfo
     flatness: Sequence[Verdict] = ()
     """The verdicts on flatness, where it was measured."""
+    verdicts: Sequence[MetricVerdict] = ()
+    """For each method, its verdict in the deciding metric against the first one, and beside its controls."""
+    advice: Sequence[str] = ()
+    """Sentences: which method to take, at what price, how sure that is, and what to try next."""
+
+    @property
+    def cells(self) -> list[list[str]]:
+        """The rows as text, with a cell for each of `columns`."""
+        return [[column.text(row) for column in columns(self.task)] for row in self.rows]
 
     def table(self) -> Table:
-        shown = columns(self.task)
-        rows = [[column.text(row) for column in shown] for row in self.rows]
-        extra = [i for i, column in enumerate(shown) if column.is_extra]
-        extra.sort(key=lambda i: _LEAST_NEEDED.index(shown[i].heading))
+        shown, rows = columns(self.task), self.cells
+        extra = sorted((i for i, column in enumerate(shown) if column.extra), key=lambda i: shown[i].extra)
         return Table([c.heading for c in shown], {"": rows}, title=self.title, optional=tuple((i,) for i in extra))
 
     def notes(self) -> Iterator[str]:
-        yield from (difference.sentence() for difference in self.differences)
-        verdicts = sum(value.sign is not None for d in self.differences for value in (d.test, d.gap))
-        if verdicts >= _MANY:
+        controls = {verdict.method: verdict.controls_sentence() for verdict in self.verdicts}
+        for difference in self.differences:
+            yield difference.sentence()
+            if sentence := controls.get(str(difference.method)):
+                yield f"{difference.reference.label}'s controls: {difference.method.label} {sentence}."
+        corrected = max((difference.test.comparisons for difference in self.differences), default=1)
+        if corrected > 1:
             yield (
-                f"Each of these {verdicts} intervals alone has a confidence of 95 %: where there is no difference, one "
-                "in twenty still shows one."
+                f"The verdicts of each measure are corrected for {corrected} methods, by Holm's procedure, and its "
+                "intervals hold for all of them at once."
             )
         if self.unfinished:
             yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
 
     def markdown(self) -> str:
+        advice = ["", "## Advice", "", *bullets(self.advice), ""] if self.advice else []
+        text = super().markdown() + "\n".join(advice)
         if not self.flatness:
-            return super().markdown()
+            return text
         flatness = ["", "## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *bullets(CAVEATS)]
-        return super().markdown() + "\n".join([*flatness, ""])
+        return text + "\n".join([*flatness, ""])
 
     def show(self, console: Console) -> None:
         super().show(console)
+        for sentence in self.advice:
+            console.print(f"Advice: {sentence}", highlight=False, markup=False, soft_wrap=False, emoji=False)
         for verdict in self.flatness:
             verdict.show(console)
 
     def json(self) -> dict[str, Any]:
         """Return the summary as JSON, with the verdicts in words."""
         values = asdict(self) | {"flatness": [verdict.json() for verdict in self.flatness]}
+        values |= {"verdicts": [verdict.json() for verdict in self.verdicts], "advice": list(self.advice)}
         if not self.flatness:
             del values["flatness"]
         values["rows"] = [
@@ -248,15 +263,20 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
     rows = [row for method in recipe.comparison.methods for row in _rows(recipe, method, results)]
     epochs, (reference, *others) = recipe.comparison.epochs, recipe.comparison.methods
     found = {run: record for run in results if (record := record_at(results[run], epochs)) is not None}
-    differences, metric = [], recipe.task.deciding
+    metric, pairs = recipe.task.deciding, dict[MethodSpec, list[tuple[Record, Record]]]()
     for method in others:
         # the runs of a seed have the same initial weights and order of images
         runs = [(run, Run(recipe, reference, run.seed)) for run in found if run.method == method]
-        pairs = [(found[run], found[other]) for run, other in runs if other in found]
-        if pairs:
-            names = (f"test_{metric.name}", "gap")
-            test, gap = (estimate([ours[n] - theirs[n] for ours, theirs in pairs]) for n in names)
-            differences.append(Difference(method, reference, epochs, test, gap, metric))
+        if paired := [(found[run], found[other]) for run, other in runs if other in found]:
+            pairs[method] = paired
+    test, gap = (
+        decide([[(ours[name], theirs[name]) for ours, theirs in of] for of in pairs.values()])
+        for name in (f"test_{metric.name}", "gap")
+    )
+    differences = [
+        Difference(method, reference, epochs, of_test, of_gap, metric)
+        for method, of_test, of_gap in zip(pairs, test, gap, strict=True)
+    ]
     unfinished = [run.name for run in results if not record_at(results[run], run.standardized_epochs)]
     return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished, recipe.task)
 
@@ -277,16 +297,17 @@ def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]
             yield Row(method, epoch, passes, measures, seconds)
 
 
-def _verdict(value: Estimate, form: str, unit: str, *, better: int) -> str:
+def _verdict(value: Decision, form: str, unit: str, *, better: int) -> str:
     after = f" {unit}" if unit else ""
-    if value.half_width is None:
-        return f"{value.mean:+{form}}{after} (one run: no verdict)"
-    low, high = value.mean - value.half_width, value.mean + value.half_width
+    if value.interval is None:
+        reason = f"{value.lost} not finite" if value.lost else "one run"
+        return f"{value.mean:+{form}}{after} ({reason}: no verdict)"
+    low, high = value.interval
     interval = f"[{low:+{form}}, {high:+{form}}]"
     return f"{value.mean:+{form}}{after}, 95 % interval {interval}: {word(value, better=better)}"
 
 
-def _json(value: Estimate) -> dict[str, Any]:
+def _json(value: Decision) -> dict[str, Any]:
     return {**asdict(value), "half_width_95": value.half_width}
 
 

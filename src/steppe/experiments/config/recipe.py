@@ -336,12 +336,18 @@ class Run:
     def grid(self) -> list[int]:
         """The standardized epochs at which to measure: every `eval_every`, and at `epochs` and the end.
 
+        The first method is measured after as many steps as the others make, too, which is a control.
+
         >>> sgd, sam = Recipe().replace(epochs=10, extra_epochs=3, eval_every=4, seeds=1).runs()
         >>> sgd.grid, sam.grid
-        ([4, 8, 10], [4, 8, 10, 12, 13])
+        ([4, 5, 8, 10], [4, 8, 10, 12, 13])
         """
         end, every = self.standardized_epochs, self.recipe.evaluation.eval_every
-        return sorted({*range(every, end + 1, every), self.recipe.comparison.epochs, end})
+        points = {*range(every, end + 1, every), self.recipe.comparison.epochs, end}
+        comparison = self.recipe.comparison
+        if self.method == comparison.methods[0] and self.recipe.training.is_constant:
+            points |= {comparison.epochs_of_as_many_steps(self.method, other) for other in comparison.methods}
+        return sorted(point for point in points if point <= end)
 
     @property
     def flatness_grid(self) -> frozenset[int]:

@@ -106,6 +106,12 @@ class TrainingConfig:
     """Largest norm of the gradient that the base optimizer gets: longer ones are scaled down. By default no limit."""
     accumulate: Annotated[int, Minimum(1, "micro-batches in one step")] = 1
     """Micro-batches that the gradient of every pass is accumulated over, to save memory."""
+
+    @property
+    def is_constant(self) -> bool:
+        """True if the learning rate is the same in all steps."""
+        return self.schedule == "constant" and not self.warmup
+
     rho: Annotated[float, Minimum(0, "the radius of SAM's neighborhood")] = 0.05
     """Radius of SAM's neighborhood; a method takes its usual multiple of it, unless its spec gives a rho."""
     batch_size: Annotated[int | None, Minimum(1, "samples in one optimizer step")] = 64
@@ -149,6 +155,14 @@ class ComparisonConfig:
     """Runs of each method. Raise it later to add runs to the same folder; one run gives no verdict."""
     first_seed: Annotated[int, Minimum(0, "the first run's seed")] = 0
     """Seed of the first run. Methods of one seed share initial weights and the order of the images."""
+
+    def epochs_of_as_many_steps(self, method: MethodSpec, other: MethodSpec) -> int:
+        """Return the standardized epochs after which `method` has made as many steps as `other` at equal compute.
+
+        >>> ComparisonConfig(epochs=20).epochs_of_as_many_steps(MethodSpec("sgd"), MethodSpec("sam"))
+        10
+        """
+        return max(1, round(self.epochs * method.passes / other.passes))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(sorted(self.widths)))

@@ -17,6 +17,8 @@ from multiprocessing import connection, resource_tracker
 from multiprocessing.connection import Connection
 from typing import Any, Self
 
+import cloudpickle  # type: ignore[import-untyped]
+
 from steppe.experiments.errors import ExperimentError
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -66,8 +68,9 @@ class Worker:
         return True
 
     def _send(self) -> None:
-        # pickled here, because multiprocessing would share tensors by a memory of which containers have little
-        self.pipe.send_bytes(pickle.dumps(self._task))
+        # By value where a function has no name to import it by, as in a notebook. And pickled here, because
+        # multiprocessing would share tensors by a memory of which containers have little.
+        self.pipe.send_bytes(cloudpickle.dumps(self._task))
 
     def death(self) -> Exception:
         """Return the error of a task whose process has died."""

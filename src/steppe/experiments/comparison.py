@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from steppe.experiments.analysis import double_descent
+from steppe.experiments.analysis import controls, double_descent
 from steppe.experiments.analysis.double_descent import DoubleDescent
 from steppe.experiments.analysis.summary import Summary, summarize
 from steppe.experiments.analysis.verdicts import Verdict, read_flatness, verdicts
@@ -20,7 +20,7 @@ from steppe.experiments.execution.progress import print_line
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
-from steppe.experiments.storage.run_folder import RunFolder
+from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.experiments.tasks.load import with_task
 from steppe.experiments.tasks.task import Task
 
@@ -69,7 +69,7 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
         double_descent_figure.draw(recipe, summary, folder.figures)
     else:
         results = folder.results(recipe)
-        summary = replace(summarize(recipe, results), flatness=_flatness(folder, recipe, console))
+        summary = summarize_folder(folder, recipe, results, console)
         page.write(folder, recipe, results, summary)
     summary.write(folder)
     summary.show(console)
@@ -77,6 +77,17 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
     if not recipe.comparison.widths:
         print_line(console, f"Report: {folder.path / page.FILE}")
     return summary
+
+
+def summarize_folder(folder: RunFolder, recipe: Recipe, results: Results, console: Console) -> Summary:
+    """Summarize the measurements of a folder, with the verdicts beside all controls, the advice and the flatness."""
+    judged = controls.verdicts(recipe, results)
+    return replace(
+        summarize(recipe, results),
+        verdicts=judged,
+        advice=controls.advice(recipe, results, judged),
+        flatness=_flatness(folder, recipe, console),
+    )
 
 
 def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdict]:

@@ -1,0 +1,112 @@
+"""The numbers of every method and of the base's controls: at equal compute, at equal steps, at its best, averaged."""
+
+from collections.abc import Callable, Mapping, Sequence
+
+from steppe.experiments.analysis.advice import Candidate, advise
+from steppe.experiments.analysis.metric_verdicts import (
+    AVERAGED,
+    BEST_HELD_OUT,
+    EQUAL_COMPUTE,
+    EQUAL_STEPS,
+    BySeed,
+    Control,
+    MetricVerdict,
+    judge,
+)
+from steppe.experiments.analysis.statistics import estimate
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.run_folder import Results
+
+_Number = Callable[[Sequence[Record]], float | None]
+"""A function of a run's measurements that returns its number; None if it has none."""
+
+
+def verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
+    """Judge every method against the first one, by the deciding metric and beside every control that was measured."""
+    reference, *others = recipe.comparison.methods
+    numbers: dict[Control, Mapping[str, BySeed]] = {}
+    for control in (EQUAL_COMPUTE, EQUAL_STEPS, BEST_HELD_OUT, AVERAGED):
+        of_methods = {str(m): _pairs(recipe, results, m, _base_number(recipe, control, m)) for m in others}
+        numbers[control] = {method: pairs for method, pairs in of_methods.items() if pairs}
+    return judge(recipe.task.deciding, str(reference), numbers)
+
+
+def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) -> list[str]:
+    """Say which method and rho to take on this task, at what price, how sure that is, and what to try next."""
+    candidates = {}
+    for method in recipe.comparison.methods:
+        ends = [_at(records, recipe.comparison.epochs) for run, records in results.items() if run.method == method]
+        found = [record for record in ends if record is not None]
+        if found:
+            candidates[str(method)] = Candidate(
+                label=method.label,
+                name=method.name + (f"+{method.average}" if method.average else ""),
+                passes=estimate([record.passes for record in found]).mean,
+                seconds=estimate([record.seconds for record in found]).mean,
+                rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
+            )
+    return advise(judged, candidates)
+
+
+def _pairs(
+    recipe: Recipe, results: Results, method: MethodSpec, base_number: _Number
+) -> dict[int, tuple[float, float]]:
+    """Return the numbers of a method at the end of equal compute and of the base, by seed."""
+    metric, reference = f"test_{recipe.task.deciding.name}", recipe.comparison.methods[0]
+    pairs = dict[int, tuple[float, float]]()
+    for run, records in results.items():
+        ours = _at(records, recipe.comparison.epochs)
+        theirs = base_number(results.get(Run(recipe, reference, run.seed), []))
+        if run.method == method and ours is not None and theirs is not None:
+            pairs[run.seed] = (ours[metric], theirs)
+    return pairs
+
+
+def _base_number(recipe: Recipe, control: Control, method: MethodSpec) -> _Number:
+    """Return the function that reads the base's number for a control."""
+    metric, epochs = f"test_{recipe.task.deciding.name}", recipe.comparison.epochs
+    reference = recipe.comparison.methods[0]
+
+    def number(records: Sequence[Record]) -> float | None:
+        if control == BEST_HELD_OUT:
+            return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= epochs])
+        record = _at(records, epochs)
+        if control == EQUAL_STEPS:
+            # a shorter run is the beginning of a longer one at a constant learning rate only
+            point = recipe.comparison.epochs_of_as_many_steps(reference, method)
+            record = _at(records, point) if point < epochs and recipe.training.is_constant else None
+        if record is None:
+            return None
+        if control == AVERAGED:
+            return record.measures.get(f"{metric} (ema)")
+        value: float = record[metric]
+        return value
+
+    return number
+
+
+def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
+    """Return the test metric at the moment that is best on held-out data.
+
+    Without validation data, the moment is chosen on one half of the test data and judged on the other, both ways.
+    """
+    metric = recipe.task.deciding
+    test, held_out = f"test_{metric.name}", f"validation_{metric.name}"
+    if not records:
+        return None
+    if all(held_out in record.measures for record in records):
+        best: float = max(records, key=lambda r: metric.better * r[held_out])[test]
+        return best
+    halves = [f"{test} (half {half})" for half in (1, 2)]
+    if len(records) < 2 or not all(half in record.measures for record in records for half in halves):
+        return None
+    first, second = halves
+    by_first = max(records, key=lambda record: metric.better * record[first])
+    by_second = max(records, key=lambda record: metric.better * record[second])
+    return float(by_first[second] + by_second[first]) / 2
+
+
+def _at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
+    return next((r for r in records if r.standardized_epoch == standardized_epoch), None)
