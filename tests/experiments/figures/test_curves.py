@@ -12,7 +12,7 @@ from tiny import image_record, recipe
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.figures import drawing, style
-from steppe.experiments.figures.curves import EXTENTS, QUANTITIES, drawings, tracked
+from steppe.experiments.figures.curves import EXTENTS, drawings, quantities, tracked
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
@@ -46,7 +46,7 @@ def test_all_figures_are_the_same_bytes_twice(tmp_path: Path, monkeypatch: pytes
     first = draw(two, values, tmp_path / "a")
     with matplotlib.rc_context({"lines.linewidth": 9, "axes.grid": False}):  # a reader's style is not the figure's
         second = draw(two, values, tmp_path / "b")
-    stems = {f"{name}{extent.suffix}" for name in [q.field for q in QUANTITIES] + ["overview"] for extent in EXTENTS}
+    stems = {f"{name}{extent.suffix}" for name in [q.field for q in quantities(two)] + ["overview"] for extent in EXTENTS}
     names = {f"{stem}.{suffix}" for stem in {*stems, "pareto"} for suffix in ("png", "svg")}
     assert {path.name for path in first} == names
     for a, b in zip(first, second, strict=True):

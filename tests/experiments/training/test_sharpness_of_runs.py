@@ -75,7 +75,7 @@ def test_a_stopped_run_measures_the_same_sharpness(tmp_path: Path, monkeypatch: 
             self.signal = 15
             return self.asked >= 15
 
-    def length(network: nn.Module, *_: object) -> dict[str, float]:
+    def length(task: object, network: nn.Module, *_: object) -> dict[str, float]:
         return dict.fromkeys(FIELDS, float(sum(p.detach().double().norm() for p in network.parameters())))
 
     monkeypatch.setattr(training, "measure_flatness", length)  # in less time
