@@ -1,6 +1,6 @@
 """Measure how often a method is called different from itself, and how many seeds find a difference.
 
-    python benchmarks/verdicts/run.py            a quarter of an hour on one core
+    python benchmarks/verdicts/run.py            half an hour on one core
 
 In simulation, equal methods are compared whose runs are normal, skewed, heavy-tailed or coarse, with 2 to 10 seeds, and
 up to five of them at once. In reality, small networks are trained hundreds of times by SGD and by SAM: runs of one
@@ -38,7 +38,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_arguments(parser, device="cpu")
     parser.add_argument("--runs", type=int, default=400, help="real runs of each method on each problem")
-    parser.add_argument("--comparisons", type=int, default=5_000, help="simulated comparisons for each number")
+    parser.add_argument("--comparisons", type=int, default=20_000, help="simulated comparisons for each number")
     args = parser.parse_args()
     if args.tiny:
         args.runs, args.comparisons = 2 * 2 * calibration.BLOCKS, 10
@@ -54,7 +54,7 @@ def main() -> None:
             for m in (1, 3, 5)
             for share in SHARES
         ],
-        "power": list(calibration.simulate_power(args.comparisons // 5)),
+        "power": list(calibration.simulate_power(max(1, args.comparisons // 5))),
         "real": [compare(name, values[name], rounds) for name in PROBLEMS],
     }
     print(render(read(save("verdicts", data, args))))

@@ -41,10 +41,11 @@ def test_rows_differences_and_verdicts() -> None:
     assert summary.rows[0].measures["test_accuracy"].mean == pytest.approx(85.0)
     assert summary.rows[0].measures["test_accuracy"].sd == pytest.approx(1.0)
     (sentence,) = summary.notes()
-    # differences 1.0, 1.1, 1.1: mean 1.0667, sd 0.0577, 4.3027 * sd / sqrt(3) = 0.1434
+    # differences 1.0, 1.1, 1.1: mean 1.0667, sd 0.0577, with the resolution 0.1 sqrt(0.0577^2 + 0.1^2 / 6) = 0.0707;
+    # 4.3027 * 0.0707 / sqrt(3) = 0.1757
     assert "SAM against SGD at 4 standardized epochs, 3 paired runs" in sentence
-    assert "test accuracy +1.07 points, 95 % interval [+0.92, +1.21]: better" in sentence
-    assert "generalization gap -1.07 points, 95 % interval [-1.21, -0.92]: better" in sentence
+    assert "test accuracy +1.07 points, 95 % interval [+0.89, +1.24]: better" in sentence
+    assert "generalization gap -1.07 points, 95 % interval [-1.24, -0.89]: better" in sentence
 
 
 def test_worse_and_not_distinguishable_are_stated() -> None:
@@ -85,23 +86,23 @@ def test_terminal_markdown_and_json_agree(tmp_path: Path) -> None:
     summary.show(console)
     console.file.close()
     text, markdown = (tmp_path / "out").read_text(), summary.markdown()
-    for row in summary.rows:
-        assert all(cell in text and cell in markdown for cell in row.cells())
+    for cells in summary.table().sections[""]:
+        assert all(cell in text and cell in markdown for cell in cells)
     assert "…" not in text  # it fits on a terminal of 100 columns
     summary.write(RunFolder(tmp_path))
     assert (tmp_path / "summary.md").read_text() == markdown
     values = json.loads((tmp_path / "summary.json").read_text())
     assert values["differences"][0]["verdict"] == next(summary.notes())
-    assert values["rows"][1]["test_accuracy"]["mean"] == summary.rows[1].test_accuracy.mean
+    assert values["rows"][1]["test_accuracy"]["mean"] == summary.rows[1].measures["test_accuracy"].mean
 
 
-def test_wide_table_fits_and_many_verdicts_carry_a_warning(tmp_path: Path) -> None:
+def test_wide_table_fits_and_the_correction_for_several_methods_is_stated(tmp_path: Path) -> None:
     many = recipe(methods=("sgd", "sam", "late_sam:start=0.5,rho=0.1", "looksam"), seeds=3)
     summary = summarize(
         many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
     )
     assert list(summary.notes())[-1].startswith(
-        "Each of these 6 intervals alone has a confidence of 95 %: where there is no difference"
+        "The verdicts of each measure are corrected for 3 methods, by Holm's procedure"
     )
     console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)
@@ -109,7 +110,7 @@ def test_wide_table_fits_and_many_verdicts_carry_a_warning(tmp_path: Path) -> No
     text = (tmp_path / "out").read_text()
     assert "…" not in text
     assert "Late SAM (rho 0.1," in text
-    assert [row.cells()[2] for row in summary.rows] == ["1.20"] * 4
+    assert [cells[2] for cells in summary.table().sections[""]] == ["1.20"] * 4
 
 
 @pytest.mark.parametrize("width", [60, 80])
@@ -123,9 +124,9 @@ def test_narrow_terminal_keeps_the_labels(tmp_path: Path, width: int) -> None:
     console.file.close()
     text = (tmp_path / "out").read_text()
     assert "…" not in text
-    for row in summary.rows:
-        assert all(word in text for word in row.cells()[0].split())
-        assert row.cells()[4] in text, "the test accuracy is not left out"
+    for cells in summary.table().sections[""]:
+        assert all(word in text for word in cells[0].split())
+        assert cells[4] in text, "the test accuracy is not left out"
 
 
 def test_records_are_one_json_line_each(tmp_path: Path) -> None:
