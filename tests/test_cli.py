@@ -1,6 +1,8 @@
 """The command line: default recipe, options, help, and errors of one line."""
 
 import builtins
+import errno
+import os
 import re
 from pathlib import Path
 from types import ModuleType
@@ -28,13 +30,16 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     ("words", "message"),
     [
         (["compare", "--epoch", "3"], "Perhaps you meant: --epochs"),
-        (["compare", "artcle"], "Available subcommands: demo, article"),
+        (["compare", "artcle"], "there is no recipe 'artcle'; did you mean 'article'? `steppe compare --help` lists"),
+        (["tune", "xyz"], "there is no recipe 'xyz'. `steppe tune --help` lists"),
         (["compare", "--methods", "samm"], "'samm' is unknown; did you mean 'sam'?"),
         (["compare", "--device", "gpu"], "Expected one of ('auto', 'cpu', 'cuda')"),
         (["compare", "--epochs", "0"], "the compute that each method gets"),
         (["compare", "--epochs", "ten"], "--epochs: invalid literal"),
         (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighborhood"),
-        (["comprae"], "Available subcommands: compare, tune, measure, plot, methods"),
+        (["comprae"], "there is no command 'comprae'; did you mean 'compare'? `steppe --help` lists the commands"),
+        (["measure", "--foo"], "run steppe measure --help"),
+        (["tune", "--foo"], "run steppe tune demo --help"),
         (["plot"], "The run folder, for example runs/demo"),
         ([], "Expected one of {compare, tune, measure, plot, methods, finetune}"),
     ],
@@ -173,13 +178,35 @@ def test_interrupt_while_loading_prints_the_command_to_resume(
     assert f"To resume: steppe compare demo --out '{tmp_path}/a folder'" in printed(capsys)
 
 
-def forbid(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Make `import name` fail as if the package were not installed."""
+def test_interrupt_while_libraries_are_imported_is_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    forbid("rich", monkeypatch, KeyboardInterrupt())
+    assert main(["plot", "runs/demo"]) == 130
+    assert capsys.readouterr().err == "\nStopped. To resume: steppe plot runs/demo\n"
+
+
+def test_full_disk_names_the_file_and_the_way_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    assert main(["compare", "--out", str(tmp_path / "run")]) == 1
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1
+    assert f"No space left on device: {tmp_path}/run/" in err
+    assert "Make room, and give the same command again" in err
+
+
+def forbid(name: str, monkeypatch: pytest.MonkeyPatch, error: BaseException | None = None) -> None:
+    """Make `import name` fail, as if the package were not installed unless another error is given."""
     real = builtins.__import__
 
     def guarded(module: str, *args: object, **kwargs: object) -> ModuleType:
         if module.partition(".")[0] == name:
-            raise ModuleNotFoundError(f"No module named {name!r}", name=name)
+            raise error or ModuleNotFoundError(f"No module named {name!r}", name=name)
         return real(module, *args, **kwargs)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", guarded)

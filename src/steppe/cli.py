@@ -5,13 +5,20 @@ Exit codes: 0 success; 1 an error, printed in one line; 2 a wrong command line; 
 
 from __future__ import annotations
 
+import contextlib
+import io
+import os
 import shlex
+import signal
 import sys
 from collections.abc import Sequence
 from importlib import metadata
+from typing import Any
 
 __all__ = ["main"]
 
+_COMMANDS = ("compare", "tune", "measure", "plot", "methods", "finetune")
+_INNER = "__tyro-dummy-inner__"  # a name inside of tyro that some of its messages have
 _EXTRA = frozenset({"matplotlib", "numpy", "plotly", "rich", "tyro"})
 
 
@@ -21,12 +28,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if words == ["--version"]:
         print(f"steppe {metadata.version('steppe')}")
         return 0
+    words = _with_default(words)
     try:
-        return _run(_with_default(words))
+        return _run(words)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
             raise
         return _fail(f"{error.name} is not installed, and experiments need it: pip install 'steppe[experiments]'")
+    except KeyboardInterrupt:  # anywhere, also while libraries are imported
+        return _stopped(words, 130)
+    finally:
+        if arguments is None:  # the process ends, and a second Ctrl-C would only interrupt its cleaning up
+            with contextlib.suppress(ValueError):  # outside of the main thread
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _with_default(words: Sequence[str]) -> list[str]:
@@ -44,27 +58,60 @@ def _run(words: Sequence[str]) -> int:
     # imported here, so that main() can report missing libraries of the extra `experiments`
     from rich.console import Console
 
-    from steppe.experiments.commands import parse
-    from steppe.experiments.errors import ExperimentError
+    from steppe.experiments.errors import ExperimentError, of_system
     from steppe.experiments.training.stopping import Stopped
 
     try:
-        parse(words).run(["steppe", *words], Console())
+        # emoji: a model called pkg:factory has none in its name
+        _parse(words).run(["steppe", *words], Console(emoji=False))
     except Stopped as stopped:
         return _stopped(words, 128 + stopped.signal)
-    except KeyboardInterrupt:
-        return _stopped(words, 130)
     except ExperimentError as error:
         return _fail(str(error))
     except OSError as error:  # a full disk, a folder without write permission: the system's message is clear
-        return _fail(f"{error.strerror}: {error.filename}" if error.filename else str(error))
+        return _fail(of_system(error))
     return 0
 
 
-def _stopped(words: Sequence[str], code: int) -> int:
-    from steppe.experiments.world import launched
+def _parse(words: Sequence[str]) -> Any:
+    """Return the command; SystemExit with 2 after a message that names what is wrong, and the right help."""
+    if message := _typo(words):
+        print(f"steppe: {message}", file=sys.stderr)
+        raise SystemExit(2)
+    from steppe.experiments.commands import parse
 
-    start = f"torchrun --nproc-per-node {launched()} -m steppe" if launched() > 1 else "steppe"
+    printed = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(printed):
+            return parse(words)
+    finally:  # tyro points to the help of `steppe` alone, where the options of a command are not listed
+        named = [
+            word for word in words[: 2 if words[:1] in (["compare"], ["tune"]) else 1] if word[:1] not in ("-", "")
+        ]
+        command = " ".join(["steppe", *named, "--help"])
+        for line in printed.getvalue().replace(_INNER, "").splitlines():
+            text = line.replace("steppe --help", command)
+            print(text if text == line else f"{text.rstrip(' │').ljust(len(line) - 2)} │", file=sys.stderr)
+
+
+def _typo(words: Sequence[str]) -> str | None:
+    """Return the message for a command or a recipe that there is not, or None."""
+    from steppe.experiments.config.presets import RECIPES
+    from steppe.experiments.errors import closest
+
+    if words and words[0] not in _COMMANDS and not words[0].startswith("-"):
+        return f"there is no command {words[0]!r}{closest(words[0], _COMMANDS)} `steppe --help` lists the commands"
+    if words[:1] not in (["compare"], ["tune"]) or words[1].startswith("-"):
+        return None
+    if words[1] in RECIPES or ":" in words[1]:  # package.module:function is a task of the user's own
+        return None
+    close = closest(words[1], RECIPES)
+    return f"there is no recipe {words[1]!r}{close} `steppe {words[0]} --help` lists the recipes"
+
+
+def _stopped(words: Sequence[str], code: int) -> int:
+    processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun; an import here could be interrupted again
+    start = f"torchrun --nproc-per-node {processes} -m steppe" if processes != "1" else "steppe"
     print(f"\nStopped. To resume: {start} {shlex.join(words)}", file=sys.stderr)
     return code
 
