@@ -1,0 +1,88 @@
+"""The controls beside a comparison: which number of the base each of them reads."""
+
+from collections.abc import Sequence
+
+import pytest
+from tiny import recipe
+
+from steppe.experiments.analysis import controls
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.storage.records import Record
+
+SEEDS = 3
+
+
+def record(epoch: int, test: float, **measures: float) -> Record:
+    named = {name.replace("__", " "): value for name, value in measures.items()}
+    usual = {"train_loss": 1.0, "test_loss": 1.0, "train_accuracy": 90.0, "gap": 1.0, "test_accuracy": test}
+    return Record(epoch, epoch, 10 * epoch, 100.0 * epoch, 1.0, usual | named, 2.0 * epoch, 50.0)
+
+
+def results(of: Recipe, base: Sequence[Record], other: Sequence[Record]) -> dict[Run, list[Record]]:
+    """The same measurements for every seed, a little apart."""
+    reference = of.comparison.methods[0]
+    found = {}
+    for run in of.runs():
+        given = base if run.method == reference else other
+        apart = {"sgd": 0.01, "sam": 0.03}[run.method.name] * run.seed
+        found[run] = [Record(**{**vars(r), "measures": {k: v + apart for k, v in r.measures.items()}}) for r in given]
+    return found
+
+
+def differences(of: Recipe, base: Sequence[Record], other: Sequence[Record]) -> dict[str, float]:
+    (verdict,) = controls.verdicts(of, results(of, base, other))
+    return {each.control.name: round(each.difference.mean, 1) for each in verdict.comparisons}
+
+
+def test_equal_steps_is_the_base_after_as_many_steps_as_sam_made() -> None:
+    of = recipe(epochs=4, seeds=SEEDS)
+    found = differences(of, [record(2, 70.0), record(4, 60.0)], [record(4, 65.0)])
+    assert found == {"equal_compute": 5.0, "equal_steps": -5.0}
+
+
+def test_with_a_schedule_a_shorter_run_is_no_prefix_so_equal_steps_is_left_out() -> None:
+    of = recipe(epochs=4, seeds=SEEDS, schedule="cosine")
+    assert "equal_steps" not in differences(of, [record(2, 70.0), record(4, 60.0)], [record(4, 65.0)])
+
+
+def test_best_moment_is_chosen_on_one_half_and_judged_on_the_other() -> None:
+    halves = "test_accuracy (half 1)", "test_accuracy (half 2)"
+    base = [
+        record(2, 70.0, **{halves[0]: 80.0, halves[1]: 60.0}),  # the best by half 1, so 60 counts
+        record(4, 60.0, **{halves[0]: 50.0, halves[1]: 70.0}),  # the best by half 2, so 50 counts
+    ]
+    found = differences(recipe(epochs=4, seeds=SEEDS), base, [record(4, 65.0)])
+    assert found["best_held_out"] == 65.0 - 55.0
+
+
+def test_with_validation_data_the_best_moment_is_chosen_on_them() -> None:
+    base = [record(2, 64.0, validation_accuracy=90.0), record(4, 60.0, validation_accuracy=80.0)]
+    assert differences(recipe(epochs=4, seeds=SEEDS), base, [record(4, 65.0)])["best_held_out"] == 1.0
+
+
+def test_averaged_weights_are_read_at_the_end_of_equal_compute() -> None:
+    base = [record(2, 64.0), record(4, 60.0, **{"test_accuracy (ema)": 66.0})]
+    assert differences(recipe(epochs=4, seeds=SEEDS), base, [record(4, 65.0)])["averaged_weights"] == -1.0
+
+
+def test_advice_keeps_the_base_where_its_averaged_weights_are_better() -> None:
+    of = recipe(epochs=4, seeds=SEEDS)
+    base = [record(2, 64.0), record(4, 60.0, **{"test_accuracy (ema)": 66.0})]
+    found = results(of, base, [record(4, 65.0)])
+    judged = controls.verdicts(of, found)
+    assert judged[0].word == "better"
+    assert controls.advice(of, found, judged)[0].startswith("Take SGD with averaged weights")
+
+
+@pytest.mark.parametrize("methods", [("sgd",), ("sam",)])
+def test_one_method_has_no_verdict_and_no_advice(methods: tuple[str, ...]) -> None:
+    of = recipe(methods=methods, epochs=4)
+    found = {run: [record(4, 60.0)] for run in of.runs()}
+    assert controls.verdicts(of, found) == []
+    assert controls.advice(of, found, []) == []
+
+
+def test_the_base_is_measured_where_it_has_made_as_many_steps() -> None:
+    base, sam = recipe(epochs=10, eval_every=4, seeds=1).runs()
+    assert base.grid == [4, 5, 8, 10]
+    assert sam.grid == [4, 8, 10]

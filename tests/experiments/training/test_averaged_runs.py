@@ -1,0 +1,66 @@
+"""Runs whose averaged weights are measured: as a method, `sgd+ema`, and as a control beside the plain base."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from tiny import recipe, run_of, train_run, training_of, untimed
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from steppe.experiments.storage.run_folder import CHECKPOINT
+from steppe.experiments.training.stopping import Stopped
+from stops import StopAfter
+
+
+def checkpoint(folder: Path) -> dict[str, object]:
+    found: dict[str, object] = torch.load(folder / CHECKPOINT, weights_only=True)
+    return found
+
+
+@pytest.mark.parametrize("method", ["sgd", "sam"])
+def test_average_leaves_the_weights_of_the_training_unchanged(method: str, tmp_path: Path) -> None:
+    train_run(run_of(method), tmp_path / "plain")
+    train_run(run_of(f"{method}+ema"), tmp_path / "averaged")
+    plain, averaged = (checkpoint(tmp_path / name)["model"] for name in ("plain", "averaged"))
+    assert all(torch.equal(plain[key], averaged[key]) for key in plain)  # type: ignore[index, union-attr]
+
+
+def test_averaged_run_is_measured_with_the_averaged_weights(tmp_path: Path) -> None:
+    plain, averaged = (train_run(run_of(method), tmp_path / method)[-1] for method in ("sgd", "sgd+ema"))
+    assert averaged["test_loss"] != plain["test_loss"]
+    weights = checkpoint(tmp_path / "sgd+ema")["average"]
+    state = {key.removeprefix("module."): t for key, t in weights.items() if key.startswith("module.")}  # type: ignore[attr-defined]
+    again = training_of(run_of("sgd"))
+    again.network.load_state_dict(state)
+    assert again._evaluate(again.samples["test"], lambda: None)["loss"] == pytest.approx(
+        averaged["test_loss"], rel=1e-4
+    )
+
+
+def test_ema_is_that_of_torch_over_the_steps(tmp_path: Path) -> None:
+    training = training_of(run_of("sgd+ema"))
+    reference = AveragedModel(training.network, multi_avg_fn=get_ema_multi_avg_fn(0.0))
+    for step, batch in enumerate(training.rest_of_epoch()):
+        training.step(batch)
+        if step:
+            reference.multi_avg_fn = get_ema_multi_avg_fn(min(0.999, (1 + step) / (10 + step)))
+        reference.update_parameters(training.network)
+    ours, theirs = training.average.module.parameters(), reference.module.parameters()  # type: ignore[union-attr]
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("method", ["sam+swa", "sgd+ema"])
+def test_stopped_averaged_run_resumes_to_the_same_bits(method: str, tmp_path: Path) -> None:
+    whole = train_run(run_of(method), tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_run(run_of(method), tmp_path / "parts", stop=StopAfter(7))
+    assert untimed(train_run(run_of(method), tmp_path / "parts")) == untimed(whole)
+
+
+def test_plain_base_has_its_averaged_weights_measured_at_the_end(tmp_path: Path) -> None:
+    base, sam = recipe(methods=("sgd", "sam"), seeds=1).runs()
+    *others, last = train_run(base, tmp_path / "base")
+    assert "test_accuracy (ema)" in last.measures
+    assert all("test_accuracy (ema)" not in other.measures for other in others)
+    assert "test_accuracy (ema)" not in train_run(sam, tmp_path / "sam")[-1].measures
