@@ -8,7 +8,7 @@ from presets.method import register
 from results import Result
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, parse_records
 from steppe.flatness import Flatness
 
 
@@ -37,7 +37,7 @@ def comparison(found: Sequence[Result], setting: str = "") -> Comparison:
         if "failed" in outcome:
             failures.append(f"{run.name}: {outcome['failed']}")
         else:
-            records[run] = [Record(**record) for record in outcome["records"]]
+            records[run] = parse_records(outcome["records"])
         for epoch, measured in outcome.get("flatness", {}).items():
             if "failed" in measured:
                 failures.append(f"flatness of {run.name} after {epoch} standardized epochs: {measured['failed']}")

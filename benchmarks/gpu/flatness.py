@@ -8,10 +8,10 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import Dataset
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import objectives
-from steppe.experiments.models.preact_resnet import PreActResNet18
-from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.run_folder import CHECKPOINT
+from steppe.experiments.tasks.images import images_task
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.flatness import Budget, measure
@@ -39,13 +39,13 @@ def flatness(run: Run, folder: Path, images: Dataset, stop: Stop, *, tiny: bool)
         if stop:
             raise Stopped(stop.signal)
 
-    recipe = run.recipe
-    network = PreActResNet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
-    network.load_state_dict(checkpoints.load(folder / CHECKPOINT, owner(run, 1, None))["model"])
-    network.to(images.train.images.device)
+    task, device = images_task(images, run.recipe), images.train.images.device
+    network = task.model()
+    network.load_state_dict(checkpoint_file.load(folder / CHECKPOINT, owner(run, 1, None))["model"])
+    network.to(device)
     options = MeasuringOptions(samples=32) if tiny else MeasuringOptions()
-    sample = flatness_sample(images.train, options.samples, run.seed)
-    plain, normalized = objectives(network, sample, options, raise_if_stopped)
+    sample = flatness_sample(task.samples("train", run.seed), options.samples, run.seed, device)
+    plain, normalized = objectives(task, network, sample, options, raise_if_stopped)
     try:
         found = measure(plain, replace(_TINY if tiny else Budget(), points=0), normalized=normalized)
     # a failed measurement must not lose the accuracies of the run

@@ -112,7 +112,7 @@ def _failures(known: Comparison) -> list[str]:
 
 def _final(known: Comparison, method: MethodSpec, name: str) -> dict[int, float]:
     """Return a field of the last record of each run, by seed."""
-    return {run.seed: getattr(records[-1], name) for run, records in known.records.items() if run.method == method}
+    return {run.seed: records[-1][name] for run, records in known.records.items() if run.method == method}
 
 
 def _with_sources(lines: Sequence[str], found: Sequence[Result]) -> str:

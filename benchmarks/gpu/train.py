@@ -39,6 +39,7 @@ from steppe.experiments.execution.progress import RunProgress  # noqa: E402
 from steppe.experiments.storage.files import write_json  # noqa: E402
 from steppe.experiments.storage.records import Record, read_records  # noqa: E402
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS  # noqa: E402
+from steppe.experiments.tasks.images import images_task  # noqa: E402
 from steppe.experiments.training.run import train  # noqa: E402
 from steppe.experiments.training.stopping import Stop, Stopped, on_signals  # noqa: E402
 from steppe.experiments.world import World, join  # noqa: E402
@@ -201,7 +202,7 @@ class TrainingRuns:
                 continue
             try:
                 with StoppingProgress(run, due, interrupt=interrupt) as progress:
-                    return train(run, folder, images, world, progress, stop)
+                    return train(run, folder, images_task(images, run.recipe), world, progress, stop)
             except Stopped:
                 if stop:
                     raise

@@ -12,9 +12,10 @@ from torch import Tensor
 
 from steppe.experiments.config.methods import BASES
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.batches import Batch, batches, order
 from steppe.experiments.data.datasets import Dataset
-from steppe.experiments.training import run as training
+from steppe.experiments.tasks import images
+from steppe.experiments.tasks.batches import Batch, Epochs
+from steppe.experiments.training.run import Training
 from steppe.experiments.world import World
 
 _FIELDS = ("amp", "channels_last", "compile", "cuda_graphs")
@@ -86,8 +87,8 @@ class SteppeLoop:
     def __init__(self, recipe: Recipe, method: str, data: Dataset, configuration: Configuration) -> None:
         recipe = recipe.replace(methods=(method,), **configuration.fields)
         self._configuration, self._world = configuration, World(torch.device(recipe.hardware.device))
-        with self._kernels(), mock.patch.object(training, "BASES", BASES if configuration.fused else _unfused()):
-            self.run = training.Training(next(recipe.runs()), data, self._world)
+        with self._kernels(), mock.patch.object(images, "BASES", BASES if configuration.fused else _unfused()):
+            self.run = Training(next(recipe.runs()), images.images_task(data, recipe), self._world)
         self._batches = self._endless()
         self._total = torch.zeros((), dtype=torch.float64, device=self._world.device)
 
@@ -105,16 +106,16 @@ class SteppeLoop:
         return cudnn.flags(enabled=cudnn.enabled, benchmark=free, deterministic=not free, allow_tf32=cudnn.allow_tf32)
 
     def _endless(self) -> Iterator[Batch]:
-        run = self.run
+        run = self.run.run
+        epochs = Epochs(self.run.samples["train"], run.recipe.training.batch_size or 0, run.seed, self._world)
         for epoch in count():
-            indices = order(run.images, run.run.seed, epoch)
-            yield from batches(run.data.train, run.run.recipe.training.batch_size, indices, self._world, epoch=epoch)
+            yield from epochs.batches(epoch)
 
 
 def _unfused() -> dict[str, Any]:
     """Return the base optimizers as they are built on a CPU."""
 
-    def build(name: str, *args: Any, on_gpu: bool) -> torch.optim.Optimizer:
-        return BASES[name].build(*args)
+    def build(name: str, *args: Any, nesterov: bool, on_gpu: bool) -> torch.optim.Optimizer:
+        return BASES[name].build(*args, nesterov=nesterov)
 
     return {name: replace(base, build=lambda *a, name=name, **k: build(name, *a, **k)) for name, base in BASES.items()}

@@ -43,7 +43,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data import datasets
 from steppe.experiments.data.batches import count
 from steppe.experiments.data.datasets import Dataset, Split
-from steppe.experiments.storage import checkpoints
+from steppe.experiments.storage import checkpoint_file
 from timing import seconds, spread
 
 ARTICLE = "article's style"
@@ -211,7 +211,7 @@ def whole_passes(fastest: Mapping[str, Any], work: Workload, device: str) -> dic
     evaluation = seconds(lambda: training.measure(lambda: None), device=device)
     training.spent = spent
     with tempfile.TemporaryDirectory() as folder:
-        save_checkpoint = partial(checkpoints.save, Path(folder) / "checkpoint.pt", "benchmark")
+        save_checkpoint = partial(checkpoint_file.save, Path(folder) / "checkpoint.pt", "benchmark")
         checkpoint = seconds(lambda: save_checkpoint(training.state_dict()), device=device)
     runs = {str(run.method): run for run in work.recipe.replace(methods=tuple(METHODS)).runs()}
     minutes = {

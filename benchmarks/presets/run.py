@@ -32,6 +32,7 @@ from steppe.experiments.config.recipe import Recipe, Run  # noqa: E402
 from steppe.experiments.config.resolve import resolve  # noqa: E402
 from steppe.experiments.data import datasets  # noqa: E402
 from steppe.experiments.data.datasets import Dataset, Split  # noqa: E402
+from steppe.experiments.tasks.images import images_task  # noqa: E402
 from steppe.experiments.training.run import train  # noqa: E402
 from steppe.experiments.world import join  # noqa: E402
 
@@ -125,8 +126,8 @@ def train_run(job: tuple[Run, Dataset]) -> dict[str, Any]:
         join(run.recipe.hardware.device, run.recipe.hardware.threads) as world,
         tempfile.TemporaryDirectory() as folder,
     ):
-        last = train(run, Path(folder), dataset, world)[-1]
-    return {"method": str(run.method), "seed": run.seed, **{name: getattr(last, name) for name in SAVED}}
+        last = train(run, Path(folder), images_task(dataset, run.recipe), world)[-1]
+    return {"method": str(run.method), "seed": run.seed, **{name: last[name] for name in SAVED}}
 
 
 def main() -> None:
