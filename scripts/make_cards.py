@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from steppe.experiments.analysis.statistics import Estimate
-from steppe.experiments.analysis.summary import Summary, setting, summarize
+from steppe.experiments.analysis.summary import Row, Summary, setting, summarize
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
@@ -76,7 +76,7 @@ def comparison(path: Path) -> dict[str, Any]:
                 "method": str(row.method),
                 "label": row.method.label,
                 "rho": _rho(row.method, recipe),
-                **{name: _estimate(getattr(row, name)) for name in _VALUES},
+                **{name: _estimate(_value(row, name)) for name in _VALUES},
             }
             for row in rows
         ],
@@ -96,8 +96,15 @@ def _rho(spec: MethodSpec, recipe: Recipe) -> float | None:
 
 def _differences(summary: Summary) -> Iterator[dict[str, Any]]:
     for one in summary.differences:
-        values = {name: _estimate(getattr(one, name), interval=True) for name in ("test_accuracy", "gap")}
+        # each card is about one method, so its interval is not widened for the others of the run folder
+        test, gap = (Estimate(of.n, of.mean, of.sd) for of in (one.test, one.gap))
+        values = {"test_accuracy": _estimate(test, interval=True), "gap": _estimate(gap, interval=True)}
         yield {"method": str(one.method), "reference": str(one.reference), **values}
+
+
+def _value(row: Row, name: str) -> Estimate:
+    found: Estimate = row.measures[name] if name in row.measures else getattr(row, name)
+    return found
 
 
 def _estimate(value: Estimate, *, interval: bool = False) -> dict[str, Any]:

@@ -48,7 +48,9 @@ def run_folder(path: Path, tests: dict[str, list[float]], **fields) -> Path:
     folder.claim(recipe, 1)
     for run in recipe.runs():
         test = tests[str(run.method)][run.seed]
-        records = [Record(e, e, 10, 100, 1.5, 0.1, 99.0, 1.0, test, 99.0 - test, 30.0 * e, 100.0) for e in (2, 4)]
+        measures = {"train_loss": 0.1, "train_accuracy": 99.0, "test_loss": 1.0, "test_accuracy": test}
+        measures["gap"] = 99.0 - test
+        records = [Record(e, e, 10, 100, 1.5, measures, 30.0 * e, 100.0) for e in (2, 4)]
         write_json_lines(folder.run(run) / METRICS, [record.to_json() for record in records])
     session = {"date": "2026-11-22T10:00:00+00:00", "steppe": "0.1.0", "torch": "2.13.0", "cpu": "A CPU", "threads": 2}
     (path / "environment.json").write_text(json.dumps([session]))
