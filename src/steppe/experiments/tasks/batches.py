@@ -96,9 +96,10 @@ def share_out(
     """Yield this process's share of global batches, whose positions are given; `seed` is None for an evaluation."""
     mine = [whole[world.share(len(whole))] for whole in wholes]
     if isinstance(samples, TensorSamples):
-        device = samples.tensors[0].device
-        for whole, positions in zip(wholes, mine, strict=True):
-            yield Batch(samples.gather, positions.to(device), len(whole), epoch)
+        # in one copy: one of each batch would let every step wait for the device
+        moved = torch.cat([torch.empty(0, dtype=torch.int64), *mine]).to(samples.tensors[0].device)
+        for whole, positions in zip(wholes, torch.split(moved, [len(positions) for positions in mine]), strict=True):
+            yield Batch(samples.gather, positions, len(whole), epoch)
         return
     for whole, positions, data in zip(wholes, mine, samples.fetch(mine, epoch, first, seed), strict=True):
         moved = on_device(data, world.device)
