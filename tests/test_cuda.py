@@ -10,6 +10,7 @@ import steppe
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import Dataset, Split
+from steppe.experiments.tasks.images import images_task
 from steppe.experiments.training.run import train as train_run
 from steppe.experiments.training.stopping import Stopped
 from steppe.experiments.world import join
@@ -127,11 +128,12 @@ def experiment(folder: Path, method: str, *, stops: tuple[int, ...] = (), **fiel
     options = {"width": 8, "batch_size": 16, "epochs": 8, "seeds": 1, "base": base, "lr": 0.01, "amp": False}
     recipe = Recipe().replace(methods=(method,), device="cuda", **{**options, **fields})
     run, data = next(recipe.runs()), Dataset("made", images(72, 0), images(50, 1), "made for tests")
+    task = images_task(data, run.recipe)
     with join(recipe.hardware.device, recipe.hardware.threads) as world:
         for steps in stops:
             with pytest.raises(Stopped):
-                train_run(run, folder, data.to("cuda"), world, stop=StopAfter(steps))
-        train_run(run, folder, data.to("cuda"), world)
+                train_run(run, folder, task, world, stop=StopAfter(steps))
+        train_run(run, folder, task, world)
     return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 

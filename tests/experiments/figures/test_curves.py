@@ -46,7 +46,8 @@ def test_all_figures_are_the_same_bytes_twice(tmp_path: Path, monkeypatch: pytes
     first = draw(two, values, tmp_path / "a")
     with matplotlib.rc_context({"lines.linewidth": 9, "axes.grid": False}):  # a reader's style is not the figure's
         second = draw(two, values, tmp_path / "b")
-    stems = {f"{name}{extent.suffix}" for name in [q.field for q in quantities(two)] + ["overview"] for extent in EXTENTS}
+    drawn = [quantity.field for quantity in quantities(two)] + ["overview"]
+    stems = {f"{name}{extent.suffix}" for name in drawn for extent in EXTENTS}
     names = {f"{stem}.{suffix}" for stem in {*stems, "pareto"} for suffix in ("png", "svg")}
     assert {path.name for path in first} == names
     for a, b in zip(first, second, strict=True):
