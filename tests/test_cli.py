@@ -134,6 +134,13 @@ def test_single_method_shows_its_card(name: str, capsys: pytest.CaptureFixture[s
     assert "Checked against" in list_methods([name], capsys)
 
 
+def test_card_is_complete_at_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    text = list_methods(["gsam"], capsys)
+    assert "±" in text
+    assert "…" not in text
+
+
 def test_wildcard_with_one_match_prints_a_list(capsys: pytest.CaptureFixture[str]) -> None:
     assert "when to use it" in list_methods(["gs*"], capsys)
 

@@ -22,7 +22,8 @@ def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) 
         entries = dict.fromkeys(paper.bibtex() for method in found for paper in method.papers)
         console.print("\n\n".join(entries), highlight=False, markup=False, soft_wrap=True)
     elif len(patterns) == 1 and (named := by_name.get(patterns[0].lower())):
-        console.print(Markdown(card(named.name)))
+        # a narrow console breaks cells at a space, and would cut off the standard deviations without one
+        console.print(Markdown(card(named.name).replace("±", " ±")))
     else:
         console.print(_table(found))
         console.print(

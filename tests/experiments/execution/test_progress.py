@@ -5,7 +5,7 @@ import pytest
 from rich.console import Console
 from tiny import image_record, recipe, train_run
 
-from steppe.experiments.execution.progress import JobProgress, RunProgress
+from steppe.experiments.execution.progress import JobProgress, ProgressDisplay, RunProgress
 
 
 def terminal(width: int = 160) -> Console:
@@ -74,3 +74,14 @@ def test_late_message_of_a_finished_job_shows_no_bar() -> None:
     progress.done("a")
     progress.show("a", "ascending", 2)
     assert list(progress._tasks) == ["b"]
+
+
+@pytest.mark.parametrize("width", [80, 60])
+def test_narrow_terminal_shortens_only_the_detail(width: int) -> None:
+    console = Console(file=io.StringIO(), width=width, force_terminal=True, color_system=None)
+    display = ProgressDisplay(console, "all runs", 80, "standardized epochs")
+    display.update("run", "package:factory: 0", 3, 20, "loss 0.123  train 88.11 %  test 81.22 %  1,234 images/s")
+    console.print(display._bars.get_renderable())
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("package:factory: 0", "3/80", "3/20", "-:--:--", "loss 0.1", "…"):
+        assert part in text

@@ -6,6 +6,7 @@ from typing import Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, Task, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 from rich.text import Text
 
 from steppe.experiments.config.recipe import Run
@@ -16,7 +17,7 @@ from steppe.experiments.training.reporter import Reporter
 
 def print_line(console: Console, text: str) -> None:
     """Print a text as it is; the terminal wraps it."""
-    console.print(text, highlight=False, markup=False, soft_wrap=True)
+    console.print(text, highlight=False, markup=False, emoji=False, soft_wrap=True)
 
 
 class _TimeColumn(TimeRemainingColumn):
@@ -26,18 +27,28 @@ class _TimeColumn(TimeRemainingColumn):
         return TimeElapsedColumn().render(task) if task.total is None else super().render(task)
 
 
+class _DetailColumn(TextColumn):
+    """The column that a narrow terminal shortens, so that the others are complete: it alone may wrap, but does not."""
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
 class ProgressDisplay:
     """A bar for each task in progress and one for all tasks; without a terminal, only printed lines appear."""
 
     def __init__(self, console: Console, title: str, total: float, detail: str) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=None),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[detail]}"),
-            _TimeColumn(),
+            # without markup, which would replace the :name: of a model by an emoji
+            TextColumn("{task.description}", markup=False, table_column=Column(no_wrap=True)),
+            BarColumn(bar_width=8),
+            TextColumn("{task.fields[count]}", markup=False, table_column=Column(no_wrap=True)),
+            _DetailColumn("{task.fields[detail]}", markup=False, table_column=Column()),
+            _TimeColumn(table_column=Column(no_wrap=True, min_width=7)),
             console=console,
-            expand=True,
+            expand=False,
             disable=not console.is_terminal,
         )
         self._all = self._bars.add_task(title, total=total, count=f"0/{total:.0f}", detail=detail)
