@@ -9,11 +9,13 @@ from __future__ import annotations
 import errno
 import gzip
 import hashlib
+import io
 import os
 import subprocess
 import sys
 import threading
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -513,3 +515,26 @@ def test_one_changed_byte_of_the_full_set_raises(tmp_path: Path, full: data.Data
     (tmp_path / file.name).write_bytes(content)
     with pytest.raises(DataError, match="SHA-256"):
         fashion_mnist.from_directory(tmp_path, file)
+
+
+def test_file_that_unpacks_to_too_much_is_refused_before_it_fills_the_memory() -> None:
+    bomb = gzip.compress(bytes(200_000_000), compresslevel=9)
+    with pytest.raises(ValueError, match="it unpacks to more than [0-9]+ bytes"):
+        fashion_mnist.unpack(bomb, fashion_mnist.TRAIN[1])
+
+
+@pytest.mark.parametrize(("limit", "reason"), [("MAX_BYTES", "larger than -1 MB"), ("MAX_SECONDS", "more than -1 sec")])
+def test_download_has_limits(limit: str, reason: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fashion_mnist, limit, -1)
+    with pytest.raises(OSError, match=reason):
+        fashion_mnist._fetch(fashion_mnist.URL + next(iter(server.files)))
+
+
+def test_redirect_from_https_to_http_is_not_followed() -> None:
+    request = urllib.request.Request("https://example.org/file")
+    redirects = fashion_mnist._SecureRedirects()
+    for target in ("http://example.org/file", "ftp://example.org/file"):
+        with pytest.raises(OSError, match="which is not https"):
+            redirects.redirect_request(request, io.BytesIO(), 302, "Found", {}, target)
+    followed = redirects.redirect_request(request, io.BytesIO(), 302, "Found", {}, "https://example.com/file")
+    assert followed.full_url == "https://example.com/file"

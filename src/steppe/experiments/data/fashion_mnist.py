@@ -5,16 +5,19 @@ The SHA-256 of each file's unpacked content is known, so a damaged, truncated or
 
 import gzip
 import hashlib
+import io
 import logging
 import math
 import os
 import struct
 import tempfile
+import time
 import urllib.request
 import zlib
 from dataclasses import dataclass
-from http.client import HTTPException
+from http.client import HTTPException, IncompleteRead
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 
 import numpy as np
@@ -24,6 +27,8 @@ from steppe.experiments.errors import DataError
 
 URL = "https://github.com/zalandoresearch/fashion-mnist/raw/master/data/fashion/"
 TIMEOUT = 30.0  # seconds in which not one byte arrives
+MAX_BYTES, MAX_SECONDS = 60_000_000, 900.0
+"""Limits of a download: the largest of the files has 26 MB packed."""
 WAYS_OUT = (
     "Ways out: `apt install dataset-fashion-mnist` (`apt reinstall` when the package is damaged), "
     "or name a directory that holds the four good files, with --data-dir (data_dir=) or $STEPPE_DATA."
@@ -104,7 +109,7 @@ def unpack(packed: bytes, file: IdxFile) -> NDArray[np.uint8]:
     Returns a read-only uint8 array of `file.shape`. Raises ValueError with the reason when they are not the file.
     """
     try:
-        content = gzip.decompress(packed) if packed.startswith(b"\x1f\x8b") else packed
+        content = _decompressed(packed, file) if packed.startswith(b"\x1f\x8b") else packed
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
         raise ValueError(f"it does not unpack ({error})") from error
     array = parse_idx(content)
@@ -114,6 +119,16 @@ def unpack(packed: bytes, file: IdxFile) -> NDArray[np.uint8]:
     if digest != file.sha256:
         raise ValueError(f"the SHA-256 of its content is {digest} and not {file.sha256}")
     return array
+
+
+def _decompressed(packed: bytes, file: IdxFile) -> bytes:
+    """Unpack gzip, but not more than the file can be: a few kilobytes may unpack to gigabytes."""
+    limit = 2 * math.prod(file.shape) + 2**20
+    with gzip.GzipFile(fileobj=io.BytesIO(packed)) as stream:
+        content = stream.read(limit + 1)
+        if len(content) > limit:
+            raise ValueError(f"it unpacks to more than {limit} bytes, and the file has {limit // 2} at most")
+        return content
 
 
 def parse_idx(content: bytes) -> NDArray[np.uint8]:
@@ -152,8 +167,7 @@ def _download(file: IdxFile, directory: Path) -> NDArray[np.uint8]:
     url, path = f"{URL}{file.name}.gz", directory / f"{file.name}.gz"
     log.info("downloading %s to %s", url, path)
     try:
-        with urllib.request.urlopen(url, timeout=TIMEOUT) as response:
-            packed = response.read()
+        packed = _fetch(url)
         array = unpack(packed, file)
     except (OSError, HTTPException) as error:
         if isinstance(error, HTTPError):
@@ -175,6 +189,32 @@ def _download(file: IdxFile, directory: Path) -> NDArray[np.uint8]:
             f"Make room or make it writable, or name another cache with $XDG_CACHE_HOME. {WAYS_OUT}"
         ) from error
     return array
+
+
+class _SecureRedirects(urllib.request.HTTPRedirectHandler):
+    """Follows redirects, but not from https to a scheme that anyone on the way can read and change."""
+
+    def redirect_request(self, req: Any, fp: Any, code: int, msg: str, headers: Any, newurl: str) -> Any:
+        if req.full_url.startswith("https:") and not newurl.startswith("https:"):
+            fp.close()
+            raise OSError(f"it is redirected to {newurl}, which is not https")
+        return super().redirect_request(req, fp, code, msg, headers, newurl)
+
+
+def _fetch(url: str) -> bytes:
+    """Download a file; OSError when it is larger than any of these or takes too long."""
+    begun, content = time.monotonic(), bytearray()
+    opener = urllib.request.build_opener(_SecureRedirects)
+    with opener.open(url, timeout=TIMEOUT) as response:
+        while part := response.read1(2**16):
+            content += part
+            if len(content) > MAX_BYTES:
+                raise OSError(f"it is larger than {MAX_BYTES // 10**6} MB")
+            if time.monotonic() - begun > MAX_SECONDS:
+                raise OSError(f"it takes more than {MAX_SECONDS:.0f} seconds")
+        if response.length:
+            raise IncompleteRead(bytes(content), response.length)
+    return bytes(content)
 
 
 def _store(content: bytes, path: Path) -> None:
