@@ -172,3 +172,24 @@ def test_images_that_a_network_rejects_are_found_before_any_run(monkeypatch: pyt
     before = torch.get_rng_state()
     assert backbones.from_hub("timm:small", 10, None).size == 20
     assert not torch.equal(before, torch.zeros_like(before))
+
+
+def test_code_of_a_checkpoint_is_not_run(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "hub"))
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"model_type": "custom", "auto_map": {"AutoConfig": "custom.Config"}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "custom.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    with pytest.raises(ExperimentError, match="could not be loaded") as error:
+        from_hub(f"hf:{folder}", 10, None)
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_checkpoint_in_a_pickle_of_objects_is_one_line(saved: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(saved, tmp_path / "hub"))
+    (folder / "model.safetensors").unlink()
+    torch.save({"classifier.1.weight": Path("x")}, folder / "pytorch_model.bin")
+    with pytest.raises(ExperimentError, match="could not be loaded") as error:
+        from_hub(f"hf:{folder}", 10, None)
+    assert "\n" not in str(error.value)

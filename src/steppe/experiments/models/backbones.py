@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import pickle
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from steppe.experiments.data.datasets import MEAN, STD
 from steppe.experiments.errors import ExperimentError, first_line
 
-_REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError)
+_REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError, pickle.UnpicklingError)
 """Exceptions of the hubs for an unknown name, a damaged file or a missing connection."""
 
 
@@ -158,7 +159,12 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
         model, info = AutoModelForImageClassification.from_pretrained(
-            name, num_labels=classes, ignore_mismatched_sizes=True, output_loading_info=True, dtype=torch.float32
+            name,
+            num_labels=classes,
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+            trust_remote_code=False,  # else it would ask on the terminal, and then run code of the checkpoint
         )
     finally:
         logging.set_verbosity(before)
