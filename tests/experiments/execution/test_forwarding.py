@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from executing import EventRecorder, jobs
-from tiny import CPU, RecordingReporter, dataset, make_task, recipe, train_run
+from tiny import CPU, RecordingReporter, make_task, recipe, train_run
 
 from steppe.experiments.execution.forwarding import EVENTS, EventReader, EventWriter, TensorBoard
 from steppe.experiments.execution.launch import InProcessExecutor
@@ -22,7 +22,7 @@ def test_reader_forwards_every_event_of_the_writer(tmp_path: Path) -> None:
             direct.step(*values)  # type: ignore[arg-type]
             reader.poll()
 
-    records = train(run, tmp_path, dataset(), CPU, Both(tmp_path, 0.0))
+    records = train(run, tmp_path, make_task()(run.recipe), CPU, Both(tmp_path, 0.0))
     with (tmp_path / EVENTS).open("a") as file:
         file.write('{"event": "st')  # killed while it wrote
     reader.poll()

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny import CPU, dataset, recipe
+from tiny import CPU, dataset, recipe, train_run
 
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdicts
 from steppe.experiments.config.recipe import Run
@@ -56,7 +56,7 @@ def trained_folder(path: Path, images: Dataset, **fields: object) -> RunFolder:
     with folder.locked():
         folder.claim(ours, 1)
     for run in ours.runs():
-        train(run, folder.run(run), images, CPU)
+        train_run(run, folder.run(run), images)
     return folder
 
 

@@ -5,7 +5,6 @@ import os
 import platform
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +39,7 @@ class EventWriter(Reporter):
     def _write(self, event: str, *arguments: Any, **process: Any) -> None:
         # opened anew for each line: on a network file system, other machines see a line when the file is closed
         with self._path.open("a") as file:
-            file.write(json.dumps({"event": event, "arguments": arguments, **process}, default=asdict) + "\n")
+            file.write(json.dumps({"event": event, "arguments": arguments, **process}, default=Record.to_json) + "\n")
 
 
 class EventReader:
@@ -63,7 +62,7 @@ class EventReader:
         self._offset += len(lines) + 1 if lines else 0
         for line in lines.splitlines():
             try:
-                event = json.loads(line, object_hook=lambda d: d if "event" in d else Record(**d))
+                event = json.loads(line, object_hook=lambda d: d if "event" in d else Record.from_json(d))
             except ValueError:  # the partial line of a killed process; it held no result
                 continue
             getattr(self._reporter, event["event"])(self._run, *event["arguments"])

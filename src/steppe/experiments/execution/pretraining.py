@@ -91,7 +91,7 @@ class NamedTask:
 def _bytes(task: Task) -> bytes:
     """Pickle a task; functions that no name leads to, as a notebook's, need cloudpickle."""
     try:
-        import cloudpickle
+        import cloudpickle  # type: ignore[import-untyped]
     except ModuleNotFoundError:
         cloudpickle = pickle
     try:
@@ -121,8 +121,7 @@ def train_runs(
     """Train runs of a folder with a progress display; return one line on those that failed, if any."""
     jobs = [Job(run, folder.run(run)) for run in runs]
     total = sum(job.run.standardized_epochs for job in jobs)
-    info = make_task(executor.recipe).info
-    progress = RunProgress(console, total, task=info) if executor.world.rank == 0 else Reporter()
+    progress = RunProgress(console, total, task=executor.recipe.task) if executor.world.rank == 0 else Reporter()
     with progress, on_signals() as stop:
         return failures(executor.run(jobs, make_task, folder.path, progress, stop))
 
