@@ -1,8 +1,12 @@
 import multiprocessing
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import pytest
 
@@ -60,3 +64,35 @@ def test_error_with_a_message_for_the_user_is_raised_unchanged() -> None:
         wait_for(pool, worker)
         with pytest.raises(ExperimentError, match="^the cause$"):
             pool.result(worker)
+
+
+SLEEPING = """
+import sys, time
+from functools import partial
+from steppe.experiments.execution.pool import ProcessPool
+if __name__ == "__main__":
+    sys.path.append({folder!r})
+    from test_pool import sleeps
+    with ProcessPool() as pool:
+        worker = pool.submit(sleeps, on_progress=partial(print, flush=True))
+        while True:
+            pool.wait([worker], 60)
+"""
+
+
+def sleeps(report: Callable[..., None]) -> None:
+    report("sleeping")
+    time.sleep(600)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_workers_end_with_their_killed_parent(number: int, tmp_path: Path) -> None:
+    script = tmp_path / "script.py"
+    script.write_text(SLEEPING.format(folder=str(Path(__file__).parent)))
+    with subprocess.Popen([sys.executable, str(script)], stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "sleeping\n"
+        process.send_signal(number)
+        # it ends only when the worker, which has the same output, has ended too
+        assert process.stdout.read() == ""
