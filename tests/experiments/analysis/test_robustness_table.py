@@ -43,7 +43,7 @@ def robust() -> Robustness:
 
 def test_the_table_has_means_and_deviations_of_each_method(robust: Robustness) -> None:
     assert robust.table().markdown() == [
-        "| method | all cor- ruptions | gaussian noise | calibration error | 4-bit weights |",
+        "| method | all corrupted | gaussian noise | calibration error | 4-bit weights |",
         "|---|---:|---:|---:|---:|",
         "| SGD | 60.47±0.50 | 70.50±0.50 | 9.10±0.10 | 40.00±10.00 |",
         "| SAM | 64.57±0.45 | 75.50±0.56 | 5.13±0.15 | 41.00±8.00 |",

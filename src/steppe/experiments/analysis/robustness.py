@@ -57,7 +57,10 @@ class Robustness:
         labels = {str(method): method.label for method in self.methods}
         for name in MAIN:
             yield from (verdict.sentence(labels) for verdict in self.verdicts.get(name, ()))
-        yield "Accuracies are in percent, the calibration error in percentage points; for the latter, less is better."
+        yield (
+            "Accuracies are in percent, the calibration error in percentage points. Of it, the negative log-likelihood "
+            "and the Brier score, less is better."
+        )
 
     def markdown(self) -> str:
         """Return the section of summary.md."""
