@@ -40,9 +40,16 @@ def test_equal_steps_is_the_base_after_as_many_steps_as_sam_made() -> None:
     assert found == {"equal_compute": 5.0, "equal_steps": -5.0}
 
 
-def test_with_a_schedule_a_shorter_run_is_no_prefix_so_equal_steps_is_left_out() -> None:
+def test_with_a_schedule_equal_steps_is_a_run_of_its_own_with_half_of_the_compute() -> None:
     of = recipe(epochs=4, seeds=SEEDS, schedule="cosine")
-    assert "equal_steps" not in differences(of, [record(2, 70.0), record(4, 60.0)], [record(4, 65.0)])
+    found = results(of, [record(2, 70.0), record(4, 60.0)], [record(4, 65.0)])
+    for run in found:
+        if run.method.share != 1:
+            found[run] = [record(2, 64.0 + 0.01 * run.seed)]
+    (verdict,) = controls.verdicts(of, found)
+    assert [each.control.name for each in verdict.comparisons[:2]] == ["equal_compute", "equal_steps"]
+    assert round(verdict.comparisons[1].difference.mean, 1) == 1.0
+    assert [run.name for run in of.runs()][:3] == ["sgd-seed0", "sam-seed0", "sgd@0.5-seed0"]
 
 
 def test_best_moment_is_chosen_on_one_half_and_judged_on_the_other() -> None:

@@ -1,6 +1,7 @@
 """The numbers of every method and of the base's controls: at equal compute, at equal steps, at its best, averaged."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 from steppe.experiments.analysis.advice import Candidate, advise
 from steppe.experiments.analysis.metric_verdicts import (
@@ -19,16 +20,13 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
-_Number = Callable[[Sequence[Record]], float | None]
-"""A function of a run's measurements that returns its number; None if it has none."""
-
 
 def verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
     """Judge every method against the first one, by the deciding metric and beside every control that was measured."""
     reference, *others = recipe.comparison.methods
     numbers: dict[Control, Mapping[str, BySeed]] = {}
     for control in (EQUAL_COMPUTE, EQUAL_STEPS, BEST_HELD_OUT, AVERAGED):
-        of_methods = {str(m): _pairs(recipe, results, m, _base_number(recipe, control, m)) for m in others}
+        of_methods = {str(m): _pairs(recipe, results, m, control) for m in others}
         numbers[control] = {method: pairs for method, pairs in of_methods.items() if pairs}
     return judge(recipe.task.deciding, str(reference), numbers)
 
@@ -50,40 +48,36 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
     return advise(judged, candidates)
 
 
-def _pairs(
-    recipe: Recipe, results: Results, method: MethodSpec, base_number: _Number
-) -> dict[int, tuple[float, float]]:
-    """Return the numbers of a method at the end of equal compute and of the base, by seed."""
-    metric, reference = f"test_{recipe.task.deciding.name}", recipe.comparison.methods[0]
+def _pairs(recipe: Recipe, results: Results, method: MethodSpec, control: Control) -> BySeed:
+    """Return the numbers of a method at the end of equal compute and of the base's control, by seed."""
+    metric = f"test_{recipe.task.deciding.name}"
     pairs = dict[int, tuple[float, float]]()
     for run, records in results.items():
         ours = _at(records, recipe.comparison.epochs)
-        theirs = base_number(results.get(Run(recipe, reference, run.seed), []))
-        if run.method == method and ours is not None and theirs is not None:
-            pairs[run.seed] = (ours[metric], theirs)
+        if run.method == method and ours is not None:
+            theirs = _base_number(recipe, results, control, run)
+            if theirs is not None:
+                pairs[run.seed] = (ours[metric], theirs)
     return pairs
 
 
-def _base_number(recipe: Recipe, control: Control, method: MethodSpec) -> _Number:
-    """Return the function that reads the base's number for a control."""
-    metric, epochs = f"test_{recipe.task.deciding.name}", recipe.comparison.epochs
-    reference = recipe.comparison.methods[0]
-
-    def number(records: Sequence[Record]) -> float | None:
-        if control == BEST_HELD_OUT:
-            return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= epochs])
-        record = _at(records, epochs)
-        if control == EQUAL_STEPS:
-            # a shorter run is the beginning of a longer one at a constant learning rate only
-            point = recipe.comparison.epochs_of_as_many_steps(reference, method)
-            record = _at(records, point) if point < epochs and recipe.training.is_constant else None
-        if record is None:
+def _base_number(recipe: Recipe, results: Results, control: Control, run: Run) -> float | None:
+    """Return the base's number for a control of a run; None if it was not measured."""
+    metric, comparison, reference = f"test_{recipe.task.deciding.name}", recipe.comparison, recipe.comparison.methods[0]
+    records = results.get(Run(recipe, reference, run.seed), [])
+    if control == BEST_HELD_OUT:
+        return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= comparison.epochs])
+    record = _at(records, comparison.epochs)
+    if control == EQUAL_STEPS:
+        share = comparison.share_of_as_many_steps(reference, run.method)
+        if share >= 1:
             return None
-        if control == AVERAGED:
-            return record.measures.get(f"{metric} (ema)")
-        value: float = record[metric]
-        return value
-
+        if not recipe.training.is_constant:  # else a shorter run is the beginning of a longer one
+            records = results.get(Run(recipe, replace(reference, share=share), run.seed), [])
+        record = _at(records, comparison.epochs_of_as_many_steps(reference, run.method))
+    if record is None:
+        return None
+    number: float | None = record.measures.get(f"{metric} (ema)") if control == AVERAGED else record[metric]
     return number
 
 

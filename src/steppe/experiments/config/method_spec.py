@@ -39,6 +39,8 @@ class MethodSpec:
     overrides: tuple[tuple[str, Value], ...] = ()
     average: str = ""
     """ema or swa, see `steppe.averaging.from_name`; empty for the weights themselves."""
+    share: Fraction = Fraction(1)
+    """The part of the compute that it gets; below 1 for a control that makes as many steps as a dearer method."""
     function: Callable[..., Optimizer] | None = field(default=None, compare=False, repr=False)
     """The method itself, if it has no name by which it could be imported."""
 
@@ -100,6 +102,7 @@ class MethodSpec:
         """
         overrides = ", ".join(f"{key.replace('_', ' ')} {_write(value)}" for key, value in self.overrides)
         label = self.definition.label + (f" + {self.average.upper()}" if self.average else "")
+        label += f" at {self.share} of the compute" if self.share != 1 else ""
         return f"{label} ({overrides})" if overrides else label
 
     @property
@@ -110,6 +113,7 @@ class MethodSpec:
         'late_sam-rho=0.1-start=0.5'
         """
         name = self.name.replace(":", "-") + (f"+{self.average}" if self.average else "")
+        name += f"@{float(self.share):.3g}" if self.share != 1 else ""
         return "-".join([name, *(f"{key}={_write(value)}" for key, value in self.overrides)])
 
     @property
@@ -144,7 +148,7 @@ class MethodSpec:
 
     def __str__(self) -> str:
         overrides = ",".join(f"{key}={_write(value)}" for key, value in self.overrides)
-        name = self.name + (f"+{self.average}" if self.average else "")
+        name = self.name + (f"+{self.average}" if self.average else "") + (f"@{self.share}" if self.share != 1 else "")
         return f"{name}:{overrides}" if overrides else name
 
 

@@ -86,10 +86,24 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
 """Each recipe with one line of help."""
 
 
+def name_of_task(task: str) -> str:
+    """Return the name of the run folder of a task, package.module:attribute, where no other is given.
+
+    >>> name_of_task("my_project.flowers:task"), name_of_task("my_project.flowers:large")
+    ('flowers', 'large')
+    """
+    module, _, attribute = task.partition(":")
+    name = module.rpartition(".")[2] if attribute == "task" else attribute
+    return name if name.isidentifier() else "task"
+
+
 def command_line(recipe: Recipe) -> str:
     """Return the shortest command that compares the methods of `recipe`."""
-    name = recipe.name if recipe.name in RECIPES else "demo"
-    usual, words = RECIPES[name][0].options(), ["steppe", "compare", name]
+    task = recipe.data.task
+    name = "task" if task else recipe.name if recipe.name in RECIPES else "demo"
+    usual, words = RECIPES[name][0].options(), ["steppe", "compare", task or name]
+    if task:
+        usual |= {"task": task, "name": name_of_task(task)}
     for field, value in recipe.options().items():
         option = field.replace("_", "-")
         if value == usual[field]:

@@ -273,8 +273,22 @@ class Recipe:
             return
         first = self.comparison.first_seed
         for seed in range(first, first + self.comparison.seeds):
-            for method in self.comparison.methods:
+            for method in [*self.comparison.methods, *self.controls()]:
                 yield Run(self, method, seed)
+
+    def controls(self) -> list[MethodSpec]:
+        """Return the first method with as much compute as it needs for the steps of each dearer one.
+
+        With a constant learning rate there are none: its run at full compute has passed that point.
+
+        >>> [str(spec) for spec in Recipe().replace(schedule="cosine", methods=["sgd", "sam", "gsam"]).controls()]
+        ['sgd@1/2']
+        """
+        if self.training.is_constant:
+            return []
+        first, *others = self.comparison.methods
+        shares = {self.comparison.share_of_as_many_steps(first, other) for other in others}
+        return [replace(first, share=share) for share in sorted(shares) if share < 1]
 
     def members(self) -> Iterator[Recipe]:
         """Yield the comparison at each of `widths`, in a folder of its own within this one.
@@ -330,6 +344,8 @@ class Run:
     def standardized_epochs(self) -> int:
         """The compute of the whole run, in standardized epochs."""
         comparison = self.recipe.comparison
+        if self.method.share != 1:
+            return max(1, round(comparison.epochs * self.method.share))
         return comparison.epochs + (comparison.extra_epochs if self.method.passes > 1 else 0)
 
     @property
@@ -343,8 +359,8 @@ class Run:
         ([4, 5, 8, 10], [4, 8, 10, 12, 13])
         """
         end, every = self.standardized_epochs, self.recipe.evaluation.eval_every
-        points = {*range(every, end + 1, every), self.recipe.comparison.epochs, end}
         comparison = self.recipe.comparison
+        points = {*range(every, end + 1, every), comparison.epochs, end}
         if self.method == comparison.methods[0] and self.recipe.training.is_constant:
             points |= {comparison.epochs_of_as_many_steps(self.method, other) for other in comparison.methods}
         return sorted(point for point in points if point <= end)
@@ -372,4 +388,4 @@ class Run:
         >>> [run.steps(batches=47) for run in recipe.runs()]
         [470, 376]
         """
-        return math.ceil(self.recipe.comparison.epochs * batches / self.method.passes)
+        return math.ceil(self.recipe.comparison.epochs * self.method.share * batches / self.method.passes)

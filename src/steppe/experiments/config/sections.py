@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal, get_origin, get_type_hints
 
@@ -162,7 +163,11 @@ class ComparisonConfig:
         >>> ComparisonConfig(epochs=20).epochs_of_as_many_steps(MethodSpec("sgd"), MethodSpec("sam"))
         10
         """
-        return max(1, round(self.epochs * method.passes / other.passes))
+        return max(1, round(self.epochs * self.share_of_as_many_steps(method, other)))
+
+    def share_of_as_many_steps(self, method: MethodSpec, other: MethodSpec) -> Fraction:
+        """Return the part of the compute in which `method` makes as many steps as `other` in the whole of it."""
+        return method.passes / other.passes
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(sorted(self.widths)))

@@ -141,7 +141,8 @@ def objectives(
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:
     """Return the runs whose compute is spent; others would be compared at less compute."""
     results = folder.results(recipe)
-    begun = [run for run in results if (folder.run(run) / CHECKPOINT).exists()]
+    compared = [run for run in results if run.method in recipe.comparison.methods]
+    begun = [run for run in compared if (folder.run(run) / CHECKPOINT).exists()]
     runs = [run for run in begun if record_at(results[run], run.standardized_epochs)]
     if not runs:
         raise ExperimentError(
