@@ -69,7 +69,7 @@ _TRACKED = (
 )
 
 EXTENTS = (
-    Extent("standardized_epoch", "standardized epochs = gradient evaluations / training images"),
+    Extent("standardized_epoch", "standardized epochs = gradient evaluations / training samples"),
     Extent("seconds", "training time in seconds, without measuring", suffix="_seconds"),
 )
 
@@ -123,7 +123,7 @@ def _plot_sharpness(recipe: Recipe, results: Results, extent: Extent) -> Figure:
     """Draw S(w) and the largest eigenvalue, with the value above which a full-batch step would be unstable."""
     quantities = tracked(results)
     edges = _edges(recipe, results) if quantities[-1].field == "lambda_max" else {}
-    sentences = [f"on {recipe.evaluation.flatness_samples} training images, rho {recipe.training.rho:g}"]
+    sentences = [f"on {recipe.evaluation.flatness_samples} training samples, rho {recipe.training.rho:g}"]
     if edges:
         sentences.append("pale: the edge of stability of full-batch steps, 2/lr for SGD, for SAM by its gradient norm")
     figure = _plot_panels(recipe, results, extent, quantities, (5.25 * len(quantities), 4.6), *sentences)
