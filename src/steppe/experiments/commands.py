@@ -11,7 +11,7 @@ from rich.console import Console
 from steppe.experiments.comparison import compare, plot
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS, Method
-from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.presets import RECIPES, name_of_task
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.execution.executor import ExecutionOptions
@@ -48,13 +48,15 @@ _METHODS = "List the methods: cost, memory, paper, when to use each; `steppe met
 
 _PLOT = "Draw the figures of a run folder and write its summary again, from the folder alone."
 
-_TUNE = "Search rho and other options at equal compute, judged by images that are held out of training."
+_TUNE = "Search rho and other options at equal compute, judged by data that are held out of training."
 
 _TUNE_DETAILS = """
 `steppe tune` searches the rho of SAM with the recipe demo. `steppe tune demo --search rho=0.01..1 lr=0.01..0.2`
 searches rho and the learning rate. All options of `steppe compare` are accepted: `--methods sam asam` tunes both.
 
-Trials are judged by images that are held out of the training set; the test set is not used. At the end, a command is
+A task of your own: `steppe tune package.module:task`. Its first metric decides, in its direction.
+
+Trials are judged by data that are held out of the training set; the test set is not used. At the end, a command is
 printed that evaluates the best values on the test set. The same command in the same folder resumes a search that was
 stopped or killed; a larger --trials adds trials. Several processes with the same folder or the same --storage share
 the trials.
@@ -242,9 +244,7 @@ def _with_task(words: Sequence[str]) -> list[str]:
     verb, place, rest = list(words[:1]), "".join(words[1:2]), list(words[2:])
     if verb not in (["compare"], ["tune"]) or ":" not in place or place.startswith("-"):
         return list(words)
-    module, _, attribute = place.partition(":")
-    name = module.rpartition(".")[2] if attribute == "task" else attribute
-    named = [] if any(word.split("=")[0] == "--name" for word in rest) or not name.isidentifier() else ["--name", name]
+    named = [] if any(word.split("=")[0] == "--name" for word in rest) else ["--name", name_of_task(place)]
     return [*verb, "task", "--task", place, *named, *rest]
 
 

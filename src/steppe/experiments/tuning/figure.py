@@ -1,4 +1,4 @@
-"""Figures of a search: validation accuracy and gap over each number that was searched, such as rho."""
+"""Figures of a search: the validation metric and the gap over each number that was searched, such as rho."""
 
 from collections.abc import Iterator
 from functools import partial
@@ -11,12 +11,9 @@ from matplotlib.figure import Figure
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.figures.drawing import Drawing, save_all
 from steppe.experiments.figures.style import GREY, Style, add_caption, set_log_scale, styles_of
+from steppe.experiments.tuning.options import field_of
 from steppe.experiments.tuning.result import TuningResult
 from steppe.experiments.tuning.search_space import Range, Space
-
-_ACCURACY = ("test_accuracy", "Validation accuracy", "%")
-_LOSS = ("test_loss", "Validation loss", "cross-entropy")
-_GAP = ("gap", "Gap, training minus validation accuracy", "percentage points")
 
 
 def draw(result: TuningResult, folder: Path) -> None:
@@ -35,9 +32,7 @@ def _figure(result: TuningResult, name: str) -> Figure:
     panels = figure.subplots(1, 2)
     looks = styles_of([space.spec.label for space in result.spaces])  # by position, as in a comparison
     log = _is_log(result, name)
-    for axes, (field, title, unit) in zip(
-        panels, (_ACCURACY if result.options.by_accuracy else _LOSS, _GAP), strict=True
-    ):
+    for axes, (field, title, unit) in zip(panels, _drawn(result), strict=True):
         if log:
             set_log_scale(axes, horizontal=True)
         methods = zip(result.spaces, looks, strict=True)
@@ -48,9 +43,20 @@ def _figure(result: TuningResult, name: str) -> Figure:
         axes.set_title(title)
         axes.set_xlabel(name)
         axes.set_ylabel(unit)
-    held_out = f"one in {result.options.hold_out} training images, held out"
-    add_caption(figure, result.recipe, f"equal compute; validation: {held_out}")
+    add_caption(figure, result.recipe, f"equal compute; validation: {result.data_in_short}")
     return figure
+
+
+def _drawn(result: TuningResult) -> tuple[tuple[str, str, str], tuple[str, str, str]]:
+    """Return the fields of a record that are drawn, each with its title and unit: the metric and the gap."""
+    metric, deciding = result.metric, result.recipe.task.deciding
+    unit = "cross-entropy" if metric.name == "loss" and not result.recipe.data.task else metric.unit
+    order = ("training", "validation") if deciding.higher_is_better else ("validation", "training")
+    of_gap = {"points": "percentage points"}.get(deciding.unit_of_change, deciding.unit_of_change)
+    return (
+        (field_of(metric), f"Validation {metric.name}", unit),
+        ("gap", f"Gap, {order[0]} minus {order[1]} {deciding.name}", of_gap),
+    )
 
 
 def _is_log(result: TuningResult, name: str) -> bool:

@@ -1,7 +1,11 @@
 """The options of `steppe tune`."""
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
+
+from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
+
+_Objective = Literal["metric", "loss"]
 
 
 @dataclass(frozen=True)
@@ -20,10 +24,12 @@ class TuningOptions:
     sampler_seed: int = 0
     """Seed of the values. The same seed tries the same values, also after an interruption; with tpe, as long as one
     trial is trained at a time."""
-    objective: Literal["accuracy", "loss"] = "accuracy"
-    """The best trial has the highest validation accuracy, or the lowest validation loss, after the last epoch."""
+    objective: _Objective = "metric"
+    """metric: the best trial has the best value of the task's first metric, of images the highest accuracy, on the
+    validation data after the last epoch. loss: the lowest loss there."""
     hold_out: int = 6
-    """One in so many training images of each class is held out for validation; the test set is not used."""
+    """One in so many training samples, of images so many of each class, is held out for validation; the test set is
+    not used. A task of your own may have validation data instead."""
     baseline: bool = True
     """Train the plain base optimizer too, as the level to beat."""
     storage: str | None = None
@@ -33,15 +39,17 @@ class TuningOptions:
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials={self.trials}: the number of trials must be at least 1")
         if self.hold_out < 2:
-            raise ValueError(f"hold_out={self.hold_out}: one in so many images is held out: use at least 2")
+            raise ValueError(f"hold_out={self.hold_out}: one in so many samples is held out: use at least 2")
+        if self.objective not in get_args(_Objective):
+            raise ValueError(f"objective={self.objective}: use {' or '.join(get_args(_Objective))}")
         if self.sampler_seed < 0:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 
-    @property
-    def by_accuracy(self) -> bool:
-        return self.objective == "accuracy"
+    def metric(self, task: TaskInfo) -> MetricInfo:
+        """Return the metric that trials of a task are judged by: the lowest loss, or the task's first metric."""
+        return LOSS if self.objective == "loss" else task.deciding
 
-    @property
-    def measure(self) -> str:
-        """The field of a record that a trial is judged by; the held-out images take the place of the test set."""
-        return f"test_{self.objective}"
+
+def field_of(metric: MetricInfo) -> str:
+    """Return a metric's field in the records of a trial; the validation data take the place of the test data."""
+    return f"test_{metric.name}"

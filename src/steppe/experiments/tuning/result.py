@@ -16,18 +16,15 @@ from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.task_info import LOSS, MetricInfo
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.records import Record, parse_record
-from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.options import TuningOptions, field_of
 from steppe.experiments.tuning.search_space import Range, Space, Values
 
 _SHOWN = 5  # trials of a method on the terminal; the files have them all
 _LISTED = 6  # values within one standard error that are listed; of more, the ends only
 _CONFIRMING_RUNS = 3  # the minimum for a verdict
-
-_HEADINGS = ("trial", "validation\naccuracy %", "validation\nloss", "train\naccuracy %", "gap,\npoints", "runs")
-_COLUMNS = {"test_accuracy": ".2f", "test_loss": ".3f", "train_accuracy": ".2f", "gap": ".2f"}
-"""The measures in the table, with their formats."""
 
 
 _State = Literal["complete", "diverged", "running"]
@@ -114,6 +111,24 @@ class TuningResult(SummaryFiles):
     spaces: Sequence[Space]
     path: Path
     trials: Sequence[TrialResult]
+    has_validation: bool = False
+    """True if the task has validation data of its own, so that nothing is held out of training."""
+
+    @property
+    def metric(self) -> MetricInfo:
+        """The metric that trials are judged by."""
+        return self.options.metric(self.recipe.task)
+
+    @property
+    def data_in_short(self) -> str:
+        """The data that trials are judged on, in a few words."""
+        if self.has_validation:
+            return "the task's validation data"
+        return f"one in {self.options.hold_out} training {self._samples}, held out"
+
+    @property
+    def _samples(self) -> str:
+        return "samples" if self.recipe.data.task else "images"
 
     @property
     def title(self) -> str:
@@ -121,11 +136,11 @@ class TuningResult(SummaryFiles):
 
     def goal(self, trial: TrialResult) -> list[float]:
         """Return the value that a trial is judged by, for each of its runs."""
-        return trial.measured(self.options.measure)
+        return trial.measured(field_of(self.metric))
 
     def score(self, trial: TrialResult) -> float:
         """Return the mean of the goal, with the sign for which higher is better."""
-        return fmean(self.goal(trial)) * (1 if self.options.by_accuracy else -1)
+        return fmean(self.goal(trial)) * self.metric.better
 
     @cached_property
     def best(self) -> list[Best]:
@@ -152,27 +167,52 @@ class TuningResult(SummaryFiles):
         """Yield the rows of the table, for at most `limit` trials of a method."""
         for best in self.best:
             for trial in best.ranked[:limit]:
-                cells = [estimate(trial.measured(field)).text(form) for field, form in _COLUMNS.items()]
+                cells = [_cell(trial.measured(field), form) for field, _, form in self._columns()]
                 yield [f"{trial.number}: {best.label(trial)}", *cells, str(len(trial.runs))]
 
+    def _columns(self) -> Iterator[tuple[str, str, str]]:
+        """Yield the measures in the table: the field of a record, the heading, and the format."""
+        task = self.recipe.task
+        for metric in task.measured:
+            yield field_of(metric), f"validation\n{metric.name} {metric.unit}".rstrip(), metric.form
+        if LOSS not in task.measured:
+            yield field_of(LOSS), "validation\nloss", LOSS.form if self.recipe.data.task else ".3f"
+        deciding = task.deciding
+        yield f"train_{deciding.name}", f"train\n{deciding.name} {deciding.unit}".rstrip(), deciding.form
+        unit = deciding.unit_of_change
+        yield "gap", f"gap,\n{unit}" if unit else "gap", deciding.form
+
     def table(self, limit: int | None = None) -> Table:
-        return Table(_HEADINGS, {"": list(self.rows(limit))}, title=self.title)
+        headings = ("trial", *(heading for _, heading, _ in self._columns()), "runs")
+        return Table(headings, {"": list(self.rows(limit))}, title=self.title)
 
     def notes(self) -> Iterator[str]:
         runs = self.recipe.comparison.seeds
-        what = "highest validation accuracy" if self.options.by_accuracy else "lowest validation loss"
+        what = f"{'highest' if self.metric.higher_is_better else 'lowest'} validation {self.metric.name}"
+        if self.has_validation:
+            where = "the task's own validation data. The test data were not used."
+        elif self.recipe.data.task:
+            where = (
+                f"one in {self.options.hold_out} of the training samples, which were held out of training. The test "
+                "data were not used."
+            )
+        else:
+            where = (
+                f"one in {self.options.hold_out} of the training images of each class, which were held out of "
+                "training. The test set was not used."
+            )
         yield (
             f"Chosen by the {what} after {self.recipe.comparison.epochs} standardized epochs (mean of {runs} "
-            f"run{'s'[: runs > 1]}), on one in {self.options.hold_out} of the training images of each class, which "
-            "were held out of training. The test set was not used."
+            f"run{'s'[: runs > 1]}), on {where}"
         )
         yield from map(self._best_note, self.best)
         yield from (self._difference(one, self.best[0]) for one in self.best[1:])
         tried = max((len(one.ranked) for one in self.best), default=0)
         if tried > 1:
+            worse = "lower" if self.metric.higher_is_better else "higher"
             yield (
-                f"The best of {tried} trials is partly luck: expect a lower value on other images, and confirm it on "
-                "the test set."
+                f"The best of {tried} trials is partly luck: expect a {worse} value on other {self._samples}, and "
+                "confirm it on the test set."
             )
         diverged = [f"{r.method} trial {r.number} ({r})" for r in self.trials if r.state == "diverged"]
         if diverged:
@@ -182,8 +222,8 @@ class TuningResult(SummaryFiles):
             yield f"In progress, or stopped: {running} trial{'s'[: running > 1]}; the same command resumes them."
 
     def _best_note(self, best: Best) -> str:
-        form, percent = (".2f", " %") if self.options.by_accuracy else (".4f", "")
-        text = f"{best.label(best.result)}: {estimate(self.goal(best.result)).text(form)}{percent}"
+        form, unit = self._form, f" {self.metric.unit}" if self.metric.unit else ""
+        text = f"{best.label(best.result)}: {_cell(self.goal(best.result), form)}{unit}"
         if not best.space.dimensions:
             return f"{text}."
         complete, near = len(best.ranked), len(best.near)
@@ -208,7 +248,7 @@ class TuningResult(SummaryFiles):
         pairs = zip(self.goal(best.result), self.goal(reference.result), strict=True)
         value = estimate([ours - theirs for ours, theirs in pairs])
         names = f"{best.label(best.result)} against {reference.label(reference.result)}"
-        text = f"{names}, on the images it was chosen by: {value.mean:+.3g}{self._points}"
+        text = f"{names}, on the {self._samples} it was chosen by: {value.mean:+.3g}{self._points}"
         if value.half_width is None:
             return f"{text} (one run: no verdict)."
         low, high = value.mean - value.half_width, value.mean + value.half_width
@@ -216,9 +256,15 @@ class TuningResult(SummaryFiles):
         return f"{text}, 95 % interval [{low:+.3g}, {high:+.3g}]{verdict}."
 
     @property
+    def _form(self) -> str:
+        """The format of the metric in sentences."""
+        return ".4f" if self.metric is LOSS and not self.recipe.data.task else self.metric.form
+
+    @property
     def _points(self) -> str:
         """The unit of a difference, as it follows a number."""
-        return " points" if self.options.by_accuracy else ""
+        unit = self.metric.unit_of_change
+        return f" {unit}" if unit else ""
 
     def warnings(self) -> Iterator[str]:
         """Yield a sentence for each best value at an edge of its range."""
@@ -272,7 +318,8 @@ class TuningResult(SummaryFiles):
     def json(self) -> dict[str, Any]:
         return {
             "title": self.title,
-            "objective": f"validation {self.options.objective}",
+            "objective": f"validation {self.metric.name}",
+            "higher_is_better": self.metric.higher_is_better,
             "best": [
                 {
                     "method": best.result.method,
@@ -298,6 +345,11 @@ class TuningResult(SummaryFiles):
             print_line(console, "To confirm on the test set:")
         for command in commands:
             print_line(console, f"  {command}")
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    """Return the mean and the standard deviation, which has fewer digits where the format counts significant ones."""
+    return estimate(values).text(form, None if form.endswith("f") else ".2g")
 
 
 def _text(values: Values) -> list[str]:

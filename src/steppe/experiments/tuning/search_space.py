@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.methods import Value
+from steppe.experiments.config.methods import METHODS, Value
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import unknown
 
@@ -109,9 +109,12 @@ class Space:
         arguments = self.spec.definition.arguments
         return {name: value for name, value in values.items() if name not in arguments}
 
-    def usual(self) -> Values | None:
-        """Return the recipe's own values, if all of them lie within what is searched; else None."""
-        options = self.options({k: v for k, v in self.recipe.options().items() if v is not None})
+    def usual(self, own: Values = MappingProxyType({})) -> Values | None:
+        """Return the recipe's own values, if all of them lie within what is searched; else None.
+
+        `own` are those of the task's optimizer, where the recipe leaves them open.
+        """
+        options = self.options({**own, **{k: v for k, v in self.recipe.options().items() if v is not None}})
         known = {**options, **dict(self.spec.overrides), "rho": self.spec.rho(self.recipe.training.rho)}
         values = {d.name: known[d.name] for d in self.dimensions if d.name in known and d.contains(known[d.name])}
         return values if len(values) == len(self.dimensions) else None
@@ -128,11 +131,14 @@ def spaces(recipe: Recipe, words: Sequence[str], *, baseline: bool) -> list[Spac
     Without words, rho is searched, from a tenth of the method's usual value to ten times that. A ValueError has the
     word that is wrong.
     """
-    # set for all methods together, because a recipe of one method chooses the momentum that this method needs
-    recipe = recipe.replace(momentum=recipe.base_momentum, extra_epochs=0)
+    recipe = recipe.replace(extra_epochs=0)
+    base = recipe.training.base
+    if base != "own":
+        # set for all methods together, because a recipe of one method chooses the momentum that this method needs
+        recipe = recipe.replace(momentum=recipe.base_momentum)
     methods = list(recipe.comparison.methods)
-    if baseline and not any(method.definition.plain for method in methods):
-        methods.insert(0, MethodSpec(recipe.training.base))
+    if baseline and not any(method.definition.plain or method.name == "base" for method in methods):
+        methods.insert(0, MethodSpec(base if base in METHODS else "base"))
     found = [_space(recipe.replace(methods=(method,)), words) for method in methods]
     for word in words:
         name = word.partition("=")[0]

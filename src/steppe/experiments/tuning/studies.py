@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 import optuna
@@ -34,7 +35,7 @@ from steppe.experiments.storage.files import CHECKSUM, checksum
 from steppe.experiments.storage.records import parse_record
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.training.stopping import Stopped, on_signals
-from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.options import TuningOptions, field_of
 from steppe.experiments.tuning.result import TrialResult
 from steppe.experiments.tuning.search_space import Choices, Dimension, Space, Values, grid
 
@@ -126,18 +127,22 @@ class Study:
         *,
         depends_on: str,
         folder_id: str | None,
+        own: Values = MappingProxyType({}),
     ) -> None:
         """Open the study in the storage, or create one; ExperimentError if it `depends_on` something else.
 
         The folders of the trials are in the run folder `path`, whose id is `folder_id` if others share the storage.
+        `own` are the values of the task's own optimizer.
         """
-        self.space, self._path, self._folder_id, self._measure = space, path, folder_id, options.measure
+        self.space, self._path, self._folder_id = space, path, folder_id
+        metric = options.metric(space.recipe.task)
+        self._measure = field_of(metric)
         self._database = _in_words(options.storage, path)
         if options.sampler == "grid":
             first = grid(space.dimensions)
             total = min(options.trials or len(first), len(first))
         else:  # the first trial is the level that tuning must improve on
-            usual = space.usual()
+            usual = space.usual(own)
             first = [] if usual is None else [usual]
             total = options.trials or _TRIALS
         self.total = total if space.dimensions else 1
@@ -145,7 +150,7 @@ class Study:
             self._study = optuna.create_study(
                 study_name=f"{space.recipe.name}/{space.spec}",
                 storage=storage,
-                direction="maximize" if options.by_accuracy else "minimize",
+                direction="maximize" if metric.higher_is_better else "minimize",
                 load_if_exists=True,
                 sampler=_NumberedSampler(options, first),
             )
@@ -242,7 +247,7 @@ def train_trials(
     total = max(0, remaining) * comparison.seeds * comparison.epochs
     in_progress: dict[Path, Trial] = {}
     try:
-        with RunProgress(console, total, "validation") as progress, on_signals() as stop:
+        with RunProgress(console, total, "validation", executor.recipe.task) as progress, on_signals() as stop:
             jobs = _jobs(studies, in_progress)
             for group in jobs if one_by_one else [chain.from_iterable(jobs)]:
                 with closing(executor.run(group, make_task, path, progress, stop)) as outcomes:

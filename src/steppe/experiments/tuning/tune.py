@@ -1,4 +1,4 @@
-"""Search rho and other values at equal compute, judged by images that are held out of training."""
+"""Search rho and other values at equal compute, judged by data that are held out of training."""
 
 import json
 import re
@@ -21,10 +21,13 @@ from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.files import read_checked, read_checked_lines, write_checked, write_checked_lines
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
+from steppe.experiments.tasks.load import held_out, with_task
+from steppe.experiments.tasks.samples import RandomStream
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.tuning.figure import draw
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.result import TuningResult, read_trial
-from steppe.experiments.tuning.search_space import Space, spaces
+from steppe.experiments.tuning.search_space import Space, Values, spaces
 from steppe.experiments.world import launched
 
 _FORMAT = "steppe tuning, version 2"
@@ -49,7 +52,9 @@ def tune(
         raise ExperimentError(
             f"{error.name} is not installed, and steppe tune needs it: pip install 'steppe[tune]'"
         ) from error
-    recipe = resolve_pretraining(recipe, console)
+    recipe, task = with_task(resolve_pretraining(recipe, console))
+    own = {} if task is None else _own_values(task, options)
+    has_validation = task is not None and task.validation is not None
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
     one_by_one = options.sampler == "tpe" and execution.on == "local" and execution.runs_at_once is None
     max_runs = recipe.comparison.seeds if one_by_one else None
@@ -58,14 +63,16 @@ def tune(
         start_executor(recipe.replace(tensorboard=False), execution, console, max_runs=max_runs) as executor,
         open_storage(options.storage, path := _folder(recipe)) as storage,
     ):
-        depends_on = _depends_on(executor.recipe, options)
+        depends_on = _depends_on(executor.recipe, options, has_validation=has_validation)
         found = spaces(executor.recipe, options.search, baseline=options.baseline)
         with RunFolder(path).locked(timeout=-1):
-            folder_id = _claim(path, recipe, options, depends_on)
+            folder_id = _claim(path, recipe, options, depends_on, has_validation=has_validation)
             record_session(path / "environment.json", [_without_password(word) for word in command], console)
             inputs, shared = json.dumps(depends_on, sort_keys=True), None if options.storage is None else folder_id
-            studies = [Study(space, storage, path, options, depends_on=inputs, folder_id=shared) for space in found]
-        make_task = prepare_task(executor, path, console, one_in=options.hold_out)
+            studies = [
+                Study(space, storage, path, options, depends_on=inputs, folder_id=shared, own=own) for space in found
+            ]
+        make_task = prepare_task(executor, path, console, task, options.hold_out)
         try:
             train_trials(studies, executor, make_task, path, console, one_by_one=one_by_one)
         finally:
@@ -89,13 +96,13 @@ def is_tuning(path: Path) -> bool:
 
 def report_tuning(path: Path, console: Console) -> TuningResult:
     """Write, print and draw the result, from the run folder alone."""
-    recipe, options, found = read_checked(path / "config.json", _configuration, _OTHER_FOLDER)
+    recipe, options, found, has_validation = read_checked(path / "config.json", _configuration, _OTHER_FOLDER)
     remedy = "run the same `steppe tune` again, which writes it anew from the study"
     try:
         trials = read_checked_lines(path / "trials.jsonl", partial(read_trial, found), remedy)
     except FileNotFoundError as error:
         raise ExperimentError(f"{path / 'trials.jsonl'} is missing: {remedy}") from error
-    result = TuningResult(recipe, options, found, path, trials)
+    result = TuningResult(recipe, options, found, path, trials, has_validation)
     folder = RunFolder(path)
     with folder.locked(timeout=-1):
         result.write(folder)
@@ -103,6 +110,20 @@ def report_tuning(path: Path, console: Console) -> TuningResult:
     result.show(console)
     print_line(console, f"Figures: {folder.figures}")
     return result
+
+
+def _own_values(task: Task, options: TuningOptions) -> Values:
+    """Return the values of a task's own optimizer that can be searched, after a check of the data to judge by."""
+    if task.validation is not None and options.hold_out != TuningOptions.hold_out:
+        raise ExperimentError(
+            f"hold_out={options.hold_out}: the task has validation data of its own (validation=), and nothing is held "
+            "out of training: leave --hold-out out"
+        )
+    held_out(task, options.hold_out).samples("test")  # ExperimentError where nothing can be held out
+    with RandomStream(0, 0, 0).active():
+        groups = task.optimizer(task.model()).param_groups
+    found = {name: {float(group[name]) for group in groups if name in group} for name in ("lr", "weight_decay")}
+    return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
 
 def _folder(recipe: Recipe) -> Path:
@@ -118,7 +139,9 @@ def _folder(recipe: Recipe) -> Path:
     return path
 
 
-def _claim(path: Path, recipe: Recipe, options: TuningOptions, depends_on: dict[str, Any]) -> str:
+def _claim(
+    path: Path, recipe: Recipe, options: TuningOptions, depends_on: dict[str, Any], *, has_validation: bool
+) -> str:
     """Make this the folder of a search, or check that it is already; return the folder's id."""
     file, folder_id = path / "config.json", uuid.uuid4().hex
     if file.exists():
@@ -126,7 +149,8 @@ def _claim(path: Path, recipe: Recipe, options: TuningOptions, depends_on: dict[
         check_same(path, before, depends_on)
     content = {
         "format": _FORMAT,
-        "held_out": "test_loss, test_accuracy and gap of the trials are on images held out of the training set",
+        "held_out": "the test measures and the gap of the trials are on validation data, not on the test data",
+        "has_validation": has_validation,
         "id": folder_id,
         "recipe": recipe.to_json(),
         "options": {**asdict(options), "storage": None},
@@ -142,20 +166,23 @@ def _claimed(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
     return str(values["id"]), dict(values["depends_on"])
 
 
-def _configuration(values: dict[str, Any]) -> tuple[Recipe, TuningOptions, list[Space]]:
+def _configuration(values: dict[str, Any]) -> tuple[Recipe, TuningOptions, list[Space], bool]:
     if values["format"] != _FORMAT:
         raise ValueError(f"its format is {values['format']!r}")
     recipe, options = Recipe.from_json(values["recipe"]), values["options"]
     options = TuningOptions(**{**options, "search": tuple(options["search"])})
-    return recipe, options, spaces(recipe, options.search, baseline=options.baseline)
+    if not isinstance(values["has_validation"], bool):
+        raise TypeError(f"has_validation is {values['has_validation']!r}")
+    return recipe, options, spaces(recipe, options.search, baseline=options.baseline), values["has_validation"]
 
 
-def _depends_on(recipe: Recipe, options: TuningOptions) -> dict[str, Any]:
+def _depends_on(recipe: Recipe, options: TuningOptions, *, has_validation: bool) -> dict[str, Any]:
     """Return all values that the trials depend on, as JSON has them, for the comparison with a file."""
     comparison = recipe.to_json()["comparison"]
     runs = {name: comparison[name] for name in ("methods", "seeds", "first_seed")}
     search = {name: value for name, value in asdict(options).items() if name not in ("trials", "storage")}
-    values: dict[str, Any] = json.loads(json.dumps(recipe.result_options() | runs | search))
+    judged = {"metrics": asdict(recipe.task)["metrics"], "has_validation": has_validation}
+    values: dict[str, Any] = json.loads(json.dumps(recipe.result_options() | runs | search | judged))
     return values
 
 
