@@ -23,6 +23,7 @@ from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import Results, RunFolder
 from steppe.experiments.tasks.load import with_task
 from steppe.experiments.tasks.task import Task
+from steppe.experiments.training.trial import try_methods
 
 _LOCAL = ExecutionOptions()
 
@@ -116,6 +117,8 @@ def _train_and_report(
             failed += [f"width {member.model.width}: {reason}" for reason in reasons]
         if not recipe.comparison.widths:
             make_task = prepare_task(executor, folder.path, console, task)
+            if recipe.data.task and world.size == 1:
+                try_methods(recipe, make_task(recipe), folder.path)
             reason = train_runs(recipe.runs(), make_task, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed

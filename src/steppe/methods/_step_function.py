@@ -47,6 +47,9 @@ class CountedForward(Protocol):
     def backward(self, *tensors: Tensor) -> Tensor:
         """Add the gradient of the mean loss to that of the weights, and return the loss, detached."""
 
+    def losses_of(self, logits: Tensor, targets: Any) -> Tensor:
+        """Return the loss of each sample, of shape (n,), for outputs that `logits` returned."""
+
     def mean(self, losses: Tensor) -> Tensor:
         """Return the mean of losses of shape (n,)."""
 

@@ -71,7 +71,12 @@ class StepWithTerm(StepFunction):
         def closure() -> Tensor:
             self.optimizer.zero_grad()
             logits = forward.logits(batch.inputs)
-            losses = F.cross_entropy(logits.float(), batch.targets, reduction="none")
+            if logits.dim() < 2 or logits.shape[1] < 2:
+                raise ValueError(
+                    f"the term compares distributions over classes, and outputs of shape {tuple(logits.shape)} have "
+                    "none in dimension 1, so it would always be zero"
+                )
+            losses = forward.losses_of(logits, batch.targets)
             forward.mean(losses + self.term(forward, logits, batch)).backward()  # type: ignore[no-untyped-call]
             return forward.mean(losses.detach())
 

@@ -28,6 +28,8 @@ class Batch:
     """Positions of the samples in the split, int64 (n,)."""
     size: int
     epoch: int
+    ordered: bool = True
+    """False if the data decide which samples a batch holds, so that `indices` name other samples in each epoch."""
 
     @cached_property
     def data(self) -> Any:
@@ -103,4 +105,4 @@ def share_out(
         return
     for whole, positions, data in zip(wholes, mine, samples.fetch(mine, epoch, first, seed), strict=True):
         moved = on_device(data, world.device)
-        yield Batch(lambda _, moved=moved: moved, positions, len(whole), epoch)  # type: ignore[misc]
+        yield Batch(lambda _, moved=moved: moved, positions, len(whole), epoch, samples.sizes is None)  # type: ignore[misc]

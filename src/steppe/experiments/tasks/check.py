@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import math
+import re
+import sysconfig
 import traceback
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,12 +19,16 @@ from torch import Tensor, nn
 from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.tasks.batches import share_out
-from steppe.experiments.tasks.samples import RandomStream, Samples
+from steppe.experiments.tasks.samples import RandomStream, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task, describe, logits_of
 from steppe.experiments.world import World
-from steppe.flatness._batches import cast
+from steppe.flatness._batches import cast, list_tensors
 
 _SAMPLES = 4
+
+
+_WORKER = "Original Traceback"
+"""In the message of an error in a DataLoader's worker: the rest is the traceback there."""
 
 
 def check(task: Task, device: torch.device) -> TaskInfo:
@@ -39,7 +46,9 @@ def check(task: Task, device: torch.device) -> TaskInfo:
             with _explained(f"{split}=", "could not be read"):
                 samples = task.samples(split)
                 sizes[split] = len(samples)
-                batches[split] = next(share_out(samples.to(device), [_some(samples)], world, seed=0)).data
+                batches[split] = _first(samples.to(device), world)
+                if not isinstance(samples, TensorSamples) and not _same(batches[split], _first(samples, world)):
+                    warnings.warn(_OWN_NUMBERS.format(split), stacklevel=2)
         with _explained("model=", "raised an error"):
             model = task.model()
         if not isinstance(model, nn.Module):
@@ -53,10 +62,7 @@ def check(task: Task, device: torch.device) -> TaskInfo:
         _check_loss(task, model, outputs, targets)
         with _explained("optimizer=", "raised an error"):
             optimizer = task.optimizer(model)
-        if not isinstance(optimizer, torch.optim.Optimizer):
-            raise ExperimentError(
-                f"the task's optimizer= returned {describe(optimizer)}, and a torch optimizer is needed"
-            )
+        _check_optimizer(optimizer, model)
         model.eval()
         with torch.no_grad():
             for split, batch in batches.items():
@@ -71,6 +77,27 @@ def _some(samples: Samples) -> Tensor:
     return torch.arange(min(_SAMPLES, len(samples)) if samples.sizes is None else samples.sizes[0])
 
 
+def _first(samples: Samples, world: World) -> Any:
+    """Return the first batch of a seed, or of its first samples."""
+    return next(share_out(samples, [_some(samples)], world, seed=0)).data
+
+
+def _same(one: Any, other: Any) -> bool:
+    pairs = zip(list_tensors(one), list_tensors(other), strict=True)
+    return all(a.shape == b.shape and torch.equal(a.cpu().nan_to_num(), b.cpu().nan_to_num()) for a, b in pairs)
+
+
+def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
+    if not isinstance(optimizer, torch.optim.Optimizer):
+        raise ExperimentError(f"the task's optimizer= returned {describe(optimizer)}, and a torch optimizer is needed")
+    of_model = {id(p) for p in model.parameters()}
+    if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
+        raise ExperimentError(
+            "the task's optimizer= returned an optimizer of other parameters than the model's, so nothing would be "
+            "trained: use those of the model that it gets, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+
+
 def _outputs(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
     with _explained("predict=" if task.predict else "the model", f"raised an error on a batch {describe(batch)}"):
         found = task.outputs(model, batch)
@@ -83,8 +110,14 @@ def _outputs(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
 
 def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> None:
     shapes = f"outputs {describe(logits_of(outputs))} and targets {describe(targets)}"
-    with _explained("loss=", f"raised an error on {shapes}"):
+    with _explained("loss=", f"raised an error on {shapes}"), warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         loss = task.mean_loss(outputs, targets)
+    if any("target size" in str(warning.message) for warning in caught):  # of mse_loss, l1_loss and their like
+        raise ExperimentError(
+            f"the task's loss= compares each output with every target, for {shapes}: give both the same shape, "
+            "for example by targets.unsqueeze(1)"
+        )
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         raise ExperimentError(
             f"the task's loss= returned {describe(loss)} for {shapes}, and the mean loss of a batch is needed: a "
@@ -125,16 +158,29 @@ def _explained(what: str, happened: str) -> Iterator[None]:
     except ExperimentError:
         raise
     except Exception as error:
-        raise ExperimentError(
-            f"the task's {what} {happened} ({type(error).__name__}: {first_line(error)}){_place(error)}"
-        ) from error
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        if _WORKER in str(error):  # its last line is the error itself
+            reason = str(error).strip().splitlines()[-1]
+        raise ExperimentError(f"the task's {what} {happened} ({reason}){place(error)}") from error
 
 
-def _place(error: BaseException) -> str:
+def place(error: BaseException) -> str:
     """Return the last place of a traceback outside of installed packages; nothing if there is none."""
-    ours = Path(__file__).parents[2]
-    for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        path = Path(frame.filename)
-        if not path.is_relative_to(ours) and "site-packages" not in path.parts and frame.filename[0] != "<":
-            return f", at {frame.filename}:{frame.lineno}: {frame.line}"
+    found = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    if _WORKER in str(error):
+        found += re.findall(r'File "([^"]+)", line (\d+), in .*\n +(.*)', str(error))
+    for filename, number, line in reversed(found):
+        if filename[0] != "<" and not any(Path(filename).is_relative_to(folder) for folder in _NOT_THE_USERS):
+            return f", at {filename}:{number}: {line}"
     return ""
+
+
+_NOT_THE_USERS = (
+    *(Path(path) for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))),
+    Path(__file__).parents[2],
+)
+_OWN_NUMBERS = (
+    "the data of {}= differ when the same batch is read twice with the same seeds: they draw from a generator of their "
+    "own. So the methods of a seed do not get the same batches, and a run that is resumed ends with other bits. Draw "
+    "from the global generators of torch, NumPy or Python, which are seeded for each batch"
+)

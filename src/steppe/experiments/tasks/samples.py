@@ -152,9 +152,10 @@ class LoaderSamples(Samples):
     """A DataLoader, or another iterable of batches, with an order of its own: each epoch is one iteration of it."""
 
     def __init__(self, batches: Iterable[Any]) -> None:
-        self._batches = batches
+        self._batches = _without_persistent_workers(batches) if isinstance(batches, DataLoader) else batches
+        known = _known_sizes(batches)
         with RandomStream(0, 0, 0).active():
-            self._sizes = [num_samples(batch) for batch in batches]
+            self._sizes = [num_samples(batch) for batch in self._batches] if known is None else known
         if not self._sizes:
             raise ExperimentError("the data have no batch, so there is nothing to train on or to measure")
         self.sizes = self._sizes
@@ -184,15 +185,35 @@ class LoaderSamples(Samples):
                 yield batch
 
 
+def _without_persistent_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+    """Return a loader whose workers start anew, and so draw the same numbers, in each epoch of each run."""
+    if not loader.persistent_workers:
+        return loader
+    other = copy.copy(loader)
+    # a loader forbids these assignments, and keeps the workers of the last epoch under this private name
+    other.__dict__.update(persistent_workers=False, _iterator=None)
+    return other
+
+
+def _known_sizes(batches: Iterable[Any]) -> list[int] | None:
+    """Return the sizes of the batches where a sampler has a length; else all must be read."""
+    sampler = batches.batch_sampler if isinstance(batches, DataLoader) else None
+    if type(sampler) is not BatchSampler or isinstance(cast(Any, batches).dataset, IterableDataset):
+        return None
+    try:
+        n = len(cast(Any, sampler.sampler))
+    except TypeError:
+        return None
+    rest = n % sampler.batch_size
+    return [sampler.batch_size] * (n // sampler.batch_size) + ([] if sampler.drop_last or not rest else [rest])
+
+
 class RandomStream:
     """A state of its own for the global generators of torch's CPU, NumPy and Python."""
 
     def __init__(self, *numbers: int) -> None:
-        seed = seed_of(*numbers)
         before = _states()
-        torch.default_generator.manual_seed(seed)
-        np.random.seed(seed)
-        random.seed(seed)
+        seed_generators(seed_of(*numbers))
         self._states = _states()
         _restore(before)
 
@@ -206,6 +227,37 @@ class RandomStream:
         finally:
             self._states = _states()
             _restore(before)
+
+
+def seed_generators(seed: int) -> None:
+    """Seed the global generators of torch's CPU, NumPy and Python."""
+    torch.default_generator.manual_seed(seed)
+    np.random.seed(seed)
+    random.seed(seed)
+
+
+@contextmanager
+def generators_restored() -> Iterator[None]:
+    """Give the caller back the states of the global generators of torch's CPU, NumPy and Python."""
+    before = _states()
+    try:
+        yield
+    finally:
+        _restore(before)
+
+
+def numpy_and_python_states() -> list[Any]:
+    """Return the states of the global generators of NumPy and Python as a checkpoint can hold them."""
+    name, keys, *rest = cast(tuple[Any, ...], np.random.get_state())
+    version, numbers, after = random.getstate()
+    return [[name, keys.tolist(), *rest], [version, list(numbers), after]]
+
+
+def restore_numpy_and_python(states: list[Any]) -> None:
+    """Restore what `numpy_and_python_states` returned."""
+    (name, keys, *rest), (version, numbers, after) = states
+    np.random.set_state((name, np.array(keys, dtype=np.uint32), *rest))
+    random.setstate((version, tuple(numbers), after))
 
 
 def _states() -> tuple[Any, ...]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -72,6 +73,8 @@ class Task:
             `batch_size`.
         classes: The number of classes; needed by methods that store outputs (`saf`) only.
         name: The title of tables and figures.
+        final_measures: Function (model, raise_if_stopped) -> {name: number} of further measures of the trained model,
+            in evaluation mode and without gradients. It may call `raise_if_stopped` often, so that a signal stops it.
 
     Example:
         >>> inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
@@ -100,6 +103,7 @@ class Task:
     evaluation_batch_size: int | None = None
     classes: int | None = None
     name: str = "task"
+    final_measures: Callable[[nn.Module, Callable[[], None]], Mapping[str, float]] | None = None
     initial_weights: str | None = None
     """A digest of pretrained weights that every run starts from: a run is resumed only if it is the same."""
     entry_point: str | None = None
@@ -171,8 +175,14 @@ class Task:
                 "sample: give the task a loss=, (outputs, targets) -> mean loss"
             )
         outputs = logits_of(outputs)
-        if "reduction" in _parameters(self.loss):
-            each: Tensor = cast(Any, self.loss)(outputs, targets, reduction="none")
+        each: Tensor | None = None
+        if isinstance(self.loss, nn.Module) and isinstance(getattr(self.loss, "reduction", None), str):
+            loss = copy.copy(self.loss)
+            loss.reduction = "none"  # type: ignore[assignment]
+            each = loss(outputs, targets)
+        elif "reduction" in _parameters(self.loss):
+            each = cast(Any, self.loss)(outputs, targets, reduction="none")
+        if each is not None:
             return each.flatten(1).mean(1) if each.dim() > 1 else each
         rows = range(len(targets))
         return torch.stack([self.loss(outputs[i : i + 1], targets[i : i + 1]) for i in rows])

@@ -60,6 +60,11 @@ class Forward:
         """Evaluate the mean loss and its gradient, in micro-batches if the recipe says so; return the loss."""
         n = len(self._batch)
         parts = min(self._micro_batches, n)
+        if parts > 1 and not tensors:
+            raise ExperimentError(
+                f"accumulate={self._micro_batches} cuts a batch into parts, and a batch of this task holds no tensors "
+                "in tuples, lists or mappings that could be cut: take a smaller batch_size"
+            )
         if parts <= 1:
             loss = self(*tensors)
             loss.backward()  # type: ignore[no-untyped-call]
@@ -72,12 +77,21 @@ class Forward:
             total += loss.detach()
         return total
 
+    def losses_of(self, logits: Tensor, targets: Any) -> Tensor:
+        """Evaluate the loss of each sample, (n,), of outputs that `logits` returned."""
+        return self._task.losses(in_float32(logits), targets)
+
     def mean(self, losses: Tensor) -> Tensor:
         """Average losses (n,) that a step function has computed from `logits`."""
         return losses.sum() * self._weight(len(losses))
 
     def logits(self, inputs: Any) -> Tensor:
         """Evaluate the outputs of inputs."""
+        if self._task.predict is not None:
+            raise ExperimentError(
+                "this method calls the model itself, with the inputs of a pair (inputs, targets), and the task has a "
+                "predict= that would not be called"
+            )
         self.count(len(inputs), recorded=torch.is_grad_enabled())
         with self._autocast():
             logits: Tensor = logits_of(self._model(inputs))

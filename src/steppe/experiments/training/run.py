@@ -16,14 +16,22 @@ from torch import Tensor
 from steppe.averaging import from_name
 from steppe.experiments.config.methods import RunContext
 from steppe.experiments.config.recipe import Run
+from steppe.experiments.data.sampling import seed_of
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.checkpoints import CheckpointManager
 from steppe.experiments.storage.records import Record, parse_records
 from steppe.experiments.tasks.batches import Batch, Epochs
-from steppe.experiments.tasks.samples import Samples
+from steppe.experiments.tasks.samples import (
+    RandomStream,
+    Samples,
+    generators_restored,
+    numpy_and_python_states,
+    restore_numpy_and_python,
+    seed_generators,
+)
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
-from steppe.experiments.training.evaluation import evaluate, flatness_sample, measure_flatness
+from steppe.experiments.training.evaluation import evaluate, evaluation_mode, flatness_sample, measure_flatness
 from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.optimizers import build_optimizer
 from steppe.experiments.training.reporter import Reporter
@@ -47,7 +55,8 @@ class Training:
         self.samples = {name: task.samples(name, run.seed).to(world.device) for name in task.splits}
         self._batch_size = recipe.training.batch_size or task.usual_batch_size(self.samples["train"])
         self._epochs = Epochs(self.samples["train"], self._batch_size, run.seed, world)
-        torch.manual_seed(run.seed)
+        seed_generators(seed_of(run.seed))
+        torch.manual_seed(run.seed)  # of all devices
         layout = torch.channels_last if recipe.hardware.channels_last else torch.contiguous_format
         network = task.model().to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.network = world.synchronize_norms(network)
@@ -159,14 +168,14 @@ class Training:
     def measure(self, raise_if_stopped: Callable[[], None]) -> list[Record]:
         """Measure the model on all splits, for every point of the grid that is due."""
         recipe, measures = self.run.recipe, dict[str, float]()
-        with self._averaged_weights() if self.run.method.average else nullcontext():
+        with self.averaged_weights() if self.run.method.average else nullcontext():
             for name, samples in self.samples.items():
                 found = self._evaluate(samples, raise_if_stopped)
                 halves = name == "test"  # of the others, nothing is chosen
                 measures |= {f"{name}_{key}": value for key, value in found.items() if halves or "(half" not in key}
         ends = {recipe.comparison.epochs, self.run.standardized_epochs}
         if self.average is not None and self._is_control and ends & set(self.due):
-            with self._averaged_weights():
+            with self.averaged_weights():
                 found = self._evaluate(self.samples["test"], raise_if_stopped)
             name = self.task.info.deciding.name
             measures[f"test_{name} ({_CONTROL_AVERAGE})"] = found[name]
@@ -178,6 +187,16 @@ class Training:
             number = recipe.evaluation.flatness_samples
             sample = flatness_sample(self.samples["train"], number, self.run.seed, self.world.device)
             flatness = measure_flatness(self.task, self.network, sample, recipe.training.rho, raise_if_stopped)
+        final: Mapping[str, float] = {}
+        if self.task.final_measures is not None and ends & set(self.due):
+            with (
+                self.averaged_weights() if self.run.method.average else nullcontext(),
+                evaluation_mode(self.network),
+                RandomStream(0, 0, 0).active(),
+                torch.no_grad(),
+                self.autocast(),
+            ):
+                final = self.task.final_measures(self.network, raise_if_stopped)
         # a step that crosses several points gives a record for each: methods are compared point by point
         return [
             Record(
@@ -186,7 +205,7 @@ class Training:
                 steps=self.steps,
                 gradient_evaluations=_number(self.spent),
                 passes=float(self.spent / self.images_seen),
-                measures=measures,
+                measures={**measures, **(final if point in ends else {})},
                 seconds=round(self.seconds, 3),
                 images_per_second=round(self.images_seen / max(self.seconds, 1e-9), 1),
                 **(flatness if point in self.run.flatness_grid else {}),
@@ -196,10 +215,11 @@ class Training:
 
     def _evaluate(self, samples: Samples, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
         size = self.task.evaluation_batch_size or samples.batch_size or self._batch_size
-        return evaluate(self.task, self.network, samples, size, self.world, self.autocast, raise_if_stopped)
+        with RandomStream(0, 0, 0).active():  # a model or metric that draws must not change the training
+            return evaluate(self.task, self.network, samples, size, self.world, self.autocast, raise_if_stopped)
 
     @contextmanager
-    def _averaged_weights(self) -> Iterator[None]:
+    def averaged_weights(self) -> Iterator[None]:
         """Give the network its averaged weights, with BatchNorm statistics of their own, within the context."""
         assert self.average is not None
         batches = (batch.data for batch in islice(self._epochs.batches(0), _BATCHES_FOR_STATISTICS))
@@ -217,6 +237,7 @@ class Training:
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "average": None if self.average is None else self.average.state_dict(),
             "rng": torch.get_rng_state(),
+            "other_rngs": numpy_and_python_states(),
             "cuda_rng": torch.cuda.get_rng_state(self.world.device) if on_gpu else None,
             "epoch": self.epoch,
             "batch": self.batch,
@@ -236,6 +257,7 @@ class Training:
             self.average.load_state_dict(state["average"])
         self._take_step.reset()  # graphs captured before would write to the old tensors
         torch.set_rng_state(state["rng"])
+        restore_numpy_and_python(state["other_rngs"])
         if state["cuda_rng"] is not None:
             torch.cuda.set_rng_state(state["cuda_rng"], self.world.device)
         self.epoch, self.batch, self.steps = state["epoch"], state["batch"], state["steps"]
@@ -243,6 +265,7 @@ class Training:
         self.records = parse_records(state["records"])
 
 
+@generators_restored()
 def train(
     run: Run, folder: Path, task: Task, world: World, reporter: Reporter | None = None, stop: Stop | None = None
 ) -> list[Record]:

@@ -1,0 +1,70 @@
+"""Take one step of each method on a user's task before anything is trained, so that one that cannot is named early."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.storage.run_folder import CHECKPOINT
+from steppe.experiments.tasks.check import place
+from steppe.experiments.tasks.samples import generators_restored
+from steppe.experiments.tasks.task import Task
+from steppe.experiments.training.run import Training
+from steppe.experiments.world import World
+
+
+def try_methods(recipe: Recipe, task: Task, folder: Path) -> None:
+    """Take a step of each method of a resolved recipe that has no checkpoint in the run folder; nothing is kept.
+
+    Raises:
+        ExperimentError: A method cannot train the task.
+    """
+    on_gpu = recipe.hardware.device == "cuda" and torch.cuda.is_available()  # on Ray, other machines may have one
+    world = World(torch.device("cuda" if on_gpu else "cpu"))
+    watched = _WatchedTask(**{field.name: getattr(task, field.name) for field in fields(task)})
+    for method in recipe.comparison.methods:
+        run = Run(recipe.replace(compile=False), method, recipe.comparison.first_seed)
+        if (folder / run.name / CHECKPOINT).exists():
+            continue
+        try:
+            with generators_restored():
+                _take_step(run, watched, world)
+        except Exception as error:
+            reason = str(error) if isinstance(error, ExperimentError) else f"{first_line(error)}{place(error)}"
+            raise ExperimentError(f"{method} cannot train this task: {reason}") from error
+
+
+def _take_step(run: Run, task: Task, world: World) -> None:
+    training = Training(run, task, world)
+    batch = next(training.rest_of_epoch())
+    remembers_samples = "samples" in run.method.definition.parameters
+    if remembers_samples and not batch.ordered:
+        raise ExperimentError(
+            "it keeps the outputs of each sample, and the data decide which samples a batch holds, so it could not "
+            "tell them apart: give a Dataset, or a DataLoader without a sampler of its own"
+        )
+    if remembers_samples and not task.classes:
+        raise ExperimentError("it stores outputs, and their number is not known: give the task classes=")
+    training.step(batch)
+
+
+class _WatchedTask(Task):
+    """A task that compares the losses of samples, where a method evaluates them, with the mean loss."""
+
+    def losses(self, outputs: Any, targets: Any) -> Tensor:
+        each = super().losses(outputs, targets)
+        with torch.no_grad():
+            mean, whole = float(each.mean()), float(self.mean_loss(outputs, targets))
+        if abs(mean - whole) > 1e-3 * abs(whole) + 1e-6:
+            raise ExperimentError(
+                f"it evaluates the loss of each sample, whose mean is {mean:.6g}, and the task's loss of the same "
+                f"batch is {whole:.6g}: it would minimize another loss. Give a loss= that is the mean over the "
+                "samples, without weights or samples that it leaves out"
+            )
+        return each

@@ -1,0 +1,184 @@
+"""An error in a user's function is one line with shapes and the user's own file and line, before anything is trained."""
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from own_tasks import classifier, data, net
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, TensorDataset
+
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks.check import check
+
+CPU = torch.device("cpu")
+INPUTS, LABELS = data()
+
+
+class Broken(Dataset[Any]):
+    """Raises an error for its second item."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if i == 1:
+            raise OSError("picture-1.png is damaged")
+        return INPUTS[i], LABELS[i]
+
+
+class Detached(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).detach()
+
+
+class Ragged(Dataset[Any]):
+    """Items of different lengths, which the usual collate function cannot stack."""
+
+    def __len__(self) -> int:
+        return 8
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        return torch.zeros(5 + i), LABELS[i]
+
+
+class OtherDevice(nn.Linear):
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + torch.zeros(3, device="meta").to("meta")
+
+
+def failing_metric(outputs: Tensor, targets: Tensor) -> float:
+    return float(outputs.no_such_method())  # type: ignore[operator]
+
+
+def with_nan() -> tuple[Tensor, Tensor]:
+    inputs = INPUTS.clone()
+    inputs[1, 2] = torch.nan
+    return inputs, LABELS
+
+
+HERE = rf"{Path(__file__).name}:\d+: "
+CASES: dict[str, tuple[Callable[[], Any], str]] = {
+    "model of other inputs": (
+        lambda: {"model": lambda: nn.Linear(7, 3)},
+        r"the model raised an error on a batch \(a tensor of shape \(4, 5\), a tensor of shape \(4,\)\) \(RuntimeError",
+    ),
+    "model is no module": (lambda: {"model": lambda: torch.zeros(3)}, r"model= returned a tensor of shape \(3,\)"),
+    "model raises": (lambda: {"model": lambda: nn.Linear(5, "3")}, rf"model= raised an error \(TypeError.*{HERE}"),
+    "model without parameters": (lambda: {"model": nn.Flatten}, "has no parameter that requires a gradient"),
+    "loss of each sample": (
+        lambda: {"loss": lambda o, t: F.cross_entropy(o, t, reduction="none")},
+        r"loss= returned a tensor of shape \(4,\) for outputs a tensor of shape \(4, 3\).*the mean loss of a batch",
+    ),
+    "loss is a float": (lambda: {"loss": lambda o, t: F.cross_entropy(o, t).item()}, "loss= returned float"),
+    "loss raises": (
+        lambda: {"loss": lambda o, t: F.cross_entropy(o, t.float().unsqueeze(1))},
+        rf"loss= raised an error on outputs a tensor of shape \(4, 3\) and targets .*{HERE}",
+    ),
+    "detached loss": (
+        lambda: {"loss": lambda o, t: F.cross_entropy(o.detach(), t)},
+        r"does not depend on the weights through autograd",
+    ),
+    "detached outputs": (lambda: {"model": lambda: Detached(5, 3)}, r"does not depend on the weights through autograd"),
+    "broadcast targets": (
+        lambda: {"model": lambda: nn.Linear(5, 1), "loss": F.mse_loss, "metrics": {}},
+        r"compares each output with every target, for outputs a tensor of shape \(4, 1\) and targets a tensor of shape "
+        r"\(4,\): give both the same shape",
+    ),
+    "NaN in the data": (lambda: {"train": with_nan()}, r"the loss of the new model is nan on .*look for NaN"),
+    "metric raises": (
+        lambda: {"metrics": {"mine": failing_metric}},
+        rf"the metric 'mine' raised an error on outputs a tensor of shape \(4, 3\).*{HERE}return float\(outputs",
+    ),
+    "metric of two numbers": (
+        lambda: {"metrics": {"mine": lambda o, t: torch.zeros(2)}},
+        r"the metric 'mine' returned a tensor of shape \(2,\)",
+    ),
+    "optimizer is none": (lambda: {"optimizer": lambda model: model}, "optimizer= returned Sequential"),
+    "optimizer of another model": (
+        lambda: {"optimizer": lambda model: torch.optim.SGD(net().parameters(), lr=0.1)},
+        "optimizer= returned an optimizer of other parameters than the model's",
+    ),
+    "predict returns one thing": (
+        lambda: {"predict": lambda model, batch: model(batch[0])},
+        r"predict= returned a tensor of shape \(4, 3\), and a pair is needed",
+    ),
+    "an item raises": (
+        lambda: {"train": Broken()},
+        rf"train= could not be read \(OSError: picture-1.png is damaged\), at .*{HERE}raise OSError",
+    ),
+    "an item raises in a worker": (
+        lambda: {"train": DataLoader(Broken(), num_workers=1, batch_size=4)},
+        rf"train= could not be read \(OSError: picture-1.png is damaged\), at .*{HERE}raise OSError",
+    ),
+    "collate fails": (lambda: {"train": Ragged()}, r"train= could not be read \(RuntimeError: stack expects each"),
+    "no data": (lambda: {"test": TensorDataset(torch.zeros(0, 5))}, "test is empty"),
+    "tensors of two lengths": (lambda: {"test": (INPUTS, LABELS[1:])}, r"test: tensors of shapes \(48, 5\), \(47,\)"),
+    "an iterator": (lambda: {"train": iter([data()])}, "an iterator, which can be read once only"),
+    "no batches": (lambda: {"train": []}, "the data have no batch"),
+    "no data at all": (lambda: {"train": 3}, "train is int: give a tuple of tensors"),
+    "another device": (lambda: {"model": lambda: OtherDevice(5, 3)}, r"meta"),
+    "no loss anywhere": (lambda: {"loss": None}, r"has no loss=, and the model returned a tensor of shape \(4, 3\)"),
+    "batch is one tensor": (
+        lambda: {"train": DataLoader(INPUTS)},
+        r"a batch is a tensor of shape \(4, 5\), neither \(inputs, targets\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_an_error_of_the_user_is_one_line(case: str) -> None:
+    make, wanted = CASES[case]
+    with pytest.raises(ExperimentError, match=wanted) as caught:
+        check(classifier(**make()), CPU)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"model": net()}, r"model is Sequential: every run needs one of its own.*model=lambda: Net\(\)"),
+        ({"optimizer": torch.optim.SGD(net().parameters())}, "optimizer is SGD: every run needs one of its own"),
+    ],
+)
+def test_an_object_in_the_place_of_a_function_raises(fields: dict[str, Any], wanted: str) -> None:
+    with pytest.raises(TypeError, match=wanted):
+        classifier(**fields)
+
+
+@pytest.mark.parametrize("name", ["loss", " ", ""])
+def test_a_metric_needs_a_name_of_its_own(name: str) -> None:
+    with pytest.raises(ValueError, match="each needs a name"):
+        classifier(metrics={name: lambda o, t: 0.0})
+
+
+def test_data_with_a_generator_of_their_own_are_warned_about() -> None:
+    class OwnNumbers(TensorDataset):
+        generator = np.random.default_rng(0)
+
+        def __getitem__(self, i: Any) -> Any:
+            inputs, label = super().__getitem__(i)
+            return inputs + float(self.generator.normal()), label
+
+    with pytest.warns(UserWarning, match="the data of train= differ when the same batch is read twice"):
+        check(classifier(train=OwnNumbers(*data())), CPU)
+
+
+def test_a_correct_task_gives_no_warning_and_leaves_generators_as_they_were() -> None:
+    before = torch.get_rng_state()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        info = check(classifier(train=DataLoader(TensorDataset(*data()), num_workers=1)), CPU)
+    assert info.description == "Sequential (91 parameters), 48 + 32 samples"
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_description_and_metrics_are_those_of_the_task() -> None:
+    info = check(classifier(validation=data(16)), CPU)
+    assert info.description.endswith("48 + 16 + 32 samples")
+    assert [metric.name for metric in info.metrics] == ["accuracy"]
