@@ -8,6 +8,7 @@ from typing import Any
 from rich.console import Console
 
 from steppe.experiments.analysis.metric_verdicts import MetricVerdict
+from steppe.experiments.analysis.robustness import Robustness, robustness_of
 from steppe.experiments.analysis.statistics import Decision, Estimate, decide, estimate
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
@@ -130,6 +131,8 @@ class Summary(SummaryFiles):
     task: TaskInfo
     flatness: Sequence[Verdict] = ()
     """The verdicts on flatness, where it was measured."""
+    robustness: Robustness | None = None
+    """Corrupted images, calibration and rounded weights, in comparisons of images."""
     verdicts: Sequence[MetricVerdict] = ()
     """For each method, its verdict in the deciding metric against the first one, and beside its controls."""
     advice: Sequence[str] = ()
@@ -163,6 +166,7 @@ class Summary(SummaryFiles):
     def markdown(self) -> str:
         advice = ["", "## Advice", "", *bullets(self.advice), ""] if self.advice else []
         text = super().markdown() + "\n".join(advice)
+        text += "" if self.robustness is None else self.robustness.markdown()
         if not self.flatness:
             return text
         flatness = ["", "## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *bullets(CAVEATS)]
@@ -172,6 +176,8 @@ class Summary(SummaryFiles):
         super().show(console)
         for sentence in self.advice:
             console.print(f"Advice: {sentence}", highlight=False, markup=False, soft_wrap=False, emoji=False)
+        if self.robustness is not None:
+            self.robustness.show(console)
         for verdict in self.flatness:
             verdict.show(console)
 
@@ -181,6 +187,7 @@ class Summary(SummaryFiles):
         values |= {"verdicts": [verdict.json() for verdict in self.verdicts], "advice": list(self.advice)}
         if not self.flatness:
             del values["flatness"]
+        values["robustness"] = [] if self.robustness is None else self.robustness.json()
         values["rows"] = [
             {
                 "method": str(row.method),
@@ -278,7 +285,8 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
         for method, of_test, of_gap in zip(pairs, test, gap, strict=True)
     ]
     unfinished = [run.name for run in results if not record_at(results[run], run.standardized_epochs)]
-    return Summary(f"{recipe.name}: {setting(recipe)}", rows, differences, unfinished, recipe.task)
+    title, robustness = f"{recipe.name}: {setting(recipe)}", robustness_of(recipe, results)
+    return Summary(title, rows, differences, unfinished, recipe.task, robustness=robustness)
 
 
 def record_at(records: Sequence[Record], standardized_epoch: int) -> Record | None:

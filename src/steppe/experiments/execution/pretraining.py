@@ -57,7 +57,7 @@ def prepare_task(
         return OneTask(task) if task.entry_point is None else NamedTask(task, task.entry_point, one_in)
     dataset = load_data(recipe, executor.world)
     dataset = dataset if one_in is None else hold_out(dataset, one_in)
-    return partial(images_task, with_backbone(dataset, executor, path, console))
+    return partial(images_task, with_backbone(dataset, executor, path, console), robustness=one_in is None)
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 
 import torch.nn.functional as F
@@ -10,10 +11,11 @@ from torch.optim import Optimizer
 
 from steppe.experiments.config.methods import BASES
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.datasets import CLASSES, Dataset, Split, normalize
+from steppe.experiments.data.datasets import CLASSES, MEAN, STD, Dataset, Split, normalize
 from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.models.preact_resnet import PreActResNet18
+from steppe.experiments.robustness.records import final_measures
 from steppe.experiments.tasks.samples import Samples, TensorSamples
 from steppe.experiments.tasks.task import Metric, Task, accuracy
 
@@ -29,8 +31,8 @@ class ImageSamples(TensorSamples):
         return normalize(images[positions]), labels[positions]
 
 
-def images_task(dataset: Dataset, recipe: Recipe) -> Task:
-    """Return the task of a recipe on a built-in data set."""
+def images_task(dataset: Dataset, recipe: Recipe, *, robustness: bool = False) -> Task:
+    """Return the task of a recipe on a built-in data set; with `robustness`, trained networks are measured by it."""
     if (dataset.backbone is None) != (recipe.model.backbone == "none"):
         raise RuntimeError(
             f"backbone={recipe.model.backbone}, but the data has {dataset.backbone}: load it by "
@@ -46,6 +48,7 @@ def images_task(dataset: Dataset, recipe: Recipe) -> Task:
         metrics={"accuracy": Metric(accuracy, unit="%")},
         evaluation_batch_size=_CHUNK_ON_A_GPU if recipe.hardware.device == "cuda" else _CHUNK,
         classes=len(CLASSES),
+        final_measures=partial(_robustness, dataset.test) if robustness else None,
         initial_weights=None if dataset.backbone is None else dataset.backbone.digest(),
     )
 
@@ -67,6 +70,10 @@ def _training_images(split: Split, recipe: Recipe, seed: int) -> Samples:
 
 def _samples(split: Split) -> ImageSamples:
     return ImageSamples((split.images, split.labels))
+
+
+def _robustness(test: Split, model: nn.Module, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
+    return final_measures(model, test.images, test.labels, raise_if_stopped, mean=MEAN, std=STD)
 
 
 def _optimizer(recipe: Recipe, model: nn.Module) -> Optimizer:

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from fractions import Fraction
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -278,7 +279,7 @@ def train(
         ExperimentError: if the loss diverges, or if the checkpoint is damaged or of another run or configuration.
     """
     reporter, stop = reporter or Reporter(), Stop() if stop is None else stop
-    manager = CheckpointManager(folder, run, world, task.initial_weights)
+    manager = CheckpointManager(folder, run, world, task.initial_weights, partial(reporter.saved, run))
     training = Training(run, task, world)
     manager.resume(training.load_state_dict)
     reporter.begin(run, training.standardized_epoch, training.records)
