@@ -70,9 +70,9 @@ class RecordingReporter(Reporter):
         self.records.append(record)
 
 
-def make_task(data: Dataset | None = None) -> MakeTask:
+def make_task(data: Dataset | None = None, **options: bool) -> MakeTask:
     """The function by which executors make the task of a run on the tiny data."""
-    return partial(images_task, data or dataset())
+    return partial(images_task, data or dataset(), **options)
 
 
 def training_of(run: Run, data: Dataset | None = None) -> Training:
@@ -89,8 +89,12 @@ def batches_of(
     return Epochs(samples(data), batch_size, seed, world).batches(epoch, first)
 
 
-def train_run(run: Run, folder: Path, data: Dataset | None = None, **kwargs: object) -> list[Record]:
-    return train(run, folder, make_task(data)(run.recipe), CPU, **kwargs)  # type: ignore[arg-type]
+def train_run(
+    run: Run, folder: Path, data: Dataset | None = None, *, robustness: bool = False, **kwargs: object
+) -> list[Record]:
+    """Train a run; with `robustness`, it is measured as the command line does."""
+    task = make_task(data, robustness=robustness)(run.recipe)
+    return train(run, folder, task, CPU, **kwargs)  # type: ignore[arg-type]
 
 
 def image_record(
