@@ -1,4 +1,4 @@
-"""An error in a user's function is one line with shapes and the user's own file and line, before anything is trained."""
+"""An error in a user's function is one line, with shapes and the user's file and line, before anything is trained."""
 
 import warnings
 from collections.abc import Callable

@@ -54,10 +54,22 @@ class Clipping:
         self._norm, self.steps = norm, 0
         base.register_step_pre_hook(self._clip)
 
-    def _clip(self, optimizer: Optimizer, *_: Any) -> None:
+    def _clip(
+        self, optimizer: Optimizer, arguments: tuple[Any, ...], named: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self.steps += 1
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        torch.nn.utils.clip_grad_norm_(parameters, self._norm)
+        closure = named.get("closure") or (arguments[1] if len(arguments) > 1 else None)
+        if closure is None:
+            torch.nn.utils.clip_grad_norm_(parameters, self._norm)
+            return None
+
+        def then_clip() -> Any:  # a base without SAM around it: the gradient is not there yet
+            loss = closure()
+            torch.nn.utils.clip_grad_norm_(parameters, self._norm)
+            return loss
+
+        return arguments[:1], {"closure": then_clip}
 
 
 def _base(run: Run, task: Task, model: nn.Module) -> Optimizer:

@@ -41,16 +41,16 @@ def try_methods(recipe: Recipe, task: Task, folder: Path) -> None:
 
 
 def _take_step(run: Run, task: Task, world: World) -> None:
+    remembers_samples = "samples" in run.method.definition.parameters
+    if remembers_samples and not task.classes:
+        raise ExperimentError("it stores outputs, and their number is not known: give the task classes=")
     training = Training(run, task, world)
     batch = next(training.rest_of_epoch())
-    remembers_samples = "samples" in run.method.definition.parameters
     if remembers_samples and not batch.ordered:
         raise ExperimentError(
             "it keeps the outputs of each sample, and the data decide which samples a batch holds, so it could not "
             "tell them apart: give a Dataset, or a DataLoader without a sampler of its own"
         )
-    if remembers_samples and not task.classes:
-        raise ExperimentError("it stores outputs, and their number is not known: give the task classes=")
     training.step(batch)
 
 
