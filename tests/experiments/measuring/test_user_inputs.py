@@ -8,8 +8,9 @@ import torch
 from torch import nn
 from user_code import go, measured_names, net, user_folder, weights
 
+from steppe.experiments.entry_points import load_entry_point
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.measuring.user_inputs import load_entry_point, load_weights
+from steppe.experiments.measuring.user_inputs import load_weights
 
 __all__ = ["measured_names", "user_folder"]  # fixtures
 
