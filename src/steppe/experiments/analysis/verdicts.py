@@ -41,7 +41,7 @@ CAVEATS = (
     "minimum called flatter or sharper.",
     "Each interval alone has a confidence of 95 %: of so many, one in twenty shows a difference where there is none.",
     "Flatter does not mean better: sharpness often does not track generalization (arXiv 2302.07011). Look at the test "
-    "accuracies and the gap beside it.",
+    "results and the gap beside it.",
 )
 
 

@@ -32,11 +32,11 @@ class MeasuringOptions:
     """The samples that flatness is measured on, the budget of each measure, and the processes."""
 
     samples: int = 256
-    """Number of training images to measure on, drawn by the run's seed: the same images for all methods of a seed."""
+    """Number of training samples to measure on, drawn by the run's seed: the same for all methods of a seed."""
     batch_norm: Literal["eval", "train"] = "eval"
     """eval: BatchNorm uses its running statistics, as after training. train: those of each batch, as in training."""
     batch_size: int = 256
-    """Images in memory at a time. Changes the result with --batch-norm train only. If all samples are one batch, a
+    """Samples in memory at a time. Changes the result with --batch-norm train only. If all samples are one batch, a
     product with the Hessian takes a third less time."""
     budget: Budget = field(default_factory=Budget)
     processes: int | None = None
@@ -45,7 +45,7 @@ class MeasuringOptions:
     def __post_init__(self) -> None:
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: the number of images must be at least one")
+                raise ValueError(f"{name}={getattr(self, name)}: the number of samples must be at least one")
         if self.processes is not None and self.processes < 1:
             raise ValueError(f"processes={self.processes}: the runs that are measured at a time must be at least 1")
 

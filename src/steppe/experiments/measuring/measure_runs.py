@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from torch import nn
+from torch import Tensor, nn
 
 from steppe.experiments.analysis.summary import record_at
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness_file, read_lines
@@ -81,6 +81,12 @@ class RunJob:
         state = checkpoint_file.load(checkpoint, owner(self.run, self.processes, task.initial_weights))
         with checkpoint_file.one_line_errors(checkpoint):
             training.network.load_state_dict(state["model"])
+            if self.run.method.average:  # what is evaluated, and so measured, are the averaged weights
+                assert training.average is not None
+                training.average.load_state_dict(state["average"])
+                with training.averaged_weights():
+                    averaged = {name: value.clone() for name, value in training.network.state_dict().items()}
+                training.network.load_state_dict(averaged)
         return training
 
     def sample(self, training: Training, split: str, seed: int) -> list[Any]:
@@ -117,6 +123,12 @@ def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> Non
         measure_runs(member.folder, options, console)
     if recipe.comparison.widths:
         return
+    if recipe.data.task and ":" not in recipe.data.task:
+        raise ExperimentError(
+            f"the runs in {path} are of a task that was given as an object of Python ({recipe.data.task}), which no "
+            "other session can make again: compare it by a name, package.module:task, or measure it in Python with "
+            "steppe.flatness"
+        )
     with folder.locked():
         runs = _finished(folder, recipe, console)
         make_task, _ = _task_and_device(recipe, path, console)  # makes or downloads a backbone once, here
@@ -133,9 +145,27 @@ def objectives(
     """Return a network's mean loss on a sample, and, of a classifier, that of its normalized logits."""
     objective = partial(options.objective, network, sample, progress=progress)
     normalized = None
-    if task.loss is F.cross_entropy:
-        normalized = objective(evaluate=replace(task, loss=normalized_logits(F.cross_entropy)).evaluate)
+    if _is_classifier(task, network, sample, options):
+        assert task.loss is not None
+        normalized = objective(evaluate=replace(task, loss=normalized_logits(task.loss)).evaluate)
     return objective(evaluate=task.evaluate), normalized
+
+
+def _is_classifier(task: Task, network: nn.Module, sample: list[Any], options: MeasuringOptions) -> bool:
+    """True if the loss is the cross-entropy of logits (samples, classes), whose scale can be normalized.
+
+    With two classes, only the difference of the logits matters, and normalized, only its sign would be left.
+    """
+    loss, shapes = task.loss, list[torch.Size]()
+    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
+        return False
+
+    def record(outputs: Tensor, targets: Tensor) -> Tensor:
+        shapes.append(outputs.shape)
+        return loss(outputs, targets)
+
+    options.objective(network, sample[:1], evaluate=replace(task, loss=record).evaluate).loss()
+    return all(len(shape) == 2 and shape[1] > 2 for shape in shapes)
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:
@@ -169,7 +199,7 @@ def _lines(folder: RunFolder, jobs: Sequence[RunJob], processes: int, console: C
 
 
 def measure_line(line: LineJob, progress: Progress) -> dict[str, Any]:
-    """Measure the loss between two runs, on training and test images, with BatchNorm statistics estimated anew."""
+    """Measure the loss between two runs, on training and test samples, with BatchNorm statistics estimated anew."""
     options = line.job.options
     end, start = line.job.restore(), replace(line.job, run=line.reference).restore()
     samples = {"train": line.job.sample(start, "train", start.run.seed), "test": line.job.sample(start, "test", 0)}

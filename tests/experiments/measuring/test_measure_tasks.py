@@ -1,0 +1,100 @@
+"""`steppe measure RUN` of a user's own task."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+import user_tasks
+from rich.console import Console
+
+from steppe.experiments import comparison
+from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdicts
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.measuring.jobs import MeasuringOptions
+from steppe.experiments.measuring.measure_runs import measure_runs
+from steppe.experiments.report import page
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.tasks.task import Task
+from steppe.flatness import Budget, Objective
+
+BUDGET = Budget(
+    m=8,
+    ascent_steps=1,
+    restarts=1,
+    pairs=2,
+    num_eigenvalues=2,
+    tol=0.5,
+    probes=2,
+    density_probes=1,
+    density_iterations=3,
+    points=0,
+)
+OPTIONS = MeasuringOptions(samples=20, budget=BUDGET, processes=1)
+
+
+@pytest.fixture(autouse=True)
+def no_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
+
+
+def trained(out: Path, task: str, given: Task | None = None, **options: object) -> RunFolder:
+    words = {"task": task, "epochs": 1, "seeds": 1, "device": "cpu", "threads": 1, "out": out}
+    recipe = RECIPES["task"][0].replace(**(words | options))
+    comparison.compare(recipe, [], Console(quiet=True), task=given)
+    return RunFolder(out)
+
+
+def measured(folder: RunFolder, name: str) -> dict[str, Any]:
+    measure_runs(folder.path, OPTIONS, Console(quiet=True))
+    return json.loads((folder.path / "runs" / name / FLATNESS).read_text())  # type: ignore[no-any-return]
+
+
+def test_task_is_restored_by_its_name_and_measured_on_its_own_loss(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run", "user_tasks:regression", seeds=2)
+    found = measured(folder, "sam-seed1")["measures"]
+    model = user_tasks.regression().model()
+    model.load_state_dict(torch.load(folder.path / "runs" / "sam-seed1" / CHECKPOINT, weights_only=True)["model"])
+    drawn = torch.randperm(48, generator=generator(1, FLATNESS_SAMPLE))[:20].sort().values
+    inputs, targets = user_tasks.samples(48, 0)
+    loss = Objective(model, (inputs[drawn], targets[drawn]), loss=F.mse_loss).loss()
+    assert found["loss"]["value"] == pytest.approx(float(loss), rel=1e-6)
+    assert "sharpness" in found
+    assert not [name for name in found if "normalized" in name]
+    (verdict,) = verdicts(folder.recipe(), read_flatness(folder, folder.recipe()))
+    assert verdict.sentence().startswith("SAM's minima against base's, 2 paired runs: ")
+    comparison.plot(folder.path, Console(quiet=True))
+    text = (folder.path / "summary.md").read_text()
+    assert "## Flatness" in text
+    assert "image" not in text
+    assert "accurac" not in text
+
+
+@pytest.mark.parametrize(("task", "normalized"), [("classifier", True), ("two_classes", False)])
+def test_only_logits_of_three_or_more_classes_are_normalized(task: str, normalized: bool, tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run", f"user_tasks:{task}", methods=("base",))
+    names = measured(folder, "base-seed0")["measures"]
+    assert any("normalized" in name for name in names) == normalized
+
+
+def test_averaged_run_is_measured_at_its_averaged_weights(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run", "user_tasks:regression", methods=("base", "base+ema"), lr=0.1, epochs=3)
+    found = measured(folder, "base+ema-seed0")["measures"]["loss"]["value"]
+    state = torch.load(folder.path / "runs" / "base+ema-seed0" / CHECKPOINT, weights_only=True)
+    model = user_tasks.regression().model()
+    model.load_state_dict(state["model"])
+    drawn = torch.randperm(48, generator=generator(0, FLATNESS_SAMPLE))[:20].sort().values
+    inputs, targets = user_tasks.samples(48, 0)
+    last = float(Objective(model, (inputs[drawn], targets[drawn]), loss=F.mse_loss).loss())
+    assert found != pytest.approx(last, rel=1e-3)
+
+
+def test_task_that_was_an_object_of_python_is_named_with_the_way_out(tmp_path: Path) -> None:
+    folder = trained(tmp_path / "run", "regression", user_tasks.regression())
+    with pytest.raises(ExperimentError, match=r"object of Python \(regression\).*package\.module:task") as raised:
+        measure_runs(folder.path, OPTIONS, Console(quiet=True))
+    assert "\n" not in str(raised.value)
