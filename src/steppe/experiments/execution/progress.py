@@ -94,6 +94,7 @@ class RunProgress(ProgressDisplay, Reporter):
         self._terminal = console.is_terminal
         self.interval = 0.5 if self._terminal else float("inf")
         self._split, self._task = split, task
+        self._samples = "samples" if task.description else "images"
         self._scores: dict[Run, str] = {}
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
@@ -105,7 +106,7 @@ class RunProgress(ProgressDisplay, Reporter):
             self.print(f"{_title(run)}: {state} at standardized epoch {standardized_epoch:.2f}")
 
     def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        detail = f"loss {loss:.3f}  {self._scores.get(run, '')}  {images_per_second:,.0f} images/s"
+        detail = f"loss {loss:.3f}  {self._scores.get(run, '')}  {images_per_second:,.0f} {self._samples}/s"
         self._move(run, standardized_epoch, detail)
 
     def measured(self, run: Run, record: Record) -> None:
@@ -114,7 +115,7 @@ class RunProgress(ProgressDisplay, Reporter):
         if not self._terminal:
             self.print(
                 f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
-                f"loss {record['train_loss']:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} images/s"
+                f"loss {record['train_loss']:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} {self._samples}/s"
             )
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
