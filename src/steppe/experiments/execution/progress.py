@@ -115,7 +115,8 @@ class RunProgress(ProgressDisplay, Reporter):
         if not self._terminal:
             self.print(
                 f"{_title(run)}  standardized epoch {record.standardized_epoch}/{run.standardized_epochs}  "
-                f"loss {record['train_loss']:.4f}  {self._scores[run]}  {record.images_per_second:,.0f} {self._samples}/s"
+                f"loss {record['train_loss']:.4f}  {self._scores[run]}  "
+                f"{record.images_per_second:,.0f} {self._samples}/s"
             )
 
     def end(self, run: Run, records: Sequence[Record]) -> None:
