@@ -74,7 +74,13 @@ class FakeRay:
         return True
 
     def nodes(self) -> list[dict[str, object]]:
-        return [{"Alive": True, "Resources": {"CPU": 2.0}}, {"Alive": False, "Resources": {"CPU": 64.0}}]
+        return [
+            {"NodeID": "here", "Alive": True, "Resources": {"CPU": 2.0}},
+            {"NodeID": "gone", "Alive": False, "Resources": {"CPU": 64.0}},
+        ]
+
+    def get_runtime_context(self) -> SimpleNamespace:
+        return SimpleNamespace(get_node_id=lambda: "here")
 
     def put(self, value: object) -> object:
         return value

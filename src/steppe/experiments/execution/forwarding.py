@@ -37,9 +37,12 @@ class EventWriter(Reporter):
         self._write("end", records)
 
     def _write(self, event: str, *arguments: Any, **process: Any) -> None:
+        self._append(json.dumps({"event": event, "arguments": arguments, **process}, default=Record.to_json) + "\n")
+
+    def _append(self, line: str) -> None:
         # opened anew for each line: on a network file system, other machines see a line when the file is closed
         with self._path.open("a") as file:
-            file.write(json.dumps({"event": event, "arguments": arguments, **process}, default=Record.to_json) + "\n")
+            file.write(line)
 
 
 class EventReader:
@@ -89,6 +92,8 @@ class TensorBoard(Reporter):
         self._writer: SummaryWriter | None = None
 
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
+        if self._writer is not None:  # the run resumes after its worker died
+            self._writer.close()
         # drops what was logged after the point where the run resumes
         self._writer = self._make(str(self._folder / run.name), purge_step=int(standardized_epoch) + 1)
         self._reporter.begin(run, standardized_epoch, records)

@@ -1,22 +1,30 @@
-"""Train runs on Ray: each is a task that trains into the shared run folder."""
+"""Train runs on Ray: each is a task, which trains into the run folder or sends what it writes."""
 
 import math
 import os
 import signal
 import threading
+import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from typing import Any
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Self
 
 from rich.console import Console
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.resolve import fill_in, resolve
 from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.execution.by_value import pack_run, pack_task
 from steppe.experiments.execution.executor import ExecutionOptions, MakeTask
 from steppe.experiments.execution.pool import WorkerDied
-from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
+from steppe.experiments.execution.progress import print_line
+from steppe.experiments.execution.transfer import Receiver, sees, train_anywhere
+from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor
 from steppe.experiments.world import has_bfloat16
+
+_LOOK_SECONDS = 120.0
 
 
 @contextmanager
@@ -69,15 +77,15 @@ class RayExecutor(WorkerExecutor[Any]):
         amp = hardware.amp
         if amp is None:  # this machine may have other instructions than those that train
             amp = ray.get(self._remote(has_bfloat16).remote(on_gpu=device == "cuda"))
-        self._train = self._remote(train_task)
+        self._train = self._remote(train_anywhere)
         recipe = recipe.replace(amp=amp, device=device)
         self.recipe = fill_in(recipe) if device == "cuda" else resolve(recipe)
 
-    def _share(self, make_task: MakeTask) -> Any:
-        return self._ray.put(make_task)  # in Ray's object store, so that the machines need no copy of the data set
+    def _share(self, make_task: MakeTask, control: Path, stop_file: Path) -> AbstractContextManager["_Session"]:
+        return _Session(self._ray, make_task, control, stop_file, self._console)
 
-    def _start(self, task: RunTask, shared: Any) -> Any:
-        return self._train.remote(task, shared)
+    def _start(self, task: RunTask, shared: "_Session") -> Any:
+        return self._train.remote(*shared.arguments(task))
 
     def _wait(self, running: Sequence[Any]) -> list[Any]:
         return self._ray.wait(list(running), timeout=POLL_SECONDS)[0]  # type: ignore[no-any-return]
@@ -88,7 +96,8 @@ class RayExecutor(WorkerExecutor[Any]):
         except self._ray.exceptions.RayTaskError:
             raise  # a bug, with the worker's traceback
         except self._ray.exceptions.RayError as died:
-            raise WorkerDied(first_line(died)) from died
+            # its further sentences name Ray's own tools
+            raise WorkerDied(first_line(died).partition(". ")[0]) from died
 
     def _kill(self, worker: Any) -> None:
         self._ray.cancel(worker, force=True)
@@ -109,3 +118,80 @@ class RayExecutor(WorkerExecutor[Any]):
             min(math.floor(machine.get(resource, 0.0) / need) for resource, need in needs.items() if need)
             for machine in self._machines()
         )
+
+
+class _Session:
+    """What the machines of Ray need for some runs: the task, and the way to the run folder.
+
+    Machines that do not see the folder send the results to a `Receiver` on this one. If there are other machines than
+    this one, the user's code is sent along.
+    """
+
+    def __init__(self, ray: Any, make_task: MakeTask, control: Path, stop_file: Path, console: Console) -> None:
+        self._ray, self._make_task, self._stop_file, self._console = ray, make_task, stop_file, console
+        self._token = control / f".shared-{uuid.uuid4().hex[:12]}"
+        self._sees: dict[str, bool] = {}
+        """The machines by their ids in Ray, and whether they see the folder."""
+        self._distributed = False
+        self._task: Any = None
+        self._receiver: Any = None
+
+    def __enter__(self) -> Self:
+        self._token.parent.mkdir(parents=True, exist_ok=True)
+        self._token.write_text(self._token.name)
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._receiver is not None:
+            with suppress(Exception):
+                self._ray.kill(self._receiver)
+        self._token.unlink(missing_ok=True)
+
+    def arguments(self, task: RunTask) -> tuple[Any, ...]:
+        """Return the arguments of `train_anywhere` for a run that starts, or starts again."""
+        self._look()
+        if self._task is None:  # in Ray's object store, so that the machines need no copy of the data set
+            self._task = self._ray.put(pack_task(self._make_task) if self._distributed else self._make_task)
+        if self._distributed:
+            task = replace(task, job=replace(task.job, run=pack_run(task.job.run)))
+        attempt = uuid.uuid4().hex
+        if self._receiver is not None:
+            self._ray.get(self._receiver.expect.remote(task.job.folder, attempt))
+        return task, self._task, self._token, self._receiver, attempt
+
+    def _look(self) -> None:
+        """Find out which of the machines that have joined Ray see the run folder."""
+        here = self._ray.get_runtime_context().get_node_id()
+        nodes = [node["NodeID"] for node in self._ray.nodes() if node["Alive"]]
+        new = [node for node in nodes if node not in self._sees]
+        if nodes == [here] or not new:
+            return
+        if not self._distributed:
+            self._distributed, self._task = True, None
+        answers = {node: self._on(node, sees).remote(self._token) for node in new}
+        for node, answer in answers.items():
+            with suppress(self._ray.exceptions.RayError):  # it has left; if not, it is looked at again
+                self._sees[node] = self._ray.get(answer, timeout=_LOOK_SECONDS)
+        apart = [node for node in nodes if not self._sees.get(node, True)]
+        if not apart:
+            print_line(self._console, f"Ray: all {len(nodes)} machines see {self._token.parent}, and write there")
+            return
+        if not self._sees.get(here, False):
+            raise ExperimentError(
+                f"the machine that the command is connected to Ray by does not see {self._token.parent}, so results "
+                "cannot be written there: start the command on a machine of the cluster"
+            )
+        if self._receiver is None:
+            self._receiver = self._on(here, Receiver).remote(self._stop_file)
+        print_line(
+            self._console,
+            f"Ray: {len(apart)} of {len(nodes)} machines do not see {self._token.parent}: their runs send their "
+            "checkpoints and measurements to this machine",
+        )
+
+    def _on(self, node: str, remote: Callable[..., Any]) -> Any:
+        """Return the function or the class as Ray's, on one machine."""
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        strategy = NodeAffinitySchedulingStrategy(node, soft=False)
+        return self._ray.remote(num_cpus=0, scheduling_strategy=strategy)(remote)

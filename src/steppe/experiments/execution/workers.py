@@ -5,8 +5,8 @@ import signal
 import time
 import uuid
 from abc import abstractmethod
-from collections.abc import Generator, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -29,7 +29,7 @@ from steppe.experiments.world import World, join
 POLL_SECONDS = 0.25
 _STOPPED = "stopped"
 _RETRIES = 3
-_LOCK_SECONDS = 60.0  # time for the worker of a killed session to release the run's folder
+LOCK_SECONDS = 60.0  # time for the worker of a killed session to release the run's folder
 
 W = TypeVar("W")
 
@@ -39,28 +39,48 @@ class RunTask:
     """A job and the settings of the session, as a worker gets them."""
 
     job: Job
-    control: Path
     stop_file: Path
     """A file that appears when the runs must stop."""
     interval: float
     torch_version: str
 
 
-class StopFile(Stop):
-    """A request to stop by a file, which may lie on another machine, so it is looked up now and then only."""
+class PolledStop(Stop):
+    """A request to stop that comes from another machine, so it is looked up now and then only."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, requested: Callable[[], bool]) -> None:
         super().__init__()
-        self._path, self._checked = path, -math.inf
+        self._requested, self._checked = requested, -math.inf
 
     def __bool__(self) -> bool:
         if not self.signal and time.monotonic() - self._checked > POLL_SECONDS:
             self._checked = time.monotonic()
-            self.signal = signal.SIGINT if self._path.exists() else 0
+            self.signal = signal.SIGINT if self._requested() else 0
         return self.signal != 0
 
 
-def train_task(task: RunTask, make_task: MakeTask) -> str | None:
+@dataclass(frozen=True)
+class Workplace:
+    """The folder that a run trains in, its reporter and its request to stop."""
+
+    folder: Path
+    reporter: Reporter
+    stop: Stop
+
+
+@contextmanager
+def _in_place(task: RunTask) -> Iterator[Workplace]:
+    """Let a run train in the folder of its job."""
+    folder = task.job.folder
+    with RunFolder(folder).locked(timeout=LOCK_SECONDS):
+        yield Workplace(folder, EventWriter(folder, task.interval), PolledStop(task.stop_file.exists))
+
+
+def train_task(
+    task: RunTask,
+    make_task: MakeTask,
+    workplace: Callable[[RunTask], AbstractContextManager[Workplace]] = _in_place,
+) -> str | None:
     """Train a job in a worker; return the reason why it was not trained to the end, `_STOPPED`, or None."""
     job, hardware = task.job, task.job.run.recipe.hardware
     try:
@@ -69,12 +89,8 @@ def train_task(task: RunTask, make_task: MakeTask) -> str | None:
                 f"a worker has torch {torch.__version__} and the command {task.torch_version}, so its results could "
                 "differ: install the same version on all machines"
             )
-        with (
-            RunFolder(job.folder).locked(timeout=_LOCK_SECONDS),
-            join(hardware.device, hardware.threads) as world,
-            with_tensorboard(EventWriter(job.folder, task.interval), job.run, task.control, world) as reporter,
-        ):
-            train(job.run, job.folder, make_task(job.run.recipe), world, reporter, StopFile(task.stop_file))
+        with workplace(task) as place, join(hardware.device, hardware.threads) as world:
+            train(job.run, place.folder, make_task(job.run.recipe), world, place.reporter, place.stop)
     except Stopped:
         return _STOPPED
     except ExperimentError as error:
@@ -89,7 +105,13 @@ class _RunInProgress:
     job: Job
     task: RunTask
     events: EventReader
+    log: AbstractContextManager[Reporter]
     retries: int = 0
+
+    def close(self) -> None:
+        self.events.poll()  # drain events written after the last poll
+        self.events.close()
+        self.log.__exit__(None, None, None)
 
 
 class WorkerExecutor(Executor, Generic[W]):
@@ -103,9 +125,9 @@ class WorkerExecutor(Executor, Generic[W]):
     def _capacity(self) -> int:
         """Return how many runs may be in progress at a time."""
 
-    def _share(self, make_task: MakeTask) -> Any:
-        """Return the function as `_start` takes it."""
-        return make_task
+    def _share(self, make_task: MakeTask, control: Path, stop_file: Path) -> AbstractContextManager[Any]:
+        """Provide the function as `_start` takes it, until the runs have ended."""
+        return nullcontext(make_task)
 
     @abstractmethod
     def _start(self, task: RunTask, shared: Any) -> W:
@@ -128,18 +150,23 @@ class WorkerExecutor(Executor, Generic[W]):
     ) -> Generator[Outcome, None, None]:
         control = control.absolute()
         stop_file = control / f".stop-{uuid.uuid4().hex[:12]}"
-        shared, remaining, running, exhausted = self._share(make_task), iter(jobs), dict[W, _RunInProgress](), False
+        with self._share(make_task, control, stop_file) as shared:
+            yield from self._run(iter(jobs), shared, control, stop_file, reporter, stop)
+        if stop:
+            raise Stopped(stop.signal)
+
+    def _run(
+        self, jobs: Iterator[Job], shared: Any, control: Path, stop_file: Path, reporter: Reporter, stop: Stop
+    ) -> Generator[Outcome, None, None]:
+        running, exhausted = dict[W, _RunInProgress](), False
         try:
             while True:
                 while not exhausted and not stop and len(running) < self._capacity():
-                    if (job := next(remaining, None)) is None:
+                    if (job := next(jobs, None)) is None:
                         exhausted = True
                     else:
-                        events = EventReader(job.run, job.folder, reporter)
-                        # a worker may have another working directory
-                        absolute = replace(job, folder=job.folder.absolute())
-                        task = RunTask(absolute, control, stop_file, reporter.interval, torch.__version__)
-                        running[self._start(task, shared)] = _RunInProgress(job, task, events)
+                        one = self._in_progress(job, control, stop_file, reporter)
+                        running[self._start(one.task, shared)] = one
                 if not running:
                     if stop or exhausted:
                         break
@@ -160,17 +187,23 @@ class WorkerExecutor(Executor, Generic[W]):
                             running[self._start(one.task, shared)] = replace(one, retries=one.retries + 1)
                             continue
                         error = _final_error(one, died)
-                    one.events.poll()  # drain events written after the last poll
-                    one.events.close()
+                    one.close()
                     if error != _STOPPED:
                         yield Outcome(one.job, error)
         finally:
-            for worker in running:
+            for worker, one in running.items():
                 with suppress(Exception):
                     self._kill(worker)
+                one.log.__exit__(None, None, None)
             stop_file.unlink(missing_ok=True)
-        if stop:
-            raise Stopped(stop.signal)
+
+    def _in_progress(self, job: Job, control: Path, stop_file: Path, reporter: Reporter) -> _RunInProgress:
+        # this process logs, because not all machines may see the folder
+        log = with_tensorboard(reporter, job.run, control, self.world)
+        events = EventReader(job.run, job.folder, log.__enter__())
+        # a worker may have another working directory
+        absolute = replace(job, folder=job.folder.absolute())
+        return _RunInProgress(job, RunTask(absolute, stop_file, reporter.interval, torch.__version__), events, log)
 
     def _announce_retry(self, one: _RunInProgress, died: WorkerDied) -> None:
         print_line(

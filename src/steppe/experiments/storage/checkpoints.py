@@ -22,8 +22,10 @@ def owner(run: Run, processes: int, start: str | None) -> str:
 class CheckpointManager:
     """Keeps the checkpoint and the metrics of a run in its folder; only the first process writes."""
 
-    def __init__(self, folder: Path, run: Run, world: World, start: str | None) -> None:
-        self._folder, self._world = folder, world
+    def __init__(
+        self, folder: Path, run: Run, world: World, start: str | None, on_save: Callable[[], None] = lambda: None
+    ) -> None:
+        self._folder, self._world, self._on_save = folder, world, on_save
         self._owner = owner(run, world.size, start)
         self._interval = run.recipe.output.checkpoint_seconds
         self._saved = time.monotonic()
@@ -52,4 +54,5 @@ class CheckpointManager:
         if self._world.rank == 0:
             save(self._folder / CHECKPOINT, self._owner, state)
             write_json_lines(self._folder / METRICS, state["records"])
+            self._on_save()
         self._saved = time.monotonic()

@@ -27,5 +27,8 @@ class Reporter:
     def measured(self, run: Run, record: Record) -> None:
         """Report a measurement."""
 
+    def saved(self, run: Run) -> None:
+        """Report that a checkpoint was written, and the metrics that belong to it."""
+
     def end(self, run: Run, records: Sequence[Record]) -> None:
         """Report that the run is finished."""
