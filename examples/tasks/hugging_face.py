@@ -43,8 +43,8 @@ def task() -> Task:
     return Task(
         name="hugging-face",
         model=model,
-        train=Sentences(800, seed=0),
-        test=Sentences(400, seed=1),
+        train=Sentences(600, seed=0),
+        test=Sentences(300, seed=1),
         metrics={"accuracy": Metric(accuracy, unit="%")},
         optimizer=lambda model: torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01),
         schedule="linear",

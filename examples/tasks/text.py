@@ -47,9 +47,9 @@ class Transformer(nn.Module):
 
 def task() -> Task:
     """Return the task."""
-    pairs = [(line.lower().split()[:LENGTH], i) for i, name in enumerate(LIBRARIES) for line in sentences(name)[:500]]
+    pairs = [(line.lower().split()[:LENGTH], i) for i, name in enumerate(LIBRARIES) for line in sentences(name)[:300]]
     random.Random(0).shuffle(pairs)
-    train, test = pairs[:900], pairs[900:]
+    train, test = pairs[:600], pairs[600:]
     counts = {}
     for words, _ in train:
         for word in words:

@@ -51,8 +51,8 @@ def task() -> Task:
     data = load_digits()
     images = torch.tensor(data.images, dtype=torch.float32).unsqueeze(1) / 16
     labels = torch.tensor(data.target)
-    train = Digits(images[:1200], labels[:1200], augment=True)
-    test = Digits(images[1200:], labels[1200:], augment=False)
+    train = Digits(images[:900], labels[:900], augment=True)
+    test = Digits(images[900:], labels[900:], augment=False)
     return Task(
         name="vit",
         model=ViT,

@@ -118,7 +118,7 @@ def _train_and_report(
         if not recipe.comparison.widths:
             make_task = prepare_task(executor, folder.path, console, task)
             if recipe.data.task and world.size == 1:
-                try_methods(recipe, make_task(recipe), folder.path)
+                try_methods(recipe, make_task(recipe), folder)
             reason = train_runs(recipe.runs(), make_task, executor, folder, console)
             failed += [] if reason is None else [reason]
         return (report(folder, recipe, console) if world.rank == 0 else None), failed

@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.trial import try_methods
 
@@ -22,7 +23,7 @@ NAMES = [name for name, method in METHODS.items() if method.plain is None or nam
 
 
 def attempt(task: Task, *methods: str, folder: Path = Path("nowhere"), **options: Any) -> None:
-    try_methods(recipe_of(task, methods=methods, **options), task, folder)
+    try_methods(recipe_of(task, methods=methods, **options), task, RunFolder(folder))
 
 
 @pytest.mark.parametrize("method", NAMES)
@@ -212,7 +213,7 @@ def test_nothing_is_tried_where_there_is_a_checkpoint_and_generators_stay(tmp_pa
     before = torch.get_rng_state()
     task = classifier()
     attempt(task, "base", "sam")
-    result(task, tmp_path / "sam-seed0")
+    result(task, tmp_path / "runs" / "sam-seed0")
     attempt(replace(task, optimizer=lambda model: 1 / 0), "sam", folder=tmp_path)
     with pytest.raises(ExperimentError, match=r"^base cannot train this task: .*division by zero, at .*1 / 0"):
         attempt(replace(task, optimizer=lambda model: 1 / 0), "base", folder=tmp_path)

@@ -147,6 +147,7 @@ def _signals_blocked() -> Iterator[None]:
 
 def _serve(pipe: Connection) -> None:
     """Execute the tasks that come through the pipe, as long as the parent process lives."""
+    multiprocessing.current_process().daemon = False  # else a DataLoader could not start workers here
     for number in _SIGNALS:  # Ctrl-C reaches every process of a terminal; the parent decides when to stop
         signal.signal(number, signal.SIG_IGN)
     if hasattr(signal, "pthread_sigmask"):

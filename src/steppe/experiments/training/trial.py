@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,7 +10,7 @@ from torch import Tensor
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError, first_line
-from steppe.experiments.storage.run_folder import CHECKPOINT
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.tasks.check import place
 from steppe.experiments.tasks.samples import generators_restored
 from steppe.experiments.tasks.task import Task
@@ -19,7 +18,7 @@ from steppe.experiments.training.run import Training
 from steppe.experiments.world import World
 
 
-def try_methods(recipe: Recipe, task: Task, folder: Path) -> None:
+def try_methods(recipe: Recipe, task: Task, folder: RunFolder) -> None:
     """Take a step of each method of a resolved recipe that has no checkpoint in the run folder; nothing is kept.
 
     Raises:
@@ -30,7 +29,7 @@ def try_methods(recipe: Recipe, task: Task, folder: Path) -> None:
     watched = _WatchedTask(**{field.name: getattr(task, field.name) for field in fields(task)})
     for method in recipe.comparison.methods:
         run = Run(recipe.replace(compile=False), method, recipe.comparison.first_seed)
-        if (folder / run.name / CHECKPOINT).exists():
+        if (folder.run(run) / CHECKPOINT).exists():
             continue
         try:
             with generators_restored():
