@@ -75,6 +75,8 @@ def _serve(rank: int, size: int, store: str, pipe: Any) -> None:
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     # torch 2.6, when tensors are distributed over a CPU mesh; no test draws random numbers there
     warnings.filterwarnings("ignore", message="DTensor random operators may not have complete support on cpu")
+    # likewise, from inside its distributed checkpoints
+    warnings.filterwarnings("ignore", message="TypedStorage is deprecated")
     dist.init_process_group("gloo", init_method=Path(store).as_uri(), rank=rank, world_size=size, timeout=_TIMEOUT)
     while (task := pipe.recv()) is not None:
         function, args = task

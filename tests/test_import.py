@@ -19,7 +19,7 @@ import steppe
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 # statistics and fractions: the standard library's, with what they import
-STANDARD_LIBRARY = {"fractions", "statistics", "_statistics"}
+STANDARD_LIBRARY = {"decimal", "_decimal", "fractions", "statistics", "_statistics"}
 
 
 def test_c37_import_loads_little_beside_torch():

@@ -84,6 +84,8 @@ CASES = {
 
 @pytest.mark.parametrize("case", CASES)
 def test_trainer_equals_plain_loop(tmp_path, case):
+    if case == "compiled" and torch.__version__ < "2.7":
+        pytest.skip("transformers' recording of outputs fails under the Dynamo of torch 2.6")
     settings, reference = CASES[case]
     model, twin, plain = gpt(), gpt(), gpt()
     trained = trainer(tmp_path, model, rho=0.1, **settings)

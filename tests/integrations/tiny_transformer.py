@@ -42,6 +42,7 @@ def arguments(folder, *, of=TrainingArguments, **changes) -> TrainingArguments:
         "per_device_train_batch_size": 2,
         "num_train_epochs": 2,
         "learning_rate": 0.01,
+        "optim": "adamw_torch_fused",  # the Trainer's own default from torch 2.8
         "weight_decay": 0.01,
         "max_grad_norm": 0.0,
         "lr_scheduler_type": "constant",

@@ -207,7 +207,7 @@ def saf_gradients(w, x, y, past):
 @pytest.mark.parametrize("drive", DRIVES.values(), ids=DRIVES)
 def test_second_pass_of_sam_has_the_term_and_stores_no_output(drive):
     model, saf = model64(), saf64()
-    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.5, model=model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.5), rho=0.5, model=[model, saf])
     (x, y), w, memory = data(), [p.detach().clone() for p in model.parameters()], {}
 
     for epoch in range(6):

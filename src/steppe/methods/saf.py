@@ -67,6 +67,10 @@ class SAF(nn.Module):
             Each process gets other samples in every epoch, so each stores the logits of all processes, and their
             batches must be of equal size, which ``DistributedSampler`` ensures.
 
+    Note:
+        In a step of :class:`steppe.SAM`, give SAM both modules, ``model=[model, saf]``: the memory then keeps the
+        outputs at w, and SAM does not warn of buffers that both passes change outside of ``model=``.
+
     Raises:
         ValueError: A hyperparameter is out of range; (when called) logits or indices have a wrong shape, or the
             epochs are not consecutive.
