@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from fine_tuning import OPTIONS, recipe, weights
 from rich.console import Console
-from tiny import CPU, batches_of, split
+from tiny import CPU, batches_of, split, train_run
 
 import steppe
 from steppe.cli import main
@@ -25,9 +25,8 @@ from steppe.experiments.execution.launch import InProcessExecutor
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.report import page
-from steppe.experiments.storage.records import parse_records
+from steppe.experiments.storage.records import parse_record
 from steppe.experiments.storage.run_folder import CHECKPOINT
-from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stop, Stopped
 from stops import StopAfter
 
@@ -60,7 +59,7 @@ def test_the_backbone_is_pretrained_once_and_taken_from_the_cache(
     content = {p: p.read_bytes() for p in kept.rglob("*") if p.is_file()}
     # what was pretrained is what an ordinary run of that recipe gives, and the runs start from it
     pretraining = finetune.pretraining_recipe(recipe(momentum=0.9))
-    train(Run(pretraining, MethodSpec.parse("sgd"), 0), tmp_path / "by hand", tiny_data("sample"), CPU)
+    train_run(Run(pretraining, MethodSpec.parse("sgd"), 0), tmp_path / "by hand", tiny_data("sample"))
     by_hand = Backbone(PreActResNet18(2, stem_stride=2), "head", "")
     by_hand.model.load_state_dict(weights(tmp_path / "by hand"))
     named = json.loads((tmp_path / "a" / "backbone.json").read_text())
@@ -136,7 +135,7 @@ def test_stopped_pretraining_resumes_to_the_same_bits(
 ) -> None:
     run = Run(finetune.pretraining_recipe(recipe()), MethodSpec.parse("sgd"), 0)
     whole = tmp_path / "whole"
-    train(run, whole, tiny_data("sample"), CPU)
+    train_run(run, whole, tiny_data("sample"))
     executor = InProcessExecutor(recipe(), CPU)
     real = InProcessExecutor.run
 
@@ -187,7 +186,7 @@ def test_steppe_finetune_with_a_hugging_face_folder(cache: Path, saved: Path, tm
     assert not cache.exists()
     last = [json.loads((out / f"runs/{m}-seed0/metrics.jsonl").read_text().splitlines()[-1]) for m in ("sgd", "sam")]
     assert [run["passes"] for run in last] == [1, 2]
-    records = parse_records(last)
+    records = [parse_record(run) for run in last]
     backbone = from_hub(f"hf:{saved}", 10, 16)
     torch.manual_seed(0)
     network = backbone.network(freeze=False)

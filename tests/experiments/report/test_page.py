@@ -382,7 +382,7 @@ def test_numbers_are_those_of_the_summary(chrome: Chrome, page: Path) -> None:
 
 @in_browser
 def test_curves_over_time_replace_those_over_compute(chrome: Chrome) -> None:
-    x = """const uses = [...arguments[0].querySelectorAll('[data-method=sgd] use')];
+    x = """const uses = [...arguments[0].querySelectorAll('[data-method=sam] use')];
         return uses.filter((use) => use.querySelector('title')).map((use) => Number(use.getAttribute('x')))"""
     first, second, third = chrome.execute_script(x, come_to(chrome, shown("gap")))
     assert third - second == pytest.approx(second - first, abs=0.01), "epochs 2, 4 and 6"
