@@ -104,12 +104,13 @@ class FakeRay:
 
 
 def train_on_ray(
-    ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
+    ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tensorboard: bool = False, **options: Any
 ) -> tuple[list[Outcome], str]:
     monkeypatch.setitem(sys.modules, "ray", ray)
     console = Console(file=io.StringIO(), width=300)
-    with start_executor(recipe(epochs=2, seeds=2), ExecutionOptions("ray", **options), console) as executor:
-        work = jobs(tmp_path, epochs=2, seeds=2)
+    fields = {"epochs": 2, "seeds": 2, "tensorboard": tensorboard}
+    with start_executor(recipe(**fields), ExecutionOptions("ray", **options), console) as executor:
+        work = jobs(tmp_path, **fields)
         outcomes = list(executor.run(work, make_task(), tmp_path, RecordingReporter(), Stop()))
     return outcomes, console.file.getvalue()  # type: ignore[attr-defined]
 

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 from executing import DEMO, FIELDS, jobs
-from tiny import CPU, RecordingReporter, dataset, recipe
+from tiny import CPU, RecordingReporter, make_task, recipe
 
 from steppe.experiments.execution.launch import InProcessExecutor
 from steppe.experiments.training.stopping import Stop
@@ -12,7 +12,7 @@ from steppe.experiments.training.stopping import Stop
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     for _ in InProcessExecutor(recipe(**FIELDS, **DEMO), CPU).run(
-        jobs(folder, **FIELDS, **DEMO), dataset(), folder, RecordingReporter(), Stop()
+        jobs(folder, **FIELDS, **DEMO), make_task(), folder, RecordingReporter(), Stop()
     ):
         pass
     return folder

@@ -80,7 +80,7 @@ def write_module(folder: Path) -> None:
 
 def recipe_of(out: Path) -> Recipe:
     fields: dict[str, Any] = {"task": "user_task:task", "methods": ("sgd", "user_task:own_sam"), "seeds": 2}
-    fields |= {"epochs": 4, "extra_epochs": 0, "eval_every": 2, "batch_size": 16, "checkpoint_seconds": 0.2}
+    fields |= {"epochs": 6, "extra_epochs": 0, "eval_every": 3, "batch_size": 16, "checkpoint_seconds": 0.2}
     return Recipe().replace(out=out, **fields, device="cpu", threads=1, amp=False, cuda_graphs=False)
 
 
@@ -163,13 +163,16 @@ def main(folder: Path) -> None:
 
             work, stop = jobs(executor.recipe.replace(out=folder / "stopped")), Stop()
 
-            class StopWithinAnEpoch(RecordingReporter):
-                def step(self, *values: Any) -> None:
-                    if any(cluster.node_of(worker(job.folder)) for job in work if has_begun(job.folder)):
-                        stop.signal = 2
+            class StopAtTheFirstStep(RecordingReporter):
+                """Requests a stop when a machine that does not see the folder trains."""
+
+                def step(self, run: Run, *values: Any) -> None:
+                    with suppress(OSError, IndexError):
+                        if cluster.node_of(worker(folder / "stopped" / "runs" / run.name)):
+                            stop.signal = 2
 
             try:
-                list(executor.run(work, make_task, folder / "stopped", StopWithinAnEpoch(), stop))
+                list(executor.run(work, make_task, folder / "stopped", StopAtTheFirstStep(), stop))
             except Stopped:
                 found["stopped"] = [job.run.name for job in work if has_begun(job.folder)]
         found["printed"] = console.file.getvalue()  # type: ignore[attr-defined]

@@ -1,15 +1,14 @@
 """Send objects together with the user's code that they need, to machines that have no copy of it."""
 
 import pickle
-import site
 import sys
-import sysconfig
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.metadata import packages_distributions
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import cloudpickle  # type: ignore[import-untyped]
 
@@ -19,7 +18,7 @@ from steppe.experiments.entry_points import load_entry_point
 from steppe.experiments.execution.executor import MakeTask
 from steppe.experiments.execution.pretraining import NamedTask, OneTask
 
-_OURS = __name__.partition(".")[0]
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -45,23 +44,24 @@ def pack(thing: Any) -> Packed:
 
 
 def pack_task(make_task: MakeTask) -> Packed | MakeTask:
-    """Pack the function that makes tasks; a task of a module comes along with its data, as it is in this process.
-
-    One that cannot be pickled is left as it is: other processes then import it by its name.
-    """
-    if not isinstance(make_task, NamedTask):
-        return pack(make_task)
-    try:
-        return pack(OneTask(make_task.task))
-    except Exception:  # a lock, an open file, or anything else
-        return make_task
+    """Pack the function that makes tasks; a task of a module comes along with its data, as it is in this process."""
+    return _pack_or_name(OneTask(make_task.task) if isinstance(make_task, NamedTask) else make_task, make_task)
 
 
 def pack_run(run: Run) -> Any:
     """Pack a run; methods that are functions of a user's module come along."""
     comparison = run.recipe.comparison
     comparison = replace(comparison, methods=tuple(map(_with_function, comparison.methods)))
-    return pack(replace(run, method=_with_function(run.method), recipe=replace(run.recipe, comparison=comparison)))
+    packed = replace(run, method=_with_function(run.method), recipe=replace(run.recipe, comparison=comparison))
+    return _pack_or_name(packed, run)
+
+
+def _pack_or_name(thing: Any, by_name: T) -> Packed | T:
+    """Pack `thing`; if it holds a lock, an open file or the like, other processes import `by_name` by its names."""
+    try:
+        return pack(thing)
+    except Exception:  # of any kind, from the user's own classes
+        return by_name
 
 
 def _with_function(method: MethodSpec) -> MethodSpec:
@@ -71,18 +71,15 @@ def _with_function(method: MethodSpec) -> MethodSpec:
 
 
 def _is_users(module: ModuleType) -> bool:
-    """True for a module that was not installed and is neither of Python nor of this package."""
+    """True for a module that is neither installed nor of Python."""
     file, name = getattr(module, "__file__", None), getattr(module, "__name__", "")
-    if not file or sys.modules.get(name) is not module or name.partition(".")[0] in ("__main__", _OURS):
+    if not file or sys.modules.get(name) is not module:
         return False
-    path = Path(file)
-    installed = {"site-packages", "dist-packages"}.intersection(path.parts)
-    return not installed and not any(path.is_relative_to(folder) for folder in _installed())
+    top, installed = name.partition(".")[0], {"site-packages", "dist-packages"}.intersection(Path(file).parts)
+    return not installed and top not in _known_names()
 
 
 @cache
-def _installed() -> tuple[Path, ...]:
-    paths = sysconfig.get_paths()
-    return *(Path(paths[key]) for key in ("stdlib", "platstdlib", "purelib", "platlib")), Path(
-        site.getusersitepackages()
-    )
+def _known_names() -> frozenset[str]:
+    """The top-level modules of Python and of installed packages, also those that are installed for development."""
+    return sys.stdlib_module_names | packages_distributions().keys() | {"__main__", __name__.partition(".")[0]}

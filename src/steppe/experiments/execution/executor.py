@@ -26,8 +26,8 @@ class ExecutionOptions:
     """Runs at a time on this machine, each in a separate process; by default as many as its CPUs have room for, and 1
     on a GPU. 1 trains one after the other, in this process."""
     ray_address: str | None = None
-    """A Ray cluster; by default $RAY_ADDRESS, else a Ray on this machine that ends with the command. All machines
-    must see the run folder under the same path."""
+    """A Ray cluster; by default $RAY_ADDRESS, else a Ray on this machine that ends with the command. Machines that do
+    not see the run folder send their results."""
     cpus_per_run: Annotated[int | None, Minimum(1, "the CPUs of a run")] = None
     """CPUs that Ray reserves for a run; by default as many as --threads, or 1."""
     gpus_per_run: Annotated[float | None, Minimum(0, "the GPUs of a run")] = None
@@ -74,7 +74,7 @@ class Executor(ABC):
     ) -> Generator[Outcome, None, None]:
         """Train each job, taking the next one only when there is room for it; yield each when it ends.
 
-        All processes and machines see the folder `control`. An ExperimentError of one run does not end the others.
+        `control` is a folder for files of the session. An ExperimentError of one run does not end the others.
         After a request to stop, the runs in progress save a checkpoint, and Stopped is raised.
         """
 
