@@ -12,7 +12,7 @@ from steppe.experiments.training.stopping import Stop
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
     for _ in InProcessExecutor(recipe(**FIELDS, **DEMO), CPU).run(
-        jobs(folder, **FIELDS, **DEMO), make_task(), folder, RecordingReporter(), Stop()
+        jobs(folder, **FIELDS, **DEMO), make_task(robustness=True), folder, RecordingReporter(), Stop()
     ):
         pass
     return folder
