@@ -43,12 +43,12 @@ def test_parallel_runs_have_the_bits_of_sequential_ones_also_after_a_worker_is_k
     undisturbed: Path, tmp_path: Path
 ) -> None:
     given = {**FIELDS, **DEMO, "seeds": 2, "checkpoint_seconds": 0.0}
-    console, killer = Console(file=io.StringIO(), width=300), Killer(tmp_path)
+    making, console, killer = make_task(robustness=True), Console(file=io.StringIO(), width=300), Killer(tmp_path)
     before = set(multiprocessing.active_children())  # of other tests
     with start_executor(recipe(**given), ExecutionOptions(runs_at_once=2), console) as executor:
-        outcomes = list(executor.run(jobs(tmp_path, **given), make_task(), tmp_path, killer, Stop()))
+        outcomes = list(executor.run(jobs(tmp_path, **given), making, tmp_path, killer, Stop()))
         (tmp_path / "sgd-seed1" / "checkpoint.pt").write_bytes(b"no checkpoint")
-        again = list(executor.run(jobs(tmp_path, **given), make_task(), tmp_path, RecordingReporter(), Stop()))
+        again = list(executor.run(jobs(tmp_path, **given), making, tmp_path, RecordingReporter(), Stop()))
     assert [bool(outcome.error) for outcome in outcomes] == [False] * 4
     printed = console.file.getvalue()  # type: ignore[attr-defined]
     assert printed.startswith("sam-seed0: its worker died (it was ended by SIGKILL, ")
