@@ -140,7 +140,7 @@ def compare(
             **options,
         }
     )
-    console = Console(quiet=quiet)
+    console = Console(quiet=quiet, emoji=False)
     execution = ExecutionOptions(runs_at_once=runs_at_once)
     comparison.compare(recipe, ["steppe.experiments.compare", name], console, execution, given)
     folder = RunFolder(recipe.folder)

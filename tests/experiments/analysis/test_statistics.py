@@ -129,3 +129,9 @@ def test_seeds_needed_is_the_smallest_number() -> None:
     assert seeds is not None
     assert power(0.8, seeds - 1) < 0.9 <= power(0.8, seeds)
     assert seeds_needed(0.8, share=0.9, most=seeds - 1) is None
+
+
+def test_estimate_of_infinite_values_is_not_finite_and_does_not_raise() -> None:
+    assert math.isnan(estimate([math.inf, -math.inf]).mean)
+    assert estimate([math.inf, 1.0]).mean == math.inf
+    assert math.isnan(estimate([math.nan, 1.0]).mean)

@@ -66,8 +66,9 @@ def estimate(values: Sequence[float]) -> Estimate:
     """
     if len(values) == 1:
         return Estimate(1, float(values[0]), None)
-    finite = all(map(math.isfinite, values))
-    return Estimate(len(values), statistics.fmean(values), statistics.stdev(values) if finite else math.nan)
+    if not all(map(math.isfinite, values)):
+        return Estimate(len(values), sum(values) / len(values), math.nan)  # fmean refuses inf beside -inf
+    return Estimate(len(values), statistics.fmean(values), statistics.stdev(values))
 
 
 @dataclass(frozen=True)
