@@ -150,8 +150,8 @@ def train_without_clipping():
 @pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
 def test_accumulation_clipping_and_schedule_equal_one_process(way, parts):
     expected = train_without_clipping() if way in MIXED else train_with_clipping(None, 1)
-    # clip_grad_norm_ of torch 2.6 adds its 1e-6 on each rank, if the norm is a sum over ranks that is still pending
-    inexact = torch.__version__.startswith("2.6.") and way == "sequence parallel"
+    # clip_grad_norm_ of torch 2.6 and 2.8 adds its 1e-6 on each rank, if the norm is a sum over ranks that is pending
+    inexact = torch.__version__ < "2.9" and way in ("sequence parallel", "fsdp2")
     tolerance = {"rtol": 1e-6, "atol": 1e-6} if inexact else {}
     for found in start_ranks()(train_with_clipping, way, parts):
         close(found, expected, **tolerance)
