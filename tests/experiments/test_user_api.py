@@ -90,3 +90,10 @@ def test_error_in_the_task_names_the_line_before_anything_is_trained(tmp_path: P
     with pytest.raises(ExperimentError, match=r"loss= .*outputs a tensor of shape \(4, 2\).*test_user_api.py:\d+"):
         compare(task, out=tmp_path / "run", quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_another_task_in_the_same_folder_is_refused(tmp_path: Path) -> None:
+    compare(classifier(), epochs=1, seeds=1, out=tmp_path / "run", quiet=True)
+    wider = Task(**{**vars(classifier()), "model": lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2))})
+    with pytest.raises(ExperimentError, match=r"another configuration.*the task was .*58 parameters.*65 parameters"):
+        compare(wider, epochs=1, seeds=1, out=tmp_path / "run", quiet=True)

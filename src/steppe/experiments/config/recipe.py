@@ -324,7 +324,9 @@ class Recipe:
     def result_options(self) -> dict[str, Any]:
         """Return the options that a run's result depends on, as JSON has them."""
         options = {name: value for name, value in self.options().items() if name not in _NO_EFFECT_ON_RESULTS}
-        return options | {"momentum": self.base_momentum} | ({"width": "several"} if self.comparison.widths else {})
+        options |= {"momentum": self.base_momentum} | ({"width": "several"} if self.comparison.widths else {})
+        # the size of the model and of the data, and the metrics: another task by the same name is noticed
+        return options | ({"the task": asdict(self.task)} if self.data.task else {})
 
 
 @dataclass(frozen=True)
