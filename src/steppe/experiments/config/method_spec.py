@@ -40,7 +40,7 @@ class MethodSpec:
     average: str = ""
     """ema or swa, see `steppe.averaging.from_name`; empty for the weights themselves."""
     share: Fraction = Fraction(1)
-    """The part of the compute that it gets; below 1 for a control that makes as many steps as a dearer method."""
+    """The part of the compute that it gets; below 1 for a control that makes as many steps as a costlier method."""
     function: Callable[..., Optimizer] | None = field(default=None, compare=False, repr=False)
     """The method itself, if it has no name by which it could be imported."""
 

@@ -277,7 +277,7 @@ class Recipe:
                 yield Run(self, method, seed)
 
     def controls(self) -> list[MethodSpec]:
-        """Return the first method with as much compute as it needs for the steps of each dearer one.
+        """Return the first method with as much compute as it needs for the steps of each costlier one.
 
         With a constant learning rate there are none: its run at full compute has passed that point.
 
