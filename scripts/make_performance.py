@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import re
 import shutil
 import sys
 import tempfile
@@ -25,6 +24,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
 from gpu.measurements import load_all_seeds  # noqa: E402
+from measured_parts import replace_parts  # noqa: E402
 from results import Result  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -134,18 +134,7 @@ def page(text: str, folder: Path = results.RESULTS) -> str:
     Raises:
         ValueError: a part is missing, occurs twice, or is unknown.
     """
-    for name in PARTS:
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
-            raise ValueError(
-                f"{PAGE} must contain {begin} and then {end}, once each; the measured part is between them"
-            )
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n\n{part(name, folder)}\n\n{end}{rest.partition(end)[2]}"
-    unknown = set(re.findall(r"<!-- begin (\S+) -->", text)) - set(PARTS)
-    if unknown:
-        raise ValueError(f"{PAGE} has unknown parts {', '.join(sorted(unknown))}; known are {', '.join(PARTS)}")
-    return text
+    return replace_parts(PAGE, text, {name: partial(part, name, folder) for name in PARTS})
 
 
 def draw(folder: Path = results.RESULTS, images: Path = IMAGES) -> list[Path]:

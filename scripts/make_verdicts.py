@@ -11,13 +11,15 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
+from measured_parts import replace_parts  # noqa: E402
 from verdicts.table import render_calibration, render_seeds  # noqa: E402
 
 PAGE = ROOT / "docs" / "verdicts.md"
@@ -27,16 +29,11 @@ PARTS = {"seeds": render_seeds, "calibration": render_calibration}
 def page(text: str, folder: Path = results.RESULTS) -> str:
     """Return the page with all parts rendered again."""
     found = results.load("verdicts", folder)
-    for name, render in PARTS.items():
-        begin, end = f"<!-- begin {name} -->", f"<!-- end {name} -->"
-        if text.count(begin) != 1 or text.count(end) != 1:
-            raise ValueError(
-                f"{PAGE} must contain {begin} and then {end}, once each; the measured part is between them"
-            )
-        before, _, rest = text.partition(begin)
-        measured = "\n\n".join(render(result).strip() for result in found)
-        text = f"{before}{begin}\n\n{measured}\n\n{end}{rest.partition(end)[2]}"
-    return text
+
+    def measured(render: Callable[[results.Result], str]) -> str:
+        return "\n\n".join(render(result).strip() for result in found)
+
+    return replace_parts(PAGE, text, {name: partial(measured, render) for name, render in PARTS.items()})
 
 
 def main(words: Sequence[str] | None = None) -> int:
