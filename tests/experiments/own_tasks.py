@@ -15,7 +15,8 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.tasks.task import Metric, Task, accuracy
 from steppe.experiments.training.run import train
-from steppe.experiments.training.stopping import Stop, Stopped
+from steppe.experiments.training.stopping import Stopped
+from stops import StopAfter
 
 OPTIONS = {"device": "cpu", "threads": 1, "cuda_graphs": False, "schedule": "constant", "epochs": 2, "seeds": 1}
 
@@ -56,19 +57,6 @@ def recipe_of(task: Task, **options: Any) -> Recipe:
 def run_of(task: Task, method: str = "sam", seed: int = 0, **options: Any) -> Run:
     spec = MethodSpec.parse(method)
     return Run(recipe_of(task, methods=(spec,), **options), spec, seed)
-
-
-class StopAfter(Stop):
-    """A request to stop after some steps."""
-
-    def __init__(self, steps: int) -> None:
-        super().__init__()
-        self._left = steps
-
-    def __bool__(self) -> bool:
-        self._left -= 1
-        self.signal = 2 if self._left < 0 else 0
-        return self._left < 0
 
 
 def result(task: Task, folder: Path, method: str = "sam", *, stop_after: int | None = None, **options: Any) -> Any:

@@ -4,12 +4,14 @@ A command may end with the result of the undamaged folder (healed, with a note),
 the file and what to do: never with another exception, and never with another result.
 """
 
+import dataclasses
 import io
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import tiny
 from mutations import mutate
 from rich.console import Console
 from tiny import dataset, recipe
@@ -25,20 +27,8 @@ from steppe.experiments.report.figures import Figures
 from steppe.experiments.tuning import tune as tuning
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.tune import report_tuning, tune
-from steppe.flatness import Budget
 
-BUDGET = Budget(
-    m=8,
-    ascent_steps=1,
-    restarts=1,
-    pairs=1,
-    num_eigenvalues=1,
-    tol=0.5,
-    probes=2,
-    density_probes=1,
-    density_iterations=2,
-    points=0,
-)
+BUDGET = dataclasses.replace(tiny.BUDGET, pairs=1, num_eigenvalues=1, density_iterations=2)
 MEASURING = MeasuringOptions(samples=16, budget=BUDGET, processes=1)
 FIELDS: dict[str, object] = {"methods": ("sgd", "sam"), "width": 1, "epochs": 2}
 LOCAL = ExecutionOptions(runs_at_once=1)

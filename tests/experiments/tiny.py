@@ -23,7 +23,21 @@ from steppe.experiments.tasks.images import ImageSamples, images_task
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import Training, train
 from steppe.experiments.world import World
+from steppe.flatness import Budget
 
+BUDGET = Budget(
+    m=8,
+    ascent_steps=1,
+    restarts=1,
+    pairs=2,
+    num_eigenvalues=2,
+    tol=0.5,
+    probes=2,
+    density_probes=1,
+    density_iterations=3,
+    points=0,
+)
+"""A measurement of flatness in a second."""
 CPU = World(torch.device("cpu"))
 OPTIONS = {"width": 2, "batch_size": 16, "epochs": 4, "seeds": 1, "device": "cpu", "threads": 1, "amp": False}
 RESOLVED = {"cuda_graphs": False}

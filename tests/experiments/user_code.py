@@ -1,5 +1,6 @@
 """A user's own module, weights and data, measured with `steppe measure --model`."""
 
+import dataclasses
 import io
 import json
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -17,20 +19,9 @@ from torch import nn
 from steppe.experiments.measuring import jobs, user_model
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
-from steppe.flatness import Budget, Objective
+from steppe.flatness import Objective
 
-BUDGET = Budget(
-    m=4,
-    ascent_steps=1,
-    restarts=1,
-    pairs=2,
-    num_eigenvalues=2,
-    tol=0.5,
-    probes=2,
-    density_probes=1,
-    density_iterations=3,
-    points=0,
-)
+BUDGET = dataclasses.replace(tiny.BUDGET, m=4)
 
 CODE = '''
 """A user's own module."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -32,20 +33,9 @@ from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training.run import train
-from steppe.flatness import FAMILIES, Budget, Objective
+from steppe.flatness import FAMILIES, Objective
 
-BUDGET = Budget(
-    m=8,
-    ascent_steps=1,
-    restarts=1,
-    pairs=2,
-    num_eigenvalues=2,
-    tol=0.5,
-    probes=2,
-    density_probes=1,
-    density_iterations=3,
-    points=3,
-)
+BUDGET = dataclasses.replace(tiny.BUDGET, points=3)
 OPTIONS = MeasuringOptions(samples=24, budget=BUDGET, processes=1)
 FIELDS: dict[str, Any] = {"width": 1, "epochs": 2, "seeds": 2, "shots": 4, "label_noise": 0.25}
 NAMES = ["sgd-seed0", "sam-seed0", "sgd-seed1", "sam-seed1"]

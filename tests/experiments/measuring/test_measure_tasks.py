@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 import user_tasks
 from rich.console import Console
+from tiny import BUDGET
 
 from steppe.experiments import comparison
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdicts
@@ -20,20 +21,8 @@ from steppe.experiments.measuring.measure_runs import measure_runs
 from steppe.experiments.report import page
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.tasks.task import Task
-from steppe.flatness import Budget, Objective
+from steppe.flatness import Objective
 
-BUDGET = Budget(
-    m=8,
-    ascent_steps=1,
-    restarts=1,
-    pairs=2,
-    num_eigenvalues=2,
-    tol=0.5,
-    probes=2,
-    density_probes=1,
-    density_iterations=3,
-    points=0,
-)
 OPTIONS = MeasuringOptions(samples=20, budget=BUDGET, processes=1)
 
 
