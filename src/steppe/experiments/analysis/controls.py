@@ -17,7 +17,8 @@ from steppe.experiments.analysis.metric_verdicts import (
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import AVERAGED as AVERAGED_SUFFIX
+from steppe.experiments.storage.records import HALVES, Record, record_at
 from steppe.experiments.storage.run_folder import Results
 
 
@@ -35,12 +36,13 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
     """Say which method and rho to take on this task, at what price, how sure that is, and what to try next."""
     candidates = {}
     for method in recipe.comparison.methods:
-        ends = [_at(records, recipe.comparison.epochs) for run, records in results.items() if run.method == method]
+        of_method = [records for run, records in results.items() if run.method == method]
+        ends = [record_at(records, recipe.comparison.epochs) for records in of_method]
         found = [record for record in ends if record is not None]
         if found:
             candidates[str(method)] = Candidate(
                 label=method.label,
-                name=method.name + (f"+{method.average}" if method.average else ""),
+                name=method.averaged_name,
                 passes=estimate([record.passes for record in found]).mean,
                 seconds=estimate([record.seconds for record in found]).mean,
                 rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
@@ -53,7 +55,7 @@ def _pairs(recipe: Recipe, results: Results, method: MethodSpec, control: Contro
     metric = f"test_{recipe.task.deciding.name}"
     pairs = dict[int, tuple[float, float]]()
     for run, records in results.items():
-        ours = _at(records, recipe.comparison.epochs)
+        ours = record_at(records, recipe.comparison.epochs)
         if run.method == method and ours is not None:
             theirs = _base_number(recipe, results, control, run)
             if theirs is not None:
@@ -67,17 +69,17 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run) -
     records = results.get(Run(recipe, reference, run.seed), [])
     if control == BEST_HELD_OUT:
         return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= comparison.epochs])
-    record = _at(records, comparison.epochs)
+    record = record_at(records, comparison.epochs)
     if control == EQUAL_STEPS:
         share = comparison.share_of_as_many_steps(reference, run.method)
         if share >= 1:
             return None
         if not recipe.training.is_constant:  # else a shorter run is the beginning of a longer one
             records = results.get(Run(recipe, replace(reference, share=share), run.seed), [])
-        record = _at(records, comparison.epochs_of_as_many_steps(reference, run.method))
+        record = record_at(records, comparison.epochs_of_as_many_steps(reference, run.method))
     if record is None:
         return None
-    number: float | None = record.measures.get(f"{metric} (ema)") if control == AVERAGED else record[metric]
+    number: float | None = record.measures.get(metric + AVERAGED_SUFFIX) if control == AVERAGED else record[metric]
     return number
 
 
@@ -93,14 +95,10 @@ def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
     if all(held_out in record.measures for record in records):
         best: float = max(records, key=lambda r: metric.better * r[held_out])[test]
         return best
-    halves = [f"{test} (half {half})" for half in (1, 2)]
+    halves = [test + half for half in HALVES]
     if len(records) < 2 or not all(half in record.measures for record in records for half in halves):
         return None
     first, second = halves
     by_first = max(records, key=lambda record: metric.better * record[first])
     by_second = max(records, key=lambda record: metric.better * record[second])
     return float(by_first[second] + by_second[first]) / 2
-
-
-def _at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
-    return next((r for r in records if r.standardized_epoch == standardized_epoch), None)

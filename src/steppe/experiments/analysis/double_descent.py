@@ -11,12 +11,12 @@ from typing import Any
 import torch
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import SummaryFiles, record_at, setting
+from steppe.experiments.analysis.summary import SummaryFiles, setting
 from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.models.preact_resnet import PreActResNet18
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, record_at
 from steppe.experiments.storage.run_folder import RunFolder
 
 INTERPOLATES = 1.0

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steppe.experiments.analysis.statistics import Decision, decide
+from steppe.experiments.analysis.statistics import Decision, Estimate, decide
 from steppe.experiments.config.task_info import MetricInfo
 
 
@@ -147,15 +147,13 @@ distinguishable from SGD at equal steps (+0.33 points [-1.82, +2.48]).
         for method, difference in zip(methods, decisions, strict=True):
             first = decided.setdefault(method, [])
             differs = not first or first[0].word in ("better", "worse")
-            first.append(Comparison(control, difference, verdict_word(difference, metric) if differs else ""))
+            first.append(Comparison(control, difference, word(difference, better=metric.better) if differs else ""))
     return [MetricVerdict(method, base, metric, comparisons) for method, comparisons in decided.items()]
 
 
-def verdict_word(difference: Decision, metric: MetricInfo) -> str:
-    """Return the decision in a word."""
-    if difference.sign is None:
-        return "no verdict"
-    return {0: "not distinguishable", metric.better: "better", -metric.better: "worse"}[difference.sign]
+def word(value: Estimate, *, better: int) -> str:
+    """Return the direction of a difference in a word, where `better` is the good sign."""
+    return {None: "no verdict", 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]
 
 
 def with_interval(difference: Decision, metric: MetricInfo) -> str:

@@ -7,7 +7,7 @@ from typing import Any
 
 from rich.console import Console
 
-from steppe.experiments.analysis.metric_verdicts import MetricVerdict
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict, word
 from steppe.experiments.analysis.robustness import Robustness, robustness_of
 from steppe.experiments.analysis.statistics import Decision, Estimate, decide, estimate
 from steppe.experiments.analysis.tables import Table, bullets
@@ -16,7 +16,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
 from steppe.experiments.storage.files import write_atomically, write_json
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, record_at
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
 _NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
@@ -289,10 +289,6 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
     return Summary(title, rows, differences, unfinished, recipe.task, robustness=robustness)
 
 
-def record_at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
-    return next((r for r in records if r.standardized_epoch == standardized_epoch), None)
-
-
 def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]:
     """Yield the row at equal compute, and one after the further epochs of a method that has them."""
     runs = [run for run in results if run.method == method]
@@ -317,8 +313,3 @@ def _verdict(value: Decision, form: str, unit: str, *, better: int) -> str:
 
 def _json(value: Decision) -> dict[str, Any]:
     return {**asdict(value), "half_width_95": value.half_width}
-
-
-def word(value: Estimate, *, better: int) -> str:
-    """Return the direction of a difference in a word, where `better` is the good sign."""
-    return {None: "no verdict", 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]

@@ -106,13 +106,18 @@ class MethodSpec:
         return f"{label} ({overrides})" if overrides else label
 
     @property
+    def averaged_name(self) -> str:
+        """The method and its average, without arguments."""
+        return self.name + (f"+{self.average}" if self.average else "")
+
+    @property
     def folder(self) -> str:
         """The spec's part of a folder's name.
 
         >>> MethodSpec.parse("late_sam:start=0.5,rho=.1").folder
         'late_sam-rho=0.1-start=0.5'
         """
-        name = self.name.replace(":", "-") + (f"+{self.average}" if self.average else "")
+        name = self.averaged_name.replace(":", "-")
         name += f"@{float(self.share):.3g}" if self.share != 1 else ""
         return "-".join([name, *(f"{key}={_write(value)}" for key, value in self.overrides)])
 
@@ -148,7 +153,7 @@ class MethodSpec:
 
     def __str__(self) -> str:
         overrides = ",".join(f"{key}={_write(value)}" for key, value in self.overrides)
-        name = self.name + (f"+{self.average}" if self.average else "") + (f"@{self.share}" if self.share != 1 else "")
+        name = self.averaged_name + (f"@{self.share}" if self.share != 1 else "")
         return f"{name}:{overrides}" if overrides else name
 
 

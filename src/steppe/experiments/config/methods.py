@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from fractions import Fraction
+from functools import cache
 from importlib.metadata import entry_points
 from types import MappingProxyType, UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin
@@ -188,8 +189,12 @@ def find(name: str) -> Method:
 
     Raises ValueError when there is none.
     """
-    if name in METHODS:
-        return METHODS[name]
+    return METHODS[name] if name in METHODS else _from_outside(name)
+
+
+@cache
+def _from_outside(name: str) -> Method:
+    """Load a method that is not in the registry; kept, because a run looks its method up often."""
     for entry_point in entry_points(group=_GROUP):
         if entry_point.name == name:
             return from_function(name, entry_point.load())

@@ -1,4 +1,4 @@
-"""Backbones that runs start from: a network pretrained here once and kept, or a published checkpoint."""
+"""What runs start from: the task, and the backbone, a network pretrained here once or a published checkpoint."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 
+import cloudpickle  # type: ignore[import-untyped]
 import torch
 from rich.console import Console
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -89,18 +90,14 @@ class NamedTask:
 
 
 def _bytes(task: Task) -> bytes:
-    """Pickle a task; functions that no name leads to, as a notebook's, need cloudpickle."""
-    try:
-        import cloudpickle  # type: ignore[import-untyped]
-    except ModuleNotFoundError:
-        cloudpickle = pickle
+    """Pickle a task, also with functions that no name leads to, as a notebook's."""
     try:
         return bytes(cloudpickle.dumps(task))
     except Exception as error:
         raise ExperimentError(
             f"the task cannot be sent to another process ({type(error).__name__}: {first_line(error)}): name it, "
-            "package.module:task, so that each process imports it, install cloudpickle, or train one run after the "
-            "other in this process with runs_at_once=1"
+            "package.module:task, so that each process imports it, or train one run after the other in this process "
+            "with runs_at_once=1"
         ) from error
 
 

@@ -10,14 +10,13 @@ from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import record_at
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.figures.drawing import freeze, tag
 from steppe.experiments.figures.label_placement import Point, add_labels
 from steppe.experiments.figures.style import GREY, add_caption, styles
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, record_at
 from steppe.experiments.storage.run_folder import Results
 
 

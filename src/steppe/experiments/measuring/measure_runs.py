@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from rich.console import Console
 from torch import Tensor, nn
 
-from steppe.experiments.analysis.summary import record_at
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness_file, read_lines
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
@@ -23,6 +22,7 @@ from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measur
 from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_checked
+from steppe.experiments.storage.records import record_at
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.evaluation import flatness_sample

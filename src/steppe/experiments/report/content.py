@@ -6,8 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from steppe.experiments.analysis.metric_verdicts import word
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import Difference, Summary, word
+from steppe.experiments.analysis.summary import Difference, Summary
 from steppe.experiments.analysis.verdicts import CAVEATS
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.report.numbers import change, spread

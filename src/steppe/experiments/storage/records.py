@@ -1,7 +1,7 @@
 """The records of metrics.jsonl: one for each measurement of a run."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from typing import Any
@@ -55,6 +55,19 @@ class Record:
 _FIELDS = {field.name: field for field in fields(Record) if field.name != "measures"}
 _MEASURES = ("train_loss", "test_loss", "gap")
 _WHOLE = ("standardized_epoch", "steps")
+
+
+HALVES = (" (half 1)", " (half 2)")
+"""After the name of a measure: its value on one half of the test data."""
+AVERAGE = "ema"
+"""The average of the weights that is measured beside those of a plain method."""
+AVERAGED = f" ({AVERAGE})"
+"""After the name of a measure: its value with averaged weights."""
+
+
+def record_at(records: Sequence[Record], standardized_epoch: int) -> Record | None:
+    """Return the measurement of a run at a point of the grid; None if there is none."""
+    return next((r for r in records if r.standardized_epoch == standardized_epoch), None)
 
 
 def parse_record(values: Any) -> Record:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
@@ -118,7 +118,7 @@ class DatasetSamples(Samples):
             _Drawn(self.dataset),
             sampler=cast(Any, keys),
             batch_size=None,
-            collate_fn=_Collated(self._collate),
+            collate_fn=self._collate,  # of the items of a batch, which the loader takes for a single one
             generator=torch.Generator().manual_seed(0),  # else each iteration draws from the global generator
             **cast(Any, self._settings),
         )
@@ -136,16 +136,6 @@ class _Drawn(TorchDataset[Any]):
         with RandomStream(*numbers).active():
             together = getattr(self._dataset, "__getitems__", None)
             return together(positions) if together else [self._dataset[i] for i in positions]
-
-
-class _Collated:
-    """The collate function of a whole batch, where the loader takes the batch for a single item."""
-
-    def __init__(self, function: Callable[[list[Any]], Any]) -> None:
-        self._function = function
-
-    def __call__(self, items: list[Any]) -> Any:
-        return self._function(items)
 
 
 class LoaderSamples(Samples):

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -12,12 +12,15 @@ from torch import Tensor, nn
 from steppe import flatness
 from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.storage.records import HALVES
 from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.samples import Samples
 from steppe.experiments.tasks.task import Task, logits_of
 from steppe.experiments.training.forward import in_float32
 from steppe.experiments.world import World
 from steppe.flatness._batches import cast, map_tensors
+
+T = TypeVar("T")
 
 _FLATNESS_BATCH = 256  # samples in memory at a time
 _TOLERANCE = 1e-2  # of the largest eigenvalue, relative
@@ -34,8 +37,8 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure the loss and the metrics of a split, `batch_size` samples at a time, shared out over the processes.
 
-    The deciding metric is measured on two halves of the split as well, under its name with " (half 1)" and
-    " (half 2)", so that a moment can be chosen on one and judged on the other. `raise_if_stopped` is called before each
+    The deciding metric is measured on two halves of the split as well, under its name with each of
+    `HALVES`, so that a moment can be chosen on one and judged on the other. `raise_if_stopped` is called before each
     batch.
     """
     total, n = torch.zeros((), dtype=torch.float64, device=world.device), 0
@@ -57,13 +60,17 @@ def evaluate(
     found = {"loss": float(world.total(total) / len(samples))}
     kept = _of_all_processes(kept, world)
     for i, (name, metric) in enumerate(metrics.items()):
-        parts = {"": kept} | ({" (half 1)": kept[::2], " (half 2)": kept[1::2]} if i == 0 and len(kept) > 1 else {})
+        parts = {"": kept} | (_halves(kept) if i == 0 and len(kept) > 1 else {})
         for suffix, part in parts.items():
             found[name + suffix] = _number(name, metric.function(*_concatenated(part)))
     if not metrics and len(losses) > 1:
-        for suffix, half in ((" (half 1)", losses[::2]), (" (half 2)", losses[1::2])):
+        for suffix, half in _halves(losses).items():
             found["loss" + suffix] = sum(loss for loss, _ in half) / sum(size for _, size in half)
     return found
+
+
+def _halves(batches: list[T]) -> dict[str, list[T]]:
+    return {suffix: batches[i::2] for i, suffix in enumerate(HALVES)}
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.sampling import seed_of
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.checkpoints import CheckpointManager
-from steppe.experiments.storage.records import Record, parse_records
+from steppe.experiments.storage.records import AVERAGE, AVERAGED, HALVES, Record, parse_records
 from steppe.experiments.tasks.batches import Batch, Epochs
 from steppe.experiments.tasks.samples import (
     RandomStream,
@@ -42,7 +42,6 @@ from steppe.experiments.world import World
 # A network that guesses has a loss of log(10) = 2.3. SAM skips steps that are not finite, so a diverged loss may stay
 # at 1e17 and never become NaN.
 _DIVERGED_LOSS = 1e4
-_CONTROL_AVERAGE = "ema"
 _BATCHES_FOR_STATISTICS = 50
 _STOP_INTERVAL = 8  # batches from one exchange of stop requests between several processes to the next
 
@@ -77,11 +76,12 @@ class Training:
         self._planned_steps = context.total_steps
         self.optimizer, self.scheduler, self._clipping = build_optimizer(run, task, self.network, context)
         self.step_function = run.method.step_function(self.optimizer, context)
-        averaged = run.method.average or _CONTROL_AVERAGE if self._is_control or run.method.average else ""
         self.average = None
         """An average of the weights: that of the method, or the control beside a plain method."""
-        if averaged and not (self._is_control and self._recorder is not None):
-            self.average = from_name(averaged, self.network, self.optimizer, total_steps=context.total_steps)
+        # a step that is replayed as a CUDA graph does not update it
+        if run.method.average or (self._is_control and self._recorder is None):
+            average = run.method.average or AVERAGE
+            self.average = from_name(average, self.network, self.optimizer, total_steps=context.total_steps)
         self._take_step = Stepper(self._eager_step, self.optimizer, self._recorder)
         self.epoch = 0
         """Finished epochs."""
@@ -169,18 +169,27 @@ class Training:
     def measure(self, raise_if_stopped: Callable[[], None]) -> list[Record]:
         """Measure the model on all splits, for every point of the grid that is due."""
         recipe, measures = self.run.recipe, dict[str, float]()
+        ends = {recipe.comparison.epochs, self.run.standardized_epochs}
+        is_end, deciding = not ends.isdisjoint(self.due), self.task.info.deciding
+        final: Mapping[str, float] = {}
         with self.averaged_weights() if self.run.method.average else nullcontext():
             for name, samples in self.samples.items():
                 found = self._evaluate(samples, raise_if_stopped)
-                halves = name == "test"  # of the others, nothing is chosen
-                measures |= {f"{name}_{key}": value for key, value in found.items() if halves or "(half" not in key}
-        ends = {recipe.comparison.epochs, self.run.standardized_epochs}
-        if self.average is not None and self._is_control and ends & set(self.due):
+                # of the other splits, nothing is chosen
+                dropped = () if name == "test" else HALVES
+                measures |= {f"{name}_{key}": value for key, value in found.items() if not key.endswith(dropped)}
+            if self.task.final_measures is not None and is_end:
+                with (
+                    evaluation_mode(self.network),
+                    RandomStream(0, 0, 0).active(),
+                    torch.no_grad(),
+                    self.autocast(),
+                ):
+                    final = self.task.final_measures(self.network, raise_if_stopped)
+        if self.average is not None and self._is_control and is_end:
             with self.averaged_weights():
                 found = self._evaluate(self.samples["test"], raise_if_stopped)
-            name = self.task.info.deciding.name
-            measures[f"test_{name} ({_CONTROL_AVERAGE})"] = found[name]
-        deciding = self.task.info.deciding
+            measures[f"test_{deciding.name}{AVERAGED}"] = found[deciding.name]
         train, test = measures[f"train_{deciding.name}"], measures[f"test_{deciding.name}"]
         measures["gap"] = (train - test) * deciding.better
         flatness: dict[str, float] = {}
@@ -188,16 +197,6 @@ class Training:
             number = recipe.evaluation.flatness_samples
             sample = flatness_sample(self.samples["train"], number, self.run.seed, self.world.device)
             flatness = measure_flatness(self.task, self.network, sample, recipe.training.rho, raise_if_stopped)
-        final: Mapping[str, float] = {}
-        if self.task.final_measures is not None and ends & set(self.due):
-            with (
-                self.averaged_weights() if self.run.method.average else nullcontext(),
-                evaluation_mode(self.network),
-                RandomStream(0, 0, 0).active(),
-                torch.no_grad(),
-                self.autocast(),
-            ):
-                final = self.task.final_measures(self.network, raise_if_stopped)
         # a step that crosses several points gives a record for each: methods are compared point by point
         return [
             Record(
