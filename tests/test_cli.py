@@ -4,6 +4,9 @@ import builtins
 import errno
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from types import ModuleType
 
@@ -191,6 +194,20 @@ def test_interrupt_while_libraries_are_imported_is_one_line(
     forbid("rich", monkeypatch, KeyboardInterrupt())
     assert main(["plot", "runs/demo"]) == 130
     assert capsys.readouterr().err == "\nStopped. To resume: steppe plot runs/demo\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="needs a pseudo-terminal")
+def test_loading_is_shown_and_ended_by_ctrl_c_in_one_line() -> None:
+    ours, theirs = os.openpty()
+    process = subprocess.Popen([sys.executable, "-m", "steppe", "plot", "runs/demo"], stderr=theirs, stdout=theirs)
+    os.close(theirs)
+    shown = b""
+    while not shown.endswith(b"...\r"):
+        shown += os.read(ours, 1000)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert shown + os.read(ours, 1000) == b"Loading PyTorch ...\r\r\nStopped. To resume: steppe plot runs/demo\r\n"
+    os.close(ours)
 
 
 def test_full_disk_names_the_file_and_the_way_out(

@@ -16,6 +16,7 @@ COST = """
 import json, sys, torch
 before = set(sys.modules)
 import steppe
+steppe.SAM
 print(json.dumps(sorted(set(sys.modules) - before)))
 """
 # statistics and fractions: the standard library's, with what they import
@@ -30,6 +31,11 @@ def test_c37_import_loads_little_beside_torch():
     packages = {name.split(".")[1] for name in modules if "." in name and name.startswith("steppe")}
     # what a plain SAM needs; the methods, variants, closures and schedules are loaded when they are used
     assert packages == {"_engine", "_tensors", "papers", "rules", "sam"}
+
+
+def test_command_line_starts_before_torch_is_loaded():
+    code = "import sys, steppe.cli; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
 
 
 USE = """

@@ -3,22 +3,21 @@
 from pkgutil import resolve_name
 from typing import TYPE_CHECKING, Any
 
-from steppe import rules
-from steppe._engine.report import Report
-from steppe._engine.side_effects import frozen_stats
-from steppe.papers import citation
-from steppe.rules import Cadence, Combination, Perturbation, Point, ScaledDirection
-from steppe.rules.ascent_steps import AscentSteps
-from steppe.rules.l2 import L2
-from steppe.rules.linf import LInf
-from steppe.rules.masks import Masked
-from steppe.rules.periodic import Periodic
-from steppe.rules.perturbed_gradient import PerturbedGradient
-from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
-from steppe.sam import SAM, Pass
-
 if TYPE_CHECKING:  # for type checkers; a test compares them with the table below
-    from steppe import averaging, closures, compat, flatness, integrations, methods, rho_schedule, testing, variants
+    from steppe import (
+        averaging,
+        closures,
+        compat,
+        flatness,
+        integrations,
+        methods,
+        rho_schedule,
+        rules,
+        testing,
+        variants,
+    )
+    from steppe._engine.report import Report
+    from steppe._engine.side_effects import frozen_stats
     from steppe.methods.aesam import GradientNormThreshold
     from steppe.methods.asam import Adaptive
     from steppe.methods.dynamic_sparse_sam import DynamicSparse
@@ -39,6 +38,16 @@ if TYPE_CHECKING:  # for type checkers; a test compares them with the table belo
     from steppe.methods.vasso import VarianceSuppressed
     from steppe.methods.wsam import WeightedSharpness
     from steppe.methods.zsharp import ZScore
+    from steppe.papers import citation
+    from steppe.rules import Cadence, Combination, Perturbation, Point, ScaledDirection
+    from steppe.rules.ascent_steps import AscentSteps
+    from steppe.rules.l2 import L2
+    from steppe.rules.linf import LInf
+    from steppe.rules.masks import Masked
+    from steppe.rules.periodic import Periodic
+    from steppe.rules.perturbed_gradient import PerturbedGradient
+    from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
+    from steppe.sam import SAM, Pass
 
 __version__ = "0.1.0"
 
@@ -97,19 +106,34 @@ __all__ = [
 
 _LOADED_WHEN_USED = {
     "Adaptive": "steppe.methods.asam:Adaptive",
+    "AscentSteps": "steppe.rules.ascent_steps:AscentSteps",
     "Bernoulli": "steppe.methods.random_sam:Bernoulli",
+    "Cadence": "steppe.rules:Cadence",
+    "Combination": "steppe.rules:Combination",
     "DynamicSparse": "steppe.methods.dynamic_sparse_sam:DynamicSparse",
     "Fisher": "steppe.methods.fisher_sam:Fisher",
     "Friendly": "steppe.methods.friendly_sam:Friendly",
     "GaussianNoise": "steppe.methods.rwp:GaussianNoise",
     "GradientNormThreshold": "steppe.methods.aesam:GradientNormThreshold",
     "GradientReuse": "steppe.methods.looksam:GradientReuse",
+    "L2": "steppe.rules.l2:L2",
+    "LInf": "steppe.rules.linf:LInf",
     "LatePhase": "steppe.methods.late_sam:LatePhase",
     "LayerWise": "steppe.methods.layerwise_sam:LayerWise",
     "MESA": "steppe.methods.mesa:MESA",
+    "Masked": "steppe.rules.masks:Masked",
     "Momentum": "steppe.methods.msam:Momentum",
+    "ParameterSubset": "steppe.rules.subsets:ParameterSubset",
+    "Pass": "steppe.sam:Pass",
     "PenalizedNorm": "steppe.methods.pgn:PenalizedNorm",
+    "Periodic": "steppe.rules.periodic:Periodic",
+    "Perturbation": "steppe.rules:Perturbation",
+    "PerturbedGradient": "steppe.rules.perturbed_gradient:PerturbedGradient",
+    "Point": "steppe.rules:Point",
+    "Report": "steppe._engine.report:Report",
     "SAF": "steppe.methods.saf:SAF",
+    "SAM": "steppe.sam:SAM",
+    "ScaledDirection": "steppe.rules:ScaledDirection",
     "Sparse": "steppe.methods.sparse_sam:Sparse",
     "Stochastic": "steppe.methods.esam:Stochastic",
     "SurrogateGap": "steppe.methods.gsam:SurrogateGap",
@@ -117,16 +141,25 @@ _LOADED_WHEN_USED = {
     "WeightedSharpness": "steppe.methods.wsam:WeightedSharpness",
     "ZScore": "steppe.methods.zsharp:ZScore",
     "averaging": "steppe.averaging",
+    "citation": "steppe.papers:citation",
     "closures": "steppe.closures",
     "compat": "steppe.compat",
     "flatness": "steppe.flatness",
+    "frozen_stats": "steppe._engine.side_effects:frozen_stats",
     "integrations": "steppe.integrations",
+    "last_layers": "steppe.rules.subsets:last_layers",
+    "layers": "steppe.rules.subsets:layers",
     "methods": "steppe.methods",
+    "norm_layers": "steppe.rules.subsets:norm_layers",
     "rho_schedule": "steppe.rho_schedule",
+    "rules": "steppe.rules",
     "testing": "steppe.testing",
     "variants": "steppe.variants",
 }
-"""Where to find the names that are loaded when they are used, so that ``import steppe`` costs little."""
+"""Where to find the names that are loaded when they are used, so that ``import steppe`` costs little.
+
+The command line is started before torch is loaded, so it shows at once what takes seconds, and Ctrl-C is one line.
+"""
 
 
 def __getattr__(name: str) -> Any:

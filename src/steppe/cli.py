@@ -6,13 +6,16 @@ Exit codes: 0 success; 1 an error, printed in one line; 2 a wrong command line; 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from importlib import metadata
+from types import FrameType
 from typing import Any
 
 __all__ = ["main"]
@@ -30,6 +33,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
     words = _with_default(words)
     try:
+        with _loading(words, ends_process=arguments is None):
+            importlib.import_module("steppe.experiments.commands")
         return _run(words)
     except ModuleNotFoundError as error:
         if error.name is None or error.name.partition(".")[0] not in _EXTRA:
@@ -41,6 +46,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if arguments is None:  # the process ends, and a second Ctrl-C would only interrupt its cleaning up
             with contextlib.suppress(ValueError):  # outside of the main thread
                 signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+@contextlib.contextmanager
+def _loading(words: Sequence[str], *, ends_process: bool) -> Iterator[None]:
+    """Show on a terminal that libraries are loaded, which takes seconds; Ctrl-C prints one line."""
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        # not by an exception, which some libraries turn into errors of their own while they are imported
+        _stopped(words, 130)
+        sys.stderr.flush()
+        os._exit(130)
+
+    with contextlib.ExitStack() as cleanup:
+        if ends_process and threading.current_thread() is threading.main_thread():
+            cleanup.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, stop))
+        if sys.stderr.isatty():
+            shown = "Loading PyTorch ..."
+            print(shown, end="\r", file=sys.stderr, flush=True)
+            cleanup.callback(print, " " * len(shown), end="\r", file=sys.stderr, flush=True)
+        yield
 
 
 def _with_default(words: Sequence[str]) -> list[str]:
