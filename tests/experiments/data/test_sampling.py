@@ -116,6 +116,21 @@ def test_noise_leaves_initial_weights_unchanged_and_training_is_measured_on_nois
     assert untimed(train_run(run, tmp_path / "a")) != untimed(train_run(plain, tmp_path / "b"))
 
 
+def test_next_class_is_the_wrong_label_of_the_same_images() -> None:
+    (uniform,), (following,) = (
+        recipe(methods=("sgd",), label_noise=0.4, label_noise_kind=kind, seeds=1).runs() for kind in ("uniform", "next")
+    )
+    clean = dataset().train.labels
+    drawn, labels = (training_of(run).samples["train"].tensors[1] for run in (uniform, following))
+    assert torch.equal(drawn, mislabeled(dataset().train, 0.4, 0).labels)
+    assert torch.equal(labels, torch.where(drawn == clean, clean, (clean + 1) % 10))
+
+
+def test_kind_of_noise_without_noise_raises() -> None:
+    with pytest.raises(ValueError, match=r"label_noise_kind=next with label_noise=0: .* no effect"):
+        recipe(label_noise_kind="next")
+
+
 @pytest.mark.parametrize("share", [-0.1, 1.0, 20.0, float("nan")])
 def test_invalid_fraction_of_noise_raises(share: float) -> None:
     with pytest.raises(ValueError, match=r"label_noise=.*fraction of"):
@@ -135,4 +150,7 @@ def test_label_noise_is_part_of_a_runs_configuration(tmp_path: Path) -> None:
 def test_title_names_the_label_noise() -> None:
     assert "a sample of Fashion-MNIST, 5 images a class, 12.5 % wrong training labels: SGD" in setting(
         recipe(shots=5, label_noise=0.125)
+    )
+    assert "12.5 % wrong training labels (the next class): SGD" in setting(
+        recipe(label_noise=0.125, label_noise_kind="next")
     )

@@ -221,6 +221,7 @@ def setting(recipe: Recipe) -> str:
         data += f", {recipe.data.shots} image{'s'[: recipe.data.shots > 1]} a class"
     if recipe.data.label_noise:
         data += f", {100 * recipe.data.label_noise:g} % wrong training labels"
+        data += " (the next class)" if recipe.data.label_noise_kind == "next" else ""
     return f"{_network(recipe)} on {data}: {_training(recipe)}"
 
 

@@ -86,6 +86,11 @@ class Recipe:
                 f"label_noise={self.data.label_noise}: a fraction of the training images, 0.2 for one in five, must be "
                 "below 1"
             )
+        if self.data.label_noise_kind != "uniform" and not self.data.label_noise:
+            raise ValueError(
+                f"label_noise_kind={self.data.label_noise_kind} with label_noise=0: no label is wrong, so it would "
+                "have no effect. Use --label-noise 0.4, or leave it out"
+            )
         self._check_training()
         self._check_methods()
         self._check_task()
@@ -126,7 +131,7 @@ class Recipe:
     def _check_task(self) -> None:
         if not self.data.task:
             return
-        given = {name: getattr(self.data, name) for name in ("dataset", "shots", "label_noise", "data_dir")}
+        given = {name: value for name, value in vars(self.data).items() if name != "task"}
         given |= vars(self.model) | {"head_lr": self.training.head_lr, "channels_last": self.hardware.channels_last}
         usual = vars(DataConfig()) | vars(ModelConfig()) | {"head_lr": None, "channels_last": False}
         if changed := [name for name in given if given[name] != usual[name]]:

@@ -8,6 +8,7 @@ from typing import Annotated, Literal, get_origin, get_type_hints
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.data.datasets import DatasetName
+from steppe.experiments.data.sampling import LabelNoise
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,9 @@ class DataConfig:
     label_noise: Annotated[float, Minimum(0, "the fraction of training images with a wrong label")] = 0.0
     """Fraction of the training images that get a wrong label, drawn by the run's seed. Training loss, training
     accuracy and gap are measured on these labels; the test labels are unchanged."""
+    label_noise_kind: LabelNoise = "uniform"
+    """The wrong labels. uniform: any other class. next: the class after the right one, 0 after the last; such errors
+    agree with each other, and are harder to resist."""
     data_dir: Path | None = None
     """Folder of the full Fashion-MNIST; else $STEPPE_DATA, the system's package, the user's cache, or a download."""
 

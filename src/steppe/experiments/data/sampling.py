@@ -57,14 +57,14 @@ def hold_out(data: Dataset, one_in: int) -> Dataset:
     return Dataset(f"{data.name}, validation", data.train.select(~held), data.train.select(held), data.source)
 
 
-def mislabeled(split: Split, fraction: float, seed: int) -> Split:
-    """Give a fraction of the images, rounded, a wrong class drawn uniformly by `seed`.
+def mislabeled(split: Split, fraction: float, seed: int, kind: LabelNoise = "uniform") -> Split:
+    """Give a fraction of the images, rounded, a wrong class, by `seed`.
 
     >>> split = Split(torch.zeros(10, 1, 28, 28, dtype=torch.uint8), torch.arange(10))
     >>> (mislabeled(split, 0.2, seed=0).labels != split.labels).sum()
     tensor(2)
     """
-    return Split(split.images, wrong_labels(split.labels, fraction, seed, classes=len(CLASSES)))
+    return Split(split.images, wrong_labels(split.labels, fraction, seed, classes=len(CLASSES), kind=kind))
 
 
 def wrong_labels(labels: Tensor, fraction: float, seed: int, *, classes: int, kind: LabelNoise = "uniform") -> Tensor:

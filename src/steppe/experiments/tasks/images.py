@@ -64,7 +64,7 @@ def _training_images(split: Split, recipe: Recipe, seed: int) -> Samples:
     if recipe.data.shots is not None:
         split = few_shot(split, recipe.data.shots, seed)
     if recipe.data.label_noise:
-        split = mislabeled(split, recipe.data.label_noise, seed)
+        split = mislabeled(split, recipe.data.label_noise, seed, recipe.data.label_noise_kind)
     return _samples(split)
 
 
