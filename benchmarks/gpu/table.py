@@ -7,7 +7,7 @@ from markdown_tables import difference, mean_and_sd, row
 from results import Result
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.summary import summarize
-from steppe.experiments.analysis.verdicts import CAVEATS, compared
+from steppe.experiments.analysis.verdicts import CAVEATS, Pairing, compare
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Run
 
@@ -80,9 +80,9 @@ def _flatness(known: Comparison) -> list[str]:
         return []
     reference, *others = known.recipe.comparison.methods
     lines = []
-    for method in others:
-        labels = method.label, reference.label
-        for point, title in (("epochs", "at equal compute"), ("standardized_epochs", "at the ends of all runs")):
+    for point, title in (("epochs", "at equal compute"), ("standardized_epochs", "at the ends of all runs")):
+        pairings = []
+        for method in others:
             pairs = [
                 (known.flatness[own], known.flatness[other])
                 for run in known.records
@@ -90,10 +90,10 @@ def _flatness(known: Comparison) -> list[str]:
                 and (own := (run, _epoch(run, point))) in known.flatness
                 and (other := _reference(run, reference, point)) in known.flatness
             ]
-            verdict = compared(method, reference, labels, pairs)
-            if verdict is not None:
-                text = verdict.markdown() if point == "epochs" else f"- {verdict.sentence()}"
-                lines += ["", f"Flatness {title}:", "", text]
+            pairings.append(Pairing(str(method), str(reference), (method.label, reference.label), pairs))
+        for verdict in compare(pairings):
+            text = verdict.markdown() if point == "epochs" else f"- {verdict.sentence()}"
+            lines += ["", f"Flatness {title}:", "", text]
     return [*lines, *(f"- {caveat}" for caveat in CAVEATS)]
 
 

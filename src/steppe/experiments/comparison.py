@@ -81,12 +81,11 @@ def report(folder: RunFolder, recipe: Recipe, console: Console) -> Summary | Dou
 
 
 def summarize_folder(folder: RunFolder, recipe: Recipe, results: Results, console: Console) -> Summary:
-    """Summarize the measurements of a folder, with the verdicts beside all controls, the advice and the flatness."""
-    judged = controls.verdicts(recipe, results)
+    """Summarize the measurements of a folder, with the advice and the flatness."""
+    summary = summarize(recipe, results)
     return replace(
-        summarize(recipe, results),
-        verdicts=judged,
-        advice=controls.advice(recipe, results, judged),
+        summary,
+        advice=controls.advice(recipe, results, summary.verdicts),
         flatness=_flatness(folder, recipe, console),
     )
 
@@ -117,8 +116,10 @@ def _train_and_report(
             failed += [f"width {member.model.width}: {reason}" for reason in reasons]
         if not recipe.comparison.widths:
             make_task = prepare_task(executor, folder.path, console, task)
-            if recipe.data.task and world.size == 1:
-                try_methods(recipe, make_task(recipe), folder)
+            if recipe.data.task:
+                try_methods(recipe, make_task(recipe), folder, world)
             reason = train_runs(recipe.runs(), make_task, executor, folder, console)
             failed += [] if reason is None else [reason]
-        return (report(folder, recipe, console) if world.rank == 0 else None), failed
+        summary = report(folder, recipe, console) if world.rank == 0 else None
+        world.barrier()  # the others may read the folder
+        return summary, failed

@@ -72,7 +72,7 @@ def test_several_methods_are_corrected() -> None:
     assert one(judge(ACCURACY, "sgd", {EQUAL_COMPUTE: {"sam": small}})).word == "better"
     among = judge(ACCURACY, "sgd", {EQUAL_COMPUTE: {"sam": small, "asam": unclear(), "gsam": unclear()}})
     assert [verdict.word for verdict in among] == ["not distinguishable"] * 3
-    assert ", 4 seeds, corrected for 3 methods)" in among[0].sentence(LABELS)
+    assert ", 4 seeds, corrected for 3 comparisons)" in among[0].sentence(LABELS)
 
 
 def test_one_seed_gives_no_verdict() -> None:

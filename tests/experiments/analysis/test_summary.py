@@ -40,12 +40,16 @@ def test_rows_differences_and_verdicts() -> None:
     ]
     assert summary.rows[0].measures["test_accuracy"].mean == pytest.approx(85.0)
     assert summary.rows[0].measures["test_accuracy"].sd == pytest.approx(1.0)
-    (sentence,) = summary.notes()
+    sentence, *_, certainty = summary.notes()
     # differences 1.0, 1.1, 1.1: mean 1.0667, sd 0.0577, with the resolution 0.1 sqrt(0.0577^2 + 0.1^2 / 6) = 0.0707;
     # 4.3027 * 0.0707 / sqrt(3) = 0.1757
     assert "SAM against SGD at 4 standardized epochs, 3 paired runs" in sentence
     assert "test accuracy +1.07 points, 95 % interval [+0.89, +1.24]: better" in sentence
     assert "generalization gap -1.07 points, 95 % interval [-1.24, -0.89]: better" in sentence
+    assert certainty == (
+        "By chance alone, a difference in test accuracy is found in at most 5 % of comparisons, and one in the "
+        "generalization gap in at most another 5 %."
+    )
 
 
 def test_worse_and_not_distinguishable_are_stated() -> None:
@@ -66,7 +70,8 @@ def test_further_epochs_are_a_row_and_no_part_of_the_verdict() -> None:
     more = recipe(extra_epochs=2)
     summary = summarize(more, results(more, {"sgd": [80.0], "sam": [81.0]}))
     assert [(str(row.method), row.standardized_epoch) for row in summary.rows] == [("sgd", 4), ("sam", 4), ("sam", 6)]
-    assert summary.differences[0].standardized_epoch == 4
+    assert summary.verdicts[0].first.difference.mean == 1.0
+    assert "at 4 standardized epochs" in next(summary.notes())
 
 
 def test_unfinished_runs_are_named_and_not_paired() -> None:
@@ -74,7 +79,7 @@ def test_unfinished_runs_are_named_and_not_paired() -> None:
     partial: dict[Run, Any] = dict(results(two, {"sgd": [80.0, 81.0], "sam": [82.0, 83.0]}))
     partial[Run(two, MethodSpec.parse("sam"), 1)] = partial[Run(two, MethodSpec.parse("sam"), 1)][:1]
     summary = summarize(two, partial)
-    assert summary.differences[0].gap.n == 1
+    assert summary.gaps[0].first.difference.n == 1
     assert list(summary.notes())[-1].endswith("not come so far: sam-seed1.")
     assert summarize(two, {run: [] for run in two.runs()}).rows == []
 
@@ -92,7 +97,8 @@ def test_terminal_markdown_and_json_agree(tmp_path: Path) -> None:
     summary.write(RunFolder(tmp_path))
     assert (tmp_path / "summary.md").read_text() == markdown
     values = json.loads((tmp_path / "summary.json").read_text())
-    assert values["differences"][0]["verdict"] == next(summary.notes())
+    assert values["notes"] == [*summary.notes()]
+    assert (values["verdicts"][0]["verdict"], values["gaps"][0]["verdict"]) == ("better", "better")
     assert values["rows"][1]["test_accuracy"]["mean"] == summary.rows[1].measures["test_accuracy"].mean
 
 
@@ -101,8 +107,10 @@ def test_wide_table_fits_and_the_correction_for_several_methods_is_stated(tmp_pa
     summary = summarize(
         many, results(many, {method: [80.0, 81.0, 82.5] for method in map(str, many.comparison.methods)})
     )
-    assert list(summary.notes())[-1].startswith(
-        "The verdicts of each measure are corrected for 3 methods, by Holm's procedure"
+    assert list(summary.notes())[-1] == (
+        "By chance alone, a difference in test accuracy is found for any of the 3 methods in at most 5 % of "
+        "comparisons, and one in the generalization gap in at most another 5 %. The intervals of each hold for all "
+        "methods at once."
     )
     console = Console(width=100, record=True, file=(tmp_path / "out").open("w"))
     summary.show(console)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from rich.console import Console
 
-from steppe.experiments.analysis.verdicts import Verdict, compared
+from steppe.experiments.analysis.statistics import t_quantile
+from steppe.experiments.analysis.verdicts import Pairing, Verdict, compare
 from steppe.flatness import FAMILIES, Density, Flatness, Measure
 
 RAW, ADAPTIVE = ("sharpness", "trace"), ("adaptive_sharpness", "adaptive_trace")
@@ -25,8 +26,7 @@ def verdict(ours: Mapping[str, Sequence[float]], theirs: Mapping[str, Sequence[f
     sides = (
         [flat(**dict(zip(of, run, strict=True))) for run in zip(*of.values(), strict=True)] for of in (ours, theirs)
     )
-    found = compared("sam", "sgd", ("SAM", "SGD"), list(zip(*sides, strict=True)))
-    assert found is not None
+    (found,) = compare([Pairing("sam", "sgd", ("SAM", "SGD"), list(zip(*sides, strict=True)))])
     return found
 
 
@@ -45,7 +45,8 @@ def test_a_difference_is_ours_minus_theirs_and_lower_is_flatter() -> None:
     assert [row.word for row in found.rows] == ["flatter", "sharper", "not distinguishable"]
     sharper = found.rows[0].difference, found.rows[1].difference
     assert [d.mean for d in sharper] == pytest.approx([-1.0, 1.0])
-    assert sharper[0].half_width == pytest.approx(4.302653 * 0.1 / math.sqrt(3))
+    # the standard deviation is 0.1, and so is the smallest difference between two of the numbers
+    assert sharper[0].half_width == pytest.approx(t_quantile(2, 3) * math.sqrt((0.01 + 0.01 / 6) / 3))
     assert (found.rows[0].ours.mean, found.rows[0].reference.mean) == pytest.approx((1.0, 2.0))
     assert found.runs == 3
 
@@ -132,8 +133,8 @@ def test_one_run_gives_no_verdict() -> None:
     assert found.sentence() == (
         "SAM's minima against SGD's, 1 paired run: no verdict on flatness, which needs two runs of each at least."
     )
-    assert found.json()["measures"][0]["half_width_95"] is None
-    assert "±" not in found.rows[0].cells()[3]
+    assert found.json()["measures"][0]["difference"]["interval_95"] is None
+    assert found.rows[0].cells()[3:5] == ["-8", ""]
 
 
 def test_measures_that_are_not_finite_in_all_runs_are_left_out() -> None:
@@ -142,12 +143,40 @@ def test_measures_that_are_not_finite_in_all_runs_are_left_out() -> None:
     assert [row.name for row in found.rows] == ["loss"]
     assert found.sentence().endswith("no verdict on flatness, as no raw or adaptive measure is finite in all of them.")
     pairs = [(flat(trace=1.0, sharpness=1.0), flat(trace=2.0))] * 2
-    assert [row.name for row in compared("a", "b", ("A", "B"), pairs).rows] == ["trace"]  # type: ignore[union-attr]
+    (other,) = compare([Pairing("a", "b", ("A", "B"), pairs)])
+    assert [row.name for row in other.rows] == ["trace"]
 
 
 def test_no_verdict_without_pairs() -> None:
-    assert compared("sam", "sgd", ("SAM", "SGD"), []) is None
-    assert compared("sam", "sgd", ("SAM", "SGD"), [(flat(trace=math.nan), flat(trace=1.0))]) is None
+    assert compare([Pairing("sam", "sgd", ("SAM", "SGD"), [])]) == []
+    assert compare([Pairing("sam", "sgd", ("SAM", "SGD"), [(flat(trace=math.nan), flat(trace=1.0))])]) == []
+
+
+def test_all_measures_of_all_methods_are_corrected_together_without_the_context() -> None:
+    # three seeds that find a difference alone, and not as one of several of which the others are unclear
+    barely, unclear = (1.0, 1.3, 0.8), SPREAD
+    assert verdict({"trace": barely}, {"trace": AT_TWO}).rows[0].word == "flatter"
+    context = {"trace": barely, "loss": unclear, "weight_norm": unclear, "lambda_min": unclear}
+    assert verdict(context, dict.fromkeys(context, AT_TWO)).rows[0].word == "flatter"
+    other = verdict(
+        {"trace": barely, "sharpness": unclear, "adaptive_trace": unclear},
+        dict.fromkeys(("trace", "sharpness", "adaptive_trace"), AT_TWO),
+    )
+    assert [row.word for row in other.rows] == ["not distinguishable"] * 3
+    pairings = [
+        Pairing(name, "sgd", (name, "SGD"), [(flat(trace=a), flat(trace=2.0)) for a in values])
+        for name, values in (("sam", barely), ("asam", unclear), ("gsam", unclear))
+    ]
+    assert [row.word for found in compare(pairings) for row in found.rows] == ["not distinguishable"] * 3
+    assert [row.word for found in compare(pairings[:1]) for row in found.rows] == ["flatter"]
+
+
+def test_measures_that_agree_are_all_found() -> None:
+    # each alone is found; Holm's procedure would find none of the five
+    barely = {name: (1.0, 1.3, 0.8) for name in ("sharpness", "trace", "lambda_max", "adaptive_trace", "m_sharpness")}
+    found = verdict(barely, dict.fromkeys(barely, AT_TWO))
+    assert [row.word for row in found.rows] == ["flatter"] * 5
+    assert found.word == "flatter"
 
 
 def losses(ours: Sequence[float], theirs: Sequence[float]) -> list[str]:
@@ -185,11 +214,11 @@ def test_notes_are_in_all_that_is_written() -> None:
 
 def test_markdown_has_a_row_for_each_measure_by_family() -> None:
     lines = judged([LOW], [LOW, LOW]).markdown().splitlines()
-    assert lines[0] == "| measure | SGD | SAM | difference ± 95 % | verdict |"
-    assert all(line.count("|") - line.count("\\|") == 6 for line in lines[:7])
+    assert lines[0] == "| measure | SGD | SAM | difference | 95 % interval | verdict |"
+    assert all(line.count("|") - line.count("\\|") == 7 for line in lines[:7])
     label = FAMILIES["raw"].measures["sharpness"]
-    assert f"| {label} | 2 ± 0 | 1 ± 0.1 | -1 ± 0.25 | flatter |" in lines
-    assert [line for line in lines if "**" in line] == ["| **Raw** | | | | |", "| **Adaptive** | | | | |"]
+    assert f"| {label} | 2 ± 0 | 1 ± 0.1 | -1 | [-1.5, -0.52] | flatter |" in lines
+    assert [line for line in lines if "**" in line] == ["| **Raw** | | | | | |", "| **Adaptive** | | | | | |"]
 
 
 def shown(found: Verdict, width: int) -> str:
@@ -203,7 +232,7 @@ def test_a_narrow_terminal_has_the_differences_on_a_line_each() -> None:
     found = verdict(every, dict.fromkeys(every, (1.0234, 2.2345, 1.8)))
     wide, narrow = shown(found, 140).splitlines(), shown(found, 80).splitlines()
     assert wide[0].split()[:3] == ["measure", "SGD", "SAM"]
-    assert narrow[0].split() == ["measure", "difference", "±", "95", "%", "verdict"]
+    assert narrow[0].split() == ["measure", "difference", "95", "%", "interval", "verdict"]
     for kind, family in FAMILIES.items():
         for label in family.measures.values():
             (line,) = [line for line in narrow if line.startswith(f"{label} ")]

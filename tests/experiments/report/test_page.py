@@ -162,8 +162,8 @@ def test_headline_states_the_verdicts_of_the_summary(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", many)
     text = Page(write(folder)).text
     assert "SAM and ASAM against SGD: test accuracy and generalization gap better; minima flatter." in text
-    for sentence in json.loads((tmp_path / "run" / "summary.json").read_text())["differences"]:
-        assert re.sub(r"-(?=\d)", "−", sentence["verdict"]) in text
+    for sentence in json.loads((tmp_path / "run" / "summary.json").read_text())["notes"]:
+        assert re.sub(r"-(?=\d)", "−", sentence) in text
     sgd, sam, _ = (made_up.results(folder)[1][run] for run in list(many.runs())[:3])
     folder = made_up.folder(tmp_path / "same", recipe(seeds=2), measured=False)
     for run in recipe(seeds=2).runs():  # two methods of which each is better once
@@ -376,8 +376,8 @@ def test_numbers_are_those_of_the_summary(chrome: Chrome, page: Path) -> None:
     for label, row in zip(("SGD", "SAM"), summary["rows"], strict=True):
         last = [tip for tip in found if tip.startswith(f"{label}: ")][-1]
         assert last == f"{label}: {row['gap']['mean']:.4g} ± {row['gap']['sd']:.2g}"
-    (difference,) = summary["differences"]
-    assert re.sub(r"-(?=\d)", "−", difference["verdict"]) in chrome.find_element(By.CSS_SELECTOR, ".details").text
+    sentence, *_ = summary["notes"]
+    assert re.sub(r"-(?=\d)", "−", sentence) in chrome.find_element(By.CSS_SELECTOR, ".details").text
 
 
 @in_browser

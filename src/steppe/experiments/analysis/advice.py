@@ -13,6 +13,7 @@ from steppe.experiments.analysis.metric_verdicts import (
     with_interval,
 )
 from steppe.experiments.analysis.statistics import ERROR, seeds_needed
+from steppe.experiments.analysis.words import BETTER, NO_VERDICT, NOT_DISTINGUISHABLE, WORSE
 
 _MANY_SEEDS = 50  # from which on a difference is too small for its search to pay
 _USUAL_SEEDS = 5
@@ -51,10 +52,10 @@ def advise(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> list[st
         verdicts: The verdicts on the deciding metric against one base, in the order of the methods.
         candidates: The methods and their costs.
     """
-    judged = [verdict for verdict in verdicts if verdict.word != "no verdict"]
+    judged = [verdict for verdict in verdicts if verdict.word != NO_VERDICT]
     if not judged:
         return [*_without_verdicts(verdicts, candidates), *_next_radius(verdicts, candidates)]
-    winners = [verdict for verdict in judged if verdict.word == "better"]
+    winners = [verdict for verdict in judged if verdict.word == BETTER]
     if not winners:
         return [*_keep_base(judged, candidates), *_next_radius(judged, candidates)]
     best = _cheapest_of_the_best(winners, candidates)
@@ -79,7 +80,7 @@ def _without_verdicts(verdicts: Sequence[MetricVerdict], candidates: Candidates)
 
 def _keep_base(judged: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:
     base = candidates[judged[0].base].label
-    if all(verdict.word == "worse" for verdict in judged):
+    if all(verdict.word == WORSE for verdict in judged):
         others = f"{_label(judged[0], candidates)} is" if len(judged) == 1 else "all other methods are"
         yield f"Keep {base}: {others} worse."
         return
@@ -103,7 +104,7 @@ def _more_seeds(verdict: MetricVerdict, candidates: Candidates) -> str:
 
 def _take(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
     ours, base = candidates[best.method], candidates[best.base]
-    stronger = next((each for each in best.comparisons if each.word == "worse"), None)
+    stronger = next((each for each in best.comparisons if each.word == WORSE), None)
     if stronger is None:
         yield f"Take {ours.label}: {_relative(best, base.label)}."
     else:
@@ -127,7 +128,7 @@ def _relative(best: MetricVerdict, base: str) -> str:
 
 def _held(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
     """Name the controls beside which the difference was not found."""
-    words = {"not distinguishable": ("not distinguishable from", "may"), "worse": ("better than", "would")}
+    words = {NOT_DISTINGUISHABLE: ("not distinguishable from", "may"), WORSE: ("better than", "would")}
     names = {"base": candidates[best.base].label, "ours": candidates[best.method].label}
     for control, sentence in _INSTEAD.items():
         comparison = best.control(control)

@@ -1,12 +1,13 @@
 """The numbers of every method and of the base's controls: at equal compute, at equal steps, at its best, averaged."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 
 from steppe.experiments.analysis.advice import Candidate, advise
 from steppe.experiments.analysis.metric_verdicts import (
     AVERAGED,
     BEST_HELD_OUT,
+    CONTROLS,
     EQUAL_COMPUTE,
     EQUAL_STEPS,
     BySeed,
@@ -15,8 +16,8 @@ from steppe.experiments.analysis.metric_verdicts import (
     judge,
 )
 from steppe.experiments.analysis.statistics import estimate
-from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.config.task_info import MetricInfo
 from steppe.experiments.storage.records import AVERAGED as AVERAGED_SUFFIX
 from steppe.experiments.storage.records import HALVES, Record, record_at
 from steppe.experiments.storage.run_folder import Results
@@ -24,12 +25,15 @@ from steppe.experiments.storage.run_folder import Results
 
 def verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
     """Judge every method against the first one, by the deciding metric and beside every control that was measured."""
-    reference, *others = recipe.comparison.methods
-    numbers: dict[Control, Mapping[str, BySeed]] = {}
-    for control in (EQUAL_COMPUTE, EQUAL_STEPS, BEST_HELD_OUT, AVERAGED):
-        of_methods = {str(m): _pairs(recipe, results, m, control) for m in others}
-        numbers[control] = {method: pairs for method, pairs in of_methods.items() if pairs}
-    return judge(recipe.task.deciding, str(reference), numbers)
+    numbers = {control: _pairs(recipe, results, control) for control in CONTROLS.values()}
+    return judge(recipe.task.deciding, str(recipe.comparison.methods[0]), numbers)
+
+
+def gap_verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
+    """Judge every method against the first one by the generalization gap, at equal compute."""
+    gap = MetricInfo("generalization gap", higher_is_better=False, unit=recipe.task.deciding.unit)
+    numbers = {EQUAL_COMPUTE: _pairs(recipe, results, EQUAL_COMPUTE, "gap")}
+    return judge(gap, str(recipe.comparison.methods[0]), numbers)
 
 
 def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) -> list[str]:
@@ -50,22 +54,26 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
     return advise(judged, candidates)
 
 
-def _pairs(recipe: Recipe, results: Results, method: MethodSpec, control: Control) -> BySeed:
-    """Return the numbers of a method at the end of equal compute and of the base's control, by seed."""
-    metric = f"test_{recipe.task.deciding.name}"
-    pairs = dict[int, tuple[float, float]]()
+def _pairs(recipe: Recipe, results: Results, control: Control, name: str = "") -> dict[str, BySeed]:
+    """Return the numbers of each method at the end of equal compute and of the base's control, by seed.
+
+    They are of the field `name` of a record, by default the deciding metric on the test data.
+    """
+    name = name or f"test_{recipe.task.deciding.name}"
+    pairs: dict[str, dict[int, tuple[float, float]]] = {str(method): {} for method in recipe.comparison.methods[1:]}
     for run, records in results.items():
         ours = record_at(records, recipe.comparison.epochs)
-        if run.method == method and ours is not None:
-            theirs = _base_number(recipe, results, control, run)
+        if str(run.method) in pairs and ours is not None:
+            theirs = _base_number(recipe, results, control, run, name)
             if theirs is not None:
-                pairs[run.seed] = (ours[metric], theirs)
-    return pairs
+                # the runs of a seed have the same initial weights and order of samples
+                pairs[str(run.method)][run.seed] = (ours[name], theirs)
+    return {method: by_seed for method, by_seed in pairs.items() if by_seed}
 
 
-def _base_number(recipe: Recipe, results: Results, control: Control, run: Run) -> float | None:
+def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, name: str) -> float | None:
     """Return the base's number for a control of a run; None if it was not measured."""
-    metric, comparison, reference = f"test_{recipe.task.deciding.name}", recipe.comparison, recipe.comparison.methods[0]
+    comparison, reference = recipe.comparison, recipe.comparison.methods[0]
     records = results.get(Run(recipe, reference, run.seed), [])
     if control == BEST_HELD_OUT:
         return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= comparison.epochs])
@@ -79,7 +87,7 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run) -
         record = record_at(records, comparison.epochs_of_as_many_steps(reference, run.method))
     if record is None:
         return None
-    number: float | None = record.measures.get(metric + AVERAGED_SUFFIX) if control == AVERAGED else record[metric]
+    number: float | None = record.measures.get(name + AVERAGED_SUFFIX) if control == AVERAGED else record[name]
     return number
 
 

@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steppe.experiments.analysis.statistics import Decision, Estimate, decide
+from steppe.experiments.analysis.statistics import Decision, decide, decide_together
+from steppe.experiments.analysis.words import BETTER, NO_VERDICT, NOT_DISTINGUISHABLE, WORSE, word
 from steppe.experiments.config.task_info import MetricInfo
 
 
@@ -45,6 +46,16 @@ class Comparison:
         """Return the difference and its interval as text."""
         return with_interval(self.difference, metric)
 
+    def statement(self, metric: MetricInfo) -> str:
+        """Return the difference, its interval and the word, as they follow the name of the metric."""
+        difference, unit = self.difference, f" {metric.unit_of_change}" if metric.unit else ""
+        mean = f"{difference.mean:+{metric.form}}{unit}"
+        if difference.interval is None:
+            reason = f"{difference.lost} not finite" if difference.lost else "one run"
+            return f"{mean} ({reason}: {NO_VERDICT})"
+        low, high = difference.interval
+        return f"{mean}, 95 % interval [{low:+{metric.form}}, {high:+{metric.form}}]: {self.word}"
+
 
 @dataclass(frozen=True)
 class MetricVerdict:
@@ -73,12 +84,12 @@ class MetricVerdict:
         ours, theirs = ((labels or {}).get(name, name) for name in (self.method, self.base))
         first, *others = self.comparisons
         about = f"test {self.metric.name} {first.numbers(self.metric)}, {_runs(first.difference)}"
-        if self.word == "no verdict":
+        if self.word == NO_VERDICT:
             reason = _reason(first.difference)
             return f"No verdict on {ours} against {theirs} {first.control.phrase} ({about}): {reason}."
         subject = f"{ours} is {_relation(self.word)} {theirs} {first.control.phrase} ({about})"
         alike = [each for each in others if each.word == self.word]
-        described = [each for each in others if each.word in ("", "no verdict")]
+        described = [each for each in others if each.word in ("", NO_VERDICT)]
         unlike = [each for each in others if each not in alike and each not in described]
         parts = [subject + "".join(f" and {self._with_numbers(each)}" for each in alike)]
         parts += [f", but {_relation(each.word)} {theirs} {self._with_numbers(each)}" for each in unlike]
@@ -146,14 +157,28 @@ distinguishable from SGD at equal steps (+0.33 points [-1.82, +2.48]).
         decisions = decide([list(by_method[method].values()) for method in methods])
         for method, difference in zip(methods, decisions, strict=True):
             first = decided.setdefault(method, [])
-            differs = not first or first[0].word in ("better", "worse")
+            differs = not first or first[0].word in (BETTER, WORSE)
             first.append(Comparison(control, difference, word(difference, better=metric.better) if differs else ""))
     return [MetricVerdict(method, base, metric, comparisons) for method, comparisons in decided.items()]
 
 
-def word(value: Estimate, *, better: int) -> str:
-    """Return the direction of a difference in a word, where `better` is the good sign."""
-    return {None: "no verdict", 0: "not distinguishable", better: "better", -better: "worse"}[value.sign]
+def judge_together(
+    base: str, numbers: Mapping[MetricInfo, Mapping[str, BySeed]]
+) -> dict[MetricInfo, list[MetricVerdict]]:
+    """Compare methods with a base at equal compute in several metrics, corrected for all metrics and methods.
+
+    Args:
+        base: The method that the others are compared with.
+        numbers: For each metric and each method the numbers of the method and of the base by seed, one at least.
+    """
+    decided = decide_together([[list(by_seed.values()) for by_seed in of.values()] for of in numbers.values()])
+    return {
+        metric: [
+            MetricVerdict(method, base, metric, [Comparison(EQUAL_COMPUTE, found, word(found, better=metric.better))])
+            for method, found in zip(of, decisions, strict=True)
+        ]
+        for (metric, of), decisions in zip(numbers.items(), decided, strict=True)
+    }
 
 
 def with_interval(difference: Decision, metric: MetricInfo) -> str:
@@ -177,12 +202,12 @@ def decision_json(difference: Decision) -> dict[str, Any]:
 
 
 def _relation(word: str) -> str:
-    return f"{word} {'from' if word == 'not distinguishable' else 'than'}"
+    return f"{word} {'from' if word == NOT_DISTINGUISHABLE else 'than'}"
 
 
 def _runs(difference: Decision) -> str:
     seeds = difference.n + difference.lost
-    corrected = f", corrected for {difference.comparisons} methods" if difference.comparisons > 1 else ""
+    corrected = f", corrected for {difference.comparisons} comparisons" if difference.comparisons > 1 else ""
     return f"{seeds} seed{'s'[: seeds > 1]}{corrected if difference.p is not None else ''}"
 
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from rich.console import Console
 
-from steppe.experiments.analysis.metric_verdicts import EQUAL_COMPUTE, MetricVerdict, judge
+from steppe.experiments.analysis.metric_verdicts import BySeed, MetricVerdict, judge_together
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.config.method_spec import MethodSpec
@@ -58,8 +58,9 @@ class Robustness:
         for name in MAIN:
             yield from (verdict.sentence(labels) for verdict in self.verdicts.get(name, ()))
         yield (
-            "Accuracies are in percent, the calibration error in percentage points. Of it, the negative log-likelihood "
-            "and the Brier score, less is better."
+            "By chance alone, any of these is called better or worse in at most 5 % of comparisons. Accuracies are in "
+            "percent, the calibration error in percentage points. Of it, the negative log-likelihood and the Brier "
+            "score, less is better."
         )
 
     def markdown(self) -> str:
@@ -89,8 +90,7 @@ def robustness_of(recipe: Recipe, results: Results) -> Robustness | None:
     measures = measures_in(dict.fromkeys(name for record in every for name in record.measures))
     values = {str(method): dict(_estimates(found[str(method)].values(), measures)) for method in methods}
     base = str(recipe.comparison.methods[0])
-    verdicts = {measure.name: _verdicts(measure, base, found) for measure in measures} if base in found else {}
-    return Robustness(methods, measures, values, verdicts)
+    return Robustness(methods, measures, values, _verdicts(measures, base, found) if base in found else {})
 
 
 def _estimates(records: Any, measures: Sequence[Measure]) -> Iterator[tuple[str, Estimate]]:
@@ -100,7 +100,23 @@ def _estimates(records: Any, measures: Sequence[Measure]) -> Iterator[tuple[str,
             yield measure.name, estimate(values)
 
 
-def _verdicts(measure: Measure, base: str, found: Mapping[str, Mapping[int, Record]]) -> Sequence[MetricVerdict]:
+def _verdicts(
+    measures: Sequence[Measure], base: str, found: Mapping[str, Mapping[int, Record]]
+) -> dict[str, Sequence[MetricVerdict]]:
+    """Judge the main measures together, as they are read together, and all others together."""
+    verdicts: dict[str, Sequence[MetricVerdict]] = {}
+    for main in (True, False):
+        numbers = {
+            MetricInfo(measure.name, measure.higher_is_better, measure.unit): _pairs(measure, base, found)
+            for measure in measures
+            if (measure.name in MAIN) == main
+        }
+        verdicts |= {metric.name: of for metric, of in judge_together(base, numbers).items()}
+    return {measure.name: verdicts[measure.name] for measure in measures}
+
+
+def _pairs(measure: Measure, base: str, found: Mapping[str, Mapping[int, Record]]) -> dict[str, BySeed]:
+    """Return the numbers of each method and of the base, by seed."""
     name = PREFIX + measure.name
     pairs = {
         method: {
@@ -111,8 +127,7 @@ def _verdicts(measure: Measure, base: str, found: Mapping[str, Mapping[int, Reco
         for method, by_seed in found.items()
         if method != base
     }
-    paired = {method: by_seed for method, by_seed in pairs.items() if by_seed}
-    return judge(MetricInfo(measure.name, measure.higher_is_better, measure.unit), base, {EQUAL_COMPUTE: paired})
+    return {method: by_seed for method, by_seed in pairs.items() if by_seed}
 
 
 def _cell(value: Estimate | None, measure: Measure) -> str:

@@ -7,16 +7,18 @@ from typing import Any
 
 from rich.console import Console
 
-from steppe.experiments.analysis.metric_verdicts import MetricVerdict, word
+from steppe.experiments.analysis import controls
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.robustness import Robustness, robustness_of
-from steppe.experiments.analysis.statistics import Decision, Estimate, decide, estimate
+from steppe.experiments.analysis.statistics import ERROR, Estimate, estimate
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
+from steppe.experiments.analysis.words import NO_VERDICT
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
 from steppe.experiments.storage.files import write_atomically, write_json
-from steppe.experiments.storage.records import Record, record_at
+from steppe.experiments.storage.records import record_at
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
 _NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
@@ -73,28 +75,6 @@ def _value(name: str, form: str) -> Callable[[Row], str]:
     return lambda row: row.measures[name].text(form, form_of_sd) if name in row.measures else "–"
 
 
-@dataclass(frozen=True)
-class Difference:
-    """A method minus the first one, paired by seed, at equal compute, in units of the deciding metric."""
-
-    method: MethodSpec
-    reference: MethodSpec
-    standardized_epoch: int
-    test: Decision
-    """Of the deciding metric on the test data."""
-    gap: Decision
-    metric: MetricInfo
-
-    def sentence(self) -> str:
-        runs, unit = self.gap.n, self.metric.unit_of_change
-        return (
-            f"{self.method.label} against {self.reference.label} at {self.standardized_epoch} standardized epochs, "
-            f"{runs} paired run{'s'[: runs > 1]}: test {self.metric.name} "
-            f"{_verdict(self.test, self.metric.form, unit, better=self.metric.better)}; "
-            f"generalization gap {_verdict(self.gap, self.metric.form, unit, better=-1)}."
-        )
-
-
 class SummaryFiles(ABC):
     """A table with notes, for the terminal, summary.md and summary.json."""
 
@@ -126,17 +106,25 @@ class Summary(SummaryFiles):
 
     title: str
     rows: Sequence[Row]
-    differences: Sequence[Difference]
+    verdicts: Sequence[MetricVerdict]
+    """For each method, its verdict in the deciding metric against the first one, and beside its controls."""
+    gaps: Sequence[MetricVerdict]
+    """For each of the same methods, its verdict in the generalization gap."""
     unfinished: Sequence[str]
     task: TaskInfo
+    standardized_epochs: int
+    """The compute at which methods are compared."""
     flatness: Sequence[Verdict] = ()
     """The verdicts on flatness, where it was measured."""
     robustness: Robustness | None = None
     """Corrupted images, calibration and rounded weights, in comparisons of images."""
-    verdicts: Sequence[MetricVerdict] = ()
-    """For each method, its verdict in the deciding metric against the first one, and beside its controls."""
     advice: Sequence[str] = ()
     """Sentences: which method to take, at what price, how sure that is, and what to try next."""
+
+    @property
+    def labels(self) -> Mapping[str, str]:
+        """The names of methods for readers."""
+        return {str(row.method): row.method.label for row in self.rows}
 
     @property
     def cells(self) -> list[list[str]]:
@@ -149,19 +137,36 @@ class Summary(SummaryFiles):
         return Table([c.heading for c in shown], {"": rows}, title=self.title, optional=tuple((i,) for i in extra))
 
     def notes(self) -> Iterator[str]:
-        controls = {verdict.method: verdict.controls_sentence() for verdict in self.verdicts}
-        for difference in self.differences:
-            yield difference.sentence()
-            if sentence := controls.get(str(difference.method)):
-                yield f"{difference.reference.label}'s controls: {difference.method.label} {sentence}."
-        corrected = max((difference.test.comparisons for difference in self.differences), default=1)
-        if corrected > 1:
-            yield (
-                f"The verdicts of each measure are corrected for {corrected} methods, by Holm's procedure, and its "
-                "intervals hold for all of them at once."
+        labels = self.labels
+        for verdict, gap in zip(self.verdicts, self.gaps, strict=True):
+            ours, base, seeds = (
+                labels[verdict.method],
+                labels[verdict.base],
+                verdict.first.difference.n + verdict.first.difference.lost,
             )
+            yield (
+                f"{ours} against {base} at {self.standardized_epochs} standardized epochs, {seeds} paired "
+                f"run{'s'[: seeds > 1]}: test {verdict.metric.name} {verdict.first.statement(verdict.metric)}; "
+                f"{gap.metric.name} {gap.first.statement(gap.metric)}."
+            )
+            if sentence := verdict.controls_sentence():
+                yield f"{base}'s controls: {ours} {sentence}."
+        yield from self._certainty()
         if self.unfinished:
             yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
+
+    def _certainty(self) -> Iterator[str]:
+        """Yield how often these verdicts are wrong, and what their intervals mean."""
+        if all(verdict.word == NO_VERDICT for verdict in (*self.verdicts, *self.gaps)):
+            return
+        methods = max(verdict.first.difference.comparisons for verdict in self.verdicts)
+        any_of = "" if methods == 1 else f" for any of the {methods} methods"
+        share = f"{100 * ERROR:g} %"
+        yield (
+            f"By chance alone, a difference in test {self.task.deciding.name} is found{any_of} in at most {share} of "
+            f"comparisons, and one in the generalization gap in at most another {share}."
+            + (" The intervals of each hold for all methods at once." if methods > 1 else "")
+        )
 
     def markdown(self) -> str:
         advice = ["", "## Advice", "", *bullets(self.advice), ""] if self.advice else []
@@ -183,33 +188,28 @@ class Summary(SummaryFiles):
 
     def json(self) -> dict[str, Any]:
         """Return the summary as JSON, with the verdicts in words."""
-        values = asdict(self) | {"flatness": [verdict.json() for verdict in self.flatness]}
-        values |= {"verdicts": [verdict.json() for verdict in self.verdicts], "advice": list(self.advice)}
-        if not self.flatness:
-            del values["flatness"]
-        values["robustness"] = [] if self.robustness is None else self.robustness.json()
-        values["rows"] = [
-            {
-                "method": str(row.method),
-                "standardized_epoch": row.standardized_epoch,
-                "passes": asdict(row.passes),
-                **{name: asdict(value) for name, value in row.measures.items()},
-                "seconds": asdict(row.seconds),
-            }
-            for row in self.rows
-        ]
-        values["differences"] = [
-            {
-                "method": str(difference.method),
-                "reference": str(difference.reference),
-                "standardized_epoch": difference.standardized_epoch,
-                f"test_{difference.metric.name}": _json(difference.test),
-                "gap": _json(difference.gap),
-                "verdict": difference.sentence(),
-            }
-            for difference in self.differences
-        ]
-        return values
+        values: dict[str, Any] = {
+            "title": self.title,
+            "task": asdict(self.task),
+            "standardized_epochs": self.standardized_epochs,
+            "rows": [
+                {
+                    "method": str(row.method),
+                    "standardized_epoch": row.standardized_epoch,
+                    "passes": asdict(row.passes),
+                    **{name: asdict(value) for name, value in row.measures.items()},
+                    "seconds": asdict(row.seconds),
+                }
+                for row in self.rows
+            ],
+            "verdicts": [verdict.json() for verdict in self.verdicts],
+            "gaps": [verdict.json() for verdict in self.gaps],
+            "robustness": [] if self.robustness is None else self.robustness.json(),
+            "advice": list(self.advice),
+            "notes": list(self.notes()),
+            "unfinished": list(self.unfinished),
+        }
+        return values | ({"flatness": [verdict.json() for verdict in self.flatness]} if self.flatness else {})
 
 
 def setting(recipe: Recipe) -> str:
@@ -269,25 +269,17 @@ def _network(recipe: Recipe) -> str:
 def summarize(recipe: Recipe, results: Results) -> Summary:
     """Summarize what there is: a run counts where it was measured at the standardized epoch of the row."""
     rows = [row for method in recipe.comparison.methods for row in _rows(recipe, method, results)]
-    epochs, (reference, *others) = recipe.comparison.epochs, recipe.comparison.methods
-    found = {run: record for run in results if (record := record_at(results[run], epochs)) is not None}
-    metric, pairs = recipe.task.deciding, dict[MethodSpec, list[tuple[Record, Record]]]()
-    for method in others:
-        # the runs of a seed have the same initial weights and order of images
-        runs = [(run, Run(recipe, reference, run.seed)) for run in found if run.method == method]
-        if paired := [(found[run], found[other]) for run, other in runs if other in found]:
-            pairs[method] = paired
-    test, gap = (
-        decide([[(ours[name], theirs[name]) for ours, theirs in of] for of in pairs.values()])
-        for name in (f"test_{metric.name}", "gap")
-    )
-    differences = [
-        Difference(method, reference, epochs, of_test, of_gap, metric)
-        for method, of_test, of_gap in zip(pairs, test, gap, strict=True)
-    ]
     unfinished = [run.name for run in results if not record_at(results[run], run.standardized_epochs)]
-    title, robustness = f"{recipe.name}: {setting(recipe)}", robustness_of(recipe, results)
-    return Summary(title, rows, differences, unfinished, recipe.task, robustness=robustness)
+    return Summary(
+        title=f"{recipe.name}: {setting(recipe)}",
+        rows=rows,
+        verdicts=controls.verdicts(recipe, results),
+        gaps=controls.gap_verdicts(recipe, results),
+        unfinished=unfinished,
+        task=recipe.task,
+        standardized_epochs=recipe.comparison.epochs,
+        robustness=robustness_of(recipe, results),
+    )
 
 
 def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]:
@@ -300,17 +292,3 @@ def _rows(recipe: Recipe, method: MethodSpec, results: Results) -> Iterator[Row]
             measures = {name: estimate([r[name] for r in records]) for name in names}
             passes, seconds = (estimate([r[name] for r in records]) for name in ("passes", "seconds"))
             yield Row(method, epoch, passes, measures, seconds)
-
-
-def _verdict(value: Decision, form: str, unit: str, *, better: int) -> str:
-    after = f" {unit}" if unit else ""
-    if value.interval is None:
-        reason = f"{value.lost} not finite" if value.lost else "one run"
-        return f"{value.mean:+{form}}{after} ({reason}: no verdict)"
-    low, high = value.interval
-    interval = f"[{low:+{form}}, {high:+{form}}]"
-    return f"{value.mean:+{form}}{after}, 95 % interval {interval}: {word(value, better=better)}"
-
-
-def _json(value: Decision) -> dict[str, Any]:
-    return {**asdict(value), "half_width_95": value.half_width}

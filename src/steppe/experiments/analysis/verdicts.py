@@ -5,14 +5,24 @@ import logging
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.metric_verdicts import decision_json
+from steppe.experiments.analysis.statistics import Decision, Estimate, Pairs, decide_together, estimate
 from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.analysis.words import (
+    FLATTER,
+    INCONCLUSIVE,
+    MIXED,
+    NO_VERDICT,
+    NOT_DISTINGUISHABLE,
+    SHARPER,
+    word,
+)
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import read_checked
@@ -22,8 +32,6 @@ from steppe.flatness import FAMILIES, Flatness, Measure
 FLATNESS = "flatness.json"
 
 log = logging.getLogger(__name__)
-
-_WORDS: Mapping[int | None, str] = {None: "no verdict", 0: "not distinguishable", -1: "flatter", 1: "sharper"}
 
 _APART = 2.0  # ratio of two losses, from which on the difference in fit may explain that in flatness
 
@@ -39,10 +47,29 @@ CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change; it can become more "
     "confident, and all measures that depend on its logits change. Only where every kind of measure agrees is a "
     "minimum called flatter or sharper.",
-    "Each interval alone has a confidence of 95 %: of so many, one in twenty shows a difference where there is none.",
+    "The verdicts of all these measures and methods are corrected together: where no minimum differs, any of them is "
+    "called flatter or sharper in at most 5 % of comparisons. Their intervals hold all at once with 95 %, or end at 0.",
     "Flatter does not mean better: sharpness often does not track generalization (arXiv 2302.07011). Look at the test "
     "results and the gap beside it.",
 )
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """The measurements of a method and of the reference, in pairs of (ours, the reference's)."""
+
+    method: str
+    reference: str
+    labels: tuple[str, str]
+    """Their names in tables and sentences, the method first."""
+    pairs: Sequence[tuple[Flatness, Flatness]]
+    further: str = ""
+    """A further note for the reader."""
+
+    def numbers(self, name: str) -> Pairs:
+        """Return the values of a measure; none if it is not finite in some run."""
+        found = [(a.measures.get(name, _NONE).value, b.measures.get(name, _NONE).value) for a, b in self.pairs]
+        return found if all(math.isfinite(value) for pair in found for value in pair) else []
 
 
 @dataclass(frozen=True)
@@ -53,18 +80,18 @@ class Row:
     family: str
     reference: Estimate
     ours: Estimate
-    difference: Estimate
+    difference: Decision
 
     @property
     def word(self) -> str:
         """The verdict of this measure; empty for the context."""
-        return "" if self.family == "context" else _WORDS[self.difference.sign]
+        return "" if self.family == "context" else word(self.difference, better=-1, words=(FLATTER, SHARPER))
 
     def cells(self) -> list[str]:
-        label = FAMILIES[self.family].measures[self.name]
-        half = "" if self.difference.half_width is None else f" ± {self.difference.half_width:.2g}"
+        label, ends = FAMILIES[self.family].measures[self.name], self.difference.interval
+        interval = "" if ends is None else f"[{ends[0]:+.2g}, {ends[1]:+.2g}]"
         reference, ours = (value.text(".3g", ".2g", " ± ") for value in (self.reference, self.ours))
-        return [label, reference, ours, f"{self.difference.mean:+.3g}{half}", self.word]
+        return [label, reference, ours, f"{self.difference.mean:+.3g}", interval, self.word]
 
 
 @dataclass(frozen=True)
@@ -86,29 +113,29 @@ class Verdict:
     def family(self, name: str) -> str:
         """Return the verdict of a family: one word if its measures do not contradict each other, else "mixed"."""
         words = self._words(name)
-        if not words or set(words) == {"no verdict"}:
-            return "no verdict"
-        if words["flatter"] and words["sharper"]:
-            return "mixed"
-        return next((word for word in ("flatter", "sharper") if words[word]), "not distinguishable")
+        if not words or set(words) == {NO_VERDICT}:
+            return NO_VERDICT
+        if words[FLATTER] and words[SHARPER]:
+            return MIXED
+        return next((found for found in (FLATTER, SHARPER) if words[found]), NOT_DISTINGUISHABLE)
 
     @property
     def word(self) -> str:
         """The verdict of raw and adaptive measures, and of normalized logits where measured, if all have the same."""
         words = {self.family(name) for name in _FAMILIES if self._words(name) or name != "normalized"}
-        return words.pop() if len(words) == 1 and "mixed" not in words else "inconclusive"
+        return words.pop() if len(words) == 1 and MIXED not in words else INCONCLUSIVE
 
     def sentence(self) -> str:
         ours, theirs = self.labels
         about = f"{ours}'s minima against {theirs}'s, {self.runs} paired run{'s'[: self.runs > 1]}: "
         if self.runs == 1:
             return f"{about}no verdict on flatness, which needs two runs of each at least."
-        if self.word == "no verdict":
+        if self.word == NO_VERDICT:
             return f"{about}no verdict on flatness, as no raw or adaptive measure is finite in all of them."
         counts = "; ".join(self._count(name) for name in _FAMILIES if self._words(name))
         because = ""
-        if self.word == "inconclusive":
-            mixed = any(self.family(name) == "mixed" for name in _FAMILIES)
+        if self.word == INCONCLUSIVE:
+            mixed = any(self.family(name) == MIXED for name in _FAMILIES)
             because = f", because measures of {'one kind' if mixed else 'different kinds'} do not agree"
         return f"{about}{self.word}{because} ({counts})."
 
@@ -133,7 +160,7 @@ class Verdict:
         return "\n".join([*self._table().markdown(), "", *bullets([self.sentence(), *self.notes()])])
 
     def show(self, console: Console, caveats: Sequence[str] = ()) -> None:
-        """Print the table, the sentence and the notes; a narrow console shows the differences only."""
+        """Print the table, the sentence and the notes; a narrow console shows less of the columns."""
         self._table().show(console, [self.sentence(), *self.notes(), *caveats])
 
     def json(self) -> dict[str, Any]:
@@ -144,8 +171,7 @@ class Verdict:
             "measures": [
                 {
                     "name": row.name,
-                    "difference": asdict(row.difference),
-                    "half_width_95": row.difference.half_width,
+                    "difference": decision_json(row.difference),
                     "verdict": row.word,
                 }
                 for row in self.rows
@@ -158,17 +184,17 @@ class Verdict:
 
     def _table(self) -> Table:
         ours, theirs = self.labels
-        headings = ("measure", theirs, ours, "difference ± 95 %", "verdict")
+        headings = ("measure", theirs, ours, "difference", "95 % interval", "verdict")
         sections = {
             family.title: [row.cells() for row in self.rows if row.family == name] for name, family in FAMILIES.items()
         }
-        return Table(headings, sections, left=(0, 4), optional=[(1, 2)], wraps=False)
+        return Table(headings, sections, left=(0, 5), optional=[(1, 2), (3,)], wraps=False)
 
     def _words(self, family: str) -> Counter[str]:
         return Counter(row.word for row in self.rows if row.family == family)
 
     def _count(self, family: str) -> str:
-        counts = ", ".join(f"{n} {word}" for word, n in self._words(family).most_common())
+        counts = ", ".join(f"{n} {found}" for found, n in self._words(family).most_common())
         return f"{FAMILIES[family].title.lower()} measures: {counts}"
 
 
@@ -223,30 +249,35 @@ def verdicts(recipe: Recipe, found: Mapping[Run, Flatness]) -> list[Verdict]:
             "the folder again, with the same options for all"
         )
     reference, *others = recipe.comparison.methods
-    made = []
+    pairings = []
     for method in others:
         labels = method.label, reference.label
         ends = [Run(recipe, m, recipe.comparison.first_seed).standardized_epochs for m in (method, reference)]
         further = "" if ends[0] == ends[1] else _UNEQUAL.format(*labels, *ends)
         runs = [(run, Run(recipe, reference, run.seed)) for run in found if run.method == method]
         pairs = [(found[run], found[other]) for run, other in runs if other in found]
-        made.append(compared(str(method), str(reference), labels, pairs, further))
-    return [verdict for verdict in made if verdict is not None]
+        pairings.append(Pairing(str(method), str(reference), labels, pairs, further))
+    return compare(pairings)
 
 
-def compared(
-    method: str, reference: str, labels: tuple[str, str], pairs: Sequence[tuple[Flatness, Flatness]], further: str = ""
-) -> Verdict | None:
-    """Compare measurements, pair by pair of (ours, the reference's); None without pairs.
+def compare(pairings: Sequence[Pairing]) -> list[Verdict]:
+    """Compare measurements, pair by pair; methods without a measure that is finite in all runs have no verdict.
 
-    A measure that is not finite in some run is left out of the comparison.
+    All measures of all methods are one family, for which each is corrected; the context, which has no verdict, is not
+    part of it.
     """
-    rows = []
-    for family, about in FAMILIES.items():
-        for name in about.measures:
-            measured = [(a.measures.get(name, _NONE).value, b.measures.get(name, _NONE).value) for a, b in pairs]
-            if measured and all(math.isfinite(value) for pair in measured for value in pair):
-                ours, theirs = zip(*measured, strict=True)
-                differences = [a - b for a, b in measured]
-                rows.append(Row(name, family, estimate(theirs), estimate(ours), estimate(differences)))
-    return Verdict(method, reference, labels, rows, further) if rows else None
+    rows: list[list[Row]] = [[] for _ in pairings]
+    for families in (_FAMILIES, ("context",)):
+        measured = [
+            (name, family, numbers)
+            for family in families
+            for name in FAMILIES[family].measures
+            if (numbers := {i: found for i, pairing in enumerate(pairings) if (found := pairing.numbers(name))})
+        ]
+        decided = decide_together([list(numbers.values()) for *_, numbers in measured])
+        for (name, family, numbers), decisions in zip(measured, decided, strict=True):
+            for (i, pairs), difference in zip(numbers.items(), decisions, strict=True):
+                ours, theirs = zip(*pairs, strict=True)
+                rows[i].append(Row(name, family, estimate(theirs), estimate(ours), difference))
+    made = zip(pairings, rows, strict=True)
+    return [Verdict(p.method, p.reference, p.labels, found, p.further) for p, found in made if found]

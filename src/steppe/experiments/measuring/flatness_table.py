@@ -7,7 +7,7 @@ from rich.console import Console
 
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.tables import Table, bullets
-from steppe.experiments.analysis.verdicts import CAVEATS, Verdict, compared
+from steppe.experiments.analysis.verdicts import CAVEATS, Pairing, Verdict, compare
 from steppe.flatness import FAMILIES, Flatness, Measure
 
 TITLE = "# Flatness of "
@@ -37,7 +37,7 @@ class FlatnessTable:
         if not self.paired:
             return None
         theirs, ours = self.groups().values()
-        return compared(*self.names, self.names, list(zip(ours, theirs, strict=True)))
+        return next(iter(compare([Pairing(*self.names, self.names, list(zip(ours, theirs, strict=True)))])), None)
 
     def caption(self) -> str:
         """Return the size of the network, the samples and the setting, in words."""

@@ -6,18 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.analysis.metric_verdicts import word
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.summary import Difference, Summary
+from steppe.experiments.analysis.summary import Summary
 from steppe.experiments.analysis.verdicts import CAVEATS
+from steppe.experiments.analysis.words import BAD, GOOD, NO_VERDICT, NOT_MEASURED
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.report.numbers import change, spread
 from steppe.flatness import FAMILIES, Flatness
 
-KINDS: Mapping[str, str] = {"better": "good", "flatter": "good", "worse": "bad", "sharper": "bad"}
+KINDS: Mapping[str, str] = dict.fromkeys(GOOD, "good") | dict.fromkeys(BAD, "bad")
 """The class of a verdict's word on the page; every other word is "open"."""
-
-_UNMEASURED, _NO_VERDICT = "not measured", "no verdict"
 
 Headline = Sequence[tuple[str, str]]
 """A sentence as pairs: a text, and the verdict's word after it, which the page sets apart."""
@@ -30,24 +29,23 @@ def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
     """Return the verdict on generalization and, if `measured`, flatness: one sentence for all methods it is true of."""
     if not summary.rows:
         return [[("Nothing has been measured yet.", "")]]
-    if not summary.differences:
+    if not summary.verdicts:
         return [[("There is one method so far, and nothing to compare it with.", "")]]
-    if all(difference.gap.n == 1 for difference in summary.differences):
-        return [[("One run of each method gives ", _NO_VERDICT), (": chance alone may explain the difference.", "")]]
+    if all(gap.first.difference.n == 1 for gap in summary.gaps):
+        return [[("One run of each method gives ", NO_VERDICT), (": chance alone may explain the difference.", "")]]
     flatness = {verdict.method: verdict.word for verdict in summary.flatness}
-    groups: dict[tuple[str, str, str], list[Difference]] = {}
-    for difference in summary.differences:
-        flat = flatness.get(str(difference.method), _NO_VERDICT if measured else _UNMEASURED)
-        words = word(difference.test, better=difference.metric.better), word(difference.gap, better=-1), flat
-        groups.setdefault(words, []).append(difference)
-    return [_headline(differences, *words) for words, differences in groups.items()]
+    groups: dict[tuple[str, str, str], list[MetricVerdict]] = {}
+    for verdict, gap in zip(summary.verdicts, summary.gaps, strict=True):
+        flat = flatness.get(verdict.method, NO_VERDICT if measured else NOT_MEASURED)
+        groups.setdefault((verdict.word, gap.word, flat), []).append(verdict)
+    return [_headline(summary.labels, of, *words) for words, of in groups.items()]
 
 
-def _headline(differences: list[Difference], accuracy: str, gap: str, flat: str) -> Headline:
-    *most, last = (difference.method.label for difference in differences)
-    name = differences[0].metric.name
+def _headline(labels: Mapping[str, str], of: Sequence[MetricVerdict], accuracy: str, gap: str, flat: str) -> Headline:
+    *most, last = (labels[verdict.method] for verdict in of)
+    name = of[0].metric.name
     ours = f"{', '.join(most)} and {last}" if most else last
-    subject = f"{ours} against {differences[0].reference.label}: "
+    subject = f"{ours} against {labels[of[0].base]}: "
     minima = ("minima " if most else "minimum ") if flat in KINDS else "flatness "
     if accuracy == gap:
         parts = [(f"{subject}test {name} and generalization gap ", accuracy)]
@@ -118,17 +116,12 @@ def _generalization(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]
     metric = summary.task.deciding
     gap = f"generalization gap, {metric.unit_of_change}".removesuffix(", ")
     measures = (
-        ("gap", gap, -1, {str(d.method): d.gap for d in summary.differences}),
-        (
-            f"test_{metric.name}",
-            metric.with_unit(f"test {metric.name}"),
-            metric.better,
-            {str(d.method): d.test for d in summary.differences},
-        ),
+        ("gap", gap, summary.gaps),
+        (f"test_{metric.name}", metric.with_unit(f"test {metric.name}"), summary.verdicts),
     )
-    for name, label, better, paired in measures:
+    for name, label, verdicts in measures:
         values = {method: row.measures[name].text(metric.form, sign=" ± ") for method, row in rows.items()}
-        changes = {method: (value, word(value, better=better)) for method, value in paired.items()}
+        changes = {verdict.method: (verdict.first.difference, verdict.word) for verdict in verdicts}
         yield {"label": label, "notes": [], "cells": _cells(recipe, values, changes)}
 
 
