@@ -25,9 +25,24 @@ def test_best_trial_is_named_with_those_within_one_standard_error() -> None:
     assert "SAM (rho 0.1): 85.20±1.00 %, the best of 4 trials (trial 1)." in text
     assert "2 of 4 trials are within one standard error (0.58 points) of the best: rho 0.05, 0.1." in text
     assert "The optimum is flat" in text
-    assert "SAM (rho 0.1) against SGD, on the images it was chosen by: +4.2 points, 95 % interval [+4.2, +4.2]" in text
+    assert (
+        "SAM (rho 0.1) against SGD, on the images it was chosen by: +4.20 points, 95 % interval [+2.11, +6.29]: better."
+    ) in text
+    assert "corrected for the 4 pairs of trials" in text
     assert not [*found.warnings()]
     assert json.loads(json.dumps(found.json()))["best"][1]["spec"] == "sam:rho=0.1"
+
+
+def test_differences_of_the_best_trials_are_corrected_for_all_that_could_have_been_chosen() -> None:
+    base, sam = result(0, 0.0, 80.0, 81.0, 82.0, method="sgd"), result(0, 0.05, 82.0, 83.4, 83.9)
+    alone = "\n".join(tuning_result(base, sam).notes())
+    assert "+2.10 points, 95 % interval [+1.27, +2.93]: better." in alone
+    assert "corrected" not in alone
+    worse = [result(i, 0.05 + i / 100, 60.0, 61.0, 62.0) for i in range(1, 20)]
+    among = "\n".join(tuning_result(base, sam, *worse).notes())
+    assert "SAM (rho 0.05) against SGD" in among
+    assert ": not distinguishable." in among
+    assert "corrected for the 20 pairs of trials" in among
 
 
 @pytest.mark.parametrize(

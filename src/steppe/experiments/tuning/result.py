@@ -10,9 +10,11 @@ from typing import Any, Literal, Self, get_args
 
 from rich.console import Console
 
-from steppe.experiments.analysis.statistics import estimate
+from steppe.experiments.analysis.metric_verdicts import EQUAL_COMPUTE, Comparison
+from steppe.experiments.analysis.statistics import decide, estimate
 from steppe.experiments.analysis.summary import SummaryFiles, setting
 from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.analysis.words import word
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
@@ -206,7 +208,7 @@ class TuningResult(SummaryFiles):
             f"run{'s'[: runs > 1]}), on {where}"
         )
         yield from map(self._best_note, self.best)
-        yield from (self._difference(one, self.best[0]) for one in self.best[1:])
+        yield from self._differences()
         tried = max((len(one.ranked) for one in self.best), default=0)
         if tried > 1:
             worse = "lower" if self.metric.higher_is_better else "higher"
@@ -243,17 +245,29 @@ class TuningResult(SummaryFiles):
         flat = "The optimum is flat: " if 2 * near >= complete > 3 else ""
         return f"{text} {flat}{near} of {complete} trials are within {error} of the best: {where}."
 
-    def _difference(self, best: Best, reference: Best) -> str:
-        """Describe the difference between two methods at their best, paired by seed."""
-        pairs = zip(self.goal(best.result), self.goal(reference.result), strict=True)
-        value = estimate([ours - theirs for ours, theirs in pairs])
-        names = f"{best.label(best.result)} against {reference.label(reference.result)}"
-        text = f"{names}, on the {self._samples} it was chosen by: {value.mean:+.3g}{self._points}"
-        if value.half_width is None:
-            return f"{text} (one run: no verdict)."
-        low, high = value.mean - value.half_width, value.mean + value.half_width
-        verdict = "; not distinguishable from none" if value.sign == 0 else ""
-        return f"{text}, 95 % interval [{low:+.3g}, {high:+.3g}]{verdict}."
+    def _differences(self) -> Iterator[str]:
+        """Describe the difference between each method and the first one, both at their best, paired by seed.
+
+        Each best trial was chosen by the same numbers. So the decisions are corrected for all pairs of trials of which
+        one could have been chosen.
+        """
+        if len(self.best) < 2:
+            return
+        reference, *others = self.best
+        theirs = self.goal(reference.result)
+        pairs = [list(zip(self.goal(best.result), theirs, strict=True)) for best in others]
+        possible = sum(len(best.ranked) for best in others) * len(reference.ranked)
+        for best, difference in zip(others, decide(pairs, chosen_from=possible), strict=True):
+            found = Comparison(EQUAL_COMPUTE, difference, word(difference, better=self.metric.better))
+            yield (
+                f"{best.label(best.result)} against {reference.label(reference.result)}, on the {self._samples} it was "
+                f"chosen by: {found.statement(self.metric)}."
+            )
+        if possible > 1 and self.recipe.comparison.seeds > 1:
+            yield (
+                f"These verdicts are corrected for the {possible} pairs of trials that could have been the best ones. "
+                "That takes many seeds; the confirmation below, with fresh seeds, needs fewer."
+            )
 
     @property
     def _form(self) -> str:
