@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from own_tasks import classifier, data, recipe_of, result
+from tiny import CPU
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
@@ -23,7 +24,7 @@ NAMES = [name for name, method in METHODS.items() if method.plain is None or nam
 
 
 def attempt(task: Task, *methods: str, folder: Path = Path("nowhere"), **options: Any) -> None:
-    try_methods(recipe_of(task, methods=methods, **options), task, RunFolder(folder))
+    try_methods(recipe_of(task, methods=methods, **options), task, RunFolder(folder), CPU)
 
 
 @pytest.mark.parametrize("method", NAMES)

@@ -20,7 +20,7 @@ def resolve(recipe: Recipe) -> Recipe:
         )
     if hardware.device == "cuda" or (hardware.device == "auto" and torch.cuda.is_available()):
         return fill_in(recipe.replace(device="cuda"))
-    if launched() > 1 and recipe.model.norm == "batch":
+    if launched() > 1 and recipe.model.norm == "batch" and not recipe.data.task:
         raise ExperimentError(
             "norm=batch in several processes on CPUs: each would normalize by its own part of the batch, and the "
             "SyncBatchNorm that prevents it exists on GPUs only; use --norm group"

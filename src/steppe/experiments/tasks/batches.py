@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from steppe.experiments.data.batches import count, order, start
+from steppe.experiments.data.sampling import seed_of
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.tasks.samples import Samples, TensorSamples, on_device
 from steppe.experiments.world import World
@@ -70,6 +71,11 @@ class Epochs:
         if samples.sizes is None:
             self.number = count(self.samples, batch_size)
             """Batches in an epoch."""
+            if (smallest := self.samples // self.number) < world.size:
+                raise ExperimentError(
+                    f"a batch of {smallest} is shared out over {world.size} processes, and each needs a sample: raise "
+                    "--batch-size, or start fewer processes"
+                )
             self._starts = [start(i, self.samples, self.number) for i in range(self.number + 1)]
         elif world.size > 1:
             raise ExperimentError(
@@ -95,14 +101,23 @@ class Epochs:
 def share_out(
     samples: Samples, wholes: list[Tensor], world: World, *, epoch: int = 0, first: int = 0, seed: int | None = None
 ) -> Iterator[Batch]:
-    """Yield this process's share of global batches, whose positions are given; `seed` is None for an evaluation."""
-    mine = [whole[world.share(len(whole))] for whole in wholes]
+    """Yield this process's share of global batches, whose positions are given; `seed` is None for an evaluation.
+
+    Where the data decide what a batch holds, the processes take whole batches in turn, and their share of the others is
+    empty.
+    """
+    if samples.sizes is None:
+        mine = [whole[world.share(len(whole))] for whole in wholes]
+    else:
+        mine = [whole if i % world.size == world.rank else whole[:0] for i, whole in enumerate(wholes)]
     if isinstance(samples, TensorSamples):
         # in one copy: one of each batch would let every step wait for the device
-        moved = torch.cat([torch.empty(0, dtype=torch.int64), *mine]).to(samples.tensors[0].device)
-        for whole, positions in zip(wholes, torch.split(moved, [len(positions) for positions in mine]), strict=True):
+        all_mine = torch.cat([torch.empty(0, dtype=torch.int64), *mine]).to(samples.tensors[0].device)
+        for whole, positions in zip(wholes, torch.split(all_mine, [len(positions) for positions in mine]), strict=True):
             yield Batch(samples.gather, positions, len(whole), epoch)
         return
+    if seed is not None and world.rank > 0:  # else the shares of a batch would be augmented by the same numbers
+        seed = seed_of(seed, world.rank)
     for whole, positions, data in zip(wholes, mine, samples.fetch(mine, epoch, first, seed), strict=True):
-        moved = on_device(data, world.device)
+        moved: Any = on_device(data, world.device) if len(positions) else None
         yield Batch(lambda _, moved=moved: moved, positions, len(whole), epoch, samples.sizes is None)  # type: ignore[misc]

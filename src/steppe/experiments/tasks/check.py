@@ -15,13 +15,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.errors import ExperimentError, first_line
 from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.samples import RandomStream, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task, describe, logits_of
-from steppe.experiments.world import World
+from steppe.experiments.world import World, launched
 from steppe.flatness._batches import cast, list_tensors
 
 _SAMPLES = 4
@@ -54,6 +55,11 @@ def check(task: Task, device: torch.device) -> TaskInfo:
         if not isinstance(model, nn.Module):
             raise ExperimentError(f"the task's model= returned {describe(model)}, and a torch.nn.Module is needed")
         model.to(device)
+        if launched() > 1 and device.type == "cpu" and any(isinstance(m, _BatchNorm) for m in model.modules()):
+            raise ExperimentError(
+                "the task's model has BatchNorm layers, and in several processes on CPUs each would normalize by its "
+                "own part of the batch: start it without torchrun, or use GroupNorm or LayerNorm"
+            )
         if not any(p.requires_grad for p in model.parameters()):
             raise ExperimentError(
                 "the task's model has no parameter that requires a gradient, so nothing can be trained"
@@ -135,8 +141,14 @@ def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> Non
         )
     with _explained("the backward pass", f"raised an error on {shapes}"):
         loss.backward()  # type: ignore[no-untyped-call]
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if all(p.grad is None for p in model.parameters()):
         raise ExperimentError("the loss gives no gradient to any parameter of the model that model= returned")
+    if launched() > 1 and without:
+        raise ExperimentError(
+            f"the loss gives no gradient to {without[0]}, and several processes would wait for it: remove such "
+            "parameters, or set their requires_grad=False, or start it without torchrun"
+        )
     model.zero_grad()
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 import random
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any, cast
 
 import numpy as np
@@ -118,7 +119,8 @@ class DatasetSamples(Samples):
             _Drawn(self.dataset),
             sampler=cast(Any, keys),
             batch_size=None,
-            collate_fn=self._collate,  # of the items of a batch, which the loader takes for a single one
+            # of the items of a batch, which the loader takes for a single one
+            collate_fn=partial(_collate, self._collate),
             generator=torch.Generator().manual_seed(0),  # else each iteration draws from the global generator
             **cast(Any, self._settings),
         )
@@ -136,6 +138,11 @@ class _Drawn(TorchDataset[Any]):
         with RandomStream(*numbers).active():
             together = getattr(self._dataset, "__getitems__", None)
             return together(positions) if together else [self._dataset[i] for i in positions]
+
+
+def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
+    """Make a batch of its items; None if a process has no share in it."""
+    return collate(items) if items else None
 
 
 class LoaderSamples(Samples):

@@ -16,7 +16,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from steppe.experiments.config.task_info import MetricInfo, TaskInfo
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.tasks.samples import Samples, as_samples
+from steppe.experiments.tasks.samples import RandomStream, Samples, as_samples
 
 _BATCH_SIZE = 64
 _LABELS = ("labels", "label", "targets", "target")
@@ -75,6 +75,8 @@ class Task:
         name: The title of tables and figures.
         final_measures: Function (model, raise_if_stopped) -> {name: number} of further measures of the trained model,
             in evaluation mode and without gradients. It may call `raise_if_stopped` often, so that a signal stops it.
+        then: A second task, for forgetting: a copy of each trained model is trained on its training data and loss with
+            the base alone, and measured by the metrics above on the test data of both tasks.
 
     Example:
         >>> inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
@@ -104,6 +106,7 @@ class Task:
     classes: int | None = None
     name: str = "task"
     final_measures: Callable[[nn.Module, Callable[[], None]], Mapping[str, float]] | None = None
+    then: Task | None = None
     initial_weights: str | None = None
     """A digest of pretrained weights that every run starts from: a run is resumed only if it is the same."""
     entry_point: str | None = None
@@ -130,7 +133,8 @@ class Task:
                 takes_seed = bool(inspect.signature(given).parameters)
             except ValueError:  # a built-in function
                 takes_seed = True
-            given = given(seed) if takes_seed else given()
+            with RandomStream(seed, 0, 0).active():  # every process and every method draws the same
+                given = given(seed) if takes_seed else given()
         return as_samples(given, split)
 
     @property

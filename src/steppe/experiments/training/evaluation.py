@@ -41,30 +41,34 @@ def evaluate(
     `HALVES`, so that a moment can be chosen on one and judged on the other. `raise_if_stopped` is called before each
     batch.
     """
-    total, n = torch.zeros((), dtype=torch.float64, device=world.device), 0
-    kept: list[tuple[Any, Any]] = []
+    total = torch.zeros((), dtype=torch.float64, device=world.device)
+    kept: list[tuple[Any, Any] | None] = []
     losses: list[tuple[float, int]] = []
     metrics = task.all_metrics()
     with evaluation_mode(model), torch.no_grad():
         for batch in share_out(samples, _chunks(samples, batch_size), world):
             raise_if_stopped()
+            if not len(batch):
+                kept.append(None)
+                losses.append((0.0, 0))
+                continue
             with autocast():
                 outputs, targets = task.outputs(model, batch.data)
             loss = task.total_loss(in_float32(outputs), targets, len(batch)).double()
             total += loss
-            n += len(batch)
             if metrics:
                 kept.append(cast((in_float32(logits_of(outputs)), targets), device=torch.device("cpu")))
             else:
                 losses.append((float(loss), len(batch)))
     found = {"loss": float(world.total(total) / len(samples))}
-    kept = _of_all_processes(kept, world)
+    whole = _of_all_processes(kept, world)
     for i, (name, metric) in enumerate(metrics.items()):
-        parts = {"": kept} | (_halves(kept) if i == 0 and len(kept) > 1 else {})
+        parts = {"": whole} | (_halves(whole) if i == 0 and len(whole) > 1 else {})
         for suffix, part in parts.items():
             found[name + suffix] = _number(name, metric.function(*_concatenated(part)))
     if not metrics and len(losses) > 1:
-        for suffix, half in _halves(losses).items():
+        summed = world.total(torch.tensor(losses, dtype=torch.float64, device=world.device)).tolist()
+        for suffix, half in _halves(summed).items():
             found["loss" + suffix] = sum(loss for loss, _ in half) / sum(size for _, size in half)
     return found
 
@@ -94,13 +98,14 @@ def _chunks(samples: Samples, batch_size: int) -> list[Tensor]:
     return [torch.arange(i, n, number) for i in range(number)]
 
 
-def _of_all_processes(kept: list[tuple[Any, Any]], world: World) -> list[tuple[Any, Any]]:
+def _of_all_processes(kept: list[tuple[Any, Any] | None], world: World) -> list[tuple[Any, Any]]:
     """Return the outputs and targets of all processes, each batch of theirs in one piece."""
-    if world.size == 1:
-        return kept
-    gathered: list[Any] = [None] * world.size
-    dist.all_gather_object(gathered, kept)
-    return [_concatenated(list(parts)) for parts in zip(*gathered, strict=True)]
+    gathered: list[Any] = [kept]
+    if world.size > 1:
+        gathered *= world.size
+        dist.all_gather_object(gathered, kept)
+    shares = ([share for share in shares if share is not None] for shares in zip(*gathered, strict=True))
+    return [parts[0] if len(parts) == 1 else _concatenated(parts) for parts in shares]
 
 
 def _concatenated(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:

@@ -36,6 +36,7 @@ from steppe.experiments.training.evaluation import evaluate, evaluation_mode, fl
 from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.optimizers import build_optimizer
 from steppe.experiments.training.reporter import Reporter
+from steppe.experiments.training.second_task import measure_forgetting
 from steppe.experiments.training.stopping import Stop, Stopped
 from steppe.experiments.world import World
 
@@ -109,7 +110,7 @@ class Training:
         """True if averaged weights are measured beside the run's own, as a free rival of other methods."""
         comparison = self.run.recipe.comparison
         is_reference = self.run.method == comparison.methods[0] and not self.run.method.average
-        return is_reference and self.run.method.passes == 1 and len(comparison.methods) > 1 and self.world.size == 1
+        return is_reference and self.run.method.passes == 1 and len(comparison.methods) > 1
 
     def rest_of_epoch(self) -> Iterator[Batch]:
         """Yield the batches of the epoch in progress that are not finished."""
@@ -143,6 +144,9 @@ class Training:
 
     def step(self, batch: Batch) -> Tensor:
         """Take one optimizer step; return the loss at w as the mean over this process's share of the batch."""
+        if self.world.size > 1:  # the states of the other processes are in no checkpoint
+            seed_generators(seed := seed_of(self.run.seed, self.epoch, self.batch))
+            torch.manual_seed(seed)  # of all devices
         loss, cost = self._take_step(batch)
         if not cost:
             raise RuntimeError(
@@ -186,6 +190,9 @@ class Training:
                     self.autocast(),
                 ):
                     final = self.task.final_measures(self.network, raise_if_stopped)
+            if self.task.then is not None and is_end:
+                state = (self.task.model(), self.samples["test"], measures, self.world.device, self.autocast)
+                final = {**final, **measure_forgetting(self.run, self.task, *state, raise_if_stopped)}
         if self.average is not None and self._is_control and is_end:
             with self.averaged_weights():
                 found = self._evaluate(self.samples["test"], raise_if_stopped)

@@ -18,14 +18,17 @@ from steppe.experiments.training.run import Training
 from steppe.experiments.world import World
 
 
-def try_methods(recipe: Recipe, task: Task, folder: RunFolder) -> None:
+def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> None:
     """Take a step of each method of a resolved recipe that has no checkpoint in the run folder; nothing is kept.
+
+    Several processes take it together.
 
     Raises:
         ExperimentError: A method cannot train the task.
     """
-    on_gpu = recipe.hardware.device == "cuda" and torch.cuda.is_available()  # on Ray, other machines may have one
-    world = World(torch.device("cuda" if on_gpu else "cpu"))
+    if world.size == 1:
+        on_gpu = recipe.hardware.device == "cuda" and torch.cuda.is_available()  # on Ray, other machines may have one
+        world = World(torch.device("cuda" if on_gpu else "cpu"))
     watched = _WatchedTask(**{field.name: getattr(task, field.name) for field in fields(task)})
     for method in recipe.comparison.methods:
         run = Run(recipe.replace(compile=False), method, recipe.comparison.first_seed)
