@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.summary import Row, Summary, setting, summarize
 from steppe.experiments.config.method_spec import MethodSpec
@@ -95,11 +96,21 @@ def _rho(spec: MethodSpec, recipe: Recipe) -> float | None:
 
 
 def _differences(summary: Summary) -> Iterator[dict[str, Any]]:
-    for one in summary.differences:
-        # each card is about one method, so its interval is not widened for the others of the run folder
-        test, gap = (Estimate(of.n, of.mean, of.sd) for of in (one.test, one.gap))
-        values = {"test_accuracy": _estimate(test, interval=True), "gap": _estimate(gap, interval=True)}
-        yield {"method": str(one.method), "reference": str(one.reference), **values}
+    for test, gap in zip(summary.verdicts, summary.gaps, strict=True):
+        values = {"test_accuracy": _decided(test), "gap": _decided(gap)}
+        yield {"method": test.method, "reference": test.base, **values}
+
+
+def _decided(verdict: MetricVerdict) -> dict[str, Any]:
+    """Return the decision, corrected for all methods of the run folder as `steppe compare` does, and its word."""
+    difference = verdict.first.difference
+    interval = None if difference.interval is None else [round(end, 5) for end in difference.interval]
+    return {
+        **_estimate(Estimate(difference.n, difference.mean, difference.sd)),
+        "comparisons": difference.comparisons,
+        "interval_95": interval,
+        "verdict": verdict.word,
+    }
 
 
 def _value(row: Row, name: str) -> Estimate:
@@ -107,9 +118,8 @@ def _value(row: Row, name: str) -> Estimate:
     return found
 
 
-def _estimate(value: Estimate, *, interval: bool = False) -> dict[str, Any]:
-    numbers = asdict(value) | ({"half_width_95": value.half_width} if interval else {})
-    return {name: round(number, 5) if isinstance(number, float) else number for name, number in numbers.items()}
+def _estimate(value: Estimate) -> dict[str, Any]:
+    return {name: round(number, 5) if isinstance(number, float) else number for name, number in asdict(value).items()}
 
 
 def _merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, Any]:

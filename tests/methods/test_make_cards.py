@@ -73,11 +73,11 @@ def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
     assert "| SGD |  | 1.50 | 99.00±0.00 | 81.00±1.00 | 18.00±1.00 | 120 | 3 |" in text
     assert "| GSAM (rho 0.1) | 0.1 | 1.50 | 99.00±0.00 | 80.07±1.05 |" in text
     flat = " ".join(text.split())
-    assert "against SGD, 3 paired runs: test accuracy -0.93 points, 95 % interval [-1.08, -0.79]: worse;" in flat
-    assert "against SAM, 3 paired runs: test accuracy -2.00 points, 95 % interval [-2.00, -2.00]: worse;" in flat
+    assert "against SGD, 3 paired runs: test accuracy -0.93 points, 95 % interval [-1.19, -0.68]: worse;" in flat
+    assert "against SAM, 3 paired runs: test accuracy -2.00 points, 95 % interval [-2.10, -1.90]: worse;" in flat
     assert "not yet measured on fashion-mnist" in card("looksam").lower()
     index = cards.index()
-    assert "| GSAM (rho 0.1) | -0.93 [-1.08, -0.79] worse |" in index
+    assert "| GSAM (rho 0.1) | -0.93 [-1.19, -0.68] worse |" in index
     assert "--methods sgd sam gsam:rho=0.1" in index
 
 
@@ -107,7 +107,7 @@ def test_stale_pages_are_found(tmp_path, monkeypatch, capsys):
 
 
 def test_one_run_has_no_verdict_and_several_specs_share_a_card():
-    value = {"n": 1, "mean": 0.5, "sd": None, "half_width_95": None}
+    value = {"n": 1, "mean": 0.5, "sd": None, "interval_95": None, "verdict": "no verdict"}
     row = {"method": "sgd", "label": "SGD", "rho": None}
     row |= dict.fromkeys(("passes", "train_accuracy", "test_accuracy", "gap", "seconds"), value)
     rows = [row, row | {"method": "gsam", "label": "GSAM"}, row | {"method": "gsam:rho=0.1", "label": "GSAM (rho 0.1)"}]
