@@ -1,5 +1,6 @@
 """The summary of a comparison: a row for each method, the paired differences, and their verdicts."""
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -8,6 +9,7 @@ from typing import Any
 from rich.console import Console
 
 from steppe.experiments.analysis import controls
+from steppe.experiments.analysis.forgetting import Forgetting, forgetting_of
 from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.robustness import Robustness, robustness_of
 from steppe.experiments.analysis.statistics import ERROR, Estimate, estimate
@@ -70,6 +72,15 @@ def columns(task: TaskInfo) -> list[Column]:
     ]
 
 
+def _only_finite(value: Any) -> Any:
+    """Replace numbers that are not finite by None, as JSON has no others."""
+    if isinstance(value, Mapping):
+        return {name: _only_finite(each) for name, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_only_finite(each) for each in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 def _value(name: str, form: str) -> Callable[[Row], str]:
     form_of_sd = None if form.endswith("f") else ".2g"
     return lambda row: row.measures[name].text(form, form_of_sd) if name in row.measures else "–"
@@ -97,7 +108,7 @@ class SummaryFiles(ABC):
 
     def write(self, folder: RunFolder) -> None:
         write_atomically(folder.path / "summary.md", self.markdown().encode())
-        write_json(folder.path / "summary.json", self.json())
+        write_json(folder.path / "summary.json", _only_finite(self.json()))
 
 
 @dataclass(frozen=True)
@@ -118,6 +129,8 @@ class Summary(SummaryFiles):
     """The verdicts on flatness, where it was measured."""
     robustness: Robustness | None = None
     """Corrupted images, calibration and rounded weights, in comparisons of images."""
+    forgetting: Forgetting | None = None
+    """The first task after training on a second one, where there was one."""
     advice: Sequence[str] = ()
     """Sentences: which method to take, at what price, how sure that is, and what to try next."""
 
@@ -172,6 +185,7 @@ class Summary(SummaryFiles):
         advice = ["", "## Advice", "", *bullets(self.advice), ""] if self.advice else []
         text = super().markdown() + "\n".join(advice)
         text += "" if self.robustness is None else self.robustness.markdown()
+        text += "" if self.forgetting is None else self.forgetting.markdown()
         if not self.flatness:
             return text
         flatness = ["", "## Flatness", "", *(f"{verdict.markdown()}\n" for verdict in self.flatness), *bullets(CAVEATS)]
@@ -183,6 +197,8 @@ class Summary(SummaryFiles):
             console.print(f"Advice: {sentence}", highlight=False, markup=False, soft_wrap=False, emoji=False)
         if self.robustness is not None:
             self.robustness.show(console)
+        if self.forgetting is not None:
+            self.forgetting.show(console)
         for verdict in self.flatness:
             verdict.show(console)
 
@@ -205,6 +221,7 @@ class Summary(SummaryFiles):
             "verdicts": [verdict.json() for verdict in self.verdicts],
             "gaps": [verdict.json() for verdict in self.gaps],
             "robustness": [] if self.robustness is None else self.robustness.json(),
+            "forgetting": [] if self.forgetting is None else self.forgetting.json(),
             "advice": list(self.advice),
             "notes": list(self.notes()),
             "unfinished": list(self.unfinished),
@@ -248,7 +265,8 @@ def _training(recipe: Recipe) -> str:
         "rho" in s.definition.arguments and "rho" not in dict(s.overrides) for s in recipe.comparison.methods
     )
     rho = f", rho {training.rho:g}" if takes_it else ""
-    return f"{base}, batch {training.batch_size}{rho}"
+    then = f", then {recipe.forgetting.description}" if recipe.forgetting.then else ""
+    return f"{base}, batch {training.batch_size}{rho}{then}"
 
 
 def _network(recipe: Recipe) -> str:
@@ -279,6 +297,7 @@ def summarize(recipe: Recipe, results: Results) -> Summary:
         task=recipe.task,
         standardized_epochs=recipe.comparison.epochs,
         robustness=robustness_of(recipe, results),
+        forgetting=forgetting_of(recipe, results),
     )
 
 

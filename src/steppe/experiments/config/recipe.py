@@ -15,6 +15,7 @@ from steppe.experiments.config.sections import (
     ComparisonConfig,
     DataConfig,
     EvaluationConfig,
+    ForgettingConfig,
     HardwareConfig,
     ModelConfig,
     OutputConfig,
@@ -71,6 +72,7 @@ class Recipe:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     comparison: ComparisonConfig = field(default_factory=ComparisonConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    forgetting: ForgettingConfig = field(default_factory=ForgettingConfig)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
     task: TaskInfo = IMAGES
@@ -81,19 +83,11 @@ class Recipe:
             raise ValueError(f"name={self.name!r}: it names a folder, so it must be a plain, non-empty name")
         for section in self._sections().values():
             check_ranges(section)
-        if self.data.label_noise >= 1:
-            raise ValueError(
-                f"label_noise={self.data.label_noise}: a fraction of the training images, 0.2 for one in five, must be "
-                "below 1"
-            )
-        if self.data.label_noise_kind != "uniform" and not self.data.label_noise:
-            raise ValueError(
-                f"label_noise_kind={self.data.label_noise_kind} with label_noise=0: no label is wrong, so it would "
-                "have no effect. Use --label-noise 0.4, or leave it out"
-            )
+        self.data.check()
         self._check_training()
         self._check_methods()
         self._check_task()
+        self.forgetting.check(self.data)
         self._check_flatness()
         self._check_widths()
         self._check_backbone()

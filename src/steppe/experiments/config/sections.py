@@ -9,6 +9,7 @@ from typing import Annotated, Literal, get_origin, get_type_hints
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.data.datasets import DatasetName
 from steppe.experiments.data.sampling import LabelNoise
+from steppe.experiments.errors import unknown
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,19 @@ class DataConfig:
     agree with each other, and are harder to resist."""
     data_dir: Path | None = None
     """Folder of the full Fashion-MNIST; else $STEPPE_DATA, the system's package, the user's cache, or a download."""
+
+    def check(self) -> None:
+        """Raise ValueError for label noise that cannot be."""
+        if self.label_noise >= 1:
+            raise ValueError(
+                f"label_noise={self.label_noise}: a fraction of the training images, 0.2 for one in five, must be "
+                "below 1"
+            )
+        if self.label_noise_kind != "uniform" and not self.label_noise:
+            raise ValueError(
+                f"label_noise_kind={self.label_noise_kind} with label_noise=0: no label is wrong, so it would have no "
+                "effect. Use --label-noise 0.4, or leave it out"
+            )
 
 
 @dataclass(frozen=True)
@@ -190,6 +204,46 @@ class EvaluationConfig:
     many standardized epochs, a multiple of `eval_every`, and at the end. By default not."""
     flatness_samples: Annotated[int, Minimum(1, "training images that flatness is measured on")] = 256
     """Training images for these measurements, drawn by the run's seed, in evaluation mode."""
+
+
+_SECOND_TASKS = {
+    "rotated": "the same images, rotated by 90 degrees",
+    "inverted": "the same images, black and white exchanged",
+    "sample": "a sample of Fashion-MNIST",
+    "fashion-mnist": "Fashion-MNIST",
+    "digits": "digits",
+}
+
+
+@dataclass(frozen=True)
+class ForgettingConfig:
+    """A second task after each run, to measure how much of the first is forgotten."""
+
+    then: str = ""
+    """Train a copy of each trained network on a second task, with the base alone, and measure what it forgets of the
+    first. rotated, inverted: the same images, changed. sample, fashion-mnist, digits: other images. After a task of
+    your own, another one, package.module:task. By default none."""
+    then_epochs: Annotated[int, Minimum(1, "epochs on the second task")] = 5
+    """Epochs on the second task, at the constant learning rate of the base. They do not count as compute."""
+
+    def check(self, data: DataConfig) -> None:
+        """Raise ValueError for a second task that cannot follow the first."""
+        if not self.then:
+            return
+        if data.task and ":" not in self.then:
+            raise ValueError(
+                f"then={self.then}: after a task of your own comes another of your own, package.module:task, with data "
+                "that the model takes"
+            )
+        if not data.task and self.then not in _SECOND_TASKS:
+            raise ValueError(unknown("then", self.then, _SECOND_TASKS))
+        if self.then == data.dataset and not data.task:
+            raise ValueError(f"then={self.then}: it is the first task, dataset={data.dataset}: name another one")
+
+    @property
+    def description(self) -> str:
+        """The second task in words."""
+        return _SECOND_TASKS.get(self.then, self.then) or "that of the task"
 
 
 @dataclass(frozen=True)

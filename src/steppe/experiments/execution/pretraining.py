@@ -29,7 +29,7 @@ from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import read_checked, write_checked
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.tasks.images import images_task
+from steppe.experiments.tasks.images import images_task, second_dataset
 from steppe.experiments.tasks.load import held_out, load_task
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.reporter import Reporter
@@ -53,12 +53,24 @@ def prepare_task(
     """
     recipe = executor.recipe
     if recipe.data.task:
-        task = given or load_task(recipe.data.task)
-        task = task if one_in is None else held_out(task, one_in)
-        return OneTask(task) if task.entry_point is None else NamedTask(task, task.entry_point, one_in)
+        then = recipe.forgetting.then if one_in is None else ""
+        task = _prepared(given or load_task(recipe.data.task), one_in, then)
+        return OneTask(task) if task.entry_point is None else NamedTask(task, task.entry_point, one_in, then)
     dataset = load_data(recipe, executor.world)
-    dataset = dataset if one_in is None else hold_out(dataset, one_in)
-    return partial(images_task, with_backbone(dataset, executor, path, console), robustness=one_in is None)
+    if one_in is not None:
+        return partial(images_task, with_backbone(hold_out(dataset, one_in), executor, path, console))
+    second = None
+    if recipe.forgetting.then:
+        with executor.world.first_process_first():
+            second = second_dataset(recipe.forgetting.then, dataset, recipe.data.data_dir)
+    return partial(images_task, with_backbone(dataset, executor, path, console), robustness=True, second=second)
+
+
+def _prepared(task: Task, one_in: int | None, then: str) -> Task:
+    """Return a task for a search, or for a comparison with its second task, by its name or its own."""
+    if one_in is not None:
+        return replace(held_out(task, one_in), then=None)
+    return replace(task, then=load_task(then)) if then else task
 
 
 @dataclass(frozen=True)
@@ -81,12 +93,13 @@ class NamedTask:
     task: Task
     name: str
     one_in: int | None
+    then: str = ""
 
     def __call__(self, recipe: Recipe) -> Task:
         return self.task
 
-    def __reduce__(self) -> tuple[Callable[..., NamedTask], tuple[str, int | None]]:
-        return _imported, (self.name, self.one_in)
+    def __reduce__(self) -> tuple[Callable[..., NamedTask], tuple[str, int | None, str]]:
+        return _imported, (self.name, self.one_in, self.then)
 
 
 def _bytes(task: Task) -> bytes:
@@ -106,10 +119,9 @@ def _sent(task: bytes) -> OneTask:
 
 
 @cache
-def _imported(name: str, one_in: int | None) -> NamedTask:
+def _imported(name: str, one_in: int | None, then: str) -> NamedTask:
     """Return the same object for every run that a worker trains."""
-    task = load_task(name)
-    return NamedTask(task if one_in is None else held_out(task, one_in), name, one_in)
+    return NamedTask(_prepared(load_task(name), one_in, then), name, one_in, then)
 
 
 def train_runs(

@@ -48,17 +48,19 @@ class Record:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> "Record":
         """Make a record from what `to_json` returned, without a check."""
-        own = {name: value for name, value in values.items() if name in _FIELDS}
-        return cls(**own, measures={name: float(value) for name, value in values.items() if name not in _FIELDS})
+        own = {name: value for name, value in values.items() if name in RECORD_FIELDS}
+        return cls(**own, measures={name: float(value) for name, value in values.items() if name not in RECORD_FIELDS})
 
 
-_FIELDS = {field.name: field for field in fields(Record) if field.name != "measures"}
+RECORD_FIELDS = {field.name: field for field in fields(Record) if field.name != "measures"}
 _MEASURES = ("train_loss", "test_loss", "gap")
 _WHOLE = ("standardized_epoch", "steps")
 
 
 HALVES = (" (half 1)", " (half 2)")
 """After the name of a measure: its value on one half of the test data."""
+AFTER, FORGOTTEN, ON_SECOND = " after the second task", " forgotten", " on the second task"
+"""After the name of a metric: its value after training on a second task, what was lost by it, and that task's own."""
 AVERAGE = "ema"
 """The average of the weights that is measured beside those of a plain method."""
 AVERAGED = f" ({AVERAGE})"

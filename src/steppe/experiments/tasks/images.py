@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
+from typing import cast
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -11,11 +14,12 @@ from torch.optim import Optimizer
 
 from steppe.experiments.config.methods import BASES
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.data.datasets import CLASSES, MEAN, STD, Dataset, Split, normalize
+from steppe.experiments.data.datasets import CLASSES, MEAN, STD, Dataset, DatasetName, Split, load, normalize
 from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.models.backbones import FineTuned
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.robustness.records import final_measures
+from steppe.experiments.robustness.second_tasks import inverted, rotated
 from steppe.experiments.tasks.samples import Samples, TensorSamples
 from steppe.experiments.tasks.task import Metric, Task, accuracy
 
@@ -31,14 +35,17 @@ class ImageSamples(TensorSamples):
         return normalize(images[positions]), labels[positions]
 
 
-def images_task(dataset: Dataset, recipe: Recipe, *, robustness: bool = False) -> Task:
-    """Return the task of a recipe on a built-in data set; with `robustness`, trained networks are measured by it."""
+def images_task(dataset: Dataset, recipe: Recipe, *, robustness: bool = False, second: Dataset | None = None) -> Task:
+    """Return the task of a recipe on a built-in data set; with `robustness`, trained networks are measured by it.
+
+    `second` is the data set of the second task, on which forgetting is measured.
+    """
     if (dataset.backbone is None) != (recipe.model.backbone == "none"):
         raise RuntimeError(
             f"backbone={recipe.model.backbone}, but the data has {dataset.backbone}: load it by "
             "pretraining.with_backbone"
         )
-    return Task(
+    task = Task(
         name=recipe.name,
         model=partial(_network, dataset, recipe),
         train=partial(_training_images, dataset.train, recipe),
@@ -51,6 +58,18 @@ def images_task(dataset: Dataset, recipe: Recipe, *, robustness: bool = False) -
         final_measures=partial(_robustness, dataset.test) if robustness else None,
         initial_weights=None if dataset.backbone is None else dataset.backbone.digest(),
     )
+    if second is None:
+        return task
+    return replace(task, then=replace(task, train=_samples(second.train), test=_samples(second.test)))
+
+
+def second_dataset(name: str, first: Dataset, data_dir: Path | None) -> Dataset:
+    """Return the data set of a second task: the first one, changed, or another."""
+    changes = {"rotated": rotated, "inverted": inverted}
+    if name not in changes:
+        return load(cast(DatasetName, name), data_dir if name == "fashion-mnist" else None)
+    train, test = (Split(changes[name](split.images), split.labels) for split in (first.train, first.test))
+    return Dataset(f"{first.name}, {name}", train, test, first.source)
 
 
 def _network(dataset: Dataset, recipe: Recipe) -> nn.Module:

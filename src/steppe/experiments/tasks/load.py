@@ -40,7 +40,14 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
         return recipe, None
     task = given or load_task(recipe.data.task)
     on_gpu = recipe.hardware.device != "cpu" and torch.cuda.is_available()
-    info = check(task, torch.device("cuda" if on_gpu else "cpu"))
+    device = torch.device("cuda" if on_gpu else "cpu")
+    info = check(task, device)
+    second = load_task(recipe.forgetting.then) if recipe.forgetting.then else task.then
+    if second is not None:
+        try:
+            check(replace(second, model=task.model, optimizer=task.optimizer, metrics=task.metrics), device)
+        except ExperimentError as error:
+            raise ExperimentError(f"the second task, with the model of the first: {error}") from error
     if recipe.training.batch_size is None:
         recipe = recipe.replace(batch_size=task.usual_batch_size(task.samples("train", recipe.comparison.first_seed)))
     if recipe.training.schedule == "own" and not callable(task.schedule):

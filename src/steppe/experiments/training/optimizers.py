@@ -28,8 +28,7 @@ def build_optimizer(
         ExperimentError: The method would silently ignore an option of fine-tuning.
     """
     recipe = run.recipe
-    base = _base(run, task, model)
-    clipping = None if recipe.training.clip is None else Clipping(base, recipe.training.clip)
+    base, clipping = build_base(run, task, model)
     try:
         optimizer = run.method.optimizer(base, context)
     except ValueError as error:
@@ -45,6 +44,12 @@ def build_optimizer(
             "this method out"
         )
     return optimizer, _schedule(run, task, optimizer, context.total_steps), clipping
+
+
+def build_base(run: Run, task: Task, model: nn.Module) -> tuple[Optimizer, Clipping | None]:
+    """Build the base optimizer, and the clipping of its gradients, if any."""
+    base, norm = _base(run, task, model), run.recipe.training.clip
+    return base, None if norm is None else Clipping(base, norm)
 
 
 class Clipping:

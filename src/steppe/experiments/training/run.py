@@ -20,7 +20,7 @@ from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.sampling import seed_of
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.checkpoints import CheckpointManager
-from steppe.experiments.storage.records import AVERAGE, AVERAGED, HALVES, Record, parse_records
+from steppe.experiments.storage.records import AVERAGE, AVERAGED, HALVES, RECORD_FIELDS, Record, parse_records
 from steppe.experiments.tasks.batches import Batch, Epochs
 from steppe.experiments.tasks.samples import (
     RandomStream,
@@ -32,7 +32,13 @@ from steppe.experiments.tasks.samples import (
 )
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
-from steppe.experiments.training.evaluation import evaluate, evaluation_mode, flatness_sample, measure_flatness
+from steppe.experiments.training.evaluation import (
+    as_number,
+    evaluate,
+    evaluation_mode,
+    flatness_sample,
+    measure_flatness,
+)
 from steppe.experiments.training.forward import Forward
 from steppe.experiments.training.optimizers import build_optimizer
 from steppe.experiments.training.reporter import Reporter
@@ -189,9 +195,9 @@ class Training:
                     torch.no_grad(),
                     self.autocast(),
                 ):
-                    final = self.task.final_measures(self.network, raise_if_stopped)
+                    final = _final_numbers(self.task.final_measures(self.network, raise_if_stopped))
             if self.task.then is not None and is_end:
-                state = (self.task.model(), self.samples["test"], measures, self.world.device, self.autocast)
+                state = (self.network, self.samples["test"], measures, self.world.device, self.autocast)
                 final = {**final, **measure_forgetting(self.run, self.task, *state, raise_if_stopped)}
         if self.average is not None and self._is_control and is_end:
             with self.averaged_weights():
@@ -345,6 +351,14 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
             f"compare. Try a smaller --lr (it was {options.lr}) or --rho ({options.rho}), and another folder with "
             "--out: this one keeps its other runs"
         )
+
+
+def _final_numbers(measures: Mapping[str, Any]) -> dict[str, float]:
+    """Check what a user's function returned; as numbers of Python, which are all that a record holds."""
+    taken = [name for name in measures if name in RECORD_FIELDS]
+    if taken:
+        raise ExperimentError(f"final_measures returned {taken[0]!r}, which every record has already: rename it")
+    return {name: as_number(f"the final measure {name}", value) for name, value in measures.items()}
 
 
 def _number(value: Fraction) -> int | float:
