@@ -20,10 +20,10 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
 from measured_parts import replace_parts  # noqa: E402
-from verdicts.table import render_calibration, render_seeds  # noqa: E402
+from verdicts.table import render_calibration, render_flatness, render_seeds  # noqa: E402
 
 PAGE = ROOT / "docs" / "verdicts.md"
-PARTS = {"seeds": render_seeds, "calibration": render_calibration}
+PARTS = {"seeds": render_seeds, "calibration": render_calibration, "flatness": render_flatness}
 
 
 def page(text: str, folder: Path = results.RESULTS) -> str:

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from steppe.experiments.analysis.statistics import decide, estimate, power, seeds_needed
+from steppe.experiments.analysis.statistics import Pairs, decide, decide_together, estimate, power, seeds_needed
+from steppe.flatness import FAMILIES
 
 Numbers = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Numbers]
@@ -44,8 +45,57 @@ SHAPES: Mapping[str, Draw] = {
 
 def different(numbers: Numbers) -> bool:
     """Return True if any method is called different from the base: numbers (1 + methods, seeds), the base first."""
+    return any(decision.sign for decision in decide(_pairs(numbers)))
+
+
+FLATNESS = [name for family, about in FAMILIES.items() if family != "context" for name in about.measures]
+"""The measures of flatness that have a verdict."""
+
+
+def flatness_differs(numbers: Numbers) -> bool:
+    """Return True if any measure of any method is called flatter or sharper: (measures, 1 + methods, seeds)."""
+    return any(decision.sign for of in decide_together(list(map(_pairs, numbers))) for decision in of)
+
+
+def _pairs(numbers: Numbers) -> list[Pairs]:
+    """Return the pairs of each method and the base, which is the first one: numbers (1 + methods, seeds)."""
     base, *methods = numbers.tolist()
-    return any(decision.sign for decision in decide([list(zip(ours, base, strict=True)) for ours in methods]))
+    return [list(zip(ours, base, strict=True)) for ours in methods]
+
+
+def simulate_flatness(seeds: Sequence[int], comparisons: int) -> Iterator[dict[str, Any]]:
+    """Yield the number of comparisons of equal methods that call any measure of flatness of any method different.
+
+    The measures are log-normal, as measured ones nearly are, and their logarithms are correlated.
+    """
+    for methods, correlation in ((1, 0.0), (1, 0.5), (1, 0.9), (3, 0.9)):
+        for n in seeds:
+            rng = np.random.default_rng([methods, round(10 * correlation), n])
+            own = rng.standard_normal((comparisons, len(FLATNESS), 1 + methods, n))
+            common = rng.standard_normal((comparisons, 1, 1 + methods, n))
+            numbers = np.exp(0.2 * (correlation**0.5 * common + (1 - correlation) ** 0.5 * own))
+            found = sum(map(flatness_differs, numbers))
+            yield {
+                **{"seeds": n, "methods": methods, "correlation": correlation},
+                **{"comparisons": comparisons, "different": found},
+            }
+
+
+def compare_same_reports(runs: Sequence[Mapping[str, float]], seeds: int, rounds: int) -> Iterator[dict[str, Any]]:
+    """Compare a method with itself by all that a report shows: test metric, gap, flatness, and any of them."""
+    names = ["test", "gap", *FLATNESS]
+    values = np.array([[run[name] for name in names] for run in runs])
+
+    def claims(block: Numbers) -> Iterator[tuple[bool, ...]]:
+        for start in range(0, len(block) - 2 * seeds + 1, 2 * seeds):
+            test, gap, *flatness = block[start : start + 2 * seeds].T.reshape(len(names), 2, seeds)
+            found = different(test), different(gap), flatness_differs(np.array(flatness))
+            yield *found, any(found)
+
+    found = _by_block(values, claims, rounds)
+    shown = ("test accuracy", "generalization gap", "flatness, any measure", "any of these")
+    for name, shares in zip(shown, np.transpose(found["shares"]).tolist(), strict=True):
+        yield {"shown": name, "seeds": seeds, **found, "shares": shares}
 
 
 def simulate_same(seeds: Sequence[int], methods: Sequence[int], comparisons: int) -> Iterator[dict[str, Any]]:
@@ -103,11 +153,13 @@ def compare_different(ours: Sequence[float], theirs: Sequence[float], seeds: int
     return {"seeds": seeds, "effect": effect, "expected": power(effect, seeds), **found}
 
 
-def _by_block(values: Numbers, called: Callable[[Numbers], Iterator[bool]], rounds: int) -> dict[str, Any]:
-    """Return the share of comparisons that call methods different, in each block of runs."""
-    rng, shares, comparisons = np.random.default_rng(0), list[float](), 0
+def _by_block(
+    values: Numbers, called: Callable[[Numbers], Iterator[bool] | Iterator[tuple[bool, ...]]], rounds: int
+) -> dict[str, Any]:
+    """Return the share of comparisons that call methods different, or of each claim, in each block of runs."""
+    rng, shares, comparisons = np.random.default_rng(0), list[Any](), 0
     for block in np.array_split(values, BLOCKS):
         answers = [answer for _ in range(rounds) for answer in called(rng.permutation(block))]
         comparisons += len(answers)
-        shares.append(sum(answers) / len(answers))
+        shares.append(np.mean(answers, axis=0).tolist())
     return {"comparisons": comparisons, "disjoint": comparisons // rounds, "shares": shares}

@@ -1,4 +1,4 @@
-"""Real training runs that take a tenth of a second: small networks on two of scikit-learn's data sets."""
+"""Real training runs that take a tenth of a second: small networks on two of scikit-learn's data sets; flatness."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -10,6 +10,12 @@ from sklearn.datasets import load_diabetes, load_digits
 from torch import Tensor, nn
 
 import steppe
+from steppe.flatness import Budget, Objective, measure, normalized_logits
+
+BUDGET = Budget(
+    m=100, ascent_steps=5, pairs=8, probes=8, num_eigenvalues=1, density_probes=1, density_iterations=2, points=0
+)
+"""Small, for networks of 1,810 weights."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +80,26 @@ def train(problem: Problem, method: str, seed: int) -> float:
 
     The runs of a seed have the same initial weights and order of samples.
     """
+    return _metric(problem, _trained(problem, method, seed), problem.load().test)
+
+
+def train_and_measure(problem: Problem, method: str, seed: int) -> dict[str, float]:
+    """Train a network likewise and return all that a report has verdicts on: its test metric, gap and flatness."""
+    model, data = _trained(problem, method, seed), problem.load()
+    train, test = (_metric(problem, model, samples) for samples in (data.train, data.test))
+    plain, normalized = (
+        Objective(model, data.train, loss=loss) for loss in (problem.loss, normalized_logits(problem.loss))
+    )
+    flatness = measure(plain, BUDGET, normalized=normalized)
+    return {"test": test, "gap": train - test, **{name: each.value for name, each in flatness.measures.items()}}
+
+
+def _metric(problem: Problem, model: nn.Module, samples: tuple[Tensor, Tensor]) -> float:
+    with torch.no_grad():
+        return float(problem.metric(model(samples[0]), samples[1]))
+
+
+def _trained(problem: Problem, method: str, seed: int) -> nn.Module:
     torch.manual_seed(seed)
     data, layers = problem.load(), [nn.Linear(*pair) for pair in zip(problem.sizes, problem.sizes[1:], strict=False)]
     model = nn.Sequential(*[module for layer in layers for module in (layer, nn.Tanh())][:-1])
@@ -83,8 +109,7 @@ def train(problem: Problem, method: str, seed: int) -> float:
     for _ in range(problem.epochs // (2 if method == "sam" else 1)):
         for batch in torch.randperm(n).split(problem.batch_size):
             _step(optimizer, model, problem.loss, inputs[batch], targets[batch])
-    with torch.no_grad():
-        return float(problem.metric(model(data.test[0]), data.test[1]))
+    return model
 
 
 def _step(

@@ -1,14 +1,16 @@
 """Measure how often a method is called different from itself, and how many seeds find a difference.
 
-    python benchmarks/verdicts/run.py            half an hour on one core
+    python benchmarks/verdicts/run.py                    three quarters of an hour on one core
+    python benchmarks/verdicts/run.py --only flatness    a quarter: the other parts stay as they were saved
 
 In simulation, equal methods are compared whose runs are normal, skewed, heavy-tailed or coarse, with 2 to 10 seeds, and
 up to five of them at once. In reality, small networks are trained hundreds of times by SGD and by SAM: runs of one
-method are compared with other runs of the same method, and SAM with SGD. The runs are saved as they are made, in
-verdicts_runs.json, and not repeated: the same command resumes them.
+method are compared with other runs of the same method, and SAM with SGD. For a part of them the flatness is measured as
+well. The runs are saved as they are made, in verdicts_runs.json and verdicts_flatness_runs.json, and not repeated: the
+same command resumes them.
 
-All decisions are those of `steppe.experiments.analysis.statistics.decide`, as `steppe compare` uses it. What should not
-be called different is, in at most 5 % of comparisons.
+All decisions are those of `steppe.experiments.analysis.statistics`, as `steppe compare` uses them. What should not be
+called different is, in at most 5 % of comparisons.
 """
 
 import argparse
@@ -24,13 +26,14 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from results import add_arguments, read, save, saved_data
 from steppe.experiments.analysis.statistics import seeds_needed
 from verdicts import calibration
-from verdicts.problems import PROBLEMS, Problem, train
+from verdicts.problems import BUDGET, PROBLEMS, Problem, train, train_and_measure
 from verdicts.table import render
 
 METHODS = ("sgd", "sam")
 SEEDS, COUNTS, SHARES = (2, 3, 5, 7, 10), (1, 2, 3, 5), (0.5, 0.8, 0.95)
 REAL_SEEDS, REAL_COUNTS = (2, 3, 5, 10), (1, 3)
 SAVED_EVERY = 20
+MEASURED, FLATNESS_SEEDS = "digits", (2, 3, 5, 10)
 
 
 def main() -> None:
@@ -39,12 +42,24 @@ def main() -> None:
     add_arguments(parser, device="cpu")
     parser.add_argument("--runs", type=int, default=400, help="real runs of each method on each problem")
     parser.add_argument("--comparisons", type=int, default=20_000, help="simulated comparisons for each number")
+    parser.add_argument("--measured-runs", type=int, default=100, help="of these, runs whose flatness is measured")
+    parser.add_argument("--only", choices=["metrics", "flatness"], help="keep what is saved of the other part")
     args = parser.parse_args()
     if args.tiny:
-        args.runs, args.comparisons = 2 * 2 * calibration.BLOCKS, 10
+        args.runs, args.comparisons, args.measured_runs = 2 * 2 * calibration.BLOCKS, 10, 2 * calibration.BLOCKS
+    data = saved_data("verdicts", args)
+    if args.only != "flatness":
+        data |= metrics(args)
+    if args.only != "metrics":
+        data |= {"flatness": flatness(args)}
+    print(render(read(save("verdicts", data, args))))
+
+
+def metrics(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how often a metric differs, simulated and measured, and how many seeds find a difference."""
     values = train_all(args)
     rounds = 1 if args.tiny else 40
-    data = {
+    return {
         "runs": args.runs,
         "same": list(calibration.simulate_same(SEEDS, COUNTS, args.comparisons)),
         "unequal_shapes": list(calibration.simulate_unequal_shapes(SEEDS, args.comparisons)),
@@ -57,7 +72,42 @@ def main() -> None:
         "power": list(calibration.simulate_power(max(1, args.comparisons // 5))),
         "real": [compare(name, values[name], rounds) for name in PROBLEMS],
     }
-    print(render(read(save("verdicts", data, args))))
+
+
+def flatness(args: argparse.Namespace) -> dict[str, Any]:
+    """Return how often any measure of flatness differs, simulated and measured, and any number of a report."""
+    values = measure_all(args)
+    rounds = 1 if args.tiny else 40
+    return {
+        "runs": args.measured_runs,
+        "simulated": list(calibration.simulate_flatness(FLATNESS_SEEDS, max(1, args.comparisons // 20))),
+        "real": {
+            method: [
+                found
+                for seeds in FLATNESS_SEEDS
+                if 2 * seeds <= len(runs) // calibration.BLOCKS
+                for found in calibration.compare_same_reports(runs, seeds, rounds)
+            ]
+            for method, runs in values.items()
+        },
+    }
+
+
+def measure_all(args: argparse.Namespace) -> dict[str, list[dict[str, float]]]:
+    """Return all numbers of the runs whose flatness is measured, by method and seed; train those that are not saved."""
+    torch.set_num_threads(1)
+    problem = replace(PROBLEMS[MEASURED], epochs=2) if args.tiny else PROBLEMS[MEASURED]
+    settings = _settings(problem) | {"budget": asdict(BUDGET)}
+    saved = saved_data("verdicts_flatness_runs", args)
+    found: dict[str, list[dict[str, float]]]
+    found = saved["values"] if saved.get("settings") == settings else {method: [] for method in METHODS}
+    for method in METHODS:
+        while len(found[method]) < args.measured_runs:
+            found[method].append(train_and_measure(problem, method, seed=len(found[method])))
+            if len(found[method]) % SAVED_EVERY == 0 or len(found[method]) == args.measured_runs:
+                save("verdicts_flatness_runs", {"settings": settings, "values": found}, args)
+                print(f"flatness, {method}: {len(found[method])} runs", flush=True)
+    return {method: runs[: args.measured_runs] for method, runs in found.items()}
 
 
 def train_all(args: argparse.Namespace) -> dict[str, dict[str, list[float]]]:

@@ -14,7 +14,7 @@ Rows = Sequence[Mapping[str, Any]]
 
 def render(result: Result) -> str:
     """Return all tables."""
-    return f"{render_seeds(result)}\n{render_calibration(result)}"
+    return "\n".join(part(result) for part in (render_seeds, render_calibration, render_flatness))
 
 
 def render_seeds(result: Result) -> str:
@@ -47,6 +47,30 @@ def render_calibration(result: Result) -> str:
         "**SAM against SGD, real**: percentage of comparisons that find the difference, and that which the table of "
         "seeds predicts from its size in standard deviations.",
         *("", *_real_different(data["real"])),
+        *("", result.source),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def render_flatness(result: Result) -> str:
+    """Return the shares of comparisons that call the flatness of equal methods different, simulated and real."""
+    data = result.data.get("flatness")
+    if data is None:
+        return ""
+    comparisons = data["simulated"][0]["comparisons"]
+    simulated = [
+        each | {"label": f"{each['methods']} method{'s'[: each['methods'] > 1]}, correlation {each['correlation']:g}"}
+        for each in data["simulated"]
+    ]
+    real = [each | {"label": f"{m.upper()}: {each['shown']}"} for m, of in data["real"].items() for each in of]
+    lines = [
+        f"**Flatness of equal methods, simulated**: percentage of {comparisons:,} comparisons that call any of the "
+        "measures of any method flatter or sharper, by the correlation of the measures.",
+        *("", *_shares("", simulated)),
+        "",
+        f"**Reports on equal methods, real**: {data['runs']} runs of each method on digits, compared with other runs "
+        "of the same method; percentage of comparisons in which a difference is found in a number, and in any of them.",
+        *("", *_by_seeds("", real, lambda each: _percent(each["shares"]))),
         *("", result.source),
     ]
     return "\n".join(lines) + "\n"
