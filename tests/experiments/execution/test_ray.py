@@ -2,6 +2,7 @@ import importlib.util
 import os
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -39,12 +40,24 @@ def test_default_precision_is_chosen_on_the_machines_of_the_runs(monkeypatch: py
             assert executor.recipe.hardware.amp is answer
 
 
+def listening_addresses(pid: int) -> set[str]:
+    """Return the network addresses at which a process and its descendants listen, IPv4 in IPv6 as IPv4."""
+    psutil = pytest.importorskip("psutil")
+    process = psutil.Process(pid)
+    found = set()
+    for one in (process, *process.children(recursive=True)):
+        with suppress(psutil.Error):
+            found |= {c.laddr.ip for c in one.net_connections("tcp") if c.status == psutil.CONN_LISTEN}
+    return {address.removeprefix("::ffff:") for address in found}
+
+
 @pytest.mark.slow
 @needs_ray
 def test_run_killed_on_ray_is_retried_and_stopped_on_ray_resumes_locally(undisturbed: Path, tmp_path: Path) -> None:
     runs = (out := tmp_path / "run") / "runs"
     process = start_process(out, "--on", "ray", "--cpus-per-run", "1")
     killed = within_an_epoch(runs / "sam-seed0", process)
+    assert listening_addresses(process.pid) == {"127.0.0.1"}
     os.kill(killed, signal.SIGKILL)
     within_an_epoch(runs / "sam-seed0", process, but=killed)
     process.send_signal(signal.SIGINT)

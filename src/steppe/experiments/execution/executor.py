@@ -20,8 +20,8 @@ class ExecutionOptions:
 
     on: Literal["local", "ray"] = "local"
     """local: on this machine. ray: on all machines of a Ray cluster, or on this one's CPUs and GPUs, as many runs at a
-    time as there is room for (needs the ray extra). Ray has no password, and listens to all network interfaces while
-    the command runs: use it in a network that you trust."""
+    time as there is room for (needs the ray extra). A Ray on this machine cannot be reached from others. A cluster has
+    no password: use it in a network that you trust."""
     runs_at_once: Annotated[int | None, Minimum(1, "the number of runs at a time")] = None
     """Runs at a time on this machine, each in a separate process; by default as many as its CPUs have room for, and 1
     on a GPU. 1 trains one after the other, in this process."""

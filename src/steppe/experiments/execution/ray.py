@@ -6,7 +6,7 @@ import signal
 import threading
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Self
@@ -49,12 +49,30 @@ def _initialize(ray: Any, address: str) -> None:
     # small enough for a container: the store holds only the data set, 55 MB at most
     size = {"include_dashboard": False, "object_store_memory": 200 * 2**20} if address == "local" else {}
     try:
-        ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
+        with _on_loopback() if size else nullcontext():
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR", **size)
     except (ConnectionError, RuntimeError, ValueError, OSError) as error:
         what = "a Ray on this machine could not be started" if size else f"there is no Ray at {address}"
         raise ExperimentError(
             f"{what} ({first_line(error)}): check --ray-address and $RAY_ADDRESS, or leave --on ray out"
         ) from error
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Let a Ray that is started within the context listen on the loopback interface only.
+
+    Its servers have no password. With any IP address of this machine they listen on all interfaces, and Ray replaces a
+    127.0.0.1 that it is given by such an address, unless this private constant is false, as it is on macOS.
+    """
+    from ray._private import ray_constants
+
+    before = ray_constants.ENABLE_RAY_CLUSTER
+    ray_constants.ENABLE_RAY_CLUSTER = False
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before
 
 
 class RayExecutor(WorkerExecutor[Any]):
