@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 import torch
 from selenium.webdriver import Chrome, ChromeOptions, ChromeService
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.wait import WebDriverWait
 from tiny import image_record
 
 from steppe.experiments.analysis.summary import Summary, summarize
@@ -25,6 +27,7 @@ from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import METRICS, Results, RunFolder
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
+NASTY = """steppe compare '</script><script>broken = 1</script><img src=x onerror=alert(1)>' "&amp;" """
 MEASURES = {
     "sharpness": 0.04,
     "m_sharpness": 0.09,
@@ -203,3 +206,21 @@ def chromium(profile: Path) -> Iterator[Chrome]:
         yield browser
     finally:
         browser.quit()
+
+
+def come_to(chrome: Chrome, selector: str) -> Any:
+    """Scroll to an element; if it is a surface, wait until it is drawn as the page's choices say."""
+    found = chrome.find_element(By.CSS_SELECTOR, selector)
+    chrome.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
+    if "surface" in (found.get_attribute("class") or "").split():
+        until(chrome, "const e = arguments[0]; return Boolean(e._fullLayout && drawn.has(e) && !stale.has(e))", found)
+    return found
+
+
+def until(chrome: Chrome, script: str, *arguments: Any) -> None:
+    WebDriverWait(chrome, PATIENCE).until(lambda c: c.execute_script(script, *arguments))
+
+
+def press(chrome: Chrome, selector: str) -> None:
+    """Press a button, which may be far from the window."""
+    chrome.execute_script("arguments[0].click()", chrome.find_element(By.CSS_SELECTOR, selector))

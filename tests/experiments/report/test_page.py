@@ -1,65 +1,31 @@
-import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import browser as made_up
 import pytest
+from browser import NASTY, NoFigures, come_to, press, until, write
 from selenium.webdriver import ActionChains, Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from tiny import recipe
 
-from steppe.experiments.analysis.summary import Summary, summarize
-from steppe.experiments.analysis.verdicts import read_flatness, read_lines, verdicts
-from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.analysis.summary import summarize
+from steppe.experiments.analysis.verdicts import read_flatness, read_lines
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.report import figures as page_figures
 from steppe.experiments.report import page as report
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.storage.run_folder import RunFolder
 
-NASTY = """steppe compare '</script><script>broken = 1</script><img src=x onerror=alert(1)>' "&amp;" """
-
-
-class NoFigures:
-    """Stands for `Figures` where a test reads the text only: to draw takes longer than all else."""
-
-    SECTIONS = Figures.SECTIONS
-
-    def __init__(self, *_: object) -> None:
-        self.saved: dict[str, Any] = {}
-        self.surfaces: dict[str, Any] = {}
-        self.choices: dict[str, Any] = {}
-
-    def __getattr__(self, section: str) -> Any:
-        return lambda: []
-
-
-def summary_of(folder: RunFolder) -> tuple[Recipe, Any, Summary]:
-    of, results = made_up.results(folder)
-    return of, results, dataclasses.replace(summarize(of, results), flatness=verdicts(of, read_flatness(folder, of)))
-
-
-def write(folder: RunFolder, *, drawn: bool = False) -> Path:
-    of, results, summary = summary_of(folder)
-    summary.write(folder)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(page_figures, "_BANDWIDTHS", (page_figures.BANDWIDTH,))
-        patch.setattr(report, "save_all", lambda drawings, folder: [])
-        if not drawn:
-            patch.setattr(report, "Figures", NoFigures)
-        return report.write(folder, of, results, summary)
-
 
 def figures_of(folder: RunFolder) -> Figures:
     of, results = made_up.results(folder)
-    return Figures(of, results, read_flatness(folder, of), read_lines(folder))
+    return Figures(of, results, summarize(of, results), read_flatness(folder, of), read_lines(folder))
 
 
 def change(folder: RunFolder, run: Run, **parts: dict[str, Any]) -> None:
@@ -109,13 +75,14 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     of = recipe(seeds=2, name="<b onclick=alert(1)>")
     folder = made_up.folder(tmp_path / "run", of, command=NASTY)
     for run in of.runs():
-        change(folder, run, measures={name: {"value": 1.0, "note": NASTY} for name in ("sharpness", "loss")})
+        notes = {"sharpness": NASTY, "loss": f"Another one: {NASTY}"}
+        change(folder, run, measures={name: {"value": 1.0, "note": note} for name, note in notes.items()})
     page = Page(write(folder, drawn=True))
     assert page.tags.count("script") == 3, "the payload, plotly and the page's own"
     assert "img" not in page.tags
     assert not set("<>&") & set(page.json)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
-    assert page.text.count(NASTY.strip()) >= 4, "the command and the note, twice each, as they were written"
+    assert page.text.count(NASTY.strip()) >= 4, "the command and the notes, twice each, as they were written"
     assert "SGD, seed 0: 1, gap" in page.text
 
 
@@ -174,6 +141,42 @@ def test_headline_states_the_verdicts_of_the_summary(tmp_path: Path) -> None:
     assert "better" not in text.partition("Training")[0]
 
 
+def test_note_of_several_measures_is_once_below_the_table(tmp_path: Path) -> None:
+    of = recipe(seeds=2)
+    folder = made_up.folder(tmp_path / "run", of)
+    note = "lower bound: the best of 2 ascents"
+    for run, apart in zip(
+        of.runs(), ("", ", which differ by up to 9%", ", which differ by up to 12%", ""), strict=True
+    ):
+        measures = {name: {"value": 1.0, "note": note + apart} for name in ("sharpness", "adaptive_sharpness")}
+        change(folder, run, measures=measures)
+    text = Page(write(folder)).text
+    assert text.count(note) == 1
+    assert f"1 {note}, which differ by up to 12%." in text
+    assert "worst-direction sharpness S(w)1" in text
+    assert "adaptive sharpness (ASAM)1" in text
+    assert "m-sharpness1" not in text
+
+
+def test_robustness_is_on_the_page_with_the_words_of_the_summary(tmp_path: Path) -> None:
+    folder = made_up.folder(tmp_path / "run", recipe(seeds=3), robust=True)
+    text = Page(write(folder)).text.partition("The trained networks again")[2].partition("Flat is not one thing")[0]
+    assert (
+        "SAM against SGD: accuracy under corruptions better, calibration error better, accuracy at 4 bits better."
+        in text
+    )
+    found = json.loads((folder.path / "summary.json").read_text())["robustness"]
+    labels = ("all corrupted", "gaussian noise", "blur", "calibration error", "4-bit weights", "3-bit weights")
+    assert all(label in text for label in labels)
+    assert len(found) == len(made_up.ROBUSTNESS)
+    assert text.count("better") == 3 + len(found) + 1 + text.count("is better") + text.count("called better")
+    low, high = found[0]["comparisons"][0]["difference"]["interval_95"]
+    cell = text.partition("all corrupted")[2].partition("[")[2].partition("]")[0].split(", ")
+    assert [float(end) for end in cell] == pytest.approx([low, high], abs=0.01)
+    without = Page(write(made_up.folder(tmp_path / "without", recipe(seeds=3)))).text
+    assert "Robustness" not in without
+
+
 def test_one_run_has_no_verdict_and_no_spread(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
     text = Page(write(folder)).text
@@ -217,14 +220,8 @@ def test_damaged_file_is_named_and_the_old_page_stays(tmp_path: Path, content: s
     assert (folder.path / "report.html").read_bytes() == before
 
 
-# Everything below uses one page, and one browser.
+# Everything below uses one page, and one browser: see conftest.py.
 in_browser = pytest.mark.xdist_group("browser")
-
-
-@pytest.fixture(scope="module")
-def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    of = recipe(seeds=3, epochs=6)
-    return write(made_up.folder(tmp_path_factory.mktemp("report") / "run", of, command=NASTY), drawn=True)
 
 
 @in_browser
@@ -250,33 +247,6 @@ def test_figures_have_text_alternatives_and_ids_of_their_own(page: Path) -> None
     pictures = re.findall(r"<svg [^>]*viewBox[^>]*>", page.read_text().partition('<script type="application/json"')[0])
     assert len(pictures) > 30
     assert all('aria-hidden="true"' in svg or ('role="img"' in svg and 'aria-label="' in svg) for svg in pictures)
-
-
-@pytest.fixture(scope="module")
-def chrome(page: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Chrome]:
-    with made_up.chromium(tmp_path_factory.mktemp("profile")) as chrome:
-        chrome.get("about:blank")
-        chrome.get_log("performance")  # what the browser shows before any page
-        chrome.get(page.as_uri())
-        yield chrome
-
-
-def come_to(chrome: Chrome, selector: str) -> Any:
-    """Scroll to an element; if it is a surface, wait until it is drawn as the page's choices say."""
-    found = chrome.find_element(By.CSS_SELECTOR, selector)
-    chrome.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
-    if "surface" in (found.get_attribute("class") or "").split():
-        until(chrome, "const e = arguments[0]; return Boolean(e._fullLayout && drawn.has(e) && !stale.has(e))", found)
-    return found
-
-
-def until(chrome: Chrome, script: str, *arguments: Any) -> None:
-    WebDriverWait(chrome, made_up.PATIENCE).until(lambda c: c.execute_script(script, *arguments))
-
-
-def press(chrome: Chrome, selector: str) -> None:
-    """Press a button, which may be far from the window."""
-    chrome.execute_script("arguments[0].click()", chrome.find_element(By.CSS_SELECTOR, selector))
 
 
 def severe(chrome: Chrome) -> list[dict[str, Any]]:

@@ -2,12 +2,13 @@
 
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from steppe.experiments.analysis.metric_verdicts import MetricVerdict
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.statistics import Decision, Estimate, estimate
 from steppe.experiments.analysis.summary import Summary
 from steppe.experiments.analysis.verdicts import CAVEATS
 from steppe.experiments.analysis.words import BAD, GOOD, NO_VERDICT, NOT_MEASURED
@@ -21,7 +22,7 @@ KINDS: Mapping[str, str] = dict.fromkeys(GOOD, "good") | dict.fromkeys(BAD, "bad
 Headline = Sequence[tuple[str, str]]
 """A sentence as pairs: a text, and the verdict's word after it, which the page sets apart."""
 
-_Changes = Mapping[str, tuple[Estimate, str]]
+Changes = Mapping[str, tuple[Estimate, str]]
 """By method: the difference to the reference, and its verdict."""
 
 
@@ -42,16 +43,19 @@ def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
 
 
 def _headline(labels: Mapping[str, str], of: Sequence[MetricVerdict], accuracy: str, gap: str, flat: str) -> Headline:
-    *most, last = (labels[verdict.method] for verdict in of)
     name = of[0].metric.name
-    ours = f"{', '.join(most)} and {last}" if most else last
-    subject = f"{ours} against {labels[of[0].base]}: "
-    minima = ("minima " if most else "minimum ") if flat in KINDS else "flatness "
+    about = subject([labels[verdict.method] for verdict in of], labels[of[0].base])
+    minima = ("minima " if len(of) > 1 else "minimum ") if flat in KINDS else "flatness "
     if accuracy == gap:
-        parts = [(f"{subject}test {name} and generalization gap ", accuracy)]
+        parts = [(f"{about}test {name} and generalization gap ", accuracy)]
     else:
-        parts = [(f"{subject}test {name} ", accuracy), (", generalization gap ", gap)]
+        parts = [(f"{about}test {name} ", accuracy), (", generalization gap ", gap)]
     return [*parts, (f"; {minima}", flat), (".", "")]
+
+
+def subject(ours: Sequence[str], theirs: str) -> str:
+    *most, last = ours
+    return f"{', '.join(most)} and {last} against {theirs}: " if most else f"{last} against {theirs}: "
 
 
 def details(summary: Summary) -> list[str]:
@@ -87,7 +91,27 @@ def flatness_groups(
             rows = [_measure(recipe, summary, measured, name, label) for name, label in found]
             yield family.title, family.about, rows
     about = "What flatness is wanted for: measured, not concluded from it."
-    yield "Generalization", about, list(_generalization(recipe, summary))
+    yield "Generalization", about, list(generalization(recipe, summary))
+
+
+def footnotes(measured: Mapping[Run, Flatness]) -> dict[str, list[str]]:
+    """Return each note on measures, with their names, once: of notes that differ in numbers only, the largest.
+
+    Ascents of a run "differ by up to 7 %", those of another one by up to 12 %; the latter is true of both.
+    """
+    largest: dict[str, str] = {}
+    names: dict[str, dict[str, None]] = {}
+    for flat in measured.values():
+        for name, measure in flat.measures.items():
+            if measure.note:
+                kind = measure.note.partition(", which differ")[0]
+                largest[kind] = max(largest.get(kind, ""), measure.note, key=_largest_number)
+                names.setdefault(kind, {})[name] = None
+    return {largest[kind]: list(found) for kind, found in names.items()}
+
+
+def _largest_number(note: str) -> tuple[float, str]:
+    return max(map(float, re.findall(r"(\d+)%", note)), default=-1.0), note
 
 
 def _measure(
@@ -100,18 +124,16 @@ def _measure(
         if row.name == name
     }
     finite: dict[str, list[float]] = {}
-    notes: dict[str, None] = {}
     for run, flat in measured.items():
         measure = flat.measures.get(name)
         if measure is not None and math.isfinite(measure.value):
             finite.setdefault(str(run.method), []).append(measure.value)
-        if measure is not None and measure.note:
-            notes[measure.note] = None
     values = {method: spread(estimate(found).mean, estimate(found).sd) for method, found in finite.items()}
-    return {"label": label, "notes": list(notes), "cells": _cells(recipe, values, changes)}
+    return {"label": label, "name": name, "cells": cells(recipe, values, changes)}
 
 
-def _generalization(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]]:
+def generalization(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]]:
+    """Yield the rows of the gap and of the deciding metric on the test data."""
     rows = {str(row.method): row for row in summary.rows if row.standardized_epoch == recipe.comparison.epochs}
     metric = summary.task.deciding
     gap = f"generalization gap, {metric.unit_of_change}".removesuffix(", ")
@@ -122,19 +144,27 @@ def _generalization(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]
     for name, label, verdicts in measures:
         values = {method: row.measures[name].text(metric.form, sign=" ± ") for method, row in rows.items()}
         changes = {verdict.method: (verdict.first.difference, verdict.word) for verdict in verdicts}
-        yield {"label": label, "notes": [], "cells": _cells(recipe, values, changes)}
+        yield {"label": label, "name": name, "cells": cells(recipe, values, changes)}
 
 
-def _cells(recipe: Recipe, values: Mapping[str, str], changes: _Changes) -> list[dict[str, Any]]:
+def cells(recipe: Recipe, values: Mapping[str, str], changes: Changes) -> list[dict[str, Any]]:
     """Return the cells of a row; `bar` is an interval from -1 to 1, on one scale for all of them."""
-    reach = max((abs(value.mean) + (value.half_width or 0.0) for value, _ in changes.values()), default=0.0) or 1.0
-    cells = []
+    intervals = {method: _interval(value) for method, (value, _) in changes.items()}
+    reach = max((abs(end) for interval in intervals.values() for end in interval or ()), default=0.0) or 1.0
+    found: list[dict[str, Any]] = []
     for method in recipe.comparison.methods:
         cell = {"method": method, "label": method.label, "value": values.get(str(method), "–"), "bar": None}
         if str(method) in changes:
-            value, verdict = changes[str(method)]
-            mean, half = value.mean, value.half_width
-            cell |= {"difference": change(mean, half), "verdict": verdict}
-            cell["bar"] = None if half is None else [x / reach for x in (mean - half, mean, mean + half)]
-        cells.append(cell)
-    return cells
+            (value, verdict), interval = changes[str(method)], intervals[str(method)]
+            cell |= {"difference": change(value.mean, interval), "verdict": verdict}
+            cell["bar"] = interval and [x / reach for x in (interval[0], value.mean, interval[1])]
+        found.append(cell)
+    return found
+
+
+def _interval(value: Estimate) -> tuple[float, float] | None:
+    """Return the interval as the sentences have it: a decision's ends at 0 where a difference was found."""
+    if isinstance(value, Decision):
+        return value.interval
+    half = value.half_width
+    return None if half is None else (value.mean - half, value.mean + half)

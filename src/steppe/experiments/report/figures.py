@@ -8,9 +8,9 @@ from typing import Any
 import matplotlib.figure
 from markupsafe import Markup
 
-from steppe.experiments.analysis.summary import setting
+from steppe.experiments.analysis.summary import Summary, setting
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.figures import curves
+from steppe.experiments.figures import curves, robustness
 from steppe.experiments.figures.curves import Extent, Quantity
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.figures.flatness import drawings as flatness_drawings
@@ -67,11 +67,16 @@ class Panel:
 class Figures:
     """Everything that is drawn of a run folder; `saved` are the drawings that belong into its folder figures/."""
 
-    SECTIONS = ("curves", "tracked", "pareto", "gap_over", "spectra", "landscapes", "through")
+    SECTIONS = ("curves", "tracked", "pareto", "robustness", "gap_over", "spectra", "landscapes", "through")
     """The methods that yield the figures of a section, in this order: later ones may use earlier ones' choices."""
 
     def __init__(
-        self, recipe: Recipe, results: Results, measured: Mapping[Run, Flatness], lines: Sequence[Mapping[str, Any]]
+        self,
+        recipe: Recipe,
+        results: Results,
+        summary: Summary,
+        measured: Mapping[Run, Flatness],
+        lines: Sequence[Mapping[str, Any]],
     ) -> None:
         self._recipe, self._results, self._measured, self._lines = recipe, results, measured, lines
         self._description = setting(recipe)
@@ -92,6 +97,7 @@ class Figures:
         self.about_lines = ""
         drawings = [
             *curves.drawings(recipe, results),
+            *robustness.drawings(recipe, summary),
             *flatness_drawings(self._groups, self._description),
         ]
         if lines:
@@ -124,6 +130,16 @@ class Figures:
             for column, cost in enumerate(costs):
                 about = f"{cost} against {title}, one point a method"
                 yield self._panel(f"pareto-{name}", self.saved["pareto"], 3 * row + column, about, cost=str(column))
+
+    def robustness(self) -> Iterator[Panel]:
+        """The accuracies on corrupted images and with rounded weights, and their differences to the first method."""
+        if "robustness" not in self.saved:
+            return
+        drawing, first = self.saved["robustness"], self._recipe.comparison.methods[0].label
+        what = ("Accuracy on clean and corrupted images and with rounded weights", f"Differences of it to {first}")
+        for index, about in enumerate(what[: len(drawing.figure.axes)]):
+            name = ("robustness", "robustness-difference")[index]
+            yield self._panel(name, drawing, index, f"{about}, one point a method")
 
     def gap_over(self) -> Iterator[Panel]:
         measures = measures_of(self._groups)

@@ -40,17 +40,18 @@ def spread(mean: float, sd: float | None) -> str:
     return f"({middle} ± {deviation}){power}" if power else f"{middle} ± {deviation}"
 
 
-def change(mean: float, half: float | None) -> str:
-    """Write a difference and its interval from mean - half to mean + half, all to the same digit.
+def change(mean: float, interval: tuple[float, float] | None) -> str:
+    """Write a difference and its interval, all to the same digit.
 
-    >>> change(-0.25, 0.2322), change(0.25, None)
+    >>> change(-0.25, (-0.4822, -0.0178)), change(0.25, None)
     ('−0.25 [−0.48, −0.02]', '+0.25')
     """
-    if half is None or not math.isfinite(mean + half):
+    if interval is None or not math.isfinite(sum(interval)):
         return f"{'+' if mean > 0 else ''}{number(mean)}"
-    values, power = _aligned((mean, mean - half, mean + half), half)
-    middle, low, high = (value if value[0] == "−" else f"+{value}" for value in values)
-    return f"{middle} [{low}, {high}]{power}"
+    low, high = interval
+    values, power = _aligned((mean, low, high), (high - low) / 2)
+    signed = [value if value[0] == "−" else f"+{value}" for value in values]
+    return "{} [{}, {}]{}".format(*signed, power)
 
 
 def _aligned(values: Sequence[float], accuracy: float) -> tuple[list[str], str]:

@@ -18,7 +18,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
 from steppe.experiments.figures.landscapes import COLORMAP
 from steppe.experiments.figures.style import styles
-from steppe.experiments.report import content
+from steppe.experiments.report import content, robustness
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.report.numbers import typographic
 from steppe.experiments.storage.environment import read_sessions
@@ -38,7 +38,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         OSError: a file cannot be written.
     """
     found, sessions = read_flatness(folder, recipe), read_sessions(folder.path / "environment.json")
-    figures = Figures(recipe, results, found, read_lines(folder))
+    figures = Figures(recipe, results, summary, found, read_lines(folder))
     save_all(figures.saved.values(), folder.figures)
     sections = {name: list(getattr(figures, name)()) for name in Figures.SECTIONS}
     plotly = get_plotlyjs() if figures.surfaces else ""
@@ -53,6 +53,10 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         word_kinds=content.KINDS,
         columns=columns(summary.task),
         flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
+        flatness_notes=content.footnotes(found),
+        robustness_headlines=robustness.headlines(summary.robustness) if summary.robustness else [],
+        robustness_units=[*summary.robustness.notes()][-1] if summary.robustness else "",  # after the verdicts
+        robustness_groups=list(robustness.groups(recipe, summary, summary.robustness)) if summary.robustness else [],
         sections=sections,
         figures=figures,
         folder=shlex.quote(str(recipe.folder)),
