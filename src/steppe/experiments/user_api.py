@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from steppe.experiments import comparison
 from steppe.experiments.analysis.metric_verdicts import MetricVerdict
+from steppe.experiments.analysis.statistics import rank
 from steppe.experiments.analysis.summary import Summary, columns
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import RECIPES
@@ -60,7 +61,7 @@ class ComparisonResult:
         """The method with the best mean of the deciding metric at equal compute; `verdicts` say how sure that is."""
         metric = self.recipe.task.deciding
         rows = [row for row in self.summary.rows if row.standardized_epoch == self.recipe.comparison.epochs]
-        return max(rows, key=lambda row: metric.better * row.measures[f"test_{metric.name}"].mean).method
+        return max(rows, key=lambda row: rank(metric.better * row.measures[f"test_{metric.name}"].mean)).method
 
     def figures(self) -> dict[str, Figure]:
         """Draw the figures of the run folder, by the names of their files."""

@@ -57,10 +57,11 @@ def advise(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> list[st
         return [*_without_verdicts(verdicts, candidates), *_next_radius(verdicts, candidates)]
     winners = [verdict for verdict in judged if verdict.word == BETTER]
     if not winners:
-        return [*_keep_base(judged, candidates), *_next_radius(judged, candidates)]
+        return [*_keep_base(judged, candidates), *_diverged(verdicts, candidates), *_next_radius(judged, candidates)]
     best = _cheapest_of_the_best(winners, candidates)
     return [
         *_take(best, candidates),
+        *_diverged(verdicts, candidates),
         *_held(best, candidates),
         _certainty(judged),
         *_next_radius(judged, candidates),
@@ -76,6 +77,17 @@ def _without_verdicts(verdicts: Sequence[MetricVerdict], candidates: Candidates)
         yield f"Keep {base} for now: runs ended with numbers that are not finite. Try a smaller rho or learning rate."
     else:
         yield f"Keep {base} for now: one seed cannot tell a difference from chance. Take --seeds {_USUAL_SEEDS}."
+
+
+def _diverged(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:
+    """Name the methods without a verdict because numbers of their runs, or of the base's, are not finite."""
+    labels = [_label(verdict, candidates) for verdict in verdicts if verdict.first.difference.lost]
+    if labels:
+        names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
+        yield (
+            f"Nothing is said of {names}: runs ended with numbers that are not finite. Try a smaller rho or learning "
+            "rate."
+        )
 
 
 def _keep_base(judged: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:

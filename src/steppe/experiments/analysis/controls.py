@@ -15,7 +15,7 @@ from steppe.experiments.analysis.metric_verdicts import (
     MetricVerdict,
     judge,
 )
-from steppe.experiments.analysis.statistics import estimate
+from steppe.experiments.analysis.statistics import estimate, rank
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.config.task_info import MetricInfo
 from steppe.experiments.storage.records import AVERAGED as AVERAGED_SUFFIX
@@ -101,12 +101,12 @@ def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
     if not records:
         return None
     if all(held_out in record.measures for record in records):
-        best: float = max(records, key=lambda r: metric.better * r[held_out])[test]
+        best: float = max(records, key=lambda r: rank(metric.better * r[held_out]))[test]
         return best
     halves = [test + half for half in HALVES]
     if len(records) < 2 or not all(half in record.measures for record in records for half in halves):
         return None
     first, second = halves
-    by_first = max(records, key=lambda record: metric.better * record[first])
-    by_second = max(records, key=lambda record: metric.better * record[second])
+    by_first = max(records, key=lambda record: rank(metric.better * record[first]))
+    by_second = max(records, key=lambda record: rank(metric.better * record[second]))
     return float(by_first[second] + by_second[first]) / 2

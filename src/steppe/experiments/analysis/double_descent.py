@@ -5,12 +5,11 @@ Belkin, Hsu, Ma and Mandal 2019, https://arxiv.org/abs/1812.11118; Nakkiran et a
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from statistics import fmean
 from typing import Any
 
 import torch
 
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.statistics import Estimate, estimate, is_usable
 from steppe.experiments.analysis.summary import SummaryFiles, setting
 from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.method_spec import MethodSpec
@@ -111,6 +110,12 @@ class DoubleDescent(SummaryFiles):
             where = "at none of these widths" if width is None else f"from width {width} on"
             yield f"{method.label} interpolates (training error below {INTERPOLATES:g} %) {where}."
         yield from (peak.sentence() for peak in self.peaks)
+        for method in self.thresholds:
+            widths = [str(p.width) for p in self.points if p.method == method and not is_usable(p.test_error.mean)]
+            if widths:
+                yield (
+                    f"{method.label}: test error is not finite at width {', '.join(widths)}, so its peak is not known."
+                )
         if self.peaks:
             yield (
                 "The intervals have a confidence of 95 %, over runs paired by seed. The width of a peak is chosen by "
@@ -196,7 +201,9 @@ def _point(recipe: Recipe, width: int, size: int, method: MethodSpec, runs: Runs
 def _overall(recipe: Recipe, method: MethodSpec, runs: Runs) -> Estimate | None:
     """Average the difference to the reference over all widths, for each seed that has all of them in both."""
     each = [_against(recipe, width, method, runs) for width in recipe.comparison.widths]
-    return _estimate_of_some(fmean(by[seed] for by in each) for seed in sorted(set.intersection(*map(set, each))))
+    return _estimate_of_some(
+        estimate([by[seed] for by in each]).mean for seed in sorted(set.intersection(*map(set, each)))
+    )
 
 
 def _against(recipe: Recipe, width: int, method: MethodSpec, runs: Runs) -> dict[int, float]:
@@ -213,12 +220,17 @@ def _estimate_of_some(values: Iterable[float | None]) -> Estimate | None:
 
 
 def _peak(method: MethodSpec, runs: Runs) -> Peak | None:
-    """Find the highest mean test error of a method; None unless there are three widths with a common seed."""
+    """Find the highest mean test error of a method.
+
+    None unless there are three widths with a common seed, and all errors are finite.
+    """
     widths = sorted(width for width, name in runs if name == method)
     if len(widths) < 3 or not (seeds := set.intersection(*(set(runs[width, method]) for width in widths))):
         return None
     accuracies = {width: [runs[width, method][seed]["test_accuracy"] for seed in sorted(seeds)] for width in widths}
-    errors = {width: fmean(100 - value for value in values) for width, values in accuracies.items()}
+    errors = {width: estimate([100 - value for value in values]).mean for width, values in accuracies.items()}
+    if not all(map(is_usable, errors.values())):
+        return None
     top, narrowest, widest = max(widths, key=lambda width: errors[width]), widths[0], widths[-1]
 
     def above(end: int) -> Estimate | None:

@@ -16,6 +16,8 @@ POWER = 0.8
 
 _EQUAL = 1e-9  # relative difference of two numbers that only rounding in floating point separates
 
+_LARGEST = 1e150  # the squares of larger numbers are not finite
+
 Pairs = Sequence[tuple[float, float]]
 """For each seed, the number of a method and that of the method it is compared with."""
 
@@ -31,6 +33,20 @@ def t_quantile(df: int, comparisons: int = 1) -> float:
     if df < 1:
         raise ValueError(f"df={df}: one run has no spread, so it has no confidence interval; take two or more")
     return float(stdtrit(df, 1 - ERROR / (2 * comparisons)))
+
+
+def is_usable(value: float) -> bool:
+    """True if a number is finite, and so small that the variance of such numbers is finite too."""
+    return abs(value) < _LARGEST
+
+
+def rank(value: float) -> float:
+    """Return a number to order results by, of which more is better: one that is not usable is worse than all others.
+
+    >>> max([math.nan, 1.0, 2.0], key=rank)
+    2.0
+    """
+    return value if is_usable(value) else -math.inf
 
 
 @dataclass(frozen=True)
@@ -59,14 +75,14 @@ class Estimate:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """Summarize at least one value; those that are not finite make the mean or the standard deviation so, too.
+    """Summarize at least one value; those that are not usable give no finite standard deviation.
 
     >>> estimate([1.0, 2.0, 3.0])
     Estimate(n=3, mean=2.0, sd=1.0)
     """
     if len(values) == 1:
         return Estimate(1, float(values[0]), None)
-    if not all(map(math.isfinite, values)):
+    if not all(map(is_usable, values)):
         return Estimate(len(values), sum(values) / len(values), math.nan)  # fmean refuses inf beside -inf
     return Estimate(len(values), statistics.fmean(values), statistics.stdev(values))
 
@@ -201,7 +217,7 @@ def _describe(pairs: Pairs, step: float) -> Decision:
 
 
 def _finite(pairs: Pairs) -> list[tuple[float, float]]:
-    return [pair for pair in pairs if all(map(math.isfinite, pair))]
+    return [pair for pair in pairs if all(map(is_usable, pair))]
 
 
 def _standard_error(of: Decision) -> float:

@@ -2,7 +2,6 @@
 
 import math
 import re
-import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -12,6 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from steppe import flatness
+from steppe.experiments.analysis.statistics import estimate, is_usable
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import LOSS
@@ -115,7 +115,7 @@ def _plot_panels(
         if index < len(quantities) - columns:
             axes.set_xlabel("")
     _add_legend(figure.axes[legend], recipe)
-    add_caption(figure, recipe, *sentences)
+    add_caption(figure, recipe, *sentences, *_about_gaps(recipe, results, quantities))
     return figure
 
 
@@ -142,6 +142,8 @@ def _edges(recipe: Recipe, results: Results) -> dict[MethodSpec, tuple[list[list
         return {}
 
     def edge(method: MethodSpec, gradient_norm: float) -> float:
+        if not 0 <= gradient_norm < math.inf:
+            return math.nan
         if method.name == "sgd":
             return float(flatness.edge_of_stability(lr))
         return float(flatness.sam_edge_of_stability(lr, method.rho(recipe.training.rho), gradient_norm))
@@ -150,7 +152,7 @@ def _edges(recipe: Recipe, results: Results) -> dict[MethodSpec, tuple[list[list
         points = _points(method, "gradient_norm", results)
         if points and method.name in ("sgd", "sam"):
             norms = ([record.gradient_norm for record in records] for records in points)
-            edges[method] = points, [statistics.fmean(edge(method, n) for n in of if n is not None) for of in norms]
+            edges[method] = points, [estimate([edge(method, n) for n in of if n is not None]).mean for of in norms]
     return edges
 
 
@@ -168,6 +170,22 @@ def _plot(axes: Axes, quantity: Quantity, extent: Extent, recipe: Recipe, result
         axes.axvline(recipe.comparison.epochs, color=GREY, linewidth=0.8, linestyle="--")
 
 
+def _about_gaps(recipe: Recipe, results: Results, quantities: Sequence[Quantity]) -> Iterator[str]:
+    """Yield a sentence with the methods that have numbers which cannot be drawn, if there are any."""
+    gaps = [
+        method.label
+        for method in recipe.comparison.methods
+        if not all(
+            is_usable(record[quantity.field])
+            for quantity in quantities
+            for records in _points(method, quantity.field, results)
+            for record in records
+        )
+    ]
+    if gaps:
+        yield f"gaps: numbers that are not finite, of {', '.join(gaps)}"
+
+
 def _points(method: MethodSpec, field: str, results: Results) -> list[list[Record]]:
     """Return the records of a method that have a value, those of one standardized epoch together."""
     points: dict[int, list[Record]] = {}
@@ -178,14 +196,14 @@ def _points(method: MethodSpec, field: str, results: Results) -> list[list[Recor
 
 
 def _means(points: Sequence[Sequence[Record]], field: str) -> list[float]:
-    return [statistics.fmean(record[field] for record in records) for records in points]
+    return [estimate([record[field] for record in records]).mean for records in points]
 
 
 def _plot_line(axes: Axes, quantity: Quantity, style: Style, x: list[float], points: Sequence[list[Record]]) -> None:
     """Draw the mean of one method's runs, and its standard deviation as a band."""
     values = [[record[quantity.field] for record in records] for records in points]
-    mean = [statistics.fmean(v) for v in values]
-    sd = [statistics.stdev(v) if len(v) > 1 else 0.0 for v in values]
+    each = [estimate(v) for v in values]
+    mean, sd = [e.mean for e in each], [e.sd or 0.0 for e in each]
     several = any(len(v) > 1 for v in values)
     # mean - sd may be negative, which a logarithmic axis cannot show: the band then ends at the smallest value
     lowest = [min(v) if quantity.log else -math.inf for v in values]

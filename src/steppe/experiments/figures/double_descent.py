@@ -58,7 +58,8 @@ def _curves(axes: Axes, recipe: Recipe, summary: DoubleDescent, field: str, titl
     for method, style in styles(recipe).items():
         points = [point for point in summary.points if point.method == method]
         _line(axes, points, field, style, lowest_share=0.1)
-    axes.set(title=title, yscale="log")
+    axes.set(title=title)
+    set_log_scale(axes)
     low, high = axes.get_ylim()
     set_log_scale(axes, (1, 2, 5) if high < 100 * low else (1,))
 

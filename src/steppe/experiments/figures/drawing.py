@@ -20,6 +20,7 @@ from matplotlib.legend import Legend
 from matplotlib.transforms import Affine2D
 from numpy.typing import ArrayLike
 
+from steppe.experiments.analysis.statistics import is_usable
 from steppe.experiments.figures.style import CARD, COLORS, GRID, INK, SOFT, Style, use_style
 from steppe.experiments.storage.files import write_atomically
 
@@ -60,11 +61,15 @@ def plot_mean(
     tips: Sequence[str] = (),
     **look: Any,
 ) -> None:
-    """Draw the mean of a method as a line and, one standard deviation to either side, a band that ends at `lowest`."""
-    (line,) = axes.plot(x, mean, style.line, color=style.color, label=style.label, **look)
-    tag(line, style.label, tips=tips)
+    """Draw the mean of a method as a line and, one standard deviation to either side, a band that ends at `lowest`.
+
+    The line has a gap where the mean is not usable.
+    """
+    middle = np.asarray([value if is_usable(value) else math.nan for value in np.asarray(mean).tolist()])
+    (line,) = axes.plot(x, middle, style.line, color=style.color, label=style.label, **look)
+    tag(line, style.label, tips=[tip for tip, value in zip(tips, middle, strict=False) if is_usable(value)])
     if sd is not None:
-        middle, deviation = np.asarray(mean), np.asarray(sd)
+        deviation = np.asarray(sd)
         low = np.maximum(middle - deviation, np.asarray(lowest))
         band = axes.fill_between(x, low, middle + deviation, color=style.color, alpha=0.18, linewidth=0)
         tag(band, style.label)

@@ -1,6 +1,6 @@
 """The cost of each method against its result, and the Pareto front: the methods that no other one beats in both."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
@@ -9,7 +9,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import LineCollection
 from matplotlib.figure import Figure
 
-from steppe.experiments.analysis.statistics import Estimate, estimate
+from steppe.experiments.analysis.statistics import Estimate, estimate, is_usable
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import TaskInfo
@@ -74,7 +74,9 @@ def draw(recipe: Recipe, results: Results) -> Figure:
         "the means; bars are standard deviations). Between two measurements values are interpolated."
     )
     only_right = "On the right only, because a schedule spans the whole run: " + ", ".join(m.label for m in scheduled)
-    add_caption(figure, recipe, front_of_means, *([f"{only_right}."] if scheduled else []))
+    add_caption(
+        figure, recipe, front_of_means, *([f"{only_right}."] if scheduled else []), *_about_missing(recipe, costs)
+    )
     freeze(figure)
     for axes, (texts, points, lines) in zip(grid.flat, labels, strict=True):
         add_labels(axes, texts, points, lines)
@@ -100,19 +102,36 @@ def _costs(recipe: Recipe, results: Results) -> tuple[list[_Cost], list[MethodSp
     ], scheduled
 
 
+def _about_missing(recipe: Recipe, costs: Sequence[_Cost]) -> Iterator[str]:
+    """Yield a sentence with the methods that a panel leaves out, if there are any."""
+    missing = [
+        method.label
+        for method in recipe.comparison.methods
+        if not all(
+            is_usable(record[field])
+            for cost in costs
+            for record in cost.records.get(method, ())
+            for field, _, _ in _fields(recipe.task)
+        )
+    ]
+    if missing:
+        yield f"Not drawn where a number is not finite: {', '.join(missing)}."
+
+
 def _plot(
     axes: Axes, cost: _Cost, field: str, recipe: Recipe, *, better: int
 ) -> tuple[list[str], list[Point], list[tuple[Point, Point]]]:
     """Draw one panel without its labels; return these, their points, and the lines that they should not cover."""
-    costs = [estimate([cost.of(record) for record in records]) for records in cost.records.values()]
-    values = [estimate([r[field] for r in records]) for records in cost.records.values()]
+    drawn = {m: records for m, records in cost.records.items() if all(is_usable(r[field]) for r in records)}
+    costs = [estimate([cost.of(record) for record in records]) for records in drawn.values()]
+    values = [estimate([r[field] for r in records]) for records in drawn.values()]
     points = [(x.mean, y.mean) for x, y in zip(costs, values, strict=True)]
     on_front = front([(x, -better * y) for x, y in points])
     lines = []
     for (x, y), (next_x, next_y) in pairwise(points[index] for index in on_front):
         lines += [((x, y), (next_x, y)), ((next_x, y), (next_x, next_y))]
     axes.add_collection(LineCollection(lines, colors="#BBBBBB", linewidths=3, capstyle="round", zorder=1))
-    look = [styles(recipe)[method] for method in cost.records]
+    look = [styles(recipe)[method] for method in drawn]
     for index, (style, x_of, y_of) in enumerate(zip(look, costs, values, strict=True)):
         lines += _plot_point(axes, style.label, style.color, x_of, y_of, filled=index in on_front)
     axes.margins(0.14)

@@ -1,5 +1,6 @@
 """The style of every figure: one look for each method, whatever the reader's own matplotlib style is."""
 
+import math
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -83,7 +84,9 @@ def use_style() -> Iterator[None]:
 
 
 def set_log_scale(axes: Axes, subs: Sequence[int] = (1, 2, 5), *, horizontal: bool = False) -> None:
-    """Make an axis logarithmic, with plain numbers at the multiples `subs` of each power of ten."""
+    """Make an axis with positive numbers logarithmic, with plain numbers at the multiples `subs` of powers of ten."""
+    if axes.has_data() and not math.isfinite(axes.dataLim.minposx if horizontal else axes.dataLim.minposy):
+        return  # no number is positive, and matplotlib would warn
     axes.set(**{"xscale" if horizontal else "yscale": "log"})
     axis = axes.xaxis if horizontal else axes.yaxis
     axis.set_major_locator(LogLocator(subs=subs))

@@ -44,13 +44,13 @@ def check(task: Task, device: torch.device) -> TaskInfo:
     with RandomStream(0, 0, 0).active():
         batches, sizes = {}, {}
         for split in task.splits:
-            with _explained(f"{split}=", "could not be read"):
+            with explained(f"{split}=", "could not be read"):
                 samples = task.samples(split)
                 sizes[split] = len(samples)
                 batches[split] = _first(samples.to(device), world)
                 if not isinstance(samples, TensorSamples) and not _same(batches[split], _first(samples, world)):
                     warnings.warn(_OWN_NUMBERS.format(split), stacklevel=2)
-        with _explained("model=", "raised an error"):
+        with explained("model=", "raised an error"):
             model = task.model()
         if not isinstance(model, nn.Module):
             raise ExperimentError(f"the task's model= returned {describe(model)}, and a torch.nn.Module is needed")
@@ -66,7 +66,7 @@ def check(task: Task, device: torch.device) -> TaskInfo:
             )
         outputs, targets = _outputs(task, model, batches["train"])
         _check_loss(task, model, outputs, targets)
-        with _explained("optimizer=", "raised an error"):
+        with explained("optimizer=", "raised an error"):
             optimizer = task.optimizer(model)
         _check_optimizer(optimizer, model)
         model.eval()
@@ -105,7 +105,7 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def _outputs(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    with _explained("predict=" if task.predict else "the model", f"raised an error on a batch {describe(batch)}"):
+    with explained("predict=" if task.predict else "the model", f"raised an error on a batch {describe(batch)}"):
         found = task.outputs(model, batch)
     if not isinstance(found, tuple) or len(found) != 2:
         raise ExperimentError(
@@ -116,7 +116,7 @@ def _outputs(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
 
 def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> None:
     shapes = f"outputs {describe(logits_of(outputs))} and targets {describe(targets)}"
-    with _explained("loss=", f"raised an error on {shapes}"), warnings.catch_warnings(record=True) as caught:
+    with explained("loss=", f"raised an error on {shapes}"), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss = task.mean_loss(outputs, targets)
     if any("target size" in str(warning.message) for warning in caught):  # of mse_loss, l1_loss and their like
@@ -139,7 +139,7 @@ def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> Non
             f"the loss of the new model is {loss.item()} on {shapes}: look for NaN in the data, or a loss that takes "
             "other outputs (logits or probabilities?)"
         )
-    with _explained("the backward pass", f"raised an error on {shapes}"):
+    with explained("the backward pass", f"raised an error on {shapes}"):
         loss.backward()  # type: ignore[no-untyped-call]
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     if all(p.grad is None for p in model.parameters()):
@@ -156,14 +156,14 @@ def _check_metrics(task: Task, outputs: Any, targets: Any) -> None:
     outputs, targets = cast((logits_of(outputs), targets), device=torch.device("cpu"))
     for name, metric in task.all_metrics().items():
         shapes = f"outputs {describe(outputs)} and targets {describe(targets)}"
-        with _explained(f"the metric {name!r}", f"raised an error on {shapes}"):
+        with explained(f"the metric {name!r}", f"raised an error on {shapes}"):
             value = metric.function(outputs, targets)
-        with _explained(f"the metric {name!r}", f"returned {describe(value)} for {shapes}, and a number is needed"):
-            float(value)
+        with explained(f"the metric {name!r}", f"returned {describe(value)} for {shapes}, and a number is needed"):
+            float(value.item() if hasattr(value, "item") else value)
 
 
 @contextmanager
-def _explained(what: str, happened: str) -> Iterator[None]:
+def explained(what: str, happened: str) -> Iterator[None]:
     """Turn an error into one line with the user's own line in it."""
     try:
         yield

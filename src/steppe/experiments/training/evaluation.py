@@ -14,6 +14,7 @@ from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.records import HALVES
 from steppe.experiments.tasks.batches import share_out
+from steppe.experiments.tasks.check import explained
 from steppe.experiments.tasks.samples import Samples
 from steppe.experiments.tasks.task import Task, logits_of
 from steppe.experiments.training.forward import in_float32
@@ -65,7 +66,9 @@ def evaluate(
     for i, (name, metric) in enumerate(metrics.items()):
         parts = {"": whole} | (_halves(whole) if i == 0 and len(whole) > 1 else {})
         for suffix, part in parts.items():
-            found[name + suffix] = _number(name, metric.function(*_concatenated(part)))
+            with explained(f"metric {name!r}", "raised an error"):
+                value = metric.function(*_concatenated(part))
+            found[name + suffix] = as_number(f"the metric {name}", value)
     if not metrics and len(losses) > 1:
         summed = world.total(torch.tensor(losses, dtype=torch.float64, device=world.device)).tolist()
         for suffix, half in _halves(summed).items():
@@ -120,13 +123,13 @@ def _concatenated(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
     return whole
 
 
-def _number(name: str, value: Any) -> float:
+def as_number(what: str, value: Any) -> float:
+    """Return what a user's function returned as a number; NaN and infinite ones are results."""
     try:
-        return float(value)
+        return float(value.item() if hasattr(value, "item") else value)
     except (TypeError, ValueError, RuntimeError) as error:
         raise ExperimentError(
-            f"the metric {name} returned {type(value).__name__}, and a number is needed: a float, or a tensor of one "
-            "element"
+            f"{what} returned {type(value).__name__}, and a number is needed: a float, or a tensor of one element"
         ) from error
 
 

@@ -11,7 +11,7 @@ from typing import Any, Literal, Self, get_args
 from rich.console import Console
 
 from steppe.experiments.analysis.metric_verdicts import EQUAL_COMPUTE, Comparison
-from steppe.experiments.analysis.statistics import decide, estimate
+from steppe.experiments.analysis.statistics import decide, estimate, is_usable, rank
 from steppe.experiments.analysis.summary import SummaryFiles, setting
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.words import word
@@ -142,7 +142,7 @@ class TuningResult(SummaryFiles):
 
     def score(self, trial: TrialResult) -> float:
         """Return the mean of the goal, with the sign for which higher is better."""
-        return fmean(self.goal(trial)) * self.metric.better
+        return rank(estimate(self.goal(trial)).mean * self.metric.better)
 
     @cached_property
     def best(self) -> list[Best]:
@@ -162,7 +162,8 @@ class TuningResult(SummaryFiles):
 
         Only over the better half: where training is about to diverge, the noise is larger.
         """
-        values = [goal for trial in ranked[: math.ceil(len(ranked) / 2)] if len(goal := self.goal(trial)) > 1]
+        goals = [self.goal(trial) for trial in ranked[: math.ceil(len(ranked) / 2)]]
+        values = [goal for goal in goals if len(goal) > 1 and all(map(is_usable, goal))]
         return math.sqrt(fmean(map(variance, values)) / len(values[0])) if values else None
 
     def rows(self, limit: int | None = None) -> Iterator[list[str]]:

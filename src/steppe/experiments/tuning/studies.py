@@ -15,7 +15,6 @@ from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
-from statistics import fmean
 from types import MappingProxyType
 from typing import Any
 
@@ -26,6 +25,7 @@ from optuna.samplers import BaseSampler
 from optuna.trial import FrozenTrial, TrialState
 from rich.console import Console
 
+from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.config.methods import Value
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError, reason
@@ -202,7 +202,7 @@ class Study:
         goal = math.nan
         if not trial.errors:
             runs = [records[-1] for records in trial.folder.results(trial.recipe).values()]
-            goal = fmean(run[self._measure] for run in runs)
+            goal = estimate([run[self._measure] for run in runs]).mean
         with _one_line_errors(*self._database):
             if math.isfinite(goal):
                 self._tell(trial, goal, "runs", [run.to_json() for run in runs])
