@@ -54,7 +54,10 @@ def test_fp32_with_accumulation_clipping_and_schedule_equals_sam_by_hand(plain, 
     assert relative_distance(model, by_hand(plain, 0.05, clip=1e9)[0]) > 0.01, "so must clipping"
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("bf16", 5e-3), ("fp16", 1.5e-3)])  # 1.4e-3 on torch 2.6
+@pytest.mark.parametrize(
+    ("precision", "tolerance"),
+    [("bf16", 5e-3), ("fp16", 1.5e-3 if torch.__version__.startswith("2.6.") else 1e-3)],  # torch 2.6 has 1.4e-3
+)
 def test_half_precision_is_closer_to_float32_than_training_without_sam(plain, reference, precision, tolerance):
     model, losses, _ = plain.train(precision, steps=STEPS)
     assert 0 < relative_distance(model, reference[0]) < tolerance
