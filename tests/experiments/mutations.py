@@ -17,15 +17,16 @@ def mutate(path: Path, seed: int) -> str:
     """Damage a file in one way; return a description."""
     draw = random.Random(seed)
     if path.suffix == ".pt":
-        ways: list[Callable[[Path, random.Random], str]] = [_bytes, _bytes, _fields, _fields, _fields]
+        ways: list[Callable[[Path, random.Random], str]] = [damage_bytes, damage_bytes, _fields, _fields, _fields]
     elif path.suffix in (".json", ".jsonl"):
-        ways = [_bytes, _values, _values, _values]
+        ways = [damage_bytes, _values, _values, _values]
     else:
-        ways = [_bytes]
+        ways = [damage_bytes]
     return f"seed {seed}: {path.name}: {draw.choice(ways)(path, draw)}"
 
 
-def _bytes(path: Path, draw: random.Random) -> str:
+def damage_bytes(path: Path, draw: random.Random) -> str:
+    """Flip, remove, overwrite or append bytes; return a description."""
     content = bytearray(path.read_bytes())
     kind = draw.choice(("flip", "flip", "truncate", "empty", "overwrite", "append", "deep"))
     place = draw.randrange(len(content))

@@ -6,15 +6,18 @@ the file and what to do: never with another exception, and never with another re
 
 import dataclasses
 import io
+import random
 import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
 import tiny
-from mutations import mutate
+import torch
+from mutations import damage_bytes, mutate
 from rich.console import Console
 from tiny import dataset, recipe
+from torch import nn
 
 from steppe.experiments.comparison import compare, plot
 from steppe.experiments.data import datasets as data
@@ -22,6 +25,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import measure_runs
+from steppe.experiments.measuring.user_inputs import load_weights
 from steppe.experiments.report import page
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.tuning import tune as tuning
@@ -133,3 +137,25 @@ def test_much_damage_gives_clear_errors_or_the_same_result(
     command: str, times: int, folders: Path, tmp_path: Path
 ) -> None:
     assert damage(command, folders, range(100, 100 + times), tmp_path) == []
+
+
+@pytest.mark.parametrize("form", ["state dict", "checkpoint"])
+def test_damaged_weights_are_refused_or_read_as_they_were(form: str, tmp_path: Path) -> None:
+    def network() -> nn.Module:
+        return nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8), nn.Linear(8, 3))
+
+    weights, path = network().state_dict(), tmp_path / "weights.pt"
+    wrong = []
+    for seed in range(60):
+        torch.save(weights if form == "state dict" else {"model": weights, "epoch": 3}, path)
+        what = damage_bytes(path, random.Random(seed))
+        model = network()
+        try:
+            load_weights(model, path)
+        except ExperimentError as error:
+            if "\n" in str(error) or str(path) not in str(error):
+                wrong.append(f"{what}: unclear: {error}")
+        else:
+            if not all(torch.equal(value, weights[name]) for name, value in model.state_dict().items()):
+                wrong.append(f"{what}: other weights")
+    assert wrong == []

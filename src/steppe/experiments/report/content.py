@@ -32,7 +32,7 @@ def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
         return [[("Nothing has been measured yet.", "")]]
     if not summary.verdicts:
         return [[("There is one method so far, and nothing to compare it with.", "")]]
-    if all(gap.first.difference.n == 1 for gap in summary.gaps):
+    if all(gap.first.difference.n + gap.first.difference.lost == 1 for gap in summary.gaps):
         return [[("One run of each method gives ", NO_VERDICT), (": chance alone may explain the difference.", "")]]
     flatness = {verdict.method: verdict.word for verdict in summary.flatness}
     groups: dict[tuple[str, str, str], list[MetricVerdict]] = {}
