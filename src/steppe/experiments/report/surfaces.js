@@ -107,7 +107,8 @@ function turnOthers(element) {
 }
 
 surfaces.forEach(makeTurnable);
-addEventListener("beforeprint", () => drawn.forEach(draw));
+// the theme is another one on paper, and surfaces that were never near the window are printed too
+addEventListener("beforeprint", () => new Set([...drawn, ...stale]).forEach(draw));
 listeners.push(follow);
 byId("no-webgl").hidden = context !== null;
 document.querySelector(".turn").hidden = context === null;
