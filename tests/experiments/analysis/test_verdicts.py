@@ -173,7 +173,7 @@ def test_all_measures_of_all_methods_are_corrected_together_without_the_context(
 
 def test_measures_that_agree_are_all_found() -> None:
     # each alone is found; Holm's procedure would find none of the five
-    barely = {name: (1.0, 1.3, 0.8) for name in ("sharpness", "trace", "lambda_max", "adaptive_trace", "m_sharpness")}
+    barely = dict.fromkeys(("sharpness", "trace", "lambda_max", "adaptive_trace", "m_sharpness"), (1.0, 1.3, 0.8))
     found = verdict(barely, dict.fromkeys(barely, AT_TWO))
     assert [row.word for row in found.rows] == ["flatter"] * 5
     assert found.word == "flatter"

@@ -166,7 +166,7 @@ def decide_together(measures: Sequence[Sequence[Pairs]]) -> list[list[Decision]]
     >>> clear, barely = [(85.0, 84.0), (86.1, 84.9), (85.4, 84.3)], [(85.0, 84.6), (86.1, 85.5), (85.4, 84.9)]
     >>> (first,), (second,) = decide_together([[clear], [barely]])
     >>> [round(p, 4) for p in (first.p, second.p)]
-    [0.0065, 0.0151]
+    [0.0064, 0.0152]
     """
     return _decide(measures, _hochberg, 0)
 
