@@ -40,7 +40,11 @@ def task_of(kind: str) -> Task:
         "a list of test batches": {"test": [(inputs[i : i + 7], labels[i : i + 7]) for i in range(0, 31, 7)]},
         "one test sample": {"test": (inputs[:1], labels[:1])},
         "one test sample of a dataset": {"test": TensorDataset(inputs[:1], labels[:1])},
-        "dropout": {"model": lambda: layers(0.5), "train": data(46)},  # the processes draw different amounts
+        "dropout": {
+            "model": lambda: layers(0.5),
+            "train": data(46),
+            "batch_size": 4,
+        },  # the processes draw different amounts
     }
     return classifier(**{"model": lambda: layers(0.0)} | fields[kind])
 
@@ -85,7 +89,7 @@ def flat(record: dict[str, Any]) -> dict[str, float]:
 
 def test_two_processes_resume_within_an_epoch_to_the_same_bits(tmp_path: Path) -> None:
     whole, _ = start_ranks()(train_together, "dropout", tmp_path / "whole", "sam")
-    parts, _ = start_ranks()(train_together, "dropout", tmp_path / "parts", "sam", 1)
+    parts, _ = start_ranks()(train_together, "dropout", tmp_path / "parts", "sam", 1)  # at the 8th batch
     assert whole == parts
 
 
