@@ -50,8 +50,9 @@ def write_scripts(device, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(HEADER + text)
             training = Training() if name.startswith("training") else None
+            minutes = 0.03 if name == "slow" else 5
             found.append(
-                Measurement(name, f"the {name}", f"{name}/run.py", 0.03, (str(device.folder),), training=training)
+                Measurement(name, f"the {name}", f"{name}/run.py", minutes, (str(device.folder),), training=training)
             )
         monkeypatch.setattr(session, "measurements", lambda: found)
 

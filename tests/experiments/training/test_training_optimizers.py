@@ -42,6 +42,7 @@ def by_hand(make: Any, steps: int = STEPS) -> list[float]:
     return found
 
 
+@pytest.mark.filterwarnings("ignore:The epoch parameter in")  # of SequentialLR itself, on torch 2.6
 @pytest.mark.parametrize(
     ("options", "wanted"),
     [
