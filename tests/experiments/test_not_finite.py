@@ -24,6 +24,7 @@ from steppe.experiments.figures import curves
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.report import page
+from steppe.experiments.report.comparison_result import ComparisonResult
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.storage.files import write_json_lines
 from steppe.experiments.storage.records import Record
@@ -34,7 +35,6 @@ from steppe.experiments.tuning import figure as tuning_figure
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.result import TrialResult, TuningResult
 from steppe.experiments.tuning.search_space import spaces
-from steppe.experiments.user_api import ComparisonResult
 
 NUMBERS = (math.nan, math.inf, -math.inf, 1e300)
 """The last one is finite, and its square is not."""

@@ -1,18 +1,29 @@
-"""steppe.experiments.compare: a comparison from Python."""
+"""steppe.experiments.compare, tune and measure: from Python."""
 
+from dataclasses import asdict, replace
+from html import escape
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from tiny import BUDGET
 from torch import nn
 from torch.optim import Optimizer
 
 import steppe
-from steppe.experiments import Metric, Task, accuracy, compare
+from steppe.experiments import ComparisonResult, Metric, Task, accuracy, compare, measure, tune
 from steppe.experiments.comparison import plot
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.report import page
+
+
+@pytest.fixture(autouse=True)
+def no_page(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Draw the page in one test only: it takes longer than the runs."""
+    if "page" not in request.node.name:
+        monkeypatch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
 
 
 def classifier() -> Task:
@@ -35,7 +46,7 @@ def mine(base: Optimizer, rho: float = 0.05, model: nn.Module | None = None) -> 
     return steppe.SAM(base, rho=rho, model=model)
 
 
-def test_result_has_table_verdicts_advice_and_figures(tmp_path: Path) -> None:
+def test_result_has_table_verdicts_advice_figures_and_a_page(tmp_path: Path) -> None:
     result = compare(classifier(), ["base", "sam", "sam:rho=0.1"], epochs=2, seeds=2, out=tmp_path / "run", quiet=True)
     assert "| SAM (rho 0.1) |" in result.table
     assert [verdict.method for verdict in result.verdicts] == ["sam", "sam:rho=0.1"]
@@ -97,3 +108,113 @@ def test_another_task_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     wider = Task(**{**vars(classifier()), "model": lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2))})
     with pytest.raises(ExperimentError, match=r"another configuration.*the task was .*58 parameters.*65 parameters"):
         compare(wider, epochs=1, seeds=1, out=tmp_path / "run", quiet=True)
+
+
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory: pytest.TempPathFactory) -> ComparisonResult:
+    def local(base: Optimizer, rho: float = 0.05, model: nn.Module | None = None) -> steppe.SAM:
+        return steppe.SAM(base, rho=rho, model=model)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
+        out = tmp_path_factory.mktemp("compared")
+        return compare(classifier(), ["base", local], epochs=1, seeds=2, out=out, quiet=True)
+
+
+def test_comparison_of_objects_of_python_is_measured(compared: ComparisonResult) -> None:
+    result = measure(compared, samples=20, **asdict(BUDGET), quiet=True)
+    assert len(result.measured) == 4
+    assert [verdict.method for verdict in result.verdicts] == ["local"]
+    assert result.table.startswith("| measure | base | local |")
+    shown = result._repr_html_()
+    assert "<th>local</th>" in shown
+    assert 'alt="spectra: ' in shown
+    assert result.verdicts[0].sentence() in str(result)
+    assert "## Flatness" in (result.folder / "summary.md").read_text()
+    written = {path: path.stat().st_mtime_ns for path in result.folder.glob("runs/*/flatness.json")}
+    again = measure(result.folder, task=classifier(), samples=20, **asdict(BUDGET), quiet=True)
+    assert again.table == result.table
+    assert written == {path: path.stat().st_mtime_ns for path in result.folder.glob("runs/*/flatness.json")}
+
+
+def test_measuring_with_another_task_is_refused(compared: ComparisonResult) -> None:
+    other = replace(classifier(), model=lambda: nn.Linear(4, 2))
+    with pytest.raises(ExperimentError, match=r"of another task \(Sequential .*given \(Linear .*give theirs"):
+        measure(compared.folder, task=other, quiet=True)
+
+
+def test_only_comparisons_are_measured(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="the folder of a comparison is needed, not Task"):
+        measure(classifier())  # type: ignore[arg-type]
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "trials.jsonl").touch()
+    with pytest.raises(TypeError, match="the folder of a comparison is needed, not the folder of a search, "):
+        measure(tmp_path)
+
+
+def test_search_has_the_best_values_and_the_call_that_confirms_them(tmp_path: Path) -> None:
+    pytest.importorskip("optuna")
+    task = replace(classifier(), name="mine")
+    words = {"search": "rho=0.02,0.2", "sampler": "grid", "hold_out": 4, "epochs": 1, "seeds": 1, "quiet": True}
+    result = tune(task, "sam", out=tmp_path / "run", **words)  # type: ignore[arg-type]
+    assert [(trial.method, dict(trial.values)) for trial in result.trials] == [
+        ("base", {}),
+        ("sam", {"rho": 0.02}),
+        ("sam", {"rho": 0.2}),
+    ]
+    rho = result.values["sam"]["rho"]
+    assert result.best == ["base", f"sam:rho={rho}"]
+    assert result.summary.options.hold_out == 4
+    assert result.figures().keys() == {"rho"}
+    assert result.table.count("\n") == 4
+    (call,) = result.commands
+    assert call.startswith(f"steppe.experiments.compare(task, ['base', 'sam:rho={rho}'], ")
+    shown = result._repr_html_()
+    assert escape(call) in shown
+    assert shown.count("data:image/png;base64,") == 1
+    calls: list[dict[str, object]] = []
+    exec(
+        call,
+        {
+            "task": task,
+            "steppe": type("", (), {"experiments": type("", (), {"compare": lambda *a, **k: calls.append(k)})}),
+        },
+    )
+    assert calls[0]["first_seed"] == 1
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"trial": 3}, TypeError, "tune: there is no option 'trial'; did you mean 'trials'"),
+        ({"sampler": "gird"}, ValueError, "sampler: 'gird' is unknown; did you mean 'grid'"),
+        ({"objective": "los"}, ValueError, "objective: 'los' is unknown; did you mean 'loss'"),
+        ({"search": "rhoo=0.1,0.2"}, ValueError, "search: 'rhoo' is unknown; did you mean 'rho'"),
+        ({"sampler": "grid"}, ValueError, "is a range, and a grid needs its values"),
+        ({"methods": "samm"}, ValueError, "did you mean 'sam'"),
+    ],
+)
+def test_wrong_search_is_refused_first(
+    options: dict[str, str], error: type[Exception], message: str, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=message):
+        tune(classifier(), **{"out": tmp_path / "run", **options})  # type: ignore[arg-type]
+    assert not (tmp_path / "run").exists()
+
+
+def test_search_of_a_function_without_a_name_is_refused(tmp_path: Path) -> None:
+    def local(base: Optimizer, rho: float = 0.05) -> Optimizer:
+        return base
+
+    with pytest.raises(ValueError, match="methods: local is a function without a name"):
+        tune(classifier(), [local], out=tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_unknown_options_of_compare_and_measure_are_told_with_the_closest_one(tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="compare: there is no option 'epoch'; did you mean 'epochs'"):
+        compare(classifier(), epoch=3, out=tmp_path / "run")
+    with pytest.raises(TypeError, match="measure: there is no option 'restart'; did you mean 'restarts'"):
+        measure(tmp_path, restart=3)
+    with pytest.raises(ValueError, match="batch_norm: 'evl' is unknown; did you mean 'eval'"):
+        measure(tmp_path, batch_norm="evl")  # type: ignore[arg-type]

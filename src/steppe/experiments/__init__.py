@@ -4,14 +4,30 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steppe.experiments.measuring.flatness_result import FlatnessResult
+    from steppe.experiments.report.comparison_result import ComparisonResult
     from steppe.experiments.tasks.task import Metric, Task, accuracy
-    from steppe.experiments.user_api import ComparisonResult, compare
+    from steppe.experiments.tuning.search_result import SearchResult
+    from steppe.experiments.user_api import compare, measure, tune
 
-__all__ = ["ComparisonResult", "Metric", "Task", "accuracy", "compare"]
+__all__ = [
+    "ComparisonResult",
+    "FlatnessResult",
+    "Metric",
+    "SearchResult",
+    "Task",
+    "accuracy",
+    "compare",
+    "measure",
+    "tune",
+]
 
 _HOMES = {
     **dict.fromkeys(("Metric", "Task", "accuracy"), "steppe.experiments.tasks.task"),
-    **dict.fromkeys(("ComparisonResult", "compare"), "steppe.experiments.user_api"),
+    **dict.fromkeys(("compare", "measure", "tune"), "steppe.experiments.user_api"),
+    "ComparisonResult": "steppe.experiments.report.comparison_result",
+    "FlatnessResult": "steppe.experiments.measuring.flatness_result",
+    "SearchResult": "steppe.experiments.tuning.search_result",
 }
 
 

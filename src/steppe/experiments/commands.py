@@ -20,8 +20,7 @@ from steppe.experiments.measuring.measure_runs import measure_runs
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
 from steppe.experiments.methods_table import methods
 from steppe.experiments.tuning.options import TuningOptions
-from steppe.experiments.tuning.search_space import grid, spaces
-from steppe.experiments.tuning.tune import is_tuning, report_tuning, tune
+from steppe.experiments.tuning.tune import check_search, is_tuning, report_tuning, tune
 
 _COMPARE = "Train methods at equal compute and show which generalizes better."
 _FINETUNE = "Fine-tune a pretrained network with the base and with SAM at equal compute: the recipe finetune."
@@ -118,15 +117,7 @@ class Tune:
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
 
     def __post_init__(self) -> None:
-        if self.recipe.comparison.widths:
-            widths = " ".join(map(str, self.recipe.comparison.widths))
-            raise ValueError(
-                f"widths={widths}: trials can be compared at one width only. Use --widths without a number, and --width"
-            )
-        found = spaces(self.recipe, self.search.search, baseline=self.search.baseline)
-        if self.search.sampler == "grid":
-            for space in found:
-                grid(space.dimensions)
+        check_search(self.recipe, self.search)
 
     def run(self, command: Sequence[str], console: Console) -> None:
         tune(self.recipe, self.search, command, console, self.execution)

@@ -1,94 +1,41 @@
-"""Comparisons from Python, for a task of one's own; the command line is in :mod:`.commands`."""
+"""Comparisons, searches and measurements from Python; the command line is in :mod:`.commands`."""
 
 from __future__ import annotations
 
-import base64
-import io
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from html import escape
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from matplotlib.figure import Figure
 from rich.console import Console
 from torch.optim import Optimizer
 
 from steppe.experiments import comparison
-from steppe.experiments.analysis.metric_verdicts import MetricVerdict
-from steppe.experiments.analysis.statistics import rank
-from steppe.experiments.analysis.summary import Summary, columns
-from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.analysis.verdicts import read_flatness
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.errors import closest
 from steppe.experiments.execution.executor import ExecutionOptions
-from steppe.experiments.figures import curves
-from steppe.experiments.storage.run_folder import Results, RunFolder
+from steppe.experiments.measuring.flatness_result import FlatnessResult
+from steppe.experiments.measuring.jobs import MeasuringOptions
+from steppe.experiments.measuring.measure_runs import measure_runs
+from steppe.experiments.report.comparison_result import ComparisonResult
+from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.tasks.task import Task
+from steppe.experiments.tuning.options import TuningOptions
+from steppe.experiments.tuning.search_result import SearchResult
+from steppe.experiments.tuning.tune import is_tuning
+from steppe.experiments.tuning.tune import tune as train_trials
+from steppe.flatness import Budget
 
-
-@dataclass(frozen=True, eq=False)
-class ComparisonResult:
-    """The result of :func:`compare`; in a notebook it shows its table, its verdicts and its curves."""
-
-    recipe: Recipe
-    results: Results
-    """By run: its measurements in order."""
-    summary: Summary
-
-    @property
-    def folder(self) -> Path:
-        """The run folder, with report.html."""
-        return self.recipe.folder
-
-    @property
-    def table(self) -> str:
-        """The table, in Markdown."""
-        return "\n".join(self.summary.table().markdown())
-
-    @property
-    def verdicts(self) -> Sequence[MetricVerdict]:
-        """One verdict a method, against the first one; `verdict.word` is "better", "worse", ..."""
-        return self.summary.verdicts
-
-    @property
-    def advice(self) -> Sequence[str]:
-        """Sentences: which method to take, at what price, how sure that is, what to try next."""
-        return self.summary.advice
-
-    @property
-    def best(self) -> MethodSpec:
-        """The method with the best mean of the deciding metric at equal compute; `verdicts` say how sure that is."""
-        metric = self.recipe.task.deciding
-        rows = [row for row in self.summary.rows if row.standardized_epoch == self.recipe.comparison.epochs]
-        return max(rows, key=lambda row: rank(metric.better * row.measures[f"test_{metric.name}"].mean)).method
-
-    def figures(self) -> dict[str, Figure]:
-        """Draw the figures of the run folder, by the names of their files."""
-        return {drawing.stem: drawing.figure for drawing in curves.drawings(self.recipe, self.results)}
-
-    def __str__(self) -> str:
-        return self.summary.markdown()
-
-    def _repr_html_(self) -> str:
-        """Return what a notebook shows."""
-        heads, *rows = [[column.name for column in columns(self.summary.task)], *self.summary.cells]
-        lines = [f"<tr>{''.join(f'<th>{escape(head)}</th>' for head in heads)}</tr>"]
-        lines += [f"<tr>{''.join(f'<td>{escape(cell)}</td>' for cell in row)}</tr>" for row in rows]
-        notes = "".join(f"<li>{escape(note)}</li>" for note in self.summary.notes())
-        picture = io.BytesIO()
-        self.figures()["overview"].savefig(picture, format="png", dpi=90)
-        source = base64.b64encode(picture.getvalue()).decode()
-        title = escape(self.summary.title)
-        return (
-            f"<p><b>{title}</b></p><table>{''.join(lines)}</table><ul>{notes}</ul>"
-            f'<img alt="Curves of {title}" src="data:image/png;base64,{source}">'
-        )
+Methods = Sequence[str | Callable[..., Optimizer]]
+"""Methods by their names, or as functions."""
 
 
 def compare(
     task: Task | Callable[[], Task] | str,
-    methods: Sequence[str | Callable[..., Optimizer]] = ("base", "sam"),
+    methods: Methods = ("base", "sam"),
     *,
     epochs: int = 20,
     seeds: int = 3,
@@ -121,33 +68,214 @@ def compare(
 
     Raises:
         ExperimentError: The task has an error, or a run failed; the message names the function and the reason.
-        ValueError: An option or a method is unknown or out of range.
+        TypeError: There is no option of that name.
+        ValueError: A method is unknown, or an option is out of range.
 
     Example:
-        >>> from steppe.experiments import compare
-        >>> result = compare("my_project.flowers:task", ["base", "sam:rho=0.1"], epochs=20, seeds=5)  # doctest: +SKIP
-        >>> print(result.table)  # doctest: +SKIP
+        >>> import tempfile, torch
+        >>> inputs, targets = torch.randn(48, 5), torch.randn(48, 1)
+        >>> task = Task(
+        ...     model=lambda: torch.nn.Linear(5, 1),
+        ...     train=(inputs[:32], targets[:32]),
+        ...     test=(inputs[32:], targets[32:]),
+        ...     loss=torch.nn.functional.mse_loss,
+        ...     optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     result = compare(task, ["base", "sam:rho=0.1"], epochs=1, seeds=1, out=out, quiet=True)
+        >>> [row.method.label for row in result.summary.rows]
+        ['base', 'SAM (rho 0.1)']
     """
-    name, given = _named(task)
-    label = given.name if given is not None and given.name != "task" else name.rpartition(":")[2]
-    recipe = RECIPES["task"][0].replace(
-        **{
-            "name": label if label.isidentifier() else "task",
-            "task": name,
-            "methods": methods,
-            "epochs": epochs,
-            "seeds": seeds,
-            "out": out,
-            **options,
-        }
+    recipe, execution, given = _setup(
+        compare, task, methods, runs_at_once, options, epochs=epochs, seeds=seeds, out=out
     )
     console = Console(quiet=quiet, emoji=False)
-    execution = ExecutionOptions(runs_at_once=runs_at_once)
-    comparison.compare(recipe, ["steppe.experiments.compare", name], console, execution, given)
+    comparison.compare(recipe, ["steppe.experiments.compare", recipe.data.task], console, execution, given)
     folder = RunFolder(recipe.folder)
     trained = folder.recipe().replace(out=recipe.folder, methods=recipe.comparison.methods)
     results = folder.results(trained)
-    return ComparisonResult(trained, results, comparison.summarize_folder(folder, trained, results, console))
+    return ComparisonResult(trained, results, comparison.summarize_folder(folder, trained, results, console), given)
+
+
+def tune(
+    task: Task | Callable[[], Task] | str,
+    methods: Methods = ("base", "sam"),
+    *,
+    search: str | Sequence[str] = (),
+    trials: int | None = None,
+    sampler: Literal["tpe", "random", "grid"] = "tpe",
+    sampler_seed: int = 0,
+    objective: Literal["metric", "loss"] = "metric",
+    hold_out: int = TuningOptions.hold_out,
+    baseline: bool = True,
+    storage: str | None = None,
+    epochs: int = 20,
+    seeds: int = 3,
+    out: str | Path | None = None,
+    runs_at_once: int = 1,
+    quiet: bool = False,
+    **options: Any,
+) -> SearchResult:
+    """Search rho and other values of methods on a task at equal compute, judged by data held out of training.
+
+    It is `steppe tune`. Finished trials of the folder are kept, a stopped search goes on where it was, and more
+    `trials` add some. The test data are not used: compare the methods of `result.best` on them, with fresh seeds.
+
+    Args:
+        task: As for :func:`compare`.
+        methods: Names as on the command line, or functions of importable modules. Each is searched on its own.
+        search: What to search, "rho=0.01..1" for a range (logarithmic for real numbers) or "lr=0.01,0.1" for values,
+            or several of these. By default rho, from a tenth of each method's usual value to ten times that.
+        trials: Trials of each method; by default 20, or the whole of a grid.
+        sampler: "tpe" prefers values near those of good trials, "random" draws values independently, "grid" tries all
+            combinations of values.
+        sampler_seed: Seed of the values.
+        objective: "metric" for the best value of the task's first metric on the validation data, "loss" for the lowest
+            loss there.
+        hold_out: One in so many training samples is held out for validation, if the task has no `validation` data.
+        baseline: True to train the plain base as well, as the level to beat.
+        storage: The URL of a database that Optuna supports, for many machines; by default a file in the run folder.
+        epochs: Standardized epochs, the compute of each run, as for :func:`compare`.
+        seeds: Runs of each trial. One gives no measure of the noise.
+        out: The run folder; by default runs/NAME-tune.
+        runs_at_once: Runs at a time, as for :func:`compare`. With "tpe" and above 1, the values that are tried depend
+            on which runs end first.
+        quiet: True to print nothing.
+        **options: Any other option of `steppe tune task --help`, with underscores.
+
+    Returns:
+        The result, with the best values, its table, the commands that confirm them, and its figures.
+
+    Raises:
+        ExperimentError: The task has an error, nothing can be held out, a run failed, or Optuna is not installed.
+        TypeError: There is no option of that name.
+        ValueError: A method or a searched name is unknown, or a value is out of range.
+
+    Example:
+        >>> import tempfile, torch
+        >>> inputs, targets = torch.randn(48, 5), torch.randn(48, 1)
+        >>> task = Task(
+        ...     model=lambda: torch.nn.Linear(5, 1),
+        ...     train=(inputs[:32], targets[:32]),
+        ...     test=(inputs[32:], targets[32:]),
+        ...     loss=torch.nn.functional.mse_loss,
+        ...     optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1),
+        ... )
+        >>> with tempfile.TemporaryDirectory() as out:
+        ...     grid = {"search": "rho=0.05,0.1", "sampler": "grid"}
+        ...     result = tune(task, ["sam"], **grid, epochs=1, seeds=1, out=out, quiet=True)
+        >>> len(result.trials), result.best[0], result.best[1] in ("sam:rho=0.05", "sam:rho=0.1")
+        (3, 'base', True)
+    """
+    tuning = TuningOptions(
+        (search,) if isinstance(search, str) else tuple(search),
+        trials,
+        sampler,
+        sampler_seed,
+        objective,
+        hold_out,
+        baseline,
+        storage,
+    )
+    recipe, execution, given = _setup(tune, task, methods, runs_at_once, options, epochs=epochs, seeds=seeds, out=out)
+    command = ["steppe.experiments.tune", recipe.data.task]
+    return SearchResult(train_trials(recipe, tuning, command, Console(quiet=quiet, emoji=False), execution, given))
+
+
+def measure(
+    folder: ComparisonResult | str | Path,
+    *,
+    task: Task | None = None,
+    samples: int = MeasuringOptions.samples,
+    batch_norm: Literal["eval", "train"] = "eval",
+    batch_size: int = MeasuringOptions.batch_size,
+    processes: int = 1,
+    quiet: bool = False,
+    **budget: Any,
+) -> FlatnessResult:
+    """Measure how flat the minima of a comparison's runs are, and compare the methods.
+
+    It is `steppe measure`. Runs that were measured with the same options are not measured again. The folder's summary
+    and report.html have the measures from then on.
+
+    Args:
+        folder: The result of :func:`compare`, or a run folder.
+        task: The task of a run folder, if it was compared as an object and not by its name.
+        samples: Training samples to measure on, drawn by the run's seed.
+        batch_norm: "eval" for BatchNorm's running statistics, "train" for those of each batch.
+        batch_size: Samples in memory at a time.
+        processes: Runs to measure at a time. Above 1, each is in a process of its own, and a script needs its calls
+            under `if __name__ == "__main__":`.
+        quiet: True to print nothing.
+        **budget: The radii and the effort, fields of :class:`steppe.flatness.Budget`: rho, ascent_steps, points, ...
+
+    Returns:
+        The measures, with their table, verdicts and figures.
+
+    Raises:
+        ExperimentError: The folder has no finished runs, its task is not known here or has data of which no samples can
+            be drawn, or a measure cannot be computed.
+        TypeError: There is no option of that name.
+        ValueError: An option is out of range.
+
+    Example:
+        >>> from steppe.experiments import measure
+        >>> result = measure("runs/flowers")  # doctest: +SKIP
+        >>> [verdict.word for verdict in result.verdicts]  # doctest: +SKIP
+        ['flatter']
+    """
+    _check_names(measure, budget, [one.name for one in fields(Budget)])
+    options = MeasuringOptions(samples, batch_norm, batch_size, Budget(**budget), processes)
+    console = Console(quiet=quiet, emoji=False)
+    if isinstance(folder, ComparisonResult):
+        path = folder.folder
+        measure_runs(path, options, console, task or folder.task, folder.recipe.comparison.methods)
+    else:
+        if not isinstance(folder, str | Path) or is_tuning(Path(folder)):
+            raise TypeError(f"measure: the result or the folder of a comparison is needed, not {_in_words(folder)}")
+        path = Path(folder)
+        measure_runs(path, options, console, task)
+    comparison.plot(path, console)
+    recipe = RunFolder(path).recipe().replace(out=path)
+    return FlatnessResult(recipe, read_flatness(RunFolder(path), recipe))
+
+
+def _setup(
+    function: Callable[..., Any],
+    task: Task | Callable[[], Task] | str,
+    methods: Methods,
+    runs_at_once: int,
+    options: Mapping[str, Any],
+    **given: Any,
+) -> tuple[Recipe, ExecutionOptions, Task | None]:
+    """Return the recipe, how to train, and the task itself if it has no name, from the arguments of a user's call."""
+    usual, execution = RECIPES["task"][0], {one.name for one in fields(ExecutionOptions)}
+    _check_names(function, options, [*(usual.options().keys() - {"task", "widths"}), *execution])
+    name, own = _named(task)
+    label = own.name if own is not None and own.name != "task" else name.rpartition(":")[2]
+    said = {
+        "name": label if label.isidentifier() else "task",
+        "task": name,
+        "methods": [methods] if isinstance(methods, str) or callable(methods) else methods,
+        **given,
+        **{key: value for key, value in options.items() if key not in execution},
+    }
+    how = {key: value for key, value in options.items() if key in execution}
+    if how.get("on", "local") == "local":
+        how["runs_at_once"] = runs_at_once
+    return usual.replace(**said), ExecutionOptions(**how), own
+
+
+def _check_names(function: Callable[..., Any], given: Iterable[str], known: Iterable[str]) -> None:
+    """Raise a TypeError for an option that there is not, with the closest one."""
+    named = [name for name in inspect.signature(function).parameters if name not in ("options", "budget")]
+    for name in given:
+        if name not in known:
+            raise TypeError(f"{function.__name__}: there is no option {name!r}{closest(name, [*named, *known])}")
+
+
+def _in_words(folder: Any) -> str:
+    return f"the folder of a search, {folder}" if isinstance(folder, str | Path) else type(folder).__name__
 
 
 def _named(task: Task | Callable[[], Task] | str) -> tuple[str, Task | None]:
@@ -155,7 +283,7 @@ def _named(task: Task | Callable[[], Task] | str) -> tuple[str, Task | None]:
     if isinstance(task, str):
         return task, None
     if isinstance(task, Task):
-        return f"{task.name}", task
+        return task.name.replace(":", " "), task  # a colon is a name's by which a task can be imported
     module, qualified = getattr(task, "__module__", "__main__"), getattr(task, "__qualname__", "<>")
     if module != "__main__" and "<" not in qualified:
         return f"{module}:{qualified}", None

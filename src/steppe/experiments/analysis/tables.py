@@ -2,6 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from html import escape as escape_html
 
 from rich import table as rich
 from rich.box import SIMPLE_HEAD
@@ -31,6 +32,15 @@ class Table:
             lines += [f"| **{title}** |" + " |" * (len(self.headings) - 1)] if title and rows else []
             lines += map(_markdown_row, rows)
         return lines
+
+    def html(self) -> str:
+        """Return the table for a notebook, without its title."""
+        lines = [_html_row("th", self.headings)]
+        for title, rows in self.sections.items():
+            spanned = f'<tr><th colspan="{len(self.headings)}" style="text-align: left">{escape_html(title)}</th></tr>'
+            lines += [spanned] if title and rows else []
+            lines += [_html_row("td", row) for row in rows]
+        return f"<table>{''.join(lines)}</table>"
 
     def show(self, console: Console, notes: Iterable[str]) -> None:
         """Print the table and the notes."""
@@ -63,6 +73,10 @@ class Table:
 
 def bullets(sentences: Iterable[str]) -> list[str]:
     return [f"- {sentence}" for sentence in sentences]
+
+
+def _html_row(kind: str, cells: Iterable[str]) -> str:
+    return f"<tr>{''.join(f'<{kind}>{escape_html(cell)}</{kind}>' for cell in cells)}</tr>"
 
 
 def _markdown_row(cells: Iterable[str]) -> str:

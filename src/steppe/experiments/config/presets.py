@@ -2,6 +2,7 @@
 
 import shlex
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 
 from steppe.experiments.config.recipe import Recipe
@@ -98,8 +99,14 @@ def name_of_task(task: str) -> str:
 
 
 def command_line(recipe: Recipe) -> str:
-    """Return the shortest command that compares the methods of `recipe`."""
+    """Return the shortest command that compares the methods of `recipe`, or the call for a task without a name.
+
+    >>> command_line(RECIPES["task"][0].replace(task="flowers", seeds=5))
+    "steppe.experiments.compare(task, ['base', 'sam'], seeds=5)"
+    """
     task = recipe.data.task
+    if task and ":" not in task:
+        return _call(recipe)
     name = "task" if task else recipe.name if recipe.name in RECIPES else "demo"
     usual, words = RECIPES[name][0].options(), ["steppe", "compare", task or name]
     if task:
@@ -113,3 +120,11 @@ def command_line(recipe: Recipe) -> str:
         else:
             words += [f"--{option}", *(map(str, value) if isinstance(value, tuple) else [str(value)])]
     return shlex.join(words)
+
+
+def _call(recipe: Recipe) -> str:
+    """Return the call that compares the methods of a task that is an object of Python."""
+    usual, methods = RECIPES["task"][0].options(), [str(method) for method in recipe.comparison.methods]
+    changed = {k: v for k, v in recipe.options().items() if v != usual[k] and k not in ("name", "task", "methods")}
+    options = [f"{k}={str(v) if isinstance(v, Path) else v!r}" for k, v in changed.items()]
+    return f"steppe.experiments.compare({', '.join(['task', str(methods), *options])})"

@@ -65,6 +65,18 @@ class FlatnessTable:
             verdict.show(console, CAVEATS)
 
 
+def table_of_methods(groups: Mapping[str, Sequence[Flatness]], title: str) -> Table:
+    """Return the measures by family, with a column for each method: the mean over its runs, and the deviation."""
+    sections: dict[str, list[list[str]]] = {}
+    for family in FAMILIES.values():
+        rows = sections[family.title] = []
+        for name, label in family.measures.items():
+            each = [[one.measures[name].value for one in found if name in one.measures] for found in groups.values()]
+            if any(each):
+                rows.append([label, *(estimate(values).text(".3g", ".2g", " ± ") if values else "" for values in each)])
+    return Table(("measure", *groups), sections, title=title)
+
+
 def _table(measured: Sequence[Flatness]) -> Table:
     """Return the measures by family; of several files, the mean with the standard deviation."""
     sections: dict[str, list[list[str]]] = {}

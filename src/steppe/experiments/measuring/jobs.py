@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar
+from typing import Any, Literal, Protocol, TypeVar, get_args
 
 import torch
 from rich.console import Console
 from torch import nn
 
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, unknown
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 from steppe.experiments.execution.progress import JobProgress
 from steppe.flatness import Budget, Flatness, Objective, measure
 
 T = TypeVar("T")
+_BatchNorm = Literal["eval", "train"]
 
 Progress = Callable[[str, int], None]
 """A function of the current activity and the number of passes so far."""
@@ -33,7 +34,7 @@ class MeasuringOptions:
 
     samples: int = 256
     """Number of training samples to measure on, drawn by the run's seed: the same for all methods of a seed."""
-    batch_norm: Literal["eval", "train"] = "eval"
+    batch_norm: _BatchNorm = "eval"
     """eval: BatchNorm uses its running statistics, as after training. train: those of each batch, as in training."""
     batch_size: int = 256
     """Samples in memory at a time. Changes the result with --batch-norm train only. If all samples are one batch, a
@@ -43,6 +44,8 @@ class MeasuringOptions:
     """Runs to measure at a time, each on one CPU thread; by default as many as there are CPUs, and 1 on a GPU."""
 
     def __post_init__(self) -> None:
+        if self.batch_norm not in get_args(_BatchNorm):
+            raise ValueError(unknown("batch_norm", str(self.batch_norm), get_args(_BatchNorm)))
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: the number of samples must be at least one")

@@ -12,11 +12,12 @@ from rich.console import Console
 from torch import Tensor, nn
 
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness_file, read_lines
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, MakeTask
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import prepare_task
+from steppe.experiments.execution.pretraining import OneTask, prepare_task
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
 from steppe.experiments.storage import checkpoint_file
@@ -24,6 +25,7 @@ from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_checked
 from steppe.experiments.storage.records import record_at
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.tasks.load import check_single_samples, with_task
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
@@ -42,6 +44,8 @@ class RunJob:
     processes: int
     """The number of processes that the run was trained in."""
     options: MeasuringOptions
+    given: OneTask | None = None
+    """The task, if it has no name by which it could be imported."""
 
     @property
     def name(self) -> str:
@@ -72,7 +76,7 @@ class RunJob:
 
     def restore(self) -> Training:
         recipe = self.run.recipe
-        make_task, device = _task_and_device(recipe, self.folder, Console(quiet=True))
+        make_task, device = _task_and_device(recipe, self.folder, Console(quiet=True), self.given)
         # the layout that every network can be measured in; it changes no weight
         run = replace(self.run, recipe=recipe.replace(channels_last=False, compile=False))
         task = make_task(recipe)
@@ -112,29 +116,48 @@ class LineJob:
         return str(self.reference.method), str(self.job.run.method), self.job.run.seed
 
 
-def measure_runs(path: Path, options: MeasuringOptions, console: Console) -> None:
+def measure_runs(
+    path: Path,
+    options: MeasuringOptions,
+    console: Console,
+    task: Task | None = None,
+    methods: Sequence[MethodSpec] = (),
+) -> None:
     """Measure every run of a folder that is not measured yet, and the lines between the runs.
 
-    ExperimentError if there is nothing to measure, or a measure cannot be computed.
+    `task` and `methods` are those that have no name by which they could be imported. ExperimentError if there is
+    nothing to measure, or a measure cannot be computed.
     """
     folder = RunFolder(path)
     recipe, processes = folder.read()
+    known = {str(method): method for method in methods}
+    recipe = recipe.replace(methods=tuple(known.get(str(method), method) for method in recipe.comparison.methods))
     for member in recipe.replace(out=path).members():
         measure_runs(member.folder, options, console)
     if recipe.comparison.widths:
         return
-    if recipe.data.task and ":" not in recipe.data.task:
+    if recipe.data.task and ":" not in recipe.data.task and task is None:
         raise ExperimentError(
             f"the runs in {path} are of a task that was given as an object of Python ({recipe.data.task}), which no "
-            "other session can make again: compare it by a name, package.module:task, or measure it in Python with "
-            "steppe.flatness"
+            "other session can make again: compare it by a name, package.module:task, or measure it in Python, by "
+            "steppe.experiments.measure(folder, task=...)"
         )
+    if task is not None:
+        theirs, ours = recipe.task.description, with_task(recipe, task)[0].task.description
+        if ours != theirs:
+            raise ExperimentError(
+                f"the runs in {path} are of another task ({theirs}) than the one that was given ({ours}): give theirs"
+            )
+    given = None if task is None else OneTask(task)
     with folder.locked():
         runs = _finished(folder, recipe, console)
-        make_task, _ = _task_and_device(recipe, path, console)  # makes or downloads a backbone once, here
-        samples = min(options.samples, len(make_task(recipe).samples("train", runs[0].seed)))
+        make_task, _ = _task_and_device(recipe, path, console, given)  # makes or downloads a backbone once, here
+        data = {split: make_task(recipe).samples(split, runs[0].seed) for split in ("train", "test")}
+        for split, of_split in data.items():
+            check_single_samples(of_split, split, "steppe measure measures")
+        samples = min(options.samples, len(data["train"]))
         options = replace(options, samples=samples, budget=replace(options.budget, m=min(options.budget.m, samples)))
-        jobs = [RunJob(path, run, processes, options) for run in runs]
+        jobs = [RunJob(path, run, processes, options, given) for run in runs]
         measure_all([job for job in jobs if not job.is_measured()], options.jobs_at_once, console)
         write_checked(path / FLATNESS, {"lines": _lines(folder, jobs, options.jobs_at_once, console)})
 
@@ -211,9 +234,11 @@ def measure_line(line: LineJob, progress: Progress) -> dict[str, Any]:
     return found
 
 
-def _task_and_device(recipe: Recipe, path: Path, console: Console) -> tuple[MakeTask, torch.device]:
+def _task_and_device(
+    recipe: Recipe, path: Path, console: Console, given: OneTask | None
+) -> tuple[MakeTask, torch.device]:
     """Return the task of a recipe, with the backbone of its runs, and this machine's device."""
     local = recipe.replace(device="auto", threads=torch.get_num_threads(), compile=False, channels_last=False)
     with start_executor(local, ExecutionOptions(), console) as executor:
         executor.recipe = recipe  # the backbone of the recipe itself, not one pretrained with these changes
-        return prepare_task(executor, path, console), executor.world.device
+        return prepare_task(executor, path, console, None if given is None else given.task), executor.world.device

@@ -48,11 +48,26 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
             check(replace(second, model=task.model, optimizer=task.optimizer, metrics=task.metrics), device)
         except ExperimentError as error:
             raise ExperimentError(f"the second task, with the model of the first: {error}") from error
+    if recipe.evaluation.flatness_every is not None:
+        check_single_samples(
+            task.samples("train", recipe.comparison.first_seed),
+            "train",
+            f"flatness_every={recipe.evaluation.flatness_every} measures",
+        )
     if recipe.training.batch_size is None:
         recipe = recipe.replace(batch_size=task.usual_batch_size(task.samples("train", recipe.comparison.first_seed)))
     if recipe.training.schedule == "own" and not callable(task.schedule):
         recipe = recipe.replace(schedule=task.schedule or "constant")
     return replace(recipe, task=info), task
+
+
+def check_single_samples(samples: Samples, split: str, who: str) -> None:
+    """Raise an ExperimentError if the data decide which samples make a batch; `who` begins what needs single ones."""
+    if samples.sizes is not None:
+        raise ExperimentError(
+            f"the {split} data decide which samples make a batch, and {who} flatness on samples that are drawn one by "
+            f"one: give {split}= as tensors, a Dataset or a DataLoader without a sampler of its own"
+        )
 
 
 def held_out(task: Task, one_in: int) -> Task:

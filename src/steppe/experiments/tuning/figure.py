@@ -18,8 +18,13 @@ from steppe.experiments.tuning.search_space import Range, Space
 
 def draw(result: TuningResult, folder: Path) -> None:
     """Draw a figure for each searched number as PNG and SVG into `folder`."""
+    save_all(drawings(result), folder)
+
+
+def drawings(result: TuningResult) -> Iterator[Drawing]:
+    """Yield a figure for each searched number, by its name."""
     names = dict.fromkeys(dimension.name for space in result.spaces for dimension in space.dimensions)
-    save_all((Drawing(name, partial(_figure, result, name)) for name in names if _is_number(result, name)), folder)
+    return (Drawing(name, partial(_figure, result, name)) for name in names if _is_number(result, name))
 
 
 def _is_number(result: TuningResult, name: str) -> bool:

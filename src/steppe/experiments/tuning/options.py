@@ -4,8 +4,10 @@ from dataclasses import dataclass
 from typing import Literal, get_args
 
 from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
+from steppe.experiments.errors import unknown
 
 _Objective = Literal["metric", "loss"]
+_Sampler = Literal["tpe", "random", "grid"]
 
 
 @dataclass(frozen=True)
@@ -18,7 +20,7 @@ class TuningOptions:
     method or an option of the recipe. By default rho, from a tenth of each method's usual value to ten times that."""
     trials: int | None = None
     """Trials of each method; by default 20, or the whole of a grid. Raise it later to add some."""
-    sampler: Literal["tpe", "random", "grid"] = "tpe"
+    sampler: _Sampler = "tpe"
     """tpe prefers values near those of good trials, so it trains one trial at a time, unless --runs-at-once or --on ray
     is given; random draws values independently; grid tries all combinations of values."""
     sampler_seed: int = 0
@@ -40,8 +42,9 @@ class TuningOptions:
             raise ValueError(f"trials={self.trials}: the number of trials must be at least 1")
         if self.hold_out < 2:
             raise ValueError(f"hold_out={self.hold_out}: one in so many samples is held out: use at least 2")
-        if self.objective not in get_args(_Objective):
-            raise ValueError(f"objective={self.objective}: use {' or '.join(get_args(_Objective))}")
+        for name, known in (("sampler", get_args(_Sampler)), ("objective", get_args(_Objective))):
+            if getattr(self, name) not in known:
+                raise ValueError(unknown(name, str(getattr(self, name)), known))
         if self.sampler_seed < 0:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 

@@ -27,20 +27,47 @@ from steppe.experiments.tasks.task import Task
 from steppe.experiments.tuning.figure import draw
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.result import TuningResult, read_trial
-from steppe.experiments.tuning.search_space import Space, Values, spaces
+from steppe.experiments.tuning.search_space import Space, Values, grid, spaces
 from steppe.experiments.world import launched
 
 _FORMAT = "steppe tuning, version 2"
 _OTHER_FOLDER = "restore that file, or choose another folder with --out"
 
 
+def check_search(recipe: Recipe, options: TuningOptions) -> None:
+    """Raise a ValueError if the search space is not valid for the recipe."""
+    if recipe.comparison.widths:
+        widths = " ".join(map(str, recipe.comparison.widths))
+        raise ValueError(
+            f"widths={widths}: trials can be compared at one width only. Use --widths without a number, and --width"
+        )
+    for method in recipe.comparison.methods:
+        if method.function is not None:
+            raise ValueError(
+                f"methods: {method} is a function without a name by which it could be imported, and a search is read "
+                "again from its folder: put it into a module of its own, and give it from there"
+            )
+    found = spaces(recipe, options.search, baseline=options.baseline)
+    if options.sampler == "grid":
+        for space in found:
+            grid(space.dimensions)
+
+
 def tune(
-    recipe: Recipe, options: TuningOptions, command: Sequence[str], console: Console, execution: ExecutionOptions
+    recipe: Recipe,
+    options: TuningOptions,
+    command: Sequence[str],
+    console: Console,
+    execution: ExecutionOptions,
+    given: Task | None = None,
 ) -> TuningResult:
     """Train the trials that are not trained yet, then write, print and draw the result.
 
+    `given` is a task that has no name by which it could be imported.
+
     Raises Stopped and ExperimentError as `compare` does, and ValueError for an invalid search space.
     """
+    check_search(recipe, options)
     if launched() > 1:
         raise ExperimentError(
             "steppe tune under torchrun: trials are independent runs, and need no processes that train one together. "
@@ -52,7 +79,7 @@ def tune(
         raise ExperimentError(
             f"{error.name} is not installed, and steppe tune needs it: pip install 'steppe[tune]'"
         ) from error
-    recipe, task = with_task(resolve_pretraining(recipe, console))
+    recipe, task = with_task(resolve_pretraining(recipe, console), given)
     own = {} if task is None else _own_values(task, options)
     has_validation = task is not None and task.validation is not None
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
