@@ -38,7 +38,7 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
     """
     if not recipe.data.task:
         return recipe, None
-    task = given or load_task(recipe.data.task)
+    task = _uncounted(given or load_task(recipe.data.task))
     on_gpu = recipe.hardware.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     info = check(task, device)
@@ -59,6 +59,11 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
     if recipe.training.schedule == "own" and not callable(task.schedule):
         recipe = recipe.replace(schedule=task.schedule or "constant")
     return replace(recipe, task=info), task
+
+
+def _uncounted(task: Task) -> Task:
+    """Return the task for a new command, before which its data may have changed."""
+    return replace(task, counted=[], then=None if task.then is None else _uncounted(task.then))
 
 
 def check_single_samples(samples: Samples, split: str, who: str) -> None:

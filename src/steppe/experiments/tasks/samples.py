@@ -23,11 +23,13 @@ from torch.utils.data import (
 )
 from torch.utils.data import Dataset as TorchDataset
 
+from steppe._engine.generators import Generators
 from steppe.experiments.data.sampling import seed_of
 from steppe.experiments.errors import ExperimentError
 from steppe.flatness._batches import cast as cast_tensors
 from steppe.flatness._batches import num_samples
 
+_GENERATORS = Generators(())  # the global ones of torch's CPU, NumPy and Python
 _EVALUATION = 0xE7A1  # in the place of a seed, where no run's seed is
 _END = object()
 _FORMS = "a tuple of tensors (inputs, targets), a Dataset, a DataLoader, or a function of the seed that returns one"
@@ -148,9 +150,10 @@ def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
 class LoaderSamples(Samples):
     """A DataLoader, or another iterable of batches, with an order of its own: each epoch is one iteration of it."""
 
-    def __init__(self, batches: Iterable[Any]) -> None:
+    def __init__(self, batches: Iterable[Any], sizes: list[int] | None = None) -> None:
+        """Count the batches by reading them all, unless their `sizes` are given or follow from a sampler."""
         self._batches = _without_persistent_workers(batches) if isinstance(batches, DataLoader) else batches
-        known = _known_sizes(batches)
+        known = sizes or _known_sizes(batches)
         with RandomStream(0, 0, 0).active():
             self._sizes = [num_samples(batch) for batch in self._batches] if known is None else known
         if not self._sizes:
@@ -209,21 +212,21 @@ class RandomStream:
     """A state of its own for the global generators of torch's CPU, NumPy and Python."""
 
     def __init__(self, *numbers: int) -> None:
-        before = _states()
+        before = _GENERATORS.save()
         seed_generators(seed_of(*numbers))
-        self._states = _states()
-        _restore(before)
+        self._states = _GENERATORS.save()
+        _GENERATORS.restore(before)
 
     @contextmanager
     def active(self) -> Iterator[None]:
         """Let the global generators draw from the stream within the context."""
-        before = _states()
-        _restore(self._states)
+        before = _GENERATORS.save()
+        _GENERATORS.restore(self._states)
         try:
             yield
         finally:
-            self._states = _states()
-            _restore(before)
+            self._states = _GENERATORS.save()
+            _GENERATORS.restore(before)
 
 
 def seed_generators(seed: int) -> None:
@@ -236,11 +239,11 @@ def seed_generators(seed: int) -> None:
 @contextmanager
 def generators_restored() -> Iterator[None]:
     """Give the caller back the states of the global generators of torch's CPU, NumPy and Python."""
-    before = _states()
+    before = _GENERATORS.save()
     try:
         yield
     finally:
-        _restore(before)
+        _GENERATORS.restore(before)
 
 
 def numpy_and_python_states() -> list[Any]:
@@ -257,30 +260,20 @@ def restore_numpy_and_python(states: list[Any]) -> None:
     random.setstate((version, tuple(numbers), after))
 
 
-def _states() -> tuple[Any, ...]:
-    return torch.get_rng_state(), np.random.get_state(), random.getstate()
-
-
-def _restore(states: tuple[Any, ...]) -> None:
-    torch.set_rng_state(states[0])
-    np.random.set_state(states[1])
-    random.setstate(states[2])
-
-
 def _key(seed: int | None, epoch: int, number: int) -> tuple[int, int, int]:
     return (_EVALUATION, 0, number) if seed is None else (seed, epoch, number)
 
 
-def as_samples(given: Any, name: str) -> Samples:
-    """Turn the data of a user into samples; `name` is theirs in an error."""
+def as_samples(given: Any, name: str, sizes: list[int] | None = None) -> Samples:
+    """Turn the data of a user into samples; `name` is theirs in an error, `sizes` those of batches if known."""
     if isinstance(given, Samples):
         return given
     if isinstance(given, tuple) and given and all(isinstance(tensor, Tensor) for tensor in given):
         lengths = {len(tensor) for tensor in given}
         if len(lengths) > 1 or lengths == {0}:
-            sizes = ", ".join(str(tuple(tensor.shape)) for tensor in given)
+            found = ", ".join(str(tuple(tensor.shape)) for tensor in given)
             raise ExperimentError(
-                f"{name}: tensors of shapes {sizes}, but inputs and targets need the same number of samples, at least 1"
+                f"{name}: tensors of shapes {found}, but inputs and targets need the same number of samples, at least 1"
             )
         return TensorSamples(given)
     if isinstance(given, Iterator):
@@ -289,13 +282,13 @@ def as_samples(given: Any, name: str) -> Samples:
             f"in every epoch: give {_FORMS}"
         )
     if isinstance(given, DataLoader):
-        return DatasetSamples(given.dataset, given) if _is_plain(given) else LoaderSamples(given)
+        return DatasetSamples(given.dataset, given) if _is_plain(given) else LoaderSamples(given, sizes)
     if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, list | tuple | dict | str):
         if not len(given):
             raise ExperimentError(f"{name} is empty: at least one sample is needed")
         return DatasetSamples(given)
     if isinstance(given, Iterable) and not isinstance(given, tuple | dict | str | Tensor):
-        return LoaderSamples(given)
+        return LoaderSamples(given, sizes)
     raise ExperimentError(f"{name} is {type(given).__name__}: give {_FORMS}")
 
 

@@ -111,6 +111,12 @@ class Task:
     """A digest of pretrained weights that every run starts from: a run is resumed only if it is the same."""
     entry_point: str | None = None
     """The name by which other processes can import the task, package.module:name."""
+    counted: list[tuple[Any, int, list[int]]] = field(default_factory=list, repr=False)
+    """Data whose batches have been read to count them, with the seed and the sizes: they are counted once a command.
+
+    It is here because copies of the task share it, and a pickled task takes it along. A process that imports the task
+    by its name counts once more.
+    """
 
     def __post_init__(self) -> None:
         for name in ("model", "optimizer"):
@@ -127,7 +133,8 @@ class Task:
 
     def samples(self, split: str, seed: int = 0) -> Samples:
         """Return the samples of "train", "test" or "validation" for a seed."""
-        given = getattr(self, split)
+        given = source = getattr(self, split)
+        drawn_by = 0
         if callable(given) and not isinstance(given, Samples | nn.Module) and not hasattr(given, "__getitem__"):
             try:
                 takes_seed = bool(inspect.signature(given).parameters)
@@ -135,7 +142,12 @@ class Task:
                 takes_seed = True
             with RandomStream(seed, 0, 0).active():  # every process and every method draws the same
                 given = given(seed) if takes_seed else given()
-        return as_samples(given, split)
+            drawn_by = seed
+        known = next((sizes for data, by, sizes in self.counted if data is source and by == drawn_by), None)
+        samples = as_samples(given, split, known)
+        if known is None and samples.sizes is not None:
+            self.counted.append((source, drawn_by, samples.sizes))
+        return samples
 
     @property
     def splits(self) -> tuple[str, ...]:

@@ -140,7 +140,7 @@ def flatness_sample(
     if samples.sizes is not None:
         raise ExperimentError(
             "the training data decide which samples make a batch, so no sample can be drawn to measure flatness on: "
-            "give a Dataset or tensors, or leave --flatness-every out"
+            "give a Dataset or tensors"
         )
     drawn = torch.randperm(len(samples), generator=generator(seed, FLATNESS_SAMPLE))[:number].sort().values
     return [batch.data for batch in share_out(samples, list(torch.split(drawn, batch_size)), World(device))]
