@@ -218,3 +218,14 @@ def test_unknown_options_of_compare_and_measure_are_told_with_the_closest_one(tm
         measure(tmp_path, restart=3)
     with pytest.raises(ValueError, match="batch_norm: 'evl' is unknown; did you mean 'eval'"):
         measure(tmp_path, batch_norm="evl")  # type: ignore[arg-type]
+
+
+def test_named_task_has_the_folder_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = compare("user_tasks:regression", ["base"], epochs=1, seeds=1, device="cpu", quiet=True)
+    assert result.folder == Path("runs/regression")
+    assert compare(classifier, ["base"], epochs=1, seeds=1, quiet=True).folder == Path("runs/classifier")
+    assert compare(classifier(), ["base"], epochs=1, seeds=1, quiet=True).folder == Path("runs/task")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (tmp_path / "flowers.py").write_text("from user_tasks import regression as task")
+    assert compare("flowers:task", ["base"], epochs=1, seeds=1, quiet=True).folder == Path("runs/flowers")

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 
 from steppe.experiments import comparison
 from steppe.experiments.analysis.verdicts import read_flatness
-from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.presets import RECIPES, name_of_task
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import closest
 from steppe.experiments.execution.executor import ExecutionOptions
@@ -252,7 +252,7 @@ def _setup(
     usual, execution = RECIPES["task"][0], {one.name for one in fields(ExecutionOptions)}
     _check_names(function, options, [*(usual.options().keys() - {"task", "widths"}), *execution])
     name, own = _named(task)
-    label = own.name if own is not None and own.name != "task" else name.rpartition(":")[2]
+    label = name_of_task(name) if own is None else own.name if own.name != "task" else name
     said = {
         "name": label if label.isidentifier() else "task",
         "task": name,
