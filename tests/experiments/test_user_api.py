@@ -103,6 +103,17 @@ def test_error_in_the_task_names_the_line_before_anything_is_trained(tmp_path: P
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize(
+    ("options", "hint"), [({}, "smaller --lr or"), ({"lr": 1e30}, r"smaller --lr \(it was 1e\+30\) or")]
+)
+def test_diverged_run_names_the_learning_rate_only_if_it_was_given(
+    options: dict[str, float], hint: str, tmp_path: Path
+) -> None:
+    task = replace(classifier(), optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=1e30))
+    with pytest.raises(ExperimentError, match=rf"base-seed0 diverged in epoch 1: .*{hint}"):
+        compare(task, ["base"], epochs=2, seeds=1, out=tmp_path / "run", quiet=True, **options)  # type: ignore[arg-type]
+
+
 def test_another_task_in_the_same_folder_is_refused(tmp_path: Path) -> None:
     compare(classifier(), epochs=1, seeds=1, out=tmp_path / "run", quiet=True)
     wider = Task(**{**vars(classifier()), "model": lambda: nn.Sequential(nn.Linear(4, 9), nn.Linear(9, 2))})

@@ -346,9 +346,10 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
     # of a task of the user's own, the usual size is not known
     if not mean < (math.inf if run.recipe.data.task else _DIVERGED_LOSS):  # also if it is NaN
         options = run.recipe.training
+        learning_rate = "" if options.lr is None else f" (it was {options.lr})"
         raise ExperimentError(
             f"{run.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "
-            f"compare. Try a smaller --lr (it was {options.lr}) or --rho ({options.rho}), and another folder with "
+            f"compare. Try a smaller --lr{learning_rate} or --rho ({options.rho}), and another folder with "
             "--out: this one keeps its other runs"
         )
 
