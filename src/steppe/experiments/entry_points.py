@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.errors import ExperimentError, place, typed
 
 
 def check_name(option: str, name: str) -> None:
@@ -60,4 +60,4 @@ def one_line_errors(before: str, after: str = "") -> Iterator[None]:
     except ExperimentError:
         raise
     except Exception as error:
-        raise ExperimentError(f"{before}{type(error).__name__}: {first_line(error)}{after}") from error
+        raise ExperimentError(f"{before}{typed(error)}{place(error)}{after}") from error

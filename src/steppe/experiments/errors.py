@@ -2,7 +2,13 @@
 
 import difflib
 import errno
-from collections.abc import Iterable
+import re
+import sysconfig
+import traceback
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
 
 
 class ExperimentError(RuntimeError):
@@ -49,3 +55,60 @@ def closest(value: str, known: Iterable[str], cutoff: float = 0.6) -> str:
     """Return the end of a sentence, which asks for the closest known value if one is close enough."""
     close = difflib.get_close_matches(value, known, n=1, cutoff=cutoff)
     return f"; did you mean {close[0]!r}?" if close else "."
+
+
+@contextmanager
+def explained(what: str, happened: str, function: Any = None) -> Iterator[None]:
+    """Turn an error into one line with the user's own line in it, or else the place of the user's `function`."""
+    try:
+        yield
+    except ExperimentError:
+        raise
+    except Exception as error:
+        whose = "the task's " if what.endswith("=") else ""
+        where = place(error) or place_of(function)
+        raise ExperimentError(f"{whose}{what} {happened} ({typed(error)}){where}") from error
+
+
+def typed(error: BaseException) -> str:
+    """Return the type and the first line of an error, of the original one if it came from a DataLoader's worker."""
+    if _WORKER in str(error):  # its last line is the error itself
+        return str(error).strip().splitlines()[-1]
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
+def place(error: BaseException) -> str:
+    """Return the last place of a traceback outside of installed packages; nothing if there is none."""
+    found = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    if _WORKER in str(error):
+        found += re.findall(r'File "([^"]+)", line (\d+), in .*\n +(.*)', str(error))
+    for filename, number, line in reversed(found):
+        if _is_users(filename):
+            return f", at {filename}:{number}: {line}"
+    return ""
+
+
+def from_task(error: BaseException) -> bool:
+    """True if it was raised in what a task consists of: its functions, or the reading of its data."""
+    folder = Path(__file__).parent / "tasks"
+    return any(Path(f.filename).is_relative_to(folder) for f in traceback.extract_tb(error.__traceback__))
+
+
+def place_of(function: Any) -> str:
+    """Return where a user's function is written; nothing if it is none of theirs."""
+    code = getattr(function, "__code__", None)
+    if code is None or not _is_users(code.co_filename):
+        return ""
+    return f"; it is at {code.co_filename}:{code.co_firstlineno}"
+
+
+def _is_users(filename: str) -> bool:
+    return filename[0] != "<" and not any(Path(filename).is_relative_to(folder) for folder in _NOT_THE_USERS)
+
+
+_WORKER = "Original Traceback"
+"""In the message of an error in a DataLoader's worker: the rest is the traceback there."""
+_NOT_THE_USERS = (
+    *(Path(path) for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))),
+    Path(__file__).parents[1],
+)

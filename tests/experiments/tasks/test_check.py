@@ -90,6 +90,39 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         r"compares each output with every target, for outputs a tensor of shape \(4, 1\) and targets a tensor of shape "
         r"\(4,\): give both the same shape",
     ),
+    "a loss written by hand broadcasts": (
+        lambda: {"model": lambda: nn.Linear(5, 1), "loss": lambda o, t: ((o - t) ** 2).mean(), "metrics": {}},
+        r"loss= compares each output with every target, for .*give both the same shape.*it is at .*test_check.py:\d+",
+    ),
+    "a metric broadcasts": (
+        lambda: {
+            "model": lambda: nn.Linear(5, 1),
+            "loss": lambda o, t: ((o - t[:, None]) ** 2).mean(),  # which is right
+            "metrics": {"mae": lambda o, t: (o - t).abs().mean()},
+        },
+        r"the metric 'mae' compares each output with every target",
+    ),
+    "metric without an argument": (
+        lambda: {"metrics": {"mine": lambda o: 0.5}},
+        r"the metric 'mine' raised an error .*1 positional argument but 2 were given\); it is at .*test_check.py:\d+",
+    ),
+    "metric is a text": (lambda: {"metrics": {"mine": lambda o, t: "0.5"}}, "the metric 'mine' returned str"),
+    "model needs an argument": (
+        lambda: {"model": lambda n: nn.Linear(n, 3)},
+        r"^the task's model= raised an error .*'n'\); it is at .*test_check.py:\d+",
+    ),
+    "inputs of another type": (
+        lambda: {"train": (INPUTS.double(), LABELS)},
+        r"^the model raised an error on a batch \(a tensor of float64 and shape \(4, 5\)",
+    ),
+    "a list of samples": (
+        lambda: {"train": list(zip(INPUTS, LABELS, strict=True))},
+        r"whose target has no dimension of samples: a list is taken for a list of batches",
+    ),
+    "a loader of nothing": (
+        lambda: {"test": DataLoader(TensorDataset(INPUTS[:0], LABELS[:0]), batch_size=4)},
+        "^test is empty",
+    ),
     "NaN in the data": (lambda: {"train": with_nan()}, r"the loss of the new model is nan on .*look for NaN"),
     "metric raises": (
         lambda: {"metrics": {"mine": failing_metric}},
@@ -120,7 +153,7 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
     "no data": (lambda: {"test": TensorDataset(torch.zeros(0, 5))}, "test is empty"),
     "tensors of two lengths": (lambda: {"test": (INPUTS, LABELS[1:])}, r"test: tensors of shapes \(48, 5\), \(47,\)"),
     "an iterator": (lambda: {"train": iter([data()])}, "an iterator, which can be read once only"),
-    "no batches": (lambda: {"train": []}, "the data have no batch"),
+    "no batches": (lambda: {"train": []}, "^train: the data have no batch"),
     "no data at all": (lambda: {"train": 3}, "train is int: give a tuple of tensors"),
     "another device": (lambda: {"model": lambda: OtherDevice(5, 3)}, r"meta"),
     "no loss anywhere": (lambda: {"loss": None}, r"has no loss=, and the model returned a tensor of shape \(4, 3\)"),
@@ -149,6 +182,37 @@ def test_an_error_of_the_user_is_one_line(case: str) -> None:
 def test_an_object_in_the_place_of_a_function_raises(fields: dict[str, Any], wanted: str) -> None:
     with pytest.raises(TypeError, match=wanted):
         classifier(**fields)
+
+
+@pytest.mark.parametrize(
+    ("fields", "wanted"),
+    [
+        ({"loss": nn.CrossEntropyLoss}, "loss is the class CrossEntropyLoss: give a function"),
+        ({"loss": "cross_entropy"}, "loss is str: give a function"),
+        ({"metrics": F.mse_loss}, "metrics is function: give functions"),
+        ({"metrics": {"mine": "accuracy"}}, "the metric 'mine' is str"),
+        ({"schedule": "cosin"}, "schedule: 'cosin' is unknown; did you mean 'cosine'"),
+        ({"batch_size": 0}, "batch_size=0: it is a number of samples"),
+        ({"batch_size": 8.0}, "batch_size=8.0: it is a number of samples"),
+    ],
+)
+def test_an_argument_of_another_kind_raises(fields: dict[str, Any], wanted: str) -> None:
+    with pytest.raises((TypeError, ValueError), match=wanted):
+        classifier(**fields)
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        lambda o, t: ((o - t[:, None].float()) ** 2).mean(),
+        lambda o, t: ((o.squeeze(1) - t) ** 2).mean(),
+        lambda o, t: ((o[:, 0] - t) ** 2).mean(),
+        lambda o, t: F.mse_loss(o.flatten(), t.float()),
+        lambda o, t: F.mse_loss(o.flatten(), t.float()).sqrt(),  # no mean of the samples
+    ],
+)
+def test_a_function_that_makes_the_shapes_equal_itself_is_no_error(loss: Any) -> None:
+    check(classifier(model=lambda: nn.Linear(5, 1), loss=loss, metrics={"mine": loss}), CPU)
 
 
 @pytest.mark.parametrize("name", ["loss", " ", ""])

@@ -1,9 +1,10 @@
 """Data of every form: the same batches for all methods, and a resumed run ends with the same bits."""
 
+import multiprocessing
 import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRandomSampler
 
 from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.errors import ExperimentError
 from steppe.experiments.tasks.samples import LoaderSamples, as_samples
 from steppe.experiments.tasks.task import Task
 
@@ -175,3 +177,51 @@ def test_an_object_with_to_is_moved_by_its_own_method() -> None:
 def test_samples_of_a_loader_keep_its_batch_size_and_order() -> None:
     found = as_samples(DataLoader(Augmented(), batch_size=7), "train")
     assert (found.batch_size, found.shuffled, found.sizes) == (7, False, None)
+
+
+class BreaksLate(Dataset[Any]):
+    """Its last item raises an error, which a check of the first ones does not see."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if i == 23:
+            raise KeyError("row 23 is damaged")
+        return data()[0][i], data()[1][i]
+
+
+def test_an_error_in_a_later_sample_names_the_run_and_the_line(tmp_path: Path) -> None:
+    wanted = (
+        r"sam-seed0 ended in epoch 1, .*\(KeyError: 'row 23 is damaged'\), at .*test_samples.py:\d+: raise KeyError"
+    )
+    with pytest.raises(ExperimentError, match=wanted):
+        result(classifier(train=BreaksLate()), tmp_path)
+
+
+def test_a_label_out_of_range_in_a_later_sample_names_the_run(tmp_path: Path) -> None:
+    inputs, labels = data()
+    labels = torch.cat([labels[:-1], torch.tensor([7])])
+    with pytest.raises(ExperimentError, match=r"sam-seed0 ended in epoch 1, .*\(IndexError: Target 7 is out of bounds"):
+        result(classifier(train=(inputs, labels)), tmp_path)
+
+
+@pytest.mark.parametrize("own_order", [False, True])
+def test_workers_start_as_in_a_script_also_in_a_spawned_process(
+    own_order: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(multiprocessing, "parent_process", lambda: object())
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda *_: "spawn")
+    order: dict[str, Any] = {"sampler": sampler()} if own_order else {"shuffle": True}
+    # a spawned worker could not be given a lambda
+    loader = DataLoader(Augmented(), batch_size=4, num_workers=1, collate_fn=lambda rows: len(rows), **order)
+    samples = as_samples(loader, "train")
+    started: list[str] = []
+
+    def record(loader: DataLoader[Any]) -> Any:
+        started.append(cast(Any, loader.multiprocessing_context)._name)
+        return iter([()])
+
+    monkeypatch.setattr(DataLoader, "__iter__", record)
+    list(samples.fetch([torch.arange(4)], 0, 0, seed=0))
+    assert started == [multiprocessing.get_all_start_methods()[0]]

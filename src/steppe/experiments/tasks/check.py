@@ -3,14 +3,8 @@
 from __future__ import annotations
 
 import math
-import re
-import sysconfig
-import traceback
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from steppe.experiments.config.task_info import TaskInfo
-from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.errors import ExperimentError, explained, place_of
 from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.samples import RandomStream, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task, describe, logits_of
@@ -26,10 +20,6 @@ from steppe.experiments.world import World, launched
 from steppe.flatness._batches import cast, list_tensors
 
 _SAMPLES = 4
-
-
-_WORKER = "Original Traceback"
-"""In the message of an error in a DataLoader's worker: the rest is the traceback there."""
 
 
 def check(task: Task, device: torch.device) -> TaskInfo:
@@ -45,12 +35,24 @@ def check(task: Task, device: torch.device) -> TaskInfo:
         batches, sizes = {}, {}
         for split in task.splits:
             with explained(f"{split}=", "could not be read"):
-                samples = task.samples(split)
+                try:
+                    samples = task.samples(split)
+                except ExperimentError as error:
+                    named = str(error).startswith(split)
+                    raise ExperimentError(str(error) if named else f"{split}: {error}") from error
                 sizes[split] = len(samples)
+                if not len(samples):
+                    raise ExperimentError(f"{split} is empty: at least one sample is needed")
                 batches[split] = _first(samples.to(device), world)
+                if task.predict is None and task.metrics and _is_sample(batches[split]):
+                    raise ExperimentError(
+                        f"a batch of {split}= is {describe(batches[split])}, whose target has no dimension of samples: "
+                        "a list is taken for a list of batches. If it holds samples, give DataLoader(samples, "
+                        "batch_size=...)"
+                    )
                 if not isinstance(samples, TensorSamples) and not _same(batches[split], _first(samples, world)):
                     warnings.warn(_OWN_NUMBERS.format(split), stacklevel=2)
-        with explained("model=", "raised an error"):
+        with explained("model=", "raised an error", task.model):
             model = task.model()
         if not isinstance(model, nn.Module):
             raise ExperimentError(f"the task's model= returned {describe(model)}, and a torch.nn.Module is needed")
@@ -66,7 +68,7 @@ def check(task: Task, device: torch.device) -> TaskInfo:
             )
         outputs, targets = _outputs(task, model, batches["train"])
         _check_loss(task, model, outputs, targets)
-        with explained("optimizer=", "raised an error"):
+        with explained("optimizer=", "raised an error", task.optimizer):
             optimizer = task.optimizer(model)
         _check_optimizer(optimizer, model)
         model.eval()
@@ -88,6 +90,10 @@ def _first(samples: Samples, world: World) -> Any:
     return next(share_out(samples, [_some(samples)], world, seed=0)).data
 
 
+def _is_sample(batch: Any) -> bool:
+    return isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[-1], Tensor) and not batch[-1].dim()
+
+
 def _same(one: Any, other: Any) -> bool:
     pairs = zip(list_tensors(one), list_tensors(other), strict=True)
     return all(a.shape == b.shape and torch.equal(a.cpu().nan_to_num(), b.cpu().nan_to_num()) for a, b in pairs)
@@ -105,7 +111,8 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
 
 
 def _outputs(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
-    with explained("predict=" if task.predict else "the model", f"raised an error on a batch {describe(batch)}"):
+    what, function = ("predict=", task.predict) if task.predict else ("the model", None)
+    with explained(what, f"raised an error on a batch {describe(batch)}", function):
         found = task.outputs(model, batch)
     if not isinstance(found, tuple) or len(found) != 2:
         raise ExperimentError(
@@ -116,14 +123,13 @@ def _outputs(task: Task, model: nn.Module, batch: Any) -> tuple[Any, Any]:
 
 def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> None:
     shapes = f"outputs {describe(logits_of(outputs))} and targets {describe(targets)}"
-    with explained("loss=", f"raised an error on {shapes}"), warnings.catch_warnings(record=True) as caught:
+    with explained("loss=", f"raised an error on {shapes}", task.loss), warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         loss = task.mean_loss(outputs, targets)
-    if any("target size" in str(warning.message) for warning in caught):  # of mse_loss, l1_loss and their like
-        raise ExperimentError(
-            f"the task's loss= compares each output with every target, for {shapes}: give both the same shape, "
-            "for example by targets.unsqueeze(1)"
-        )
+    # mse_loss, l1_loss and their like warn of it
+    warned = any("target size" in str(warning.message) for warning in caught)
+    if warned or (task.loss and _broadcasts(task.loss, logits_of(outputs), targets)):
+        raise ExperimentError(f"the task's loss= {_BROADCASTS.format(shapes)}{place_of(task.loss)}")
     if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
         raise ExperimentError(
             f"the task's loss= returned {describe(loss)} for {shapes}, and the mean loss of a batch is needed: a "
@@ -156,40 +162,52 @@ def _check_metrics(task: Task, outputs: Any, targets: Any) -> None:
     outputs, targets = cast((logits_of(outputs), targets), device=torch.device("cpu"))
     for name, metric in task.all_metrics().items():
         shapes = f"outputs {describe(outputs)} and targets {describe(targets)}"
-        with explained(f"the metric {name!r}", f"raised an error on {shapes}"):
+        with explained(f"the metric {name!r}", f"raised an error on {shapes}", metric.function):
             value = metric.function(outputs, targets)
-        with explained(f"the metric {name!r}", f"returned {describe(value)} for {shapes}, and a number is needed"):
+        with explained(
+            f"the metric {name!r}", f"returned {describe(value)} for {shapes}, and a number is needed", metric.function
+        ):
+            if isinstance(value, str):
+                raise TypeError(f"{value!r} is a text")
             float(value.item() if hasattr(value, "item") else value)
+        if _broadcasts(metric.function, outputs, targets):
+            raise ExperimentError(f"the metric {name!r} {_BROADCASTS.format(shapes)}{place_of(metric.function)}")
 
 
-@contextmanager
-def explained(what: str, happened: str) -> Iterator[None]:
-    """Turn an error into one line with the user's own line in it."""
+def _broadcasts(function: Any, outputs: Any, targets: Any) -> bool:
+    """True if a mean over samples, of (n, 1) and (n,) or the reverse, compares each output with every target.
+
+    Then it returns another number for two equal shapes, which is the mean of the samples one by one. A function that
+    gives them the same shape itself fails the second condition, and so does one that is no mean.
+    """
+    if not (isinstance(outputs, Tensor) and isinstance(targets, Tensor)) or outputs.shape == targets.shape:
+        return False
+    if outputs.numel() != targets.numel() or 0 in (outputs.dim(), targets.dim()) or len(outputs) != len(targets):
+        return False
+    perfect = targets.reshape(outputs.shape).to(outputs.dtype)
+    # errors of one sign add up to the same whatever is compared, so those of a new model may tell nothing
+    return any(_broadcasts_on(function, given, targets) for given in (outputs, perfect))
+
+
+def _broadcasts_on(function: Any, outputs: Tensor, targets: Tensor) -> bool:
+    equal = (outputs, targets.reshape(outputs.shape)), (outputs.reshape(targets.shape), targets)
+    alone = [(outputs[i : i + 1], targets[i : i + 1]) for i in range(len(targets))]
     try:
-        yield
-    except ExperimentError:
-        raise
-    except Exception as error:
-        reason = f"{type(error).__name__}: {first_line(error)}"
-        if _WORKER in str(error):  # its last line is the error itself
-            reason = str(error).strip().splitlines()[-1]
-        raise ExperimentError(f"the task's {what} {happened} ({reason}){place(error)}") from error
+        with torch.no_grad(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            given, *as_equal = (float(function(*pair)) for pair in ((outputs, targets), *equal))
+            mean = sum(float(function(*pair)) for pair in alone) / len(alone)
+    except Exception:  # it does not take equal shapes, so it expects these ones
+        return False
+    return all(_close(mean, value) for value in as_equal) and not _close(mean, given)
 
 
-def place(error: BaseException) -> str:
-    """Return the last place of a traceback outside of installed packages; nothing if there is none."""
-    found = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
-    if _WORKER in str(error):
-        found += re.findall(r'File "([^"]+)", line (\d+), in .*\n +(.*)', str(error))
-    for filename, number, line in reversed(found):
-        if filename[0] != "<" and not any(Path(filename).is_relative_to(folder) for folder in _NOT_THE_USERS):
-            return f", at {filename}:{number}: {line}"
-    return ""
+def _close(one: float, other: float) -> bool:
+    return math.isclose(one, other, rel_tol=1e-4, abs_tol=1e-7)
 
 
-_NOT_THE_USERS = (
-    *(Path(path) for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))),
-    Path(__file__).parents[2],
+_BROADCASTS = (
+    "compares each output with every target, for {}: give both the same shape, for example by targets.unsqueeze(1)"
 )
 _OWN_NUMBERS = (
     "the data of {}= differ when the same batch is read twice with the same seeds: they draw from a generator of their "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import multiprocessing
 import random
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -101,7 +102,7 @@ class DatasetSamples(Samples):
                 "num_workers": loader.num_workers,
                 "timeout": loader.timeout,
                 "worker_init_fn": loader.worker_init_fn,
-                "multiprocessing_context": loader.multiprocessing_context if loader.num_workers else None,
+                "multiprocessing_context": _start_of_workers(loader),
                 "prefetch_factor": loader.prefetch_factor,
             }
         )
@@ -127,6 +128,17 @@ class DatasetSamples(Samples):
             **cast(Any, self._settings),
         )
         return loader
+
+
+def _start_of_workers(loader: DataLoader[Any]) -> Any:
+    """Return how a loader's workers are started: as in the user's own script, also in a process that trains a run.
+
+    Such a process was spawned, and would spawn workers too: these take seconds to start, and cannot be given a lambda.
+    """
+    if not loader.num_workers or loader.multiprocessing_context is not None:
+        return loader.multiprocessing_context
+    spawned = multiprocessing.parent_process() is not None
+    return multiprocessing.get_all_start_methods()[0] if spawned else multiprocessing.get_start_method()
 
 
 class _Drawn(TorchDataset[Any]):
@@ -187,9 +199,10 @@ class LoaderSamples(Samples):
 
 def _without_persistent_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
     """Return a loader whose workers start anew, and so draw the same numbers, in each epoch of each run."""
-    if not loader.persistent_workers:
+    if not loader.num_workers:
         return loader
     other = copy.copy(loader)
+    other.multiprocessing_context = _start_of_workers(loader)
     # a loader forbids these assignments, and keeps the workers of the last epoch under this private name
     other.__dict__.update(persistent_workers=False, _iterator=None)
     return other

@@ -6,6 +6,7 @@ import copy
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from steppe.experiments.config.task_info import MetricInfo, TaskInfo
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, unknown
 from steppe.experiments.tasks.samples import RandomStream, Samples, as_samples
 
 _BATCH_SIZE = 64
@@ -125,6 +126,28 @@ class Task:
                     f"{name} is {type(getattr(self, name)).__name__}: every run needs one of its own, so give a "
                     f"function that makes it, for example {name}={_EXAMPLES[name]}"
                 )
+        if isinstance(self.loss, type) or not (self.loss is None or callable(self.loss)):
+            raise TypeError(
+                f"loss is {describe_type(self.loss)}: give a function (outputs, targets) -> mean loss, for example "
+                "loss=torch.nn.functional.cross_entropy or loss=torch.nn.CrossEntropyLoss()"
+            )
+        if not isinstance(self.metrics, Mapping):
+            raise TypeError(
+                f"metrics is {describe_type(self.metrics)}: give functions (outputs, targets) -> number by their "
+                'names, for example metrics={"accuracy": accuracy}'
+            )
+        for name, metric in self.all_metrics().items():
+            if not callable(metric.function):
+                raise TypeError(
+                    f"the metric {name!r} is {describe_type(metric.function)}, and a function (outputs, targets) -> "
+                    "number is needed"
+                )
+        if isinstance(self.schedule, str) and self.schedule not in _SCHEDULES:
+            raise ValueError(unknown("schedule", self.schedule, _SCHEDULES))
+        for name in ("batch_size", "evaluation_batch_size"):
+            size = getattr(self, name)
+            if size is not None and (not isinstance(size, Integral) or size < 1):
+                raise ValueError(f"{name}={size!r}: it is a number of samples, at least 1")
         if "loss" in self.metrics or not all(str(name).strip() == name != "" for name in self.metrics):
             raise ValueError(
                 f"metrics={list(self.metrics)}: each needs a name, without spaces at its ends, and not 'loss', which "
@@ -208,6 +231,7 @@ class Task:
         return {k: m if isinstance(m, Metric) else Metric(m) for k, m in self.metrics.items()}
 
 
+_SCHEDULES = ("constant", "cosine", "linear", "one-cycle")
 _EXAMPLES = {"model": "lambda: Net()", "optimizer": "lambda model: torch.optim.AdamW(model.parameters(), lr=1e-3)"}
 
 
@@ -229,14 +253,27 @@ def describe(thing: Any) -> str:
 
     >>> describe((torch.zeros(4, 3), {"a": torch.zeros(2)}))
     "(a tensor of shape (4, 3), {'a': a tensor of shape (2,)})"
+    >>> describe(torch.zeros(4, dtype=torch.float64))  # unlike most
+    'a tensor of float64 and shape (4,)'
     """
     if isinstance(thing, Tensor):
-        return f"a tensor of shape {tuple(thing.shape)}"
+        usual = thing.dtype in (torch.float32, torch.int64)
+        dtype = "" if usual else f"{thing.dtype} and ".removeprefix("torch.")
+        return f"a tensor of {dtype}shape {tuple(thing.shape)}"
     if isinstance(thing, Mapping):
         return "{" + ", ".join(f"{key!r}: {describe(value)}" for key, value in thing.items()) + "}"
     if isinstance(thing, tuple | list) and len(thing) <= 8:
         return f"({', '.join(map(describe, thing))})"
     return type(thing).__name__
+
+
+def describe_type(thing: Any) -> str:
+    """Return the type of an object, or say that it is a class.
+
+    >>> describe_type(3), describe_type(nn.CrossEntropyLoss)
+    ('int', 'the class CrossEntropyLoss')
+    """
+    return f"the class {thing.__name__}" if isinstance(thing, type) else type(thing).__name__
 
 
 def _own_loss(outputs: Any) -> Tensor:

@@ -11,10 +11,9 @@ from torch import Tensor, nn
 
 from steppe import flatness
 from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, explained
 from steppe.experiments.storage.records import HALVES
 from steppe.experiments.tasks.batches import share_out
-from steppe.experiments.tasks.check import explained
 from steppe.experiments.tasks.samples import Samples
 from steppe.experiments.tasks.task import Task, logits_of
 from steppe.experiments.training.forward import in_float32
@@ -66,7 +65,7 @@ def evaluate(
     for i, (name, metric) in enumerate(metrics.items()):
         parts = {"": whole} | (_halves(whole) if i == 0 and len(whole) > 1 else {})
         for suffix, part in parts.items():
-            with explained(f"metric {name!r}", "raised an error"):
+            with explained(f"the metric {name!r}", "raised an error", metric.function):
                 value = metric.function(*_concatenated(part))
             found[name + suffix] = as_number(f"the metric {name}", value)
     if not metrics and len(losses) > 1:

@@ -18,7 +18,7 @@ from steppe.averaging import from_name
 from steppe.experiments.config.methods import RunContext
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.sampling import seed_of
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, from_task, place, typed
 from steppe.experiments.storage.checkpoints import CheckpointManager
 from steppe.experiments.storage.records import AVERAGE, AVERAGED, HALVES, RECORD_FIELDS, Record, parse_records
 from steppe.experiments.tasks.batches import Batch, Epochs
@@ -313,6 +313,15 @@ def train(
     except Stopped:
         manager.save(training.state_dict())
         raise
+    except ExperimentError:
+        raise
+    except Exception as error:
+        if not run.recipe.data.task or not (from_task(error) or place(error)):
+            raise
+        raise ExperimentError(
+            f"{run.name} ended in epoch {training.epoch + 1}, after step {training.steps:,}: the task's model, loss "
+            f"or data raised an error ({typed(error)}){place(error)}"
+        ) from error
     reporter.end(run, training.records)
     return training.records
 
@@ -347,9 +356,10 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
     if not mean < (math.inf if run.recipe.data.task else _DIVERGED_LOSS):  # also if it is NaN
         options = run.recipe.training
         learning_rate = "" if options.lr is None else f" (it was {options.lr})"
+        look = "Look for NaN in the data; if there is none, t" if run.recipe.data.task else "T"
         raise ExperimentError(
             f"{run.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "
-            f"compare. Try a smaller --lr{learning_rate} or --rho ({options.rho}), and another folder with "
+            f"compare. {look}ry a smaller --lr{learning_rate} or --rho ({options.rho}), and another folder with "
             "--out: this one keeps its other runs"
         )
 

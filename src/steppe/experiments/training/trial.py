@@ -9,9 +9,8 @@ import torch
 from torch import Tensor
 
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.errors import ExperimentError, first_line
+from steppe.experiments.errors import ExperimentError, place, typed
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
-from steppe.experiments.tasks.check import place
 from steppe.experiments.tasks.samples import generators_restored
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.run import Training
@@ -38,7 +37,7 @@ def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> 
             with generators_restored():
                 _take_step(run, watched, world)
         except Exception as error:
-            reason = str(error) if isinstance(error, ExperimentError) else f"{first_line(error)}{place(error)}"
+            reason = str(error) if isinstance(error, ExperimentError) else f"{typed(error)}{place(error)}"
             raise ExperimentError(f"{method} cannot train this task: {reason}") from error
 
 
