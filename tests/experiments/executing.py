@@ -154,3 +154,16 @@ def within_an_epoch(folder: Path, process: "subprocess.Popen[str]", *, but: int 
                 return worker(folder)
         time.sleep(0.01)
     raise AssertionError("the run did not start")
+
+
+def measured(folder: Path, process: "subprocess.Popen[str]", *, standardized_epoch: float) -> None:
+    """Wait until a run's checkpoint has the measurement at a standardized epoch."""
+    end = time.monotonic() + 200
+    while time.monotonic() < end:
+        assert process.poll() is None, process.communicate()
+        with suppress(OSError, RuntimeError, IndexError):
+            records = torch.load(folder / "checkpoint.pt", weights_only=True)["records"]
+            if records[-1]["standardized_epoch"] >= standardized_epoch:
+                return
+        time.sleep(0.01)
+    raise AssertionError("the run did not come to its measurement")

@@ -6,7 +6,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from executing import FakeRay, assert_same, start_process, train_on_ray, within_an_epoch
+from executing import FakeRay, assert_same, measured, start_process, train_on_ray, within_an_epoch
 from rich.console import Console
 from tiny import command_line, options, recipe
 
@@ -59,8 +59,11 @@ def test_run_killed_on_ray_is_retried_and_stopped_on_ray_resumes_locally(undistu
     killed = within_an_epoch(runs / "sam-seed0", process)
     assert listening_addresses(process.pid) == {"127.0.0.1"}
     os.kill(killed, signal.SIGKILL)
-    within_an_epoch(runs / "sam-seed0", process, but=killed)
+    retried = within_an_epoch(runs / "sam-seed0", process, but=killed)
+    os.kill(retried, signal.SIGSTOP)  # it waits until the other run ends
+    measured(runs / "sgd-seed0", process, standardized_epoch=8)
     process.send_signal(signal.SIGINT)
+    os.kill(retried, signal.SIGCONT)
     printed, errors = process.communicate(timeout=200)
     assert process.returncode == 130, errors
     assert "sam-seed0: its worker died" in printed
