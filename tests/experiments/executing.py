@@ -146,24 +146,31 @@ def start_process(out: Path, *words: str) -> "subprocess.Popen[str]":
 
 def within_an_epoch(folder: Path, process: "subprocess.Popen[str]", *, but: int = 0) -> int:
     """Wait until a run's checkpoint lies within an epoch; return the id of its worker, other than `but`."""
-    end = time.monotonic() + 200
-    while time.monotonic() < end:
-        assert process.poll() is None, process.communicate()
-        with suppress(OSError, RuntimeError, IndexError):
-            if torch.load(folder / "checkpoint.pt", weights_only=True)["batch"] and worker(folder) != but:
-                return worker(folder)
-        time.sleep(0.01)
-    raise AssertionError("the run did not start")
+    wait_for(process, lambda: _checkpoint(folder)["batch"] and worker(folder) != but, "the run did not start")
+    return worker(folder)
 
 
 def measured(folder: Path, process: "subprocess.Popen[str]", *, standardized_epoch: float) -> None:
     """Wait until a run's checkpoint has the measurement at a standardized epoch."""
+    wait_for(
+        process,
+        lambda: _checkpoint(folder)["records"][-1]["standardized_epoch"] >= standardized_epoch,
+        "the run did not come to its measurement",
+    )
+
+
+def wait_for(process: "subprocess.Popen[str]", happened: Callable[[], bool], message: str) -> None:
+    """Wait until something has happened in a process, whose files may not be there yet."""
     end = time.monotonic() + 200
     while time.monotonic() < end:
         assert process.poll() is None, process.communicate()
         with suppress(OSError, RuntimeError, IndexError):
-            records = torch.load(folder / "checkpoint.pt", weights_only=True)["records"]
-            if records[-1]["standardized_epoch"] >= standardized_epoch:
+            if happened():
                 return
         time.sleep(0.01)
-    raise AssertionError("the run did not come to its measurement")
+    raise AssertionError(message)
+
+
+def _checkpoint(folder: Path) -> dict[str, Any]:
+    checkpoint: dict[str, Any] = torch.load(folder / "checkpoint.pt", weights_only=True)
+    return checkpoint

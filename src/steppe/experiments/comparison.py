@@ -15,8 +15,10 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import prepare_task, resolve_pretraining, train_runs
+from steppe.experiments.execution.prepared_task import prepare_task
+from steppe.experiments.execution.pretraining import resolve_pretraining
 from steppe.experiments.execution.progress import print_line
+from steppe.experiments.execution.train_runs import train_runs
 from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session

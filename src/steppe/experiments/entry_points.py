@@ -48,6 +48,7 @@ def load_entry_point(option: str, name: str) -> Any:
 
 
 def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:
+    """Call a function of the user's; its errors are one line that names the option."""
     with one_line_errors(f"--{option} {name}: calling it raised "):
         return factory()
 

@@ -24,7 +24,7 @@ from tiny import RecordingReporter
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.execution.executor import ExecutionOptions, Job
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import prepare_task
+from steppe.experiments.execution.prepared_task import prepare_task
 from steppe.experiments.tasks.load import with_task
 from steppe.experiments.training.stopping import Stop, Stopped
 

@@ -12,7 +12,7 @@ import torch
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.execution.by_value import Packed, pack_run, pack_task
-from steppe.experiments.execution.pretraining import NamedTask
+from steppe.experiments.execution.prepared_task import NamedTask
 from steppe.experiments.tasks.load import load_task
 
 MODULE = """

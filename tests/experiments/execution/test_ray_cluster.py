@@ -13,7 +13,7 @@ from tiny import untimed
 
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import prepare_task
+from steppe.experiments.execution.prepared_task import prepare_task
 from steppe.experiments.storage.records import read_records
 from steppe.experiments.tasks.load import with_task
 from steppe.experiments.training.stopping import Stop

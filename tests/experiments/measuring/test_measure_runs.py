@@ -24,7 +24,7 @@ from steppe.experiments.data.sampling import FLATNESS_SAMPLE, few_shot, generato
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import prepare_task
+from steppe.experiments.execution.prepared_task import prepare_task
 from steppe.experiments.measuring import jobs, measure_runs
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress
 from steppe.experiments.measuring.measure_runs import LineJob, RunJob

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from steppe.experiments import compare, measure, tune
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.pretraining import OneTask
+from steppe.experiments.execution.prepared_task import OneTask
 from steppe.experiments.report import page
 from steppe.experiments.tasks.task import Task
 

@@ -12,7 +12,7 @@ from tiny import CPU, dataset, recipe, untimed
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.batches import order
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.execution.pretraining import OneTask
+from steppe.experiments.execution.prepared_task import OneTask
 from steppe.experiments.storage.checkpoint_file import load
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND

@@ -4,22 +4,21 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-
-from steppe.experiments.analysis.metric_verdicts import BySeed, MetricVerdict, judge_together
+from steppe.experiments.analysis.end_measures import EndMeasures, judge_measures, records_with
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import MetricInfo
-from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND, Record, record_at
+from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND
 from steppe.experiments.storage.run_folder import Results
 
 TITLE = "Forgetting: the networks after training on a second task"
 
 
 @dataclass(frozen=True)
-class Forgetting:
+class Forgetting(EndMeasures):
     """Means over the runs of each method, and verdicts on the measures after the second task."""
 
     methods: Sequence[MethodSpec]
@@ -60,14 +59,6 @@ class Forgetting:
             "Forgetting can be compared where the second task is learned equally well."
         )
 
-    def markdown(self) -> str:
-        """Return the section of summary.md."""
-        return "\n".join(["", f"## {TITLE}", "", *self.table().markdown(), "", *bullets(self.notes()), ""])
-
-    def show(self, console: Console) -> None:
-        """Print the table and the notes."""
-        self.table().show(console, self.notes())
-
     def json(self) -> list[dict[str, Any]]:
         """Return the verdicts; the means are in the rows of the summary."""
         return [verdict.json() for verdict in self.verdicts]
@@ -76,11 +67,7 @@ class Forgetting:
 def forgetting_of(recipe: Recipe, results: Results) -> Forgetting | None:
     """Collect the measures at equal compute; None where there was no second task."""
     deciding, *others = recipe.task.measured
-    found: dict[str, dict[int, Record]] = {}
-    for run, records in results.items():
-        record = record_at(records, recipe.comparison.epochs)
-        if record is not None and f"test_{deciding.name}{AFTER}" in record.measures:
-            found.setdefault(str(run.method), {})[run.seed] = record
+    found = records_with(recipe, results, lambda record: f"test_{deciding.name}{AFTER}" in record.measures)
     methods = [method for method in recipe.comparison.methods if str(method) in found]
     if not methods:
         return None
@@ -98,20 +85,9 @@ def forgetting_of(recipe: Recipe, results: Results) -> Forgetting | None:
         MetricInfo(deciding.name + FORGOTTEN, False, deciding.unit),
         MetricInfo(deciding.name + ON_SECOND, deciding.higher_is_better, deciding.unit),
     ]
-    verdicts = judge_together(base, {metric: _pairs(metric, base, found) for metric in judged}) if base in found else {}
+    verdicts = judge_measures(base, found, {m: f"test_{m.name}" for m in judged}) if base in found else {}
     of_each = [verdict for metric in judged for verdict in verdicts.get(metric, ())]
     return Forgetting(methods, deciding, others, values, of_each, recipe.forgetting.description)
-
-
-def _pairs(metric: MetricInfo, base: str, found: Mapping[str, Mapping[int, Record]]) -> dict[str, BySeed]:
-    """Return the numbers of each method and of the base, by seed."""
-    name = f"test_{metric.name}"
-    pairs = {
-        method: {seed: (record[name], found[base][seed][name]) for seed, record in runs.items() if seed in found[base]}
-        for method, runs in found.items()
-        if method != base
-    }
-    return {method: by_seed for method, by_seed in pairs.items() if by_seed}
 
 
 def _cell(value: Estimate | None, metric: MetricInfo) -> str:

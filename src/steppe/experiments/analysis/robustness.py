@@ -4,21 +4,25 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from rich.console import Console
-
-from steppe.experiments.analysis.metric_verdicts import BySeed, MetricVerdict, judge_together
+from steppe.experiments.analysis.end_measures import EndMeasures, Found, judge_measures, records_with
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.statistics import Estimate, estimate
-from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import MetricInfo
 from steppe.experiments.robustness.records import PREFIX, Measure, measures_in
-from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
 TITLE = "The trained networks on corrupted images, and with rounded weights"
 MAIN = ("accuracy under corruptions", "calibration error", "accuracy at 4 bits")
 """The measures that have a sentence: with one for each of all, some would be wrong by chance."""
+READING = (
+    "By chance alone, any of these is called better or worse in at most 5 % of comparisons. Accuracies are in "
+    "percent, the calibration error in percentage points. Of it, the negative log-likelihood and the Brier "
+    "score, less is better."
+)
+"""How verdicts and table are to be read."""
 _LEAST_NEEDED = (
     *("Brier score", "negative log-likelihood", "accuracy at 8 bits", "accuracy at 2 bits", "accuracy at 3 bits"),
     *("accuracy under brightness", "accuracy under contrast", "accuracy under blur", "accuracy under shift"),
@@ -28,7 +32,7 @@ _LEAST_NEEDED = (
 
 
 @dataclass(frozen=True)
-class Robustness:
+class Robustness(EndMeasures):
     """Means over the runs of each method at equal compute, and verdicts on every measure."""
 
     methods: Sequence[MethodSpec]
@@ -57,19 +61,7 @@ class Robustness:
         labels = {str(method): method.label for method in self.methods}
         for name in MAIN:
             yield from (verdict.sentence(labels) for verdict in self.verdicts.get(name, ()))
-        yield (
-            "By chance alone, any of these is called better or worse in at most 5 % of comparisons. Accuracies are in "
-            "percent, the calibration error in percentage points. Of it, the negative log-likelihood and the Brier "
-            "score, less is better."
-        )
-
-    def markdown(self) -> str:
-        """Return the section of summary.md."""
-        return "\n".join(["", f"## {TITLE}", "", *self.table().markdown(), "", *bullets(self.notes()), ""])
-
-    def show(self, console: Console) -> None:
-        """Print the table and the notes; columns that do not fit a narrow console are in summary.md only."""
-        self.table().show(console, self.notes())
+        yield READING
 
     def json(self) -> list[dict[str, Any]]:
         """Return the verdicts on every measure; its means are in the rows of the summary."""
@@ -78,11 +70,7 @@ class Robustness:
 
 def robustness_of(recipe: Recipe, results: Results) -> Robustness | None:
     """Collect the measures at equal compute; None where none were made."""
-    found: dict[str, dict[int, Record]] = {}
-    for run, records in results.items():
-        for record in records:
-            if record.standardized_epoch == recipe.comparison.epochs and measures_in(record.measures):
-                found.setdefault(str(run.method), {})[run.seed] = record
+    found = records_with(recipe, results, lambda record: bool(measures_in(record.measures)))
     methods = [method for method in recipe.comparison.methods if str(method) in found]
     if not methods:
         return None
@@ -100,34 +88,17 @@ def _estimates(records: Any, measures: Sequence[Measure]) -> Iterator[tuple[str,
             yield measure.name, estimate(values)
 
 
-def _verdicts(
-    measures: Sequence[Measure], base: str, found: Mapping[str, Mapping[int, Record]]
-) -> dict[str, Sequence[MetricVerdict]]:
+def _verdicts(measures: Sequence[Measure], base: str, found: Found) -> dict[str, Sequence[MetricVerdict]]:
     """Judge the main measures together, as they are read together, and all others together."""
     verdicts: dict[str, Sequence[MetricVerdict]] = {}
     for main in (True, False):
-        numbers = {
-            MetricInfo(measure.name, measure.higher_is_better, measure.unit): _pairs(measure, base, found)
+        names = {
+            MetricInfo(measure.name, measure.higher_is_better, measure.unit): PREFIX + measure.name
             for measure in measures
             if (measure.name in MAIN) == main
         }
-        verdicts |= {metric.name: of for metric, of in judge_together(base, numbers).items()}
+        verdicts |= {metric.name: of for metric, of in judge_measures(base, found, names).items()}
     return {measure.name: verdicts[measure.name] for measure in measures}
-
-
-def _pairs(measure: Measure, base: str, found: Mapping[str, Mapping[int, Record]]) -> dict[str, BySeed]:
-    """Return the numbers of each method and of the base, by seed."""
-    name = PREFIX + measure.name
-    pairs = {
-        method: {
-            seed: (record[name], found[base][seed][name])
-            for seed, record in by_seed.items()
-            if name in record.measures and seed in found[base] and name in found[base][seed].measures
-        }
-        for method, by_seed in found.items()
-        if method != base
-    }
-    return {method: by_seed for method, by_seed in pairs.items() if by_seed}
 
 
 def _cell(value: Estimate | None, measure: Measure) -> str:

@@ -235,8 +235,8 @@ def _p_value(of: Decision) -> float | None:
 def _holm(p_values: Sequence[float], comparisons: int) -> list[float]:
     """Return the adjusted p-values of some of so many comparisons, as if all others had larger ones."""
     adjusted, largest = [0.0] * len(p_values), 0.0
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
-        largest = max(largest, min(1.0, (comparisons - rank) * p_values[i]))
+    for smaller, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i])):
+        largest = max(largest, min(1.0, (comparisons - smaller) * p_values[i]))
         adjusted[i] = largest
     return adjusted
 
@@ -244,8 +244,8 @@ def _holm(p_values: Sequence[float], comparisons: int) -> list[float]:
 def _hochberg(p_values: Sequence[float], comparisons: int) -> list[float]:
     """Return the adjusted p-values likewise."""
     adjusted, smallest, fewer = [0.0] * len(p_values), 1.0, comparisons - len(p_values)
-    for rank, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i], reverse=True)):
-        smallest = min(smallest, (fewer + rank + 1) * p_values[i])
+    for larger, i in enumerate(sorted(range(len(p_values)), key=lambda i: p_values[i], reverse=True)):
+        smallest = min(smallest, (fewer + larger + 1) * p_values[i])
         adjusted[i] = smallest
     return adjusted
 

@@ -1,7 +1,7 @@
 """The summary of a comparison: a row for each method, the paired differences, and their verdicts."""
 
 import math
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +13,7 @@ from steppe.experiments.analysis.forgetting import Forgetting, forgetting_of
 from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.robustness import Robustness, robustness_of
 from steppe.experiments.analysis.statistics import ERROR, Estimate, estimate
-from steppe.experiments.analysis.tables import Table, bullets
+from steppe.experiments.analysis.tables import Table, TableWithNotes, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
 from steppe.experiments.analysis.words import NO_VERDICT
 from steppe.experiments.config.method_spec import MethodSpec
@@ -86,25 +86,14 @@ def _value(name: str, form: str) -> Callable[[Row], str]:
     return lambda row: row.measures[name].text(form, form_of_sd) if name in row.measures else "–"
 
 
-class SummaryFiles(ABC):
+class SummaryFiles(TableWithNotes):
     """A table with notes, for the terminal, summary.md and summary.json."""
-
-    @abstractmethod
-    def table(self) -> Table: ...
-
-    @abstractmethod
-    def notes(self) -> Iterator[str]: ...
 
     @abstractmethod
     def json(self) -> dict[str, Any]: ...
 
     def markdown(self) -> str:
-        table = self.table()
-        return "\n".join([f"# {table.title}", "", *table.markdown(), "", *bullets(self.notes()), ""])
-
-    def show(self, console: Console) -> None:
-        """Print the table and the notes; columns that do not fit a narrow console are in summary.md only."""
-        self.table().show(console, self.notes())
+        return self.section(1)
 
     def write(self, folder: RunFolder) -> None:
         write_atomically(folder.path / "summary.md", self.markdown().encode())

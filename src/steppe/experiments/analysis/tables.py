@@ -1,6 +1,7 @@
 """Tables of text with notes, in Markdown and for the terminal."""
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from html import escape as escape_html
 
@@ -71,7 +72,27 @@ class Table:
         return table
 
 
+class TableWithNotes(ABC):
+    """A table and sentences below it, for Markdown and for the terminal."""
+
+    @abstractmethod
+    def table(self) -> Table: ...
+
+    @abstractmethod
+    def notes(self) -> Iterator[str]: ...
+
+    def section(self, level: int) -> str:
+        """Return both in Markdown, below the table's title as a heading of a level."""
+        table = self.table()
+        return "\n".join([f"{'#' * level} {table.title}", "", *table.markdown(), "", *bullets(self.notes()), ""])
+
+    def show(self, console: Console) -> None:
+        """Print both; columns that do not fit a narrow console are in summary.md only."""
+        self.table().show(console, self.notes())
+
+
 def bullets(sentences: Iterable[str]) -> list[str]:
+    """Return the lines of a list in Markdown."""
     return [f"- {sentence}" for sentence in sentences]
 
 

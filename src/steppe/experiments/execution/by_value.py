@@ -16,7 +16,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.entry_points import load_entry_point
 from steppe.experiments.execution.executor import MakeTask
-from steppe.experiments.execution.pretraining import NamedTask, OneTask
+from steppe.experiments.execution.prepared_task import NamedTask, OneTask
 
 T = TypeVar("T")
 

@@ -169,6 +169,7 @@ class Drawing:
 
 
 def save_all(drawings: Iterable[Drawing], folder: Path) -> list[Path]:
+    """Write the files of all figures to a folder, and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     return [file for drawing in drawings for file in drawing.save(folder)]
 

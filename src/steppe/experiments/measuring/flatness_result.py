@@ -62,4 +62,4 @@ class FlatnessResult:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        return as_html(self._table, self._notes, figures := self.figures(), *figures)
+        return as_html(self._table, self._notes, self.figures())

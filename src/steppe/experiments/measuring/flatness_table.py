@@ -1,6 +1,6 @@
 """The measured flatness of a user's model, as a table on the terminal and in Markdown."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -67,26 +67,31 @@ class FlatnessTable:
 
 def table_of_methods(groups: Mapping[str, Sequence[Flatness]], title: str) -> Table:
     """Return the measures by family, with a column for each method: the mean over its runs, and the deviation."""
-    sections: dict[str, list[list[str]]] = {}
-    for family in FAMILIES.values():
-        rows = sections[family.title] = []
-        for name, label in family.measures.items():
-            each = [[one.measures[name].value for one in found if name in one.measures] for found in groups.values()]
-            if any(each):
-                rows.append([label, *(estimate(values).text(".3g", ".2g", " ± ") if values else "" for values in each)])
-    return Table(("measure", *groups), sections, title=title)
+
+    def cells(name: str) -> list[str]:
+        each = [[one.measures[name].value for one in found if name in one.measures] for found in groups.values()]
+        return [estimate(values).text(".3g", ".2g", " ± ") if values else "" for values in each]
+
+    every = [one for found in groups.values() for one in found]
+    return Table(("measure", *groups), _by_family(every, cells), title=title)
 
 
 def _table(measured: Sequence[Flatness]) -> Table:
     """Return the measures by family; of several files, the mean with the standard deviation."""
-    sections: dict[str, list[list[str]]] = {}
-    for family in FAMILIES.values():
-        rows = sections[family.title] = []
-        for name, label in family.measures.items():
-            each = [one.measures[name] for one in measured if name in one.measures]
-            if each:
-                rows.append([label, *_cells(each, len(measured))])
-    return Table(("measure", "value", "note"), sections, left=(0, 2))
+
+    def cells(name: str) -> tuple[str, str]:
+        return _cells([one.measures[name] for one in measured if name in one.measures], len(measured))
+
+    return Table(("measure", "value", "note"), _by_family(measured, cells), left=(0, 2))
+
+
+def _by_family(measured: Sequence[Flatness], cells: Callable[[str], Sequence[str]]) -> dict[str, list[list[str]]]:
+    """Return a row for each measure that was measured: its label, and its cells by its name."""
+    known = {name for one in measured for name in one.measures}
+    return {
+        family.title: [[label, *cells(name)] for name, label in family.measures.items() if name in known]
+        for family in FAMILIES.values()
+    }
 
 
 def _cells(found: Sequence[Measure], files: int) -> tuple[str, str]:

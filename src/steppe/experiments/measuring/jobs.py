@@ -83,6 +83,7 @@ def measure_all(jobs: Sequence[FlatnessJob], processes: int, console: Console) -
 
 
 def measure_job(job: FlatnessJob, progress: Progress) -> None:
+    """Measure one network and write the result; an ExperimentError names it if a measure cannot be computed."""
     plain, normalized, budget = job.prepare(progress)
     try:
         found = measure(plain, budget, normalized=normalized)

@@ -17,7 +17,7 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, MakeTask
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import OneTask, prepare_task
+from steppe.experiments.execution.prepared_task import OneTask, prepare_task
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
 from steppe.experiments.storage import checkpoint_file

@@ -64,4 +64,5 @@ class ComparisonResult:
 
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
-        return as_html(self.summary.table(), self.summary.notes(), self.figures(), "overview")
+        shown = (drawing for drawing in curves.drawings(self.recipe, self.results) if drawing.stem == "overview")
+        return as_html(self.summary.table(), self.summary.notes(), draw_all(shown))

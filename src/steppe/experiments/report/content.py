@@ -54,6 +54,7 @@ def _headline(labels: Mapping[str, str], of: Sequence[MetricVerdict], accuracy: 
 
 
 def subject(ours: Sequence[str], theirs: str) -> str:
+    """Return the beginning of a sentence that compares methods with another one."""
     *most, last = ours
     return f"{', '.join(most)} and {last} against {theirs}: " if most else f"{last} against {theirs}: "
 

@@ -16,13 +16,13 @@ def draw_all(drawings: Iterable[Drawing]) -> dict[str, Figure]:
     return {drawing.stem: drawing.figure for drawing in drawings}
 
 
-def as_html(table: Table, notes: Iterable[str], figures: Mapping[str, Figure], *shown: str) -> str:
-    """Return a table, notes and some of the figures for a notebook."""
+def as_html(table: Table, notes: Iterable[str], figures: Mapping[str, Figure]) -> str:
+    """Return a table, notes and figures for a notebook."""
     title = escape(table.title)
     parts = [f"<p><b>{title}</b></p>{table.html()}<ul>{''.join(f'<li>{escape(note)}</li>' for note in notes)}</ul>"]
-    for name in shown:
+    for name, figure in figures.items():
         picture = io.BytesIO()
-        figures[name].savefig(picture, format="png", dpi=90)
+        figure.savefig(picture, format="png", dpi=90)
         source = base64.b64encode(picture.getvalue()).decode()
         parts.append(f'<img alt="{escape(name)}: {title}" src="data:image/png;base64,{source}">')
     return "".join(parts)

@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from steppe.experiments.analysis.robustness import READING
 from steppe.experiments.analysis.summary import Summary, columns, setting
 from steppe.experiments.analysis.verdicts import read_flatness, read_lines
 from steppe.experiments.config.recipe import Recipe
@@ -55,7 +56,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
         flatness_notes=content.footnotes(found),
         robustness_headlines=robustness.headlines(summary.robustness) if summary.robustness else [],
-        robustness_units=[*summary.robustness.notes()][-1] if summary.robustness else "",  # after the verdicts
+        robustness_reading=READING if summary.robustness else "",
         robustness_groups=list(robustness.groups(recipe, summary, summary.robustness)) if summary.robustness else [],
         sections=sections,
         figures=figures,

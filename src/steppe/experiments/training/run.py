@@ -356,10 +356,10 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
     if not mean < (math.inf if run.recipe.data.task else _DIVERGED_LOSS):  # also if it is NaN
         options = run.recipe.training
         learning_rate = "" if options.lr is None else f" (it was {options.lr})"
-        look = "Look for NaN in the data; if there is none, t" if run.recipe.data.task else "T"
+        remedy = "Look for NaN in the data; if there is none, try" if run.recipe.data.task else "Try"
         raise ExperimentError(
             f"{run.name} diverged in epoch {epoch + 1}: its training loss is {mean:.3g}, so there is nothing to "
-            f"compare. {look}ry a smaller --lr{learning_rate} or --rho ({options.rho}), and another folder with "
+            f"compare. {remedy} a smaller --lr{learning_rate} or --rho ({options.rho}), and another folder with "
             "--out: this one keeps its other runs"
         )
 

@@ -59,4 +59,4 @@ class SearchResult:
         """Return what a notebook shows."""
         confirm = [f"To confirm on the test data: {command}" for command in self.commands]
         notes = [*self.summary.notes(), *self.summary.warnings(), *confirm]
-        return as_html(self.summary.table(), notes, figures := self.figures(), *figures)
+        return as_html(self.summary.table(), notes, self.figures())

@@ -16,7 +16,8 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
 from steppe.experiments.execution.launch import start_executor
-from steppe.experiments.execution.pretraining import prepare_task, resolve_pretraining
+from steppe.experiments.execution.prepared_task import prepare_task
+from steppe.experiments.execution.pretraining import resolve_pretraining
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.files import read_checked, read_checked_lines, write_checked, write_checked_lines
