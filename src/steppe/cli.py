@@ -85,10 +85,11 @@ def _run(words: Sequence[str]) -> int:
 
     from steppe.experiments.errors import ExperimentError, of_system
     from steppe.experiments.training.stopping import Stopped
+    from steppe.experiments.world import is_first_process
 
     try:
         # emoji: a model called pkg:factory has none in its name
-        _parse(words).run(["steppe", *words], Console(emoji=False))
+        _parse(words).run(["steppe", *words], Console(quiet=not is_first_process(), emoji=False))
     except Stopped as stopped:
         return _stopped(words, 128 + stopped.signal)
     except ExperimentError as error:
@@ -137,10 +138,11 @@ def _typo(words: Sequence[str]) -> str | None:
 def _stopped(words: Sequence[str], code: int) -> int:
     processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun; an import here could be interrupted again
     start = f"torchrun --nproc-per-node {processes} -m steppe" if processes != "1" else "steppe"
-    print(f"\nStopped. To resume: {start} {shlex.join(words)}", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":
+        print(f"\nStopped. To resume: {start} {shlex.join(words)}", file=sys.stderr)
     return code
 
 
 def _fail(message: str) -> int:
-    print(f"steppe: {message}", file=sys.stderr)
+    sys.stderr.write(f"steppe: {message}\n")  # in one piece, as the processes of torchrun write to one terminal
     return 1

@@ -27,6 +27,7 @@ from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.search_result import SearchResult
 from steppe.experiments.tuning.tune import is_tuning
 from steppe.experiments.tuning.tune import tune as train_trials
+from steppe.experiments.world import is_first_process
 from steppe.flatness import Budget
 
 Methods = Sequence[str | Callable[..., Optimizer]]
@@ -89,7 +90,7 @@ def compare(
     recipe, execution, given = _setup(
         compare, task, methods, runs_at_once, options, epochs=epochs, seeds=seeds, out=out
     )
-    console = Console(quiet=quiet, emoji=False)
+    console = _console(quiet)
     comparison.compare(recipe, ["steppe.experiments.compare", recipe.data.task], console, execution, given)
     folder = RunFolder(recipe.folder)
     trained = folder.recipe().replace(out=recipe.folder, methods=recipe.comparison.methods)
@@ -179,7 +180,7 @@ def tune(
     )
     recipe, execution, given = _setup(tune, task, methods, runs_at_once, options, epochs=epochs, seeds=seeds, out=out)
     command = ["steppe.experiments.tune", recipe.data.task]
-    return SearchResult(train_trials(recipe, tuning, command, Console(quiet=quiet, emoji=False), execution, given))
+    return SearchResult(train_trials(recipe, tuning, command, _console(quiet), execution, given))
 
 
 def measure(
@@ -226,7 +227,7 @@ def measure(
     """
     _check_names(measure, budget, [one.name for one in fields(Budget)])
     options = MeasuringOptions(samples, batch_norm, batch_size, Budget(**budget), processes)
-    console = Console(quiet=quiet, emoji=False)
+    console = _console(quiet)
     if isinstance(folder, ComparisonResult):
         path = folder.folder
         measure_runs(path, options, console, task or folder.task, folder.recipe.comparison.methods)
@@ -264,6 +265,11 @@ def _setup(
     if how.get("on", "local") == "local":
         how["runs_at_once"] = runs_at_once
     return usual.replace(**said), ExecutionOptions(**how), own
+
+
+def _console(quiet: bool) -> Console:
+    """Return where a function prints: nowhere in the processes of torchrun after the first one."""
+    return Console(quiet=quiet or not is_first_process(), emoji=False)
 
 
 def _check_names(function: Callable[..., Any], given: Iterable[str], known: Iterable[str]) -> None:

@@ -4,11 +4,19 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
+
+from steppe.experiments.errors import ExperimentError, typed
+
+_GROUPS = count()
+"""Numbers of the process groups of this process: all processes make the same ones, in the same order."""
 
 
 def has_bfloat16(*, on_gpu: bool) -> bool:
@@ -23,6 +31,18 @@ def has_bfloat16(*, on_gpu: bool) -> bool:
 def launched() -> int:
     """Return the number of processes that torchrun started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def is_first_process() -> bool:
+    """True in the process of torchrun that prints and writes for all; True without torchrun."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def lost_connection(error: BaseException) -> bool:
+    """True if it says that another process could not be reached; gloo's errors have no type of their own."""
+    if isinstance(error, ExperimentError):
+        return False
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and "/gloo/" in str(error))
 
 
 @dataclass(frozen=True)
@@ -89,12 +109,28 @@ def join(device: str, threads: int | None) -> Iterator[World]:
         if launched() == 1:
             yield World(torch.device(device))
             return
+        if dist.is_initialized():
+            raise ExperimentError(
+                "this process is in a process group already, and steppe makes one of its own: call steppe before "
+                "torch.distributed.init_process_group(), or after torch.distributed.destroy_process_group()"
+            )
         place = torch.device(device)
         if place.type == "cuda":
             place = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(place)
-        dist.init_process_group("nccl" if place.type == "cuda" else "gloo")
+        store, rank, size = next(rendezvous("env://"))
+        # without a prefix, a second group would read the addresses of the first one, whose sockets are closed
+        store = PrefixStore(f"steppe {next(_GROUPS)}", store)
+        dist.init_process_group("nccl" if place.type == "cuda" else "gloo", store=store, rank=rank, world_size=size)
         try:
-            yield World(place, dist.get_rank(), dist.get_world_size())
+            yield World(place, rank, size)
+        except RuntimeError as error:
+            if not lost_connection(error):
+                raise
+            reason = typed(error).split(". ")[0]
+            raise ExperimentError(
+                f"process {rank} of {size} lost the connection to the others ({reason}): one of them has ended, and "
+                "its own message names the reason"
+            ) from error
         finally:
             dist.destroy_process_group()

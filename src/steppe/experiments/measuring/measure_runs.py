@@ -29,7 +29,7 @@ from steppe.experiments.tasks.load import check_single_samples, with_task
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
-from steppe.experiments.world import World
+from steppe.experiments.world import World, launched
 from steppe.flatness import Budget, Flatness, Objective, interpolation, normalized_logits
 
 _LINE_POINTS = 13
@@ -128,6 +128,11 @@ def measure_runs(
     `task` and `methods` are those that have no name by which they could be imported. ExperimentError if there is
     nothing to measure, or a measure cannot be computed.
     """
+    if launched() > 1:
+        raise ExperimentError(
+            "steppe measure under torchrun: the runs are measured independently, and need no processes that measure "
+            "one together. Start it without torchrun, with --processes for many at a time"
+        )
     folder = RunFolder(path)
     recipe, processes = folder.read()
     known = {str(method): method for method in methods}

@@ -44,7 +44,7 @@ from steppe.experiments.training.optimizers import build_optimizer
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.second_task import measure_forgetting
 from steppe.experiments.training.stopping import Stop, Stopped
-from steppe.experiments.world import World
+from steppe.experiments.world import World, lost_connection
 
 # A network that guesses has a loss of log(10) = 2.3. SAM skips steps that are not finite, so a diverged loss may stay
 # at 1e17 and never become NaN.
@@ -316,7 +316,7 @@ def train(
     except ExperimentError:
         raise
     except Exception as error:
-        if not run.recipe.data.task or not (from_task(error) or place(error)):
+        if not run.recipe.data.task or lost_connection(error) or not (from_task(error) or place(error)):
             raise
         raise ExperimentError(
             f"{run.name} ended in epoch {training.epoch + 1}, after step {training.steps:,}: the task's model, loss "

@@ -14,7 +14,7 @@ from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
 from steppe.experiments.tasks.samples import generators_restored
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.run import Training
-from steppe.experiments.world import World
+from steppe.experiments.world import World, lost_connection
 
 
 def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> None:
@@ -37,6 +37,8 @@ def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> 
             with generators_restored():
                 _take_step(run, watched, world)
         except Exception as error:
+            if lost_connection(error):
+                raise
             reason = str(error) if isinstance(error, ExperimentError) else f"{typed(error)}{place(error)}"
             raise ExperimentError(f"{method} cannot train this task: {reason}") from error
 
