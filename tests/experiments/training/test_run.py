@@ -12,9 +12,9 @@ from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import normalize
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.models import networks
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
-from steppe.experiments.tasks import images as image_tasks
 from steppe.experiments.training.forward import FORWARD_ONLY
 
 
@@ -39,7 +39,7 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.images = Fraction(0)
-        monkeypatch.setattr(image_tasks, "PreActResNet18", self.build)
+        monkeypatch.setattr(networks, "PreActResNet18", self.build)
 
     def build(self, *args: Any, **kwargs: Any) -> nn.Module:
         network = PreActResNet18(*args, **kwargs)

@@ -25,14 +25,14 @@ from steppe.experiments.storage.run_folder import Results
 
 def verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
     """Judge every method against the first one, by the deciding metric and beside every control that was measured."""
-    numbers = {control: _pairs(recipe, results, control) for control in CONTROLS.values()}
+    numbers = {control: pairs(recipe, results, control) for control in CONTROLS.values()}
     return judge(recipe.task.deciding, str(recipe.comparison.methods[0]), numbers)
 
 
 def gap_verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
     """Judge every method against the first one by the generalization gap, at equal compute."""
     gap = MetricInfo("generalization gap", higher_is_better=False, unit=recipe.task.deciding.unit)
-    numbers = {EQUAL_COMPUTE: _pairs(recipe, results, EQUAL_COMPUTE, "gap")}
+    numbers = {EQUAL_COMPUTE: pairs(recipe, results, EQUAL_COMPUTE, "gap")}
     return judge(gap, str(recipe.comparison.methods[0]), numbers)
 
 
@@ -54,21 +54,22 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
     return advise(judged, candidates)
 
 
-def _pairs(recipe: Recipe, results: Results, control: Control, name: str = "") -> dict[str, BySeed]:
+def pairs(recipe: Recipe, results: Results, control: Control, name: str = "") -> dict[str, BySeed]:
     """Return the numbers of each method at the end of equal compute and of the base's control, by seed.
 
-    They are of the field `name` of a record, by default the deciding metric on the test data.
+    They are of the measure `name` of a record, by default the deciding metric on the test data; runs in which it was
+    not measured are left out.
     """
     name = name or f"test_{recipe.task.deciding.name}"
-    pairs: dict[str, dict[int, tuple[float, float]]] = {str(method): {} for method in recipe.comparison.methods[1:]}
+    found: dict[str, dict[int, tuple[float, float]]] = {str(method): {} for method in recipe.comparison.methods[1:]}
     for run, records in results.items():
         ours = record_at(records, recipe.comparison.epochs)
-        if str(run.method) in pairs and ours is not None:
+        if str(run.method) in found and ours is not None and name in ours.measures:
             theirs = _base_number(recipe, results, control, run, name)
             if theirs is not None:
                 # the runs of a seed have the same initial weights and order of samples
-                pairs[str(run.method)][run.seed] = (ours[name], theirs)
-    return {method: by_seed for method, by_seed in pairs.items() if by_seed}
+                found[str(run.method)][run.seed] = (ours[name], theirs)
+    return {method: by_seed for method, by_seed in found.items() if by_seed}
 
 
 def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, name: str) -> float | None:
@@ -85,10 +86,7 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, n
         if not recipe.training.is_constant:  # else a shorter run is the beginning of a longer one
             records = results.get(Run(recipe, replace(reference, share=share), run.seed), [])
         record = record_at(records, comparison.epochs_of_as_many_steps(reference, run.method))
-    if record is None:
-        return None
-    number: float | None = record.measures.get(name + AVERAGED_SUFFIX) if control == AVERAGED else record[name]
-    return number
+    return None if record is None else record.measures.get(name + (AVERAGED_SUFFIX if control == AVERAGED else ""))
 
 
 def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:

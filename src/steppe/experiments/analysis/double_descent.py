@@ -14,7 +14,7 @@ from steppe.experiments.analysis.summary import SummaryFiles, setting
 from steppe.experiments.analysis.tables import Table
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.models.preact_resnet import PreActResNet18
+from steppe.experiments.models.networks import new_network
 from steppe.experiments.storage.records import Record, record_at
 from steppe.experiments.storage.run_folder import RunFolder
 
@@ -147,8 +147,9 @@ def parameters(recipe: Recipe) -> int:
     >>> parameters(Recipe().replace(width=1))
     2945
     """
+    model = recipe.model
     with torch.device("meta"):
-        network = PreActResNet18(recipe.model.width, stem_stride=recipe.model.stem_stride, norm=recipe.model.norm)
+        network = new_network(model.network, model.width, stem_stride=model.stem_stride, norm=model.norm)
     return sum(p.numel() for p in network.parameters())
 
 

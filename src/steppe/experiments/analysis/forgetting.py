@@ -85,7 +85,7 @@ def forgetting_of(recipe: Recipe, results: Results) -> Forgetting | None:
         MetricInfo(deciding.name + FORGOTTEN, False, deciding.unit),
         MetricInfo(deciding.name + ON_SECOND, deciding.higher_is_better, deciding.unit),
     ]
-    verdicts = judge_measures(base, found, {m: f"test_{m.name}" for m in judged}) if base in found else {}
+    verdicts = judge_measures(recipe, results, {m: f"test_{m.name}" for m in judged}) if base in found else {}
     of_each = [verdict for metric in judged for verdict in verdicts.get(metric, ())]
     return Forgetting(methods, deciding, others, values, of_each, recipe.forgetting.description)
 

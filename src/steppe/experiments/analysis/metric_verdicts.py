@@ -156,29 +156,40 @@ distinguishable from SGD at equal steps (+0.33 points [-1.82, +2.48]).
         methods = [method for method, by_seed in by_method.items() if by_seed and (i == 0 or method in decided)]
         decisions = decide([list(by_method[method].values()) for method in methods])
         for method, difference in zip(methods, decisions, strict=True):
-            first = decided.setdefault(method, [])
-            differs = not first or first[0].word in (BETTER, WORSE)
-            first.append(Comparison(control, difference, word(difference, better=metric.better) if differs else ""))
+            _add(decided.setdefault(method, []), control, difference, metric)
     return [MetricVerdict(method, base, metric, comparisons) for method, comparisons in decided.items()]
 
 
 def judge_together(
-    base: str, numbers: Mapping[MetricInfo, Mapping[str, BySeed]]
+    base: str, numbers: Mapping[Control, Mapping[MetricInfo, Mapping[str, BySeed]]]
 ) -> dict[MetricInfo, list[MetricVerdict]]:
-    """Compare methods with a base at equal compute in several metrics, corrected for all metrics and methods.
+    """Compare methods with a base in several metrics, as `judge` does; each control is corrected for all of them.
 
     Args:
         base: The method that the others are compared with.
-        numbers: For each metric and each method the numbers of the method and of the base by seed, one at least.
+        numbers: For each control, metric and method the numbers of the method and of the base by seed, one at least.
     """
-    decided = decide_together([[list(by_seed.values()) for by_seed in of.values()] for of in numbers.values()])
+    first, *_ = numbers.values()
+    found: dict[MetricInfo, dict[str, list[Comparison]]] = {metric: {} for metric in first}
+    for i, (control, by_metric) in enumerate(numbers.items()):
+        measured = {
+            metric: {name: by_seed for name, by_seed in of.items() if i == 0 or name in found[metric]}
+            for metric, of in by_metric.items()
+        }
+        decided = decide_together([[list(by_seed.values()) for by_seed in of.values()] for of in measured.values()])
+        for (metric, of), decisions in zip(measured.items(), decided, strict=True):
+            for method, difference in zip(of, decisions, strict=True):
+                _add(found[metric].setdefault(method, []), control, difference, metric)
     return {
-        metric: [
-            MetricVerdict(method, base, metric, [Comparison(EQUAL_COMPUTE, found, word(found, better=metric.better))])
-            for method, found in zip(of, decisions, strict=True)
-        ]
-        for (metric, of), decisions in zip(numbers.items(), decided, strict=True)
+        metric: [MetricVerdict(method, base, metric, comparisons) for method, comparisons in of.items()]
+        for metric, of in found.items()
     }
+
+
+def _add(comparisons: list[Comparison], control: Control, difference: Decision, metric: MetricInfo) -> None:
+    """Add a comparison: the first one decides, and a control has a word where that one found a difference."""
+    differs = not comparisons or comparisons[0].word in (BETTER, WORSE)
+    comparisons.append(Comparison(control, difference, word(difference, better=metric.better) if differs else ""))
 
 
 def with_interval(difference: Decision, metric: MetricInfo) -> str:

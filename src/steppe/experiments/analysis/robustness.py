@@ -4,7 +4,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from steppe.experiments.analysis.end_measures import EndMeasures, Found, judge_measures, records_with
+from steppe.experiments.analysis.end_measures import EndMeasures, judge_measures, records_with
 from steppe.experiments.analysis.metric_verdicts import MetricVerdict
 from steppe.experiments.analysis.statistics import Estimate, estimate
 from steppe.experiments.analysis.tables import Table
@@ -78,7 +78,7 @@ def robustness_of(recipe: Recipe, results: Results) -> Robustness | None:
     measures = measures_in(dict.fromkeys(name for record in every for name in record.measures))
     values = {str(method): dict(_estimates(found[str(method)].values(), measures)) for method in methods}
     base = str(recipe.comparison.methods[0])
-    return Robustness(methods, measures, values, _verdicts(measures, base, found) if base in found else {})
+    return Robustness(methods, measures, values, _verdicts(measures, recipe, results) if base in found else {})
 
 
 def _estimates(records: Any, measures: Sequence[Measure]) -> Iterator[tuple[str, Estimate]]:
@@ -88,7 +88,7 @@ def _estimates(records: Any, measures: Sequence[Measure]) -> Iterator[tuple[str,
             yield measure.name, estimate(values)
 
 
-def _verdicts(measures: Sequence[Measure], base: str, found: Found) -> dict[str, Sequence[MetricVerdict]]:
+def _verdicts(measures: Sequence[Measure], recipe: Recipe, results: Results) -> dict[str, Sequence[MetricVerdict]]:
     """Judge the main measures together, as they are read together, and all others together."""
     verdicts: dict[str, Sequence[MetricVerdict]] = {}
     for main in (True, False):
@@ -97,7 +97,7 @@ def _verdicts(measures: Sequence[Measure], base: str, found: Found) -> dict[str,
             for measure in measures
             if (measure.name in MAIN) == main
         }
-        verdicts |= {metric.name: of for metric, of in judge_measures(base, found, names).items()}
+        verdicts |= {metric.name: of for metric, of in judge_measures(recipe, results, names).items()}
     return {measure.name: verdicts[measure.name] for measure in measures}
 
 

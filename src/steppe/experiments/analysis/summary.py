@@ -270,7 +270,8 @@ def _network(recipe: Recipe) -> str:
         return f"PreAct ResNet-18 (width {recipe.model.width}, pretrained on {where}, {epochs}{probe})"
     widths = recipe.comparison.widths or (recipe.model.width,)
     width = f"width {widths[0]}" + (f" to {widths[-1]}" if len(widths) > 1 else "")
-    return f"PreAct ResNet-18 ({width})"
+    name = "ViT" if recipe.model.network == "vit" else "PreAct ResNet-18"
+    return f"{name} ({width})"
 
 
 def summarize(recipe: Recipe, results: Results) -> Summary:

@@ -13,6 +13,8 @@ _SMALL = Recipe().replace(channels_last=True)
 # width (see `resolve`).
 _PORTABLE = _SMALL.replace(amp=False, channels_last=False, threads=1)
 
+_ANNEALED = _SMALL.replace(schedule="cosine", momentum=0.9, weight_decay=0.0005, seeds=10)
+
 YOUR_TASK = "your_module:task"
 """In the place of the name of a task, in the recipe for one."""
 
@@ -64,6 +66,40 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             ),
             "A task of your own, `steppe compare package.module:task`: the model, the data, the loss and the optimizer "
             "are functions of your code.",
+        ),
+        "noisy-labels": (
+            _SMALL.replace(name="noisy-labels", label_noise=0.4, methods=("sgd", "sam:rho=0.1"), seeds=10),
+            "The demo with 40 % wrong training labels, ten seeds.",
+        ),
+        "corruptions": (
+            _SMALL.replace(name="corruptions", methods=("sgd", "sam:rho=0.1"), seeds=10),
+            "The demo with the radius that is best on corrupted images, ten seeds.",
+        ),
+        "annealed": (
+            _ANNEALED.replace(
+                name="annealed", methods=("sgd", "sam:rho=0.1", "late_sam:rho=0.1", "looksam:rho=0.1", "sgd+ema")
+            ),
+            "SAM and its cheap variants with a cosine schedule, momentum and weight decay, ten seeds.",
+        ),
+        "forgetting": (
+            _ANNEALED.replace(name="forgetting", then="rotated", methods=("sgd", "sam:rho=0.2")),
+            "A copy of each trained network learns rotated images: what does it forget? Ten seeds.",
+        ),
+        "vit": (
+            Recipe().replace(
+                name="vit",
+                network="vit",
+                width=64,
+                base="adamw",
+                lr=0.001,
+                weight_decay=0.01,
+                schedule="cosine",
+                methods=("adamw", "sam:rho=0.2"),
+                epochs=40,
+                eval_every=4,
+                seeds=10,
+            ),
+            "A small vision transformer without augmentation, AdamW with a cosine schedule, ten seeds.",
         ),
         "double-descent": (
             _PORTABLE.replace(

@@ -90,6 +90,7 @@ class Recipe:
         self.forgetting.check(self.data)
         self._check_flatness()
         self._check_widths()
+        self._check_network()
         self._check_backbone()
 
     @property
@@ -186,6 +187,21 @@ class Recipe:
             )
         if self.model.backbone != "none":
             raise ValueError(f"backbone={self.model.backbone}: its width is fixed. Use --backbone none, or no --widths")
+
+    def _check_network(self) -> None:
+        model = self.model
+        if model.network != "vit":
+            return
+        usual = ModelConfig()
+        for name in ("stem_stride", "norm", "backbone"):
+            if getattr(model, name) != getattr(usual, name):
+                raise ValueError(
+                    f"{name}={getattr(model, name)} with network=vit: it belongs to the ResNet, and would have no "
+                    "effect: leave it out"
+                )
+        for width in self.comparison.widths or (model.width,):
+            if width % 16:
+                raise ValueError(f"width={width} with network=vit: give a multiple of 16, the features of a head")
 
     def _check_backbone(self) -> None:
         dataset, backbone, image_size = self.data.dataset, self.model.backbone, self.model.image_size
@@ -361,10 +377,22 @@ class Run:
         """
         end, every = self.standardized_epochs, self.recipe.evaluation.eval_every
         comparison = self.recipe.comparison
-        points = {*range(every, end + 1, every), comparison.epochs, end}
+        points = {*range(every, end + 1, every), comparison.epochs, *self.ends}
+        return sorted(point for point in points if point <= end)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The points of the grid at which the network counts as trained, and is measured in every way.
+
+        >>> sgd, sam = Recipe().replace(epochs=10, extra_epochs=3, seeds=1).runs()
+        >>> sorted(sgd.ends), sorted(sam.ends)
+        ([5, 10], [10, 13])
+        """
+        comparison, end = self.recipe.comparison, self.standardized_epochs
+        points = {comparison.epochs, end}
         if self.method == comparison.methods[0] and self.recipe.training.is_constant:
             points |= {comparison.epochs_of_as_many_steps(self.method, other) for other in comparison.methods}
-        return sorted(point for point in points if point <= end)
+        return frozenset(point for point in points if point <= end)
 
     @property
     def flatness_grid(self) -> frozenset[int]:

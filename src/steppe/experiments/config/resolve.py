@@ -20,14 +20,15 @@ def resolve(recipe: Recipe) -> Recipe:
         )
     if hardware.device == "cuda" or (hardware.device == "auto" and torch.cuda.is_available()):
         return fill_in(recipe.replace(device="cuda"))
-    if launched() > 1 and recipe.model.norm == "batch" and not recipe.data.task:
+    has_batch_norm = recipe.model.network != "vit" and recipe.model.norm == "batch" and not recipe.data.task
+    if launched() > 1 and has_batch_norm:
         raise ExperimentError(
             "norm=batch in several processes on CPUs: each would normalize by its own part of the batch, and the "
             "SyncBatchNorm that prevents it exists on GPUs only; use --norm group"
         )
     threads = hardware.threads or 1  # so all machines of a kind give the same bits, and several runs fit on one
     narrow = [width for width in recipe.comparison.widths or (recipe.model.width,) if width % 16]
-    if hardware.channels_last and threads > 1 and narrow:
+    if hardware.channels_last and threads > 1 and narrow and recipe.model.network != "vit":
         raise ExperimentError(
             f"channels_last with width={narrow[0]} on {threads} threads of a CPU: torch's backward of a strided 1x1 "
             "convolution then writes beyond its memory (seen with torch 2.13.0, wherever the number of channels is no "

@@ -10,6 +10,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.data.datasets import DatasetName
 from steppe.experiments.data.sampling import LabelNoise
 from steppe.experiments.errors import unknown
+from steppe.experiments.models.networks import NetworkName
 
 
 @dataclass(frozen=True)
@@ -74,12 +75,15 @@ class DataConfig:
 class ModelConfig:
     """The network and its initial weights."""
 
+    network: NetworkName = "preact-resnet-18"
+    """The network. vit: a vision transformer of four blocks on patches of 4 x 4 pixels."""
     width: Annotated[int, Minimum(1, "channels of the network's first stage")] = 16
-    """Width of the PreAct ResNet-18: channels of its first stage; the full network has 64."""
+    """Width of the network. Of the PreAct ResNet-18, channels of its first stage; the full network has 64. Of the
+    vision transformer, features of a patch, a multiple of 16."""
     stem_stride: Annotated[int, Minimum(1, "the stride of the network's first convolution")] = 2
-    """Stride of its first convolution: 1 as in the article, 2 for a quarter of the work."""
+    """Stride of the ResNet's first convolution: 1 as in the article, 2 for a quarter of the work."""
     norm: Literal["batch", "group"] = "batch"
-    """Its normalization layers. Several processes on CPUs need group."""
+    """The ResNet's normalization layers. Several processes on CPUs need group."""
     backbone: str = "none"
     """Initial weights. none: random. own: the same network, pretrained once on Fashion-MNIST and kept in the user's
     cache. timm:NAME, hf:NAME or hf:FOLDER: a checkpoint. Its last layer is replaced by a new one."""

@@ -31,24 +31,24 @@ def prepare_task(
     """
     recipe = executor.recipe
     if recipe.data.task:
-        then = recipe.forgetting.then if one_in is None else ""
+        then = recipe.forgetting.then
         task = _prepared(given or load_task(recipe.data.task), one_in, then)
         return OneTask(task) if task.entry_point is None else NamedTask(task, task.entry_point, one_in, then)
-    dataset = load_data(recipe, executor.world)
-    if one_in is not None:
-        return partial(images_task, with_backbone(hold_out(dataset, one_in), executor, path, console))
-    second = None
+    dataset, second = load_data(recipe, executor.world), None
     if recipe.forgetting.then:
         with executor.world.first_process_first():
             second = second_dataset(recipe.forgetting.then, dataset, recipe.data.data_dir)
+    if one_in is not None:
+        dataset, second = hold_out(dataset, one_in), None if second is None else hold_out(second, one_in)
     return partial(images_task, with_backbone(dataset, executor, path, console), robustness=True, second=second)
 
 
 def _prepared(task: Task, one_in: int | None, then: str) -> Task:
-    """Return a task for a search, or for a comparison with its second task, by its name or its own."""
+    """Return a task with its second one, by its name or its own, for a comparison or for a search."""
+    second = load_task(then) if then else task.then
     if one_in is not None:
-        return replace(held_out(task, one_in), then=None)
-    return replace(task, then=load_task(then)) if then else task
+        task, second = held_out(task, one_in), None if second is None else held_out(second, one_in)
+    return replace(task, then=second)
 
 
 @dataclass(frozen=True)

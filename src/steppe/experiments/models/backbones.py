@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import pickle
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,8 +17,14 @@ from torch import Tensor, nn
 from steppe.experiments.data.datasets import MEAN, STD
 from steppe.experiments.errors import ExperimentError, first_line
 
-_REASONS = (OSError, ValueError, RuntimeError, ImportError, KeyError, pickle.UnpicklingError)
-"""Exceptions of the hubs for an unknown name, a damaged file or a missing connection."""
+_NOT_ARCHITECTURE = frozenset(
+    {"_commit_hash", "_name_or_path", "architectures", "dtype", "id2label", "label2id", "torch_dtype"}
+    | {"transformers_version"}
+)
+"""Entries of config.json on which the network without its head does not depend."""
+_LARGEST = 4096
+"""Pixels; a larger size is a mistake in a file, and would exhaust the memory."""
+_FLOAT_MAX = torch.finfo(torch.float32).max
 
 
 @dataclass(frozen=True, eq=False)
@@ -35,13 +42,17 @@ class Backbone:
     std: Sequence[float] = (STD,)
     size: int | None = None
     """Height and width of its images; None: not resized."""
+    config: str = ""
+    """The checkpoint's own description of its network, as JSON, if it has one: activations and strides leave no trace
+    in the weights."""
 
     def network(self, *, freeze: bool) -> FineTuned:
         return FineTuned(self, freeze)  # its head is drawn from torch's generator
 
     def digest(self) -> str:
         # without the head, which is replaced
-        digest = hashlib.sha256(f"{self.head} {list(self.mean)} {list(self.std)} {self.size}\n".encode())
+        images = f"{self.head} {list(self.mean)} {list(self.std)} {self.size}\n"
+        digest = hashlib.sha256(f"{images}{self.config}".encode())
         for name, tensor in self.model.state_dict().items():
             if not name.startswith(f"{self.head}."):
                 digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
@@ -105,8 +116,8 @@ class FineTuned(nn.Module):
 def from_hub(name: str, classes: int, image_size: int | None) -> Backbone:
     """Load `timm:NAME`, `hf:NAME` or `hf:FOLDER`, with a head for `classes` classes.
 
-    Raises ExperimentError when the library, the checkpoint or a part of its metadata is missing, or when the network
-    does not take the images.
+    Raises ExperimentError when the library, the checkpoint or a part of its metadata is missing or damaged, or when the
+    network does not take the images.
     """
     kind, _, rest = name.partition(":")
     load, packages = {"timm": (_timm, "timm torchvision"), "hf": (_hugging_face, "'steppe[transformers]'")}[kind]
@@ -118,15 +129,23 @@ def from_hub(name: str, classes: int, image_size: int | None) -> Backbone:
         ) from error
     except ExperimentError:  # a RuntimeError that has its own message
         raise
-    except _REASONS as error:
+    except Exception as error:  # the hubs raise many types on a damaged file
+        remedy = (
+            "a file in this folder is missing or damaged, or it is not one of save_pretrained(): copy it anew"
+            if kind == "hf" and Path(rest).is_dir()
+            else "check the name and the network connection; a folder of save_pretrained() works too, hf:FOLDER"
+        )
+        raise ExperimentError(f"the backbone {name} could not be loaded ({first_line(error)}): {remedy}") from error
+    unusable = [key for key, t in backbone.model.state_dict().items() if not t.isfinite().all()]
+    if unusable:
         raise ExperimentError(
-            f"the backbone {name} could not be loaded ({first_line(error)}): check the name and the network "
-            "connection; a folder of save_pretrained() works too, hf:FOLDER"
-        ) from error
+            f"the weights of {name} are not finite ({', '.join(unusable[:3])}), and no training could start from them: "
+            "the file is damaged; copy or download it anew"
+        )
     try:
         with torch.random.fork_rng(devices=[]), torch.no_grad():
             logits = backbone.network(freeze=False).eval()(torch.zeros(2, 1, 28, 28))
-    except _REASONS as error:
+    except Exception as error:  # the network's code is the checkpoint's
         raise ExperimentError(
             f"{name} does not take images of {backbone.size} x {backbone.size} pixels ({first_line(error)}): leave "
             "--image-size out, or take another checkpoint"
@@ -151,13 +170,14 @@ def _timm(name: str, classes: int, image_size: int | None) -> Backbone:
 
 
 def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
-    from transformers import AutoModelForImageClassification, ImageProcessingMixin
+    from transformers import AutoModelForImageClassification, ImageProcessingMixin, PretrainedConfig
     from transformers.utils import logging
 
     before = logging.get_verbosity()
     logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]  # it would report the replaced head; missing weights are checked below
     try:
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
+        written, _ = PretrainedConfig.get_config_dict(name)
         model, info = AutoModelForImageClassification.from_pretrained(
             name,
             num_labels=classes,
@@ -187,11 +207,17 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
     size = image_size or _size(processor) or getattr(model.config, "image_size", None)
     if not isinstance(size, int):
         raise ExperimentError(f"hf:{name} does not state the size of its images: give it with --image-size")
-    return Backbone(model, head, f"Hugging Face's {name}", mean, std, size)
+    if not 0 < size <= _LARGEST:
+        raise ExperimentError(f"hf:{name} states {size} pixels as the size of its images: give it with --image-size")
+    architecture = {key: value for key, value in written.items() if key not in _NOT_ARCHITECTURE}
+    config = json.dumps(architecture, sort_keys=True)
+    return Backbone(model, head, f"Hugging Face's {name}", mean, std, size, config)
 
 
 def _normalization(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[float], Sequence[float]]:
     factor = processor.get("rescale_factor", 1 / 255)
+    if not _is_number(factor):
+        raise ExperimentError(f"{name}: rescale_factor in its preprocessor_config.json is {factor!r} and not a number")
     if not processor.get("do_rescale", True) or processor.get("rescale_offset") or abs(factor * 255 - 1) > 1e-3:
         raise ExperimentError(
             f"{name} needs pixels scaled by {factor:g} (do_rescale {processor.get('do_rescale', True)}, "
@@ -205,11 +231,23 @@ def _normalization(name: str, processor: Mapping[str, Any]) -> tuple[Sequence[fl
             f"{name}: its preprocessor_config.json has no image_mean and image_std, so its images could not be "
             "normalized as they were in pretraining. Take another checkpoint, or add them to a local copy"
         )
-    return processor["image_mean"], processor["image_std"]
+    mean, std = processor["image_mean"], processor["image_std"]
+    are_numbers = all(isinstance(v, list) and v and all(map(_is_number, v)) for v in (mean, std))
+    if not are_numbers or len(mean) != len(std) or min(std) <= 0:
+        raise ExperimentError(
+            f"{name}: image_mean and image_std in its preprocessor_config.json must be a number for each channel, and "
+            f"image_std positive; they are {mean!r} and {std!r}"
+        )
+    return mean, std
+
+
+def _is_number(value: object) -> bool:
+    """True for a number that a float32 holds."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= _FLOAT_MAX
 
 
 def _size(processor: Mapping[str, Any]) -> int | None:
     size = processor.get("crop_size") if processor.get("do_center_crop") else processor.get("size")
     if isinstance(size, dict):
         size = size.get("height", size.get("shortest_edge"))
-    return size if isinstance(size, int) else None
+    return size if isinstance(size, int) and not isinstance(size, bool) else None

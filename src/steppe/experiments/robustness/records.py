@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from steppe.experiments.robustness.corruptions import CORRUPTIONS
 from steppe.experiments.robustness.measurement import measure
+from steppe.experiments.storage.records import AVERAGED
 
 PREFIX = "test_"
 BITS = (4, 3)
@@ -45,14 +46,18 @@ def measures_in(names: Iterable[str]) -> list[Measure]:
     >>> [measure.name for measure in measures_in(["gap", "test_Brier score", "test_accuracy under fog"])]
     ['Brier score', 'accuracy under fog']
     """
-    present = [name.removeprefix(PREFIX) for name in names if name.startswith(PREFIX)]
+    present = [n.removeprefix(PREFIX) for n in names if n.startswith(PREFIX) and not n.endswith(AVERAGED)]
     known = [measure for measure in _KNOWN if measure.name in present]
     bits = sorted((int(m[1]) for n in present if (m := re.fullmatch(r"accuracy at (\d+) bits", n))), reverse=True)
-    rounded = [Measure(f"accuracy at {n} bits", f"{n}-bit\nweights") for n in bits]
+    rounded = map(_rounded, bits)
     listed = {measure.name for measure in known}
     under = "accuracy under "
     own = [Measure(n, n.removeprefix(under)) for n in present if n.startswith(under) and n not in listed]
     return [*known, *rounded, *own]
+
+
+def _rounded(bits: int) -> Measure:
+    return Measure(f"accuracy at {bits} bits", f"{bits}-bit\nweights")
 
 
 _KNOWN = (
@@ -62,3 +67,6 @@ _KNOWN = (
     Measure("negative log-likelihood", "negative\nlog-lik.", higher_is_better=False, unit=""),
     Measure("Brier score", "Brier\nscore", higher_is_better=False, unit=""),
 )
+
+IMAGE_MEASURES = (*_KNOWN, *map(_rounded, BITS))
+"""What a comparison measures of every classifier of images at the end of its training."""

@@ -17,7 +17,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.data.datasets import CLASSES, MEAN, STD, Dataset, DatasetName, Split, load, normalize
 from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.models.backbones import FineTuned
-from steppe.experiments.models.preact_resnet import PreActResNet18
+from steppe.experiments.models.networks import new_network
 from steppe.experiments.robustness.records import final_measures
 from steppe.experiments.robustness.second_tasks import inverted, rotated
 from steppe.experiments.tasks.samples import Samples, TensorSamples
@@ -76,7 +76,7 @@ def _network(dataset: Dataset, recipe: Recipe) -> nn.Module:
     model = recipe.model
     if dataset.backbone is not None:
         return dataset.backbone.network(freeze=model.freeze)
-    return PreActResNet18(model.width, stem_stride=model.stem_stride, norm=model.norm)
+    return new_network(model.network, model.width, stem_stride=model.stem_stride, norm=model.norm)
 
 
 def _training_images(split: Split, recipe: Recipe, seed: int) -> Samples:

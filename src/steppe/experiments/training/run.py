@@ -179,30 +179,25 @@ class Training:
     def measure(self, raise_if_stopped: Callable[[], None]) -> list[Record]:
         """Measure the model on all splits, for every point of the grid that is due."""
         recipe, measures = self.run.recipe, dict[str, float]()
-        ends = {recipe.comparison.epochs, self.run.standardized_epochs}
-        is_end, deciding = not ends.isdisjoint(self.due), self.task.info.deciding
-        final: Mapping[str, float] = {}
+        is_end, deciding = not self.run.ends.isdisjoint(self.due), self.task.info.deciding
+        final: dict[str, float] = {}
         with self.averaged_weights() if self.run.method.average else nullcontext():
             for name, samples in self.samples.items():
                 found = self._evaluate(samples, raise_if_stopped)
                 # of the other splits, nothing is chosen
                 dropped = () if name == "test" else HALVES
                 measures |= {f"{name}_{key}": value for key, value in found.items() if not key.endswith(dropped)}
-            if self.task.final_measures is not None and is_end:
-                with (
-                    evaluation_mode(self.network),
-                    RandomStream(0, 0, 0).active(),
-                    torch.no_grad(),
-                    self.autocast(),
-                ):
-                    final = _final_numbers(self.task.final_measures(self.network, raise_if_stopped))
+            if is_end:
+                final |= self._final_measures(raise_if_stopped)
             if self.task.then is not None and is_end:
                 state = (self.network, self.samples["test"], measures, self.world.device, self.autocast)
-                final = {**final, **measure_forgetting(self.run, self.task, *state, raise_if_stopped)}
-        if self.average is not None and self._is_control and is_end:
+                final |= measure_forgetting(self.run, self.task, *state, raise_if_stopped)
+        if self.average is not None and self._is_control and recipe.comparison.epochs in self.due:
             with self.averaged_weights():
                 found = self._evaluate(self.samples["test"], raise_if_stopped)
-            measures[f"test_{deciding.name}{AVERAGED}"] = found[deciding.name]
+                averaged = self._final_measures(raise_if_stopped)
+            final[f"test_{deciding.name}{AVERAGED}"] = found[deciding.name]
+            final |= {f"{name}{AVERAGED}": value for name, value in averaged.items()}
         train, test = measures[f"train_{deciding.name}"], measures[f"test_{deciding.name}"]
         measures["gap"] = (train - test) * deciding.better
         flatness: dict[str, float] = {}
@@ -218,13 +213,20 @@ class Training:
                 steps=self.steps,
                 gradient_evaluations=_number(self.spent),
                 passes=float(self.spent / self.images_seen),
-                measures={**measures, **(final if point in ends else {})},
+                measures={**measures, **(final if point in self.run.ends else {})},
                 seconds=round(self.seconds, 3),
                 images_per_second=round(self.images_seen / max(self.seconds, 1e-9), 1),
                 **(flatness if point in self.run.flatness_grid else {}),
             )
             for point in self.due
         ]
+
+    def _final_measures(self, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
+        """Return the task's further measures of the network as it is; none if the task has none."""
+        if self.task.final_measures is None:
+            return {}
+        with evaluation_mode(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
+            return dict(_final_numbers(self.task.final_measures(self.network, raise_if_stopped)))
 
     def _evaluate(self, samples: Samples, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
         size = self.task.evaluation_batch_size or samples.batch_size or self._batch_size

@@ -1,12 +1,14 @@
 """The options of `steppe tune`."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
-from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.task_info import LOSS, MetricInfo
 from steppe.experiments.errors import unknown
+from steppe.experiments.robustness.records import IMAGE_MEASURES
+from steppe.experiments.storage.records import AFTER
 
-_Objective = Literal["metric", "loss"]
 _Sampler = Literal["tpe", "random", "grid"]
 
 
@@ -26,9 +28,10 @@ class TuningOptions:
     sampler_seed: int = 0
     """Seed of the values. The same seed tries the same values, also after an interruption; with tpe, as long as one
     trial is trained at a time."""
-    objective: _Objective = "metric"
-    """metric: the best trial has the best value of the task's first metric, of images the highest accuracy, on the
-    validation data after the last epoch. loss: the lowest loss there."""
+    objective: str = "metric"
+    """What the best trial is best in, on the validation data after the last epoch. metric: the task's first metric, of
+    images the accuracy. loss, or another metric of the task by its name. Of images also "accuracy under corruptions",
+    "calibration error" or another measure of the trained network; with --then "accuracy after the second task"."""
     hold_out: int = 6
     """One in so many training samples, of images so many of each class, is held out for validation; the test set is
     not used. A task of your own may have validation data instead."""
@@ -42,15 +45,22 @@ class TuningOptions:
             raise ValueError(f"trials={self.trials}: the number of trials must be at least 1")
         if self.hold_out < 2:
             raise ValueError(f"hold_out={self.hold_out}: one in so many samples is held out: use at least 2")
-        for name, known in (("sampler", get_args(_Sampler)), ("objective", get_args(_Objective))):
-            if getattr(self, name) not in known:
-                raise ValueError(unknown(name, str(getattr(self, name)), known))
+        if self.sampler not in get_args(_Sampler):
+            raise ValueError(unknown("sampler", str(self.sampler), get_args(_Sampler)))
         if self.sampler_seed < 0:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 
-    def metric(self, task: TaskInfo) -> MetricInfo:
-        """Return the metric that trials of a task are judged by: the lowest loss, or the task's first metric."""
-        return LOSS if self.objective == "loss" else task.deciding
+    def metric(self, recipe: Recipe) -> MetricInfo:
+        """Return what the trials of a recipe are judged by; ValueError if it is not measured."""
+        measured = [*recipe.task.metrics, LOSS]
+        if not recipe.data.task:
+            measured += [MetricInfo(one.name, one.higher_is_better, one.unit) for one in IMAGE_MEASURES]
+        if recipe.forgetting.then:
+            measured += [replace(metric, name=metric.name + AFTER) for metric in recipe.task.measured]
+        known = {"metric": recipe.task.deciding} | {metric.name: metric for metric in measured}
+        if self.objective not in known:
+            raise ValueError(unknown("objective", str(self.objective), known))
+        return known[self.objective]
 
 
 def field_of(metric: MetricInfo) -> str:

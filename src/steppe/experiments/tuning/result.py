@@ -119,7 +119,7 @@ class TuningResult(SummaryFiles):
     @property
     def metric(self) -> MetricInfo:
         """The metric that trials are judged by."""
-        return self.options.metric(self.recipe.task)
+        return self.options.metric(self.recipe)
 
     @property
     def data_in_short(self) -> str:
@@ -176,6 +176,9 @@ class TuningResult(SummaryFiles):
     def _columns(self) -> Iterator[tuple[str, str, str]]:
         """Yield the measures in the table: the field of a record, the heading, and the format."""
         task = self.recipe.task
+        judged_by = self.metric
+        if judged_by not in (*task.measured, LOSS):
+            yield field_of(judged_by), f"validation\n{judged_by.name} {judged_by.unit}".rstrip(), judged_by.form
         for metric in task.measured:
             yield field_of(metric), f"validation\n{metric.name} {metric.unit}".rstrip(), metric.form
         if LOSS not in task.measured:

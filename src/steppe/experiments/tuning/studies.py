@@ -135,7 +135,7 @@ class Study:
         `own` are the values of the task's own optimizer.
         """
         self.space, self._path, self._folder_id = space, path, folder_id
-        metric = options.metric(space.recipe.task)
+        metric = options.metric(space.recipe)
         self._measure = field_of(metric)
         self._database = _in_words(options.storage, path)
         if options.sampler == "grid":

@@ -42,6 +42,8 @@ def check_search(recipe: Recipe, options: TuningOptions) -> None:
         raise ValueError(
             f"widths={widths}: trials can be compared at one width only. Use --widths without a number, and --width"
         )
+    if not recipe.data.task:
+        options.metric(recipe)
     for method in recipe.comparison.methods:
         if method.function is not None:
             raise ValueError(
@@ -81,6 +83,7 @@ def tune(
             f"{error.name} is not installed, and steppe tune needs it: pip install 'steppe[tune]'"
         ) from error
     recipe, task = with_task(resolve_pretraining(recipe, console), given)
+    options.metric(recipe)
     own = {} if task is None else _own_values(task, options)
     has_validation = task is not None and task.validation is not None
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
