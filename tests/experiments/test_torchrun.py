@@ -44,7 +44,7 @@ def task(**fields):
         optimizer=lambda model: torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9),
         loss=loss,
         metrics={"accuracy": accuracy},
-        batch_size=4,
+        batch_size=5,  # so that the processes draw different amounts for the dropout
     )
     return Task(**usual | fields)
 
@@ -92,13 +92,15 @@ def test_stopped_command_that_is_started_again_ends_with_the_same_bits(tmp_path:
 @pytest.mark.slow
 def test_script_gets_the_results_of_several_comparisons_in_each_process(tmp_path: Path) -> None:
     script = """
-        import json, os
+        import json, os, time
         from pathlib import Path
         import own
         from steppe.experiments import compare, measure
 
         options = dict(epochs=1, seeds=1, device="cpu")
         first = compare(own.task, ["base", "sam"], out="first", quiet=True, **options)
+        if os.environ["RANK"] == "0":
+            time.sleep(1)  # the processes need not begin together
         second = compare(own.task(), ["base", "sam"], out="second", **options)
         try:
             measure(second)

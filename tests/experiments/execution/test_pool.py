@@ -58,6 +58,26 @@ def test_killed_worker_fails_its_own_task_only() -> None:
         assert pool.result(other)[1] == 2
 
 
+def die_beside_a_child(path: Path, report: Callable[..., None]) -> None:
+    if (child := os.fork()) == 0:  # as the worker of a DataLoader, it has the open files of this process
+        time.sleep(600)
+    path.write_text(str(child))
+    die(report)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there a DataLoader does not fork its workers")
+def test_killed_worker_is_noticed_though_a_process_that_it_forked_lives(tmp_path: Path) -> None:
+    with ProcessPool() as pool:
+        worker = pool.submit(partial(die_beside_a_child, tmp_path / "child"))
+        try:
+            ended = any(pool.wait([worker], 0.1) for _ in range(200))
+            assert ended
+            with pytest.raises(WorkerDied, match="ended by SIGKILL"):
+                pool.result(worker)
+        finally:
+            os.kill(int((tmp_path / "child").read_text()), signal.SIGKILL)
+
+
 def test_error_with_a_message_for_the_user_is_raised_unchanged() -> None:
     with ProcessPool() as pool:
         worker = pool.submit(fail)

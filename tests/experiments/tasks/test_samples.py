@@ -2,6 +2,7 @@
 
 import multiprocessing
 import random
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -16,6 +17,7 @@ from torch.utils.data import DataLoader, Dataset, IterableDataset, WeightedRando
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.tasks import samples as samples_module
 from steppe.experiments.tasks.samples import LoaderSamples, as_samples
 from steppe.experiments.tasks.task import Task
 
@@ -225,3 +227,49 @@ def test_workers_start_as_in_a_script_also_in_a_spawned_process(
     monkeypatch.setattr(DataLoader, "__iter__", record)
     list(samples.fetch([torch.arange(4)], 0, 0, seed=0))
     assert started == [multiprocessing.get_all_start_methods()[0]]
+
+
+class Slow(Dataset[Tensor]):
+    """Each batch of four takes 0.6 s."""
+
+    def __len__(self) -> int:
+        return 4
+
+    def __getitem__(self, i: int) -> Tensor:
+        time.sleep(0.15)
+        return torch.zeros(1)
+
+
+class Stuck(Dataset[tuple[Tensor, Tensor]]):
+    """Gives two batches; the worker of the third one hangs."""
+
+    def __init__(self, lock: Any) -> None:
+        self.lock = lock
+
+    def __len__(self) -> int:
+        return 12
+
+    def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
+        if i == 8:
+            self.lock.acquire()  # of a thread that was not forked with the worker
+        return torch.zeros(3), torch.tensor(0)
+
+
+@pytest.mark.parametrize(("own_order", "own_timeout"), [(False, 0.0), (True, 2.5)])
+def test_worker_that_hangs_is_noticed(own_order: bool, own_timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "_SLICE", 0.25)
+    lock = multiprocessing.get_context("fork").Lock()
+    lock.acquire()
+    order: dict[str, Any] = {"batch_sampler": list(torch.arange(12).split(4))} if own_order else {"batch_size": 4}
+    loader = DataLoader(Stuck(lock), num_workers=1, timeout=own_timeout, **order)
+    batches = iter(as_samples(loader, "train", [4, 4, 4]).fetch(list(torch.arange(12).split(4)), 0, 0, seed=0))
+    next(batches), next(batches)
+    with pytest.raises(ExperimentError, match=r"^train: the workers .* gave no batch for 2.5 s.* num_workers=0"):
+        next(batches)
+
+
+def test_loader_waits_longer_than_one_slice(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(samples_module, "_SLICE", 0.25)
+    loader = DataLoader(Slow(), batch_size=4, num_workers=1)
+    fetched = as_samples(loader, "train").fetch([torch.arange(4), torch.arange(4)], 0, 0, seed=0)
+    assert [len(batch) for batch in fetched] == [4, 4]

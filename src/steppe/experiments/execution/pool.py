@@ -112,7 +112,9 @@ class ProcessPool:
     def wait(self, workers: Sequence[Worker], timeout: float) -> list[Worker]:
         """Wait until a task ends, for `timeout` seconds at most; return the workers whose task has ended."""
         ready = connection.wait([handle for w in workers for handle in (w.pipe, w.process.sentinel)], timeout)
-        return [w for w in workers if (w.pipe in ready or w.process.sentinel in ready) and w.receive()]
+        # a dead process has open handles as long as the workers of its DataLoader live, which were forked from it
+        ended = {w for w in workers if w.pipe in ready or w.process.sentinel in ready or not w.process.is_alive()}
+        return [w for w in workers if w in ended and w.receive()]
 
     def result(self, worker: Worker) -> Any:
         """Return the result of a task that has ended; raises what the task raised, or WorkerDied."""

@@ -33,6 +33,7 @@ from steppe.flatness._batches import num_samples
 _GENERATORS = Generators(())  # the global ones of torch's CPU, NumPy and Python
 _EVALUATION = 0xE7A1  # in the place of a seed, where no run's seed is
 _END = object()
+_SLICE, _SLICES = 60.0, 10  # of the time that the workers of a loader may take for a batch, in seconds
 _FORMS = "a tuple of tensors (inputs, targets), a Dataset, a DataLoader, or a function of the seed that returns one"
 
 
@@ -89,8 +90,9 @@ class TensorSamples(Samples):
 class DatasetSamples(Samples):
     """A map-style dataset, with the collate function and the workers of a DataLoader if it came with one."""
 
-    def __init__(self, dataset: TorchDataset[Any], loader: DataLoader[Any] | None = None) -> None:
+    def __init__(self, dataset: TorchDataset[Any], loader: DataLoader[Any] | None = None, name: str = "data") -> None:
         self.dataset, self._length = dataset, len(dataset)  # type: ignore[arg-type]
+        self._wait = _Wait(loader, name)
         self.batch_size = None if loader is None else loader.batch_size
         self.shuffled = loader is None or isinstance(loader.sampler, RandomSampler)
         # only the settings: a loader itself cannot be sent to another process while it has workers
@@ -100,7 +102,7 @@ class DatasetSamples(Samples):
             if loader is None
             else {
                 "num_workers": loader.num_workers,
-                "timeout": loader.timeout,
+                "timeout": self._wait.timeout,
                 "worker_init_fn": loader.worker_init_fn,
                 "multiprocessing_context": _start_of_workers(loader),
                 "prefetch_factor": loader.prefetch_factor,
@@ -127,7 +129,9 @@ class DatasetSamples(Samples):
             generator=torch.Generator().manual_seed(0),  # else each iteration draws from the global generator
             **cast(Any, self._settings),
         )
-        return loader
+        iterator = iter(loader)
+        while (batch := self._wait.next(iterator)) is not _END:
+            yield batch
 
 
 def _start_of_workers(loader: DataLoader[Any]) -> Any:
@@ -139,6 +143,33 @@ def _start_of_workers(loader: DataLoader[Any]) -> Any:
         return loader.multiprocessing_context
     spawned = multiprocessing.parent_process() is not None
     return multiprocessing.get_all_start_methods()[0] if spawned else multiprocessing.get_start_method()
+
+
+class _Wait:
+    """The time that the workers of a loader may take for a batch: one forked while another thread holds a lock hangs.
+
+    By default it is ten minutes, in slices of one, because all of the time in which the processes are suspended counts
+    as one slice.
+    """
+
+    def __init__(self, data: Any, name: str) -> None:
+        workers = data.num_workers if isinstance(data, DataLoader) else 0
+        own = data.timeout if workers else 0.0
+        self.timeout, self._slices, self._name = own or (_SLICE if workers else 0.0), 1 if own else _SLICES, name
+
+    def next(self, iterator: Iterator[Any]) -> Any:
+        """Return the next batch of an iterator of the loader, or `_END`."""
+        for _ in range(self._slices):
+            try:
+                return next(iterator, _END)
+            except RuntimeError as error:
+                if "DataLoader timed out" not in str(error):
+                    raise
+        raise ExperimentError(
+            f"{self._name}: the workers of its DataLoader gave no batch for {self._slices * self.timeout:g} s, so they "
+            "hang, or a batch takes that long: give the loader num_workers=0, so that the data are read in the process "
+            "that trains, or a longer timeout="
+        )
 
 
 class _Drawn(TorchDataset[Any]):
@@ -162,12 +193,15 @@ def _collate(collate: Callable[[list[Any]], Any], items: list[Any]) -> Any:
 class LoaderSamples(Samples):
     """A DataLoader, or another iterable of batches, with an order of its own: each epoch is one iteration of it."""
 
-    def __init__(self, batches: Iterable[Any], sizes: list[int] | None = None) -> None:
+    def __init__(self, batches: Iterable[Any], sizes: list[int] | None = None, name: str = "data") -> None:
         """Count the batches by reading them all, unless their `sizes` are given or follow from a sampler."""
-        self._batches = _without_persistent_workers(batches) if isinstance(batches, DataLoader) else batches
+        self._wait = _Wait(batches, name)
+        self._batches = batches
+        if isinstance(batches, DataLoader) and batches.num_workers:
+            self._batches = _with_new_workers(batches, self._wait.timeout)
         known = sizes or _known_sizes(batches)
         with RandomStream(0, 0, 0).active():
-            self._sizes = [num_samples(batch) for batch in self._batches] if known is None else known
+            self._sizes = self._counted() if known is None else known
         if not self._sizes:
             raise ExperimentError("the data have no batch, so there is nothing to train on or to measure")
         self.sizes = self._sizes
@@ -175,6 +209,12 @@ class LoaderSamples(Samples):
 
     def __len__(self) -> int:
         return sum(self._sizes)
+
+    def _counted(self) -> list[int]:
+        iterator, sizes = iter(self._batches), list[int]()
+        while (batch := self._wait.next(iterator)) is not _END:
+            sizes.append(num_samples(batch))
+        return sizes
 
     def fetch(self, positions: Sequence[Tensor], epoch: int, first: int, seed: int | None) -> Iterable[Any]:
         """Yield the batches of an epoch from number `first` on; those before are read and dropped."""
@@ -186,7 +226,7 @@ class LoaderSamples(Samples):
             iterator = iter(self._batches)
         for number in range(first + len(positions)):
             with stream.active():
-                batch = next(iterator, _END)
+                batch = self._wait.next(iterator)
             if batch is _END:
                 raise ExperimentError(
                     f"the data gave {number} batches in epoch {epoch + 1}, and {len(self._sizes)} when they were "
@@ -197,12 +237,10 @@ class LoaderSamples(Samples):
                 yield batch
 
 
-def _without_persistent_workers(loader: DataLoader[Any]) -> DataLoader[Any]:
+def _with_new_workers(loader: DataLoader[Any], timeout: float) -> DataLoader[Any]:
     """Return a loader whose workers start anew, and so draw the same numbers, in each epoch of each run."""
-    if not loader.num_workers:
-        return loader
     other = copy.copy(loader)
-    other.multiprocessing_context = _start_of_workers(loader)
+    other.multiprocessing_context, other.timeout = _start_of_workers(loader), timeout
     # a loader forbids these assignments, and keeps the workers of the last epoch under this private name
     other.__dict__.update(persistent_workers=False, _iterator=None)
     return other
@@ -295,13 +333,14 @@ def as_samples(given: Any, name: str, sizes: list[int] | None = None) -> Samples
             f"in every epoch: give {_FORMS}"
         )
     if isinstance(given, DataLoader):
-        return DatasetSamples(given.dataset, given) if _is_plain(given) else LoaderSamples(given, sizes)
+        plain = _is_plain(given)
+        return DatasetSamples(given.dataset, given, name) if plain else LoaderSamples(given, sizes, name)
     if hasattr(given, "__getitem__") and hasattr(given, "__len__") and not isinstance(given, list | tuple | dict | str):
         if not len(given):
             raise ExperimentError(f"{name} is empty: at least one sample is needed")
         return DatasetSamples(given)
     if isinstance(given, Iterable) and not isinstance(given, tuple | dict | str | Tensor):
-        return LoaderSamples(given, sizes)
+        return LoaderSamples(given, sizes, name)
     raise ExperimentError(f"{name} is {type(given).__name__}: give {_FORMS}")
 
 
