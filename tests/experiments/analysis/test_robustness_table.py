@@ -6,6 +6,7 @@ from rich.console import Console
 from tiny import recipe
 
 from steppe.experiments.analysis.robustness import TITLE, Robustness, robustness_of
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.records import Record
 from steppe.experiments.storage.run_folder import Results
 
@@ -107,3 +108,44 @@ def test_methods_are_compared_with_the_first_one_only_if_it_was_measured() -> No
 def test_a_comparison_without_measures_has_no_table() -> None:
     found = results(sgd=[None], sam=[None])
     assert robustness_of(next(iter(found)).recipe, found) is None
+
+
+def with_controls(of: Recipe) -> Results:
+    """Runs in which the first method has been measured after as many steps, and with averaged weights."""
+    found: dict[Run, list[Record]] = {}
+    for run in of.runs():
+        small = 0.1 * run.seed
+        usual = {"train_loss": 0.1, "train_accuracy": 99.0, "test_loss": 0.5, "test_accuracy": 80.0, "gap": 19.0}
+        if str(run.method) == "sam":
+            measures = [{}, {MEAN: 64.0 + 2 * small}]
+        elif run.method.share == 1:
+            prefix = {MEAN: 62.0 + small} if of.training.is_constant else {}
+            measures = [prefix, {MEAN: 60.0 + small, f"{MEAN} (ema)": 66.0 + small}]
+        else:
+            measures = [{MEAN: 63.0 + small}]
+        found[run] = [
+            Record(2 * i, 2.0 * i, 10, 144, 1.0, usual | extra, 1.0, 72.0) for i, extra in enumerate(measures, 1)
+        ]
+    return found
+
+
+@pytest.mark.parametrize(("schedule", "at_equal_steps"), [("constant", 2.1), ("cosine", 1.1)])
+def test_controls_are_beside_the_verdicts(schedule: str, at_equal_steps: float) -> None:
+    of = recipe(methods=("sgd", "sam"), seeds=3, schedule=schedule)
+    made = robustness_of(of, with_controls(of))
+    assert made is not None
+    (verdict,) = made.verdicts["accuracy under corruptions"]
+    found = {each.control.name: each.difference.mean for each in verdict.comparisons}
+    assert found == pytest.approx({"equal_compute": 4.1, "equal_steps": at_equal_steps, "averaged_weights": -1.9})
+    assert [each.word for each in verdict.comparisons] == ["better", "better", "worse"]
+    assert "but worse than SGD with averaged weights (-1.90 points" in verdict.sentence({"sam": "SAM", "sgd": "SGD"})
+
+
+def test_control_runs_have_no_rows_of_their_own_even_where_they_are_as_long_as_the_others() -> None:
+    of = recipe(methods=("sgd", "sam"), seeds=1, schedule="cosine", epochs=1)
+    (sgd, sam, half) = of.runs()
+    usual = {"train_loss": 0.1, "train_accuracy": 99.0, "test_loss": 0.5, "test_accuracy": 80.0, "gap": 19.0}
+    record = Record(1, 1.0, 10, 144, 1.0, usual | {MEAN: 60.0}, 1.0, 72.0)
+    made = robustness_of(of, {run: [record] for run in (sgd, sam, half)})
+    assert made is not None
+    assert [row[0] for row in made.table().sections[""]] == ["SGD", "SAM"]

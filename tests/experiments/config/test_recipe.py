@@ -86,3 +86,18 @@ def test_result_contains_the_options_that_change_a_run_and_no_others() -> None:
     differing = {"lr": 0.1, "threads": 2, "epochs": 6, "amp": True, "norm": "group", "cuda_graphs": True}
     for field, value in differing.items():
         assert recipe(**{field: value}).result_options() != recipe().result_options()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"width": 24}, "width=24"),
+        ({"width": 32, "norm": "group"}, "norm=group"),
+        ({"width": 32, "stem_stride": 1}, "stem_stride=1"),
+        ({"width": 16, "widths": (16, 20)}, "width=20"),
+        ({"width": 16, "backbone": "own", "dataset": "digits"}, "backbone=own"),
+    ],
+)
+def test_options_of_the_resnet_are_refused_with_a_vision_transformer(options: dict[str, object], named: str) -> None:
+    with pytest.raises(ValueError, match=f"{named} with network=vit"):
+        Recipe().replace(network="vit", **options)
