@@ -110,7 +110,7 @@ def _train_and_report(
     with folder.locked() if world.rank == 0 else nullcontext():
         if world.rank == 0:
             folder.claim(recipe, world.size)
-            record_session(folder.path / "environment.json", command, console)
+            record_session(folder.path / "environment.json", command, console, recipe.data.task)
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():

@@ -1,9 +1,10 @@
 """Objects in a user's code, named as "package.module:name"."""
 
+import importlib.util
 import pkgutil
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,10 @@ def check_name(option: str, name: str) -> None:
 
 
 def load_entry_point(option: str, name: str) -> Any:
-    """Import it, from the current folder first, as `python -m` does; ExperimentError when that fails."""
+    """Import it, from the current folder first, as `python -m` does.
+
+    Raises ExperimentError when that fails, also where the file is damaged; in one line that names the file.
+    """
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # permanently: a factory may import when it is called
@@ -45,6 +49,15 @@ def load_entry_point(option: str, name: str) -> Any:
                 raise
             file = getattr(sys.modules[module], "__file__", None)
             raise ExperimentError(f"--{option} {name}: {module} ({file}) has no {attribute}") from error
+        except Exception as error:
+            if place(error):
+                raise
+            # what cannot be compiled may have no place at all, as a file with a null byte
+            spec = None
+            with suppress(Exception):  # it imports the packages around the module
+                spec = importlib.util.find_spec(module)
+            file = module if spec is None else spec.origin
+            raise ExperimentError(f"--{option} {name}: {file} cannot be imported ({typed(error)})") from error
 
 
 def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:
@@ -55,10 +68,13 @@ def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:
 
 @contextmanager
 def one_line_errors(before: str, after: str = "") -> Iterator[None]:
-    """Turn any error of the user's code into an ExperimentError, its type and first line between two texts."""
+    """Turn any error of the user's code into an ExperimentError, its type and first line between two texts.
+
+    So is SystemExit: a script that reads its own command line when it is imported would end the command with status 2.
+    """
     try:
         yield
     except ExperimentError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise ExperimentError(f"{before}{typed(error)}{place(error)}{after}") from error

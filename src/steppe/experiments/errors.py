@@ -80,6 +80,9 @@ def typed(error: BaseException) -> str:
 def place(error: BaseException) -> str:
     """Return the last place of a traceback outside of installed packages; nothing if there is none."""
     found = [(f.filename, f.lineno, f.line) for f in traceback.extract_tb(error.__traceback__)]
+    if isinstance(error, SyntaxError) and error.filename:  # a file that cannot be compiled is in no traceback
+        text = (error.text or "").strip()
+        found.append((error.filename, error.lineno, text if len(text) < _LONG else f"{text[:_LONG]}..."))
     if _WORKER in str(error):
         found += re.findall(r'File "([^"]+)", line (\d+), in .*\n +(.*)', str(error))
     for filename, number, line in reversed(found):
@@ -106,6 +109,7 @@ def _is_users(filename: str) -> bool:
     return filename[0] != "<" and not any(Path(filename).is_relative_to(folder) for folder in _NOT_THE_USERS)
 
 
+_LONG = 80  # characters
 _WORKER = "Original Traceback"
 """In the message of an error in a DataLoader's worker: the rest is the traceback there."""
 _NOT_THE_USERS = (

@@ -11,6 +11,7 @@ import gzip
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -29,6 +30,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from mutations import mutate
 
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data import fashion_mnist
@@ -284,6 +286,19 @@ def test_damage_in_the_cache_is_repaired(
     assert tiny.cached()[f"{LABELS}.gz"] == server.files[f"{LABELS}.gz"]
     assert_is_the_stand_in(load("fashion-mnist"), tiny)
     assert len(server.asked) == 1, "a healed file is not downloaded again"
+
+
+def test_any_damage_in_the_cache_is_repaired_with_a_note(
+    tiny: Tiny, server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    for seed in range(100):
+        paths = sorted(tiny.write(tiny.cache, zipped=seed % 8 < 4).iterdir())
+        mutate(paths[seed % len(paths)], seed)
+        server.asked.clear()
+        caplog.clear()
+        assert_is_the_stand_in(load("fashion-mnist"), tiny)
+        assert len(server.asked) == caplog.text.count("it is removed and downloaded again")
+        shutil.rmtree(tiny.cache)
 
 
 def test_damage_in_the_cache_is_removed_without_a_network(tiny: Tiny) -> None:

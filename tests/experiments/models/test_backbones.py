@@ -81,7 +81,7 @@ def test_an_unknown_checkpoint_is_reported_in_one_line(tmp_path: Path, capsys: p
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert f"the backbone hf:{tmp_path / 'empty'} could not be loaded (" in said
-    assert "check the name and the network connection" in said
+    assert "a file in this folder is missing or damaged" in said
 
 
 def test_missing_transformers_is_reported_with_the_install_command(monkeypatch: pytest.MonkeyPatch) -> None:

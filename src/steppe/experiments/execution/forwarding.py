@@ -10,7 +10,7 @@ from typing import Any
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import Record, parse_record, parse_records
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.world import World
 
@@ -65,13 +65,34 @@ class EventReader:
         self._offset += len(lines) + 1 if lines else 0
         for line in lines.splitlines():
             try:
-                event = json.loads(line, object_hook=lambda d: d if "event" in d else Record.from_json(d))
-            except ValueError:  # the partial line of a killed process; it held no result
+                event, arguments = _parse(line)
+            except Exception:  # a damaged line, or the partial one of a killed process; it held no result
                 continue
-            getattr(self._reporter, event["event"])(self._run, *event["arguments"])
+            getattr(self._reporter, event)(self._run, *arguments)
 
     def close(self) -> None:
         self._path.unlink(missing_ok=True)
+
+
+def _parse(line: bytes) -> tuple[str, list[Any]]:
+    """Return the name of an event and its arguments; any error if the line is not one of `EventWriter`."""
+    values = json.loads(line)
+    match values["event"], values["arguments"]:
+        case "begin", [epoch, records]:
+            return "begin", [_number(epoch), parse_records(records)]
+        case "step", [*numbers] if len(numbers) == 3:
+            return "step", [_number(number) for number in numbers]
+        case "measured", [record]:
+            return "measured", [parse_record(record)]
+        case "end", [records]:
+            return "end", [parse_records(records)]
+    raise ValueError("it is no event")
+
+
+def _number(value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{value!r} is not a number")
+    return float(value)
 
 
 class TensorBoard(Reporter):

@@ -1,9 +1,14 @@
-"""Train on machines that do not see the run folder: what a run writes travels to the machine of the command."""
+"""Train on machines that do not see the run folder: what a run writes travels to the machine of the command.
 
+Each file travels with the digest of its content, so one that was damaged on the way is not written.
+"""
+
+import hashlib
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,6 +22,28 @@ from steppe.experiments.storage.files import write_atomically
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 
 _TRIES, _SECONDS_BETWEEN = 4, 0.5
+
+
+@dataclass(frozen=True)
+class SentFile:
+    """The content of a file on its way, with its digest."""
+
+    content: bytes
+    sha256: str
+
+    @classmethod
+    def read(cls, path: Path) -> "SentFile":
+        content = path.read_bytes()
+        return cls(content, hashlib.sha256(content).hexdigest())
+
+    def write(self, path: Path) -> None:
+        """Write it atomically; ExperimentError if it was damaged on the way."""
+        if hashlib.sha256(self.content).hexdigest() != self.sha256:
+            raise ExperimentError(
+                f"{path} was damaged on the way between two machines, and is not written: the same command resumes the "
+                "run from its last checkpoint"
+            )
+        write_atomically(path, self.content)
 
 
 def sees(token: Path) -> bool:
@@ -49,7 +76,7 @@ class Receiver:
         self._attempts[folder] = attempt
         self._unlock(folder)  # the new one may see the folder, and lock it itself
 
-    def begin(self, folder: Path, attempt: str) -> dict[str, bytes]:
+    def begin(self, folder: Path, attempt: str) -> dict[str, SentFile]:
         """Return the files from which the attempt resumes; the folder stays locked until the run ends."""
         self._check(folder, attempt)
         self._unlock(folder)
@@ -57,18 +84,18 @@ class Receiver:
         lock.__enter__()
         self._locks[folder] = lock
         path = folder / CHECKPOINT
-        return {CHECKPOINT: path.read_bytes()} if path.exists() else {}
+        return {CHECKPOINT: SentFile.read(path)} if path.exists() else {}
 
     def append_event(self, folder: Path, attempt: str, line: str) -> None:
         self._check(folder, attempt)
         with (folder / EVENTS).open("a") as file:
             file.write(line)
 
-    def store(self, folder: Path, attempt: str, files: Mapping[str, bytes]) -> None:
-        """Write files of a run, each atomically."""
+    def store(self, folder: Path, attempt: str, files: Mapping[str, SentFile]) -> None:
+        """Write files of a run, each atomically; ExperimentError if one was damaged on the way."""
         self._check(folder, attempt)
-        for name, content in files.items():
-            write_atomically(folder / name, content)
+        for name, file in files.items():
+            file.write(folder / name)
 
     def end(self, folder: Path, attempt: str) -> None:
         self._check(folder, attempt)
@@ -101,7 +128,7 @@ class _Sender(EventWriter):
         self._send(CHECKPOINT, METRICS)
 
     def _send(self, *names: str) -> None:
-        self._receiver("store", {name: (self._local / name).read_bytes() for name in names})
+        self._receiver("store", {name: SentFile.read(self._local / name) for name in names})
 
     def _append(self, line: str) -> None:
         self._receiver("append_event", line)
@@ -139,8 +166,8 @@ def _apart(actor: Any, attempt: str, task: RunTask) -> Iterator[Workplace]:
     receiver = _Receiver(actor, task.job.folder, attempt)
     with tempfile.TemporaryDirectory(prefix="steppe-") as folder:
         local = Path(folder)
-        for name, content in receiver("begin").items():
-            (local / name).write_bytes(content)
+        for name, file in receiver("begin").items():
+            file.write(local / name)
         try:
             yield Workplace(local, _Sender(receiver, local, task.interval), PolledStop(receiver.stop_requested))
         finally:

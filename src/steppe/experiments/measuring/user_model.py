@@ -23,6 +23,7 @@ from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Budget, Flatness, Objective, normalized_logits
 from steppe.flatness._batches import Batches
 
+_DIGESTS = {"weights_sha256", "data_sha256"}
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 
 
@@ -129,14 +130,30 @@ class UserModelJob:
     def path(self) -> Path:
         return self.model.out / f"{self.name}.json"
 
-    def is_measured(self) -> bool:
-        """True if the file holds measures of these weights and data, with these options."""
+    def is_measured(self, console: Console) -> bool:
+        """True if the file holds measures of these weights and data, with these options.
+
+        Prints a note if they are of other weights or other data under the same names: nothing but the digest tells a
+        damaged file that can still be read from an intact one.
+        """
         _, content = read_flatness_file(self.path)
         if content and "inputs" not in content:
             raise ExperimentError(
                 f"{self.path} has the measures of another model and would be lost: choose another --out"
             )
-        return bool(content) and content["inputs"] == self.inputs()
+        if not content:
+            return False
+        before, now = content["inputs"], self.inputs()
+        changed = [key for key in before | now if before.get(key) != now.get(key)]
+        if changed and set(changed) <= _DIGESTS and content.get("weights") == str(self.weights):
+            names = {"weights_sha256": str(self.weights or self.model.model), "data_sha256": self.model.data}
+            digests = [f"{names[k]} (SHA-256 {str(before.get(k))[:12]}, now {str(now[k])[:12]})" for k in changed]
+            print_line(
+                console,
+                f"Note: since {self.name} was measured here, {' and '.join(digests)} changed, so it is measured "
+                "again. If you did not change it, the file is damaged.",
+            )
+        return not changed
 
     def inputs(self) -> dict[str, Any]:
         """Return everything that the numbers depend on."""
@@ -192,7 +209,7 @@ def measure_user_model(model: UserModel, options: MeasuringOptions, console: Con
         if summary.exists() and not summary.read_text(errors="replace").startswith(TITLE):
             raise ExperimentError(f"{summary} is not of steppe measure and would be lost: choose another --out")
         jobs = _jobs(model, options)
-        measure_all([job for job in jobs if not job.is_measured()], options.jobs_at_once, console)
+        measure_all([job for job in jobs if not job.is_measured(console)], options.jobs_at_once, console)
         found = {job.name: flatness for job in jobs if (flatness := read_flatness_file(job.path)[0]) is not None}
         table = FlatnessTable(model.model, model.setting, model.names, found, paired=bool(model.against))
         write_atomically(summary, table.markdown().encode())

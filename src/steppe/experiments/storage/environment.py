@@ -1,11 +1,13 @@
 """The environment of a comparison: versions, machine and command, for those who want the same numbers."""
 
 import datetime
+import hashlib
 import json
 import os
 import platform
 import shlex
 import subprocess
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,10 +20,16 @@ import steppe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import read_text, write_json
 
+TASK_CODE = "task_sha256"
+"""The entry of a session with the digest of the file of a user's task."""
 
-def record_session(path: Path, command: Sequence[str], console: Console) -> None:
-    """Add this session to the JSON file at `path`, and print a note when the software or the machine has changed."""
-    now = describe(command)
+
+def record_session(path: Path, command: Sequence[str], console: Console, task: str = "") -> None:
+    """Add this session to the JSON file at `path`, and print a note when the software or the machine has changed.
+
+    So has the software if the file of `task`, package.module:name, is another one than before.
+    """
+    now = describe(command) | ({TASK_CODE: _digest_of_module(task)} if task else {})
     try:
         sessions = read_text(path, _sessions, "the record of earlier sessions is lost, and begun again") or [now]
     except FileNotFoundError:
@@ -31,6 +39,8 @@ def record_session(path: Path, command: Sequence[str], console: Console) -> None
         sessions = [now]
     before = sessions[-1]
     changed = [f"{k} {before.get(k)} -> {now[k]}" for k in ("steppe", "torch", "cpu", "gpu") if before.get(k) != now[k]]
+    if TASK_CODE in before and TASK_CODE in now and before[TASK_CODE] != now[TASK_CODE]:
+        changed.append(f"the file of {task} was changed")
     if changed:
         text = f"Note: since this folder's last session: {', '.join(changed)}. Bits may differ."
         console.print(text, highlight=False, markup=False, soft_wrap=True, emoji=False)
@@ -79,6 +89,15 @@ def _cpu() -> str:
         return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
     except (OSError, StopIteration):  # not Linux, or a processor without such a line
         return platform.processor() or platform.machine()
+
+
+def _digest_of_module(name: str) -> str | None:
+    """Return the SHA-256 of the file of an imported module, package.module:name; None if it has none."""
+    file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
+    try:
+        return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    except OSError:  # in an archive
+        return None
 
 
 def _commit() -> str | None:

@@ -98,7 +98,8 @@ def tune(
         found = spaces(executor.recipe, options.search, baseline=options.baseline)
         with RunFolder(path).locked(timeout=-1):
             folder_id = _claim(path, recipe, options, depends_on, has_validation=has_validation)
-            record_session(path / "environment.json", [_without_password(word) for word in command], console)
+            words = [_without_password(word) for word in command]
+            record_session(path / "environment.json", words, console, recipe.data.task)
             inputs, shared = json.dumps(depends_on, sort_keys=True), None if options.storage is None else folder_id
             studies = [
                 Study(space, storage, path, options, depends_on=inputs, folder_id=shared, own=own) for space in found
