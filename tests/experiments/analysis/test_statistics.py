@@ -7,6 +7,7 @@ import pytest
 import scipy.stats
 
 from steppe.experiments.analysis.statistics import decide, estimate, power, seeds_needed, t_quantile
+from steppe.experiments.config.task_info import MetricInfo
 
 
 @pytest.mark.parametrize("df", [*range(1, 31), 31, 40, 60, 100, 1000, 10**6])
@@ -135,3 +136,23 @@ def test_estimate_of_infinite_values_is_not_finite_and_does_not_raise() -> None:
     assert math.isnan(estimate([math.inf, -math.inf]).mean)
     assert estimate([math.inf, 1.0]).mean == math.inf
     assert math.isnan(estimate([math.nan, 1.0]).mean)
+
+
+def test_what_only_rounding_separates_is_equal() -> None:
+    third = 1 / 3
+    pairs = [(0.9, 0.8999999762), (third * 3e3, 1e3 + 1e-10), (0.1 + 0.2, 0.3)]
+    (decision,) = decide([pairs])
+    assert (decision.mean, decision.sd, decision.sign) == (0.0, 0.0, 0)
+    assert estimate([0.3, -0.1, -0.2]).mean == 0.0
+    assert estimate([0.9, 0.8999999762]).sd == 0.0
+    (clear,) = decide([[(1e-9, 2e-9), (1.1e-9, 2.2e-9), (1.2e-9, 2.1e-9)]])
+    assert clear.mean == pytest.approx(-1e-9)
+
+
+@pytest.mark.parametrize("better", [True, False])
+def test_gap_between_numbers_that_only_rounding_separates_is_zero(better: bool) -> None:
+    metric = MetricInfo("accuracy", higher_is_better=better)
+    assert f"{metric.advantage(0.56, 0.5600000024):{metric.form}}" == "0"
+    assert metric.advantage(2.0, 1.5) == (0.5 if better else -0.5)
+    assert math.isnan(metric.advantage(math.inf, math.inf))
+    assert math.isinf(metric.advantage(1.0, math.inf))

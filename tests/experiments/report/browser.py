@@ -23,7 +23,7 @@ from steppe.experiments.report import figures as page_figures
 from steppe.experiments.report import page as report
 from steppe.experiments.report.figures import Figures
 from steppe.experiments.storage.files import write_json, write_json_lines
-from steppe.experiments.storage.records import Record
+from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND, Record
 from steppe.experiments.storage.run_folder import METRICS, Results, RunFolder
 from steppe.flatness import Density, Flatness, Landscape, Measure
 
@@ -148,6 +148,11 @@ def _records(run: Run, *, robust: bool) -> list[Record]:
         better = {name: 5.0 if name.startswith("accuracy") else -0.05 for name in ROBUSTNESS}
         found = {name: value + place * better[name] + draws.gauss(0, 0.01) for name, value in ROBUSTNESS.items()}
         measures = records[-1].measures | {f"test_{name}": value for name, value in found.items()}
+        records[-1] = dataclasses.replace(records[-1], measures=measures)
+    if run.recipe.forgetting.then:
+        before, after = records[-1]["test_accuracy"], 40.0 + 5 * place + draws.gauss(0, 0.1)
+        found = {AFTER: after, FORGOTTEN: before - after, ON_SECOND: 70.0}
+        measures = records[-1].measures | {f"test_accuracy{suffix}": value for suffix, value in found.items()}
         records[-1] = dataclasses.replace(records[-1], measures=measures)
     return records
 

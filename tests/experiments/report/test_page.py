@@ -177,6 +177,25 @@ def test_robustness_is_on_the_page_with_the_words_of_the_summary(tmp_path: Path)
     assert "Robustness" not in without
 
 
+def test_forgetting_is_on_the_page_with_the_words_of_the_summary(tmp_path: Path) -> None:
+    folder = made_up.folder(tmp_path / "run", recipe(seeds=3, then="inverted"), measured=False)
+    page = Page(write(folder))
+    contents, _, section = page.text.partition("Forgetting")  # once in the contents, once as a heading
+    assert contents.rstrip().endswith("Cost")
+    text = section.partition("Forgetting")[2].partition("Flatness has not been measured")[0]
+    found = json.loads((folder.path / "summary.json").read_text())["forgetting"]
+    assert [verdict["verdict"] for verdict in found] == ["better", "better", "not distinguishable"]
+    assert "SAM is better than SGD at equal compute (test accuracy forgotten −" in text
+    assert "black and white exchanged" in text
+    assert all(heading in text for heading in ("first task, before %", "first task, after %", "forgotten, points"))
+    ids = [value for name, value in page.attributes if name == "id"]
+    links = [value for name, value in page.attributes if name == "href" and (value or "").startswith("#")]
+    assert {(link or "")[1:] for link in links} <= set(ids)
+    assert "#forgetting" in links
+    without = Page(write(made_up.folder(tmp_path / "without", recipe(), measured=False)))
+    assert "Forgetting" not in without.text
+
+
 def test_one_run_has_no_verdict_and_no_spread(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
     text = Page(write(folder)).text

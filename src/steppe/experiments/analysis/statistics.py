@@ -8,13 +8,13 @@ from itertools import count, pairwise
 
 from scipy.special import nctdtr, stdtr, stdtrit  # type: ignore[import-untyped]
 
+from steppe.experiments.config.task_info import EQUAL, difference
+
 ERROR = 0.05
 """Largest share of comparisons in which a method is called different though it is not."""
 
 POWER = 0.8
 """Usual share of comparisons in which a difference that exists is to be found."""
-
-_EQUAL = 1e-9  # relative difference of two numbers that only rounding in floating point separates
 
 _LARGEST = 1e150  # the squares of larger numbers are not finite
 
@@ -77,6 +77,8 @@ class Estimate:
 def estimate(values: Sequence[float]) -> Estimate:
     """Summarize at least one value; those that are not usable give no finite standard deviation.
 
+    A mean or a standard deviation that only rounding separates from 0 is 0.
+
     >>> estimate([1.0, 2.0, 3.0])
     Estimate(n=3, mean=2.0, sd=1.0)
     """
@@ -84,7 +86,11 @@ def estimate(values: Sequence[float]) -> Estimate:
         return Estimate(1, float(values[0]), None)
     if not all(map(is_usable, values)):
         return Estimate(len(values), sum(values) / len(values), math.nan)  # fmean refuses inf beside -inf
-    return Estimate(len(values), statistics.fmean(values), statistics.stdev(values))
+    rounding = EQUAL * max(map(abs, values))
+    mean, sd = (
+        0.0 if abs(found) <= rounding else found for found in (statistics.fmean(values), statistics.stdev(values))
+    )
+    return Estimate(len(values), mean, sd)
 
 
 @dataclass(frozen=True)
@@ -124,7 +130,7 @@ class Decision(Estimate):
         """The ends of the interval; 0 is outside of it, or its end, where a difference is found."""
         if self.half_width is None:
             return None
-        low, high = self.mean - self.half_width, self.mean + self.half_width
+        low, high = difference(self.mean, self.half_width), difference(self.mean, -self.half_width)
         return max(low, 0.0) if self.sign == 1 else low, min(high, 0.0) if self.sign == -1 else high
 
 
@@ -212,7 +218,7 @@ def seeds_needed(effect: float, share: float = POWER, comparisons: int = 1, most
 def _describe(pairs: Pairs, step: float) -> Decision:
     """Return the difference of the finite pairs, without a decision."""
     finite = _finite(pairs)
-    value = estimate([ours - theirs for ours, theirs in finite] or [math.nan])
+    value = estimate([difference(ours, theirs) for ours, theirs in finite] or [math.nan])
     return Decision(len(finite), value.mean, value.sd, lost=len(pairs) - len(finite), step=step)
 
 
@@ -256,5 +262,5 @@ def _resolution_of(pairs: Sequence[Pairs]) -> float:
 
 def _resolution(values: Sequence[float]) -> float:
     """Return the smallest difference between two values that are not equal; 0 if all are."""
-    tolerance = _EQUAL * max(map(abs, values), default=0.0)
+    tolerance = EQUAL * max(map(abs, values), default=0.0)
     return min((b - a for a, b in pairwise(sorted(values)) if b - a > tolerance), default=0.0)

@@ -1,5 +1,6 @@
 """Tables of text with notes, in Markdown and for the terminal."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,8 +8,11 @@ from html import escape as escape_html
 
 from rich import table as rich
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.markup import escape
+
+_PART = re.compile(r"[^\s_]*[\s_]*")  # a word, or a part of one that ends in underscores, with the space after it
 
 
 @dataclass(frozen=True)
@@ -45,18 +49,46 @@ class Table:
 
     def show(self, console: Console, notes: Iterable[str]) -> None:
         """Print the table and the notes."""
-        hidden: list[int] = []
-        for columns in ((), *self.optional):
-            hidden += columns
-            table = self._terminal(hidden)
-            size = table.__rich_measure__(console, console.options.update(max_width=1000))
-            if (size.minimum if self.wraps else size.maximum) <= console.width:
-                break
-        console.print(table)
+        console.print(self._fitted(console))
         for note in notes:
             console.print(note, highlight=False, markup=False)
 
-    def _terminal(self, hidden: Collection[int]) -> rich.Table:
+    def _fitted(self, console: Console) -> rich.Table:
+        """Return the table for the width of a console.
+
+        The headings are wrapped first, then the left columns if they may be, and then columns are left out.
+        """
+
+        narrow = list(map(self._narrow_heading, range(len(self.headings))))
+        forms = [(self.headings, False), (narrow, False), *([(narrow, True)] if self.wraps else [])]
+        hidden: list[int] = []
+        for columns in ((), *self.optional):
+            hidden += columns
+            for headings, wrapped in forms:
+                table = self._terminal(hidden, headings)
+                size = table.__rich_measure__(console, console.options.update(max_width=1000))
+                if (size.minimum if wrapped else size.maximum) <= console.width:
+                    return table
+        return table
+
+    def _narrow_heading(self, column: int) -> str:
+        """Return a heading in lines as wide as the cells below it, or as the longest part of its words."""
+        heading = self.headings[column]
+        if column in self.left:
+            return heading
+        cells = [row[column] for rows in self.sections.values() for row in rows]
+        parts = [_PART.findall(line) for line in heading.split("\n")]
+        width = max(map(cell_len, [*cells, *(part.strip() for line in parts for part in line)]), default=0)
+        lines: list[str] = []
+        for line in parts:
+            lines.append("")
+            for part in line:
+                if cell_len((lines[-1] + part).rstrip()) > width:
+                    lines.append("")
+                lines[-1] += part
+        return "\n".join(line.rstrip() for line in lines)
+
+    def _terminal(self, hidden: Collection[int], headings: Sequence[str]) -> rich.Table:
         """Return the table for a console, with a gap after each section."""
         table = rich.Table(
             title=self.title, title_justify="left", box=SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
@@ -64,7 +96,7 @@ class Table:
         shown = [i for i in range(len(self.headings)) if i not in hidden]
         for i in shown:
             left = i in self.left
-            table.add_column(escape(self.headings[i]), justify="left" if left else "right", no_wrap=not left)
+            table.add_column(escape(headings[i]), justify="left" if left else "right", no_wrap=not left)
         for rows in self.sections.values():
             for row in rows:
                 table.add_row(*(escape(row[i]) for i in shown))

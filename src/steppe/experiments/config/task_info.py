@@ -4,6 +4,19 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+EQUAL = 4 * 2.0**-23
+"""Relative difference of two measures up to which only rounding separates them: metrics are often means in float32."""
+
+
+def difference(a: float, b: float) -> float:
+    """Return a - b; 0 where only rounding separates the two, also that of a mean in float32.
+
+    >>> difference(0.9, 0.8999999762), difference(0.5, 0.25)
+    (0.0, 0.25)
+    """
+    found = a - b
+    return 0.0 if abs(found) <= EQUAL * min(abs(a), abs(b)) else found
+
 
 @dataclass(frozen=True)
 class MetricInfo:
@@ -18,10 +31,14 @@ class MetricInfo:
         """The sign of an improvement."""
         return 1 if self.higher_is_better else -1
 
+    def advantage(self, a: float, b: float) -> float:
+        """Return by how much `a` is better than `b`."""
+        return difference(a, b) if self.higher_is_better else difference(b, a)
+
     @property
     def form(self) -> str:
         """The format of a value in tables."""
-        return ".2f" if self.unit == "%" else ".4g"
+        return "z.2f" if self.unit == "%" else "z.4g"  # z: 0 has no minus sign
 
     @property
     def unit_of_change(self) -> str:

@@ -67,7 +67,7 @@ def measure_forgetting(
         found = evaluate(alike, copy, new, new.batch_size or chunk, world, autocast, raise_if_stopped)
     deciding = task.info.deciding
     measures = {f"test_{metric.name}{AFTER}": after[metric.name] for metric in task.info.measured}
-    lost = (before[f"test_{deciding.name}"] - after[deciding.name]) * deciding.better
+    lost = deciding.advantage(before[f"test_{deciding.name}"], after[deciding.name])
     return measures | {
         f"test_{deciding.name}{FORGOTTEN}": lost,
         f"test_{deciding.name}{ON_SECOND}": found[deciding.name],
