@@ -64,3 +64,27 @@ def test_plain_base_has_its_averaged_weights_measured_at_the_end(tmp_path: Path)
     assert "test_accuracy (ema)" in last.measures
     assert all("test_accuracy (ema)" not in other.measures for other in others)
     assert "test_accuracy (ema)" not in train_run(sam, tmp_path / "sam")[-1].measures
+
+
+def test_first_method_is_measured_in_every_way_after_as_many_steps_and_with_averaged_weights(tmp_path: Path) -> None:
+    sgd, sam = recipe(epochs=4, eval_every=1, methods=("sgd", "sam")).runs()
+    noise = "test_accuracy under gaussian_noise"
+    found = {
+        run.method.name: {
+            record.standardized_epoch: {name for name in record.measures if name.startswith(noise)}
+            for record in train_run(run, tmp_path / run.name, robustness=True)
+        }
+        for run in (sgd, sam)
+    }
+    assert found == {
+        "sgd": {1: set(), 2: {noise}, 3: set(), 4: {noise, f"{noise} (ema)"}},
+        "sam": {1: set(), 2: set(), 3: set(), 4: {noise}},
+    }
+
+
+def test_averaged_weights_are_measured_as_those_of_a_run_that_evaluates_them(tmp_path: Path) -> None:
+    plain, averaged = (
+        train_run(run_of(method), tmp_path / method, robustness=True)[-1] for method in ("sgd", "sgd+ema")
+    )
+    for name in ("test_accuracy", "test_accuracy under corruptions", "test_calibration error"):
+        assert plain[f"{name} (ema)"] == pytest.approx(averaged[name], rel=1e-6)

@@ -1,5 +1,6 @@
 """`steppe tune`: its trials and files, and resuming after an interruption."""
 
+import json
 import random
 import re
 import signal
@@ -204,3 +205,40 @@ def test_invalid_search_is_explained_before_anything_is_trained(
 
 def test_password_is_kept_out_of_the_record() -> None:
     assert tune._without_password("mysql://me:secret@host/db") == "mysql://me:***@host/db"
+
+
+def test_search_is_judged_by_any_measure_of_the_held_out_images(tmp_path: Path) -> None:
+    words = ["--objective", "calibration error", "--sampler", "grid", "--search", "rho=0.02,0.4"]
+    assert command_line([*command(tmp_path / "run", methods="sam", trials=2), *words], draws=False) == 0
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert (summary["objective"], summary["higher_is_better"]) == ("validation calibration error", False)
+    errors = {
+        trial["number"]: sum(run["test_calibration error"] for run in trial["runs"])  # type: ignore[attr-defined]
+        for trial in trials(tmp_path / "run")
+        if trial["method"] == "sam"
+    }
+    assert errors[0] != errors[1]
+    (best,) = [best for best in summary["best"] if best["method"] == "sam"]
+    assert best["trial"] == min(errors, key=errors.__getitem__)
+    assert "| validation calibration error % |" in (tmp_path / "run" / "summary.md").read_text()
+
+
+def test_search_is_judged_by_what_is_left_after_a_second_task(tmp_path: Path) -> None:
+    words = ["--objective", "accuracy after the second task", "--sampler", "grid", "--search", "rho=0.05,0.1"]
+    given = command(tmp_path / "run", methods="sam", trials=2, then="rotated", then_epochs=1)
+    assert command_line([*given, *words], draws=False) == 0
+    (best, *_) = json.loads((tmp_path / "run" / "summary.json").read_text())["best"]
+    of = {(t["method"], t["number"]): t["runs"] for t in trials(tmp_path / "run")}
+    runs = of[best["method"], best["trial"]]
+    measured = [run["test_accuracy after the second task"] for run in runs]  # type: ignore[attr-defined]
+    assert best["validation"]["mean"] == pytest.approx(sum(measured) / len(measured))
+
+
+@pytest.mark.parametrize("objective", ["acuracy under blur", "accuracy after the second task"])
+def test_unknown_objective_is_an_error_before_training(
+    objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        command_line([*command(tmp_path / "run"), "--objective", objective])
+    assert f"objective: '{objective}' is unknown" in re.sub(r"\s+", " ", "".join(capsys.readouterr()).replace("│", ""))
+    assert not (tmp_path / "run").exists()
