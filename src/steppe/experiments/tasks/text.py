@@ -43,7 +43,7 @@ class SentenceClassifier(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        self.encoder = AutoModel.from_pretrained(_folder(_ENCODER) / "model")
+        self.encoder = AutoModel.from_pretrained(_folder(_ENCODER) / "model", add_pooling_layer=False)
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
         layers = self.encoder.encoder.layer
         nn.ModuleList([self.encoder.embeddings, *layers[:-TRAINED_LAYERS]]).requires_grad_(False)
