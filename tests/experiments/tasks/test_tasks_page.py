@@ -26,5 +26,5 @@ def test_blocks_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert [run.method.name for run in result.results][:2] == ["base", "sam"]  # type: ignore[attr-defined]
     tasks = [thing for thing in names.values() if isinstance(thing, Task)]
     assert [check(task, torch.device("cpu")).description.split()[0] for task in tasks] == [
-        "Sequential", "Sequential", "BertForSequenceClassification",
+        "Sequential", "Sequential", "BertForSequenceClassification", "Sequential",
     ]  # fmt: skip
