@@ -26,6 +26,14 @@ def test_same_configuration_can_be_claimed_again(folder: RunFolder) -> None:
     assert folder.recipe() == recipe()
 
 
+def test_folder_of_a_search_is_named_as_such(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"format": "steppe tuning, version 2", "recipe": {}}))
+    with pytest.raises(
+        ExperimentError, match=r"is the folder of a search .*`steppe plot .*` shows the search and the com"
+    ):
+        RunFolder(tmp_path).recipe()
+
+
 def test_methods_and_seeds_can_be_added(folder: RunFolder) -> None:
     more = recipe(seeds=3, methods=("sgd", "sam", "asam"), out=Path("elsewhere"))
     folder.claim(more, 1)

@@ -119,6 +119,22 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: {"train": list(zip(INPUTS, LABELS, strict=True))},
         r"whose target has no dimension of samples: a list is taken for a list of batches",
     ),
+    "float64 against float32": (
+        lambda: {"train": (INPUTS.double(), LABELS)},
+        r"the model raised .*The numbers of the data are float64, and the weights float32: .*to\(torch\.float32\)",
+    ),
+    "float64 in the model": (
+        lambda: {"model": lambda: net().double(), "train": (INPUTS.numpy(), LABELS.numpy())},
+        r"The numbers of the data are float32, and the weights float64: give .*to\(torch\.float64\)",
+    ),
+    "an array of texts": (
+        lambda: {"train": (np.array(["a", "b"]), np.array([0, 1]))},
+        "^train has an array of <U1, and tensors hold numbers only",
+    ),
+    "arrays in a list": (
+        lambda: {"train": [INPUTS.numpy(), LABELS.numpy()]},
+        "^train is a list of arrays, and a list is taken for one of batches: give a tuple",
+    ),
     "a loader of nothing": (
         lambda: {"test": DataLoader(TensorDataset(INPUTS[:0], LABELS[:0]), batch_size=4)},
         "^test is empty",

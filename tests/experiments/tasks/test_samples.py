@@ -204,7 +204,8 @@ def test_an_error_in_a_later_sample_names_the_run_and_the_line(tmp_path: Path) -
 def test_a_label_out_of_range_in_a_later_sample_names_the_run(tmp_path: Path) -> None:
     inputs, labels = data()
     labels = torch.cat([labels[:-1], torch.tensor([7])])
-    with pytest.raises(ExperimentError, match=r"sam-seed0 ended in epoch 1, .*\(IndexError: Target 7 is out of bounds"):
+    wanted = r"sam-seed0 ended in epoch 1, .*\(IndexError: Target 7 is out of bounds\), with sample 47 of train"
+    with pytest.raises(ExperimentError, match=wanted):
         result(classifier(train=(inputs, labels)), tmp_path)
 
 

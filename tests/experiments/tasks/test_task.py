@@ -1,21 +1,23 @@
 """The data of a task: batches that can only be counted by reading them are read no more than needed."""
 
+import inspect
 import pickle
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import get_type_hints
 
 import cloudpickle  # type: ignore[import-untyped]
 import pytest
 import torch
-from own_tasks import classifier, data
-from torch import Tensor
+from own_tasks import classifier, data, result
+from torch import Tensor, nn
 
 from steppe.experiments import compare, measure, tune
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.prepared_task import OneTask
 from steppe.experiments.report import page
-from steppe.experiments.tasks.task import Task
+from steppe.experiments.tasks.task import Metric, Task
 
 
 class Batches:
@@ -33,6 +35,35 @@ class Batches:
 @pytest.fixture(autouse=True)
 def no_page(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
+
+
+def test_misspelled_argument_gets_a_suggestion_and_the_signature_stays() -> None:
+    with pytest.raises(TypeError, match=r"^Task\(\) has no argument 'metric'; did you mean 'metrics'\?$"):
+        classifier(metric={})
+    with pytest.raises(TypeError, match="'schedul'; did you mean 'schedule'"):
+        replace(classifier(), schedul="cosine")  # type: ignore[call-arg]
+    with pytest.raises(
+        TypeError, match=r"^Metric\(\) has no argument 'higher_better'; did you mean 'higher_is_better'"
+    ):
+        Metric(len, higher_better=False)  # type: ignore[call-arg]
+    assert list(inspect.signature(Task).parameters)[:4] == ["model", "train", "test", "optimizer"]
+    assert get_type_hints(Metric.__init__)["unit"] is str
+    with pytest.raises(TypeError, match="missing 3 required positional arguments: 'train', 'test', and 'optimizer'"):
+        Task(model=lambda: nn.Linear(1, 1))  # type: ignore[call-arg]
+
+
+def test_arrays_and_tables_train_as_tensors_of_float32(tmp_path: Path) -> None:
+    pandas = pytest.importorskip("pandas")
+    inputs, labels = data()
+    frozen = inputs.double().numpy()[::-1]
+    frozen.setflags(write=False)
+    arrays = classifier(train=(frozen, labels.numpy()[::-1]), test=(inputs.numpy(), labels.numpy().astype("uint8")))
+    (x, y), (u, v) = (task_samples.tensors for task_samples in map(arrays.samples, ("train", "test")))  # type: ignore[attr-defined]
+    assert (x.dtype, y.dtype, u.dtype, v.dtype) == (torch.float32, torch.int64, torch.float32, torch.uint8)
+    assert torch.equal(x, inputs.flip(0))
+    assert torch.equal(y, labels.flip(0))
+    tables = classifier(train=(pandas.DataFrame(inputs.double().numpy()), pandas.Series(labels.numpy())))
+    assert result(tables, tmp_path / "tables") == result(classifier(), tmp_path / "tensors")
 
 
 def task_of_batches() -> tuple[Task, Batches, Batches]:

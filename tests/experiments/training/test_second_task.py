@@ -115,6 +115,7 @@ def test_images_of_the_second_task_are_rotated_or_inverted_or_others() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        ({"then": "birds:task"}, "then=birds:task: a task of your own comes after another of your own only, because"),
         ({"then": "rotatd"}, "'rotatd' is unknown; did you mean 'rotated'"),
         ({"then": "sample"}, "then=sample: it is the first task"),
         ({"then": "rotated", "then_epochs": 0}, "then_epochs=0"),

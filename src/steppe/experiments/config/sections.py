@@ -239,6 +239,12 @@ class ForgettingConfig:
                 f"then={self.then}: after a task of your own comes another of your own, package.module:task, with data "
                 "that the model takes"
             )
+        if not data.task and ":" in self.then:
+            raise ValueError(
+                f"then={self.then}: a task of your own comes after another of your own only, because the networks for "
+                f"dataset={data.dataset} take images of one size in ten classes: name the first task as well, steppe "
+                "compare package.module:task"
+            )
         if not data.task and self.then not in _SECOND_TASKS:
             raise ValueError(unknown("then", self.then, _SECOND_TASKS))
         if self.then == data.dataset and not data.task:

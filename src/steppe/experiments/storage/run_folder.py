@@ -88,6 +88,11 @@ class RunFolder:
             raise ExperimentError(
                 f"{self.path} is not a run folder, as it has no config.json: name the folder of a `steppe compare`"
             )
+        if _is_search(config):
+            raise ExperimentError(
+                f"{self.path} is the folder of a search (steppe tune), and that of a comparison is needed: `steppe "
+                f"plot {self.path}` shows the search and the command that compares its best values in another folder"
+            )
         return read_checked(config, _configuration, "restore that file, or choose another folder with --out")
 
     def results(self, recipe: Recipe) -> Results:
@@ -122,6 +127,13 @@ class RunFolder:
             "Note: %s is missing, damaged or incomplete: the records of the checkpoint beside it are used", metrics
         )
         return parse_records(saved)
+
+
+def _is_search(config: Path) -> bool:
+    try:
+        return str(json.loads(config.read_text("utf-8"))["format"]).startswith("steppe tuning")
+    except Exception:  # damaged, in any of many ways, which its reader names
+        return False
 
 
 def _configuration(values: Mapping[str, Any]) -> tuple[Recipe, int]:

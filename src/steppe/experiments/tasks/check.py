@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -66,8 +68,9 @@ def check(task: Task, device: torch.device) -> TaskInfo:
             raise ExperimentError(
                 "the task's model has no parameter that requires a gradient, so nothing can be trained"
             )
-        outputs, targets = _outputs(task, model, batches["train"])
-        _check_loss(task, model, outputs, targets)
+        with _naming_types(model, batches["train"]):
+            outputs, targets = _outputs(task, model, batches["train"])
+            _check_loss(task, model, outputs, targets)
         with explained("optimizer=", "raised an error", task.optimizer):
             optimizer = task.optimizer(model)
         _check_optimizer(optimizer, model)
@@ -79,6 +82,23 @@ def check(task: Task, device: torch.device) -> TaskInfo:
     parameters = sum(p.numel() for p in model.parameters())
     data = " + ".join(f"{number:,}" for number in sizes.values())
     return replace(task.info, description=f"{type(model).__name__} ({parameters:,} parameters), {data} samples")
+
+
+@contextmanager
+def _naming_types(model: nn.Module, batch: Any) -> Iterator[None]:
+    """Add to an error about types that the numbers of the data, float64 in NumPy, have another one than the weights."""
+    try:
+        yield
+    except ExperimentError as error:
+        weights = {parameter.dtype for parameter in model.parameters() if parameter.is_floating_point()}
+        numbers = {tensor.dtype for tensor in list_tensors(batch) if tensor.is_floating_point()}
+        if "type" not in str(error) or not numbers or numbers & weights:
+            raise
+        theirs, ours = (", ".join(sorted(str(t).removeprefix("torch.") for t in types)) for types in (numbers, weights))
+        raise ExperimentError(
+            f"{error}. The numbers of the data are {theirs}, and the weights {ours}: give tensors of that type, by "
+            f"inputs.to(torch.{ours})"
+        ) from error
 
 
 def _some(samples: Samples) -> Tensor:

@@ -93,11 +93,15 @@ def _part(task: Task, one_in: int, held: bool, seed: int) -> Samples:
         )
     chosen = torch.randperm(n, generator=torch.Generator().manual_seed(0))
     positions = (chosen[: n // one_in] if held else chosen[n // one_in :]).sort().values
+    part: Samples
     if isinstance(samples, TensorSamples):
-        return type(samples)(samples.gather_stored(positions))
-    if isinstance(samples, DatasetSamples):
-        return samples.with_dataset(Subset(samples.dataset, positions.tolist()))
-    raise ExperimentError(
-        "the training data decide which samples make a batch, so none can be held out for the search: give the task "
-        "validation="
-    )
+        part = type(samples)(samples.gather_stored(positions))
+    elif isinstance(samples, DatasetSamples):
+        part = samples.with_dataset(Subset(samples.dataset, positions.tolist()))
+    else:
+        raise ExperimentError(
+            "the training data decide which samples make a batch, so none can be held out for the search: give the "
+            "task validation="
+        )
+    part.name, part.origin = samples.name, positions
+    return part

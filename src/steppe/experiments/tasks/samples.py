@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import multiprocessing
 import random
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,7 +35,7 @@ _GENERATORS = Generators(())  # the global ones of torch's CPU, NumPy and Python
 _EVALUATION = 0xE7A1  # in the place of a seed, where no run's seed is
 _END = object()
 _SLICE, _SLICES = 60.0, 10  # of the time that the workers of a loader may take for a batch, in seconds
-_FORMS = "a tuple of tensors (inputs, targets), a Dataset, a DataLoader, or a function of the seed that returns one"
+_FORMS = "a tuple of tensors or arrays (inputs, targets), a Dataset, a DataLoader, or a function that returns one"
 
 
 class Samples(ABC):
@@ -46,6 +47,10 @@ class Samples(ABC):
     """The sizes of the batches of an epoch, where the data decide which samples they hold; else positions are free."""
     shuffled = True
     """False if the user's own loader goes through the samples in their order."""
+    name = "data"
+    """The name of the split in a message."""
+    origin: Tensor | None = None
+    """The positions of the samples in the user's own data, int64 (n,), where they are others."""
 
     @abstractmethod
     def __len__(self) -> int: ...
@@ -84,7 +89,9 @@ class TensorSamples(Samples):
         return (self.gather(p) for p in positions)
 
     def to(self, device: torch.device) -> TensorSamples:
-        return type(self)(tuple(t.to(device) for t in self.tensors))
+        other = copy.copy(self)
+        other.tensors = tuple(t.to(device) for t in self.tensors)
+        return other
 
 
 class DatasetSamples(Samples):
@@ -319,7 +326,8 @@ def as_samples(given: Any, name: str, sizes: list[int] | None = None) -> Samples
     """Turn the data of a user into samples; `name` is theirs in an error, `sizes` those of batches if known."""
     if isinstance(given, Samples):
         return given
-    if isinstance(given, tuple) and given and all(isinstance(tensor, Tensor) for tensor in given):
+    if isinstance(given, tuple) and given and all(hasattr(part, "__array__") for part in given):
+        given = tuple(part if isinstance(part, Tensor) else _as_tensor(part, name) for part in given)
         lengths = {len(tensor) for tensor in given}
         if len(lengths) > 1 or lengths == {0}:
             found = ", ".join(str(tuple(tensor.shape)) for tensor in given)
@@ -327,6 +335,8 @@ def as_samples(given: Any, name: str, sizes: list[int] | None = None) -> Samples
                 f"{name}: tensors of shapes {found}, but inputs and targets need the same number of samples, at least 1"
             )
         return TensorSamples(given)
+    if isinstance(given, list) and given and all(isinstance(part, np.ndarray) for part in given):
+        raise ExperimentError(f"{name} is a list of arrays, and a list is taken for one of batches: give {_FORMS}")
     if isinstance(given, Iterator):
         raise ExperimentError(
             f"{name} is {type(given).__name__}, an iterator, which can be read once only, and training reads the data "
@@ -341,7 +351,22 @@ def as_samples(given: Any, name: str, sizes: list[int] | None = None) -> Samples
         return DatasetSamples(given)
     if isinstance(given, Iterable) and not isinstance(given, tuple | dict | str | Tensor):
         return LoaderSamples(given, sizes, name)
-    raise ExperimentError(f"{name} is {type(given).__name__}: give {_FORMS}")
+    holds = f" of {', '.join(type(one).__name__ for one in given[:3]) or 'nothing'}" if isinstance(given, tuple) else ""
+    raise ExperimentError(f"{name} is {type(given).__name__}{holds}: give {_FORMS}")
+
+
+def _as_tensor(part: Any, name: str) -> Tensor:
+    """Convert a NumPy array, or a table of pandas; float64, NumPy's default, becomes the default of torch's weights."""
+    array = np.asarray(part)
+    if array.dtype.kind not in "fiubc":
+        raise ExperimentError(
+            f"{name} has an array of {array.dtype}, and tensors hold numbers only: encode texts and categories as "
+            "numbers, and give each column its type"
+        )
+    wanted = None if array.dtype != np.float64 else torch.get_default_dtype()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nobody writes to it
+        return torch.as_tensor(np.ascontiguousarray(array), dtype=wanted)
 
 
 def _is_plain(loader: DataLoader[Any]) -> bool:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from numbers import Integral
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,13 +17,31 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from steppe.experiments.config.task_info import MetricInfo, TaskInfo
-from steppe.experiments.errors import ExperimentError, unknown
+from steppe.experiments.errors import ExperimentError, closest, unknown
 from steppe.experiments.tasks.samples import RandomStream, Samples, as_samples
+
+T = TypeVar("T")
 
 _BATCH_SIZE = 64
 _LABELS = ("labels", "label", "targets", "target")
 
 
+def _with_suggestions(made: type[T]) -> type[T]:
+    """Let the constructor of a dataclass name the closest argument in the place of one that there is not."""
+    constructor, names = made.__init__, [one.name for one in fields(cast(Any, made)) if one.init]
+
+    @functools.wraps(constructor)  # its signature as well
+    def with_suggestions(self: T, *args: Any, **kwargs: Any) -> None:
+        for name in kwargs:
+            if name not in names:
+                raise TypeError(f"{made.__name__}() has no argument {name!r}{closest(name, names)}")
+        constructor(self, *args, **kwargs)
+
+    made.__init__ = with_suggestions  # type: ignore[assignment, method-assign]
+    return made
+
+
+@_with_suggestions
 @dataclass(frozen=True)
 class Metric:
     """A measure of a split: a function of all outputs and targets, in the order of the samples."""
@@ -43,6 +62,7 @@ def accuracy(outputs: Tensor, targets: Tensor) -> float:
     return 100.0 * float((outputs.argmax(1) == targets).sum()) / targets.numel()
 
 
+@_with_suggestions
 @dataclass(frozen=True, eq=False)
 class Task:
     """What methods are compared on: a model, data, a loss, metrics, an optimizer and a schedule.
@@ -53,7 +73,8 @@ class Task:
     Args:
         model: Function that returns a new model.
         train: The training data: a tuple of tensors (inputs, targets), a Dataset, a DataLoader, other batches that can
-            be iterated over many times, or a function of the seed that returns one of these. Of a DataLoader, the
+            be iterated over many times, or a function of the seed that returns one of these. NumPy arrays in the tuple
+            become tensors, and those of float64 tensors of torch's default type, float32. Of a DataLoader, the
             dataset, the batch size, the collate function and the workers are used; the order is shuffled by the run's
             seed if the loader shuffles. A loader with a sampler of its own is used as it is.
         test: The test data, in the same forms. They are read in evaluation mode, without a shuffle.
@@ -167,7 +188,9 @@ class Task:
                 given = given(seed) if takes_seed else given()
             drawn_by = seed
         known = next((sizes for data, by, sizes in self.counted if data is source and by == drawn_by), None)
-        samples = as_samples(given, split, known)
+        samples = copy.copy(as_samples(given, split, known))  # an object of samples may be that of several splits
+        if samples.origin is None:  # samples that are held out of the training data are named by their places there
+            samples.name = split
         if known is None and samples.sizes is not None:
             self.counted.append((source, drawn_by, samples.sizes))
         return samples

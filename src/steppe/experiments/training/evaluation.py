@@ -14,6 +14,7 @@ from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
 from steppe.experiments.errors import ExperimentError, explained
 from steppe.experiments.storage.records import HALVES
 from steppe.experiments.tasks.batches import share_out
+from steppe.experiments.tasks.failing import naming_samples
 from steppe.experiments.tasks.samples import Samples
 from steppe.experiments.tasks.task import Task, logits_of
 from steppe.experiments.training.forward import in_float32
@@ -52,9 +53,10 @@ def evaluate(
                 kept.append(None)
                 losses.append((0.0, 0))
                 continue
-            with autocast():
-                outputs, targets = task.outputs(model, batch.data)
-            loss = task.total_loss(in_float32(outputs), targets, len(batch)).double()
+            with naming_samples(task, model, samples, batch):
+                with autocast():
+                    outputs, targets = task.outputs(model, batch.data)
+                loss = task.total_loss(in_float32(outputs), targets, len(batch)).double()
             total += loss
             if metrics:
                 kept.append(cast((in_float32(logits_of(outputs)), targets), device=torch.device("cpu")))

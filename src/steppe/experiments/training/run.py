@@ -22,6 +22,7 @@ from steppe.experiments.errors import ExperimentError, from_task, place, typed
 from steppe.experiments.storage.checkpoints import CheckpointManager
 from steppe.experiments.storage.records import AVERAGE, AVERAGED, HALVES, RECORD_FIELDS, Record, parse_records
 from steppe.experiments.tasks.batches import Batch, Epochs
+from steppe.experiments.tasks.failing import naming_samples, samples_of
 from steppe.experiments.tasks.samples import (
     RandomStream,
     Samples,
@@ -153,7 +154,8 @@ class Training:
         if self.world.size > 1:  # the states of the other processes are in no checkpoint
             seed_generators(seed := seed_of(self.run.seed, self.epoch, self.batch))
             torch.manual_seed(seed)  # of all devices
-        loss, cost = self._take_step(batch)
+        with naming_samples(self.task, self.network, self.samples["train"], batch):
+            loss, cost = self._take_step(batch)
         if not cost:
             raise RuntimeError(
                 f"{type(self.step_function).__name__} took a step without evaluating the network through `forward`: "
@@ -322,7 +324,7 @@ def train(
             raise
         raise ExperimentError(
             f"{run.name} ended in epoch {training.epoch + 1}, after step {training.steps:,}: the task's model, loss "
-            f"or data raised an error ({typed(error)}){place(error)}"
+            f"or data raised an error ({typed(error)}){place(error)}{samples_of(error)}"
         ) from error
     reporter.end(run, training.records)
     return training.records

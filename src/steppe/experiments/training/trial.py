@@ -11,6 +11,7 @@ from torch import Tensor
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError, place, typed
 from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.tasks.failing import samples_of
 from steppe.experiments.tasks.samples import generators_restored
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.run import Training
@@ -39,7 +40,9 @@ def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> 
         except Exception as error:
             if lost_connection(error):
                 raise
-            reason = str(error) if isinstance(error, ExperimentError) else f"{typed(error)}{place(error)}"
+            reason = (
+                str(error) if isinstance(error, ExperimentError) else f"{typed(error)}{place(error)}{samples_of(error)}"
+            )
             raise ExperimentError(f"{method} cannot train this task: {reason}") from error
 
 
