@@ -1,0 +1,130 @@
+"""Render what a recipe showed: the radii chosen on held-out data, the means, and the differences to every control."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean
+from typing import Any
+
+from evidence.recipes import EVIDENCE
+from markdown_tables import mean_and_sd, row
+from results import Result
+from steppe.experiments.analysis.metric_verdicts import CONTROLS
+from steppe.experiments.analysis.statistics import Estimate
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.storage.records import AVERAGED
+
+_BETTER = "better"
+
+
+def recipe_of(result: Result) -> str:
+    """Return the name of a result's recipe."""
+    return result.name.removeprefix("evidence_").replace("_", "-")
+
+
+def render(result: Result) -> str:
+    """Return the tables of a recipe, with the commands that made them."""
+    measures, settings = EVIDENCE[recipe_of(result)].measures, result.data["settings"]
+    return "\n".join(
+        [
+            *_commands(settings),
+            "",
+            *_trials(settings),
+            "",
+            "Means and standard deviations, on the test data:",
+            "",
+            *_means(settings, measures),
+            "",
+            "Differences to the base, paired by seed, with 95 % intervals; **bold** is better beyond chance:",
+            "",
+            *_differences(settings, measures),
+            "",
+            result.source,
+        ]
+    )
+
+
+def verdicts(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
+    """Return the verdicts of a summary by method and measure."""
+    every = [*summary["verdicts"], *summary.get("robustness", []), *summary.get("forgetting", [])]
+    return {(verdict["method"], verdict["metric"]["name"]): verdict for verdict in every}
+
+
+def label(method: str) -> str:
+    """Return the label of a method's spec."""
+    return MethodSpec.parse(method).label
+
+
+def _commands(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the commands that chose the radii and that confirmed them."""
+    yield "Chosen on held-out data, and confirmed by:"
+    yield ""
+    yield "```"
+    for found in settings.values():
+        yield found["search"]
+        yield found["command"]
+    yield "```"
+
+
+def _trials(settings: Mapping[str, Any]) -> Iterator[str]:
+    """Yield what was found on the held-out data at each radius."""
+    runs = {len(trial["found"]) for found in settings.values() for trial in found["trials"]}
+    yield f"Held-out data, mean of {max(runs)} runs at each radius:"
+    yield ""
+    for setting, found in settings.items():
+        for method in dict.fromkeys(trial["method"] for trial in found["trials"]):
+            tried = sorted((t for t in found["trials"] if t["method"] == method), key=lambda t: t["values"]["rho"])
+            means = ", ".join(f"{t['values']['rho']:g}: {fmean(t['found']):.2f}" for t in tried)
+            yield f"- {setting + ', ' if setting else ''}{label(method)}: {means}"
+
+
+def _means(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str]:
+    """Yield the table of means: a row for each method and for the base with averaged weights."""
+    first = next(iter(settings.values()))["summary"]["rows"][0]
+    shown = [name for name in measures if f"test_{name}" in first]
+    named = _columns(settings)
+    yield row([*named, "method", *shown, "train accuracy", "passes", "runs"])
+    yield "|" + "---|" * (len(named) + 1) + "---:|" * (len(shown) + 3)
+    for setting, found in settings.items():
+        for i, each in enumerate(found["summary"]["rows"]):
+            name = label(each["method"])
+            cells = [_mean(each, f"test_{measure}") for measure in shown]
+            costs = [_mean(each, "train_accuracy"), f"{each['passes']['mean']:.2f}", str(each["passes"]["n"])]
+            yield row([*(["" if i else setting] if named else []), name, *cells, *costs])
+            if i == 0:
+                averaged = [_mean(each, f"test_{measure}{AVERAGED}") for measure in shown]
+                yield row([*([""] if named else []), f"{name}, averaged weights", *averaged, "", "", costs[-1]])
+
+
+def _columns(settings: Mapping[str, Any]) -> list[str]:
+    """Return the heading of the settings; none where there is only one."""
+    return ["setting"] if len(settings) > 1 else []
+
+
+def _mean(values: Mapping[str, Any], name: str) -> str:
+    return mean_and_sd(Estimate(**values[name])) if name in values else "–"
+
+
+def _differences(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str]:
+    """Yield the table of differences: a row for each method and measure, a column for each control."""
+    named = _columns(settings)
+    yield row([*named, "method", "measure", *(control.phrase for control in CONTROLS.values())])
+    yield "|" + "---|" * (len(named) + 2) + "---:|" * len(CONTROLS)
+    for setting, found in settings.items():
+        by_name = verdicts(found["summary"])
+        methods = dict.fromkeys(method for method, _ in by_name)
+        for method in methods:
+            for i, measure in enumerate(name for name in measures if (method, name) in by_name):
+                compared = {each["control"]: each for each in by_name[method, measure]["comparisons"]}
+                cells = ["" if i else label(method), measure, *(_difference(compared.get(name)) for name in CONTROLS)]
+                is_first = method == next(iter(methods)) and i == 0
+                yield row([*([setting if is_first else ""] if named else []), *cells])
+
+
+def _difference(comparison: Mapping[str, Any] | None) -> str:
+    if comparison is None:
+        return "–"
+    difference = comparison["difference"]
+    text = f"{difference['mean']:+.2f}"
+    if difference["interval_95"] is not None:
+        low, high = difference["interval_95"]
+        text += f" [{low:+.2f}, {high:+.2f}]"
+    return f"**{text}**" if comparison["verdict"] == _BETTER else text

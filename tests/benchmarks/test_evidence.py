@@ -1,0 +1,128 @@
+"""benchmarks/evidence: searches and comparisons by one command, and the pages that show them."""
+
+import json
+from pathlib import Path
+
+import pytest
+from tiny import command_line
+
+import make_evidence
+import results
+from evidence import recipes, run
+from evidence.recipes import EVIDENCE, Evidence
+from evidence.table import render
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.recipe import Recipe
+
+TINY = ["--width", "2", "--device", "cpu", "--no-amp"]
+
+
+def test_every_experiment_is_a_recipe_with_a_page() -> None:
+    for name, evidence in EVIDENCE.items():
+        assert name in RECIPES
+        assert str(RECIPES[name][0].comparison.methods[0]) == evidence.base
+        assert RECIPES[name][0].comparison.seeds == 10
+        assert (make_evidence.PAGES / f"{name}.md").exists()
+        assert f"({name}.md)" in (make_evidence.PAGES / "README.md").read_text("utf-8")
+
+
+def test_pages_show_the_results() -> None:
+    for name in EVIDENCE:
+        text = (make_evidence.PAGES / f"{name}.md").read_text("utf-8")
+        assert make_evidence.page(name, text) == text, "run python scripts/make_evidence.py"
+
+
+def test_recipes_have_the_radii_that_were_chosen() -> None:
+    for name in EVIDENCE:
+        for result in make_evidence.found(name):
+            chosen = [found["chosen"] for found in result.data["settings"].values()]
+            methods = [str(method) for method in RECIPES[name][0].comparison.methods]
+            assert any(set(specs) <= set(methods) for specs in chosen), name
+
+
+def summary(difference: float) -> dict[str, object]:
+    estimate = {"n": 3, "mean": 80.0, "sd": 1.0}
+    compared = {"mean": difference, "half_width_95": 1.0, "interval_95": [difference - 1, difference + 1]}
+    verdict = {
+        "method": "sam:rho=0.1",
+        "base": "sgd",
+        "metric": {"name": "accuracy", "higher_is_better": True, "unit": "%"},
+        "comparisons": [
+            {"control": "equal_compute", "difference": compared, "verdict": "better" if difference > 1 else "worse"},
+            {"control": "averaged_weights", "difference": compared | {"interval_95": None}, "verdict": ""},
+        ],
+    }
+    rows = [
+        {"method": method, "test_accuracy": estimate, "train_accuracy": estimate, "passes": estimate}
+        for method in ("sgd", "sam:rho=0.1")
+    ]
+    rows[0]["test_accuracy (ema)"] = estimate | {"mean": 81.5}
+    return {"rows": rows, "verdicts": [verdict]}
+
+
+def result(**settings: float) -> results.Result:
+    trials = [
+        {"method": "sam", "values": {"rho": 0.2}, "found": [70.0, 71.0]},
+        {"method": "sam", "values": {"rho": 0.1}, "found": [75.0, 76.0]},
+    ]
+    found = {
+        name: {"search": "steppe tune x", "command": "steppe compare x", "trials": trials, "summary": summary(value)}
+        for name, value in settings.items()
+    }
+    return results.Result(
+        "evidence_noisy_labels", "a machine", False, "2026-11-29", "c", "2.13", {}, {"settings": found}
+    )
+
+
+def test_tables_have_means_controls_and_the_search() -> None:
+    text = render(result(low=5.0, high=-3.0))
+    assert "- low, SAM: 0.1: 75.50, 0.2: 70.50" in text
+    assert "| low | SGD | 80.00±1.00 | 80.00±1.00 | 80.00 | 3 |" in text
+    assert "|  | SGD, averaged weights | 81.50±1.00 |" in text
+    assert "| low | SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** | – | – | +5.00 |" in text
+    assert "| high | SAM (rho 0.1) | accuracy | -3.00 [-4.00, -2.00] | – | – | -3.00 |" in text
+
+
+def test_one_setting_needs_no_column() -> None:
+    assert "| SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** |" in render(result(**{"": 5.0}))
+
+
+def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    monkeypatch.setattr(
+        run, "EVIDENCE", {"corruptions": Evidence(["sam"], settings={"tiny": TINY}, search=["rho=0.05,0.4"])}
+    )
+    monkeypatch.setattr(run, "_steppe", lambda words: command_line(list(words), draws=False))
+    monkeypatch.chdir(tmp_path)
+    words = ["run.py", "corruptions", "--tiny", "--runs-at-once", "1", "--results", str(tmp_path), "--machine", "m"]
+    monkeypatch.setattr("sys.argv", words)
+    run.main()
+    (file,) = tmp_path.glob("*/evidence_corruptions.json")
+    found = json.loads(file.read_text())["data"]["settings"]["tiny"]
+    best = max(found["trials"], key=lambda trial: sum(trial["found"]))
+    assert found["chosen"] == [f"sam:rho={best['values']['rho']}"]
+    assert [row["method"] for row in found["summary"]["rows"]] == ["sgd", *found["chosen"]]
+    seeds = {
+        name: sorted({int(path.name.partition("seed")[2]) for path in tmp_path.glob(f"runs/evidence/{name}/runs/*")})
+        for name in ("corruptions-tiny",)
+    }
+    assert seeds == {"corruptions-tiny": [0, 1]}
+    assert {path.name.partition("seed")[2] for path in tmp_path.glob("runs/evidence/*-tune/trials/*/runs/*")} == {
+        "100",
+        "101",
+    }
+
+
+def test_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr("sys.argv", ["run.py", "noisy"])
+    with pytest.raises(SystemExit):
+        run.main()
+    assert "'noisy' is not one of noisy-labels" in capsys.readouterr().err
+
+
+def test_searches_do_not_use_the_seeds_of_the_comparison() -> None:
+    assert max(recipe.comparison.seeds for recipe, _ in RECIPES.values()) <= run.FIRST_SEARCH_SEED
+    assert Recipe().comparison.first_seed == 0
+    assert recipes.RADII.startswith("rho=")
