@@ -319,6 +319,19 @@ def test_code_that_cannot_be_compiled_is_named_by_its_file(name: str, file: str,
     )
 
 
+def test_changed_code_is_measured_again_with_a_note(user_folder: Path) -> None:
+    (user_folder / "own_loss.py").write_text("from torch.nn.functional import cross_entropy as loss")
+    for _ in range(2):
+        assert "Note:" not in user_code.go(weights=weights(1), loss="own_loss:loss")
+    before = written("w1")["measures"]
+    (user_folder / "user_module.py").write_text(user_code.CODE.replace("nn.Tanh()", "nn.Sigmoid()"))
+    sys.modules.pop("user_module")
+    said = user_code.go(weights=(Path("w1.pt"),), loss="own_loss:loss", width=1000)
+    assert "Note: since w1 was measured here, the code of user_module:net (SHA-256 " in said
+    assert written("w1")["measures"] != before
+    assert "Note:" not in user_code.go(weights=(Path("w1.pt"),), loss="own_loss:loss")
+
+
 def test_changed_weights_are_measured_again_with_a_note(user_folder: Path) -> None:
     file = Path("w.pth")
     torch.save(user_code.net(2).state_dict(), file, _use_new_zipfile_serialization=False)

@@ -1,5 +1,6 @@
 """Measure the flatness of a user's model, from files of its weights, on the user's data."""
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -18,12 +19,13 @@ from steppe.experiments.figures.flatness import draw
 from steppe.experiments.measuring import user_inputs
 from steppe.experiments.measuring.flatness_table import TITLE, FlatnessTable
 from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all
+from steppe.experiments.storage.environment import digest_of_module
 from steppe.experiments.storage.files import write_atomically, write_checked
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Budget, Flatness, Objective, normalized_logits
 from steppe.flatness._batches import Batches
 
-_DIGESTS = {"weights_sha256", "data_sha256"}
+_DIGESTS = {"weights_sha256", "data_sha256", "code_sha256"}
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 
 
@@ -105,6 +107,15 @@ class UserModel:
             with entry_points.one_line_errors(f"--data {self.data}: iterating over it raised "):
                 return data, user_inputs.digest_of_data(data)
 
+    def digest_of_code(self) -> str:
+        """Return the SHA-256 of the files of the modules that are named, but not of the modules that they import."""
+        modules = set[str]()
+        for option, name in self.entry_points().items():
+            if name and name.partition(".")[0] != "torch":
+                entry_points.load_entry_point(option, name)
+                modules.add(name.partition(":")[0])
+        return hashlib.sha256(" ".join(f"{m} {digest_of_module(m)}" for m in sorted(modules)).encode()).hexdigest()
+
     def function(self, option: str) -> Callable[..., Tensor]:
         name = getattr(self, option)
         found = entry_points.load_entry_point(option, name)
@@ -123,6 +134,7 @@ class UserModelJob:
     weights: Path | None
     weights_sha256: str
     data_sha256: str
+    code_sha256: str
     model: UserModel
     options: MeasuringOptions
 
@@ -133,7 +145,7 @@ class UserModelJob:
     def is_measured(self, console: Console) -> bool:
         """True if the file holds measures of these weights and data, with these options.
 
-        Prints a note if they are of other weights or other data under the same names: nothing but the digest tells a
+        Prints a note if they are of other weights, data or code under the same names: nothing but the digest tells a
         damaged file that can still be read from an intact one.
         """
         _, content = read_flatness_file(self.path)
@@ -146,7 +158,11 @@ class UserModelJob:
         before, now = content["inputs"], self.inputs()
         changed = [key for key in before | now if before.get(key) != now.get(key)]
         if changed and set(changed) <= _DIGESTS and content.get("weights") == str(self.weights):
-            names = {"weights_sha256": str(self.weights or self.model.model), "data_sha256": self.model.data}
+            names = {
+                "weights_sha256": str(self.weights or self.model.model),
+                "data_sha256": self.model.data,
+                "code_sha256": f"the code of {self.model.model}",
+            }
             digests = [f"{names[k]} (SHA-256 {str(before.get(k))[:12]}, now {str(now[k])[:12]})" for k in changed]
             print_line(
                 console,
@@ -157,7 +173,11 @@ class UserModelJob:
 
     def inputs(self) -> dict[str, Any]:
         """Return everything that the numbers depend on."""
-        digests = {"weights_sha256": self.weights_sha256, "data_sha256": self.data_sha256}
+        digests = {
+            "weights_sha256": self.weights_sha256,
+            "data_sha256": self.data_sha256,
+            "code_sha256": self.code_sha256,
+        }
         return {**self.model.entry_points(), **digests, **self.options.settings()}
 
     def save(self, found: Flatness) -> None:
@@ -232,10 +252,11 @@ def _jobs(model: UserModel, options: MeasuringOptions) -> list[UserModelJob]:
                 "confidence of the verdict"
             )
     _, data_sha256 = model.samples(options)
+    code_sha256 = model.digest_of_code()
     names = _names(paths) or [model.model.partition(":")[2]]
     files: list[Path | None] = [*paths] or [None]
     return [
-        UserModelJob(name, path, sha256, data_sha256, model, options)
+        UserModelJob(name, path, sha256, data_sha256, code_sha256, model, options)
         for name, path, sha256 in zip(names, files, digests, strict=True)
     ]
 

@@ -29,7 +29,7 @@ def record_session(path: Path, command: Sequence[str], console: Console, task: s
 
     So has the software if the file of `task`, package.module:name, is another one than before.
     """
-    now = describe(command) | ({TASK_CODE: _digest_of_module(task)} if task else {})
+    now = describe(command) | ({TASK_CODE: digest_of_module(task)} if task else {})
     try:
         sessions = read_text(path, _sessions, "the record of earlier sessions is lost, and begun again") or [now]
     except FileNotFoundError:
@@ -91,8 +91,8 @@ def _cpu() -> str:
         return platform.processor() or platform.machine()
 
 
-def _digest_of_module(name: str) -> str | None:
-    """Return the SHA-256 of the file of an imported module, package.module:name; None if it has none."""
+def digest_of_module(name: str) -> str | None:
+    """Return the SHA-256 of the file of an imported module, package.module[:name]; None if it has none."""
     file = getattr(sys.modules.get(name.partition(":")[0]), "__file__", None)
     try:
         return None if file is None else hashlib.sha256(Path(file).read_bytes()).hexdigest()
