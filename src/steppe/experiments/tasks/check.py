@@ -111,7 +111,10 @@ def _first(samples: Samples, world: World) -> Any:
 
 
 def _is_sample(batch: Any) -> bool:
-    return isinstance(batch, tuple | list) and len(batch) > 1 and isinstance(batch[-1], Tensor) and not batch[-1].dim()
+    """True if the target is a number or a tensor of one, and no tensor of the targets of several samples."""
+    if not isinstance(batch, tuple | list) or len(batch) < 2:
+        return False
+    return isinstance(batch[-1], int | float) or (isinstance(batch[-1], Tensor) and not batch[-1].dim())
 
 
 def _same(one: Any, other: Any) -> bool:
