@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from own_tasks import classifier, data, result
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
@@ -70,10 +69,3 @@ def test_sample_is_named_by_its_place_in_the_data_of_the_user_where_some_are_hel
         task = classifier(train=damaged(position))
         with pytest.raises(ExperimentError, match=f"with sample {position} of train, counted from 0"):
             tune(task, ["sam"], hold_out=4, out=tmp_path / str(position), quiet=True, **grid)
-
-
-def test_generators_and_mode_of_the_model_are_unchanged_by_the_search(tmp_path: Path) -> None:
-    torch.manual_seed(3)
-    before = torch.get_rng_state()
-    message(classifier(train=damaged(17)), tmp_path)
-    assert torch.equal(torch.get_rng_state(), before)
