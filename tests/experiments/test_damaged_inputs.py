@@ -312,11 +312,36 @@ def test_code_that_cannot_be_compiled_is_named_by_its_file(name: str, file: str,
         compare(of_task(user_modules / "out"), ["steppe"], Console(quiet=True))
     assert "\n" not in str(error.value)
     assert len(str(error.value)) < 500
+    if name in ("syntax", "encoding", "brackets"):
+        assert f", at {user_modules / file}:" in str(error.value)
     assert (
         str(user_modules / file) in str(error.value)
         or f"import {Path(file).stem}" in str(error.value)
         or ("from helper_of_task import width" in str(error.value))
     )
+
+
+def test_another_activation_in_the_configuration_is_another_backbone(saved: Path, tmp_path: Path) -> None:
+    hub = Path(shutil.copytree(saved, tmp_path / "hub"))
+    start = Start(f"hf:{hub}", tmp_path / "run")
+    start(Console(quiet=True))
+    config = (hub / "config.json").read_text()
+    (hub / "config.json").write_text(config.replace('"relu"', '"gelu"'))  # the weights are the same
+    with pytest.raises(ExperimentError, match="started from other weights"):
+        start(Console(quiet=True))
+    (hub / "config.json").write_text(config.replace("LABEL_", "CLASS_"))  # the head is replaced
+    start(Console(quiet=True))
+
+
+def test_changed_file_of_a_task_is_noted(user_modules: Path, tmp_path: Path) -> None:
+    file, printed = user_modules / "damaged_task.py", []
+    for code in (TASK, TASK, TASK.replace("lr=0.02", "lr=0.03")):
+        file.write_text(code)
+        forget()
+        console = Console(file=io.StringIO(), width=1000)
+        compare(of_task(tmp_path / "run"), ["steppe"], console, ExecutionOptions(runs_at_once=1))
+        printed.append("the file of damaged_task:task was changed" in output(console))
+    assert printed == [False, False, True]
 
 
 def test_changed_code_is_measured_again_with_a_note(user_folder: Path) -> None:
