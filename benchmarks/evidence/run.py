@@ -42,6 +42,7 @@ def main() -> None:
         evidence, found = EVIDENCE[name], dict[str, Any]()
         for setting, options in evidence.settings.items():
             found[setting] = confirm(name, setting, options, evidence, args)
+            args.command = f"python benchmarks/evidence/run.py {name}"
             results.save(f"evidence_{name.replace('-', '_')}", {"settings": found}, args)
 
 
@@ -52,16 +53,15 @@ def confirm(
     folder = args.out / "-".join([name, *setting.replace("%", "").split()])
     searched = folder.with_name(f"{folder.name}-tune")
     shared = [name, *options, *(_TINY if args.tiny else [])]
-    if args.runs_at_once is not None:
-        shared += ["--runs-at-once", args.runs_at_once]
+    how_many = [] if args.runs_at_once is None else ["--runs-at-once", args.runs_at_once]
     seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
     how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline", "--search", *evidence.search]
     search = ["tune", *shared, "--methods", *evidence.tuned, *seeds, *how]
-    _steppe([*search, "--out", str(searched)])
+    _steppe([*search, *how_many, "--out", str(searched)])
     chosen = json.loads((searched / "summary.json").read_text("utf-8"))
     best = [one["spec"] for one in chosen["best"]]
     comparison = ["compare", *shared, "--methods", evidence.base, *best, *evidence.others]
-    _steppe([*comparison, "--out", str(folder)])
+    _steppe([*comparison, *how_many, "--out", str(folder)])
     return {
         "search": shlex.join(["steppe", *search]),
         "command": shlex.join(["steppe", *comparison]),

@@ -6,7 +6,6 @@ from typing import Any
 
 from presets.method import register
 from results import Result
-from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.records import Record, parse_records
 from steppe.flatness import Flatness
@@ -31,9 +30,10 @@ def comparison(found: Sequence[Result], setting: str = "") -> Comparison:
     seeds = sorted({outcome["seed"] for outcome in outcomes})
     recipe = Recipe.from_json(found[0].data["recipes"][setting])
     recipe = recipe.replace(first_seed=seeds[0], seeds=len(seeds))
+    methods = {str(method): method for method in [*recipe.comparison.methods, *recipe.controls()]}
     records, flatness, failures = {}, {}, []
     for outcome in outcomes:
-        run = Run(recipe, MethodSpec.parse(outcome["method"]), outcome["seed"])
+        run = Run(recipe, methods[outcome["method"]], outcome["seed"])
         if "failed" in outcome:
             failures.append(f"{run.name}: {outcome['failed']}")
         else:
@@ -49,15 +49,17 @@ def comparison(found: Sequence[Result], setting: str = "") -> Comparison:
 def description(found: Sequence[Result]) -> str:
     """Describe how the runs were trained, and how long that took."""
     data: Mapping[str, Any] = found[0].data
-    recipe = Recipe.from_json(next(iter(data["recipes"].values())))
+    recipe, *others = map(Recipe.from_json, data["recipes"].values())
     switches = {
         "float32": not recipe.hardware.amp,
         "bfloat16": recipe.hardware.amp,
         "channels-last": recipe.hardware.channels_last,
         "compiled": recipe.hardware.compile,
-        "CUDA graphs where the method allows it": recipe.hardware.cuda_graphs,
+        "CUDA graphs where the method allows it": recipe.hardware.cuda_graphs and recipe.training.is_constant,
     }
-    used = ", ".join(name for name, on in switches.items() if on) if len(data["recipes"]) == 1 else "both precisions"
+    used = ", ".join(name for name, on in switches.items() if on)
+    if any(other.hardware.amp != recipe.hardware.amp for other in others):
+        used = "both precisions"
     minutes = sum(result.data["seconds"] for result in found) / 60
     fewer = f" Only {data['fewer_epochs']}." if data["fewer_epochs"] else ""
     return f"Trained with {used}; all runs together took {minutes:.0f} minutes, including measurements.{fewer}"

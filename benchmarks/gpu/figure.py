@@ -9,7 +9,7 @@ from gpu.measurements import load_all_seeds
 from results import Result
 from steppe.experiments.figures import curves
 
-FIGURES = {"article": "overview", "pareto": "pareto"}
+FIGURES = {"article": "overview", "annealed": "pareto", "pareto": "pareto"}
 """Results with a figure, and its name in a comparison."""
 
 

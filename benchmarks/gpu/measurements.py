@@ -1,7 +1,7 @@
 """The measurements that need a GPU, the most valuable first, with the script and the options of each."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -25,17 +25,24 @@ PARETO_METHODS = (
 PRESETS: tuple[str, ...] = ("sam:rho=0.1", "looksam:rho=0.05", "looksam:rho=0.1")
 """The best methods of the search on the sample, and SAM with the same radius, for the article's setting."""
 
+WRONG_LABELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
+    {f"{100 * share:.0f} % wrong": MappingProxyType({"label_noise": share}) for share in (0.2, 0.4, 0.6)}
+)
+
 PRECISIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"bfloat16": {"amp": True}, "float32": {"amp": False}})
 
 
 @dataclass(frozen=True)
 class Training:
-    """Runs of the recipe `article`, one after the other."""
+    """Runs of a recipe at the article's size, one after the other: the methods and their controls, for each seed."""
 
-    methods: Sequence[str] = ("sgd", "sam")
+    methods: Sequence[str] = ()
+    """By default those of the recipe."""
     seeds: Sequence[int] = (0,)
     epochs: int = 150
     """Standardized epochs."""
+    recipe: str = "article"
+    """The recipe of `steppe compare`; it is trained on the data, in the batches and at the width of `article`."""
     extra_epochs: int = 0
     eval_every: int = 5
     settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: {"": {}})
@@ -43,7 +50,10 @@ class Training:
     flatness: bool = False
     """Measure the flatness of the weights after `epochs` and at the end."""
     minutes: float | None = None
-    """Time limit: train for fewer epochs if all of them would take longer, by the measured time of `article-0`."""
+    """Time limit: train for fewer epochs if all of them would take longer, by the measured time of `article-0`.
+
+    A recipe whose learning rate changes takes longer than that, because its steps are not replayed as CUDA graphs.
+    """
     same_epochs_as: str | None = None
     """Train for as many epochs as the measurement of this name."""
 
@@ -84,6 +94,28 @@ class Measurement:
         )
 
 
+EVIDENCE: Mapping[str, tuple[str, Training]] = MappingProxyType(
+    {
+        "noisy-labels": (
+            "SAM on wrong labels",
+            Training(recipe="noisy-labels", epochs=60, eval_every=4, settings=WRONG_LABELS, minutes=30),
+        ),
+        "annealed": (
+            "SAM and its cheap variants with a cosine schedule",
+            Training(recipe="annealed", epochs=40, eval_every=4, minutes=30),
+        ),
+        "vit": (
+            "SAM in a vision transformer with AdamW",
+            Training(recipe="vit", epochs=40, eval_every=4, minutes=30),
+        ),
+    }
+)
+"""The recipes of benchmarks/evidence that are measured at full size, each with its title and a training of one seed."""
+
+SEEDS = (0, 1, 2)
+"""The seeds of the measurements that have one for each seed."""
+
+
 def measurements() -> list[Measurement]:
     """Return all measurements, the most valuable first."""
     correctness = "do the tests pass on this device?"
@@ -98,6 +130,7 @@ def measurements() -> list[Measurement]:
         Measurement("epoch", "images per second of each method", "epoch/run.py", 8),
         _article(1),
         _article(2),
+        *(_evidence(recipe, seed) for recipe in EVIDENCE for seed in SEEDS),
         _training("precision", "is bfloat16 as accurate as float32?", precision),
         _pareto(0),
         _pareto(1),
@@ -119,6 +152,12 @@ def _training(name: str, title: str, training: Training) -> Measurement:
 def _article(seed: int) -> Measurement:
     training = Training(seeds=(seed,), extra_epochs=50, flatness=True)
     return _training(f"article-{seed}", f"the article's experiment, seed {seed}", training)
+
+
+def _evidence(recipe: str, seed: int) -> Measurement:
+    title, training = EVIDENCE[recipe]
+    training = replace(training, seeds=(seed,), same_epochs_as=f"{recipe}-0" if seed else None)
+    return _training(f"{recipe}-{seed}", f"{title}, seed {seed}", training)
 
 
 def _pareto(seed: int) -> Measurement:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from gpu.measurements import load_all_seeds, measurements
+from gpu.measurements import EVIDENCE, SEEDS, load_all_seeds, measurements
 from gpu.session import Session
 from gpu.table import RENDER
 from steppe.experiments.training.stopping import Stop
@@ -18,7 +18,7 @@ from steppe.experiments.training.stopping import Stop
 INTERRUPTED = "article-0"
 """The training that is interrupted after its first evaluation, and then resumed."""
 
-REPEATED = ("article-2", "pareto-1", "pareto-2")
+REPEATED = ("article-2", *(f"{name}-{seed}" for name in ("pareto", *EVIDENCE) for seed in SEEDS[1:]))
 """Measurements that differ from others only by their seeds: left out unless they are selected."""
 
 

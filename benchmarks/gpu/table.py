@@ -1,8 +1,10 @@
 """Render the results as Markdown."""
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 
 from gpu.comparison import Comparison, comparison, description
+from gpu.measurements import EVIDENCE
 from markdown_tables import difference, mean_and_sd, row
 from results import Result
 from steppe.experiments.analysis.statistics import estimate
@@ -30,9 +32,11 @@ def correctness(found: Sequence[Result]) -> str:
 
 
 def training(found: Sequence[Result]) -> str:
-    """Return the rows and verdicts of a comparison, as `steppe compare` writes them, and the verdict on flatness."""
-    known = comparison(found)
-    lines = [description(found), "", *_summary(known), *_flatness(known), *_failures(known)]
+    """Return the rows and verdicts of each setting, as `steppe compare` writes them, and the verdict on flatness."""
+    lines = [description(found)]
+    for setting in found[0].data["recipes"]:
+        known = comparison(found, setting)
+        lines += ["", *_summary(known), *_flatness(known), *_failures(known)]
     return _with_sources(lines, found)
 
 
@@ -61,6 +65,7 @@ def precision(found: Sequence[Result]) -> str:
 RENDER: Mapping[str, Callable[[Sequence[Result]], str]] = {
     "correctness": correctness,
     "article": training,
+    **dict.fromkeys(EVIDENCE, training),
     "precision": precision,
     "pareto": training,
     "presets": training,
@@ -69,9 +74,9 @@ RENDER: Mapping[str, Callable[[Sequence[Result]], str]] = {
 
 
 def _summary(known: Comparison) -> list[str]:
-    # without its heading, because the page has its own
+    # without its headings, because the page has its own
     title, _, rest = summarize(known.recipe, known.records).markdown().partition("\n\n")
-    return [f"{title.removeprefix('# ')}.", "", rest.rstrip()]
+    return [f"{title.removeprefix('# ')}.", "", re.sub(r"^#+ (.*)$", r"\1:", rest, flags=re.MULTILINE).rstrip()]
 
 
 def _flatness(known: Comparison) -> list[str]:

@@ -1,4 +1,4 @@
-"""Train the runs of one measurement with the recipe `article`; stopped by SIGTERM, it is resumed by the next call.
+"""Train the runs of one measurement, those of a recipe at the article's size; stopped by SIGTERM, it is resumed by the next call.
 
     python benchmarks/gpu/run.py --only article-0
 
@@ -44,6 +44,9 @@ from steppe.experiments.training.run import train  # noqa: E402
 from steppe.experiments.training.stopping import Stop, Stopped, on_signals  # noqa: E402
 from steppe.experiments.world import World, join  # noqa: E402
 
+_ARTICLE = RECIPES["article"][0]
+_SIZE = ("dataset", "batch_size")
+_SIZE_OF_RESNET = ("width", "stem_stride")
 _TINY_IMAGES = 320
 _SECONDS_PER_PASS = 2.0  # assumed where the article's experiment has not been measured
 
@@ -119,22 +122,29 @@ class TrainingRuns:
 
     def recipes(self) -> Iterator[tuple[str, Recipe]]:
         """Yield each setting with its recipe for this device."""
-        article = RECIPES["article"][0]
-        if self.args.tiny:
-            article = article.replace(dataset="sample", width=2, stem_stride=4, batch_size=64, threads=1)
-        else:
-            article = article.replace(data_dir=self.args.data)
-        recipe = article.replace(
-            methods=tuple(self.training.methods),
-            first_seed=self.training.seeds[0],
-            seeds=len(self.training.seeds),
-            epochs=self.plan["epochs"],
-            extra_epochs=self.training.extra_epochs,
-            eval_every=self.training.eval_every,
-            device=self.args.device,
-        )
+        recipe = self._recipe().replace(epochs=self.plan["epochs"], extra_epochs=self.training.extra_epochs)
         for setting, fields in self.training.settings.items():
             yield setting, resolve(recipe.replace(**{**self.plan["configuration"], **fields}))
+
+    def _recipe(self) -> Recipe:
+        """Return the recipe of the training at the article's size, or at a tiny size, for any number of epochs."""
+        recipe, training = RECIPES[self.training.recipe][0], self.training
+        is_resnet = recipe.model.network == _ARTICLE.model.network
+        size: dict[str, Any]
+        if self.args.tiny:
+            size = {"dataset": "sample", "batch_size": 64, "threads": 1}
+            size |= {"width": 2, "stem_stride": 4} if is_resnet else {"width": 16}
+        else:
+            names = (*_SIZE, *(_SIZE_OF_RESNET if is_resnet else ()))
+            size = {name: _ARTICLE.options()[name] for name in names} | {"data_dir": self.args.data}
+        return recipe.replace(
+            **size,
+            **({"methods": tuple(training.methods)} if training.methods else {}),
+            first_seed=training.seeds[0],
+            seeds=len(training.seeds),
+            eval_every=training.eval_every,
+            device=self.args.device,
+        )
 
     def runs(self) -> Iterator[tuple[str, Run, Path]]:
         """Yield each run with the name of its setting and its folder."""
@@ -202,7 +212,8 @@ class TrainingRuns:
                 continue
             try:
                 with StoppingProgress(run, due, interrupt=interrupt) as progress:
-                    return train(run, folder, images_task(images, run.recipe), world, progress, stop)
+                    task = images_task(images, run.recipe, robustness=True)
+                    return train(run, folder, task, world, progress, stop)
             except Stopped:
                 if stop:
                     raise
@@ -236,7 +247,8 @@ class TrainingRuns:
             return same["epochs"], same["fewer_epochs"]
         if training.minutes is None:
             return training.epochs, None
-        trainings = len(training.methods) * len(training.seeds) * len(training.settings)
+        # a control has a part of the compute of the other runs
+        trainings = float(sum(run.method.share for run in self._recipe().runs())) * len(training.settings)
         seconds, source = self._seconds_per_pass()
         most = int(training.minutes * 60 / (trainings * seconds)) // training.eval_every * training.eval_every
         epochs = max(min(training.epochs, most), training.eval_every)

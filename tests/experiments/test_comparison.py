@@ -77,7 +77,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
     names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
     quantities = {"train_loss", "train_accuracy", "test_accuracy", "gap", "overview"}
-    figures = {"pareto", "robustness", *quantities, *(f"{quantity}_seconds" for quantity in quantities)}
+    figures = {"controls", "pareto", "robustness", *quantities, *(f"{quantity}_seconds" for quantity in quantities)}
     assert names == {
         *(".lock", "config.json", "environment.json", "summary.md", "summary.json", "report.html"),
         *(f"figures/{figure}.{suffix}" for figure in figures for suffix in ("png", "svg")),

@@ -1,4 +1,4 @@
-"""VisionTransformer is the papers' model: counted, and compared with a slow forward that loops over heads and patches."""
+"""VisionTransformer is the papers' model: counted, and compared with a slow forward that loops over heads."""
 
 import math
 

@@ -14,6 +14,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.wait import WebDriverWait
 from tiny import recipe
 
+from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.summary import summarize
 from steppe.experiments.analysis.verdicts import read_flatness, read_lines
 from steppe.experiments.config.recipe import Run
@@ -449,3 +450,20 @@ def test_contours_replace_surfaces_without_webgl(chrome: Chrome, page: Path) -> 
         assert severe(chrome) == []
     finally:
         chrome.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+def test_controls_are_on_the_page_with_the_words_of_the_summary(tmp_path: Path) -> None:
+    folder = made_up.folder(tmp_path / "run", recipe(seeds=3), robust=True)
+    page = Page(write(folder))
+    (verdict,) = json.loads((folder.path / "summary.json").read_text())["verdicts"]
+    assert len(verdict["comparisons"]) > 1
+    text = page.text.partition("Is it SAM, or would less have done?")[2].partition("Lines are means")[0]
+    row = text.partition("SAM")[2].partition("accuracy under")[0]
+    for each in verdict["comparisons"]:
+        assert CONTROLS[each["control"]].phrase in text
+        mean = f"{each['difference']['mean']:+.1f}".replace("-", "−")
+        assert mean in row
+        assert each["verdict"] in row
+    assert ("href", "#controls") in page.attributes
+    alone = Page(write(made_up.folder(tmp_path / "alone", recipe(seeds=1, methods=("sgd",)), measured=False)))
+    assert "Controls" not in alone.text

@@ -42,6 +42,10 @@ class Robustness(EndMeasures):
     verdicts: Mapping[str, Sequence[MetricVerdict]]
     """By measure."""
 
+    def main_verdicts(self) -> list[MetricVerdict]:
+        """Return the verdicts that have sentences."""
+        return [verdict for name in MAIN for verdict in self.verdicts.get(name, ())]
+
     def table(self) -> Table:
         """Return the table: a row for each method, a column for each measure."""
         rows = [
@@ -59,8 +63,7 @@ class Robustness(EndMeasures):
     def notes(self) -> Iterator[str]:
         """Yield the verdicts on the main measures in sentences, and the units of the table."""
         labels = {str(method): method.label for method in self.methods}
-        for name in MAIN:
-            yield from (verdict.sentence(labels) for verdict in self.verdicts.get(name, ()))
+        yield from (verdict.sentence(labels) for verdict in self.main_verdicts())
         yield READING
 
     def json(self) -> list[dict[str, Any]]:

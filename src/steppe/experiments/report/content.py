@@ -7,12 +7,13 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.analysis.metric_verdicts import MetricVerdict
+from steppe.experiments.analysis.metric_verdicts import CONTROLS, MetricVerdict
 from steppe.experiments.analysis.statistics import Decision, Estimate, estimate
 from steppe.experiments.analysis.summary import Summary
 from steppe.experiments.analysis.verdicts import CAVEATS
 from steppe.experiments.analysis.words import BAD, GOOD, NO_VERDICT, NOT_MEASURED
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.figures.controls import with_controls
 from steppe.experiments.report.numbers import change, spread
 from steppe.flatness import FAMILIES, Flatness
 
@@ -169,3 +170,27 @@ def _interval(value: Estimate) -> tuple[float, float] | None:
         return value.interval
     half = value.half_width
     return None if half is None else (value.mean - half, value.mean + half)
+
+
+def control_names(summary: Summary) -> Iterator[str]:
+    """Yield the heading of each control that a method was compared with."""
+    found = {each.control for verdict in with_controls(summary) for each in verdict.comparisons}
+    yield from (control.phrase for control in CONTROLS.values() if control in found)
+
+
+def control_rows(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]]:
+    """Yield a row for each method and measure: its differences to the base and to the controls, each with its word."""
+    methods = {str(method): method for method in recipe.comparison.methods}
+    verdicts = with_controls(summary)
+    found = {each.control for verdict in verdicts for each in verdict.comparisons}
+    for verdict in verdicts:
+        compared = [verdict.control(control) for control in CONTROLS.values() if control in found]
+        yield {
+            "method": methods[verdict.method],
+            "label": methods[verdict.method].label,
+            "measure": verdict.metric.name,
+            "cells": [
+                ("–", "") if each is None else (change(each.difference.mean, each.difference.interval), each.word)
+                for each in compared
+            ],
+        }

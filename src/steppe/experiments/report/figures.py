@@ -10,7 +10,7 @@ from markupsafe import Markup
 
 from steppe.experiments.analysis.summary import Summary, setting
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.figures import curves, robustness
+from steppe.experiments.figures import controls, curves, robustness
 from steppe.experiments.figures.curves import Extent, Quantity
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.figures.flatness import drawings as flatness_drawings
@@ -67,7 +67,7 @@ class Panel:
 class Figures:
     """Everything that is drawn of a run folder; `saved` are the drawings that belong into its folder figures/."""
 
-    SECTIONS = ("curves", "tracked", "pareto", "robustness", "gap_over", "spectra", "landscapes", "through")
+    SECTIONS = ("curves", "tracked", "controls", "pareto", "robustness", "gap_over", "spectra", "landscapes", "through")
     """The methods that yield the figures of a section, in this order: later ones may use earlier ones' choices."""
 
     def __init__(
@@ -97,6 +97,7 @@ class Figures:
         self.about_lines = ""
         drawings = [
             *curves.drawings(recipe, results),
+            *controls.drawings(recipe, summary),
             *robustness.drawings(recipe, summary),
             *flatness_drawings(self._groups, self._description),
         ]
@@ -130,6 +131,12 @@ class Figures:
             for column, cost in enumerate(costs):
                 about = f"{cost} against {title}, one point a method"
                 yield self._panel(f"pareto-{name}", self.saved["pareto"], 3 * row + column, about, cost=str(column))
+
+    def controls(self) -> Iterator[Panel]:
+        """How much better each method is than the base in each of its forms."""
+        if "controls" in self.saved:
+            about = "Differences to the base at equal compute and to its controls, one row a method and measure"
+            yield self._panel("controls", self.saved["controls"], 0, about)
 
     def robustness(self) -> Iterator[Panel]:
         """The accuracies on corrupted images and with rounded weights, and their differences to the first method."""

@@ -55,6 +55,8 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         columns=columns(summary.task),
         flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
         flatness_notes=content.footnotes(found),
+        control_names=list(content.control_names(summary)),
+        control_rows=list(content.control_rows(recipe, summary)),
         robustness_headlines=robustness.headlines(summary.robustness) if summary.robustness else [],
         robustness_reading=READING if summary.robustness else "",
         robustness_groups=list(robustness.groups(recipe, summary, summary.robustness)) if summary.robustness else [],

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from steppe.experiments.analysis.robustness import MAIN, Robustness
+from steppe.experiments.analysis.robustness import Robustness
 from steppe.experiments.analysis.summary import Summary
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.report.content import Headline, cells, generalization, subject
@@ -13,9 +13,8 @@ from steppe.experiments.robustness.records import Measure
 def headlines(robustness: Robustness) -> list[Headline]:
     """Return the verdicts on the main measures: one sentence for all methods it is true of."""
     words: dict[str, list[tuple[str, str]]] = {}
-    for name in MAIN:
-        for verdict in robustness.verdicts.get(name, ()):
-            words.setdefault(verdict.method, []).append((name, verdict.word))
+    for verdict in robustness.main_verdicts():
+        words.setdefault(verdict.method, []).append((verdict.metric.name, verdict.word))
     labels = {str(method): method.label for method in robustness.methods}
     groups: dict[tuple[tuple[str, str], ...], list[str]] = {}
     for method, found in words.items():

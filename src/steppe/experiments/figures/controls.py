@@ -1,0 +1,96 @@
+"""The differences to the base in each of its forms: at equal compute, and beside every control."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from steppe.experiments.analysis.metric_verdicts import CONTROLS, Control, MetricVerdict
+from steppe.experiments.analysis.summary import Summary
+from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.figures.drawing import Drawing
+from steppe.experiments.figures.style import COLORS, GREY, add_caption
+
+_TITLE, _LINE = 1.5, 0.17  # inches: what is above and below the rows, and each point's share
+_LEGEND_COLUMNS = 2
+
+
+@dataclass(frozen=True)
+class Row:
+    """A method in one measure: how much better it is than the base, in the form of each control, with an interval."""
+
+    label: str
+    found: Mapping[Control, tuple[float, float, float]]
+    """The mean and the ends of its interval; above zero is better, also of measures of which less is better."""
+
+
+def drawings(recipe: Recipe, summary: Summary) -> Iterator[Drawing]:
+    """Yield `controls` where a method was compared with one beside equal compute."""
+    verdicts = with_controls(summary)
+    if verdicts:
+        yield Drawing("controls", lambda: plot_controls(recipe, verdicts))
+
+
+def with_controls(summary: Summary) -> list[MetricVerdict]:
+    """Return the verdicts that have controls, in the unit of the deciding metric, grouped by method."""
+    robustness = [] if summary.robustness is None else summary.robustness.main_verdicts()
+    forgetting = [] if summary.forgetting is None else summary.forgetting.verdicts
+    unit = summary.task.deciding.unit
+    every = [*summary.verdicts, *robustness, *forgetting]
+    found = [verdict for verdict in every if len(verdict.comparisons) > 1 and verdict.metric.unit == unit]
+    methods = list(dict.fromkeys(verdict.method for verdict in found))
+    return sorted(found, key=lambda verdict: methods.index(verdict.method))
+
+
+def plot_controls(recipe: Recipe, verdicts: Sequence[MetricVerdict]) -> Figure:
+    """Draw a row for each method and measure, and in it a point with its interval for each control."""
+    labels = {str(method): method.label for method in recipe.comparison.methods}
+    several = len({verdict.method for verdict in verdicts}) > 1
+    rows = [_row(verdict, f"{labels[verdict.method]}: " if several else "") for verdict in verdicts]
+    figure = new_figure(rows)
+    (axes,) = figure.axes
+    base, unit = labels[verdicts[0].base], verdicts[0].metric.unit_of_change
+    ours = "" if several else f"{labels[verdicts[0].method]} "
+    axes.set_xlabel(f"{ours}better than {base} by, {unit}".rstrip(", "))
+    add_caption(figure, recipe, "bars are 95 % intervals of differences paired by seed")
+    return figure
+
+
+def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
+    """Return a figure of the rows, with a legend of the controls that they have."""
+    controls = [control for control in CONTROLS.values() if any(control in row.found for row in rows)]
+    figure = Figure(figsize=(width, _TITLE + _LINE * len(rows) * (len(controls) + 1)), layout="constrained")
+    axes = figure.subplots()
+    axes.axvline(0.0, color=GREY, linewidth=1.0, zorder=1)
+    for i, (control, color) in enumerate(zip(controls, COLORS, strict=False)):
+        place = ((i + 0.5) / len(controls) - 0.5) * len(controls) / (len(controls) + 1)
+        _plot_control(axes, control, color, [(y + place, row.found[control]) for y, row in _having(rows, control)])
+    axes.set_yticks(range(len(rows)), [row.label for row in rows])
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.tick_params(axis="y", length=0)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=_LEGEND_COLUMNS)
+    return figure
+
+
+def _having(rows: Sequence[Row], control: Control) -> list[tuple[int, Row]]:
+    return [(y, row) for y, row in enumerate(rows) if control in row.found]
+
+
+def _plot_control(
+    axes: Axes, control: Control, color: str, points: Sequence[tuple[float, tuple[float, float, float]]]
+) -> None:
+    y, found = zip(*points, strict=True)
+    means, lows, highs = zip(*found, strict=True)
+    axes.hlines(y, lows, highs, color=color, linewidth=1.4, zorder=2)
+    axes.plot(means, y, "o", color=color, markersize=5, label=f"the base {control.phrase}", zorder=3)
+
+
+def _row(verdict: MetricVerdict, prefix: str) -> Row:
+    sign, found = verdict.metric.better, {}
+    for each in verdict.comparisons:
+        difference = each.difference
+        ends = difference.interval or (difference.mean, difference.mean)
+        low, high = sorted(sign * end for end in ends)
+        found[each.control] = (sign * difference.mean, low, high)
+    return Row(f"{prefix}{verdict.metric.name}", found)
