@@ -104,6 +104,9 @@ PARTS = {
     "article": _training(
         "article", "Training loss, accuracies and gap over standardized epochs, at the article's setting"
     ),
+    "noisy-labels": _training("noisy-labels"),
+    "annealed": _training("annealed", "Cost against test accuracy and gap with a cosine schedule, at full size"),
+    "vit": _training("vit"),
     "precision": _training("precision"),
     "pareto": _training("pareto", "Cost against test accuracy and gap, at the article's setting"),
     "presets_search_bfloat16": _stage("presets_search_bfloat16"),

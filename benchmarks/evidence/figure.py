@@ -4,12 +4,16 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from matplotlib.figure import Figure
+
 from evidence.recipes import EVIDENCE
 from evidence.table import label, recipe_of, verdicts
 from results import Result
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
-from steppe.experiments.figures.controls import Row, new_figure
-from steppe.experiments.figures.style import use_style
+from steppe.experiments.analysis.statistics import estimate
+from steppe.experiments.figures.controls import Row, draw_rows, new_figure
+from steppe.experiments.figures.drawing import plot_mean
+from steppe.experiments.figures.style import styles_of, use_style
 
 Place = tuple[str, str, str]
 """Setting, method and measure."""
@@ -26,6 +30,31 @@ def draw(result: Result, path: Path) -> None:
     with use_style():
         figure = new_figure([_row(text, found[place]) for place, text in _labels(list(found)).items()])
         figure.axes[0].set_xlabel("better than the base by, percentage points; bars are 95 % intervals")
+        figure.savefig(path)
+
+
+def draw_headline(result: Result, path: Path, setting: str) -> None:
+    """Write the figure of the README: the accuracy over the compute in one setting, and all settings' differences."""
+    curves = result.data["settings"][setting]["curves"]
+    found = {
+        (name, method, measure): verdict
+        for name, of in result.data["settings"].items()
+        for (method, measure), verdict in verdicts(of["summary"]).items()
+        if measure == "accuracy"
+    }
+    with use_style():
+        rows = [_row(name, verdict) for (name, *_), verdict in found.items()]
+        figure = Figure(figsize=(11.0, 3.9), layout="constrained")
+        left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.3))
+        for style, points in zip(styles_of([label(method) for method in curves]), curves.values(), strict=True):
+            estimates = [estimate(runs) for _, *runs in points]
+            mean, sd = [one.mean for one in estimates], [one.sd or 0.0 for one in estimates]
+            plot_mean(left, style, [epoch for epoch, *_ in points], mean, sd)
+        left.set(title=f"{setting} training labels", xlabel="standardized epochs (equal compute)")
+        left.set_ylabel("test accuracy, %")
+        left.legend()
+        draw_rows(right, rows)
+        right.set_xlabel("SAM better than SGD by, points of test accuracy")
         figure.savefig(path)
 
 

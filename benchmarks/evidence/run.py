@@ -22,6 +22,7 @@ sys.path.insert(0, str(HERE.parent))
 
 import results  # noqa: E402
 from evidence.recipes import EVIDENCE, Evidence  # noqa: E402
+from steppe.experiments.storage.run_folder import RunFolder  # noqa: E402
 
 FIRST_SEARCH_SEED = 100
 _TINY = ["--epochs", "2", "--eval-every", "1", "--seeds", "2"]
@@ -68,6 +69,7 @@ def confirm(
         "trials": _trials(searched / "trials.jsonl", evidence.objective),
         "chosen": best,
         "summary": json.loads((folder / "summary.json").read_text("utf-8")),
+        "curves": _curves(folder),
     }
 
 
@@ -85,6 +87,18 @@ def _trials(path: Path, objective: str) -> list[dict[str, Any]]:
         for trial in trials
         if trial.get("state") == "complete"
     ]
+
+
+def _curves(path: Path) -> dict[str, list[list[float]]]:
+    """Return the accuracy on the test data during training: for each method, rows of standardized epoch and runs."""
+    folder = RunFolder(path)
+    recipe = folder.recipe().replace(out=path)
+    found: dict[str, dict[int, list[float]]] = {}
+    for run, records in folder.results(recipe).items():
+        for record in records:
+            of_method = found.setdefault(str(run.method), {})
+            of_method.setdefault(record.standardized_epoch, []).append(record["test_accuracy"])
+    return {method: [[epoch, *runs] for epoch, runs in sorted(of.items())] for method, of in found.items()}
 
 
 if __name__ == "__main__":

@@ -9,10 +9,13 @@ from dataclasses import replace
 import pytest
 from gpu_support import arguments, write_result
 
-from gpu import measurements, rehearsal, train
+from evidence.recipes import EVIDENCE
+from gpu import measurements, rehearsal, table, train
 from gpu.device_results import DeviceResults
-from gpu.measurements import WITHOUT_GRAPHS, Training
+from gpu.measurements import WITHOUT_GRAPHS, WRONG_LABELS, Training
+from results import Result
 from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.training.stopping import Stopped
 
@@ -160,6 +163,51 @@ def test_number_of_epochs_fits_the_time(tmp_path):
     assert "100 of 150 standardized epochs, for 10 minutes at 2 s per pass" in fewer["fewer_epochs"]
     write_result(device, "fewer", fewer)
     assert train.TrainingRuns("same", replace(training, same_epochs_as="fewer"), device).plan["epochs"] == 100
+
+
+def test_controls_count_by_their_part_of_the_time(tmp_path):
+    device = DeviceResults(arguments(tmp_path, tiny=False))
+    write_result(device, "article-0", {"runs": [{"records": [{"seconds": 300.0, "standardized_epoch": 150}]}]})
+    training = Training(("sgd", "sam"), recipe="annealed", minutes=10, eval_every=1)  # 300 passes for 2 1/2 runs
+    assert train.TrainingRuns("controlled", training, device).plan["epochs"] == 120
+
+
+@pytest.mark.parametrize("name", measurements.EVIDENCE)
+def test_evidence_differs_from_the_recipe_by_its_size(tmp_path, name):
+    runs = train.TrainingRuns(f"{name}-1", planned(f"{name}-1"), DeviceResults(arguments(tmp_path, tiny=False)))
+    recipe, article = (RECIPES[each][0] for each in (name, "article"))
+    found = dict(runs.recipes())
+    for setting, fields in planned(f"{name}-1").settings.items():
+        chosen, usual = found[setting].options(), recipe.options()
+        changed = {option for option, value in chosen.items() if value != usual[option]} - set(fields)
+        size = {"dataset", "batch_size", *(() if name == "vit" else ("width", "stem_stride"))}
+        about_runs = {"epochs", "eval_every", "first_seed", "seeds", "device", "amp", "cuda_graphs", "threads"}
+        assert size <= changed <= size | about_runs | {"channels_last"}
+        assert {option: chosen[option] for option in size} == {option: article.options()[option] for option in size}
+        assert {option: chosen[option] for option in fields} == fields
+        assert [run.seed for run in found[setting].runs()] == [1] * (
+            len(recipe.comparison.methods + (*recipe.controls(),))
+        )
+
+
+def test_wrong_labels_are_those_of_the_evidence():
+    options = {setting: ("--label-noise", str(found["label_noise"])) for setting, found in WRONG_LABELS.items()}
+    assert options == {setting: tuple(found) for setting, found in EVIDENCE["noisy-labels"].settings.items()}
+
+
+def test_runs_and_controls_are_measured_on_corrupted_images_and_rendered(tmp_path):
+    training = train.tiny(replace(planned("vit-0"), settings={"": {}, "20 % wrong": {"label_noise": 0.2}}))
+    runs = train.TrainingRuns("vit-0", training, DeviceResults(arguments(tmp_path)))
+    runs.train()
+    found = runs.result()
+    assert [run["method"] for run in found["runs"]] == ["adamw", "sam:rho=0.2", "adamw@1/2"] * 2
+    assert all("test_accuracy under corruptions" in run["records"][-1] for run in found["runs"])
+    text = table.training([Result("vit-0", "a device", False, "2026-11-29", "run.py", "2.13.0", {}, found)])
+    assert text.count("| SAM (rho 0.2) | 2 | 2.00 |") == 2
+    assert text.count("SAM (rho 0.2) at equal steps") == 2
+    assert text.count("| method | all corrupted |") == 2
+    assert "20 % wrong training labels" in text
+    assert "#" not in text
 
 
 def test_presets_are_trained_with_their_specs(monkeypatch):

@@ -36,7 +36,7 @@ def summary_of(of: Recipe) -> Summary:
 
 def points(axes: Axes, phrase: str) -> list[float]:
     """The means beside a control, from top to bottom."""
-    (line,) = (line for line in axes.lines if line.get_label() == f"the base {phrase}")
+    (line,) = (line for line in axes.lines if line.get_label() == phrase)
     return [float(x) for x in line.get_xdata()]  # type: ignore[union-attr]
 
 
@@ -79,7 +79,7 @@ def test_intervals_are_drawn_from_end_to_end_and_absent_controls_have_no_entry()
     assert ends == [[(0.5, 1.5)], [(1.0, 3.0)]]
     legend = axes.get_legend()
     assert legend is not None
-    assert [text.get_text() for text in legend.get_texts()] == ["the base at equal compute", "the base at equal steps"]
+    assert [text.get_text() for text in legend.get_texts()] == ["at equal compute", "at equal steps"]
 
 
 def test_folder_without_measurements_has_no_figure(tmp_path: Path) -> None:

@@ -59,9 +59,14 @@ def plot_controls(recipe: Recipe, verdicts: Sequence[MetricVerdict]) -> Figure:
 
 def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
     """Return a figure of the rows, with a legend of the controls that they have."""
-    controls = [control for control in CONTROLS.values() if any(control in row.found for row in rows)]
-    figure = Figure(figsize=(width, _TITLE + _LINE * len(rows) * (len(controls) + 1)), layout="constrained")
-    axes = figure.subplots()
+    figure = Figure(figsize=(width, _TITLE + _LINE * len(rows) * (len(_controls(rows)) + 1)), layout="constrained")
+    draw_rows(figure.subplots(), rows)
+    return figure
+
+
+def draw_rows(axes: Axes, rows: Sequence[Row]) -> None:
+    """Draw rows from top to bottom, and above them the legend of the controls that they have."""
+    controls = _controls(rows)
     axes.axvline(0.0, color=GREY, linewidth=1.0, zorder=1)
     for i, (control, color) in enumerate(zip(controls, COLORS, strict=False)):
         place = ((i + 0.5) / len(controls) - 0.5) * len(controls) / (len(controls) + 1)
@@ -70,7 +75,10 @@ def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=_LEGEND_COLUMNS)
-    return figure
+
+
+def _controls(rows: Sequence[Row]) -> list[Control]:
+    return [control for control in CONTROLS.values() if any(control in row.found for row in rows)]
 
 
 def _having(rows: Sequence[Row], control: Control) -> list[tuple[int, Row]]:
@@ -83,7 +91,7 @@ def _plot_control(
     y, found = zip(*points, strict=True)
     means, lows, highs = zip(*found, strict=True)
     axes.hlines(y, lows, highs, color=color, linewidth=1.4, zorder=2)
-    axes.plot(means, y, "o", color=color, markersize=5, label=f"the base {control.phrase}", zorder=3)
+    axes.plot(means, y, "o", color=color, markersize=5, label=control.phrase, zorder=3)
 
 
 def _row(verdict: MetricVerdict, prefix: str) -> Row:
