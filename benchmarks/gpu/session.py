@@ -53,7 +53,7 @@ class Session:
         for each in self.measurements():
             status = self.status(each)
             failure = self.results.failure(each.name) if status == "failed" else None
-            print(f"{status:7} {each.name:12} {each.title}{': ' + failure['reason'] if failure else ''}")
+            print(f"{status:7} {each.name:14} {each.title}{': ' + failure['reason'] if failure else ''}")
 
     def run(self) -> None:
         """Measure until the time is up, a signal arrives, or nothing is left."""

@@ -1,4 +1,6 @@
-"""Train the runs of one measurement, those of a recipe at the article's size; stopped by SIGTERM, it is resumed by the next call.
+"""Train the runs of one measurement: those of a recipe, at the article's size.
+
+Stopped by SIGTERM, the training is resumed by the next call.
 
     python benchmarks/gpu/run.py --only article-0
 
@@ -46,7 +48,9 @@ from steppe.experiments.world import World, join  # noqa: E402
 
 _ARTICLE = RECIPES["article"][0]
 _SIZE = ("dataset", "batch_size")
+"""Options that every recipe takes from that of the article."""
 _SIZE_OF_RESNET = ("width", "stem_stride")
+"""Further ones, for recipes with the article's network."""
 _TINY_IMAGES = 320
 _SECONDS_PER_PASS = 2.0  # assumed where the article's experiment has not been measured
 

@@ -185,9 +185,8 @@ def test_evidence_differs_from_the_recipe_by_its_size(tmp_path, name):
         assert size <= changed <= size | about_runs | {"channels_last"}
         assert {option: chosen[option] for option in size} == {option: article.options()[option] for option in size}
         assert {option: chosen[option] for option in fields} == fields
-        assert [run.seed for run in found[setting].runs()] == [1] * (
-            len(recipe.comparison.methods + (*recipe.controls(),))
-        )
+        methods = [*recipe.comparison.methods, *recipe.controls()]
+        assert [(run.method, run.seed) for run in found[setting].runs()] == [(method, 1) for method in methods]
 
 
 def test_wrong_labels_are_those_of_the_evidence():
