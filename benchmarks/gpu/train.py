@@ -130,26 +130,6 @@ class TrainingRuns:
         for setting, fields in self.training.settings.items():
             yield setting, resolve(recipe.replace(**{**self.plan["configuration"], **fields}))
 
-    def _recipe(self) -> Recipe:
-        """Return the recipe of the training at the article's size, or at a tiny size, for any number of epochs."""
-        recipe, training = RECIPES[self.training.recipe][0], self.training
-        is_resnet = recipe.model.network == _ARTICLE.model.network
-        size: dict[str, Any]
-        if self.args.tiny:
-            size = {"dataset": "sample", "batch_size": 64, "threads": 1}
-            size |= {"width": 2, "stem_stride": 4} if is_resnet else {"width": 16}
-        else:
-            names = (*_SIZE, *(_SIZE_OF_RESNET if is_resnet else ()))
-            size = {name: _ARTICLE.options()[name] for name in names} | {"data_dir": self.args.data}
-        return recipe.replace(
-            **size,
-            **({"methods": tuple(training.methods)} if training.methods else {}),
-            first_seed=training.seeds[0],
-            seeds=len(training.seeds),
-            eval_every=training.eval_every,
-            device=self.args.device,
-        )
-
     def runs(self) -> Iterator[tuple[str, Run, Path]]:
         """Yield each run with the name of its setting and its folder."""
         for setting, recipe in self.recipes():
@@ -183,6 +163,26 @@ class TrainingRuns:
         recipes = {setting: recipe.replace(data_dir=None).to_json() for setting, recipe in self.recipes()}
         outcomes = [json.loads((folder / "outcome.json").read_text()) for *_, folder in self.runs()]
         return {**self.plan, "recipes": recipes, "runs": outcomes}
+
+    def _recipe(self) -> Recipe:
+        """Return the recipe of the training at the article's size, or at a tiny size, for any number of epochs."""
+        recipe, training = RECIPES[self.training.recipe][0], self.training
+        is_resnet = recipe.model.network == _ARTICLE.model.network
+        size: dict[str, Any]
+        if self.args.tiny:
+            size = {"dataset": "sample", "batch_size": 64, "threads": 1}
+            size |= {"width": 2, "stem_stride": 4} if is_resnet else {"width": 16}
+        else:
+            names = (*_SIZE, *(_SIZE_OF_RESNET if is_resnet else ()))
+            size = {name: _ARTICLE.options()[name] for name in names} | {"data_dir": self.args.data}
+        return recipe.replace(
+            **size,
+            **({"methods": tuple(training.methods)} if training.methods else {}),
+            first_seed=training.seeds[0],
+            seeds=len(training.seeds),
+            eval_every=training.eval_every,
+            device=self.args.device,
+        )
 
     def _finish(self, setting: str, run: Run, folder: Path, images: Dataset, stop: Stop, interrupt: bool) -> None:
         """Train a run to its end and write its outcome; a run that fails does not stop the others."""
@@ -252,7 +252,7 @@ class TrainingRuns:
         if training.minutes is None:
             return training.epochs, None
         # a control has a part of the compute of the other runs
-        trainings = float(sum(run.method.share for run in self._recipe().runs())) * len(training.settings)
+        trainings = len(list(self._recipe().runs())) * len(training.settings)
         seconds, source = self._seconds_per_pass()
         most = int(training.minutes * 60 / (trainings * seconds)) // training.eval_every * training.eval_every
         epochs = max(min(training.epochs, most), training.eval_every)

@@ -82,7 +82,7 @@ def test_failed_measurement_is_recorded_and_does_not_stop_others(write_scripts, 
     assert "--results" not in command
     assert device.failure("bad")["log"] == ["so far", "no memory"]
     Session(arguments(tmp_path), Stop()).show()
-    assert "failed  bad          the bad: exit status 1" in capsys.readouterr().out
+    assert re.search("failed  bad +the bad: exit status 1", capsys.readouterr().out)
 
 
 def test_failed_measurement_is_repeated_after_change_of_code_or_with_again(write_scripts, call, device, capsys):

@@ -13,7 +13,7 @@ _SMALL = Recipe().replace(channels_last=True)
 # width (see `resolve`).
 _PORTABLE = _SMALL.replace(amp=False, channels_last=False, threads=1)
 
-_ANNEALED = _SMALL.replace(schedule="cosine", momentum=0.9, weight_decay=0.0005, seeds=10)
+_ANNEALED = _SMALL.replace(schedule="cosine", momentum=0.9, weight_decay=0.0005, eval_every=5, seeds=10)
 
 YOUR_TASK = "your_module:task"
 """In the place of the name of a task, in the recipe for one."""
