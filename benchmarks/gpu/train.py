@@ -252,7 +252,7 @@ class TrainingRuns:
         if training.minutes is None:
             return training.epochs, None
         # a control has a part of the compute of the other runs
-        trainings = len(list(self._recipe().runs())) * len(training.settings)
+        trainings = float(sum(run.method.share for run in self._recipe().runs())) * len(training.settings)
         seconds, source = self._seconds_per_pass()
         most = int(training.minutes * 60 / (trainings * seconds)) // training.eval_every * training.eval_every
         epochs = max(min(training.epochs, most), training.eval_every)
