@@ -31,6 +31,7 @@ class Evidence:
 EVIDENCE: Mapping[str, Evidence] = {
     "noisy-labels": Evidence(
         ["sam"],
+        ["sgd+ema"],
         search=["rho=0.05,0.1,0.2,0.4"],
         settings={f"{100 * share:.0f} % wrong": ["--label-noise", str(share)] for share in (0.2, 0.4, 0.6)},
     ),

@@ -6,6 +6,7 @@ import pytest
 from tiny import recipe
 
 from steppe.experiments.analysis import controls
+from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.records import Record
 
@@ -93,3 +94,25 @@ def test_the_base_is_measured_where_it_has_made_as_many_steps() -> None:
     base, sam = recipe(epochs=10, eval_every=4, seeds=1).runs()
     assert base.grid == [4, 5, 8, 10]
     assert sam.grid == [4, 8, 10]
+
+
+def test_averaged_base_among_the_methods_is_a_control_at_its_best_moment() -> None:
+    of = recipe(methods=("sgd", "sgd+ema", "sam"), epochs=4, seeds=SEEDS)
+    halves = "test_accuracy (half 1)", "test_accuracy (half 2)"
+    by_method = {
+        "sgd": [record(2, 64.0), record(4, 60.0)],
+        "sgd+ema": [
+            record(2, 71.0, **{halves[0]: 72.0, halves[1]: 70.0}),
+            record(4, 66.0, **{halves[0]: 66.0, halves[1]: 66.0}),
+        ],
+        "sam": [record(4, 75.0)],
+    }
+    found = {run: by_method[str(run.method)] for run in of.runs()}
+    judged = {verdict.method: verdict for verdict in controls.verdicts(of, found)}
+    best = judged["sam"].control(CONTROLS["best_averaged"])
+    assert best is not None
+    assert best.difference.mean == 75.0 - 71.0
+    assert judged["sgd+ema"].control(CONTROLS["best_averaged"]) is None
+    without = recipe(methods=("sgd", "sam"), epochs=4, seeds=SEEDS)
+    (verdict,) = controls.verdicts(without, {run: by_method[str(run.method)] for run in without.runs()})
+    assert verdict.control(CONTROLS["best_averaged"]) is None

@@ -6,6 +6,7 @@ from dataclasses import replace
 from steppe.experiments.analysis.advice import Candidate, advise
 from steppe.experiments.analysis.metric_verdicts import (
     AVERAGED,
+    BEST_AVERAGED,
     BEST_HELD_OUT,
     CONTROLS,
     EQUAL_COMPUTE,
@@ -18,8 +19,8 @@ from steppe.experiments.analysis.metric_verdicts import (
 from steppe.experiments.analysis.statistics import estimate, rank
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.config.task_info import MetricInfo
+from steppe.experiments.storage.records import AVERAGE, HALVES, Record, record_at
 from steppe.experiments.storage.records import AVERAGED as AVERAGED_SUFFIX
-from steppe.experiments.storage.records import HALVES, Record, record_at
 from steppe.experiments.storage.run_folder import Results
 
 
@@ -76,7 +77,10 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, n
     """Return the base's number for a control of a run; None if it was not measured."""
     comparison, reference = recipe.comparison, recipe.comparison.methods[0]
     records = results.get(Run(recipe, reference, run.seed), [])
-    if control == BEST_HELD_OUT:
+    if control == BEST_AVERAGED:  # measured during training where the averaged base is one of the methods
+        averaged = replace(reference, average=AVERAGE)
+        records = [] if averaged in (reference, run.method) else results.get(Run(recipe, averaged, run.seed), [])
+    if control in (BEST_HELD_OUT, BEST_AVERAGED):
         return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= comparison.epochs])
     record = record_at(records, comparison.epochs)
     if control == EQUAL_STEPS:

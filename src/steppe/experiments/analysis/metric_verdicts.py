@@ -22,9 +22,10 @@ EQUAL_COMPUTE = Control("equal_compute", "at equal compute")
 EQUAL_STEPS = Control("equal_steps", "at equal steps")
 BEST_HELD_OUT = Control("best_held_out", "at its best held-out measurement")
 AVERAGED = Control("averaged_weights", "with averaged weights")
+BEST_AVERAGED = Control("best_averaged", "with averaged weights at their best held-out measurement")
 
 CONTROLS: Mapping[str, Control] = {
-    control.name: control for control in (EQUAL_COMPUTE, EQUAL_STEPS, BEST_HELD_OUT, AVERAGED)
+    control.name: control for control in (EQUAL_COMPUTE, EQUAL_STEPS, BEST_HELD_OUT, AVERAGED, BEST_AVERAGED)
 }
 """The controls that `steppe compare` knows, by name; the first one decides."""
 
