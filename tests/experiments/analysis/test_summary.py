@@ -140,3 +140,25 @@ def test_narrow_terminal_keeps_the_labels(tmp_path: Path, width: int) -> None:
 def test_records_are_one_json_line_each(tmp_path: Path) -> None:
     write_json_lines(tmp_path / "metrics.jsonl", [record(1, 2.0, 1.0).to_json()])
     assert (tmp_path / "metrics.jsonl").read_text().count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("train", "test", "expected"),
+    [
+        (
+            [88.0, 88.1, 88.2],
+            [81.0, 82.1, 83.1],
+            "The gap is 6.97 points smaller; 5.90 of them are lower training accuracy.",
+        ),
+        ([94.0, 94.0, 94.0], [84.0, 85.1, 86.1], None),  # it closes by the test accuracy alone
+        ([94.0, 94.0, 94.0], [80.0, 81.0, 82.0], None),  # it does not close
+    ],
+)
+def test_share_of_a_smaller_gap_that_is_lower_training_accuracy_is_stated(
+    train: list[float], test: list[float], expected: str | None
+) -> None:
+    three = recipe(seeds=3)
+    ends = {"sgd": ([94.0] * 3, [80.0, 81.0, 82.0]), "sam": (train, test)}
+    found = {run: [record(4, *(values[run.seed] for values in ends[str(run.method)]))] for run in three.runs()}
+    sentences = [note for note in summarize(three, found).notes() if note.startswith("The gap is")]
+    assert sentences == ([] if expected is None else [expected])

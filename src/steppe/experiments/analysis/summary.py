@@ -15,7 +15,7 @@ from steppe.experiments.analysis.robustness import Robustness, robustness_of
 from steppe.experiments.analysis.statistics import ERROR, Estimate, estimate
 from steppe.experiments.analysis.tables import Table, TableWithNotes, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Verdict
-from steppe.experiments.analysis.words import NO_VERDICT
+from steppe.experiments.analysis.words import BETTER, NO_VERDICT
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import LOSS, MetricInfo, TaskInfo
@@ -151,6 +151,7 @@ class Summary(SummaryFiles):
                 f"run{'s'[: seeds > 1]}: test {verdict.metric.name} {verdict.first.statement(verdict.metric)}; "
                 f"{gap.metric.name} {gap.first.statement(gap.metric)}."
             )
+            yield from _share_of_training(verdict, gap)
             if sentence := verdict.controls_sentence():
                 yield f"{base}'s controls: {ours} {sentence}."
         yield from self._certainty()
@@ -216,6 +217,17 @@ class Summary(SummaryFiles):
             "unfinished": list(self.unfinished),
         }
         return values | ({"flatness": [verdict.json() for verdict in self.flatness]} if self.flatness else {})
+
+
+def _share_of_training(verdict: MetricVerdict, gap: MetricVerdict) -> Iterator[str]:
+    """Say how much of a smaller gap is worse training data, as a gap closes at both ends."""
+    metric, test, closed = verdict.metric, verdict.first.difference, gap.first.difference
+    lost = -(closed.mean + metric.better * test.mean)
+    if gap.word == BETTER and lost > 0 and (test.n, test.lost) == (closed.n, closed.lost):
+        unit = f" {metric.unit_of_change}" if metric.unit else ""
+        way = "lower" if metric.higher_is_better else "higher"
+        whole, part = (f"{value:{metric.form}}" for value in (-closed.mean, lost))
+        yield f"The gap is {whole}{unit} smaller; {part} of them are {way} training {metric.name}."
 
 
 def setting(recipe: Recipe) -> str:

@@ -69,7 +69,7 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             "are functions of your code.",
         ),
         "noisy-labels": (
-            _SMALL.replace(name="noisy-labels", label_noise=0.4, methods=("sgd", "sam:rho=0.1"), seeds=10),
+            _SMALL.replace(name="noisy-labels", label_noise=0.4, methods=("sgd", "sam:rho=0.1", "sgd+ema"), seeds=10),
             "The demo with 40 % wrong training labels, ten seeds.",
         ),
         "corruptions": (
