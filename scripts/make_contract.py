@@ -2,7 +2,7 @@
 
 These are the functions named test_cN_..., and all tests of files whose docstring names the statement.
 
-usage: python scripts/make_contract.py [--check]
+    python scripts/make_contract.py [--check]
 """
 
 import ast
@@ -10,8 +10,10 @@ import re
 import sys
 import textwrap
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from measured_parts import write_pages
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "contract.md"
@@ -49,17 +51,10 @@ def page(text: str, tests: Mapping[str, str]) -> str:
     return re.sub(statement, fill, text, flags=re.MULTILINE | re.DOTALL)
 
 
-def main(arguments: list[str]) -> int:
-    """Write the page, or with --check return 1 if it is stale."""
-    old = PAGE.read_text(encoding="utf-8")
-    new = page(old, find_tests())
-    if "--check" in arguments:
-        if new != old:
-            print(f"{PAGE} is stale: run python scripts/make_contract.py", file=sys.stderr)
-        return int(new != old)
-    PAGE.write_text(new, encoding="utf-8")
-    return 0
+def main(words: Sequence[str] | None = None) -> int:
+    """Write the page, or with `--check` return 1 if it is out of date."""
+    return write_pages(words, __file__, __doc__, {PAGE: lambda text: page(text, find_tests())})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    sys.exit(main())

@@ -8,9 +8,8 @@ The measured part of a page is between `<!-- begin RECIPE -->` and `<!-- end REC
 
 from __future__ import annotations
 
-import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import results  # noqa: E402
 from evidence.figure import draw, draw_headline  # noqa: E402
 from evidence.recipes import EVIDENCE  # noqa: E402
 from evidence.table import render  # noqa: E402
-from measured_parts import replace_parts  # noqa: E402
+from measured_parts import replace_parts, write_pages  # noqa: E402
 
 PAGES = ROOT / "docs" / "evidence"
 IMAGES = ROOT / "docs" / "images"
@@ -48,36 +47,25 @@ def page(recipe: str, text: str, folder: Path = results.RESULTS) -> str:
     return replace_parts(PAGES / f"{recipe}.md", text, {recipe: partial(part, recipe, folder)})
 
 
+def draw_all(images: Path = IMAGES) -> Iterator[Path]:
+    """Draw the figures of the recipes that have been measured, and that of the README; yield their files."""
+    for recipe in EVIDENCE:
+        if measured := found(recipe):
+            draw(measured[-1], path := images / _image(recipe))
+            yield path
+            if recipe == HEADLINE[0]:
+                draw_headline(measured[-1], path := images / "headline.png", HEADLINE[1])
+                yield path
+
+
 def _image(recipe: str) -> str:
     return f"evidence_{recipe.replace('-', '_')}.png"
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
-    args = parser.parse_args(words)
-    outdated = []
-    for recipe in EVIDENCE:
-        file = PAGES / f"{recipe}.md"
-        before = file.read_text(encoding="utf-8")
-        after = page(recipe, before)
-        if before != after:
-            outdated.append(file.name)
-        if args.check:
-            continue
-        file.write_text(after, encoding="utf-8")
-        if measured := found(recipe):
-            draw(measured[-1], IMAGES / _image(recipe))
-            print(IMAGES / _image(recipe))
-            if recipe == HEADLINE[0]:
-                draw_headline(measured[-1], IMAGES / "headline.png", HEADLINE[1])
-                print(IMAGES / "headline.png")
-    if args.check and outdated:
-        print(
-            f"docs/evidence is out of date ({', '.join(outdated)}): run python scripts/make_evidence.py",
-            file=sys.stderr,
-        )
-    return int(args.check and bool(outdated))
+    """Write the page, or with `--check` return 1 if it is out of date."""
+    pages = {PAGES / f"{recipe}.md": partial(page, recipe) for recipe in EVIDENCE}
+    return write_pages(words, __file__, __doc__, pages, draw_all)
 
 
 if __name__ == "__main__":

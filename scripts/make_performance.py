@@ -9,7 +9,6 @@ by hand.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import shutil
 import sys
@@ -24,7 +23,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
 from gpu.measurements import load_all_seeds  # noqa: E402
-from measured_parts import replace_parts  # noqa: E402
+from measured_parts import replace_parts, write_pages  # noqa: E402
 from results import Result  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
@@ -159,19 +158,8 @@ def _image(name: str) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
-    args = parser.parse_args(words)
-    before = PAGE.read_text(encoding="utf-8")
-    after = page(before)
-    if args.check:
-        if before != after:
-            print("docs/performance.md is out of date: run python scripts/make_performance.py", file=sys.stderr)
-        return int(before != after)
-    for file in draw():
-        print(file)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    """Write the page, or with `--check` return 1 if it is out of date."""
+    return write_pages(words, __file__, __doc__, {PAGE: page}, draw)
 
 
 if __name__ == "__main__":

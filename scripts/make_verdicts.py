@@ -9,7 +9,6 @@ by hand.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
-from measured_parts import replace_parts  # noqa: E402
+from measured_parts import replace_parts, write_pages  # noqa: E402
 from verdicts.table import render_calibration, render_flatness, render_seeds  # noqa: E402
 
 PAGE = ROOT / "docs" / "verdicts.md"
@@ -37,17 +36,8 @@ def page(text: str, folder: Path = results.RESULTS) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the page is out of date")
-    args = parser.parse_args(words)
-    before = PAGE.read_text(encoding="utf-8")
-    after = page(before)
-    if args.check:
-        if before != after:
-            print("docs/verdicts.md is out of date: run python scripts/make_verdicts.py", file=sys.stderr)
-        return int(before != after)
-    PAGE.write_text(after, encoding="utf-8")
-    return 0
+    """Write the page, or with `--check` return 1 if it is out of date."""
+    return write_pages(words, __file__, __doc__, {PAGE: page})
 
 
 if __name__ == "__main__":

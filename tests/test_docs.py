@@ -50,6 +50,6 @@ def test_stale_contract_page_is_found(tmp_path, monkeypatch, capsys):
     page.write_text("**C1.** A statement.\n\nTests: none yet.\n")
     monkeypatch.setattr(make_contract, "PAGE", page)
     assert make_contract.main(["--check"]) == 1
-    assert "is stale: run python scripts/make_contract.py" in capsys.readouterr().err
+    assert "out of date: contract.md; run python scripts/make_contract.py" in capsys.readouterr().err
     assert make_contract.main([]) == 0
     assert make_contract.main(["--check"]) == 0

@@ -106,7 +106,7 @@ def test_outdated_page_is_detected_and_rewritten(tmp_path, monkeypatch, capsys):
     page.write_text(TEXT)
     monkeypatch.setattr(make_performance, "PAGE", page)
     assert make_performance.main(["--check"]) == 1
-    assert "is out of date" in capsys.readouterr().err
+    assert "out of date: performance.md; run python scripts/make_performance.py" in capsys.readouterr().err
     assert page.read_text() == TEXT
     assert make_performance.main([]) == 0
     assert make_performance.main(["--check"]) == 0
