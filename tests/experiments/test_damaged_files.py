@@ -23,6 +23,7 @@ from steppe.experiments.comparison import compare, plot
 from steppe.experiments.data import datasets as data
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.figures import double_descent
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import measure_runs
 from steppe.experiments.measuring.user_inputs import load_weights
@@ -40,7 +41,12 @@ Command = Callable[[Path, Console], object]
 
 
 def compare_again(path: Path, console: Console) -> None:
-    compare(recipe(**FIELDS, seeds=2, out=path), ["steppe"], console, LOCAL)
+    """Compare with all that a run may measure: robustness, and forgetting after a second task."""
+    compare(recipe(**FIELDS, seeds=2, then="rotated", then_epochs=1, out=path), ["steppe"], console, LOCAL)
+
+
+def compare_widths_again(path: Path, console: Console) -> None:
+    compare(recipe(methods=("sgd", "sam"), epochs=1, width=16, widths=(1, 2), out=path), ["steppe"], console, LOCAL)
 
 
 def measure_again(path: Path, console: Console) -> None:
@@ -57,6 +63,8 @@ COMMANDS: dict[str, tuple[str, Command]] = {
     "plot": ("compared", plot),
     "compare": ("compared", compare_again),
     "measure": ("compared", measure_again),
+    "plot widths": ("wide", plot),
+    "compare widths": ("wide", compare_widths_again),
     "plot a search": ("tuned", report_tuning),
     "tune": ("tuned", tune_again),
 }
@@ -74,6 +82,7 @@ def undrawn(patch: pytest.MonkeyPatch) -> None:
     for section in Figures.SECTIONS:
         patch.setattr(Figures, section, lambda self: [])
     patch.setattr(tuning, "draw", lambda result, folder: [])
+    patch.setattr(double_descent, "draw", lambda recipe, summary, folder: [])
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +94,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
         compare_again(path / "compared", quiet)
         measure_again(path / "compared", quiet)
         tune_again(path / "tuned", quiet)
+        compare_widths_again(path / "wide", quiet)
     return path
 
 
@@ -132,7 +142,7 @@ def test_damaged_file_gives_a_clear_error_or_the_same_result(command: str, folde
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("command", "times"), [*zip(COMMANDS, (120, 60, 50, 120, 60), strict=True)])
+@pytest.mark.parametrize(("command", "times"), [*zip(COMMANDS, (120, 60, 50, 60, 40, 120, 60), strict=True)])
 def test_much_damage_gives_clear_errors_or_the_same_result(
     command: str, times: int, folders: Path, tmp_path: Path
 ) -> None:
