@@ -9,10 +9,9 @@ from markdown_tables import mean_and_sd, row
 from results import Result
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import Estimate
+from steppe.experiments.analysis.words import BETTER, WORSE
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.storage.records import AVERAGED
-
-_BETTER = "better"
 
 
 def recipe_of(result: Result) -> str:
@@ -33,7 +32,8 @@ def render(result: Result) -> str:
             "",
             *_means(settings, measures),
             "",
-            "Differences to the base, paired by seed, with 95 % intervals; **bold** is better beyond chance:",
+            "Differences to the base, paired by seed, with 95 % intervals; **bold** is better and *italic* is worse,",
+            "beyond chance; a control is tested only where equal compute shows a difference:",
             "",
             *_differences(settings, measures),
             "",
@@ -127,4 +127,4 @@ def _difference(comparison: Mapping[str, Any] | None) -> str:
     if difference["interval_95"] is not None:
         low, high = difference["interval_95"]
         text += f" [{low:+.2f}, {high:+.2f}]"
-    return f"**{text}**" if comparison["verdict"] == _BETTER else text
+    return {BETTER: f"**{text}**", WORSE: f"*{text}*"}.get(comparison["verdict"], text)

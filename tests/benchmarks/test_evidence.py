@@ -80,7 +80,7 @@ def test_tables_have_means_controls_and_the_search() -> None:
     assert "| low | SGD | 80.00±1.00 | 80.00±1.00 | 80.00 | 3 |" in text
     assert "|  | SGD, averaged weights | 81.50±1.00 |" in text
     assert "| low | SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** | – | – | +5.00 |" in text
-    assert "| high | SAM (rho 0.1) | accuracy | -3.00 [-4.00, -2.00] | – | – | -3.00 |" in text
+    assert "| high | SAM (rho 0.1) | accuracy | *-3.00 [-4.00, -2.00]* | – | – | -3.00 |" in text
 
 
 def test_one_setting_needs_no_column() -> None:
