@@ -90,8 +90,9 @@ class RunFolder:
             )
         if _is_search(config):
             raise ExperimentError(
-                f"{self.path} is the folder of a search (steppe tune), and that of a comparison is needed: `steppe "
-                f"plot {self.path}` shows the search and the command that compares its best values in another folder"
+                f"{self.path} is the folder of a search (steppe tune), and that of a comparison is needed: choose "
+                f"another folder with --out. `steppe plot {self.path}` shows the search and the command that compares "
+                "its best values"
             )
         return read_checked(config, _configuration, "restore that file, or choose another folder with --out")
 
