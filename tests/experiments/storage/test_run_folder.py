@@ -28,9 +28,8 @@ def test_same_configuration_can_be_claimed_again(folder: RunFolder) -> None:
 
 def test_folder_of_a_search_is_named_as_such(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"format": "steppe tuning, version 2", "recipe": {}}))
-    with pytest.raises(
-        ExperimentError, match=r"is the folder of a search .*choose another folder with --out. `steppe plot .*` shows the search and the com"
-    ):
+    way_out = r"choose another folder with --out\. `steppe plot .*` shows the search and the com"
+    with pytest.raises(ExperimentError, match=rf"is the folder of a search .*{way_out}"):
         RunFolder(tmp_path).recipe()
 
 
