@@ -40,11 +40,11 @@ def draw_headline(result: Result, path: Path, setting: str) -> None:
         (name, method, measure): verdict
         for name, of in result.data["settings"].items()
         for (method, measure), verdict in verdicts(of["summary"]).items()
-        if measure == "accuracy"
+        if measure == "accuracy" and method in of["chosen"]
     }
     with use_style():
         rows = [_row(name, verdict) for (name, *_), verdict in found.items()]
-        figure = Figure(figsize=(11.0, 3.9), layout="constrained")
+        figure = Figure(figsize=(11.0, 4.6), layout="constrained")
         left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.3))
         for style, points in zip(styles_of([label(method) for method in curves]), curves.values(), strict=True):
             estimates = [estimate(runs) for _, *runs in points]
@@ -54,6 +54,7 @@ def draw_headline(result: Result, path: Path, setting: str) -> None:
         left.set_ylabel("test accuracy, %")
         left.legend()
         draw_rows(right, rows)
+        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2)
         right.set_xlabel("SAM better than SGD by, points of test accuracy")
         figure.savefig(path)
 

@@ -12,8 +12,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.figures.drawing import Drawing
 from steppe.experiments.figures.style import COLORS, GREY, add_caption
 
-_TITLE, _LINE = 1.5, 0.17  # inches: what is above and below the rows, and each point's share
-_LEGEND_COLUMNS = 2
+_AXIS, _ENTRY, _POINT = 1.1, 0.22, 0.17  # inches: below the rows, of an entry of the legend, and of a point
 
 
 @dataclass(frozen=True)
@@ -59,13 +58,16 @@ def plot_controls(recipe: Recipe, verdicts: Sequence[MetricVerdict]) -> Figure:
 
 def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
     """Return a figure of the rows, with a legend of the controls that they have."""
-    figure = Figure(figsize=(width, _TITLE + _LINE * len(rows) * (len(_controls(rows)) + 1)), layout="constrained")
-    draw_rows(figure.subplots(), rows)
+    controls = len(_controls(rows))
+    height = _AXIS + _ENTRY * controls + _POINT * len(rows) * (controls + 1)
+    figure = Figure(figsize=(width, height), layout="constrained")
+    draw_rows(axes := figure.subplots(), rows)
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
     return figure
 
 
 def draw_rows(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw rows from top to bottom, and above them the legend of the controls that they have."""
+    """Draw rows from top to bottom, with a color for each control that they have."""
     controls = _controls(rows)
     axes.axvline(0.0, color=GREY, linewidth=1.0, zorder=1)
     for i, (control, color) in enumerate(zip(controls, COLORS, strict=False)):
@@ -74,7 +76,6 @@ def draw_rows(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=_LEGEND_COLUMNS)
 
 
 def _controls(rows: Sequence[Row]) -> list[Control]:
