@@ -16,7 +16,7 @@ export GOMP_SPINCOUNT ?= 1000
 
 # The article in small, and then with wrong labels, where SAM's effect is large.
 demo: $(READY)
-	$(BIN)/steppe compare demo --seeds 3
+	$(BIN)/steppe compare demo --seeds 4
 	$(BIN)/steppe compare noisy-labels --name demo-wrong-labels --methods sgd sam:rho=0.1 --epochs 10 --eval-every 5 --seeds 3
 
 # One process a core, of one thread each: the models are tiny.
