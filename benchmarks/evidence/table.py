@@ -11,7 +11,7 @@ from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.words import BETTER, WORSE
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.storage.records import AVERAGED
+from steppe.experiments.storage.records import AVERAGE, AVERAGED
 
 
 def recipe_of(result: Result) -> str:
@@ -43,9 +43,18 @@ def render(result: Result) -> str:
 
 
 def verdicts(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
-    """Return the verdicts of a summary by method and measure."""
+    """Return the verdicts of a summary by method and measure; the averaged base is a control of the others."""
     every = [*summary["verdicts"], *summary.get("robustness", []), *summary.get("forgetting", [])]
-    return {(verdict["method"], verdict["metric"]["name"]): verdict for verdict in every}
+    return {
+        (verdict["method"], verdict["metric"]["name"]): verdict
+        for verdict in every
+        if verdict["method"] != averaged(verdict["base"])
+    }
+
+
+def averaged(base: str) -> str:
+    """Return the spec of a base with averaged weights."""
+    return f"{base}+{AVERAGE}"
 
 
 def label(method: str) -> str:
@@ -84,14 +93,15 @@ def _means(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str
     yield row([*named, "method", *shown, "train accuracy", "passes", "runs"])
     yield "|" + "---|" * (len(named) + 1) + "---:|" * (len(shown) + 3)
     for setting, found in settings.items():
-        for i, each in enumerate(found["summary"]["rows"]):
+        base = found["summary"]["rows"][0]["method"]
+        for i, each in enumerate(one for one in found["summary"]["rows"] if one["method"] != averaged(base)):
             name = label(each["method"])
             cells = [_mean(each, f"test_{measure}") for measure in shown]
             costs = [_mean(each, "train_accuracy"), f"{each['passes']['mean']:.2f}", str(each["passes"]["n"])]
             yield row([*(["" if i else setting] if named else []), name, *cells, *costs])
             if i == 0:
-                averaged = [_mean(each, f"test_{measure}{AVERAGED}") for measure in shown]
-                yield row([*([""] if named else []), f"{name}, averaged weights", *averaged, "", "", costs[-1]])
+                with_average = [_mean(each, f"test_{measure}{AVERAGED}") for measure in shown]
+                yield row([*([""] if named else []), f"{name}, averaged weights", *with_average, "", "", costs[-1]])
 
 
 def _columns(settings: Mapping[str, Any]) -> list[str]:
