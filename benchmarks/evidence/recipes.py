@@ -39,7 +39,11 @@ EVIDENCE: Mapping[str, Evidence] = {
         ["sam"],
         objective="accuracy under corruptions",
         seeds=3,
-        measures=["accuracy under corruptions", *(f"accuracy under {name}" for name in CORRUPTIONS), "accuracy"],
+        measures=[
+            "accuracy under corruptions",
+            *(f"accuracy under {name}" for name in CORRUPTIONS),
+            *("accuracy", "calibration error", "accuracy at 3 bits"),
+        ],
     ),
     "annealed": Evidence(["sam", "late_sam", "looksam"], ["sgd+ema"]),
     "forgetting": Evidence(
