@@ -78,7 +78,7 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
         ),
         "annealed": (
             _ANNEALED.replace(
-                name="annealed", methods=("sgd", "sam:rho=0.1", "late_sam:rho=0.1", "looksam:rho=0.1", "sgd+ema")
+                name="annealed", methods=("sgd", "sam:rho=0.1", "late_sam:rho=0.05", "looksam:rho=0.05", "sgd+ema")
             ),
             "SAM and its cheap variants with a cosine schedule, momentum and weight decay, ten seeds.",
         ),
