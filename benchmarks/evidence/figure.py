@@ -54,8 +54,10 @@ def draw_headline(result: Result, path: Path, setting: str) -> None:
         left.set_ylabel("test accuracy, %")
         left.legend()
         draw_rows(right, rows)
-        figure.legend(*right.get_legend_handles_labels(), loc="outside upper right", ncols=2)
-        right.set_xlabel("SAM better than SGD by, points of test accuracy")
+        handles, phrases = right.get_legend_handles_labels()
+        labels = [f"than SGD {phrase}" for phrase in phrases]
+        figure.legend(handles, labels, loc="outside upper right", ncols=2)
+        right.set_xlabel("SAM better by, points of test accuracy")
         figure.savefig(path)
 
 
