@@ -63,7 +63,7 @@ def _image(recipe: str) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write the page, or with `--check` return 1 if it is out of date."""
+    """Write the pages, or with `--check` return 1 if one is out of date."""
     pages = {PAGES / f"{recipe}.md": partial(page, recipe) for recipe in EVIDENCE}
     return write_pages(words, __file__, __doc__, pages, draw_all)
 

@@ -11,7 +11,7 @@ from evidence.table import label, recipe_of, verdicts
 from results import Result
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import estimate
-from steppe.experiments.figures.controls import Row, draw_rows, new_figure
+from steppe.experiments.figures.controls import Row, draw_rows, improvement, new_figure
 from steppe.experiments.figures.drawing import plot_mean
 from steppe.experiments.figures.style import styles_of, use_style
 
@@ -72,9 +72,6 @@ def _labels(places: Sequence[Place]) -> dict[Place, str]:
 
 
 def _row(text: str, verdict: Mapping[str, Any]) -> Row:
-    sign, found = (1 if verdict["metric"]["higher_is_better"] else -1), {}
-    for each in verdict["comparisons"]:
-        mean = each["difference"]["mean"]
-        low, high = sorted(sign * end for end in each["difference"]["interval_95"] or (mean, mean))
-        found[CONTROLS[each["control"]]] = (sign * mean, low, high)
-    return Row(text, found)
+    better = 1 if verdict["metric"]["higher_is_better"] else -1
+    differences = {CONTROLS[each["control"]]: each["difference"] for each in verdict["comparisons"]}
+    return Row(text, {c: improvement(better, d["mean"], d["interval_95"]) for c, d in differences.items()})

@@ -1,4 +1,4 @@
-"""The experiments of docs/evidence.md: a recipe, its settings, the radii that are searched, and what decides."""
+"""The experiments of docs/evidence: a recipe, its settings, the radii that are searched, and what decides."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -6,6 +6,8 @@ from dataclasses import dataclass, field
 from steppe.experiments.robustness.corruptions import CORRUPTIONS
 
 RADII = "rho=0.05,0.1,0.2"
+WRONG_LABELS = {f"{100 * share:.0f} % wrong": share for share in (0.2, 0.4, 0.6)}
+"""The settings of the recipe noisy-labels, each with its share of wrong labels."""
 
 
 @dataclass(frozen=True)
@@ -15,7 +17,7 @@ class Evidence:
     tuned: Sequence[str]
     """The methods whose radius is searched."""
     others: Sequence[str] = ()
-    """Further methods of the comparison: free rivals."""
+    """Further methods of the comparison, such as the averaged base."""
     settings: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
     """Further options of the recipe, by the name of a setting."""
     base: str = "sgd"
@@ -33,7 +35,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         ["sam"],
         ["sgd+ema"],
         search=["rho=0.05,0.1,0.2,0.4"],
-        settings={f"{100 * share:.0f} % wrong": ["--label-noise", str(share)] for share in (0.2, 0.4, 0.6)},
+        settings={name: ["--label-noise", str(share)] for name, share in WRONG_LABELS.items()},
     ),
     "corruptions": Evidence(
         ["sam"],

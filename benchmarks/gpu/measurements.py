@@ -6,6 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from evidence.recipes import WRONG_LABELS
 from results import ROOT, Result, by_device, load
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -24,10 +25,6 @@ PARETO_METHODS = (
 
 PRESETS: tuple[str, ...] = ("sam:rho=0.1", "looksam:rho=0.05", "looksam:rho=0.1")
 """The best methods of the search on the sample, and SAM with the same radius, for the article's setting."""
-
-WRONG_LABELS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
-    {f"{100 * share:.0f} % wrong": MappingProxyType({"label_noise": share}) for share in (0.2, 0.4, 0.6)}
-)
 
 PRECISIONS: Mapping[str, Mapping[str, Any]] = MappingProxyType({"bfloat16": {"amp": True}, "float32": {"amp": False}})
 
@@ -98,7 +95,13 @@ EVIDENCE: Mapping[str, tuple[str, Training]] = MappingProxyType(
     {
         "noisy-labels": (
             "SAM on wrong labels",
-            Training(recipe="noisy-labels", epochs=60, eval_every=4, settings=WRONG_LABELS, minutes=30),
+            Training(
+                recipe="noisy-labels",
+                epochs=60,
+                eval_every=4,
+                settings={name: {"label_noise": share} for name, share in WRONG_LABELS.items()},
+                minutes=30,
+            ),
         ),
         "annealed": (
             "SAM and its cheap variants with a cosine schedule",

@@ -9,10 +9,10 @@ from dataclasses import replace
 import pytest
 from gpu_support import arguments, write_result
 
-from evidence.recipes import EVIDENCE
+from evidence.recipes import EVIDENCE, WRONG_LABELS
 from gpu import measurements, rehearsal, table, train
 from gpu.device_results import DeviceResults
-from gpu.measurements import WITHOUT_GRAPHS, WRONG_LABELS, Training
+from gpu.measurements import WITHOUT_GRAPHS, Training
 from results import Result
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import RECIPES
@@ -190,7 +190,7 @@ def test_evidence_differs_from_the_recipe_by_its_size(tmp_path, name):
 
 
 def test_wrong_labels_are_those_of_the_evidence():
-    options = {setting: ("--label-noise", str(found["label_noise"])) for setting, found in WRONG_LABELS.items()}
+    options = {setting: ("--label-noise", str(share)) for setting, share in WRONG_LABELS.items()}
     assert options == {setting: tuple(found) for setting, found in EVIDENCE["noisy-labels"].settings.items()}
 
 

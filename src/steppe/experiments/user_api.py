@@ -106,7 +106,7 @@ def tune(
     trials: int | None = None,
     sampler: Literal["tpe", "random", "grid"] = "tpe",
     sampler_seed: int = 0,
-    objective: Literal["metric", "loss"] = "metric",
+    objective: str = "metric",
     hold_out: int = TuningOptions.hold_out,
     baseline: bool = True,
     storage: str | None = None,
@@ -131,8 +131,8 @@ def tune(
         sampler: "tpe" prefers values near those of good trials, "random" draws values independently, "grid" tries all
             combinations of values.
         sampler_seed: Seed of the values.
-        objective: "metric" for the best value of the task's first metric on the validation data, "loss" for the lowest
-            loss there.
+        objective: What the best trial is best in, on the validation data: "metric" for the task's first metric, "loss",
+            another metric by its name, or after a second task "NAME after the second task".
         hold_out: One in so many training samples is held out for validation, if the task has no `validation` data.
         baseline: True to train the plain base as well, as the level to beat.
         storage: The URL of a database that Optuna supports, for many machines; by default a file in the run folder.

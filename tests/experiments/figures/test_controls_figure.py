@@ -9,7 +9,7 @@ from steppe.experiments.analysis.metric_verdicts import AVERAGED, EQUAL_COMPUTE,
 from steppe.experiments.analysis.robustness import robustness_of
 from steppe.experiments.analysis.summary import Summary, summarize
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.figures.controls import Row, drawings, new_figure, with_controls
+from steppe.experiments.figures.controls import Row, drawings, new_figure
 from steppe.experiments.storage.records import Record
 
 MEAN, ERROR = "test_accuracy under corruptions", "test_calibration error"
@@ -56,7 +56,7 @@ def test_every_difference_to_a_control_is_drawn_and_better_is_on_the_right() -> 
 def test_rows_of_several_methods_name_them() -> None:
     of = recipe(methods=("sgd", "sam", "gsam"), seeds=3)
     summary = summary_of(of)
-    assert [verdict.method for verdict in with_controls(summary)] == ["sam"] * 3 + ["gsam"] * 3
+    assert [verdict.method for verdict in summary.verdicts_with_controls()] == ["sam"] * 3 + ["gsam"] * 3
     (drawing,) = drawings(of, summary)
     names = [name.get_text() for name in drawing.figure.axes[0].get_yticklabels()]
     assert names[::3] == ["SAM: accuracy", "GSAM: accuracy"]

@@ -1,10 +1,10 @@
 """Verdicts on a metric: is a method better than the base, and is it still, beside each control?"""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from steppe.experiments.analysis.statistics import Decision, decide, decide_together
+from steppe.experiments.analysis.statistics import Decision, Pairs, decide, decide_together
 from steppe.experiments.analysis.words import BETTER, NO_VERDICT, NOT_DISTINGUISHABLE, WORSE, word
 from steppe.experiments.config.task_info import MetricInfo
 
@@ -152,13 +152,8 @@ def judge(metric: MetricInfo, base: str, numbers: Mapping[Control, Mapping[str, 
         SAM is better than SGD at equal compute (test accuracy +1.10 points [+0.83, +1.37], 3 seeds), but not \
 distinguishable from SGD at equal steps (+0.33 points [-1.82, +2.48]).
     """
-    decided: dict[str, list[Comparison]] = {}
-    for i, (control, by_method) in enumerate(numbers.items()):
-        methods = [method for method, by_seed in by_method.items() if by_seed and (i == 0 or method in decided)]
-        decisions = decide([list(by_method[method].values()) for method in methods])
-        for method, difference in zip(methods, decisions, strict=True):
-            _add(decided.setdefault(method, []), control, difference, metric)
-    return [MetricVerdict(method, base, metric, comparisons) for method, comparisons in decided.items()]
+    by_metric = {control: {metric: by_method} for control, by_method in numbers.items()}
+    return _judge(base, by_metric, lambda measures: [decide(measures[0])]).get(metric, [])
 
 
 def judge_together(
@@ -170,27 +165,38 @@ def judge_together(
         base: The method that the others are compared with.
         numbers: For each control, metric and method the numbers of the method and of the base by seed, one at least.
     """
-    first, *_ = numbers.values()
-    found: dict[MetricInfo, dict[str, list[Comparison]]] = {metric: {} for metric in first}
+    return _judge(base, numbers, decide_together)
+
+
+def _judge(
+    base: str,
+    numbers: Mapping[Control, Mapping[MetricInfo, Mapping[str, BySeed]]],
+    decide_all: Callable[[Sequence[Sequence[Pairs]]], list[list[Decision]]],
+) -> dict[MetricInfo, list[MetricVerdict]]:
+    """Compare methods with a base; the first control decides, and the others describe or confirm what it found."""
+    found: dict[MetricInfo, dict[str, list[Comparison]]] = {metric: {} for of in numbers.values() for metric in of}
     for i, (control, by_metric) in enumerate(numbers.items()):
         measured = {
-            metric: {name: by_seed for name, by_seed in of.items() if i == 0 or name in found[metric]}
+            metric: {name: by_seed for name, by_seed in of.items() if by_seed and (i == 0 or name in found[metric])}
             for metric, of in by_metric.items()
         }
-        decided = decide_together([[list(by_seed.values()) for by_seed in of.values()] for of in measured.values()])
+        decided = decide_all([[list(by_seed.values()) for by_seed in of.values()] for of in measured.values()])
         for (metric, of), decisions in zip(measured.items(), decided, strict=True):
             for method, difference in zip(of, decisions, strict=True):
-                _add(found[metric].setdefault(method, []), control, difference, metric)
+                comparisons = found[metric].setdefault(method, [])
+                differs = not comparisons or comparisons[0].word in (BETTER, WORSE)
+                text = word(difference, better=metric.better) if differs else ""
+                comparisons.append(Comparison(control, difference, text))
     return {
         metric: [MetricVerdict(method, base, metric, comparisons) for method, comparisons in of.items()]
         for metric, of in found.items()
     }
 
 
-def _add(comparisons: list[Comparison], control: Control, difference: Decision, metric: MetricInfo) -> None:
-    """Add a comparison: the first one decides, and a control has a word where that one found a difference."""
-    differs = not comparisons or comparisons[0].word in (BETTER, WORSE)
-    comparisons.append(Comparison(control, difference, word(difference, better=metric.better) if differs else ""))
+def controls_of(verdicts: Iterable[MetricVerdict]) -> list[Control]:
+    """Return the controls that some verdicts have, in the order of `CONTROLS`."""
+    found = {each.control for verdict in verdicts for each in verdict.comparisons}
+    return [control for control in CONTROLS.values() if control in found]
 
 
 def with_interval(difference: Decision, metric: MetricInfo) -> str:

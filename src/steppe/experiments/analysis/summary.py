@@ -128,6 +128,16 @@ class Summary(SummaryFiles):
         """The names of methods for readers."""
         return {str(row.method): row.method.label for row in self.rows}
 
+    def verdicts_with_controls(self) -> list[MetricVerdict]:
+        """Return the verdicts that have controls, in the unit of the deciding metric, grouped by method."""
+        robustness = [] if self.robustness is None else self.robustness.main_verdicts()
+        forgetting = [] if self.forgetting is None else self.forgetting.verdicts
+        unit = self.task.deciding.unit
+        every = [*self.verdicts, *robustness, *forgetting]
+        found = [verdict for verdict in every if len(verdict.comparisons) > 1 and verdict.metric.unit == unit]
+        methods = list(dict.fromkeys(verdict.method for verdict in found))
+        return sorted(found, key=lambda verdict: methods.index(verdict.method))
+
     @property
     def cells(self) -> list[list[str]]:
         """The rows as text, with a cell for each of `columns`."""

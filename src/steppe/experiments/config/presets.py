@@ -64,7 +64,7 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             "few minutes on two CPU cores.",
         ),
         "task": (
-            _TASK.replace(name="task", task=YOUR_TASK),
+            _TASK.replace(name="task"),
             "A task of your own, `steppe compare package.module:task`: the model, the data, the loss and the optimizer "
             "are functions of your code.",
         ),

@@ -24,6 +24,7 @@ from steppe.experiments.config.sections import (
 )
 from steppe.experiments.config.task_info import IMAGES, TaskInfo
 from steppe.experiments.errors import unknown
+from steppe.experiments.models.vit import HEAD
 
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
 _NO_EFFECT_ON_RESULTS = frozenset(
@@ -200,8 +201,8 @@ class Recipe:
                     "effect: leave it out"
                 )
         for width in self.comparison.widths or (model.width,):
-            if width % 16:
-                raise ValueError(f"width={width} with network=vit: give a multiple of 16, the features of a head")
+            if width % HEAD:
+                raise ValueError(f"width={width} with network=vit: give a multiple of {HEAD}, the features of a head")
 
     def _check_backbone(self) -> None:
         dataset, backbone, image_size = self.data.dataset, self.model.backbone, self.model.image_size

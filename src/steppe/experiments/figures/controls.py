@@ -26,20 +26,9 @@ class Row:
 
 def drawings(recipe: Recipe, summary: Summary) -> Iterator[Drawing]:
     """Yield `controls` where a method was compared with one beside equal compute."""
-    verdicts = with_controls(summary)
+    verdicts = summary.verdicts_with_controls()
     if verdicts:
         yield Drawing("controls", lambda: plot_controls(recipe, verdicts))
-
-
-def with_controls(summary: Summary) -> list[MetricVerdict]:
-    """Return the verdicts that have controls, in the unit of the deciding metric, grouped by method."""
-    robustness = [] if summary.robustness is None else summary.robustness.main_verdicts()
-    forgetting = [] if summary.forgetting is None else summary.forgetting.verdicts
-    unit = summary.task.deciding.unit
-    every = [*summary.verdicts, *robustness, *forgetting]
-    found = [verdict for verdict in every if len(verdict.comparisons) > 1 and verdict.metric.unit == unit]
-    methods = list(dict.fromkeys(verdict.method for verdict in found))
-    return sorted(found, key=lambda verdict: methods.index(verdict.method))
 
 
 def plot_controls(recipe: Recipe, verdicts: Sequence[MetricVerdict]) -> Figure:
@@ -96,10 +85,18 @@ def _plot_control(
 
 
 def _row(verdict: MetricVerdict, prefix: str) -> Row:
-    sign, found = verdict.metric.better, {}
-    for each in verdict.comparisons:
-        difference = each.difference
-        ends = difference.interval or (difference.mean, difference.mean)
-        low, high = sorted(sign * end for end in ends)
-        found[each.control] = (sign * difference.mean, low, high)
+    found = {
+        each.control: improvement(verdict.metric.better, each.difference.mean, each.difference.interval)
+        for each in verdict.comparisons
+    }
     return Row(f"{prefix}{verdict.metric.name}", found)
+
+
+def improvement(better: int, mean: float, interval: Sequence[float] | None) -> tuple[float, float, float]:
+    """Return a difference and the ends of its interval, if it has one, as `Row` has them; `better` is 1 or -1.
+
+    >>> improvement(-1, -3.0, (-4.0, -1.5)), improvement(1, 2.0, None)
+    ((3.0, 1.5, 4.0), (2.0, 2.0, 2.0))
+    """
+    low, high = sorted(better * end for end in interval or (mean, mean))
+    return better * mean, low, high

@@ -25,7 +25,6 @@ from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Budget, Flatness, Objective, normalized_logits
 from steppe.flatness._batches import Batches
 
-_DIGESTS = {"weights_sha256", "data_sha256", "code_sha256"}
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 
 
@@ -157,7 +156,7 @@ class UserModelJob:
             return False
         before, now = content["inputs"], self.inputs()
         changed = [key for key in before | now if before.get(key) != now.get(key)]
-        if changed and set(changed) <= _DIGESTS and content.get("weights") == str(self.weights):
+        if changed and set(changed) <= self._digests.keys() and content.get("weights") == str(self.weights):
             names = {
                 "weights_sha256": str(self.weights or self.model.model),
                 "data_sha256": self.model.data,
@@ -173,12 +172,15 @@ class UserModelJob:
 
     def inputs(self) -> dict[str, Any]:
         """Return everything that the numbers depend on."""
-        digests = {
+        return {**self.model.entry_points(), **self._digests, **self.options.settings()}
+
+    @property
+    def _digests(self) -> dict[str, str]:
+        return {
             "weights_sha256": self.weights_sha256,
             "data_sha256": self.data_sha256,
             "code_sha256": self.code_sha256,
         }
-        return {**self.model.entry_points(), **digests, **self.options.settings()}
 
     def save(self, found: Flatness) -> None:
         content = found.to_json()

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -169,13 +170,23 @@ def _timm(name: str, classes: int, image_size: int | None) -> Backbone:
     return Backbone(model, head, f"timm's {name}", known["mean"], known["std"], size)
 
 
-def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
-    from transformers import AutoModelForImageClassification, ImageProcessingMixin, PretrainedConfig
+@contextmanager
+def without_reports() -> Iterator[None]:
+    """Keep transformers from reporting which weights of a checkpoint are left out or new."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]  # it would report the replaced head; missing weights are checked below
+    logging.set_verbosity_error()  # type: ignore[no-untyped-call, unused-ignore]
     try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
+    from transformers import AutoModelForImageClassification, ImageProcessingMixin, PretrainedConfig
+
+    with without_reports():  # of the replaced head; missing weights are checked below
         processor, _ = ImageProcessingMixin.get_image_processor_dict(name)
         written, _ = PretrainedConfig.get_config_dict(name)
         model, info = AutoModelForImageClassification.from_pretrained(
@@ -186,8 +197,6 @@ def _hugging_face(name: str, classes: int, image_size: int | None) -> Backbone:
             dtype=torch.float32,
             trust_remote_code=False,  # else it would ask on the terminal, and then run code of the checkpoint
         )
-    finally:
-        logging.set_verbosity(before)
     heads = [
         layer
         for layer, module in model.named_modules()

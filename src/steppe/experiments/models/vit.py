@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PATCH = 4
+HEAD = 16
+"""Features of a head of the attention; a width is a multiple of it."""
 
 
 class VisionTransformer(nn.Module):
@@ -31,8 +33,10 @@ class VisionTransformer(nn.Module):
         self, width: int = 64, *, depth: int = 4, in_channels: int = 1, image_size: int = 28, num_classes: int = 10
     ) -> None:
         super().__init__()
-        if width < 16 or width % 16:
-            raise ValueError(f"width is {width}, but must be a multiple of 16, the features of a head of the attention")
+        if width < HEAD or width % HEAD:
+            raise ValueError(
+                f"width is {width}, but must be a multiple of {HEAD}, the features of a head of the attention"
+            )
         if image_size < PATCH or image_size % PATCH:
             raise ValueError(f"image_size is {image_size}, but must be a multiple of {PATCH}, the size of a patch")
         self.patches = nn.Conv2d(in_channels, width, PATCH, PATCH)
@@ -53,7 +57,7 @@ class TransformerBlock(nn.Module):
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.heads = width // 16
+        self.heads = width // HEAD
         self.attention_norm, self.mlp_norm = nn.LayerNorm(width), nn.LayerNorm(width)
         self.queries_keys_values, self.output = nn.Linear(width, 3 * width), nn.Linear(width, width)
         self.hidden, self.down = nn.Linear(width, 2 * width), nn.Linear(2 * width, width)

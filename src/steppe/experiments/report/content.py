@@ -7,13 +7,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.analysis.metric_verdicts import CONTROLS, MetricVerdict
+from steppe.experiments.analysis.metric_verdicts import MetricVerdict, controls_of
 from steppe.experiments.analysis.statistics import Decision, Estimate, estimate
 from steppe.experiments.analysis.summary import Summary
 from steppe.experiments.analysis.verdicts import CAVEATS
 from steppe.experiments.analysis.words import BAD, GOOD, NO_VERDICT, NOT_MEASURED
 from steppe.experiments.config.recipe import Recipe, Run
-from steppe.experiments.figures.controls import with_controls
 from steppe.experiments.report.numbers import change, spread
 from steppe.flatness import FAMILIES, Flatness
 
@@ -172,19 +171,13 @@ def _interval(value: Estimate) -> tuple[float, float] | None:
     return None if half is None else (value.mean - half, value.mean + half)
 
 
-def control_names(summary: Summary) -> Iterator[str]:
-    """Yield the heading of each control that a method was compared with."""
-    found = {each.control for verdict in with_controls(summary) for each in verdict.comparisons}
-    yield from (control.phrase for control in CONTROLS.values() if control in found)
-
-
 def control_rows(recipe: Recipe, summary: Summary) -> Iterator[dict[str, Any]]:
     """Yield a row for each method and measure: its differences to the base and to the controls, each with its word."""
     methods = {str(method): method for method in recipe.comparison.methods}
-    verdicts = with_controls(summary)
-    found = {each.control for verdict in verdicts for each in verdict.comparisons}
+    verdicts = summary.verdicts_with_controls()
+    controls = controls_of(verdicts)
     for verdict in verdicts:
-        compared = [verdict.control(control) for control in CONTROLS.values() if control in found]
+        compared = [verdict.control(control) for control in controls]
         yield {
             "method": methods[verdict.method],
             "label": methods[verdict.method].label,

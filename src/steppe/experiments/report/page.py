@@ -12,6 +12,7 @@ from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
+from steppe.experiments.analysis.metric_verdicts import controls_of
 from steppe.experiments.analysis.robustness import READING
 from steppe.experiments.analysis.summary import Summary, columns, setting
 from steppe.experiments.analysis.verdicts import read_flatness, read_lines
@@ -55,7 +56,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         columns=columns(summary.task),
         flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
         flatness_notes=content.footnotes(found),
-        control_names=list(content.control_names(summary)),
+        control_names=[control.phrase for control in controls_of(summary.verdicts_with_controls())],
         control_rows=list(content.control_rows(recipe, summary)),
         robustness_headlines=robustness.headlines(summary.robustness) if summary.robustness else [],
         robustness_reading=READING if summary.robustness else "",

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from steppe.experiments.errors import ExperimentError
+from steppe.experiments.models.backbones import without_reports
 from steppe.experiments.tasks.task import Metric, Task, accuracy
 
 LIBRARIES = {"numpy": "[lm]*/*.py", "sklearn": "[cm]*/*.py", "torch": "nn/*/*.py", "asyncio": "../[b-d]*.py"}
@@ -43,7 +44,8 @@ class SentenceClassifier(nn.Module):
         super().__init__()
         from transformers import AutoModel
 
-        self.encoder = AutoModel.from_pretrained(_folder(_ENCODER) / "model", add_pooling_layer=False)
+        with without_reports():  # of the pooling layer, which is left out
+            self.encoder = AutoModel.from_pretrained(_folder(_ENCODER) / "model", add_pooling_layer=False)
         self.head = nn.Linear(self.encoder.config.hidden_size, classes)
         layers = self.encoder.encoder.layer
         nn.ModuleList([self.encoder.embeddings, *layers[:-TRAINED_LAYERS]]).requires_grad_(False)
@@ -68,7 +70,6 @@ def task() -> Task:
     from transformers.utils import logging
 
     logging.disable_progress_bar()  # type: ignore[no-untyped-call]  # each run loads the encoder
-    logging.set_verbosity_error()  # type: ignore[no-untyped-call]  # and leaves the pooling layer out
     return Task(
         name="text",
         model=partial(SentenceClassifier, len(LIBRARIES)),
