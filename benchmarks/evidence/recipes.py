@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 
+from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.robustness.corruptions import CORRUPTIONS
 
-RADII = "rho=0.05,0.1,0.2"
+RADII = (0.05, 0.1, 0.2)
 WRONG_LABELS = {f"{100 * share:.0f} % wrong": share for share in (0.2, 0.4, 0.6)}
 """The settings of the recipe noisy-labels, each with its share of wrong labels."""
 
@@ -14,27 +16,71 @@ WRONG_LABELS = {f"{100 * share:.0f} % wrong": share for share in (0.2, 0.4, 0.6)
 class Evidence:
     """A recipe of `steppe compare`, its radii chosen on held-out data and then confirmed by other seeds."""
 
-    tuned: Sequence[str]
-    """The methods whose radius is searched."""
+    tuned: Sequence[str | tuple[str, ...]]
+    """The methods whose radius is searched; of a tuple, only the best one on the held-out data is confirmed."""
     others: Sequence[str] = ()
     """Further methods of the comparison, such as the averaged base."""
     settings: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
     """Further options of the recipe, by the name of a setting."""
+    chosen_in: Mapping[str, str] = field(default_factory=dict)
+    """Settings that have no search of their own, each with the earlier setting whose search they confirm."""
+    tuned_there: Sequence[str | tuple[str, ...]] = ()
+    """What those settings confirm, in place of `tuned`."""
+    recipe: str = ""
+    """By default the name of the experiment."""
     base: str = "sgd"
-    search: Sequence[str] = (RADII,)
+    radii: Sequence[float] = RADII
+    """The radii that are searched, in units of the method's usual one where SAM's is 1."""
     objective: str = "metric"
     """What decides on the held-out data, see `steppe tune --objective`."""
     seeds: int = 2
     """Runs of each trial of the search."""
+    confirmed_by: Sequence[str] = ()
+    """The option --seeds of the comparison, where a setting has none; by default the recipe's."""
     measures: Sequence[str] = ("accuracy", "accuracy under corruptions", "calibration error")
     """What the tables and the figure show; the first one decides."""
 
+    def searches(self) -> Mapping[float, Sequence[str]]:
+        """Return the methods that are searched, by the factor of their radii: each factor is one `steppe tune`."""
+        found: dict[float, list[str]] = {}
+        for method in (method for group in _groups(self.tuned) for method in group):
+            found.setdefault(method.definition.rho_factor, []).append(str(method))
+        return found
+
+    def best(self, setting: str, searched: Mapping[str, tuple[float, str]]) -> list[str]:
+        """Return the specs to confirm, of the best value on the held-out data and its spec for each tuned method."""
+        groups = _groups(self.tuned_there if setting in self.chosen_in else self.tuned)
+        return [max(searched[str(method)] for method in group)[1] for group in groups]
+
+
+def _groups(tuned: Sequence[str | tuple[str, ...]]) -> list[list[MethodSpec]]:
+    return [[MethodSpec.parse(text) for text in ([one] if isinstance(one, str) else one)] for one in tuned]
+
+
+FAMILY = (
+    *("sam", "asam", "gsam", "friendly_sam", "vasso", "looksam", "late_sam", "random_sam", "fraction_sam", "aesam"),
+    *("esam", "sam_on", "sparse_sam", "dynamic_sparse_sam", "fisher_sam", "layerwise_sam", "wsam", "pgn", "zsharp"),
+    *("sampa", "lookbehind_sam", "sam:ascent_steps=2", "micro_batch_sam:m=16", "msam", "rwp", "arwp", "bsam"),
+    *("mixed_rwp", "mixed_arwp"),
+)
+"""Every method that has a radius."""
+
+CHEAPER = (
+    ("late_sam:start=0.9", "looksam:interval=10", "random_sam:p=0.1", "fraction_sam:fraction=0.1"),
+    ("late_sam:start=0.75", "looksam:interval=4", "random_sam:p=0.25", "fraction_sam:fraction=0.25"),
+    ("late_sam:start=0.667", "looksam:interval=3", "random_sam:p=0.333", "fraction_sam:fraction=0.333"),
+)
+"""Methods of 1.1, of 1.25 and of 4/3 passes for a step."""
+
+_WRONG = ("--label-noise", "0.4")
+_TEN_SEEDS = ("--seeds", "10")
+_LARGER = ("--dataset", "fashion-mnist", "--shots", "1200", "--epochs", "10")
 
 EVIDENCE: Mapping[str, Evidence] = {
     "noisy-labels": Evidence(
         ["sam"],
         ["sgd+ema"],
-        search=["rho=0.05,0.1,0.2,0.4"],
+        radii=(*RADII, 0.4),
         settings={name: ["--label-noise", str(share)] for name, share in WRONG_LABELS.items()},
     ),
     "corruptions": Evidence(
@@ -61,4 +107,36 @@ EVIDENCE: Mapping[str, Evidence] = {
         measures=["accuracy under corruptions", "accuracy under gaussian_noise", "accuracy", "calibration error"],
     ),
     "text": Evidence(["sam"], base="base", seeds=3, measures=["accuracy"]),
+    "price": Evidence(
+        ["msam", *CHEAPER, "sam"],
+        ["sgd+ema"],
+        recipe="annealed",
+        settings={
+            "3,000 images, 40 % wrong": _WRONG,
+            "3,000 images": (),
+            "12,000 images, 40 % wrong": [*_LARGER, *_WRONG],
+            "12,000 images": _LARGER,
+        },
+        chosen_in={"12,000 images, 40 % wrong": "3,000 images, 40 % wrong", "12,000 images": "3,000 images"},
+        tuned_there=[("msam", *chain(*CHEAPER)), "sam"],
+        confirmed_by=["--seeds", "20"],
+        measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
+    ),
+    "family": Evidence(
+        FAMILY,
+        ["saf", "mesa"],
+        recipe="annealed",
+        settings={
+            "right labels": (),
+            "40 % wrong": _WRONG,
+            "right labels, ten seeds": _TEN_SEEDS,
+            "40 % wrong, ten seeds": [*_WRONG, *_TEN_SEEDS],
+        },
+        chosen_in={"right labels, ten seeds": "right labels", "40 % wrong, ten seeds": "40 % wrong"},
+        tuned_there=["sam", "asam", "gsam", "friendly_sam", "looksam", "fraction_sam", "msam"],
+        seeds=1,
+        confirmed_by=["--seeds", "3"],
+        measures=["accuracy", "accuracy under corruptions", "calibration error"],
+    ),
 }
+"""By the name of the experiment, in the order in which they are run."""

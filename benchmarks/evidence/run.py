@@ -13,7 +13,7 @@ import json
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,35 +42,58 @@ def main() -> None:
     for name in args.names or EVIDENCE:
         evidence, found = EVIDENCE[name], dict[str, Any]()
         for setting, options in evidence.settings.items():
-            found[setting] = confirm(name, setting, options, evidence, args)
+            earlier = found.get(evidence.chosen_in.get(setting, ""))
+            found[setting] = confirm(name, setting, options, evidence, args, earlier)
             args.command = f"python benchmarks/evidence/run.py {name}"
             results.save(f"evidence_{name.replace('-', '_')}", {"settings": found}, args)
 
 
 def confirm(
-    name: str, setting: str, options: Sequence[str], evidence: Evidence, args: argparse.Namespace
+    name: str,
+    setting: str,
+    options: Sequence[str],
+    evidence: Evidence,
+    args: argparse.Namespace,
+    earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Search the radii of a setting, compare the methods at the best ones, and return the result."""
-    folder = args.out / "-".join([name, *setting.replace("%", "").split()])
-    searched = folder.with_name(f"{folder.name}-tune")
-    shared = [name, *options, *(_TINY if args.tiny else [])]
+    """Search the radii of a setting or take those of an earlier one, and compare the methods at the best ones."""
+    folder = args.out / "-".join([name, *setting.replace("%", "").replace(",", "").split()])
+    shared = [evidence.recipe or name, *options, *(_TINY if args.tiny else [])]
     how_many = [] if args.runs_at_once is None else ["--runs-at-once", args.runs_at_once]
-    seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
-    how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline", "--search", *evidence.search]
-    search = ["tune", *shared, "--methods", *evidence.tuned, *seeds, *how]
-    _steppe([*search, *how_many, "--out", str(searched)])
-    chosen = json.loads((searched / "summary.json").read_text("utf-8"))
-    best = [one["spec"] for one in chosen["best"]]
-    comparison = ["compare", *shared, "--methods", evidence.base, *best, *evidence.others]
+    found = earlier or search(folder, shared, how_many, evidence, args)
+    chosen = evidence.best(setting, found["best"])
+    seeds = [] if args.tiny or "--seeds" in options else evidence.confirmed_by
+    comparison = ["compare", *shared, "--methods", evidence.base, *chosen, *evidence.others, *seeds]
     _steppe([*comparison, *how_many, "--out", str(folder)])
     return {
-        "search": shlex.join(["steppe", *search]),
+        "search": None if earlier else found["search"],
         "command": shlex.join(["steppe", *comparison]),
-        "trials": _trials(searched / "trials.jsonl", evidence.objective),
-        "chosen": best,
+        "trials": [] if earlier else found["trials"],
+        "best": found["best"],
+        "chosen": chosen,
         "summary": json.loads((folder / "summary.json").read_text("utf-8")),
         "curves": _curves(folder),
     }
+
+
+def search(
+    folder: Path, shared: Sequence[str], how_many: Sequence[str], evidence: Evidence, args: argparse.Namespace
+) -> dict[str, Any]:
+    """Search the radius of each tuned method on held-out data; return the commands, the trials and the best ones."""
+    commands, trials, best = list[str](), list[dict[str, Any]](), dict[str, tuple[float, str]]()
+    seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
+    how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline", "--search"]
+    for factor, methods in evidence.searches().items():
+        searched = folder.with_name(f"{folder.name}-tune" + (f"-{factor:g}" if factor != 1 else ""))
+        radii = "rho=" + ",".join(f"{factor * radius:g}" for radius in evidence.radii)
+        words = ["tune", *shared, "--methods", *methods, *seeds, *how, radii]
+        _steppe([*words, *how_many, "--out", str(searched)])
+        commands.append(shlex.join(["steppe", *words]))
+        trials += _trials(searched / "trials.jsonl", evidence.objective)
+        summary = json.loads((searched / "summary.json").read_text("utf-8"))
+        sign = 1 if summary["higher_is_better"] else -1
+        best |= {one["method"]: (sign * one["validation"]["mean"], one["spec"]) for one in summary["best"]}
+    return {"search": "\n".join(commands), "trials": trials, "best": best}
 
 
 def _steppe(words: Sequence[str]) -> None:

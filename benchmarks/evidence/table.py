@@ -68,7 +68,8 @@ def _commands(settings: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     yield "```"
     for found in settings.values():
-        yield found["search"]
+        if found["search"]:
+            yield found["search"]
         yield found["command"]
     yield "```"
 

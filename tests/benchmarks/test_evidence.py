@@ -2,13 +2,14 @@
 
 import json
 from pathlib import Path
+from statistics import mean
 
 import pytest
 from tiny import command_line
 
 import make_evidence
 import results
-from evidence import recipes, run
+from evidence import run
 from evidence.recipes import EVIDENCE, Evidence
 from evidence.table import render
 from steppe.experiments.config.presets import RECIPES
@@ -19,9 +20,9 @@ TINY = ["--width", "2", "--device", "cpu", "--no-amp"]
 
 def test_every_experiment_is_a_recipe_with_a_page() -> None:
     for name, evidence in EVIDENCE.items():
-        assert name in RECIPES
-        assert str(RECIPES[name][0].comparison.methods[0]) == evidence.base
-        assert RECIPES[name][0].comparison.seeds == 10
+        recipe, _ = RECIPES[evidence.recipe or name]
+        assert str(recipe.comparison.methods[0]) == evidence.base
+        assert recipe.comparison.seeds == 10
         assert (make_evidence.PAGES / f"{name}.md").exists()
         assert f"({name}.md)" in (make_evidence.PAGES / "README.md").read_text("utf-8")
 
@@ -33,7 +34,7 @@ def test_pages_show_the_results() -> None:
 
 
 def test_recipes_have_the_radii_that_were_chosen() -> None:
-    for name in EVIDENCE:
+    for name in RECIPES.keys() & EVIDENCE.keys():
         for result in make_evidence.found(name):
             chosen = [found["chosen"] for found in result.data["settings"].values()]
             methods = [str(method) for method in RECIPES[name][0].comparison.methods]
@@ -91,9 +92,7 @@ def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
-    monkeypatch.setattr(
-        run, "EVIDENCE", {"corruptions": Evidence(["sam"], settings={"tiny": TINY}, search=["rho=0.05,0.4"])}
-    )
+    monkeypatch.setattr(run, "EVIDENCE", {"corruptions": Evidence(["sam"], settings={"tiny": TINY}, radii=(0.05, 0.4))})
     monkeypatch.setattr(run, "_steppe", lambda words: command_line(list(words), draws=False))
     monkeypatch.chdir(tmp_path)
     words = ["run.py", "corruptions", "--tiny", "--runs-at-once", "1", "--results", str(tmp_path), "--machine", "m"]
@@ -115,6 +114,46 @@ def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
     }
 
 
+def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("optuna")
+    evidence = Evidence(
+        [("sam", "asam"), "late_sam:start=0.5"],
+        ["sgd+ema"],
+        recipe="annealed",
+        radii=(0.05, 0.1),
+        settings={"first": TINY, "other batches": [*TINY, "--batch-size", "32"]},
+        chosen_in={"other batches": "first"},
+        tuned_there=["asam"],
+        seeds=1,
+    )
+    assert evidence.searches() == {1: ["sam", "late_sam:start=0.5"], 10: ["asam"]}
+    monkeypatch.setattr(run, "EVIDENCE", {"price": evidence})
+    monkeypatch.setattr(run, "_steppe", lambda words: command_line(list(words), draws=False))
+    monkeypatch.chdir(tmp_path)
+    words = ["run.py", "price", "--tiny", "--runs-at-once", "1", "--results", str(tmp_path), "--machine", "m"]
+    monkeypatch.setattr("sys.argv", words)
+    run.main()
+    (file,) = tmp_path.glob("*/evidence_price.json")
+    settings = json.loads(file.read_text())["data"]["settings"]
+    found = {
+        method: max(
+            (mean(trial["found"]), trial["values"]["rho"])
+            for trial in settings["first"]["trials"]
+            if trial["method"] == method
+        )
+        for method in ("sam", "asam", "late_sam:start=0.5")
+    }
+    best = "sam" if found["sam"][0] >= found["asam"][0] else "asam"
+    assert settings["first"]["chosen"][0].partition(":")[0] == best
+    assert [spec.partition(":")[0] for spec in settings["other batches"]["chosen"]] == ["asam"]
+    assert "--batch-size 32" in settings["other batches"]["command"]
+    assert settings["other batches"]["search"] is None
+    text = render(results.Result("evidence_price", "m", False, "2026-11-29", "c", "2.13", {}, {"settings": settings}))
+    assert text.count("steppe tune") == 2
+
+
 def test_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", "noisy"])
     with pytest.raises(SystemExit):
@@ -125,4 +164,3 @@ def test_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytes
 def test_searches_do_not_use_the_seeds_of_the_comparison() -> None:
     assert max(recipe.comparison.seeds for recipe, _ in RECIPES.values()) <= run.FIRST_SEARCH_SEED
     assert Recipe().comparison.first_seed == 0
-    assert recipes.RADII.startswith("rho=")
