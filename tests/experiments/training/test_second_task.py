@@ -33,8 +33,8 @@ def two_tasks() -> Task:
     return classifier(then=classifier(train=NEW, test=(-data(32, seed=3)[0], data(32, seed=3)[1])))
 
 
-def trained(folder: Path, task: Task, method: str = "sam", stop: Any = None) -> list[Any]:
-    run = run_of(task, method, then_epochs=EPOCHS, extra_epochs=EXTRA)
+def trained(folder: Path, task: Task, method: str = "sam", stop: Any = None, then_lr: float | None = None) -> list[Any]:
+    run = run_of(task, method, then_epochs=EPOCHS, then_lr=then_lr, extra_epochs=EXTRA)
     return train(run, folder, task, CPU, stop=stop)
 
 
@@ -42,21 +42,24 @@ def without_second(record: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in record.items() if not name.endswith((AFTER, FORGOTTEN, ON_SECOND))}
 
 
-def test_copy_is_trained_by_the_base_alone_and_the_run_is_unchanged(tmp_path: Path) -> None:
+@pytest.mark.parametrize("then_lr", [None, 0.03])
+def test_copy_is_trained_by_the_base_alone_and_the_run_is_unchanged(tmp_path: Path, then_lr: float | None) -> None:
     task, alone = two_tasks(), classifier()
-    *earlier, last = trained(tmp_path / "two", task)
+    *earlier, last = trained(tmp_path / "two", task, then_lr=then_lr)
     assert list(map(without_second, untimed([*earlier, last]))) == untimed(trained(tmp_path / "one", alone))
     assert any(AFTER in name for name in earlier[-1].measures)
-    run = run_of(task, "sam", then_epochs=EPOCHS, extra_epochs=EXTRA)
+    run = run_of(task, "sam", then_epochs=EPOCHS, then_lr=then_lr, extra_epochs=EXTRA)
+    first = run_of(alone, "sam", then_epochs=EPOCHS, extra_epochs=EXTRA)
     state, other = (
-        load(tmp_path / name / CHECKPOINT, owner(run_of(of, "sam", then_epochs=EPOCHS, extra_epochs=EXTRA), 1, None))
-        for name, of in (("two", task), ("one", alone))
+        load(tmp_path / name / CHECKPOINT, owner(of, 1, None)) for name, of in (("two", run), ("one", first))
     )
     assert all(map(torch.equal, state["model"].values(), other["model"].values()))
+    torch.manual_seed(run.seed)
     model = net()
     model.load_state_dict(state["model"])
-    torch.manual_seed(run.seed)
     optimizer, (inputs, targets) = task.optimizer(model), NEW
+    for group in optimizer.param_groups:
+        group["lr"] = then_lr or group["lr"]
     for epoch in range(EPOCHS):
         for positions in torch.split(order(len(targets), run.seed, epoch), 12):
             optimizer.zero_grad()
@@ -101,6 +104,11 @@ def test_second_task_that_the_model_cannot_take_is_refused_before_training() -> 
         with_task(recipe_of(classifier()).replace(task="in:python"), task)
 
 
+def test_learning_rate_of_a_second_task_that_is_not_there_is_refused() -> None:
+    with pytest.raises(ExperimentError, match=r"then_lr=0.1: the task has no second one"):
+        with_task(recipe_of(classifier()).replace(task="in:python", then_lr=0.1), classifier())
+
+
 def test_images_of_the_second_task_are_rotated_or_inverted_or_others() -> None:
     first = dataset()
     rotated, inverted = (second_dataset(name, first, None) for name in ("rotated", "inverted"))
@@ -119,6 +127,8 @@ def test_images_of_the_second_task_are_rotated_or_inverted_or_others() -> None:
         ({"then": "rotatd"}, "'rotatd' is unknown; did you mean 'rotated'"),
         ({"then": "sample"}, "then=sample: it is the first task"),
         ({"then": "rotated", "then_epochs": 0}, "then_epochs=0"),
+        ({"then": "rotated", "then_lr": 0.0}, "then_lr=0.0"),
+        ({"then_lr": 0.1}, "then_lr=0.1: no second task is named"),
     ],
 )
 def test_invalid_second_task_is_refused(options: dict[str, Any], message: str) -> None:

@@ -83,8 +83,8 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             "SAM and its cheap variants with a cosine schedule, momentum and weight decay, ten seeds.",
         ),
         "forgetting": (
-            _ANNEALED.replace(name="forgetting", then="rotated", methods=("sgd", "sam:rho=0.2")),
-            "A copy of each trained network learns rotated images: what does it forget? Ten seeds.",
+            _ANNEALED.replace(name="forgetting", then="digits", methods=("sgd", "sam:rho=0.2", "sgd+ema")),
+            "A copy of each trained network learns handwritten digits: what does it forget? Ten seeds.",
         ),
         "vit": (
             Recipe().replace(

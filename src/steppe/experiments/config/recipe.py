@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from steppe.experiments.config.method_spec import MethodSpec
@@ -33,6 +34,9 @@ _NO_EFFECT_ON_RESULTS = frozenset(
         *("flatness_every", "flatness_samples"),
     }
 )
+
+# Options that older folders do not have, each with the value by which a run is what it was before.
+_ADDED: Mapping[str, Any] = MappingProxyType({"then_lr": None})
 
 
 # Functions from an option's JSON value to its own type, where the two differ.
@@ -327,7 +331,7 @@ class Recipe:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Recipe:
         """Make a recipe from the output of `to_json`; ValueError when the options are not a recipe's."""
-        options = dict[str, Any]()
+        options = dict[str, Any](_ADDED)
         for name, value in values.items():
             if name == "task":
                 continue
@@ -338,8 +342,12 @@ class Recipe:
         return replace(cls().replace(**options), task=TaskInfo.from_json(values["task"]))
 
     def result_options(self) -> dict[str, Any]:
-        """Return the options that a run's result depends on, as JSON has them."""
-        options = {name: value for name, value in self.options().items() if name not in _NO_EFFECT_ON_RESULTS}
+        """Return the options that a run's result depends on, as JSON has them; an older folder has the same ones."""
+        options = {
+            name: value
+            for name, value in self.options().items()
+            if name not in _NO_EFFECT_ON_RESULTS and (name, value) not in _ADDED.items()
+        }
         options |= {"momentum": self.base_momentum} | ({"width": "several"} if self.comparison.widths else {})
         # the size of the model and of the data, and the metrics: another task by the same name is noticed
         return options | ({"the task": asdict(self.task)} if self.data.task else {})

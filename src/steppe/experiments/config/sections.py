@@ -228,11 +228,18 @@ class ForgettingConfig:
     first. rotated, inverted: the same images, changed. sample, fashion-mnist, digits: other images. After a task of
     your own, another one, package.module:task. By default none."""
     then_epochs: Annotated[int, Minimum(1, "epochs on the second task")] = 5
-    """Epochs on the second task, at the constant learning rate of the base. They do not count as compute."""
+    """Epochs on the second task, at a constant learning rate. They do not count as compute."""
+    then_lr: Annotated[float | None, Minimum(0, "learning rate on the second task", included=False)] = None
+    """Learning rate on the second task; by default that of the base on the first."""
 
     def check(self, data: DataConfig) -> None:
         """Raise ValueError for a second task that cannot follow the first."""
         if not self.then:
+            if self.then_lr is not None and not data.task:
+                raise ValueError(
+                    f"then_lr={self.then_lr}: no second task is named, so it would have no effect: name one, --then "
+                    "rotated, or leave it out"
+                )
             return
         if data.task and ":" not in self.then:
             raise ValueError(

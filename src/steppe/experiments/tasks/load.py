@@ -43,6 +43,11 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
     device = torch.device("cuda" if on_gpu else "cpu")
     info = check(task, device)
     second = load_task(recipe.forgetting.then) if recipe.forgetting.then else task.then
+    if second is None and recipe.forgetting.then_lr is not None:
+        raise ExperimentError(
+            f"then_lr={recipe.forgetting.then_lr}: the task has no second one, then=, so it would have no effect: give "
+            "it one, name one by --then, or leave it out"
+        )
     if second is not None:
         try:
             check(replace(second, model=task.model, optimizer=task.optimizer, metrics=task.metrics), device)

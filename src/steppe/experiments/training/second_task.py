@@ -31,8 +31,9 @@ def measure_forgetting(
 ) -> dict[str, float]:
     """Train a copy of a network on the task's second one, and measure both on test data, as fields of a record.
 
-    The copy is trained by the base optimizer alone, whatever the method of the run, with a constant learning rate. Both
-    tasks are measured by the metrics of the first. The network and the global generators are unchanged.
+    The copy is trained by the base optimizer alone, whatever the method of the run, with a constant learning rate,
+    `then_lr` or that of the first task. Both tasks are measured by the metrics of the first. The network and the global
+    generators are unchanged.
 
     Args:
         run: The run that the network was trained in.
@@ -53,6 +54,9 @@ def measure_forgetting(
         copy = task.model().to(device)
         copy.load_state_dict(network.state_dict())
         base, _ = build_base(run, task, copy)
+        if (lr := run.recipe.forgetting.then_lr) is not None:
+            for group in base.param_groups:
+                group["lr"] = lr
         copy.train()
         epochs = Epochs(train, size, run.seed, world)
         with torch.enable_grad():
