@@ -24,6 +24,15 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join(re.sub(r"[│╭╮╰╯─]", " ", captured.out + captured.err).split())
 
 
+@pytest.mark.parametrize("words", [["compare", "demo", "--help"], ["methods"]])
+def test_output_that_nobody_reads_to_its_end_is_no_error(words: list[str]) -> None:
+    read, write = os.pipe()
+    os.close(read)
+    found = subprocess.run([sys.executable, "-m", "steppe", *words], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (found.stderr, found.returncode) == ("", 1)
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert printed(capsys) == f"steppe {steppe.__version__}"

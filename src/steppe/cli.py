@@ -9,6 +9,7 @@ import contextlib
 import importlib
 import io
 import os
+import select
 import shlex
 import signal
 import sys
@@ -95,8 +96,20 @@ def _run(words: Sequence[str]) -> int:
     except ExperimentError as error:
         return _fail(str(error))
     except OSError as error:  # a full disk, a folder without write permission: the system's message is clear
+        if isinstance(error, BrokenPipeError) and _reader_is_gone():
+            return 1
         return _fail(of_system(error))
     return 0
+
+
+def _reader_is_gone() -> bool:
+    """True if nobody reads the output any more, as after `steppe compare demo --help | head`; the rest is dropped."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    if not any(event & select.POLLERR for _, event in output.poll(0)):
+        return False
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would report what it cannot write
+    return True
 
 
 def _parse(words: Sequence[str]) -> Any:
