@@ -1,4 +1,4 @@
-"""The Hessian against that of curvlinops: products, eigenvalues, the trace and moments of the density."""
+"""The Hessian, the Gauss-Newton and the empirical Fisher matrix against those of curvlinops."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from known_hessians import DOUBLE, objective, samples, tanh_net
 from torch import nn
 
 from steppe._tensors import random as random_tensors
-from steppe.flatness import Hessian, density, eigenvalues, trace
+from steppe.flatness import EmpiricalFisher, GaussNewton, Hessian, density, eigenvalues, trace
 
 curvlinops = pytest.importorskip("curvlinops", reason="curvlinops-for-pytorch is not installed")
 
@@ -29,6 +29,16 @@ def test_products_agree_with_curvlinops():
     ours, theirs = ours_and_theirs()
     vectors = torch.randn(3, ours.n, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
     torch.testing.assert_close(ours(vectors), (theirs @ vectors.T).T, rtol=1e-9, atol=1e-13)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [(GaussNewton, "GGNLinearOperator"), (EmpiricalFisher, "EFLinearOperator")], ids=["GGN", "EF"]
+)
+def test_gauss_newton_and_fisher_matrices_agree_with_curvlinops(kind, name):
+    net, batches = tanh_net(), list(zip(*(t.split(7) for t in samples()), strict=True))
+    theirs = getattr(curvlinops, name)(net, nn.CrossEntropyLoss(), list(net.parameters()), batches)
+    ours, identity = kind(objective(net, batches)), torch.eye(theirs.shape[0], dtype=DOUBLE)
+    torch.testing.assert_close(ours(identity), theirs @ identity, rtol=1e-10, atol=1e-14)
 
 
 @pytest.mark.parametrize("which", ["largest", "smallest", "magnitude"])

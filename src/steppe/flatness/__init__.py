@@ -8,8 +8,10 @@ from steppe.flatness.average_sharpness import average_sharpness
 from steppe.flatness.budget import Budget
 from steppe.flatness.directions import between, random_directions
 from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
+from steppe.flatness.empirical_fisher import EmpiricalFisher
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.families import FAMILIES, Family, Measure
+from steppe.flatness.gauss_newton import GaussNewton
 from steppe.flatness.interpolation import Line, interpolation
 from steppe.flatness.landscape import Landscape, landscape
 from steppe.flatness.m_sharpness import MSharpness, m_sharpness
@@ -32,9 +34,11 @@ __all__ = [
     "Curve",
     "Density",
     "Eigenpairs",
+    "EmpiricalFisher",
     "Estimate",
     "Family",
     "Flatness",
+    "GaussNewton",
     "Hessian",
     "Landscape",
     "Line",

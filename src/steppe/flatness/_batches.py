@@ -16,7 +16,7 @@ class Batches:
     def __init__(self, data: Any, batch_size: int, size: Callable[[Any], int] | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a batch needs at least one sample")
-        self._size = size or num_samples
+        self.size = size or num_samples
         if isinstance(data, tuple) and len(data) > 1 and all(isinstance(t, Tensor) for t in data):
             if len({len(t) for t in data}) > 1:
                 lengths = ", ".join(str(len(t)) for t in data)
@@ -42,11 +42,11 @@ class Batches:
 
     def __iter__(self) -> Iterator[tuple[Any, int]]:
         for batch in self._batches:
-            yield batch, self._size(batch)
+            yield batch, self.size(batch)
 
     def single(self, batch: Any) -> "Batches":
         """Return batches that consist of this one, with the same definition of size."""
-        return Batches([batch], 1, self._size)
+        return Batches([batch], 1, self.size)
 
     def split(self, batch: Any, m: int) -> Iterator[Any]:
         """Split a batch into parts of m samples along the first dimension of its tensors; the last may be smaller."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,13 @@ class _Holder(nn.Module):
         return function()
 
 
+class Evaluated(NamedTuple):
+    """The mean loss of a batch, with the model's outputs where they are known."""
+
+    loss: Tensor
+    outputs: Any = None
+
+
 class PlacedLoss:
     """The mean loss of one batch, with other weights and buffers in the model and in one set of modes.
 
@@ -38,23 +45,31 @@ class PlacedLoss:
     """
 
     def __init__(
-        self, holder: _Holder, state: Mapping[str, Tensor], loss: Callable[[], Tensor], *, train_norms: bool
+        self, holder: _Holder, state: Mapping[str, Tensor], evaluate: Callable[[], Evaluated], *, train_norms: bool
     ) -> None:
-        self._holder, self._loss, self._train_norms = holder, loss, train_norms
+        self._holder, self._evaluate, self._train_norms = holder, evaluate, train_norms
         self._state = {f"model.{k}": t for k, t in state.items()}
 
     def run(self, function: Callable[[Callable[[], Tensor]], _T]) -> _T:
         """Return ``function(loss)`` with the weights in place; ``loss()`` is the mean loss of the batch."""
+        return self._run(partial(function, lambda: self._checked().loss))
+
+    def run_evaluated(self, function: Callable[[Evaluated], _T]) -> _T:
+        """Return ``function(evaluated)`` with the weights in place, for the loss with the model's outputs."""
+        return self._run(lambda: function(self._checked()))
+
+    def _run(self, function: Callable[[], _T]) -> _T:
         with evaluation_mode(self._holder.model, train_norms=self._train_norms):
-            result: _T = functional_call(self._holder, self._state, (partial(function, self._checked_loss),))
+            result: _T = functional_call(self._holder, self._state, (function,))
         return result
 
-    def _checked_loss(self) -> Tensor:
-        loss = self._loss()
+    def _checked(self) -> Evaluated:
+        evaluated = self._evaluate()
+        loss = evaluated.loss
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise ValueError(f"the loss of a batch is {got}, but it must be the mean loss, a 0-dim tensor")
-        return loss
+        return evaluated
 
 
 class BatchLoss:
@@ -96,25 +111,28 @@ class BatchLoss:
         return PlacedLoss(self._holder, state, partial(self._evaluate, model, batch), train_norms=train_norms)
 
 
-def _as_evaluate(loss: Loss | None, evaluate: Evaluate | None) -> Evaluate:
-    """Return whichever was passed, in the form (model, batch) -> mean loss."""
+def _as_evaluate(loss: Loss | None, evaluate: Evaluate | None) -> Callable[[nn.Module, Any], Evaluated]:
+    """Return whichever was passed, in the form (model, batch) -> mean loss with the outputs."""
     if (loss is None) == (evaluate is None):
         raise ValueError(
             "an objective needs exactly one of two: loss=, (outputs, targets) -> mean loss, or evaluate=, (model, "
             "batch) -> mean loss"
         )
-    if loss is None:
-        assert evaluate is not None
-        return evaluate
+    if evaluate is not None:
+        own = evaluate
+        return lambda model, batch: Evaluated(own(model, batch))
+    assert loss is not None
+    of_outputs = loss
 
-    def evaluate_loss(model: nn.Module, batch: Any) -> Tensor:
+    def evaluate_loss(model: nn.Module, batch: Any) -> Evaluated:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
             raise TypeError(
                 f"a batch is {type(batch).__name__}, but loss= needs (*inputs, targets): for other batches pass "
                 "evaluate=, (model, batch) -> mean loss"
             )
         *inputs, targets = batch
-        return loss(model(*inputs), targets)
+        outputs = model(*inputs)
+        return Evaluated(of_outputs(outputs, targets), outputs)
 
     return evaluate_loss
 

@@ -16,7 +16,7 @@ from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import Batches, Fingerprint, cast
 from steppe.flatness._forward import BatchLoss, Evaluate, Loss, PlacedLoss, select_parameters
 from steppe.flatness._isolation import seeded_generators
-from steppe.flatness._kernels import check_twice_differentiable, twice_differentiable
+from steppe.flatness._kernels import twice_differentiable
 
 Progress: TypeAlias = Callable[[str, int], None]
 """(stage, passes over the data so far), called after each pass; an exception ends the measurement."""
@@ -93,7 +93,6 @@ class Objective:
         self._batch_loss = BatchLoss(self.model, loss, evaluate)
         self._batches = Batches(data, batch_size, size)
         self._fingerprint: Fingerprint | None = None
-        self._checked_twice_differentiable = False
         self._dtype = dtype
         self._set_parameters(parameters)
 
@@ -236,28 +235,14 @@ class Objective:
         loss, gradient = self.average(batch_gradient)
         return loss, gradient
 
-    def batch_hessian_product(self, batch: Any) -> Callable[[Tensor], Tensor]:
-        """Return the function V -> V H, (k, n) -> (k, n), with H the Hessian of the batch's mean loss at w.
-
-        The graph of the gradient is built once and lives as long as the returned function.
-        """
+    def differentiable(self, batch: Any) -> tuple[list[Tensor], PlacedLoss]:
+        """Return w as leaves that require gradients, and the mean loss of a batch as a function of them."""
         weights = [w.requires_grad_() for w in self._perturbed_weights(None)]
-        placed = self._placed(weights, batch)
-        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-        gradient = placed.run(lambda loss: torch.autograd.grad(loss(), weights, create_graph=True, **options))
-        if not self._checked_twice_differentiable:
-            check_twice_differentiable(gradient)
-            self._checked_twice_differentiable = True
-        curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # the other gradients are constant
+        return weights, self._placed(weights, batch)
 
-        def product(v: Tensor) -> Tensor:
-            parts = self.unflatten(v)
-            outputs, along = [gradient[i] for i in curved], [parts[i] for i in curved]
-            return self.flatten(
-                placed.run(lambda _: torch.autograd.grad(outputs, weights, along, retain_graph=True, **options))
-            )
-
-        return lambda vs: torch.stack([product(v) if curved else torch.zeros_like(v) for v in vs])
+    def size(self, batch: Any) -> int:
+        """Return the number of samples of a batch, which its mean loss averages over."""
+        return self._batches.size(batch)
 
     def average(self, function: Callable[[Any], list[Tensor]]) -> list[Tensor]:
         """Average ``function(batch)``, a list of means over the batch, over the samples of all batches, in one pass.

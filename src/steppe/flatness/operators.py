@@ -1,12 +1,11 @@
 """Symmetric matrices given by their products with vectors: the Hessian, T A T, and a diagonal block."""
 
-from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from steppe.flatness.objective import Objective
+from steppe.flatness._curvature import Curvature, Product
 
 
 class Operator(Protocol):
@@ -32,7 +31,7 @@ class Operator(Protocol):
         ...
 
 
-class Hessian:
+class Hessian(Curvature):
     """The Hessian of the mean loss over the data at the model's current weights, H = 1/N sum_i d^2 l_i / dw^2.
 
     Products are exact derivatives of the gradient, not finite differences. One pass over the data multiplies all given
@@ -45,6 +44,7 @@ class Hessian:
         objective: The loss as a function of n weights.
 
     Example:
+        >>> from steppe.flatness import Objective
         >>> model = torch.nn.Linear(2, 1, bias=False)
         >>> x, y = torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.zeros(2, 1)
         >>> hessian = Hessian(Objective(model, (x, y), loss=torch.nn.functional.mse_loss))
@@ -56,33 +56,21 @@ class Hessian:
         Pearlmutter 1994, Fast Exact Multiplication by the Hessian, Neural Computation 6.
     """
 
-    def __init__(self, objective: Objective) -> None:
-        self.objective = objective
-        self.n, self.dtype, self.device = objective.n, objective.dtype, objective.device
-        self._kept_product: Callable[[Tensor], Tensor] | None = None
-        self._version: tuple[int, ...] | None = None
+    def _build_product(self, batch: Any) -> Product:
+        weights, placed = self.objective.differentiable(batch)
+        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
+        gradient = placed.run(lambda loss: torch.autograd.grad(loss(), weights, create_graph=True, **options))
+        self._check(gradient)
+        curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # the other gradients are constant
 
-    def __call__(self, vectors: Tensor) -> Tensor:
-        """Return V H for vectors V in rows, (k, n) -> (k, n), in one pass over the data.
+        def product(v: Tensor) -> Tensor:
+            parts = self.objective.unflatten(v)
+            outputs, along = [gradient[i] for i in curved], [parts[i] for i in curved]
+            return self.objective.flatten(
+                placed.run(lambda _: torch.autograd.grad(outputs, weights, along, retain_graph=True, **options))
+            )
 
-        Raises:
-            RuntimeError: The model contains an operation without a second derivative.
-        """
-        if self._version != self.objective.version:
-            self._kept_product, self._version = None, self.objective.version
-
-        def batch_product(batch: object) -> list[Tensor]:
-            product = self._kept_product or self.objective.batch_hessian_product(batch)
-            if self.objective.is_single_batch:
-                self._kept_product = product
-            return [product(vectors)]
-
-        (products,) = self.objective.average(batch_product)
-        return products
-
-    def free_graph(self) -> None:
-        """Free the graph that is kept for further products."""
-        self._kept_product = None
+        return lambda vs: torch.stack([product(v) if curved else torch.zeros_like(v) for v in vs])
 
 
 class Scaled:
