@@ -7,7 +7,7 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from evidence.recipes import EVIDENCE
-from evidence.table import label, recipe_of, verdicts
+from evidence.table import label, recipe_of, side_by_side, verdicts
 from results import Result
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import estimate
@@ -23,7 +23,10 @@ def draw(result: Result, path: Path) -> None:
     """Write the figure of a recipe."""
     measures = EVIDENCE[recipe_of(result)].measures
     found: dict[Place, Mapping[str, Any]] = {}
+    beside = side_by_side(result)
     for setting, of in result.data["settings"].items():
+        if setting in beside:
+            continue
         by_name = verdicts(of["summary"])
         for method in dict.fromkeys(method for method, _ in by_name):
             found |= {(setting, method, m): by_name[method, m] for m in measures if (method, m) in by_name}

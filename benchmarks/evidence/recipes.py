@@ -39,6 +39,8 @@ class Evidence:
     """The option --seeds of the comparison, where a setting has none; by default the recipe's."""
     measures: Sequence[str] = ("accuracy", "accuracy under corruptions", "calibration error")
     """What the tables and the figure show; the first one decides."""
+    side_by_side: Sequence[str] = ()
+    """Settings of many methods, which one table shows side by side, without controls and figure."""
 
     def searches(self) -> Mapping[float, Sequence[str]]:
         """Return the methods that are searched, by the factor of their radii: each factor is one `steppe tune`."""
@@ -142,6 +144,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         tuned_there=["sam", "asam", "gsam", "friendly_sam", "looksam", "fraction_sam", "msam"],
         seeds=1,
         confirmed_by=["--seeds", "3"],
+        side_by_side=["right labels", "40 % wrong"],
         measures=["accuracy", "accuracy under corruptions", "calibration error"],
     ),
 }

@@ -1,6 +1,7 @@
 """Render what a recipe showed: the radii chosen on held-out data, the means, and the differences to every control."""
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
@@ -21,13 +22,23 @@ def recipe_of(result: Result) -> str:
 
 def render(result: Result) -> str:
     """Return the tables of a recipe, with the commands that made them."""
-    measures, settings = EVIDENCE[recipe_of(result)].measures, result.data["settings"]
+    evidence = EVIDENCE[recipe_of(result)]
+    measures, beside = evidence.measures, side_by_side(result)
+    settings = {name: found for name, found in result.data["settings"].items() if name not in beside}
+    start = [*_commands(result.data["settings"]), "", *_trials(result.data["settings"]), ""]
+    if beside:
+        start += [
+            "Means on the test data, with the difference to the base in brackets; **bold** is better and *italic* is",
+            "worse, beyond chance:",
+            "",
+            *_side_by_side(beside, measures),
+            "",
+        ]
+    if not settings:
+        return "\n".join([*start, result.source])
     return "\n".join(
         [
-            *_commands(settings),
-            "",
-            *_trials(settings),
-            "",
+            *start,
             "Means and standard deviations, on the test data:",
             "",
             *_means(settings, measures),
@@ -40,6 +51,12 @@ def render(result: Result) -> str:
             result.source,
         ]
     )
+
+
+def side_by_side(result: Result) -> dict[str, Any]:
+    """Return the settings that one table shows side by side."""
+    names = EVIDENCE[recipe_of(result)].side_by_side
+    return {name: found for name, found in result.data["settings"].items() if name in names}
 
 
 def verdicts(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:
@@ -105,6 +122,44 @@ def _means(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str
                 yield row([*([""] if named else []), f"{name}, averaged weights", *with_average, "", "", costs[-1]])
 
 
+def _side_by_side(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str]:
+    """Yield a table with a row for each method, and the radius and the measures in each setting as columns."""
+    found = {
+        name: {_without_radius(one["method"]): one for one in of["summary"]["rows"]} for name, of in settings.items()
+    }
+    judged = {name: verdicts(of["summary"]) for name, of in settings.items()}
+    columns = [f"{name}: {column}" for name in settings for column in ("rho", *measures)]
+    yield row(["method", "passes", *columns])
+    yield "|---|" + "---:|" * (1 + len(columns))
+    for method, first in next(iter(found.values())).items():
+        cells = [method.label, f"{first['passes']['mean']:.2f}"]
+        for name, rows in found.items():
+            one = rows.get(method, {})
+            rho = dict(MethodSpec.parse(one["method"]).overrides).get("rho", "") if one else ""
+            cells += [str(rho), *(_with_difference(one, measure, judged[name]) for measure in measures)]
+        yield row(cells)
+
+
+def _without_radius(method: str) -> MethodSpec:
+    spec = MethodSpec.parse(method)
+    return replace(spec, overrides=tuple((name, value) for name, value in spec.overrides if name != "rho"))
+
+
+def _with_difference(
+    values: Mapping[str, Any], measure: str, judged: Mapping[tuple[str, str], Mapping[str, Any]]
+) -> str:
+    """Return a mean, with the difference to the base at equal compute in brackets."""
+    if f"test_{measure}" not in values:
+        return "–"
+    mean, verdict = f"{values[f'test_{measure}']['mean']:.1f}", judged.get((values["method"], measure))
+    return mean if verdict is None else f"{mean} ({_at_equal_compute(verdict)})"
+
+
+def _at_equal_compute(verdict: Mapping[str, Any]) -> str:
+    comparison = verdict["comparisons"][0]
+    return _emphasized(f"{comparison['difference']['mean']:+.1f}", comparison["verdict"])
+
+
 def _columns(settings: Mapping[str, Any]) -> list[str]:
     """Return the heading of the settings; none where there is only one."""
     return ["setting"] if len(settings) > 1 else []
@@ -138,4 +193,8 @@ def _difference(comparison: Mapping[str, Any] | None) -> str:
     if difference["interval_95"] is not None:
         low, high = difference["interval_95"]
         text += f" [{low:+.2f}, {high:+.2f}]"
-    return {BETTER: f"**{text}**", WORSE: f"*{text}*"}.get(comparison["verdict"], text)
+    return _emphasized(text, comparison["verdict"])
+
+
+def _emphasized(text: str, verdict: str) -> str:
+    return {BETTER: f"**{text}**", WORSE: f"*{text}*"}.get(verdict, text)

@@ -9,7 +9,7 @@ from tiny import command_line
 
 import make_evidence
 import results
-from evidence import run
+from evidence import run, table
 from evidence.recipes import EVIDENCE, Evidence
 from evidence.table import render
 from steppe.experiments.config.presets import RECIPES
@@ -86,6 +86,16 @@ def test_tables_have_means_controls_and_the_search() -> None:
 
 def test_one_setting_needs_no_column() -> None:
     assert "| SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** |" in render(result(**{"": 5.0}))
+
+
+def test_settings_of_many_methods_are_shown_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = Evidence(["sam"], side_by_side=["low", "high"], measures=["accuracy"])
+    monkeypatch.setitem(table.EVIDENCE, "noisy-labels", evidence)
+    text = render(result(low=5.0, high=-3.0, other=2.0))
+    assert "| SAM | 80.00 | 0.1 | 80.0 (**+5.0**) | 0.1 | 80.0 (*-3.0*) |" in text
+    assert "| SGD | 80.00 |  | 80.0 |  | 80.0 |" in text
+    assert "| SAM (rho 0.1) | accuracy | **+2.00 [+1.00, +3.00]** |" in text
+    assert "| low |" not in text
 
 
 def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
