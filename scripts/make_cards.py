@@ -35,6 +35,7 @@ MEASURED = ROOT / "src" / "steppe" / "methods" / "measured.json"
 PAGES = ROOT / "docs" / "methods"
 
 _ENVIRONMENT = ("date", "steppe", "commit", "python", "torch", "cpu", "gpu", "threads")
+_CORRUPTED = "test_accuracy under corruptions"
 _VALUES = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
 
 
@@ -78,6 +79,7 @@ def comparison(path: Path) -> dict[str, Any]:
                 "label": row.method.label,
                 "rho": _rho(row.method, recipe),
                 **{name: _estimate(_value(row, name)) for name in _VALUES},
+                **({"corrupted_accuracy": _estimate(row.measures[_CORRUPTED])} if _CORRUPTED in row.measures else {}),
             }
             for row in rows
         ],

@@ -81,6 +81,18 @@ def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
     assert "--methods sgd sam gsam:rho=0.1" in index
 
 
+def test_accuracy_under_corruptions_is_a_column_where_it_was_measured(tmp_path):
+    path = run_folder(tmp_path / "run", {"sgd": [80.0, 81.0, 82.0]})
+    assert "corruptions" not in "".join(cards._table(make_cards.comparison(path)["rows"]))
+    for metrics in path.rglob(METRICS):
+        records = [Record.from_json(json.loads(line)) for line in metrics.read_text().splitlines()]
+        records[-1].measures["test_accuracy under corruptions"] = 70.0
+        write_json_lines(metrics, [record.to_json() for record in records])
+    head, _, line = cards._table(make_cards.comparison(path)["rows"])
+    assert "| test accuracy % | under corruptions % | gap, points |" in head
+    assert "| 81.00±1.00 | 70.00±0.00 | 18.00±1.00 |" in line
+
+
 def test_memory_of_some_methods_is_merged(tmp_path, monkeypatch):
     measured, some = tmp_path / "measured.json", tmp_path / "memory.json"
     numbers = {"within": 1.0, "between": 0.5}

@@ -197,21 +197,19 @@ def _conditions(run: Mapping[str, Any]) -> str:
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
-    heads = (
-        "method",
-        "rho",
-        "passes per step",
-        "train accuracy %",
-        "test accuracy %",
-        "gap, points",
-        "time, s",
-        "runs",
-    )
+    columns = {
+        "train_accuracy": "train accuracy %",
+        "test_accuracy": "test accuracy %",
+        "corrupted_accuracy": "under corruptions %",
+        "gap": "gap, points",
+    }
+    shown = [name for name in columns if any(name in row for row in rows)]
+    heads = ["method", "rho", "passes per step", *(columns[name] for name in shown), "time, s", "runs"]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" + "|---:" * (len(heads) - 1) + "|"
     for row in rows:
         rho = "" if row["rho"] is None else f"{row['rho']:g}"
-        values = [_text(row[name]) for name in ("train_accuracy", "test_accuracy", "gap")]
+        values = [_text(row[name]) if name in row else "" for name in shown]
         cells = [row["label"], rho, f"{row['passes']['mean']:.2f}", *values, f"{row['seconds']['mean']:.0f}"]
         yield "| " + " | ".join([*cells, str(row["gap"]["n"])]) + " |"
 
