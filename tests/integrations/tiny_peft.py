@@ -1,0 +1,50 @@
+"""Adapters of PEFT on a tiny transformer, and its data."""
+
+import peft
+import pytest
+import torch
+from tiny_transformer import IGNORED_WARNINGS as _OF_THE_TRAINER
+from tiny_transformer import gpt, micro_batches, tokens
+from torch import Tensor, nn
+
+IGNORED_WARNINGS = [
+    _OF_THE_TRAINER,
+    pytest.mark.filterwarnings(
+        "ignore:.*Could not find a config file in.*:UserWarning",  # PEFT's: the tiny model is on no hub
+        "ignore:.*is_gradient_checkpointing. is deprecated.*:FutureWarning",  # Transformers', which PEFT reads
+    ),
+]
+
+KINDS = {
+    "lora": {},
+    "dora": {"use_dora": True},
+    "modules_to_save": {"modules_to_save": ["ln_f"]},
+}
+
+
+def adapted(kind: str = "lora", *, seed: int = 0, dtype: torch.dtype = torch.float64, dropout: float = 0.2, **options):
+    """Return a tiny GPT-2 with adapters on its attention, whose product B A is not zero."""
+    config = {"r": 2, "lora_alpha": 4, "lora_dropout": dropout, "target_modules": ["c_attn"], "fan_in_fan_out": True}
+    config = peft.LoraConfig(**{**config, **KINDS[kind], **options, "task_type": "CAUSAL_LM"})
+    model = peft.get_peft_model(gpt(seed, dropout), config).to(dtype)
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name or "lora_embedding_B" in name:
+                p.normal_(0, 0.1)
+    return model.train()
+
+
+def trained(model: nn.Module) -> list[Tensor]:
+    return [p for p in model.parameters() if p.requires_grad]
+
+
+def sentences(steps: int) -> list[dict[str, Tensor]]:
+    return (micro_batches(tokens(10), 5) * steps)[:steps]
+
+
+def closeness(a: nn.Module, b: nn.Module, start: nn.Module | None = None) -> float:
+    """Return the distance of the trained parameters; with a start, relative to how far those of b are from it."""
+    one, two = (torch.cat([p.detach().flatten() for p in trained(m)]) for m in (a, b))
+    if start is None:
+        return float((one - two).norm())
+    return float((one - two).norm() / (two - torch.cat([p.detach().flatten() for p in trained(start)])).norm())
