@@ -341,6 +341,7 @@ class SAM(SAMStep):
         self._engine.gradients.mark_cleared()
         if self._engine.stage in (Stage.READY, Stage.INCOMPLETE, Stage.IDLE):
             self._engine.stage = Stage.IDLE
+            self._follow_parameters()
             self._engine.side_effects.expect_first_pass()
 
 

@@ -21,6 +21,7 @@ from steppe._engine.lazy_sequence import LazySequence
 from steppe._engine.micro_batches import MicroBatches
 from steppe._engine.pass_gradients import PassGradients
 from steppe._engine.recorder import Recorder
+from steppe._engine.registrations import same_objects
 from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
@@ -90,10 +91,17 @@ class Engine:
 
     def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""
-        owned = list(parameters_of(self._base))
+        self._owned = owned = list(parameters_of(self._base))
         self.recorder.watch(model)
         self.ranks = Ranks(model, owned, per_rank=per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=replay_rng)
+
+    def replaced_parameters(self) -> dict[Tensor, Tensor]:
+        """Return the parameters that are no longer in the base's groups, each with the one in its place."""
+        now = list(parameters_of(self._base))
+        if len(now) != len(self._owned) or same_objects(now, self._owned):
+            return {}
+        return {old: new for old, new in zip(self._owned, now, strict=True) if old is not new}
 
     def load_from_base(self) -> None:
         """Load memory and step counter from a checkpoint that was loaded into the base."""

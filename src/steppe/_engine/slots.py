@@ -1,7 +1,8 @@
 """Checks that each rule is in its slot, and fits the optimizer."""
 
+import dataclasses
 import inspect
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
@@ -64,6 +65,24 @@ def check_parameters(perturbation: Perturbation, owned: Collection[Tensor]) -> N
         if check is not None:
             check(owned)
         rule = getattr(rule, "rule", None)
+
+
+def with_parameters(perturbation: Perturbation, replaced: Mapping[Tensor, Tensor]) -> Perturbation:
+    """Return the perturbation for parameters that were put in the place of others.
+
+    Args:
+        perturbation: The rule.
+        replaced: The new parameters by those that they replace.
+
+    Returns:
+        The same rule, unless it or a rule inside of it names parameters that were replaced.
+    """
+    rule: Any = perturbation
+    if (inner := getattr(rule, "rule", None)) is not None:
+        changed = with_parameters(inner, replaced)
+        rule = rule if changed is inner else dataclasses.replace(rule, rule=changed)
+    follow: Callable[[Mapping[Tensor, Tensor]], Perturbation] | None = getattr(rule, "with_parameters", None)
+    return cast(Perturbation, rule) if follow is None else follow(replaced)
 
 
 def check_subset(perturbation: Perturbation, owned: Iterable[Tensor]) -> str | None:

@@ -23,7 +23,7 @@ from steppe._engine.losses import backward
 from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
 from steppe._engine.report import Reporting
 from steppe._engine.shared import Shared
-from steppe._engine.slots import Rule, check_subset
+from steppe._engine.slots import Rule, check_subset, with_parameters
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import holds_sam_state, parameters_of
 from steppe._engine.wrapper import Wrapper
@@ -39,6 +39,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     model: nn.Module | None
     perturbation = Rule[Perturbation](L2())
     combination = Rule[Combination](PerturbedGradient())
+    replay_rng: bool
     per_rank: bool
     stochastic_rounding: bool
     scaler = Shared[torch.amp.GradScaler | None](None)
@@ -60,6 +61,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order(caller, self._engine.stage)
         self.restore()  # an interrupt may have hit restore() itself
+        self._follow_parameters()
         if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
             self._engine.load_from_base()
         check_groups(self.base)
@@ -67,6 +69,17 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         self._check_capture(first_parameter)
         self._engine.scale = self._loss_scale(first_parameter)
         self._check_passes()
+
+    def _follow_parameters(self) -> None:
+        """Adopt parameters that a framework has put in the place of those that the base was made with.
+
+        Accelerate does so in ``prepare()`` under FSDP2. Otherwise the new ones would count as parameters of another
+        optimizer, whose gradients in the second pass are undone.
+        """
+        replaced = self._engine.replaced_parameters()
+        if replaced:
+            self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
+            self.perturbation = with_parameters(self.perturbation, replaced)
 
     def _begin_micro_batch(self, loss_weight: float | None, *, accumulate: bool, is_first: bool) -> None:
         """Begin a loop over the passes, which may be that of one of several micro-batches."""
@@ -218,14 +231,15 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
 
     def _plain_step(self) -> Any:
         """Step the base without passes, with a warning the first time."""
-        if called_by_trainer():
+        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
+            # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads. Also
+            # under the Trainer, which loads checkpoints of FSDP2 in this way; a plain one raises as soon as lr > 0.
+            self._memory_template = self._make_memory_template()
+        elif called_by_trainer():
             raise RuntimeError(
                 "transformers.Trainer steps after one backward and gives no closure, so SAM would be silently off: use "
                 "steppe.integrations.transformers.SAMTrainer, or its SAMTrainerMixin before a Trainer of your own"
             )
-        if all(group.get("lr", 1.0) == 0.0 for group in self.param_groups):
-            # torch.distributed.checkpoint: a step with lr = 0 makes a state, whose names and shapes it then reads
-            self._memory_template = self._make_memory_template()
         else:
             self._engine.warn_once(
                 "plain step",

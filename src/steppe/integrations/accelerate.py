@@ -27,8 +27,7 @@ _UNSUPPORTED_ENGINES = {
     DistributedType.DEEPSPEED: "its engine reduces, clips and steps by itself, so that SAM would be silently off",
     DistributedType.MEGATRON_LM: "its engine runs forward, backward and step by itself, so that SAM would be "
     "silently off",
-    DistributedType.FSDP: "through Accelerate it has not been shown to equal one process: FSDP1 gives each rank flat "
-    "shards, so that each would perturb by a norm of its own, and FSDP2 replaces the parameters of the optimizer",
+    DistributedType.FSDP: "FSDP1 gives each rank flat shards, so that each would perturb by a norm of its own",
     DistributedType.XLA: "the gradients are summed over the processes in optimizer.step() only, so that each would "
     "perturb along its own",
 }
@@ -74,10 +73,10 @@ def check_supported(accelerator: Accelerator) -> None:
         RuntimeError: The engine or the kind of parallelism is not supported.
     """
     reason = _UNSUPPORTED_ENGINES.get(accelerator.distributed_type)
-    if reason is not None:
+    if reason is not None and not getattr(accelerator, "is_fsdp2", False):
         raise RuntimeError(
             f"steppe.SAM under {accelerator.distributed_type.value}: {reason}. Use DistributedDataParallel (torchrun, "
-            "or accelerate launch --multi_gpu)"
+            "or accelerate launch --multi_gpu) or FSDP2 (FullyShardedDataParallelPlugin(fsdp_version=2))"
         )
     config = accelerator.parallelism_config
     for flag, parallelism in _UNSUPPORTED_PARALLELISM.items():

@@ -65,7 +65,7 @@ class SAMTrainerMixin(_Trainer):
         **kwargs: Keyword arguments of the Trainer.
 
     Raises:
-        RuntimeError: A trainer that generates its data inside ``training_step`` (TRL's GRPO); DeepSpeed, FSDP,
+        RuntimeError: A trainer that generates its data inside ``training_step`` (TRL's GRPO); DeepSpeed, FSDP1,
             Megatron, XLA, tensor, context or sequence parallelism, ``DataParallel``, or an optimizer that steps during
             the backward pass (LOMO, the layer-wise ones).
         TypeError: The radius is given twice, or ``method`` returns no :class:`steppe.SAM`.

@@ -1,5 +1,6 @@
 """Perturb with a mask: constant masks, and the operations on masks that sparse methods share."""
 
+import dataclasses
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -49,6 +50,14 @@ class Masked(Modifier):
                 f"{foreign} of the {len(self.masks)} masks are of parameters that are not in the optimizer, so that "
                 "they would have no effect: take the parameters that the base optimizer got as keys"
             )
+
+    def with_parameters(self, replaced: Mapping[Tensor, Tensor]) -> "Masked":
+        """Return this rule for parameters that were put in the place of others, given by those that they replace.
+
+        The masks are sharded as the new parameters are.
+        """
+        new = {p: replaced.get(p, p) for p in self.masks}
+        return dataclasses.replace(self, masks={new[p]: shard_like(mask, new[p]) for p, mask in self.masks.items()})
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation, masked."""

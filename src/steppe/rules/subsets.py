@@ -1,6 +1,7 @@
 """Perturb a subset of the parameters, and choose such subsets by layer."""
 
-from collections.abc import Collection, Iterable, Sequence
+import dataclasses
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
@@ -69,6 +70,10 @@ class ParameterSubset(Modifier):
                 "ParameterSubset) are not in the optimizer, so that they would never be perturbed: choose them from "
                 "the model whose parameters the base optimizer got, not from a copy of it"
             )
+
+    def with_parameters(self, replaced: Mapping[Tensor, Tensor]) -> "ParameterSubset":
+        """Return this rule for parameters that were put in the place of others, given by those that they replace."""
+        return dataclasses.replace(self, parameters=[replaced.get(p, p) for p in self.parameters])
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation at the restricted point."""

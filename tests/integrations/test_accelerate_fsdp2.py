@@ -1,0 +1,85 @@
+"""FSDP2 through Accelerate equals one process, although it replaces the parameters of an existing optimizer."""
+
+import pytest
+import torch
+from named_methods import WRAPPERS
+
+import steppe
+from layouts import close, method, network
+from ranks import start_ranks
+from steppe.rules.subsets import layers
+
+pytest.importorskip("accelerate")
+
+import fsdp2_of_accelerate as fsdp2
+
+
+def masked(model):
+    """Perturb two layers only, and half of the coordinates of one of them."""
+    masks = {p: torch.arange(p.numel()).reshape(p.shape) % 2 == 0 for p in layers(model, "3")}
+    rule = steppe.ParameterSubset(steppe.Masked(steppe.L2(), masks), layers(model, "0", "3"))
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return steppe.SAM(base, rho=0.3, model=model, perturbation=rule)
+
+
+def two_groups_without_model(model):
+    weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    base = torch.optim.AdamW([{"params": weights, "weight_decay": 0.1}, {"params": others}], lr=0.02)
+    return steppe.SAM(base, rho=0.3)
+
+
+def two_bases(model):
+    weights, others = ([p for p in model.parameters() if (p.dim() > 1) == matrix] for matrix in (True, False))
+    bases = [torch.optim.SGD(weights, lr=0.1, momentum=0.9), torch.optim.AdamW(others, lr=0.02)]
+    return steppe.SAM(bases, rho=0.3, model=model)
+
+
+def call(function, name: str, *args):
+    return getattr(fsdp2, function)(OPTIMIZERS.get(name) or method(name), *args)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def processes():
+    """Start the processes, which takes seconds, before the first test."""
+    start_ranks()(fsdp2.forget_accelerator)
+
+
+@pytest.fixture(scope="module")
+def four_processes():
+    ranks = start_ranks(4)
+    ranks(fsdp2.forget_accelerator)
+    return ranks
+
+
+OPTIMIZERS = {"masked": masked, "two groups": two_groups_without_model, "two bases": two_bases}
+
+
+@pytest.mark.parametrize("name", [*WRAPPERS, *OPTIMIZERS])
+def test_passes_with_accumulation_and_clipping_equal_one_process(name):
+    expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name))
+    for found in start_ranks()(call, "train_by_passes", name):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam", "sparse_sam", "masked"])
+@pytest.mark.xdist_group("four ranks")
+def test_two_sharded_replicas_equal_one_process(name, four_processes):
+    expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name))
+    for found in four_processes(call, "train_by_passes", name, 2):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("loop", ["train_by_closure", "train_in_the_classic_api"])
+@pytest.mark.parametrize("name", ["sam", "gsam", "masked"])
+def test_loops_without_the_integration_equal_one_process(loop, name):
+    expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name), clip=None, window=1)
+    for found in start_ranks()(call, loop, name):
+        close(found, expected)
+
+
+@pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
+@pytest.mark.parametrize("name", ["sam", "vasso", "looksam", "two groups"])
+def test_save_state_resumes(name, state_dict_type, tmp_path):
+    for straight, resumed in start_ranks()(call, "resumed", name, state_dict_type, tmp_path):
+        assert all(map(torch.equal, straight, resumed))
+        assert not any(map(torch.equal, straight, network().parameters()))
