@@ -102,6 +102,8 @@ def stepper(
     (part,) = parts
     if isinstance(part, nn.Module):
         return _with_term(optimizer, part, network, losses, batch)
+    if part is closures.functional:
+        return _functional(optimizer, network, losses, batch)
     return _CLOSURES[part](optimizer, evaluate, batch)
 
 
@@ -120,6 +122,11 @@ def _fraction(optimizer: Any, evaluate: Losses, batch: Sequence[Tensor]) -> Step
 
 def _micro_batches(optimizer: Any, evaluate: Losses, batch: Sequence[Tensor]) -> Step:
     return lambda: closures.micro_batches(optimizer, lambda *part: evaluate(*part).mean(), batch, m=len(batch[0]) // 2)
+
+
+def _functional(optimizer: Any, network: nn.Module, losses: Losses, batch: Sequence[Tensor]) -> Step:
+    loss = closures.functional(optimizer, lambda outputs, *rest: losses(outputs, *rest).mean())
+    return lambda: optimizer.step(_closure(optimizer, lambda: loss(network(batch[0]), *batch[1:])))
 
 
 _CLOSURES = MappingProxyType(

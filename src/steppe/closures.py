@@ -1,10 +1,11 @@
-"""Closures that decide which data each pass sees: a fraction of the batch, selected samples, micro-batches.
+"""What a pass evaluates: a fraction of the batch, selected samples, micro-batches, the functional path of the gradient.
 
 With a loss scaler, make the optimizer with ``scaler=scaler``: these closures scale their losses by it.
 """
 
 from steppe.methods.esam import selected
 from steppe.methods.fraction_sam import fraction
+from steppe.methods.functional_sam import functional
 from steppe.methods.micro_batch_sam import micro_batches
 
-__all__ = ["fraction", "micro_batches", "selected"]
+__all__ = ["fraction", "functional", "micro_batches", "selected"]

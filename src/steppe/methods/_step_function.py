@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from torch import Tensor
@@ -49,6 +49,9 @@ class CountedForward(Protocol):
 
     def losses_of(self, logits: Tensor, targets: Any) -> Tensor:
         """Return the loss of each sample, of shape (n,), for outputs that `logits` returned."""
+
+    def wrap_loss(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+        """Replace the loss, a function of the outputs and further arguments, by ``wrap(loss)`` in this step."""
 
     def mean(self, losses: Tensor) -> Tensor:
         """Return the mean of losses of shape (n,)."""

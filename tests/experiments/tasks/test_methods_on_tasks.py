@@ -110,7 +110,7 @@ def of_objects() -> Task:
 PARTS = ("fraction_sam", "micro_batch_sam:m=5", "esam")
 
 
-@pytest.mark.parametrize("method", ["base", "sam", *PARTS])
+@pytest.mark.parametrize("method", ["base", "sam", "functional_sam", *PARTS])
 @pytest.mark.parametrize("make", [of_two_inputs, of_dictionaries])
 def test_batches_of_several_inputs_and_of_names_can_be_cut(
     make: Callable[[], Task], method: str, tmp_path: Path
@@ -134,12 +134,23 @@ def test_a_fraction_of_one_is_sam_on_dictionaries(tmp_path: Path) -> None:
     assert whole == result(of_dictionaries(), tmp_path / "b", "sam")
 
 
-def test_accumulation_in_micro_batches_is_the_whole_batch_to_rounding(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["sam", "functional_sam"])
+@pytest.mark.parametrize("make", [of_two_inputs, of_dictionaries])
+def test_accumulation_in_micro_batches_is_the_whole_batch_to_rounding(
+    make: Callable[[], Task], method: str, tmp_path: Path
+) -> None:
+    whole, parts = (result(make(), tmp_path / str(n), method, accumulate=n)[1] for n in (1, 3))
+    assert whole != parts
+    for name, values in whole.items():
+        torch.testing.assert_close(torch.tensor(parts[name]), torch.tensor(values), rtol=1e-4, atol=1e-6)
+
+
+def test_functional_sam_of_a_linear_model_is_the_base(tmp_path: Path) -> None:
     for make in (of_two_inputs, of_dictionaries):
-        whole, parts = (result(make(), tmp_path / f"{make.__name__}{n}", accumulate=n)[1] for n in (1, 3))
-        assert whole != parts
-        for name, values in whole.items():
-            torch.testing.assert_close(torch.tensor(parts[name]), torch.tensor(values), rtol=1e-4, atol=1e-6)
+        steps = {"functional_sam:rho=0.5": 4, "base": 2}  # twice the compute, in half the passes each
+        ours, base = (result(make(), tmp_path / make.__name__ / m, m, epochs=n)[1] for m, n in steps.items())
+        for name, values in base.items():
+            torch.testing.assert_close(torch.tensor(ours[name]), torch.tensor(values), rtol=1e-4, atol=1e-6)
 
 
 LOSSES = {
@@ -173,6 +184,7 @@ WEIGHTS = torch.tensor([1.0, 2.0, 5.0])
 IMPOSSIBLE: dict[str, tuple[Callable[[], Task], str, str]] = {
     "parts of objects": (of_objects, "fraction_sam", "tensors of a batch hold one sample in each row"),
     "losses of a model's own": (lambda: of_dictionaries(loss=None), "esam", "the model computes its loss itself"),
+    "loss of a model's own": (lambda: of_dictionaries(loss=None), "functional_sam", "as a function of the outputs"),
     "weighted loss": (
         lambda: classifier(loss=lambda o, t: F.cross_entropy(o, t, WEIGHTS)), "esam", "would minimize another loss",
     ),

@@ -44,12 +44,13 @@ class Forward:
     ) -> None:
         self._task, self._model, self._batch, self._world, self._autocast = task, model, batch, world, autocast
         self._micro_batches = micro_batches
+        self._total_loss: Callable[..., Tensor] = task.total_loss
         self._recorded = self._unrecorded = 0
 
     def __call__(self, *tensors: Tensor) -> Tensor:
         """Evaluate the mean loss of samples: the tensors of the batch, or of a part of it."""
         outputs, targets, n = self._outputs(tensors)
-        return self._task.total_loss(outputs, targets, n) * self._weight(n)
+        return self._total_loss(outputs, targets, n) * self._weight(n)
 
     def losses(self, *tensors: Tensor) -> Tensor:
         """Evaluate the loss of each sample, (n,), weighted so that their mean is the mean loss."""
@@ -80,6 +81,15 @@ class Forward:
     def losses_of(self, logits: Tensor, targets: Any) -> Tensor:
         """Evaluate the loss of each sample, (n,), of outputs that `logits` returned."""
         return self._task.losses(in_float32(logits), targets)
+
+    def wrap_loss(self, wrap: Callable[[Callable[..., Tensor]], Callable[..., Tensor]]) -> None:
+        """Replace the total loss, a function of the outputs and further arguments, by ``wrap(total loss)``."""
+        if self._task.loss is None:
+            raise ExperimentError(
+                "the model computes its loss itself, and this method needs it as a function of the outputs: give the "
+                "task a loss=, (outputs, targets) -> mean loss"
+            )
+        self._total_loss = wrap(self._total_loss)
 
     def mean(self, losses: Tensor) -> Tensor:
         """Average losses (n,) that a step function has computed from `logits`."""
