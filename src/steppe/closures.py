@@ -1,6 +1,6 @@
-"""What a pass evaluates: a fraction of the batch, selected samples, micro-batches, the functional path of the gradient.
+"""Closures and losses that decide what each pass evaluates: which samples, and which derivative of the loss.
 
-With a loss scaler, make the optimizer with ``scaler=scaler``: these closures scale their losses by it.
+With a loss scaler, make the optimizer with ``scaler=scaler``: the closures scale their losses by it.
 """
 
 from steppe.methods.esam import selected
