@@ -1,5 +1,8 @@
 """Tests that need a GPU: steps in CUDA graphs, no synchronization, flatness equal to that on a CPU."""
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -200,3 +203,20 @@ def test_flatness_measurement_leaves_the_gpu_generator_unchanged():
     torch.cuda.manual_seed(3)
     steppe.flatness.sharpness(steppe.flatness.Objective(model, (x, y), loss=F.cross_entropy), rho=0.05, ascent_steps=2)
     assert torch.equal(torch.rand(1, device="cuda"), expected)
+
+
+@pytest.mark.parametrize("name", ["sam", "gsam"])
+def test_fsdp2_by_accelerate_equals_one_process(name, tmp_path):
+    """Train by the engine that Accelerate chooses on GPUs, in a process for each of at most two."""
+    pytest.importorskip("accelerate")
+    script, file = Path(__file__).parent / "integrations" / "fsdp2_gpu_worker.py", tmp_path / "weights.pt"
+    processes = f"--nproc-per-node={min(2, torch.cuda.device_count())}"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", processes, script, file, name]
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    ran = subprocess.run(launch, env=env, capture_output=True, text=True, timeout=240, check=False)
+    assert ran.returncode == 0, ran.stderr[-3000:]
+    from fsdp2_of_accelerate import by_hand
+
+    from layouts import method
+
+    torch.testing.assert_close(torch.load(file), by_hand(method(name)), rtol=1e-10, atol=1e-12)
