@@ -11,6 +11,7 @@ from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
 from steppe.flatness.empirical_fisher import EmpiricalFisher
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.families import FAMILIES, Family, Measure
+from steppe.flatness.finite_differences import FiniteDifferenceHessian
 from steppe.flatness.gauss_newton import GaussNewton
 from steppe.flatness.interpolation import Line, interpolation
 from steppe.flatness.landscape import Landscape, landscape
@@ -37,6 +38,7 @@ __all__ = [
     "EmpiricalFisher",
     "Estimate",
     "Family",
+    "FiniteDifferenceHessian",
     "Flatness",
     "GaussNewton",
     "Hessian",

@@ -11,18 +11,17 @@ from steppe._tensors.reductions import accumulator
 
 
 class Batches:
-    """Batches with their sizes; a tuple of tensors (inputs, targets) is split into batches of ``batch_size``."""
+    """Batches with their sizes; a tuple or dictionary of tensors is split into batches of ``batch_size``."""
 
     def __init__(self, data: Any, batch_size: int, size: Callable[[Any], int] | None = None) -> None:
         if batch_size < 1:
             raise ValueError(f"batch_size={batch_size}: a batch needs at least one sample")
         self.size = size or num_samples
-        if isinstance(data, tuple) and len(data) > 1 and all(isinstance(t, Tensor) for t in data):
-            if len({len(t) for t in data}) > 1:
-                lengths = ", ".join(str(len(t)) for t in data)
-                raise ValueError(
-                    f"data: tensors of {lengths} entries, but inputs and targets must have the same length"
-                )
+        if is_tensors(data):
+            lengths = [len(t) for t in list_tensors(data)]
+            if len(set(lengths)) > 1:
+                listed = ", ".join(str(length) for length in lengths)
+                raise ValueError(f"data: tensors of {listed} entries, but inputs and targets must have the same length")
             self._batches: Any = _TensorBatches(data, batch_size)
         elif isinstance(data, Iterator):
             raise TypeError(
@@ -50,26 +49,20 @@ class Batches:
 
     def split(self, batch: Any, m: int) -> Iterator[Any]:
         """Split a batch into parts of m samples along the first dimension of its tensors; the last may be smaller."""
-        length = num_samples(batch)  # rows of the tensors; `size` may count something else, such as tokens
-        for begin in range(0, length, m):
-
-            def part(tensor: Tensor, begin: int = begin) -> Tensor:
-                return tensor[begin : begin + m] if tensor.dim() > 0 and len(tensor) == length else tensor
-
-            yield map_tensors(batch, part)
+        return split_rows(batch, m)
 
 
 class _TensorBatches:
-    """Split tensors of equal length into views of ``batch_size`` rows."""
+    """Split a tuple or dictionary of tensors of equal length into views of ``batch_size`` rows."""
 
-    def __init__(self, tensors: tuple[Tensor, ...], batch_size: int) -> None:
+    def __init__(self, tensors: tuple[Tensor, ...] | Mapping[str, Tensor], batch_size: int) -> None:
         self._tensors, self._batch_size = tensors, batch_size
 
     def __len__(self) -> int:
-        return -(-len(self._tensors[0]) // self._batch_size)
+        return -(-num_samples(self._tensors) // self._batch_size)
 
-    def __iter__(self) -> Iterator[tuple[Tensor, ...]]:
-        return zip(*(torch.split(t, self._batch_size) for t in self._tensors), strict=True)
+    def __iter__(self) -> Iterator[Any]:
+        return split_rows(self._tensors, self._batch_size)
 
 
 class Fingerprint:
@@ -106,6 +99,24 @@ def _weighted_sums(tensor: Tensor) -> Tensor:
     rows = tensor.reshape(len(tensor) if tensor.dim() else 1, -1).to(accumulator(tensor.device))
     ramp = torch.linspace(1.0, 2.0, rows.shape[1], dtype=rows.dtype, device=rows.device)
     return torch.stack([(rows @ ramp).sum(), (rows.abs() @ ramp).sum()])
+
+
+def is_tensors(data: Any) -> bool:
+    """Return True if all data are given as a tuple (inputs, targets) or a dictionary of tensors."""
+    if isinstance(data, Mapping):
+        return len(data) > 0 and all(isinstance(t, Tensor) and t.dim() > 0 for t in data.values())
+    return isinstance(data, tuple) and len(data) > 1 and all(isinstance(t, Tensor) for t in data)
+
+
+def split_rows(batch: Any, m: int) -> Iterator[Any]:
+    """Split a batch into parts of m samples along the first dimension of its tensors; the last may be smaller."""
+    length = num_samples(batch)  # rows of the tensors; `size` may count something else, such as tokens
+    for begin in range(0, length, m):
+
+        def part(tensor: Tensor, begin: int = begin) -> Tensor:
+            return tensor[begin : begin + m] if tensor.dim() > 0 and len(tensor) == length else tensor
+
+        yield map_tensors(batch, part)
 
 
 def num_samples(batch: Any) -> int:

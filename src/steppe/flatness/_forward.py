@@ -75,8 +75,8 @@ class PlacedLoss:
 class BatchLoss:
     """The mean loss of one batch as a function of weights and buffers. The model keeps its own ones and its modes."""
 
-    def __init__(self, model: nn.Module, loss: Loss | None, evaluate: Evaluate | None) -> None:
-        self._model, self._holder, self._evaluate = model, _Holder(model), _as_evaluate(loss, evaluate)
+    def __init__(self, model: nn.Module, evaluate: Callable[[nn.Module, Any], Evaluated]) -> None:
+        self._model, self._holder, self._evaluate = model, _Holder(model), evaluate
 
     def place(
         self,
@@ -111,18 +111,8 @@ class BatchLoss:
         return PlacedLoss(self._holder, state, partial(self._evaluate, model, batch), train_norms=train_norms)
 
 
-def _as_evaluate(loss: Loss | None, evaluate: Evaluate | None) -> Callable[[nn.Module, Any], Evaluated]:
-    """Return whichever was passed, in the form (model, batch) -> mean loss with the outputs."""
-    if (loss is None) == (evaluate is None):
-        raise ValueError(
-            "an objective needs exactly one of two: loss=, (outputs, targets) -> mean loss, or evaluate=, (model, "
-            "batch) -> mean loss"
-        )
-    if evaluate is not None:
-        own = evaluate
-        return lambda model, batch: Evaluated(own(model, batch))
-    assert loss is not None
-    of_outputs = loss
+def loss_of_outputs(loss: Loss) -> Callable[[nn.Module, Any], Evaluated]:
+    """Return the loss as a function (model, batch), for batches (*inputs, targets)."""
 
     def evaluate_loss(model: nn.Module, batch: Any) -> Evaluated:
         if not isinstance(batch, tuple | list) or len(batch) < 2:
@@ -132,7 +122,7 @@ def _as_evaluate(loss: Loss | None, evaluate: Evaluate | None) -> Callable[[nn.M
             )
         *inputs, targets = batch
         outputs = model(*inputs)
-        return Evaluated(of_outputs(outputs, targets), outputs)
+        return Evaluated(loss(outputs, targets), outputs)
 
     return evaluate_loss
 

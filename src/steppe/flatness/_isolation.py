@@ -1,7 +1,8 @@
 """Context managers that restore the model's modes and torch's random generators after a pass."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -19,10 +20,46 @@ def evaluation_mode(model: nn.Module, *, train_norms: bool) -> Iterator[None]:
     try:
         for m in before:
             m.training = train_norms and isinstance(m, _NORMS)
-        yield
+        with ExitStack() as stack:
+            for m in before:
+                if _checkpoints_in_training_only(m):
+                    stack.enter_context(_checkpointed_evaluation(m))
+            yield
     finally:
         for m, training in before.items():
             m.training = training
+
+
+def _checkpoints_in_training_only(module: nn.Module) -> bool:
+    """Return True for a layer of transformers with activation checkpointing, which it ignores in evaluation mode."""
+    names = {c.__name__ for c in type(module).__mro__}
+    return "GradientCheckpointingLayer" in names and bool(getattr(module, "gradient_checkpointing", False))
+
+
+@contextmanager
+def _checkpointed_evaluation(layer: nn.Module) -> Iterator[None]:
+    """Checkpoint a layer of transformers in evaluation mode.
+
+    The layer is in training mode while it decides whether to checkpoint, but not while it computes.
+    """
+    original = layer.__dict__["_gradient_checkpointing_func"]
+
+    def evaluate(function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        def compute(*inputs: Any) -> Any:
+            layer.training = False
+            try:
+                return function(*inputs)
+            finally:
+                layer.training = True
+
+        return original(compute, *args, **kwargs)
+
+    try:
+        layer.__dict__["_gradient_checkpointing_func"] = evaluate
+        layer.training = True
+        yield
+    finally:
+        layer.__dict__["_gradient_checkpointing_func"] = original
 
 
 @contextmanager

@@ -16,7 +16,8 @@ _MESSAGES = ("derivative for", "double backward", "differentiate twice", "not di
 _NO_SECOND_DERIVATIVE = (
     "An operation of this model has no second derivative ({}), but the Hessian needs it: for this measurement use an "
     "implementation in plain torch operations (attention: F.scaled_dot_product_attention, "
-    "attn_implementation='eager'). Sharpness, landscapes and gradients need first derivatives only"
+    "attn_implementation='eager'), or FiniteDifferenceHessian, whose products have an error. Sharpness, landscapes and "
+    "gradients need first derivatives only"
 )
 
 

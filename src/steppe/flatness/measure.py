@@ -76,6 +76,8 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
         "dtype": str(objective.dtype).removeprefix("torch."),
         **asdict(budget),
     }
+    if objective.weighted_by != "samples":
+        settings["weighted_by"] = objective.weighted_by
     seconds = time.perf_counter() - begun
     return Flatness(settings, measures, top.values, top.residuals, spectrum, random, eigen, seconds)
 

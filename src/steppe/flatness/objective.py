@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steppe._tensors.reductions import accumulator
-from steppe.flatness._batches import Batches, Fingerprint, cast
-from steppe.flatness._forward import BatchLoss, Evaluate, Loss, PlacedLoss, select_parameters
+from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors
+from steppe.flatness._forward import (
+    BatchLoss,
+    Evaluate,
+    Evaluated,
+    Loss,
+    PlacedLoss,
+    loss_of_outputs,
+    select_parameters,
+)
 from steppe.flatness._isolation import seeded_generators
 from steppe.flatness._kernels import twice_differentiable
+from steppe.flatness._model_loss import LossTerms, evaluate_model_loss
 
 Progress: TypeAlias = Callable[[str, int], None]
 """(stage, passes over the data so far), called after each pass; an exception ends the measurement."""
@@ -29,6 +38,12 @@ class Objective:
     ``named_parameters()``. The model is left unchanged: weights, buffers, ``.grad``, training modes and random
     generators. Batches of different sizes are weighted by their samples, and one batch is in memory at a time.
 
+    **Models that return their loss.** With neither ``loss`` nor ``evaluate``, batches are dictionaries, and the loss is
+    that of ``model(**batch)``, as models of Hugging Face return it for batches with ``labels``. Batches are weighted by
+    what this loss averages over, :attr:`weighted_by`: the samples or, for labels of tokens, those that are not -100,
+    for a causal language model without the first of each row. So the objective is the loss over all data in one batch;
+    the first pass checks this for one batch and its halves.
+
     **BatchNorm.** By default every module is in evaluation mode, so BatchNorm normalizes with its running statistics:
     this is the function that is used after training, the loss of a sample does not depend on other samples, and no
     result depends on ``batch_size``. ``batch_norm="train"`` normalizes with the statistics of each batch, as in
@@ -37,22 +52,23 @@ class Objective:
     Args:
         model: Any module. In ``DistributedDataParallel`` the loss is the mean over the data of all ranks: each rank
             passes its share, all make the same calls, and all get the same numbers.
-        data: A pair of tensors (inputs, targets), which is split into batches; or an iterable that yields the same
-            batches each time (a list, a ``DataLoader``).
+        data: A pair of tensors (inputs, targets) or a dictionary of tensors, which is split into batches; or an
+            iterable that yields the same batches each time (a list, a ``DataLoader``).
         loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then (*inputs, targets).
         evaluate: In place of ``loss``, (model, batch) -> mean loss, for batches of any form.
-        batch_size: Samples per batch, if ``data`` is a pair of tensors.
+        batch_size: Samples per batch, if ``data`` is a pair or a dictionary of tensors.
         batch_norm: "eval" or "train".
         parameters: Names of the parameters that form w; by default all that require a gradient.
-        size: Batch -> number of samples that its loss averages over; by default the length of its first tensor. A mean
-            over the tokens that are not padding needs it.
+        size: Batch -> number of samples that its loss averages over; by default the length of its first tensor, or as
+            above for a model that returns its loss. A ``loss`` that is a mean over the tokens that are not padding
+            needs it.
         dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
         seed: Seed of the model's own random draws, which are the same in every pass.
         progress: (stage, passes) -> None, called after each pass over the data.
 
     Raises:
         TypeError: Sharded or complex parameters, or ``data`` is an iterator.
-        ValueError: No parameters or an unknown name; neither or both of ``loss`` and ``evaluate``.
+        ValueError: No parameters or an unknown name; both ``loss`` and ``evaluate``, or neither for a pair of tensors.
 
     Example:
         >>> model = torch.nn.Linear(2, 1, bias=False)
@@ -90,11 +106,30 @@ class Objective:
         self.passes = 0
         """Passes over the data so far."""
         self._progress = progress
-        self._batch_loss = BatchLoss(self.model, loss, evaluate)
-        self._batches = Batches(data, batch_size, size)
+        self._size = size
+        self._batch_loss = BatchLoss(self.model, self._choose_loss(data, loss, evaluate))
+        self._batches = Batches(data, batch_size, self._size)
         self._fingerprint: Fingerprint | None = None
         self._dtype = dtype
         self._set_parameters(parameters)
+
+    def _choose_loss(
+        self, data: Any, loss: Loss | None, evaluate: Evaluate | None
+    ) -> Callable[[nn.Module, Any], Evaluated]:
+        """Return the loss that was passed, or else that of the model, with the number of its terms as sizes."""
+        both, neither = loss is not None and evaluate is not None, loss is None and evaluate is None
+        if both or (neither and isinstance(data, tuple) and is_tensors(data)):
+            raise ValueError(
+                "an objective needs exactly one of two: loss=, (outputs, targets) -> mean loss, or evaluate=, (model, "
+                "batch) -> mean loss. It needs neither only if the batches are dictionaries and model(**batch) returns "
+                "its loss"
+            )
+        if loss is not None:
+            return loss_of_outputs(loss)
+        if evaluate is not None:
+            return lambda model, batch: Evaluated(evaluate(model, batch))
+        self._size = self._size or LossTerms(self._loss_of_batch, check=self.batch_norm == "eval")
+        return evaluate_model_loss
 
     def _set_parameters(self, names: Sequence[str] | None) -> None:
         self._parameters = select_parameters(self.model, names)
@@ -136,6 +171,8 @@ class Objective:
             raise ValueError(f"m={m}: a part needs at least one sample")
         for batch, _ in self._iterate_batches():
             for part in self._batches.split(batch, m):
+                if self.size(part) == 0:  # no token of these samples has a label
+                    continue
                 objective = copy.copy(self)
                 objective.group, objective._fingerprint, objective._batches = None, None, self._batches.single(part)
                 yield objective
@@ -168,6 +205,14 @@ class Objective:
                 pass
         assert self._fingerprint is not None
         return int(self.sum_over_ranks(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
+
+    @property
+    def weighted_by(self) -> str:
+        """The unit of ``samples``, by which batches are weighted: "samples", "tokens", or "size(batch)"."""
+        if isinstance(self._size, LossTerms):
+            _ = self.samples  # the unit is known after a pass
+            return self._size.unit
+        return "samples" if self._size is None else "size(batch)"
 
     @property
     def is_single_batch(self) -> bool:
@@ -252,6 +297,8 @@ class Objective:
         """
         totals: list[Tensor] = []
         for index, (batch, size) in enumerate(self._iterate_batches()):
+            if size == 0:  # the mean over no tokens is NaN
+                continue
             with self._pass_context(index):
                 parts = [part.mul_(size) for part in function(batch)]
             totals = [t.add_(p) for t, p in zip(totals, parts, strict=True)] if totals else parts
@@ -298,6 +345,12 @@ class Objective:
             dist.all_reduce(tensor, group=self.group)
             tensor = tensor.to(home)
         return tensor
+
+    def _loss_of_batch(self, batch: Any) -> float:
+        """Return the mean loss of one batch at w."""
+        batch = cast(batch, device=self.device)
+        with self._pass_context(0), torch.no_grad():
+            return float(self._placed(self._perturbed_weights(None), batch).run(lambda loss: loss()))
 
     def _perturbed_weights(self, e: Tensor | None) -> list[Tensor]:
         """Return w + e, one tensor per parameter; without e they share memory with the model's."""
