@@ -6,6 +6,7 @@ it, such as its :class:`Hessian`. :func:`measure` evaluates all of them. Only th
 
 from steppe.flatness.average_sharpness import average_sharpness
 from steppe.flatness.budget import Budget
+from steppe.flatness.by_layer import LayerCurvature, LayerTable, by_layer
 from steppe.flatness.directions import between, random_directions
 from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
 from steppe.flatness.empirical_fisher import EmpiricalFisher
@@ -43,6 +44,8 @@ __all__ = [
     "GaussNewton",
     "Hessian",
     "Landscape",
+    "LayerCurvature",
+    "LayerTable",
     "Line",
     "MSharpness",
     "Measure",
@@ -52,6 +55,7 @@ __all__ = [
     "Sharpness",
     "average_sharpness",
     "between",
+    "by_layer",
     "connect",
     "density",
     "edge_of_stability",
