@@ -13,7 +13,7 @@ SCRIPT = """
 import sys
 import steppe
 
-frameworks = {"accelerate", "keras", "lightning", "pytorch_lightning", "transformers"}
+frameworks = {"accelerate", "keras", "lightning", "peft", "pytorch_lightning", "transformers"}
 assert not frameworks & sys.modules.keys()
 assert steppe.integrations.accelerate.passes.__module__ == "steppe.integrations.accelerate"
 assert "accelerate" in sys.modules and "keras" not in sys.modules
@@ -26,5 +26,5 @@ def test_framework_is_imported_at_first_use():
 
 
 def test_unknown_integration_raises_with_the_names_of_all():
-    with pytest.raises(AttributeError, match="no attribute 'tensorflow'.*accelerate, keras, lightning, transformers"):
+    with pytest.raises(AttributeError, match="no attribute 'tensorflow'.*accelerate, keras, lightning, peft, transformers"):
         _ = steppe.integrations.tensorflow

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Callable
-from contextlib import AbstractContextManager, ExitStack, nullcontext
+from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, Self
 
@@ -49,11 +49,14 @@ class Pass(ExitStack[bool | None]):
         self.done = False
         """True if this pass has run."""
         self._failed = self._made_gradient = False
-        self._around: AbstractContextManager[Any] = nullcontext()
+        self._around: list[AbstractContextManager[Any]] = []
 
     def around(self, context: AbstractContextManager[Any]) -> Self:
-        """Run the pass in a context: entered before the weights are displaced, and left after they are restored."""
-        self._around = context
+        """Run the pass in a context: entered before the weights are displaced, and left after they are restored.
+
+        Further calls add contexts inside of it.
+        """
+        self._around.append(context)
         return self
 
     def __enter__(self) -> Self:
@@ -62,13 +65,15 @@ class Pass(ExitStack[bool | None]):
             raise RuntimeError("this pass has already run; enter each object yielded by passes() once")
         engine = self._engine
         try:
-            self.enter_context(self._around)
+            for context in self._around:
+                self.enter_context(context)
             self.push(self._end)
             self.push(self._end)  # twice: the second call completes one that an interrupt has hit
             engine.pass_gradients.begin_pass(first_step=engine.steps == 0)
             begin()
             del begin  # it holds the first gradient, which would stay in memory through the second pass
             engine.gradients.clear()
+            engine.ranks.drop_unreduced_gradients()
             self.enter_context(engine.ranks.context_of_pass(is_last=self.is_last))
             engine.stage = Stage.IN_PASS
             return self

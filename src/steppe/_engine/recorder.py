@@ -104,6 +104,15 @@ class Recorder:
             stride = self._sample.stride = -(-sum(local(one).numel() for one in gradients) // _PIECE) or 1
             self._sample.entries = [[(p, _entries(g[p], stride)) for p in own if p in g] for own in groups]
 
+    @torch.no_grad()
+    def add_displacement(self, parameters: Sequence[Tensor], e: Tensor, w: Tensor) -> None:
+        """Record an e that was added to other weights w, for the group that has one of these parameters."""
+        owned = {id(p) for p in parameters}
+        groups = [i for i, group in enumerate(self._base.param_groups) if any(id(p) in owned for p in group["params"])]
+        if self._sample is not None and groups:
+            squares = torch.stack([norm([e]), norm([w])]).square()
+            self._sample.lengths[groups[0]] += squares.to(self._sample.lengths)
+
     def _is_due(self) -> bool:
         n = self.perturbed_steps
         return n % _INTERVAL == 0 or n in _EARLY

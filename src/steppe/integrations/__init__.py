@@ -1,7 +1,8 @@
-"""Integrations with training frameworks, one module each: Lightning, Transformers, Accelerate, Keras.
+"""Integrations with training frameworks, one module each: Lightning, Transformers, Accelerate, Keras, PEFT.
 
-All of them have the same options: ``method`` wraps the base optimizer, ``rho`` is its radius, ``log_sharpness`` logs
-``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w). ``current_pass`` is the pass that runs now.
+PEFT's has methods for LoRA. All others have the same options: ``method`` wraps the base optimizer, ``rho`` is its
+radius, ``log_sharpness`` logs ``perturbed_loss``, L(w + e), and ``sharpness``, L(w + e) - L(w). ``current_pass`` is the
+pass that runs now.
 
 A module is imported at its first use, so that no framework is needed for the others.
 """
@@ -9,7 +10,7 @@ A module is imported at its first use, so that no framework is needed for the ot
 from importlib import import_module
 from types import ModuleType
 
-_MODULES = ("accelerate", "keras", "lightning", "transformers")
+_MODULES = ("accelerate", "keras", "lightning", "peft", "transformers")
 
 
 def __getattr__(name: str) -> ModuleType:

@@ -156,6 +156,18 @@ class OwnStepMethod(SAM):
         self._engine.perturb(point, self.perturbation)
         self._engine.recorder.perturbation(self._engine.displaced)
 
+    @property
+    def is_measuring(self) -> bool:
+        """True if this step is one of those that :meth:`steppe.SAM.report` measures."""
+        return self._engine.recorder.is_measuring()
+
+    def record_displacement(self, parameters: Sequence[Tensor], e: Tensor, w: Tensor) -> None:
+        """Record that w, no parameter of the optimizer, was perturbed by e, for the report of these parameters' group.
+
+        Called between a perturbed pass and the next one, if :attr:`is_measuring`.
+        """
+        self._engine.recorder.add_displacement(parameters, e, w)
+
     def forget_perturbation(self) -> None:
         """Forget the perturbation of the last pass: its gradient is not for :meth:`combine`."""
         self._engine.forget_perturbation()
