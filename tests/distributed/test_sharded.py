@@ -1,5 +1,7 @@
 """C23, C24: FSDP2, tensor parallelism and partly sharded models equal one process; FSDP1 and DeepSpeed raise."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -152,6 +154,31 @@ def test_micro_batches_in_a_pass_equal_one_batch():
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
     for found in start_ranks()(micro_batches):
         close(found, weights(model))
+
+
+def interrupted(perturbed):
+    """Interrupt a pass between two micro-batches, before FSDP2 has reduced the gradient of the first one."""
+    model = fsdp(network())
+    optimizer = method("sam")(model)
+    x, y = own_share(*samples(9))
+    with contextlib.suppress(KeyboardInterrupt):
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                for last in (False, True):
+                    model.set_requires_gradient_sync(last)
+                    F.cross_entropy(model(x), y).backward()
+                    if sam_pass.is_perturbed == perturbed:
+                        raise KeyboardInterrupt
+    model.set_requires_gradient_sync(True)
+    run(model, optimizer, range(4))
+    return weights(model)
+
+
+@pytest.mark.parametrize("perturbed", [False, True], ids=["at w", "at w + e"])
+def test_interrupted_micro_batches_leave_nothing_in_the_next_step(perturbed):
+    expected = train(plain, method("sam"), 4)
+    for found in start_ranks()(interrupted, perturbed):
+        close(found, expected)
 
 
 def train_in_bfloat16(shard):

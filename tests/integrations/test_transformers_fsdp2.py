@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import steppe
-from layouts import weights
+from layouts import skip_without_fsdp2, weights
 from ranks import start_ranks
 
 pytest.importorskip("transformers")
@@ -44,6 +44,7 @@ class AveragedFSDP2Trainer(AveragedTrainerMixin, FSDP2Trainer):
 
 def train(folder, *, of=FSDP2Trainer, resume=None, **options):
     """Return the weights and the log of one process of two."""
+    skip_without_fsdp2(torch.float64)
     with distributed_environment():
         forget_accelerator()
         model = gpt(dropout=0.0).double()

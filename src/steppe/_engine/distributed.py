@@ -70,6 +70,22 @@ class Ranks:
         for module in self._sharded:
             module.reshard()
 
+    def drop_unreduced_gradients(self) -> None:
+        """Drop gradients that FSDP2 has kept for a later reduction: those of a pass that an exception has ended.
+
+        ``zero_grad()`` does not reach them, and FSDP2 would add them to the gradient of the next pass.
+        """
+        for module in self._sharded:
+            # Private names of torch: the public way, unshard(), is a collective operation, and may find one rank only.
+            state = module._get_fsdp_state()
+            groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
+            for group in filter(None, groups):
+                group._partial_reduce_output = None  # of replicas of shards
+                for p in group.fsdp_params:
+                    p.unsharded_accumulated_grad = None
+                    if (unsharded := getattr(p, "_unsharded_param", None)) is not None:
+                        unsharded.grad = None
+
     def memory_of_perturbation(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Return the memory of the perturbation; a forbidden one where each rank has a perturbation of its own."""
         return shared if self._replica is None else ForbiddenMemory()
