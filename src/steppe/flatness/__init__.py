@@ -5,6 +5,7 @@ it, such as its :class:`Hessian`. :func:`measure` evaluates all of them. Only th
 """
 
 from steppe.flatness.average_sharpness import average_sharpness
+from steppe.flatness.batch_sharpness import batch_sharpness
 from steppe.flatness.budget import Budget
 from steppe.flatness.by_layer import LayerCurvature, LayerTable, by_layer
 from steppe.flatness.directions import between, random_directions
@@ -22,11 +23,12 @@ from steppe.flatness.mode_connectivity import Curve, connect
 from steppe.flatness.normalized_logits import normalized_logits
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Block, Hessian, Operator, Scaled
+from steppe.flatness.preconditioner import adam_preconditioner
 from steppe.flatness.relative_flatness import relative_flatness
 from steppe.flatness.result import Flatness
 from steppe.flatness.sharpness import Sharpness, sharpness
 from steppe.flatness.spectral_density import Density, density
-from steppe.flatness.stability import edge_of_stability, sam_edge_of_stability
+from steppe.flatness.stability import adam_edge_of_stability, edge_of_stability, sam_edge_of_stability
 from steppe.flatness.trace import trace
 
 __all__ = [
@@ -53,7 +55,10 @@ __all__ = [
     "Operator",
     "Scaled",
     "Sharpness",
+    "adam_edge_of_stability",
+    "adam_preconditioner",
     "average_sharpness",
+    "batch_sharpness",
     "between",
     "by_layer",
     "connect",

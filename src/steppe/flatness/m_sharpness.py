@@ -6,7 +6,6 @@ from itertools import islice
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from steppe.flatness._ascent import Norm
@@ -90,10 +89,7 @@ def m_sharpness(
             )
         own = sharpness(part, rho, **options)
         measured.append((part.samples, own.value, own.one_step))
-    if objective.group is not None:
-        by_rank: list[list[tuple[int, float, float]]] = [[]] * dist.get_world_size(objective.group)
-        dist.all_gather_object(by_rank, measured, group=objective.group)
-        measured = [part for rank in by_rank for part in rank]
+    measured = objective.gather(measured)
     if not measured:
         raise ValueError("data: there are no samples, but a mean needs at least one")
     sizes, values, one_steps = (torch.tensor(column, dtype=torch.float64) for column in zip(*measured, strict=True))

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
 from itertools import count
-from typing import Any, Literal, TypeAlias
+from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,7 @@ from steppe.flatness._isolation import seeded_generators
 from steppe.flatness._kernels import twice_differentiable
 from steppe.flatness._model_loss import LossTerms, evaluate_model_loss
 
+_T = TypeVar("_T")
 Progress: TypeAlias = Callable[[str, int], None]
 """(stage, passes over the data so far), called after each pass; an exception ends the measurement."""
 
@@ -345,6 +346,14 @@ class Objective:
             dist.all_reduce(tensor, group=self.group)
             tensor = tensor.to(home)
         return tensor
+
+    def gather(self, values: list[_T]) -> list[_T]:
+        """Return the values of all ranks in one list."""
+        if self.group is None:
+            return values
+        by_rank: list[list[_T]] = [[]] * self.world_size
+        dist.all_gather_object(by_rank, values, group=self.group)
+        return [value for rank in by_rank for value in rank]
 
     def _loss_of_batch(self, batch: Any) -> float:
         """Return the mean loss of one batch at w."""

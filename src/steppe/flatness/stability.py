@@ -1,32 +1,74 @@
-"""The edge of stability: the largest curvature at which gradient descent, or SAM, is stable."""
+"""The edge of stability: the largest curvature at which gradient descent, momentum, Adam, or SAM, is stable."""
 
 import math
 
 
-def edge_of_stability(lr: float) -> float:
-    """Return the largest eigenvalue of the Hessian at which gradient descent is stable, 2 / lr.
+def edge_of_stability(lr: float, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
+    """Return the largest eigenvalue of the Hessian at which gradient descent is stable, 2 / lr without momentum.
 
-    Full-batch gradient descent raises lambda_max to this value, and keeps it there.
+    Full-batch gradient descent raises lambda_max to this value, and keeps it there. With the momentum beta of
+    ``torch.optim.SGD`` it is (2 + 2 beta) / lr, divided by 1 - dampening (heavy ball), or
+    (2 + 2 beta) / (lr (1 + 2 beta)) for Nesterov's momentum. Mini-batches lower it: see :func:`batch_sharpness`.
 
     Args:
-        lr: Learning rate of gradient descent, without momentum.
+        lr: Learning rate of gradient descent.
+        momentum: beta, as of ``torch.optim.SGD``.
+        dampening: As of ``torch.optim.SGD``; equal to ``momentum`` for an average of the gradients.
+        nesterov: As of ``torch.optim.SGD``.
 
     Returns:
-        2 / lr.
+        The edge of stability.
 
     Raises:
-        ValueError: ``lr`` is not positive and finite.
+        ValueError: ``lr`` is not positive and finite, ``momentum`` or ``dampening`` not in [0, 1), or ``nesterov``
+            with dampening.
 
     Example:
         >>> edge_of_stability(0.1)
         20.0
+        >>> round(edge_of_stability(0.1, momentum=0.9), 6)
+        38.0
 
     References:
         Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability,
         https://arxiv.org/abs/2103.00065.
     """
     _check_positive("lr", lr)
-    return 2 / lr
+    _check_momentum("momentum", momentum)
+    _check_momentum("dampening", dampening)
+    if nesterov and dampening:
+        raise ValueError("nesterov=True with dampening: torch.optim.SGD has Nesterov's momentum without dampening only")
+    if nesterov:
+        return (2 + 2 * momentum) / (lr * (1 + 2 * momentum))
+    return (2 + 2 * momentum) / (lr * (1 - dampening if momentum else 1.0))
+
+
+def adam_edge_of_stability(lr: float, *, beta1: float = 0.9) -> float:
+    """Return the largest eigenvalue of P^-1 H at which Adam is stable, (2 + 2 beta1) / ((1 - beta1) lr).
+
+    P is :func:`adam_preconditioner`. Full-batch Adam raises the preconditioned sharpness, the largest eigenvalue of
+    P^-1 H, to this value, and keeps it there, while the sharpness lambda_max(H) may go on rising. It is exact for a P
+    that changes slowly.
+
+    Args:
+        lr: Learning rate of Adam or AdamW.
+        beta1: The first of its ``betas``.
+
+    Returns:
+        The edge of stability of Adam: 38 / lr for the usual beta1 = 0.9.
+
+    Raises:
+        ValueError: ``lr`` is not positive and finite, or ``beta1`` is not in [0, 1).
+
+    Example:
+        >>> round(adam_edge_of_stability(0.001))
+        38000
+
+    References:
+        Cohen et al. 2022, Adaptive Gradient Methods at the Edge of Stability, https://arxiv.org/abs/2207.14484.
+    """
+    _check_momentum("beta1", beta1)
+    return edge_of_stability(lr, momentum=beta1, dampening=beta1)
 
 
 def sam_edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
@@ -68,6 +110,11 @@ def sam_edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
 def _check_positive(name: str, value: float) -> None:
     if not 0 < value < math.inf:
         raise ValueError(f"{name} must be positive and finite, got {value}: the edge of stability is undefined")
+
+
+def _check_momentum(name: str, value: float) -> None:
+    if not 0 <= value < 1:
+        raise ValueError(f"{name}={value}: it must be at least 0 and below 1")
 
 
 def _check_nonnegative(name: str, value: float) -> None:
