@@ -19,6 +19,21 @@ def subset_of_masked(model):
     return steppe.ParameterSubset(steppe.Masked(steppe.L2(), masks), chosen)
 
 
+class Halved:
+    """A modifier of a user's own, which is no dataclass."""
+
+    def __init__(self, rule):
+        self.rule = rule
+
+    def __call__(self, point: steppe.Point) -> steppe.ScaledDirection:
+        direction, scale = self.rule(point)
+        return steppe.ScaledDirection(direction, scale / 2)
+
+
+def own_modifier(model):
+    return Halved(subset_of_masked(model))
+
+
 def with_new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
     new = {}
     for module in model.modules():
@@ -30,7 +45,7 @@ def with_new_parameters(model: nn.Module, optimizer: torch.optim.Optimizer) -> N
 
 
 @every_drive
-@pytest.mark.parametrize("rule", [plain_rule, subset_of_masked])
+@pytest.mark.parametrize("rule", [plain_rule, subset_of_masked, own_modifier])
 def test_parameters_in_the_place_of_others_are_trained_like_them(drive, rule):
     found = []
     for replace in (False, True):

@@ -1,6 +1,6 @@
 """Checks that each rule is in its slot, and fits the optimizer."""
 
-import dataclasses
+import copy
 import inspect
 from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
@@ -80,7 +80,9 @@ def with_parameters(perturbation: Perturbation, replaced: Mapping[Tensor, Tensor
     rule: Any = perturbation
     if (inner := getattr(rule, "rule", None)) is not None:
         changed = with_parameters(inner, replaced)
-        rule = rule if changed is inner else dataclasses.replace(rule, rule=changed)
+        if changed is not inner:
+            rule = copy.copy(rule)
+            object.__setattr__(rule, "rule", changed)  # rules are frozen dataclasses, or classes of the user's own
     follow: Callable[[Mapping[Tensor, Tensor]], Perturbation] | None = getattr(rule, "with_parameters", None)
     return cast(Perturbation, rule) if follow is None else follow(replaced)
 
