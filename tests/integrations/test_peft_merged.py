@@ -3,6 +3,7 @@
 import copy
 import functools
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -375,8 +376,17 @@ def test_merging_between_two_steps_raises_at_the_next_one():
         by_passes(optimizer, lambda: model(**batch).loss)
 
 
+def test_several_processes_raise(monkeypatch):
+    model, (batch,) = adapted(), sentences(1)
+    optimizer = merged_sam(base_of(model), RHO, model=model)
+    two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
+    monkeypatch.setattr("steppe.integrations.peft.dist", two)
+    with pytest.raises(RuntimeError, match="several processes with MergedWeightMethod: the gradients of the frozen"):
+        by_passes(optimizer, lambda: model(**batch).loss)
+
+
 def test_options_that_do_not_fit_raise():
-    model = adapted()
+    model, other = adapted(), adapted(target_modules=["wpe"])
     with pytest.raises(ValueError, match="model= is missing"):
         merged_sam(base_of(model), RHO)
     with pytest.raises(TypeError, match="has a perturbation of its own"):
@@ -384,8 +394,7 @@ def test_options_that_do_not_fit_raise():
     with pytest.raises(ValueError, match="total_steps must be 1 or more"):
         flat_lora(base_of(model), RHO, model=model, total_steps=0)
     with pytest.raises(ValueError, match="is an embedding.*modules_to_save"):
-        other = adapted(target_modules=["wpe"])
-        by_passes(flat_lora(base_of(other), RHO, model=other), lambda: other(**sentences(1)[0]).loss)
+        flat_lora(base_of(other), RHO, model=other)
     with pytest.raises(RuntimeError, match="maximize=True"):
         merged_sam(torch.optim.SGD(trained(model), lr=0.1, maximize=True), RHO, model=model)
     optimizer = merged_sam(base_of(model), RHO, model=model)

@@ -146,6 +146,9 @@ class MergedWeightMethod(OwnStepMethod):
             if any(group.get("maximize", False) for group in self.param_groups):
                 self.refuse("maximize=True", "the ascent would go down. Minimize the negative loss")
         rule.merged.begin_step(self.model)
+        if isinstance(rule, MergedNoise):
+            for layer in rule.merged.layers:
+                layer.dims_of_filter()  # raises for a layer without filters
 
     def step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield SAM's passes: the one at w with the gradients of the merged weights, the other one at W + e."""
