@@ -4,6 +4,7 @@ An :class:`Objective` is the loss over data as a function of the weights. All me
 it, such as its :class:`Hessian`. :func:`measure` evaluates all of them. Only the names listed here are public.
 """
 
+from steppe.flatness.after_change import LossChange, TrainingChange, after_rounding, after_training
 from steppe.flatness.average_sharpness import average_sharpness
 from steppe.flatness.batch_sharpness import batch_sharpness
 from steppe.flatness.budget import Budget
@@ -24,6 +25,7 @@ from steppe.flatness.normalized_logits import normalized_logits
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Block, Hessian, Operator, Scaled
 from steppe.flatness.preconditioner import adam_preconditioner
+from steppe.flatness.quantization import round_weights, rounded
 from steppe.flatness.relative_flatness import relative_flatness
 from steppe.flatness.result import Flatness
 from steppe.flatness.sharpness import Sharpness, sharpness
@@ -49,14 +51,18 @@ __all__ = [
     "LayerCurvature",
     "LayerTable",
     "Line",
+    "LossChange",
     "MSharpness",
     "Measure",
     "Objective",
     "Operator",
     "Scaled",
     "Sharpness",
+    "TrainingChange",
     "adam_edge_of_stability",
     "adam_preconditioner",
+    "after_rounding",
+    "after_training",
     "average_sharpness",
     "batch_sharpness",
     "between",
@@ -72,6 +78,8 @@ __all__ = [
     "normalized_logits",
     "random_directions",
     "relative_flatness",
+    "round_weights",
+    "rounded",
     "sam_edge_of_stability",
     "sharpness",
     "trace",

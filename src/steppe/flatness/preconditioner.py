@@ -62,4 +62,5 @@ def _diagonal(name: str, optimizer: Any, group: dict[str, Any] | None, parameter
     beta1, beta2 = (float(beta) for beta in group["betas"])
     t = float(state["step"])
     v: Tensor = state["max_exp_avg_sq" if group.get("amsgrad") else "exp_avg_sq"].detach().double()
-    return (1 - beta1**t) * ((v / (1 - beta2**t)).sqrt() + float(group["eps"]))
+    first, second = float(1 - beta1**t), float(1 - beta2**t)
+    return first * ((v / second).sqrt() + float(group["eps"]))

@@ -12,7 +12,7 @@ from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.robustness.calibration import calibration
 from steppe.experiments.robustness.corruptions import BLOCK, CORRUPTIONS, corrupt
 from steppe.experiments.robustness.measurement import measure
-from steppe.experiments.robustness.quantization import round_weights
+from steppe.flatness.quantization import round_weights
 
 N = BLOCK + 30
 OPTIONS = {"mean": MEAN, "std": STD}

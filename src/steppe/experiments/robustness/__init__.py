@@ -4,8 +4,8 @@ from steppe.experiments.robustness.calibration import Calibration, calibration
 from steppe.experiments.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
 from steppe.experiments.robustness.forgetting import Forgetting, forgetting
 from steppe.experiments.robustness.measurement import measure
-from steppe.experiments.robustness.quantization import round_weights, rounded
 from steppe.experiments.robustness.second_tasks import inverted, of_classes, rotated
+from steppe.flatness.quantization import round_weights, rounded
 
 __all__ = [
     "CORRUPTIONS",

@@ -15,7 +15,7 @@ from steppe.experiments.robustness.corruptions import BLOCK, CORRUPTIONS, SEVERI
 from steppe.experiments.robustness.corruptions import check_images as check_images_in_range
 from steppe.experiments.robustness.forgetting import accuracy
 from steppe.experiments.robustness.isolation import device_of, evaluation, restored_generators, seed_generators
-from steppe.experiments.robustness.quantization import round_weights
+from steppe.flatness.quantization import round_weights
 
 BITS = (8, 4, 3, 2)
 _NONE: Mapping[str, ImageFunction] = MappingProxyType({})

@@ -4,7 +4,7 @@ import torch
 from torch import nn
 
 from steppe.experiments.models.preact_resnet import PreActResNet18
-from steppe.experiments.robustness.quantization import round_weights, rounded
+from steppe.flatness.quantization import round_weights, rounded
 
 
 def reference(weights: np.ndarray, bits: int) -> np.ndarray:
