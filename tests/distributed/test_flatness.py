@@ -10,9 +10,14 @@ from torch.nn.parallel import DistributedDataParallel
 from layouts import network
 from ranks import start_ranks
 from steppe.flatness import (
+    EmpiricalFisher,
+    FiniteDifferenceHessian,
+    GaussNewton,
     Hessian,
     Objective,
     average_sharpness,
+    batch_sharpness,
+    by_layer,
     density,
     eigenvalues,
     m_sharpness,
@@ -65,14 +70,29 @@ def sharpness_values() -> tuple:
     return torch.tensor([worst.value, *worst.restarts, worst.first_order, average.value, average.error]), worst.e
 
 
-def m_sharpness_values() -> tuple:
+def matrix_values() -> tuple:
+    o = objective()
+    kinds = (GaussNewton, EmpiricalFisher, FiniteDifferenceHessian)
+    tops = [row.lambda_max.value for row in by_layer(o, probes=1, tol=1e-8)]
+    return *(kind(o)(vectors(o.n)) for kind in kinds), torch.tensor(tops)
+
+
+def objective_of_whole_parts() -> Objective:
+    """Return the same with parts of four samples that are parts of one process, too."""
     x, y = data()
     if dist.is_initialized():
         share = SHARES[dist.get_rank()]
-        o = Objective(DistributedDataParallel(network()), (x[share], y[share]), loss=F.cross_entropy, batch_size=8)
-    else:
-        o = Objective(network(), (x, y), loss=F.cross_entropy)
-    found = m_sharpness(o, 0.3, 4, ascent_steps=3, restarts=2)
+        return Objective(DistributedDataParallel(network()), (x[share], y[share]), loss=F.cross_entropy, batch_size=8)
+    return Objective(network(), (x, y), loss=F.cross_entropy)
+
+
+def batch_sharpness_values() -> tuple:
+    found = batch_sharpness(objective_of_whole_parts(), 4)
+    return found.n, torch.tensor([found.value, found.error])
+
+
+def m_sharpness_values() -> tuple:
+    found = m_sharpness(objective_of_whole_parts(), 0.3, 4, ascent_steps=3, restarts=2)
     return found.n, found.samples, torch.tensor([found.value, found.error, found.one_step.value, found.one_step.error])
 
 
@@ -83,6 +103,8 @@ def m_sharpness_values() -> tuple:
         (spectrum_values, CLOSE),
         (sharpness_values, CLOSE),
         (m_sharpness_values, CLOSE),
+        (batch_sharpness_values, CLOSE),
+        (matrix_values, {"rtol": 1e-7, "atol": 1e-9}),  # finite differences depend on the rounding of the sums
     ],
 )
 def test_replicas_measure_the_same_as_one_process(measurement, tolerance):

@@ -171,6 +171,15 @@ def test_parts_without_a_label_are_left_out_of_m_sharpness():
     assert math.isfinite(found.value)
 
 
+def test_parts_are_counted_in_rows_even_if_fewer_tokens_have_a_label():
+    batch = tokens()
+    batch["labels"][:, 1:] = -100
+    found = m_sharpness(Objective(LanguageModel(causal=False), batch), rho=0.1, m=9, ascent_steps=1, restarts=1)
+    assert (found.n, found.samples) == (1, 8)
+    with pytest.raises(ValueError, match="m=10, but a batch has 9 samples"):
+        m_sharpness(Objective(LanguageModel(causal=False), batch), rho=0.1, m=10)
+
+
 def test_measuring_states_the_weights_and_leaves_the_model_unchanged():
     model = LanguageModel(causal=True)
     few = Budget(ascent_steps=1, restarts=1, m=9, pairs=1, probes=2, density_probes=1, density_iterations=2, points=0)

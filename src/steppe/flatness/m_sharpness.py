@@ -82,9 +82,9 @@ def m_sharpness(
     options |= {"adaptive": adaptive, "norm": norm, "eta": eta}
     measured: list[tuple[int, float, float]] = []
     for part in islice(objective.split(m), parts):
-        if not measured and part.samples < m:
+        if not measured and part.rows < m:
             raise ValueError(
-                f"m={m}, but a batch has {part.samples} samples and a part lies within one batch: choose a smaller m "
+                f"m={m}, but a batch has {part.rows} samples and a part lies within one batch: choose a smaller m "
                 "or larger batches (batch_size=)"
             )
         own = sharpness(part, rho, **options)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steppe._tensors.reductions import accumulator
-from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors
+from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, num_samples
 from steppe.flatness._forward import (
     BatchLoss,
     Evaluate,
@@ -200,12 +200,20 @@ class Objective:
 
     @property
     def samples(self) -> int:
-        """The number N of samples on all ranks; before the first pass, a pass without the model counts them."""
+        """The number N of samples, or what else ``weighted_by`` names, on all ranks.
+
+        Before the first pass, a pass over the data counts them.
+        """
         if self._fingerprint is None:
             for _ in self._iterate_batches():
                 pass
         assert self._fingerprint is not None
         return int(self.sum_over_ranks(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
+
+    @property
+    def rows(self) -> int:
+        """The number of samples of this rank that :meth:`split` counts, whatever the loss averages over."""
+        return sum(num_samples(batch) for batch, _ in self._iterate_batches())
 
     @property
     def weighted_by(self) -> str:
