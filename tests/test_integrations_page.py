@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 DOCS = Path(__file__).parent.parent / "docs"
-COLUMNS = {"integrations.md": (18, 6), "finetuning.md": (17, 4)}
+COLUMNS = {"integrations.md": (18, 6), "finetuning.md": (18, 4)}
 """The numbers of rows and columns of the table of each page, whose rows begin in bold."""
 LINKS = {page: re.findall(r'\]\(\s*(\S+\.py)\s+"([^"]+)"\)', (DOCS / page).read_text()) for page in COLUMNS}
 

@@ -22,7 +22,7 @@ from steppe._engine.micro_batches import MicroBatches
 from steppe._engine.pass_gradients import PassGradients
 from steppe._engine.recorder import Recorder
 from steppe._engine.registrations import same_objects
-from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
+from steppe._engine.rounding import MIN_SURVIVING_SHARE, add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import RHO, parameters_of, take_from_base
@@ -41,8 +41,6 @@ from steppe.rules import (
 )
 
 _T = TypeVar("_T")
-_MIN_SURVIVING_SHARE = 0.9
-"""Warn if less of a perturbation survives rounding."""
 
 Combine: TypeAlias = Callable[[Point, Sequence[Tensor] | None], Sequence[Tensor]]
 
@@ -263,7 +261,7 @@ class Engine:
         weights = [parameters[i] for i in halves]
         before, along = self._displacement.saved(weights), [direction[i] for i in halves]
         share = float(surviving_share([local(w) for w in weights], before, alpha, along))
-        if share < _MIN_SURVIVING_SHARE:
+        if share < MIN_SURVIVING_SHARE:
             warn(
                 f"only {share:.0%} of the perturbation survives rounding to {weights[0].dtype} weights: the rest is "
                 "smaller than their last bit, so SAM acts with a smaller radius than rho. Keep the weights in float32 "

@@ -12,6 +12,8 @@ from steppe._tensors.reductions import dot
 
 _MISSING_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32 mantissa that a half-precision number lacks."""
+MIN_SURVIVING_SHARE = 0.9
+"""Warn if less of a perturbation survives rounding."""
 
 
 def is_half(tensor: Tensor) -> bool:

@@ -3,12 +3,15 @@
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from steppe._engine.eager import eager
+from steppe._engine.rounding import add_scaled_stochastically_, is_half, surviving_share
+from steppe._tensors.reductions import norm
 
 try:
     from peft.tuners.lora import layer as lora
@@ -144,6 +147,16 @@ def _refused(name: str, what: str, remedy: str) -> ValueError:
     return ValueError(f"{name} {what}, so that its weight is not W0 + s B A with a W0 that can be perturbed. {remedy}")
 
 
+@torch.no_grad()
+def perturbed_weight(weight: Tensor, make: Callable[[], Tensor], rounding: int | None) -> Tensor:
+    """Return W0 + e, the same in each call."""
+    if rounding is None or not is_half(weight):
+        return weight + make()
+    perturbed = weight.detach().clone()
+    add_scaled_stochastically_([perturbed], torch.ones(()), [make()], step=rounding)
+    return perturbed
+
+
 class MergedWeights:
     """The merged weights of a model within one step. W0 is never written: a pass at W + e uses W0 + e in its place.
 
@@ -154,20 +167,46 @@ class MergedWeights:
         self.layers: list[AdaptedLayer] = []
         self.gradients: list[Tensor | None] = []
         """The gradient of each merged weight in the last pass that was recorded; None if it had no part in the loss."""
-        self.perturbed: dict[int, Callable[[], Tensor]] = {}
-        """By the position of its layer: a function that makes W0 + e."""
+        self.perturbations: dict[int, Callable[[], Tensor]] = {}
+        """By the position of its layer: a function that makes e."""
+        self._rounding: int | None = None
 
     def __reduce__(self) -> tuple[type["MergedWeights"], tuple[()]]:
         return MergedWeights, ()  # it lasts for one step, and a copy of the optimizer begins with none
 
-    def begin_step(self, model: nn.Module | None) -> None:
-        """Find the layers, and forget the last step."""
+    def begin_step(self, model: nn.Module | None, *, rounding: int | None = None) -> None:
+        """Find the layers, and forget the last step.
+
+        Args:
+            model: The model.
+            rounding: The seed by which half-precision weights are rounded stochastically; None rounds to nearest.
+        """
         self.end_step()
-        self.layers = adapted_layers(model)
+        self.layers, self._rounding = adapted_layers(model), rounding
 
     def end_step(self) -> None:
         """Forget the gradients and the perturbation."""
-        self.gradients, self.perturbed = [], {}
+        self.gradients, self.perturbations = [], {}
+
+    def at(self, i: int) -> Callable[[], Tensor] | None:
+        """Return a function that makes W0 + e of a layer; None if it is not perturbed."""
+        if i not in self.perturbations:
+            return None
+        rounding = None if self._rounding is None else self._rounding * len(self.layers) + i
+        return partial(perturbed_weight, self.layers[i].weight, self.perturbations[i], rounding)
+
+    @torch.no_grad()
+    def surviving_share(self) -> float:
+        """Return the share of e that survives rounding to half-precision weights; 1 if there are none."""
+        moved = length = 0.0
+        for i, make in self.perturbations.items():
+            weight, perturbed = self.layers[i].weight, self.at(i)
+            if is_half(weight) and perturbed is not None:
+                e = make()
+                square = float(norm([e])) ** 2
+                moved += square * float(surviving_share([perturbed()], [weight], torch.ones(()), [e]))
+                length += square
+        return moved / length if length else 1.0
 
     @contextmanager
     def recorded(self) -> Iterator[None]:
@@ -188,13 +227,13 @@ class MergedWeights:
 
     @contextmanager
     def displaced(self) -> Iterator[None]:
-        """Run the layers with W0 + e in the ``with`` block, as soon as :attr:`perturbed` says what that is."""
+        """Run the layers with W0 + e in the ``with`` block, as soon as :attr:`perturbations` has e."""
         ran: list[int] = []
         with ExitStack() as stack:
             for i, layer in enumerate(self.layers):
-                stack.enter_context(_forward_replaced(layer.base, lambda i=i: self.perturbed.get(i), ran))  # type: ignore[misc]
+                stack.enter_context(_forward_replaced(layer.base, partial(self.at, i), ran))
             yield
-        if self.perturbed and not ran:
+        if self.perturbations and not ran:
             raise RuntimeError(
                 "no layer with an adapter has run in the pass at w + e, so that nothing was perturbed: the pass runs "
                 "another model than model=. Give the model that the passes run"

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from steppe import papers
+from steppe._engine.rounding import MIN_SURVIVING_SHARE
 from steppe._tensors.random import generator, key
 from steppe.integrations._adapted_layers import AdaptedLayer, MergedWeights
 from steppe.methods._base import OwnStepMethod
@@ -68,7 +69,7 @@ class MergedGradient:
         scale = reciprocal(norm([*(G for _, G in found), *(g for g in direction if g is not None)]))
         radii = _radii(merged.layers, point)
         for i, G in found:
-            merged.perturbed[i] = partial(_along, merged.layers[i].weight, G, scale * radii[i])
+            merged.perturbations[i] = partial(_times, G, scale * radii[i])
         return ScaledDirection(direction, scale)
 
 
@@ -108,7 +109,7 @@ class MergedNoise:
             n = math.prod(W.shape[d] for d in dims)
             deviation = lengths * (share / math.sqrt(n) * radii[i])
             draw = key("FlatLoRA", self.seed, point.step, i, point.micro_batch)
-            self.merged.perturbed[i] = partial(_with_noise, layer.weight, deviation, draw)
+            self.merged.perturbations[i] = partial(_noise, layer.weight, deviation, draw)
         return ScaledDirection([None] * len(point.parameters))
 
 
@@ -145,7 +146,7 @@ class MergedWeightMethod(OwnStepMethod):
                 self.refuse("several processes", "the gradients of the frozen base weights are not averaged over them")
             if any(group.get("maximize", False) for group in self.param_groups):
                 self.refuse("maximize=True", "the ascent would go down. Minimize the negative loss")
-        rule.merged.begin_step(self.model)
+        rule.merged.begin_step(self.model, rounding=self.steps_taken if self.stochastic_rounding else None)
         if isinstance(rule, MergedNoise):
             for layer in rule.merged.layers:
                 layer.dims_of_filter()  # raises for a layer without filters
@@ -164,12 +165,23 @@ class MergedWeightMethod(OwnStepMethod):
                 self._record(merged)
         merged.end_step()
 
+    @torch.no_grad()
     def _record(self, merged: MergedWeights) -> None:
-        """Record |e| and |W| of the layers for :meth:`steppe.SAM.report`."""
-        if self.is_measuring:
-            for i, perturbed in merged.perturbed.items():
-                layer = merged.layers[i]
-                self.record_displacement(layer.factors, perturbed() - layer.weight, layer.merged_weight())
+        """Record |e| and |W| for :meth:`steppe.SAM.report`, and warn once if much of e is lost by rounding."""
+        if not self.is_measuring:
+            return
+        for i, layer in enumerate(merged.layers):
+            if (perturbed := merged.at(i)) is not None:
+                e = widen(perturbed()) - widen(layer.weight)
+                self.record_displacement(layer.factors, e, layer.merged_weight())
+        share = merged.surviving_share()
+        if share < MIN_SURVIVING_SHARE and not self.stochastic_rounding:
+            self.warn_once(
+                "rounding of merged weights",
+                f"only {share:.0%} of the perturbation survives rounding to half-precision base weights: the rest is "
+                "smaller than their last bit, so that SAM acts with a smaller radius than rho. Give "
+                "stochastic_rounding=True, which keeps all of it on average, or load the base in float32",
+            )
 
 
 def merged_sam(base_optimizer: Base, rho: Rho = 0.05, **options: Unpack[Options]) -> MergedWeightMethod:
@@ -189,6 +201,9 @@ def merged_sam(base_optimizer: Base, rho: Rho = 0.05, **options: Unpack[Options]
     Raises:
         ValueError: ``model`` is missing, or has a layer of which the merged weight cannot be perturbed: quantized,
             merged, with several active adapters, DoRA.
+
+    A base in bfloat16 rounds much of a small e to nothing: a warning says so, and ``stochastic_rounding=True`` keeps
+    all of it on average.
 
     Example:
         >>> trainer = SAMTrainer(model=model, args=args, method=merged_sam, rho=0.05)  # doctest: +SKIP
@@ -244,12 +259,10 @@ def _radii(layers: Sequence[AdaptedLayer], point: Point) -> list[float | Tensor]
     return [next((rho[id(p)] for p in layer.factors if id(p) in rho), 0.0) for layer in layers]
 
 
-@torch.no_grad()
-def _along(weight: Tensor, direction: Tensor, alpha: Tensor) -> Tensor:
-    return weight + scaled(direction, alpha.to(weight.device))
+def _times(G: Tensor, alpha: Tensor) -> Tensor:
+    return scaled(G, alpha.to(G.device))
 
 
-@torch.no_grad()
-def _with_noise(weight: Tensor, deviation: Tensor, draw: int) -> Tensor:
+def _noise(weight: Tensor, deviation: Tensor, draw: int) -> Tensor:
     r = torch.empty_like(weight, requires_grad=False).normal_(generator=generator(weight.device, draw))
-    return weight + scaled(r, deviation)
+    return scaled(r, deviation)

@@ -202,6 +202,10 @@ class OwnStepMethod(SAM):
         """Number of steps taken before this one."""
         return self._engine.steps
 
+    def warn_once(self, kind: str, message: str) -> None:
+        """Warn, but only once for each kind of warning."""
+        self._engine.warn_once(kind, message)
+
     def refuse(self, what: str, why: str) -> NoReturn:
         """Raise RuntimeError: ``what`` with this method does not work, because ``why``."""
         raise RuntimeError(f"{what} with {self._name}: {why}")
