@@ -112,7 +112,10 @@ EVIDENCE: Mapping[str, Evidence] = {
         ["sam"],
         objective="accuracy under corruptions",
         base="adamw",
-        measures=["accuracy under corruptions", "accuracy under gaussian_noise", "accuracy", "calibration error"],
+        measures=[
+            *("accuracy under corruptions", "accuracy under gaussian_noise", "accuracy"),
+            *("calibration error", "accuracy at 3 bits"),
+        ],
     ),
     "text": Evidence(["sam"], base="base", seeds=3, measures=["accuracy"]),
     "price": Evidence(

@@ -95,7 +95,7 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
                 lr=0.001,
                 weight_decay=0.01,
                 schedule="cosine",
-                methods=("adamw", "sam:rho=0.2"),
+                methods=("adamw", "sam:rho=0.05"),
                 epochs=40,
                 eval_every=4,
                 seeds=10,
