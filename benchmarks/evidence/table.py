@@ -25,20 +25,17 @@ def render(result: Result) -> str:
     evidence = EVIDENCE[recipe_of(result)]
     measures, beside = evidence.measures, side_by_side(result)
     settings = {name: found for name, found in result.data["settings"].items() if name not in beside}
-    start = [*_commands(result.data["settings"]), "", *_trials(result.data["settings"]), ""]
+    lines = [*_commands(result.data["settings"]), "", *_trials(result.data["settings"]), ""]
     if beside:
-        start += [
+        lines += [
             "Means on the test data, with the difference to the base in brackets; **bold** is better and *italic* is",
             "worse, beyond chance:",
             "",
             *_side_by_side(beside, measures),
             "",
         ]
-    if not settings:
-        return "\n".join([*start, result.source])
-    return "\n".join(
-        [
-            *start,
+    if settings:
+        lines += [
             "Means and standard deviations, on the test data:",
             "",
             *_means(settings, measures),
@@ -48,9 +45,8 @@ def render(result: Result) -> str:
             "",
             *_differences(settings, measures),
             "",
-            result.source,
         ]
-    )
+    return "\n".join([*lines, result.source])
 
 
 def side_by_side(result: Result) -> dict[str, Any]:

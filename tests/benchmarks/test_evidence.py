@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 import pytest
 from tiny import command_line
@@ -98,18 +99,24 @@ def test_settings_of_many_methods_are_shown_side_by_side(monkeypatch: pytest.Mon
     assert "| low |" not in text
 
 
+def settings_found(name: str, evidence: Evidence, path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Run an experiment in tiny size, and return what it has saved for each setting."""
+    monkeypatch.setattr(run, "EVIDENCE", {name: evidence})
+    monkeypatch.setattr(run, "_steppe", lambda words: command_line(list(words), draws=False))
+    monkeypatch.chdir(path)
+    words = ["run.py", name, "--tiny", "--runs-at-once", "1", "--results", str(path), "--machine", "m"]
+    monkeypatch.setattr("sys.argv", words)
+    run.main()
+    (file,) = path.glob(f"*/evidence_{name}.json")
+    return json.loads(file.read_text())["data"]["settings"]
+
+
 def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
-    monkeypatch.setattr(run, "EVIDENCE", {"corruptions": Evidence(["sam"], settings={"tiny": TINY}, radii=(0.05, 0.4))})
-    monkeypatch.setattr(run, "_steppe", lambda words: command_line(list(words), draws=False))
-    monkeypatch.chdir(tmp_path)
-    words = ["run.py", "corruptions", "--tiny", "--runs-at-once", "1", "--results", str(tmp_path), "--machine", "m"]
-    monkeypatch.setattr("sys.argv", words)
-    run.main()
-    (file,) = tmp_path.glob("*/evidence_corruptions.json")
-    found = json.loads(file.read_text())["data"]["settings"]["tiny"]
+    evidence = Evidence(["sam"], settings={"tiny": TINY}, radii=(0.05, 0.4))
+    found = settings_found("corruptions", evidence, tmp_path, monkeypatch)["tiny"]
     best = max(found["trials"], key=lambda trial: sum(trial["found"]))
     assert found["chosen"] == [f"sam:rho={best['values']['rho']}"]
     assert [row["method"] for row in found["summary"]["rows"]] == ["sgd", *found["chosen"]]
@@ -139,14 +146,7 @@ def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_a
         seeds=1,
     )
     assert evidence.searches() == {1: ["sam", "late_sam:start=0.5"], 10: ["asam"]}
-    monkeypatch.setattr(run, "EVIDENCE", {"price": evidence})
-    monkeypatch.setattr(run, "_steppe", lambda words: command_line(list(words), draws=False))
-    monkeypatch.chdir(tmp_path)
-    words = ["run.py", "price", "--tiny", "--runs-at-once", "1", "--results", str(tmp_path), "--machine", "m"]
-    monkeypatch.setattr("sys.argv", words)
-    run.main()
-    (file,) = tmp_path.glob("*/evidence_price.json")
-    settings = json.loads(file.read_text())["data"]["settings"]
+    settings = settings_found("price", evidence, tmp_path, monkeypatch)
     found = {
         method: max(
             (mean(trial["found"]), trial["values"]["rho"])

@@ -34,6 +34,32 @@ def conv_net(seed: int = 0, dtype: torch.dtype = DOUBLE) -> nn.Sequential:
     return net
 
 
+class SquareOnce(torch.autograd.Function):
+    """x^2 without a second derivative, as attention kernels are."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x.square()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, gradient):
+        return 2 * ctx.saved_tensors[0] * gradient
+
+
+class Squares(nn.Module):
+    """A linear layer and a function of its outputs."""
+
+    def __init__(self, function):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layer, self.function = nn.Linear(4, 3).double(), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
 def images(dtype: torch.dtype = DOUBLE) -> tuple[Tensor, Tensor]:
     g = torch.Generator().manual_seed(1)
     return torch.randn(11, 1, 5, 5, generator=g, dtype=dtype), torch.randint(3, (11,), generator=g)

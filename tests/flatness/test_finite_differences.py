@@ -3,6 +3,7 @@
 import pytest
 import torch
 from known_hessians import DOUBLE, dense_hessian, net_and_dense, objective, quadratic, samples, tanh_net
+from small_networks import SquareOnce, Squares
 from torch import nn
 
 from steppe.flatness import FiniteDifferenceHessian, Hessian, Objective, eigenvalues
@@ -60,32 +61,8 @@ def test_quadratic_at_zero_weights():
     torch.testing.assert_close(FiniteDifferenceHessian(quadratic(a))(torch.eye(2, dtype=DOUBLE)), a)
 
 
-class Square(torch.autograd.Function):
-    """x^2 without a second derivative, as attention kernels are."""
-
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, gradient):
-        return 2 * ctx.saved_tensors[0] * gradient
-
-
-class Squares(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        torch.manual_seed(0)
-        self.layer, self.function = nn.Linear(4, 3).double(), function
-
-    def forward(self, x):
-        return self.function(self.layer(x))
-
-
 def test_model_without_second_derivatives():
-    fused, plain = (objective(Squares(f)) for f in (Square.apply, torch.square))
+    fused, plain = (objective(Squares(f)) for f in (SquareOnce.apply, torch.square))
     with pytest.raises(RuntimeError, match="FiniteDifferenceHessian"):
         Hessian(fused)(torch.ones(1, fused.n, dtype=DOUBLE))
     found, expected = (eigenvalues(op, 2) for op in (FiniteDifferenceHessian(fused), Hessian(plain)))

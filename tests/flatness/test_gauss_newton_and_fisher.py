@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from known_hessians import DOUBLE, dense_hessian, objective, samples, tanh_net
-from small_networks import unchanged
+from small_networks import SquareOnce, Squares, unchanged
 from torch import nn
 from torch.func import functional_call, jacrev
 from torch.utils.checkpoint import checkpoint
@@ -163,29 +163,8 @@ def test_outputs_that_are_not_one_term_per_sample_raise():
         EmpiricalFisher(objective(net), per="row")
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x.square()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, grad):
-        return 2 * ctx.saved_tensors[0] * grad
-
-
-class OnceNet(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layer = nn.Linear(4, 3).double()
-
-    def forward(self, x):
-        return Once.apply(self.layer(x))
-
-
 @pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])
 def test_operation_without_a_second_derivative_raises(kind):
-    o = objective(OnceNet())
+    o = objective(Squares(SquareOnce.apply))
     with pytest.raises(RuntimeError, match="has no second derivative"):
         kind(o)(torch.ones(1, o.n, dtype=DOUBLE))

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from known_hessians import DOUBLE, objective, tanh_net
+from small_networks import SquareOnce
 from torch import nn
 
 from steppe.flatness import Hessian, Objective
@@ -38,22 +39,10 @@ def test_backend_flags_are_restored_after_an_error():
     assert torch.backends.mha.get_fastpath_enabled() == before
 
 
-class Once(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        ctx.save_for_backward(x)
-        return x * x
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx, g):
-        return 2 * ctx.saved_tensors[0] * g
-
-
 def test_once_differentiable_function_raises():
     class Net(nn.Linear):
         def forward(self, x):
-            return Once.apply(super().forward(x)).square().mean()
+            return SquareOnce.apply(super().forward(x)).square().mean()
 
     o = Objective(Net(2, 2), (torch.ones(3, 2), torch.ones(3)), loss=lambda loss, _: loss)
     o.gradient()

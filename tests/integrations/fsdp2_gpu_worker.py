@@ -5,7 +5,8 @@ import sys
 import torch
 from accelerate import Accelerator
 from accelerate.utils import FullyShardedDataParallelPlugin
-from fsdp2_of_accelerate import prepared, run
+from accelerate_state import train_epoch
+from fsdp2_of_accelerate import prepared
 
 from layouts import method, weights
 
@@ -15,7 +16,7 @@ if __name__ == "__main__":
     accelerator = Accelerator(fsdp_plugin=plugin, gradient_accumulation_steps=2)
     assert accelerator.is_fsdp2, accelerator.distributed_type
     model, optimizer, batches = prepared(accelerator, method(name))
-    run(accelerator, model, optimizer, batches)
+    train_epoch(accelerator, model, optimizer, batches)
     trained = [w.cpu() for w in weights(model)]
     if accelerator.is_main_process:
         torch.save(trained, file)

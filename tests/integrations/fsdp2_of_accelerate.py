@@ -11,12 +11,12 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from accelerate import Accelerator, ParallelismConfig
-from accelerate.state import AcceleratorState, GradientState, PartialState
+from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from accelerate_state import reset_accelerate_state, train_epoch
 
 import steppe
 from layouts import network, samples, skip_without_fsdp2, weights
-from steppe.integrations.accelerate import passes, windows
 
 MICRO_BATCH = 4  # samples of a micro-batch, over all processes
 SAMPLES = 20  # three windows of two micro-batches; the last one is not full
@@ -33,12 +33,7 @@ def distributed_environment() -> Iterator[None]:
         try:
             yield
         finally:
-            forget_accelerator()
-
-
-def forget_accelerator() -> None:
-    AcceleratorState._reset_state(reset_partial_state=True)
-    GradientState._reset_state()
+            reset_accelerate_state()
 
 
 def choose_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugin, replicas: int = 1) -> None:
@@ -60,7 +55,7 @@ def choose_fsdp2(accelerator: Accelerator, plugin: FullyShardedDataParallelPlugi
 def accelerator_with_fsdp2(state_dict_type: str = "SHARDED_STATE_DICT", *, replicas: int = 1, **options) -> Accelerator:
     """Return a new accelerator under FSDP2, for float64; several replicas may each be sharded (HSDP)."""
     skip_without_fsdp2(torch.float64)
-    forget_accelerator()
+    reset_accelerate_state()
     policy = {"auto_wrap_policy": "size_based_wrap", "min_num_params": 20}
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, state_dict_type=state_dict_type, **policy)
     accelerator = Accelerator(cpu=True, fsdp_plugin=plugin, **options)
@@ -78,18 +73,6 @@ def prepared(accelerator: Accelerator, make, seed: int = 0):
     """Return model, optimizer and loader as Accelerate prepares them."""
     model = network(seed)
     return accelerator.prepare(model, make(model), loader(MICRO_BATCH // dist.get_world_size()))
-
-
-def run(accelerator: Accelerator, model, optimizer, batches_of_rank) -> None:
-    """Train for an epoch by the loop of the documentation."""
-    for batches in windows(accelerator, batches_of_rank):
-        for sam_pass in passes(accelerator, optimizer, len(batches)):
-            with sam_pass:
-                for x, y in batches:
-                    with accelerator.accumulate(model):
-                        accelerator.backward(F.cross_entropy(model(x), y))
-        accelerator.clip_grad_norm_(model.parameters(), 0.5)
-        optimizer.step()
 
 
 def by_hand(make, *, clip: float | None = 0.5, window: int = 2) -> list[torch.Tensor]:
@@ -112,7 +95,7 @@ def train_by_passes(make, replicas: int = 1) -> list[torch.Tensor]:
     with distributed_environment():
         accelerator = accelerator_with_fsdp2(replicas=replicas, gradient_accumulation_steps=2)
         model, optimizer, batches = prepared(accelerator, make)
-        run(accelerator, model, optimizer, batches)
+        train_epoch(accelerator, model, optimizer, batches)
         return weights(model)
 
 
@@ -152,13 +135,13 @@ def resumed(make, state_dict_type: str, folder: Path) -> list[list[torch.Tensor]
     with distributed_environment():
         accelerator = accelerator_with_fsdp2(state_dict_type, gradient_accumulation_steps=2)
         parts = prepared(accelerator, make)
-        run(accelerator, *parts)
+        train_epoch(accelerator, *parts)
         accelerator.save_state(str(folder))
-        run(accelerator, *parts)
+        train_epoch(accelerator, *parts)
         straight = weights(parts[0])
         accelerator = accelerator_with_fsdp2(state_dict_type, gradient_accumulation_steps=2)
         parts = prepared(accelerator, make, seed=1)
         accelerator.load_state(str(folder))
         assert parts[1].state_dict()["param_groups"][0]["sam_step"] == 3
-        run(accelerator, *parts)
+        train_epoch(accelerator, *parts)
         return [straight, weights(parts[0])]

@@ -41,13 +41,13 @@ def call(function, name: str, *args):
 @pytest.fixture(scope="module", autouse=True)
 def processes():
     """Start the processes, which takes seconds, before the first test."""
-    start_ranks()(fsdp2.forget_accelerator)
+    start_ranks()(fsdp2.reset_accelerate_state)
 
 
 @pytest.fixture(scope="module")
 def four_processes():
     ranks = start_ranks(4)
-    ranks(fsdp2.forget_accelerator)
+    ranks(fsdp2.reset_accelerate_state)
     return ranks
 
 

@@ -10,7 +10,8 @@ from ranks import start_ranks
 pytest.importorskip("transformers")
 
 from accelerate.utils import FullyShardedDataParallelPlugin
-from fsdp2_of_accelerate import choose_fsdp2, distributed_environment, forget_accelerator
+from accelerate_state import reset_accelerate_state
+from fsdp2_of_accelerate import choose_fsdp2, distributed_environment
 from tiny_transformer import adamw, arguments, by_hand, gpt, tokens
 
 from steppe.integrations.transformers import AveragedTrainerMixin, SAMTrainer
@@ -26,7 +27,7 @@ def processes():
 
 def warm_up():
     gpt()
-    forget_accelerator()
+    reset_accelerate_state()
 
 
 class FSDP2Trainer(SAMTrainer):
@@ -46,7 +47,7 @@ def train(folder, *, of=FSDP2Trainer, resume=None, **options):
     """Return the weights and the log of one process of two."""
     skip_without_fsdp2(torch.float64)
     with distributed_environment():
-        forget_accelerator()
+        reset_accelerate_state()
         model = gpt(dropout=0.0).double()
         settings = {"gradient_accumulation_steps": 2, "max_grad_norm": 0.5, "max_steps": STEPS, "ddp_backend": "gloo"}
         args = arguments(folder, **settings, fsdp=True, fsdp_config={"version": 2}, **options)

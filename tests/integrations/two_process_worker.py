@@ -8,11 +8,12 @@ import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from accelerate.utils import GradientAccumulationPlugin
+from accelerate_state import train_epoch
 from tiny_transformer import arguments, gpt, tokens
 from torch import nn
 
 import steppe
-from steppe.integrations.accelerate import passes, windows
+from steppe.integrations.accelerate import passes
 from steppe.integrations.transformers import SAMTrainer
 
 
@@ -42,14 +43,7 @@ def prepared(**options):
 def one_perturbation_for_all() -> dict[str, torch.Tensor]:
     accelerator, model, optimizer, loader = prepared(gradient_accumulation_steps=2)
     for _ in range(2):
-        for batches in windows(accelerator, loader):
-            for sam_pass in passes(accelerator, optimizer, len(batches)):
-                with sam_pass:
-                    for x, y in batches:
-                        with accelerator.accumulate(model):
-                            accelerator.backward(F.cross_entropy(model(x), y))
-            accelerator.clip_grad_norm_(model.parameters(), 0.5)
-            optimizer.step()
+        train_epoch(accelerator, model, optimizer, loader)
     return accelerator.unwrap_model(model).state_dict()
 
 

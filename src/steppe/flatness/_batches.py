@@ -47,10 +47,6 @@ class Batches:
         """Return batches that consist of this one, with the same definition of size."""
         return Batches([batch], 1, self.size)
 
-    def split(self, batch: Any, m: int) -> Iterator[Any]:
-        """Split a batch into parts of m samples along the first dimension of its tensors; the last may be smaller."""
-        return split_rows(batch, m)
-
 
 class _TensorBatches:
     """Split a tuple or dictionary of tensors of equal length into views of ``batch_size`` rows."""

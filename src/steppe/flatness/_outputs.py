@@ -9,13 +9,11 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from steppe.flatness._batches import list_tensors
-from steppe.flatness._forward import Evaluated
+from steppe.flatness._forward import Evaluated, derivatives
 from steppe.flatness.objective import Objective
 
 _Edge: TypeAlias = tuple[Any, int]
 """A tensor in a graph: the node that computed it, and its number among the node's outputs."""
-OPTIONS: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-"""Of ``torch.autograd.grad``: a weight that is not used has the derivative 0."""
 
 
 def loss_inputs(evaluated: Evaluated, weights: Sequence[Tensor], matrix: str) -> list[Tensor]:
@@ -33,14 +31,14 @@ def loss_inputs(evaluated: Evaluated, weights: Sequence[Tensor], matrix: str) ->
     if not evaluated.loss.requires_grad:
         return []
     outputs = {_edge(t): t for t in list_tensors(evaluated.outputs) if t.requires_grad}
-    reached, others = _walk([_edge(evaluated.loss)], outputs)
+    reached, others = _reach([_edge(evaluated.loss)], outputs)
     if _depends_on(others, weights):
         raise ValueError(
             f"the loss depends on the weights by another way than the model's outputs, so the {matrix} is not defined: "
             "return all that it needs from the model, and leave out terms of the weights (a penalty, an auxiliary loss)"
         )
     for edge in reached if len(reached) > 1 else ():
-        if _walk(_previous(edge), outputs)[0] & reached:
+        if _reach(_previous(edge), outputs)[0] & reached:
             raise ValueError(
                 f"the loss uses two outputs of the model, of which one is computed from the other, so the {matrix} is "
                 "not defined: compute the loss from one of them"
@@ -53,8 +51,8 @@ def _edge(tensor: Tensor) -> _Edge:
     return node, number
 
 
-def _walk(start: list[_Edge], stops: Mapping[_Edge, Tensor]) -> tuple[set[_Edge], set[Any]]:
-    """Walk a graph backward up to the stops; return the stops that were reached, and all other nodes."""
+def _reach(start: list[_Edge], stops: Mapping[_Edge, Tensor]) -> tuple[set[_Edge], set[Any]]:
+    """Follow a graph backward up to the stops; return the stops that were reached, and all other nodes."""
     reached, visited, edges = set(), set(), list(start)
     while edges:
         edge = edges.pop()
@@ -89,18 +87,18 @@ class Jacobian:
     def of(cls, outputs: Sequence[Tensor], weights: Sequence[Tensor]) -> "Jacobian":
         """Build the graph of J' u."""
         cotangents = [torch.zeros_like(z, requires_grad=True) for z in outputs]
-        pullback = torch.autograd.grad(outputs, weights, cotangents, create_graph=True, **OPTIONS)
+        pullback = derivatives(outputs, weights, cotangents, create_graph=True)
         return cls(weights, outputs, cotangents, pullback)
 
     def times(self, vs: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return J v, one tensor per output, for v of one tensor per weight."""
         used = [i for i, g in enumerate(self.pullback) if g.requires_grad]
         along = [self.pullback[i] for i in used], self._cotangents, [vs[i] for i in used]
-        return torch.autograd.grad(*along, retain_graph=True, **OPTIONS)
+        return derivatives(*along, retain_graph=True)
 
     def transposed_times(self, us: Sequence[Tensor]) -> Sequence[Tensor]:
         """Return J' u, one tensor per weight, for u of one tensor per output."""
-        return torch.autograd.grad(self.outputs, self.weights, us, retain_graph=True, **OPTIONS)
+        return derivatives(self.outputs, self.weights, us, retain_graph=True)
 
 
 def zero_product(objective: Objective, vectors: Tensor) -> Tensor:

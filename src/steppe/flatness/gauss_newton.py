@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from steppe.flatness._curvature import Curvature, Product
-from steppe.flatness._forward import Evaluated
-from steppe.flatness._outputs import OPTIONS, Jacobian, loss_inputs, zero_product
+from steppe.flatness._forward import Evaluated, derivatives
+from steppe.flatness._outputs import Jacobian, loss_inputs, zero_product
 
 
 class GaussNewton(Curvature):
@@ -63,7 +63,7 @@ class GaussNewton(Curvature):
             def multiply(_: object) -> Tensor:
                 tangents = jacobian.times(self.objective.unflatten(v))
                 along = [slopes[i] for i in curved], jacobian.outputs, [tangents[i] for i in curved]
-                bent = torch.autograd.grad(*along, retain_graph=True, **OPTIONS)
+                bent = derivatives(*along, retain_graph=True)
                 return self.objective.flatten(jacobian.transposed_times(bent))
 
             return placed.run(multiply)

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steppe._tensors.reductions import accumulator
-from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, num_samples
+from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, num_samples, split_rows
 from steppe.flatness._forward import (
     BatchLoss,
     Evaluate,
     Evaluated,
     Loss,
     PlacedLoss,
+    derivatives,
     loss_of_outputs,
     select_parameters,
 )
@@ -171,7 +172,7 @@ class Objective:
         if m < 1:
             raise ValueError(f"m={m}: a part needs at least one sample")
         for batch, _ in self._iterate_batches():
-            for part in self._batches.split(batch, m):
+            for part in split_rows(batch, m):
                 if self.size(part) == 0:  # no token of these samples has a label
                     continue
                 objective = copy.copy(self)
@@ -281,7 +282,7 @@ class Objective:
 
             def differentiate(mean_loss: Callable[[], Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
                 loss = mean_loss()
-                return loss, torch.autograd.grad(loss, weights, allow_unused=True, materialize_grads=True)
+                return loss, derivatives(loss, weights)
 
             loss, gradients = self._placed(weights, batch).run(differentiate)
             return [loss.detach().to(accumulator(self.device)), self.flatten(gradients)]

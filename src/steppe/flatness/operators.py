@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from steppe.flatness._curvature import Curvature, Product
+from steppe.flatness._forward import derivatives
 
 
 class Operator(Protocol):
@@ -58,17 +59,14 @@ class Hessian(Curvature):
 
     def _build_product(self, batch: Any) -> Product:
         weights, placed = self.objective.differentiable(batch)
-        options: dict[str, Any] = {"allow_unused": True, "materialize_grads": True}
-        gradient = placed.run(lambda loss: torch.autograd.grad(loss(), weights, create_graph=True, **options))
+        gradient = placed.run(lambda loss: derivatives(loss(), weights, create_graph=True))
         self._check(gradient)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # the other gradients are constant
 
         def product(v: Tensor) -> Tensor:
             parts = self.objective.unflatten(v)
             outputs, along = [gradient[i] for i in curved], [parts[i] for i in curved]
-            return self.objective.flatten(
-                placed.run(lambda _: torch.autograd.grad(outputs, weights, along, retain_graph=True, **options))
-            )
+            return self.objective.flatten(placed.run(lambda _: derivatives(outputs, weights, along, retain_graph=True)))
 
         return lambda vs: torch.stack([product(v) if curved else torch.zeros_like(v) for v in vs])
 

@@ -145,7 +145,7 @@ class MergedWeightMethod(OwnStepMethod):
             if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
                 self.refuse("several processes", "the gradients of the frozen base weights are not averaged over them")
             if any(group.get("maximize", False) for group in self.param_groups):
-                self.refuse("maximize=True", "the ascent would go down. Minimize the negative loss")
+                self.refuse("maximize=True", "the perturbation would lower the objective. Minimize the negative loss")
         rule.merged.begin_step(self.model, rounding=self.steps_taken if self.stochastic_rounding else None)
         if isinstance(rule, MergedNoise):
             for layer in rule.merged.layers:

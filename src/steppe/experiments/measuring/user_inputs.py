@@ -14,7 +14,7 @@ from torch.utils.data import IterableDataset, default_collate
 from steppe.experiments.entry_points import one_line_errors
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.measuring.jobs import MeasuringOptions
-from steppe.flatness._batches import Batches, list_tensors
+from steppe.flatness._batches import Batches, list_tensors, split_rows
 
 _KEYS = ("state_dict", "model_state_dict", "model")
 _PREFIXES = re.compile(r"^((module|_orig_mod)\.)+")  # of DistributedDataParallel and torch.compile
@@ -91,9 +91,9 @@ def digest_of_model(network: nn.Module) -> str:
 
 def digest_of_data(data: Any) -> str:
     """Return the sum of the samples' SHA-256, which does not depend on their order and batches."""
-    batches, total = Batches(data, 1), 0
-    for batch, _ in batches:
-        for sample in batches.split(batch, 1):
+    total = 0
+    for batch, _ in Batches(data, 1):
+        for sample in split_rows(batch, 1):
             content = b"".join(map(_content, list_tensors(sample)))
             total += int.from_bytes(hashlib.sha256(content).digest(), "big")
     return f"{total % 2**256:064x}"
