@@ -196,14 +196,16 @@ def test_wrong_labels_are_those_of_the_evidence():
 
 def test_runs_and_controls_are_measured_on_corrupted_images_and_rendered(tmp_path):
     training = train.tiny(replace(planned("vit-0"), settings={"": {}, "20 % wrong": {"label_noise": 0.2}}))
+    sam = str(RECIPES["vit"][0].comparison.methods[1])
     runs = train.TrainingRuns("vit-0", training, DeviceResults(arguments(tmp_path)))
     runs.train()
     found = runs.result()
-    assert [run["method"] for run in found["runs"]] == ["adamw", "sam:rho=0.2", "adamw@1/2"] * 2
+    assert [run["method"] for run in found["runs"]] == ["adamw", sam, "adamw@1/2"] * 2
     assert all("test_accuracy under corruptions" in run["records"][-1] for run in found["runs"])
     text = table.training([Result("vit-0", "a device", False, "2026-11-29", "run.py", "2.13.0", {}, found)])
-    assert text.count("| SAM (rho 0.2) | 2 | 2.00 |") == 2
-    assert text.count("SAM (rho 0.2) at equal steps") == 2
+    label = MethodSpec.parse(sam).label
+    assert text.count(f"| {label} | 2 | 2.00 |") == 2
+    assert text.count(f"{label} at equal steps") == 2
     assert text.count("| method | all corrupted |") == 2
     assert "20 % wrong training labels" in text
     assert "#" not in text
