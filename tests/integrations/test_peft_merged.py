@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import math
 from types import SimpleNamespace
 
 import pytest
@@ -20,11 +19,19 @@ import peft
 import transformers
 from accelerate import Accelerator
 from accelerate_state import fresh_accelerate_state  # noqa: F401
-from tiny_peft import IGNORED_WARNINGS, adapted, closeness, sentences, trained
+from tiny_peft import (
+    IGNORED_WARNINGS,
+    adapted,
+    adapted_weights,
+    closeness,
+    is_factor,
+    noise_by_hand,
+    sentences,
+    trained,
+)
 from tiny_transformer import TOKENS, adamw, by_hand, trainer
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe._tensors.random import generator, key
 from steppe.integrations._adapted_layers import perturbed_weight
 from steppe.integrations.accelerate import passes
 from steppe.integrations.peft import flat_lora, merged_sam
@@ -45,17 +52,8 @@ def base_of(model):
     return torch.optim.AdamW(trained(model), lr=0.01)
 
 
-def adapted_weights(model) -> dict[str, Tensor]:
-    """Return the base weights of the adapted layers by name."""
-    return {name: p for name, p in model.named_parameters() if name.endswith("base_layer.weight")}
-
-
 def loss_at(model, batch, weights: dict[str, Tensor]) -> Tensor:
     return functional_call(model, weights, kwargs=batch).loss
-
-
-def is_factor(name: str) -> bool:
-    return "lora_" in name
 
 
 def merged_sam_by_hand(model, base, batches, rho):
@@ -121,21 +119,6 @@ def test_fresh_adapter_is_perturbed_in_all_directions_of_the_merged_weight():
     assert report.perturbation_norm == pytest.approx(RHO)
     assert report.length_in_rho == pytest.approx(1.0)
     assert not [hint for hint in report.hints if "never" in hint]
-
-
-def noise_by_hand(model, step, rho, total_steps, seed):
-    """The paper's perturbation of each filter: standard deviation sigma / sqrt(n) |W'_i|, sigma on half a cosine."""
-    sigma = rho * 0.5 * (1 - math.cos(math.pi * min(step / total_steps, 1.0))) if total_steps else rho
-    weights = {}
-    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
-    for position, (name, module) in enumerate(modules):
-        W0 = module.base_layer.weight
-        A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
-        W = W0.T + module.scaling["default"] * B @ A  # (outputs, inputs): GPT-2 keeps the transpose
-        draw = torch.empty_like(W0).normal_(generator=generator(W0.device, key("FlatLoRA", seed, step, position)))
-        deviation = sigma / math.sqrt(W.shape[1]) * W.square().sum(1).sqrt()
-        weights[f"{name}.base_layer.weight"] = (W0 + draw * deviation[None, :]).detach()
-    return weights
 
 
 @pytest.mark.parametrize("total_steps", [None, 4])

@@ -1,11 +1,15 @@
 """Adapters of PEFT on a tiny transformer, and its data."""
 
+import math
+
 import peft
 import pytest
 import torch
 from tiny_transformer import IGNORED_WARNINGS as _OF_THE_TRAINER
 from tiny_transformer import gpt, micro_batches, tokens
 from torch import Tensor, nn
+
+from steppe._tensors.random import generator, key
 
 IGNORED_WARNINGS = [
     _OF_THE_TRAINER,
@@ -48,3 +52,27 @@ def closeness(a: nn.Module, b: nn.Module, start: nn.Module | None = None) -> flo
     if start is None:
         return float((one - two).norm())
     return float((one - two).norm() / (two - torch.cat([p.detach().flatten() for p in trained(start)])).norm())
+
+
+def adapted_weights(model) -> dict[str, Tensor]:
+    """Return the base weights of the adapted layers by name."""
+    return {name: p for name, p in model.named_parameters() if name.endswith("base_layer.weight")}
+
+
+def is_factor(name: str) -> bool:
+    return "lora_" in name
+
+
+def noise_by_hand(model, step, rho, total_steps, seed):
+    """The paper's perturbation of each filter: standard deviation sigma / sqrt(n) |W'_i|, sigma on half a cosine."""
+    sigma = rho * 0.5 * (1 - math.cos(math.pi * min(step / total_steps, 1.0))) if total_steps else rho
+    weights = {}
+    modules = [(n, m) for n, m in model.named_modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
+    for position, (name, module) in enumerate(modules):
+        W0 = module.base_layer.weight
+        A, B = module.lora_A["default"].weight, module.lora_B["default"].weight
+        W = W0.T + module.scaling["default"] * B @ A  # (outputs, inputs): GPT-2 keeps the transpose
+        draw = torch.empty_like(W0).normal_(generator=generator(W0.device, key("FlatLoRA", seed, step, position)))
+        deviation = sigma / math.sqrt(W.shape[1]) * W.square().sum(1).sqrt()
+        weights[f"{name}.base_layer.weight"] = (W0 + draw * deviation[None, :]).detach()
+    return weights
