@@ -2,6 +2,7 @@
 
 STEPPE_OFFICIAL_WSAM: atorch/optimizers/wsam.py of github.com/intelligent-machine-learning/atorch.
 STEPPE_OFFICIAL_LOOKBEHIND: lookbehind.py of github.com/chandar-lab/Lookbehind-SAM.
+STEPPE_OFFICIAL_UNIFIED_SAM: unifiedsam.py of github.com/dimitris-oik/unifiedsam.
 """
 
 import sys
@@ -13,6 +14,7 @@ from own_step_problem import STABLE_BASES, assert_close, flat, loss, start, trai
 
 from checks import split
 from peer_copies import load
+from steppe import variants
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.wsam import DecoupledWSAM
 
@@ -65,3 +67,24 @@ def test_lookbehind_matches_the_official_code(base, k, alpha):
     minimizer._backup_and_load_slow_cache()
     ours = trained(lambda ps: Lookbehind(STABLE_BASES[base](ps), 0.1, ascent_steps=k, alpha=alpha))
     assert_close(ours, flat(theirs.parameters()).detach())
+
+
+def by_closure(optimizer: torch.optim.Optimizer, theirs: torch.nn.Module) -> torch.Tensor:
+    """The weights after 20 steps with an optimizer that has the passes of davda54/sam."""
+    for t in range(20):
+        optimizer.zero_grad()
+        value(theirs, t).backward()
+        optimizer.first_step(zero_grad=True)
+        value(theirs, t).backward()
+        optimizer.second_step(zero_grad=True)
+    return flat(theirs.parameters()).detach()
+
+
+@pytest.mark.parametrize("lmbda", [0.0, 0.5, 1.0, "1/t", "1-1/t"])
+def test_unified_sam_matches_the_official_code(lmbda):
+    official = load("STEPPE_OFFICIAL_UNIFIED_SAM").unifiedSAM
+    theirs, options = module(), {"lr": 0.01, "momentum": 0.9}
+    want = by_closure(official(theirs.parameters(), torch.optim.SGD, rho=0.1, lambd=lmbda, **options), theirs)
+    ours = trained(lambda ps: variants.unified_sam(torch.optim.SGD(ps, **options), 0.1, lmbda=lmbda))
+    # the official code adds 1e-12 to the norm
+    torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-11)
