@@ -3,6 +3,7 @@
 STEPPE_OFFICIAL_WSAM: atorch/optimizers/wsam.py of github.com/intelligent-machine-learning/atorch.
 STEPPE_OFFICIAL_LOOKBEHIND: lookbehind.py of github.com/chandar-lab/Lookbehind-SAM.
 STEPPE_OFFICIAL_UNIFIED_SAM: unifiedsam.py of github.com/dimitris-oik/unifiedsam.
+STEPPE_OFFICIAL_STABLE_SAM: sam.py of github.com/cltan023/stablesam2024.
 """
 
 import sys
@@ -87,4 +88,14 @@ def test_unified_sam_matches_the_official_code(lmbda):
     want = by_closure(official(theirs.parameters(), torch.optim.SGD, rho=0.1, lambd=lmbda, **options), theirs)
     ours = trained(lambda ps: variants.unified_sam(torch.optim.SGD(ps, **options), 0.1, lmbda=lmbda))
     # the official code adds 1e-12 to the norm
+    torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("base", STABLE_BASES)
+def test_stable_sam_matches_the_official_code(base):
+    official = load("STEPPE_OFFICIAL_STABLE_SAM").SAM
+    theirs = module()
+    want = by_closure(official(STABLE_BASES[base](theirs.parameters()), rho=0.1, stable=True), theirs)
+    ours = trained(lambda ps: variants.stable_sam(STABLE_BASES[base](ps), 0.1))
+    # the official code adds 1e-12 to both norms
     torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-11)
