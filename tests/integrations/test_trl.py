@@ -1,80 +1,191 @@
-"""TRL's trainers under SAMTrainerMixin log what one pass would have logged; GRPO raises an error."""
+"""TRL's trainers under SAMTrainerMixin equal passes by hand, with LoRA and without; those that generate raise."""
 
-import uuid
+import functools
+import importlib
 
 import pytest
 import torch
-import transformers
 
+from support import model_bits
+
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
+pytest.importorskip("trl", reason="needs TRL: pip install trl")
+
+import peft
+from accelerate_state import fresh_accelerate_state  # noqa: F401
+from tiny_trl import (
+    FORMATS,
+    ROWS,
+    ByHand,
+    MergedByHand,
+    NoiseByHand,
+    logs_of,
+    lora,
+    model,
+    quick_garbage_collection,  # noqa: F401
+    trainer,
+    without_cache_or_hub,  # noqa: F401
+)
+
+import steppe
+from steppe.integrations.peft import flat_lora, merged_sam
 from steppe.integrations.transformers import SAMTrainerMixin
 
-trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
-datasets = pytest.importorskip("datasets")
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL about its own future
-WORDS = list("abcdefghij")
-PROMPTS = [" ".join(WORDS[(i * 3 + j * (i + 1)) % 10] for j in range(5)) for i in range(8)]
-ROWS = {
-    "SFT": {"text": PROMPTS},
-    "DPO": {"prompt": PROMPTS, "chosen": [" a b c"] * 8, "rejected": [" d e"] * 8},
-    "KTO": {"prompt": PROMPTS, "completion": [" a b c", " d e"] * 4, "label": [True, False] * 4},
-    "Reward": {"chosen": [f"{prompt} a b" for prompt in PROMPTS], "rejected": [f"{prompt} d" for prompt in PROMPTS]},
+RHO = 0.5
+METHODS = {
+    "whole": (False, steppe.SAM, ByHand),
+    "LoRA": (True, steppe.SAM, ByHand),
+    "merged_sam": (True, merged_sam, MergedByHand),
+    "flat_lora": (True, flat_lora, NoiseByHand),
 }
+"""By name: with adapters or not, the method, and its passes by hand."""
+
+OPTIONS = {
+    "": {},
+    "reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": True}},
+    "not reentrant": {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}},
+    "precomputed": {"precompute_ref_log_probs": True},
+}
+"""Options of TRL that change neither weights nor logs."""
+
+PREFERENCES = ("DPO", "KTO")
+CASES = [(kind, "", name) for kind in ROWS for name in METHODS]
+CASES += [(data, "", name) for data in FORMATS if data not in ROWS for name in ("whole", "LoRA")]
+CASES += [(kind, each, name) for kind in ROWS for each in ("reentrant", "not reentrant") for name in list(METHODS)[:3]]
+CASES += [(kind, "precomputed", name) for kind in PREFERENCES for name in METHODS]
 
 
-@pytest.fixture(autouse=True)
-def _without_cache_of_datasets(monkeypatch):
-    monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", classmethod(lambda cls, value: uuid.uuid4().hex[:16]))
+def weights(trained: torch.nn.Module) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for p in trained.parameters() if p.requires_grad])
 
 
-def tokenizer():
-    tokenizers = pytest.importorskip("tokenizers")
-    words = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[EOS]", *WORDS])}
-    own = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="[UNK]"))
-    own.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    specials = {"pad_token": "[PAD]", "unk_token": "[UNK]", "eos_token": "[EOS]"}
-    return transformers.PreTrainedTokenizerFast(tokenizer_object=own, **specials)
+def ours(folder, data, name, **options):
+    adapters, method, _ = METHODS[name]
+    settings = {"adapters": adapters, "method": method, "rho": RHO, "log_sharpness": True}
+    return trainer(folder, SAMTrainerMixin, data, **{**settings, **options})
 
 
-def model(kind="SFT"):
-    torch.manual_seed(0)
-    of = transformers.GPT2ForSequenceClassification if kind == "Reward" else transformers.GPT2LMHeadModel
-    rates = dict.fromkeys(("resid_pdrop", "embd_pdrop", "attn_pdrop"), 0.0)
-    sizes = {"n_layer": 1, "n_embd": 16, "n_head": 2, "vocab_size": 16, "n_positions": 32, "num_labels": 1}
-    return of(transformers.GPT2Config(**rates, **sizes, bos_token_id=2, eos_token_id=2, pad_token_id=0))
+@functools.cache
+def by_hand(folder, data, name, rho=RHO):
+    """Return the weights before and after a training by hand, and its logs. The reference is computed before it."""
+    adapters, _, mixin = METHODS[name]
+    options = {"precompute_ref_log_probs": True} if data in PREFERENCES else {}
+    mine = trainer(folder, mixin, data, adapters=adapters, rho=rho, **options)
+    start = weights(mine.model)
+    mine.train()
+    return start, weights(mine.model), logs_of(mine)
 
 
-def train(folder, kind, of, **options):
-    settings = {"num_train_epochs": 1, "learning_rate": 0.0, "logging_steps": 1, "lr_scheduler_type": "constant"}
-    quiet = {"save_strategy": "no", "report_to": [], "use_cpu": True, "disable_tqdm": True, "bf16": False}
-    batches = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "gradient_checkpointing": False}
-    args = getattr(trl, f"{kind}Config")(str(folder), **settings, **quiet, **batches, max_length=24)
-    reference = {"ref_model": model()} if kind in ("DPO", "KTO") else {}
-    data, own = datasets.Dataset.from_dict(ROWS[kind]), model(kind)
-    trained = of(model=own, args=args, train_dataset=data, processing_class=tokenizer(), **reference, **options)
-    trained.train()
-    return [
-        {
-            name: value
-            for name, value in entry.items()
-            if name not in ("grad_norm", "total_flos") and "train_" not in name
-        }
-        for entry in trained.state.log_history
-    ]
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("by_hand")
+
+
+def check_weights(trained, expected, start):
+    assert (weights(trained) - expected).norm() < 1e-6 * (expected - start).norm()
+
+
+def check_logs(trained, expected):
+    logs = logs_of(trained)
+    assert len(logs) == len(expected) == 5  # three steps, an evaluation, the end
+    for entry, of_first_pass in zip(logs, expected, strict=True):
+        assert entry == pytest.approx(of_first_pass, rel=1e-4, abs=1e-5)  # TRL computes logits in float32
+
+
+@pytest.mark.parametrize(("data", "option", "name"), CASES)
+def test_weights_and_logs_are_those_of_passes_by_hand(tmp_path, folder, data, option, name):
+    options = dict(OPTIONS[option])
+    if data in PREFERENCES and name == "whole" and option != "precomputed":
+        options["ref_model"] = model()
+    mine = ours(tmp_path, data, name, **options)
+    mine.train()
+    start, expected, logs = by_hand(folder, data, name)
+    check_weights(mine.model, expected, start)
+    check_logs(mine, logs)
+
+
+@pytest.mark.parametrize("name", ["whole", "LoRA"])
+@pytest.mark.parametrize("kind", ROWS)
+def test_passes_by_hand_differ_from_training_without_sam(folder, kind, name):
+    start, expected, _ = by_hand(folder, kind, name)
+    _, plain, _ = by_hand(folder, kind, name, rho=0.0)
+    assert (plain - expected).norm() > 0.1 * (expected - start).norm()
+
+
+class WithoutSAM:
+    """The trainer of TRL as it is."""
 
 
 @pytest.mark.parametrize("kind", ROWS)
-def test_metrics_and_token_counts_are_those_of_one_pass(tmp_path, kind):
-    plain = getattr(trl, f"{kind}Trainer")
-    ours = type("Ours", (SAMTrainerMixin, plain), {})
-    expected, logs = train(tmp_path, kind, plain), train(tmp_path, kind, ours, rho=0.5)
-    assert len(logs) == len(expected) > 2
-    assert all("num_tokens" in entry for entry in expected[:-1])
+def test_logs_are_those_of_the_trainer_without_sam(tmp_path, kind):
+    options = {"learning_rate": 0.0} | ({"precompute_ref_log_probs": True} if kind in PREFERENCES else {})
+    expected, logs = [], []
+    for mixin, found, more in ((WithoutSAM, expected, {}), (SAMTrainerMixin, logs, {"rho": RHO})):
+        mine = trainer(tmp_path, mixin, kind, **options, **more)
+        mine.train()
+        found += [{name: value for name, value in entry.items() if name != "grad_norm"} for entry in logs_of(mine)]
+        assert all("num_tokens" in entry for entry in found if "loss" in entry)
     for entry, of_one_pass in zip(logs, expected, strict=True):
         assert entry == pytest.approx(of_one_pass, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("kind", ["GRPO", "RLOO"])
+def with_adapter():
+    """Return a model with an adapter that was trained before: TRL's reference is a copy of it, not W0."""
+    torch.manual_seed(1)
+    return peft.get_peft_model(model(), lora())
+
+
+@pytest.mark.parametrize("name", ["LoRA", "merged_sam", "flat_lora"])
+@pytest.mark.parametrize("kind", PREFERENCES)
+def test_reference_with_a_copy_of_the_adapter_is_never_perturbed(tmp_path, kind, name):
+    by_hand = trainer(tmp_path, METHODS[name][2], kind, trained=with_adapter(), rho=RHO, precompute_ref_log_probs=True)
+    mine = ours(tmp_path, kind, name, trained=with_adapter(), adapters=False)
+    reference = {n: p.detach().clone() for n, p in mine.model.named_parameters() if ".ref." in n}
+    start = weights(mine.model)
+    by_hand.train()
+    mine.train()
+    check_weights(mine.model, weights(by_hand.model), start)
+    check_logs(mine, logs_of(by_hand))
+    assert len(reference) == 6  # of two layers and of the one beside them
+    assert all(torch.equal(p, reference[n]) for n, p in mine.model.named_parameters() if ".ref." in n)
+
+
+def test_reference_that_follows_the_model_gets_the_weights_of_the_steps(tmp_path):
+    follows = {"sync_ref_model": True, "ref_model_sync_steps": 2, "ref_model_mixup_alpha": 0.6}
+    by_hand = trainer(tmp_path, ByHand, "DPO", rho=RHO, ref_model=model(), **follows)
+    mine = ours(tmp_path, "DPO", "whole", ref_model=model(), **follows)
+    start = weights(mine.model)
+    by_hand.train()
+    mine.train()
+    check_weights(mine.model, weights(by_hand.model), start)
+    check_weights(mine.ref_model, weights(by_hand.ref_model), start)
+
+
+@pytest.mark.parametrize(
+    ("kind", "name"), [("SFT", "whole"), ("SFT", "LoRA"), ("DPO", "merged_sam"), ("KTO", "flat_lora")]
+)
+def test_run_resumed_in_mid_epoch_has_the_same_bits_and_its_checkpoints_are_at_w(tmp_path, kind, name):
+    saves = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}
+    mine, resumed = (ours(tmp_path, kind, name, **saves) for _ in range(2))
+    mine.train()
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    assert model_bits(resumed.model) == model_bits(mine.model)
+    if METHODS[name][0]:
+        saved = peft.PeftModel.from_pretrained(model(), tmp_path / "checkpoint-6", is_trainable=True)
+    else:
+        saved = type(mine.model).from_pretrained(tmp_path / "checkpoint-6")
+    assert torch.equal(weights(saved), weights(mine.model))
+
+
+TRAINERS = {"GRPO": "trl", "RLOO": "trl", "Distillation": "trl"}
+TRAINERS |= {name: f"trl.experimental.{name.lower()}" for name in ("SDFT", "SDPO", "GOLD", "GMPO")}
+TRAINERS |= {"OnlineDPO": "trl.experimental.online_dpo", "IWOPD": "trl.experimental.iw_opd"}
+
+
+@pytest.mark.parametrize("kind", TRAINERS)
 def test_trainers_that_generate_raise(kind):
-    ours = type("Ours", (SAMTrainerMixin, getattr(trl, f"{kind}Trainer")), {})
+    of = getattr(importlib.import_module(TRAINERS[kind]), f"{kind}Trainer")
     with pytest.raises(RuntimeError, match="it generates its data inside training_step"):
-        ours(model=model(), reward_funcs=[], rho=0.1)
+        type("Ours", (SAMTrainerMixin, of), {})(model=None, rho=0.1)

@@ -33,8 +33,13 @@ if TYPE_CHECKING:
 else:  # at run time the Trainer is the class that follows in the method resolution order
     _Trainer = object
 
-_GENERATES = ("_generate_and_score_completions", "_generate_vllm")
-"""Methods of trainers (TRL's GRPO, RLOO, online DPO and their like) that generate inside ``training_step``."""
+_GENERATES = (
+    "_generate_and_score_completions",
+    "_generate_vllm",
+    "_generate_on_policy_for_slices",
+    "_generate_student_completions",
+)
+"""Methods of trainers (TRL's GRPO, RLOO, online DPO, GOLD and their like) that generate inside ``training_step``."""
 
 
 class SAMTrainerMixin(_Trainer):
