@@ -102,8 +102,8 @@ def stepper(
     (part,) = parts
     if isinstance(part, nn.Module):
         return _with_term(optimizer, part, network, losses, batch)
-    if part is closures.functional:
-        return _functional(optimizer, network, losses, batch)
+    if part in _LOSSES:
+        return _with_loss(optimizer, _LOSSES[part], network, losses, batch)
     return _CLOSURES[part](optimizer, evaluate, batch)
 
 
@@ -124,11 +124,19 @@ def _micro_batches(optimizer: Any, evaluate: Losses, batch: Sequence[Tensor]) ->
     return lambda: closures.micro_batches(optimizer, lambda *part: evaluate(*part).mean(), batch, m=len(batch[0]) // 2)
 
 
-def _functional(optimizer: Any, network: nn.Module, losses: Losses, batch: Sequence[Tensor]) -> Step:
-    loss = closures.functional(optimizer, lambda outputs, *rest: losses(outputs, *rest).mean())
+def _with_loss(
+    optimizer: Any, wrap: Callable[[Any, Losses], Losses], network: nn.Module, losses: Losses, batch: Sequence[Tensor]
+) -> Step:
+    """Return the step of a method that replaces the mean loss, a function of the network's outputs."""
+    loss = wrap(optimizer, lambda outputs, *rest: losses(outputs, *rest).mean())
     return lambda: optimizer.step(_closure(optimizer, lambda: loss(network(batch[0]), *batch[1:])))
 
 
+def _perturbed_on_its_square(optimizer: Any, loss: Losses) -> Losses:
+    return closures.perturb_on(optimizer, lambda *outputs: loss(*outputs).square(), loss)
+
+
+_LOSSES = MappingProxyType({closures.functional: closures.functional, closures.perturb_on: _perturbed_on_its_square})
 _CLOSURES = MappingProxyType(
     {closures.selected: _selected, closures.fraction: _fraction, closures.micro_batches: _micro_batches}
 )

@@ -1,11 +1,12 @@
-"""Closures and losses that decide what each pass evaluates: which samples, and which derivative of the loss.
+"""Closures and losses that decide what each pass evaluates: which samples, which loss, and which derivative of it.
 
 With a loss scaler, make the optimizer with ``scaler=scaler``: the closures scale their losses by it.
 """
 
+from steppe.methods.bisam import bisam_loss, perturb_on
 from steppe.methods.esam import selected
 from steppe.methods.fraction_sam import fraction
 from steppe.methods.functional_sam import functional
 from steppe.methods.micro_batch_sam import micro_batches
 
-__all__ = ["fraction", "functional", "micro_batches", "selected"]
+__all__ = ["bisam_loss", "fraction", "functional", "micro_batches", "perturb_on", "selected"]

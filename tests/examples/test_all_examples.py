@@ -22,6 +22,11 @@ RUNS: dict[str, tuple[str, tuple[tuple[str, str], ...], str]] = {
         (("steps=100", "steps=60"),),
         r"fp32: loss 2\.[34]\d\d -> 0\..* 9.*\nbf16: loss 2\.[34]\d\d -> 0\..* 9.*\nfp16: loss 2\.[34]\d\d -> 0\..* 9",
     ),
+    "two_losses.py": (
+        "torch",
+        (("steps=200", "steps=60"),),
+        r"SAM: test .* [678]\d\.\d%\nBiSAM: .*\nDISAM: .*\nFocal-SAM: .* [678]\d\.\d%\nImbSAM: .* [678]\d\.\d%",
+    ),
     "skorch_net.py": (
         "skorch",
         (('"max_epochs": 5', '"max_epochs": 2'), ("cv=3", "cv=2")),

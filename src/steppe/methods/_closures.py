@@ -1,9 +1,11 @@
-"""Shared by the methods that build closures: which pass runs, and checks of a batch."""
+"""Shared by the methods that build closures and losses: which pass runs, and checks of batches and losses."""
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 from torch import Tensor
 
+from steppe._engine.stage import Stage
 from steppe.sam import SAM
 
 Loss = Callable[..., Tensor]
@@ -24,6 +26,19 @@ def is_last(optimizer: SAM) -> bool:
             "known whether a part of the batch is enough: use a cadence that decides by the step's number"
         )
     return sam_pass.is_last
+
+
+def is_between_classic_passes(optimizer: SAM) -> bool:
+    """Return True between ``first_step()`` and ``second_step()``, which run no pass that a loss could depend on."""
+    return optimizer._engine.stage is Stage.AFTER_FIRST_STEP
+
+
+def one_number(value: Any) -> Tensor:
+    """Return what a loss returned; ValueError unless it is a tensor of one number."""
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
+        raise ValueError(f"the loss returned {found}, and its derivative is needed: return the mean, one number")
+    return value
 
 
 def check_share(name: str, value: float) -> float:

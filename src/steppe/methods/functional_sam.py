@@ -11,8 +11,8 @@ from torch.autograd.function import once_differentiable
 from torch.optim import Optimizer
 
 from steppe._engine.dependence import graph
-from steppe._engine.stage import Stage
 from steppe.methods._card import COPY, Comparison, MethodCard
+from steppe.methods._closures import is_between_classic_passes, one_number
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam
 from steppe.papers import ICML, Paper, cites
@@ -97,11 +97,7 @@ class _FunctionalLoss:
         return self._at_perturbed_weights(logits, loss) if sam_pass.is_last else loss()
 
     def _evaluate(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        value = self._loss(logits, *args, **kwargs)
-        if not isinstance(value, Tensor) or value.numel() != 1:
-            found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
-            raise ValueError(f"the loss returned {found}, and its derivative is needed: return the mean, one number")
-        return value
+        return one_number(self._loss(logits, *args, **kwargs))
 
     def _at_w(self, logits: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         # The derivative of a mean over many logits is too small for float16; the loss scale multiplies it only later.
@@ -131,7 +127,7 @@ class _FunctionalLoss:
         return _with_derivative(logits, value, derivative)
 
     def _check_not_classic(self) -> None:
-        if self._optimizer._engine.stage is Stage.AFTER_FIRST_STEP:
+        if is_between_classic_passes(self._optimizer):
             raise RuntimeError(
                 "Functional SAM between first_step() and second_step(): the derivative of the loss at w is not known, "
                 "so this would be a step of SAM. Use step(closure) or a loop over passes()"
