@@ -4,6 +4,7 @@ STEPPE_OFFICIAL_WSAM: atorch/optimizers/wsam.py of github.com/intelligent-machin
 STEPPE_OFFICIAL_LOOKBEHIND: lookbehind.py of github.com/chandar-lab/Lookbehind-SAM.
 STEPPE_OFFICIAL_UNIFIED_SAM: unifiedsam.py of github.com/dimitris-oik/unifiedsam.
 STEPPE_OFFICIAL_STABLE_SAM: sam.py of github.com/cltan023/stablesam2024.
+STEPPE_OFFICIAL_SANER: optimizer/saner.py of github.com/lhchau/saner.
 """
 
 import sys
@@ -98,4 +99,13 @@ def test_stable_sam_matches_the_official_code(base):
     want = by_closure(official(STABLE_BASES[base](theirs.parameters()), rho=0.1, stable=True), theirs)
     ours = trained(lambda ps: variants.stable_sam(STABLE_BASES[base](ps), 0.1))
     # the official code adds 1e-12 to both norms
+    torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-11)
+
+
+def test_saner_matches_the_official_code():
+    official = load("STEPPE_OFFICIAL_SANER").SANER
+    theirs, options = module(), {"lr": 0.004, "momentum": 0.9, "weight_decay": 1e-3}
+    want = by_closure(official(theirs.parameters(), rho=0.1, alpha=0.3, **options), theirs)
+    ours = trained(lambda ps: variants.saner(torch.optim.SGD(ps, **options), 0.1, alpha=0.7))
+    # the official code adds 1e-12 to the norm and restores w by a subtraction
     torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-11)
