@@ -21,6 +21,7 @@ from steppe.methods.pgn import pgn as pgn
 from steppe.methods.random_sam import random_sam as random_sam
 from steppe.methods.rwp import rwp as rwp
 from steppe.methods.saf import saf as saf
+from steppe.methods.sagm import sagm as sagm
 from steppe.methods.sam import sam as sam
 from steppe.methods.sam_on import sam_on as sam_on
 from steppe.methods.sampa import sampa as sampa

@@ -5,6 +5,7 @@ STEPPE_OFFICIAL_LOOKBEHIND: lookbehind.py of github.com/chandar-lab/Lookbehind-S
 STEPPE_OFFICIAL_UNIFIED_SAM: unifiedsam.py of github.com/dimitris-oik/unifiedsam.
 STEPPE_OFFICIAL_STABLE_SAM: sam.py of github.com/cltan023/stablesam2024.
 STEPPE_OFFICIAL_SANER: optimizer/saner.py of github.com/lhchau/saner.
+STEPPE_OFFICIAL_SAGM: domainbed/sagm/sagm.py of github.com/Wang-pengfei/SAGM.
 """
 
 import sys
@@ -109,3 +110,26 @@ def test_saner_matches_the_official_code():
     ours = trained(lambda ps: variants.saner(torch.optim.SGD(ps, **options), 0.1, alpha=0.7))
     # the official code adds 1e-12 to the norm and restores w by a subtraction
     torch.testing.assert_close(ours, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("base", STABLE_BASES)
+def test_sagm_matches_the_official_code(base, monkeypatch):
+    utils = types.SimpleNamespace(enable_running_stats=lambda m: None, disable_running_stats=lambda m: None)
+    monkeypatch.setitem(sys.modules, "sagm", types.ModuleType("sagm"))
+    monkeypatch.setitem(sys.modules, "sagm.util", utils)
+    official = load("STEPPE_OFFICIAL_SAGM", package="sagm").SAGM
+    theirs = module()
+    inner, rho = STABLE_BASES[base](theirs.parameters()), types.SimpleNamespace(step=lambda: 0.1)
+    optimizer = official(theirs.parameters(), inner, theirs, alpha=0.05, rho_scheduler=rho)
+    for t in range(20):
+
+        @torch.enable_grad()
+        def closure(t=t):
+            optimizer.zero_grad()
+            value(theirs, t).backward()
+            return None, None
+
+        optimizer.step(closure)
+    ours = trained(lambda ps: variants.sagm(STABLE_BASES[base](ps), 0.1, alpha=0.5))
+    # the official code adds 1e-12 to the norm and restores w by a subtraction
+    torch.testing.assert_close(ours, flat(theirs.parameters()).detach(), rtol=1e-11, atol=1e-11)
