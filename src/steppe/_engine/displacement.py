@@ -51,16 +51,21 @@ class Displacement:
             direction: One real tensor a weight, of its shape (complex weights: with a last dimension of 2).
             add: An in-place addition, ``add(weights, alpha, direction)``.
         """
-        pairs = dict(zip(map(id, weights), zip(weights, direction, strict=True), strict=True))
-        new = {key: w for key, (w, _) in pairs.items() if key not in self._displaced}
+        keys = list(map(id, weights))
+        if len(set(keys)) < len(keys):
+            first = [keys.index(key) for key in dict.fromkeys(keys)]
+            keys = [keys[i] for i in first]
+            weights, direction = [weights[i] for i in first], [direction[i] for i in first]
+        new = dict(zip(keys, weights, strict=True))
+        if self._displaced:
+            new = {key: w for key, w in new.items() if key not in self._displaced}
         shards = locals_of(list(new.values()))
-        copies = [reuse(self._copies.get(key), like=shard) for key, shard in zip(new, shards, strict=True)]
-        self._copies.update(zip(new, copies, strict=True))
+        copies = reuse(list(map(self._copies.get, new)), like=shards)
         copy_(copies, shards)
+        self._copies.update(zip(new, copies, strict=True))
         # Registered before the weights change: an interrupt during the addition is undone by restore() as well.
         self._displaced.update(zip(new, zip(new.values(), copies, strict=True), strict=True))
-        moved, along = zip(*pairs.values(), strict=True) if pairs else ((), ())
-        add(real_views(moved), alpha, along)
+        add(real_views(weights), alpha, direction)
 
     def saved(self, weights: Sequence[Tensor]) -> list[Tensor]:
         """Return this rank's copies of w, for weights that are displaced."""

@@ -1,6 +1,7 @@
 """Read, write and validate the gradients of an optimizer's parameters."""
 
 from collections.abc import Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -16,6 +17,9 @@ from steppe._tensors.reductions import all_finite
 # Attribute of a gradient: its version when the last step or zero_grad() left it, and True if that was a step. Without
 # this mark, a gradient that was accumulated before step(closure) could not be told from the one that a step has left.
 _LEFT = "_steppe_left"
+
+_STRIDED = frozenset({torch.strided})
+_layout = attrgetter("layout")
 
 
 class Outside:
@@ -70,16 +74,18 @@ class Gradients:
 
     def parameters_and_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters that have a gradient (:meth:`parameters`), and their gradients (:meth:`views`)."""
-        found = {id(p): (p, gradient) for p in parameters_of(self._base) if (gradient := p.grad) is not None}
-        for p, gradient in found.values():
-            if gradient.layout is not torch.strided:
-                raise RuntimeError(
-                    f"a parameter of shape {tuple(p.shape)} has a sparse gradient ({gradient.layout}), and a "
-                    f"perturbation would have to move rows that have none. Use sparse=False (Embedding), or give this "
-                    f"parameter to an optimizer of its own"
-                )
-        parameters = [p for p, _ in found.values()]
-        return parameters, _real_gradients(parameters, [gradient for _, gradient in found.values()])
+        parameters = [p for group in self._base.param_groups for p in group["params"] if p.grad is not None]
+        if len(set(map(id, parameters))) < len(parameters):
+            parameters = list({id(p): p for p in parameters}.values())
+        gradients: list[Any] = [p.grad for p in parameters]
+        if not _STRIDED.issuperset(map(_layout, gradients)):
+            sparse = next(gradient for gradient in gradients if gradient.layout not in _STRIDED)
+            raise RuntimeError(
+                f"a parameter of shape {tuple(sparse.shape)} has a sparse gradient ({sparse.layout}), and a "
+                "perturbation would have to move rows that have none. Use sparse=False (Embedding), or give this "
+                "parameter to an optimizer of its own"
+            )
+        return parameters, _real_gradients(parameters, gradients)
 
     def views(self, parameters: Iterable[Tensor]) -> list[Tensor]:
         """Return gradients as real views of ``.grad``; those that are still partial sums over the ranks are reduced."""
@@ -98,7 +104,9 @@ class Gradients:
 
     def clear(self) -> None:
         """Clear the gradients."""
-        Optimizer.zero_grad(self._base)  # not self._base.zero_grad(), which a base may override and a hook may watch
+        for group in self._base.param_groups:  # not base.zero_grad(), which a base may override and a hook may watch
+            for p in group["params"]:
+                p.grad = None
 
     def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Copy values into gradients, given as :meth:`views`; write NaN to one entry if an earlier pass was not finite.

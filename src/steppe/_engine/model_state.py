@@ -11,7 +11,7 @@ from torch.nn.parameter import is_lazy
 
 from steppe._engine.generators import get_state, is_generator, set_state
 from steppe._engine.registrations import Registrations, same_objects, tensors_in
-from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of
+from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
 _LARGE = 2**24
@@ -192,8 +192,9 @@ class _Copies:
         """Copy these tensors, except those that no pass can write."""
         old = self._copy_of
         found = {id(t): t for t in tensors if id(t) in old or is_writable(t)}
-        self._copy_of = {key: reuse(old.get(key), like=local(t)) for key, t in found.items()}
-        self._tensors, self._copies = list(found.values()), list(self._copy_of.values())
+        self._tensors = list(found.values())
+        self._copies = reuse(list(map(old.get, found)), like=locals_of(self._tensors))
+        self._copy_of = dict(zip(found, self._copies, strict=True))
         self._shapes = [copy.shape for copy in self._copies]
         copy_(self._copies, self._tensors)
         complete = all_plain(all_of) and all(id(t) in found for t in all_of)

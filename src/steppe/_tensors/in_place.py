@@ -1,12 +1,14 @@
 """Operations in place on lists of tensors, in few kernels, and views and storage for them."""
 
 from collections.abc import Sequence
+from operator import attrgetter
 
 import torch
 from torch import Tensor
 
 from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, shard_like
 
+_device, _dtype, _kind = attrgetter("device"), attrgetter("dtype"), attrgetter("shape", "dtype", "device")
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -42,7 +44,7 @@ def _by_kind(
     targets: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]:
     """Return positions by the target's device, the target's dtype and the direction's dtype."""
-    kinds = [(t.device, t.dtype, d.dtype) for t, d in zip(targets, directions, strict=True)]
+    kinds = list(zip(map(_device, targets), map(_dtype, targets), map(_dtype, directions), strict=True))
     positions: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]] = dict.fromkeys(kinds, ())
     if len(positions) == 1:
         return dict.fromkeys(positions, range(len(kinds)))
@@ -112,7 +114,7 @@ def _local_value(value: Tensor, target: Tensor) -> Tensor:
 
 def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return each tensor as :func:`as_real` does."""
-    if any(dtype.is_complex for dtype in {t.dtype for t in tensors}):
+    if any(dtype.is_complex for dtype in set(map(_dtype, tensors))):
         return [as_real(t) for t in tensors]
     return list(tensors)
 
@@ -122,8 +124,7 @@ def as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
-def reuse(old: Tensor | None, like: Tensor) -> Tensor:
-    """Return ``old`` where it can hold a copy of ``like``, else a new uninitialized tensor that can."""
-    if old is not None and old.shape == like.shape and old.dtype == like.dtype and old.device == like.device:
-        return old
-    return torch.empty_like(like, requires_grad=False)
+def reuse(old: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
+    """Return each of ``old`` that can hold a copy of its counterpart, else a new uninitialized tensor that can."""
+    pairs = zip(old, like, strict=True)
+    return [a if a is not None and _kind(a) == _kind(b) else torch.empty_like(b, requires_grad=False) for a, b in pairs]
