@@ -3,10 +3,14 @@
     python benchmarks/memory.py                     all methods
     python benchmarks/memory.py gsam looksam        some
     python benchmarks/memory.py --json memory.json  for scripts/make_cards.py
+    python benchmarks/memory.py --lora              fine-tuning of language models, for scripts/make_performance.py
 
 The bytes of all live tensors are counted after each operation, in the steps of a network whose activations are
 negligible (two images, wide layers), around SGD with momentum. "Within" is the peak within a step, "between" the memory
 that is kept from step to step. The number of bytes is exact, and does not depend on the machine.
+
+``--lora`` counts what fine-tuning takes, whole and with LoRA, of models in the shapes of published ones and with random
+weights: half an hour on two cores, without the kernels' arithmetic (see live_memory.py).
 """
 
 import argparse
@@ -14,7 +18,6 @@ import datetime
 import gc
 import json
 import warnings
-import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,9 +27,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 
+from live_memory import LiveMemory
+from results import add_arguments, read, save
 from steppe import closures
 from steppe.methods._card import MethodCard
 from steppe.methods.registry import CARDS
@@ -35,37 +38,6 @@ Step = Callable[[], object]
 Losses = Callable[..., Tensor]
 
 WIDTH, STEPS, SAMPLES = 1024, 6, 2
-
-
-class LiveMemory(TorchDispatchMode):
-    """Adds up the storages that operations allocate, until they are freed."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        """Run the operation and count the storages of its results."""
-        result = function(*args, **(kwargs or {}))
-        for value in tree_iter(result):
-            if isinstance(value, Tensor):
-                self._count(value.untyped_storage())
-        return result
-
-    def _count(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key in self._known:
-            return
-        self._known.add(key)
-        size = storage.nbytes()
-        self.now += size
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._uncount, key, size)
-
-    def _uncount(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
 
 
 @dataclass(frozen=True)
@@ -204,12 +176,28 @@ def extra(card: MethodCard, base: tuple[float, float] | None = None) -> ExtraMem
     return ExtraMemory(round(own_peak - peak, 2), round(own_kept - kept, 2))
 
 
+def measure_lora(arguments: argparse.Namespace) -> None:
+    """Count what fine-tuning takes, save the result and print its tables."""
+    from lora_memory.run import measure  # needs PEFT and Transformers
+    from lora_memory.table import render
+
+    data, versions = measure(tiny=arguments.tiny)
+    print(render(read(save("memory_lora", data, arguments, **versions))))
+
+
 def main() -> None:
     """Measure, print a table, write a file."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("names", nargs="*", metavar="NAME", help="names of methods; all, if none is given")
     parser.add_argument("--json", type=Path, metavar="FILE", help="file to write the numbers to")
+    parser.add_argument("--lora", action="store_true", help="count what fine-tuning of language models takes")
+    add_arguments(parser, device="cpu")
     arguments = parser.parse_args()
+    if arguments.lora:
+        if arguments.names or arguments.json:
+            parser.error("--lora takes no names and no --json: it counts its own methods, and writes to --results")
+        measure_lora(arguments)
+        return
     if unknown := set(arguments.names) - set(CARDS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; known are {', '.join(CARDS)}")
     base, found = used(None), {}

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from memory import LiveMemory
+from live_memory import LiveMemory
 
 _NO_WORK = ("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided")
 _ONLY_WRITES = ("copy_", "_foreach_copy_", "fill_", "zero_", "_foreach_zero_")
