@@ -11,6 +11,7 @@ from steppe.methods.friendly_sam import friendly_sam as friendly_sam
 from steppe.methods.gsam import gsam as gsam
 from steppe.methods.late_sam import late_sam as late_sam
 from steppe.methods.layerwise_sam import layerwise_sam as layerwise_sam
+from steppe.methods.le_sam import le_sam as le_sam
 from steppe.methods.lookbehind_sam import lookbehind_sam as lookbehind_sam
 from steppe.methods.looksam import looksam as looksam
 from steppe.methods.mesa import mesa as mesa

@@ -6,6 +6,7 @@ STEPPE_OFFICIAL_UNIFIED_SAM: unifiedsam.py of github.com/dimitris-oik/unifiedsam
 STEPPE_OFFICIAL_STABLE_SAM: sam.py of github.com/cltan023/stablesam2024.
 STEPPE_OFFICIAL_SANER: optimizer/saner.py of github.com/lhchau/saner.
 STEPPE_OFFICIAL_SAGM: domainbed/sagm/sagm.py of github.com/Wang-pengfei/SAGM.
+STEPPE_OFFICIAL_LE_SAM: lesam.py of github.com/smithgun2005/LE-SAM-ICML2026.
 """
 
 import sys
@@ -132,4 +133,35 @@ def test_sagm_matches_the_official_code(base, monkeypatch):
         optimizer.step(closure)
     ours = trained(lambda ps: variants.sagm(STABLE_BASES[base](ps), 0.1, alpha=0.5))
     # the official code adds 1e-12 to the norm and restores w by a subtraction
+    torch.testing.assert_close(ours, flat(theirs.parameters()).detach(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("rho_max", [0.02, 999.0])
+def test_le_sam_matches_the_official_code(rho_max, monkeypatch):
+    # the optimizer is in the training script, whose imports it does not need
+    names = {
+        "torch.utils.tensorboard": "SummaryWriter",
+        "model.smooth_cross_entropy": "smooth_crossentropy trades_loss",
+        "utils.cifar": "Cifar Cifar100",
+        "utils.log": "Log",
+        "utils.initialize": "initialize",
+        "utils.step_lr": "StepLR",
+        "utils.options": "args setup_model",
+        "utils.MiscTools": "count_parameters",
+        "utils.dist_util": "get_world_size",
+    }
+    for name, imported in names.items():
+        monkeypatch.setitem(sys.modules, name, types.SimpleNamespace(**dict.fromkeys(imported.split())))
+    for package in ("model", "utils"):
+        monkeypatch.setitem(sys.modules, package, types.ModuleType(package))
+    official = load("STEPPE_OFFICIAL_LE_SAM").LESAM
+    theirs, options = module(), {"lr": 0.004, "momentum": 0.9, "weight_decay": 1e-3}
+    optimizer = official(theirs.parameters(), torch.optim.SGD, sigma=0.35, rho_max=rho_max, **options)
+    for t in range(20):
+        value(theirs, t).backward()
+        optimizer.ascent_step()
+        value(theirs, t).backward()
+        optimizer.descent_step()
+    ours = trained(lambda ps: variants.le_sam(torch.optim.SGD(ps, **options), 0.35, rho_max=rho_max))
+    # the official code adds 1e-12 to the norm and to its square, and restores w by a subtraction
     torch.testing.assert_close(ours, flat(theirs.parameters()).detach(), rtol=1e-11, atol=1e-11)
