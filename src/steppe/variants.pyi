@@ -29,6 +29,7 @@ from steppe.methods.sampa import sampa as sampa
 from steppe.methods.saner import saner as saner
 from steppe.methods.sparse_sam import sparse_sam as sparse_sam
 from steppe.methods.stable_sam import stable_sam as stable_sam
+from steppe.methods.stale_sam import stale_sam as stale_sam
 from steppe.methods.unified_sam import unified_sam as unified_sam
 from steppe.methods.vasso import vasso as vasso
 from steppe.methods.wsam import wsam as wsam

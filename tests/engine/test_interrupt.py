@@ -45,6 +45,7 @@ REFUSE_CLASSIC = {
     "mixed_rwp",
     "arwp",
     "msam",
+    "stale_sam",
 }
 
 Line = tuple[str, int]
