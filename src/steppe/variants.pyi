@@ -4,10 +4,12 @@ from steppe.methods.aesam import aesam as aesam
 from steppe.methods.arwp import arwp as arwp
 from steppe.methods.asam import asam as asam
 from steppe.methods.bsam import bsam as bsam
+from steppe.methods.c_flat import c_flat as c_flat
 from steppe.methods.dynamic_sparse_sam import dynamic_sparse_sam as dynamic_sparse_sam
 from steppe.methods.esam import esam as esam
 from steppe.methods.fisher_sam import fisher_sam as fisher_sam
 from steppe.methods.friendly_sam import friendly_sam as friendly_sam
+from steppe.methods.gam import gam as gam
 from steppe.methods.gsam import gsam as gsam
 from steppe.methods.late_sam import late_sam as late_sam
 from steppe.methods.layerwise_sam import layerwise_sam as layerwise_sam

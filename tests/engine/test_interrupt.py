@@ -35,6 +35,8 @@ METHODS: dict[str, Callable[[nn.Module], steppe.SAM]] = {
     ),
 }
 REFUSE_CLASSIC = {
+    "gam",
+    "c_flat",
     "lookbehind_sam",
     "lookbehind-adaptive",
     "lookbehind-unperturbed",

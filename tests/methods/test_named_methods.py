@@ -33,6 +33,6 @@ def test_references_name_a_paper_that_the_optimizer_cites(name):
     assert any(number in " ".join(references.split()) for number in cited)
 
 
-@pytest.mark.parametrize(("name", "passes"), [("lookbehind_sam", 3.0), ("sampa", 2.0)])
+@pytest.mark.parametrize(("name", "passes"), [("lookbehind_sam", 3.0), ("sampa", 2.0), ("gam", 4.0), ("c_flat", 4.0)])
 def test_method_with_its_own_step_makes_the_planned_passes(name, passes):
     assert passes_per_step(name) == pytest.approx(passes)
