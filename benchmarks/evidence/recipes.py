@@ -22,6 +22,8 @@ class Evidence:
     """Further methods of the comparison, such as the averaged base."""
     settings: Mapping[str, Sequence[str]] = field(default_factory=lambda: {"": ()})
     """Further options of the recipe, by the name of a setting."""
+    tuned_in: Mapping[str, Sequence[str | tuple[str, ...]]] = field(default_factory=dict)
+    """What settings search in place of `tuned`, by their names: some methods cannot train some tasks."""
     chosen_in: Mapping[str, str] = field(default_factory=dict)
     """Settings that have no search of their own, each with the earlier setting whose search they confirm."""
     tuned_there: Sequence[str | tuple[str, ...]] = ()
@@ -42,17 +44,21 @@ class Evidence:
     side_by_side: Sequence[str] = ()
     """Settings of many methods, which one table shows side by side, without controls and figure."""
 
-    def searches(self) -> Mapping[float, Sequence[str]]:
-        """Return the methods that are searched, by the factor of their radii: each factor is one `steppe tune`."""
+    def searches(self, setting: str = "") -> Mapping[float, Sequence[str]]:
+        """Return the methods that a setting searches, by the factor of their radii; each factor is a `steppe tune`."""
         found: dict[float, list[str]] = {}
-        for method in (method for group in _groups(self.tuned) for method in group):
+        for method in (method for group in _groups(self._tuned(setting)) for method in group):
             found.setdefault(method.definition.rho_factor, []).append(str(method))
         return found
 
     def best(self, setting: str, searched: Mapping[str, tuple[float, str]]) -> list[str]:
         """Return the specs to confirm, of the best value on the held-out data and its spec for each tuned method."""
-        groups = _groups(self.tuned_there if setting in self.chosen_in else self.tuned)
+        groups = _groups(self._tuned(setting))
         return [max(searched[str(method)] for method in group)[1] for group in groups]
+
+    def _tuned(self, setting: str) -> Sequence[str | tuple[str, ...]]:
+        """Return the methods whose best radii a setting confirms."""
+        return self.tuned_there if setting in self.chosen_in else self.tuned_in.get(setting, self.tuned)
 
 
 def _groups(tuned: Sequence[str | tuple[str, ...]]) -> list[list[MethodSpec]]:

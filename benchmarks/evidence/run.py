@@ -60,7 +60,7 @@ def confirm(
     folder = args.out / "-".join([name, *setting.replace("%", "").replace(",", "").split()])
     shared = [evidence.recipe or name, *options, *(_TINY if args.tiny else [])]
     how_many = [] if args.runs_at_once is None else ["--runs-at-once", args.runs_at_once]
-    found = earlier or search(folder, shared, how_many, evidence, args)
+    found = earlier or search(folder, setting, shared, how_many, evidence, args)
     chosen = evidence.best(setting, found["best"])
     seeds = [] if args.tiny or "--seeds" in options else evidence.confirmed_by
     comparison = ["compare", *shared, "--methods", evidence.base, *chosen, *evidence.others, *seeds]
@@ -77,13 +77,18 @@ def confirm(
 
 
 def search(
-    folder: Path, shared: Sequence[str], how_many: Sequence[str], evidence: Evidence, args: argparse.Namespace
+    folder: Path,
+    setting: str,
+    shared: Sequence[str],
+    how_many: Sequence[str],
+    evidence: Evidence,
+    args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Search the radius of each tuned method on held-out data; return the commands, the trials and the best ones."""
     commands, trials, best = list[str](), list[dict[str, Any]](), dict[str, tuple[float, str]]()
     seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
     how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline", "--search"]
-    for factor, methods in evidence.searches().items():
+    for factor, methods in evidence.searches(setting).items():
         searched = folder.with_name(f"{folder.name}-tune" + (f"-{factor:g}" if factor != 1 else ""))
         radii = "rho=" + ",".join(f"{factor * radius:g}" for radius in evidence.radii)
         words = ["tune", *shared, "--methods", *methods, *seeds, *how, radii]

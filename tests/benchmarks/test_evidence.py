@@ -164,6 +164,16 @@ def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_a
     assert text.count("steppe tune") == 2
 
 
+def test_a_setting_may_search_other_methods() -> None:
+    evidence = Evidence(["sam", ("asam", "looksam")], tuned_in={"few": ["late_sam"]}, chosen_in={"more": "few"})
+    assert evidence.searches("few") == {1: ["late_sam"]}
+    assert evidence.searches("all") == {1: ["sam", "looksam"], 10: ["asam"]}
+    found = {"sam": (1.0, "sam:rho=1"), "asam": (3.0, "asam:rho=2"), "looksam": (2.0, "looksam:rho=3")}
+    assert evidence.best("few", {"late_sam": (1.0, "late_sam:rho=4")}) == ["late_sam:rho=4"]
+    assert evidence.best("all", found) == ["sam:rho=1", "asam:rho=2"]
+    assert evidence.best("more", found) == []  # tuned_there
+
+
 def test_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     monkeypatch.setattr("sys.argv", ["run.py", "noisy"])
     with pytest.raises(SystemExit):

@@ -234,6 +234,15 @@ def test_search_is_judged_by_what_is_left_after_a_second_task(tmp_path: Path) ->
     assert best["validation"]["mean"] == pytest.approx(sum(measured) / len(measured))
 
 
+def test_search_trains_no_second_task_that_does_not_decide(tmp_path: Path) -> None:
+    given = command(tmp_path / "run", methods="sam", trials=2, then="rotated", then_epochs=1)
+    assert command_line([*given, "--sampler", "grid", "--search", "rho=0.05,0.1"], draws=False) == 0
+    runs = [run for trial in trials(tmp_path / "run") for run in trial["runs"]]  # type: ignore[attr-defined]
+    assert runs
+    assert not any("second task" in name for run in runs for name in run)
+    assert "--then rotated" in (tmp_path / "run" / "summary.md").read_text()  # the command that confirms measures it
+
+
 @pytest.mark.parametrize("objective", ["acuracy under blur", "accuracy after the second task"])
 def test_unknown_objective_is_an_error_before_training(
     objective: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -22,20 +22,26 @@ from steppe.experiments.tasks.task import Task
 
 
 def prepare_task(
-    executor: Executor, path: Path, console: Console, given: Task | None = None, one_in: int | None = None
+    executor: Executor,
+    path: Path,
+    console: Console,
+    given: Task | None = None,
+    one_in: int | None = None,
+    *,
+    forgets: bool = True,
 ) -> MakeTask:
     """Return the function that makes the task of a run: the user's own, or one on the recipe's data set.
 
     `path` is the run folder; `given` is a task that has no name by which it could be imported. With `one_in`, one in so
-    many training samples is held out and takes the place of the test data.
+    many training samples is held out and takes the place of the test data. Without `forgets`, no second task follows.
     """
     recipe = executor.recipe
     if recipe.data.task:
-        then = recipe.forgetting.then
+        then = recipe.forgetting.then if forgets else None
         task = _prepared(given or load_task(recipe.data.task), one_in, then)
         return OneTask(task) if task.entry_point is None else NamedTask(task, task.entry_point, one_in, then)
     dataset, second = load_data(recipe, executor.world), None
-    if recipe.forgetting.then:
+    if recipe.forgetting.then and forgets:
         with executor.world.first_process_first():
             second = second_dataset(recipe.forgetting.then, dataset, recipe.data.data_dir)
     if one_in is not None:
@@ -43,9 +49,9 @@ def prepare_task(
     return partial(images_task, with_backbone(dataset, executor, path, console), robustness=True, second=second)
 
 
-def _prepared(task: Task, one_in: int | None, then: str) -> Task:
-    """Return a task with its second one, by its name or its own, for a comparison or for a search."""
-    second = load_task(then) if then else task.then
+def _prepared(task: Task, one_in: int | None, then: str | None) -> Task:
+    """Return a task with its second one, by its name, its own or none, for a comparison or for a search."""
+    second = load_task(then) if then else task.then if then is not None else None
     if one_in is not None:
         task, second = held_out(task, one_in), None if second is None else held_out(second, one_in)
     return replace(task, then=second)
@@ -71,12 +77,13 @@ class NamedTask:
     task: Task
     name: str
     one_in: int | None
-    then: str = ""
+    then: str | None = ""
+    """The name of the second task; empty for the task's own, None for none."""
 
     def __call__(self, recipe: Recipe) -> Task:
         return self.task
 
-    def __reduce__(self) -> tuple[Callable[..., NamedTask], tuple[str, int | None, str]]:
+    def __reduce__(self) -> tuple[Callable[..., NamedTask], tuple[str, int | None, str | None]]:
         return _imported, (self.name, self.one_in, self.then)
 
 
@@ -97,6 +104,6 @@ def _sent(task: bytes) -> OneTask:
 
 
 @cache
-def _imported(name: str, one_in: int | None, then: str) -> NamedTask:
+def _imported(name: str, one_in: int | None, then: str | None) -> NamedTask:
     """Return the same object for every run that a worker trains."""
     return NamedTask(_prepared(load_task(name), one_in, then), name, one_in, then)

@@ -21,6 +21,7 @@ from steppe.experiments.execution.pretraining import resolve_pretraining
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.files import read_checked, read_checked_lines, write_checked, write_checked_lines
+from steppe.experiments.storage.records import AFTER
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
 from steppe.experiments.tasks.load import held_out, with_task
 from steppe.experiments.tasks.samples import RandomStream
@@ -83,7 +84,7 @@ def tune(
             f"{error.name} is not installed, and steppe tune needs it: pip install 'steppe[tune]'"
         ) from error
     recipe, task = with_task(resolve_pretraining(recipe, console), given)
-    options.metric(recipe)
+    forgets = options.metric(recipe).name.endswith(AFTER)  # else a second task would take time, and decide nothing
     own = {} if task is None else _own_values(task, options)
     has_validation = task is not None and task.validation is not None
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
@@ -104,7 +105,7 @@ def tune(
             studies = [
                 Study(space, storage, path, options, depends_on=inputs, folder_id=shared, own=own) for space in found
             ]
-        make_task = prepare_task(executor, path, console, task, options.hold_out)
+        make_task = prepare_task(executor, path, console, task, options.hold_out, forgets=forgets)
         try:
             train_trials(studies, executor, make_task, path, console, one_by_one=one_by_one)
         finally:
