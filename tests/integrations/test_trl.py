@@ -181,7 +181,7 @@ def test_run_resumed_in_mid_epoch_has_the_same_bits_and_its_checkpoints_are_at_w
 
 
 TRAINERS = {"GRPO": "trl", "RLOO": "trl", "Distillation": "trl"}
-TRAINERS |= {name: f"trl.experimental.{name.lower()}" for name in ("SDFT", "SDPO", "GOLD", "GMPO")}
+TRAINERS |= {name: f"trl.experimental.{name.lower()}" for name in ("SDFT", "SDPO", "GKD", "GOLD", "GMPO")}
 TRAINERS |= {"OnlineDPO": "trl.experimental.online_dpo", "IWOPD": "trl.experimental.iw_opd"}
 
 

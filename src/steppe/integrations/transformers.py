@@ -38,8 +38,9 @@ _GENERATES = (
     "_generate_vllm",
     "_generate_on_policy_for_slices",
     "_generate_student_completions",
+    "generate_on_policy_outputs",
 )
-"""Methods of trainers (TRL's GRPO, RLOO, online DPO, GOLD and their like) that generate inside ``training_step``."""
+"""Methods of trainers (TRL's GRPO, RLOO, online DPO, GKD and their like) that generate inside ``training_step``."""
 
 
 class SAMTrainerMixin(_Trainer):
