@@ -6,8 +6,9 @@
     python benchmarks/memory.py --lora              fine-tuning of language models, for scripts/make_performance.py
 
 The bytes of all live tensors are counted after each operation, in the steps of a network whose activations are
-negligible (two images, wide layers), around SGD with momentum. "Within" is the peak within a step, "between" the memory
-that is kept from step to step. The number of bytes is exact, and does not depend on the machine.
+negligible (two images, wide layers), around SGD with momentum; methods for adapters train LoRA of rank 8 on its linear
+layers, which needs PEFT. "Within" is the peak within a step, "between" the memory that is kept from step to step. The
+number of bytes is exact, and does not depend on the machine.
 
 ``--lora`` counts what fine-tuning takes, whole and with LoRA, of models in the shapes of published ones and with random
 weights: half an hour on two cores, without the kernels' arithmetic (see live_memory.py).
@@ -15,6 +16,7 @@ weights: half an hour on two cores, without the kernels' arithmetic (see live_me
 
 import argparse
 import datetime
+import functools
 import gc
 import json
 import warnings
@@ -50,11 +52,24 @@ class ExtraMemory:
     """From one step to the next."""
 
 
-def model() -> nn.Module:
+def model(width: int = WIDTH) -> nn.Module:
     """Return a wide network: 8 layers of the same size, with normalization layers for the methods that need them."""
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH, bias=False), nn.LayerNorm(WIDTH), nn.ReLU()) for _ in range(8)]
+    layers = [nn.Sequential(nn.Linear(width, width, bias=False), nn.LayerNorm(width), nn.ReLU()) for _ in range(8)]
     return nn.Sequential(*layers)
+
+
+def with_adapters(network: nn.Module) -> nn.Module:
+    """Return the network with LoRA on its linear layers, and all else frozen."""
+    from peft import LoraConfig, get_peft_model
+
+    linear = [name for name, module in network.named_modules() if isinstance(module, nn.Linear)]
+    return get_peft_model(network, LoraConfig(r=8, target_modules=linear))
+
+
+def base_of(network: nn.Module) -> Optimizer:
+    """Return SGD with momentum around all that is trained."""
+    return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-6, momentum=0.9)
 
 
 def stepper(
@@ -143,12 +158,14 @@ def _closure(optimizer: Optimizer, loss: Callable[[], Tensor]) -> Callable[[], T
     return closure
 
 
-def used(card: MethodCard | None) -> tuple[float, float]:
+def used(card: MethodCard | None, *, adapters: bool = False) -> tuple[float, float]:
     """Return the peak within the steps and the memory after them, in units of the weights' size; None is the base."""
-    network = model()
+    width = 2 * WIDTH if adapters else WIDTH  # frozen weights of a small network are copied: a forward may write them
+    network = model(width)
     weights = sum(p.nbytes for p in network.parameters())
-    base = torch.optim.SGD(network.parameters(), lr=1e-6, momentum=0.9)
-    batch = [torch.randn(SAMPLES, WIDTH)]
+    network = with_adapters(network) if adapters else network
+    base = base_of(network)
+    batch = [torch.randn(SAMPLES, width)]
 
     def losses(outputs: Tensor) -> Tensor:
         return outputs.square().mean(1)
@@ -156,10 +173,12 @@ def used(card: MethodCard | None) -> tuple[float, float]:
     memory = LiveMemory()
     with memory, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # SAF warns that two samples are few
+        for p in network.parameters():
+            p.detach()  # is counted, also where no step reads the weight itself
         if card is None:
             step = _plain(base, lambda x: losses(network(x)), batch)
         else:
-            arguments = card.short_arguments(total_steps=STEPS, samples=SAMPLES, classes=WIDTH)
+            arguments = card.short_arguments(total_steps=STEPS, samples=SAMPLES, classes=width)
             step = stepper(card, base, network, losses, batch, **arguments)
         for _ in range(STEPS):
             step()
@@ -169,11 +188,17 @@ def used(card: MethodCard | None) -> tuple[float, float]:
     return memory.peak / weights, memory.now / weights
 
 
-def extra(card: MethodCard, base: tuple[float, float] | None = None) -> ExtraMemory:
-    """Return the memory of a method beyond that of the base."""
-    peak, kept = base if base is not None else used(None)
-    own_peak, own_kept = used(card)
+def extra(card: MethodCard) -> ExtraMemory:
+    """Return the memory of a method beyond that of the base on the same network."""
+    peak, kept = used_by_base(card.needs_adapters)
+    own_peak, own_kept = used(card, adapters=card.needs_adapters)
     return ExtraMemory(round(own_peak - peak, 2), round(own_kept - kept, 2))
+
+
+@functools.cache
+def used_by_base(adapters: bool) -> tuple[float, float]:
+    """Return what the base uses."""
+    return used(None, adapters=adapters)
 
 
 def measure_lora(arguments: argparse.Namespace) -> None:
@@ -200,10 +225,10 @@ def main() -> None:
         return
     if unknown := set(arguments.names) - set(CARDS):
         parser.error(f"no such method: {', '.join(sorted(unknown))}; known are {', '.join(CARDS)}")
-    base, found = used(None), {}
+    found = {}
     print(f"{'':<20}{'within':>8}{'between':>9}   a step, beyond SGD with momentum, in units of the weights' size")
     for name in arguments.names or CARDS:
-        found[name] = extra(CARDS[name], base)
+        found[name] = extra(CARDS[name])
         print(f"{name:<20}{found[name].within:>8.2f}{found[name].between:>9.2f}", flush=True)
     if arguments.json is not None:
         values = {

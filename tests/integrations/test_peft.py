@@ -16,8 +16,8 @@ import peft
 import transformers
 from accelerate import Accelerator
 from accelerate_state import fresh_accelerate_state  # noqa: F401
-from tiny_peft import IGNORED_WARNINGS, KINDS, adapted, closeness, sentences, trained
-from tiny_transformer import TOKENS, adamw, by_hand, micro_batches, tokens, trainer
+from tiny_peft import IGNORED_WARNINGS, KINDS, adapted, closeness, quantized, sentences, trained
+from tiny_transformer import adamw, by_hand, micro_batches, tokens, trainer
 
 from steppe.integrations.accelerate import passes, windows
 from steppe.integrations.peft import merged_sam
@@ -182,23 +182,6 @@ def test_accelerate_on_adapters_equals_plain_loop(kind):
         step += 1
     assert step == 2
     assert model_bits(model) == model_bits(twin)
-
-
-def quantized(folder):
-    """Return a tiny Llama whose linear layers are 4-bit, with adapters (QLoRA)."""
-    pytest.importorskip("bitsandbytes")
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
-    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=TOKENS, **sizes)).save_pretrained(folder)
-    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
-    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=four_bits, device_map="cpu")
-    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
-    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.2))
-    with torch.no_grad():
-        for name, p in model.named_parameters():
-            if "lora_B" in name:
-                p.normal_(0, 0.1)
-    return model.train()
 
 
 def test_sam_on_adapters_of_a_quantized_base_equals_two_passes_by_hand(tmp_path):

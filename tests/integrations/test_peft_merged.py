@@ -2,7 +2,6 @@
 
 import copy
 import functools
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -32,9 +31,9 @@ from tiny_peft import (
 from tiny_transformer import TOKENS, adamw, by_hand, trainer
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from steppe.integrations._adapted_layers import perturbed_weight
 from steppe.integrations.accelerate import passes
 from steppe.integrations.peft import flat_lora, merged_sam
+from steppe.methods._merged_weights import perturbed_weight
 
 pytestmark = IGNORED_WARNINGS
 RHO = 0.5
@@ -187,7 +186,7 @@ def test_perturbed_weights_are_not_kept_for_the_backward(method, kind, monkeypat
         made.append(StorageWeakRef(perturbed.untyped_storage()))
         return perturbed
 
-    monkeypatch.setattr("steppe.integrations._adapted_layers.perturbed_weight", make_and_record)
+    monkeypatch.setattr("steppe.methods._merged_weights.perturbed_weight", make_and_record)
     for sam_pass in optimizer.passes():
         with sam_pass:
             loss = model(**batch).loss
@@ -352,7 +351,7 @@ REFUSED = {
     "merged": (lambda: merged(adapted()), "c_attn holds merged adapters .default.*unmerge_adapter"),
     "disabled": (lambda: disabled(adapted()), "c_attn has its adapters disabled.*enable_adapter_layers"),
     "DoRA": (lambda: adapted("dora"), "c_attn has a variant of LoRA .*DoRA.*plain LoRA, or steppe.SAM"),
-    "quantized": (lambda: half_integer(adapted()), "c_attn has a quantized or sharded base weight .*int8"),
+    "quantized": (lambda: half_integer(adapted()), "c_attn has a quantized base weight .*int8"),
     "trained base": (lambda: base_trained(adapted()), "c_attn has a base weight that is trained itself"),
     "tied": (lambda: adapted(target_modules=["lm_head"], fan_in_fan_out=False), "lm_head shares its base weight"),
     "no adapter": (lambda: torch.nn.Linear(2, 2), "no layer with a trained LoRA adapter.*get_peft_model"),
@@ -382,15 +381,6 @@ def test_merging_between_two_steps_raises_at_the_next_one():
     by_passes(optimizer, lambda: model(**batch).loss)
     model.merge_adapter()
     with pytest.raises(ValueError, match="merged adapters"):
-        by_passes(optimizer, lambda: model(**batch).loss)
-
-
-def test_several_processes_raise(monkeypatch):
-    model, (batch,) = adapted(), sentences(1)
-    optimizer = merged_sam(base_of(model), RHO, model=model)
-    two = SimpleNamespace(is_available=lambda: True, is_initialized=lambda: True, get_world_size=lambda: 2)
-    monkeypatch.setattr("steppe.integrations.peft.dist", two)
-    with pytest.raises(RuntimeError, match="several processes with MergedWeightMethod: the gradients of the frozen"):
         by_passes(optimizer, lambda: model(**batch).loss)
 
 

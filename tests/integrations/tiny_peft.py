@@ -5,8 +5,9 @@ import math
 import peft
 import pytest
 import torch
+import transformers
 from tiny_transformer import IGNORED_WARNINGS as _OF_THE_TRAINER
-from tiny_transformer import gpt, micro_batches, tokens
+from tiny_transformer import TOKENS, gpt, micro_batches, tokens
 from torch import Tensor, nn
 
 from steppe._tensors.random import generator, key
@@ -34,6 +35,23 @@ def adapted(kind: str = "lora", *, seed: int = 0, dtype: torch.dtype = torch.flo
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "lora_B" in name or "lora_embedding_B" in name:
+                p.normal_(0, 0.1)
+    return model.train()
+
+
+def quantized(folder):
+    """Return a tiny Llama whose linear layers are 4-bit, with adapters (QLoRA)."""
+    pytest.importorskip("bitsandbytes")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=TOKENS, **sizes)).save_pretrained(folder)
+    four_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_compute_dtype=torch.float32)
+    model = transformers.LlamaForCausalLM.from_pretrained(folder, quantization_config=four_bits, device_map="cpu")
+    model = peft.prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj", "v_proj"], lora_dropout=0.2))
+    with torch.no_grad():
+        for name, p in model.named_parameters():
+            if "lora_B" in name:
                 p.normal_(0, 0.1)
     return model.train()
 

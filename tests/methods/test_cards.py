@@ -13,6 +13,7 @@ import memory
 import steppe
 from steppe import closures, papers
 from steppe.experiments.config.methods import METHODS
+from steppe.methods._card import MethodCard
 from steppe.methods.cards import card
 from steppe.methods.registry import CARDS, FUNCTIONS
 from steppe.papers import Paper
@@ -43,19 +44,32 @@ class CountingNet(nn.Module):
         return self.layers(x)
 
 
+def prepared(method: MethodCard, network: nn.Module) -> nn.Module:
+    """Return the network, with adapters for a method that needs them."""
+    if not method.needs_adapters:
+        return network
+    pytest.importorskip("peft")
+    return memory.with_adapters(network)
+
+
+def base_of(network: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
+
+
 @each
 def test_planned_passes_are_those_counted(name):
     method = CARDS[name]
     torch.manual_seed(0)
     network, steps = CountingNet(), 20
     x, y = torch.randn(8, 6), torch.randint(3, (8,))
-    base = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9)
+    adapted = prepared(method, network)
+    base = base_of(adapted)
     arguments = method.short_arguments(total_steps=steps, samples=8, classes=3)
 
     def losses(logits, y):
         return F.cross_entropy(logits, y, reduction="none")
 
-    step = memory.stepper(method, base, network, losses, (x, y), **arguments)
+    step = memory.stepper(method, base, adapted, losses, (x, y), **arguments)
     network.counted.clear()
     for _ in range(steps):
         step()
@@ -87,8 +101,8 @@ def test_each_method_of_the_comparison_belongs_to_one_card_and_has_its_label():
 @each
 def test_usage_code_runs_and_uses_the_cited_papers(name):
     method = CARDS[name]
-    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 10))
-    base = torch.optim.SGD(model.parameters(), lr=0.01, momentum=0.9)
+    model = prepared(method, nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.Linear(8, 10)))
+    base = base_of(model)
     x, y = torch.randn(32, 6), torch.randint(10, (32,))
     scope = {
         **{"steppe": steppe, "F": F, "torch": torch, "base": base, "model": model, "x": x, "y": y, "epoch": 0},
@@ -147,8 +161,8 @@ def test_card_is_complete_and_fits_one_screen(name):
     assert all("|" not in usual for usual in [*method.usual.values(), method.when])  # they stand in tables
 
 
-@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("name", [*FUNCTIONS, *(name for name in CARDS if CARDS[name].needs_adapters)])
 def test_docstring_of_the_named_function_has_all_sections(name):
-    doc = inspect.getdoc(FUNCTIONS[name])
+    doc = inspect.getdoc(CARDS[name].function)
     assert "step" in doc
     assert [head for head in ("\nArgs:", "\nReferences:") if head not in doc] == []

@@ -4,7 +4,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -115,6 +115,8 @@ class Reporting:
     base: Optimizer
     cadence: Cadence
     stochastic_rounding: bool
+    perturbs: ClassVar[bool] = True
+    """False for a method that never perturbs: that it does not is no mistake."""
     _engine: Engine
 
     def report(self) -> Report:
@@ -181,7 +183,7 @@ class Reporting:
         if not report.steps:
             return []
         recorder, groups = self._engine.recorder, self.base.param_groups
-        if all(_is_zero(group[RHO]) for group in groups):
+        if self.perturbs and all(_is_zero(group[RHO]) for group in groups):
             return [
                 "never active: sam_rho is 0 in every group, so that each step is one of the base. Set optimizer.rho"
             ]
@@ -190,6 +192,8 @@ class Reporting:
                 "never active: every step was taken without passes, as a plain step of the base. Give step() a "
                 "closure, or run forward and backward in `for sam_pass in optimizer.passes(): with sam_pass: ...`"
             ]
+        if not self.perturbs:
+            return []
         if not report.perturbed_steps:
             return [f"never active: {self.cadence} has perturbed none of {report.steps} steps. Check its arguments"]
         if report.perturbation_norm == 0:

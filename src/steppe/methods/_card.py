@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from steppe.methods._step_function import StepFunction
 from steppe.papers import Paper, citation, papers_of
+from steppe.sam import SAM
 
 COPY = "a copy of the weights, allocated once"
 COPY_AND_G = f"{COPY}; g until the second pass is done"
@@ -96,7 +97,9 @@ class MethodCard:
     usage_code: str = ""
     """Lines of code that use it; empty for one call of ``function``."""
     comparison: Comparison | None = None
-    """How `steppe compare` runs it; None for a method that is an argument of another one."""
+    """How `steppe compare` runs it; None for a method that is an argument of another one, or needs adapters."""
+    needs_adapters: bool = False
+    """True if it trains LoRA adapters of PEFT and nothing else; :mod:`steppe.integrations.peft` exports it."""
 
     @property
     def usage(self) -> str:
@@ -104,6 +107,9 @@ class MethodCard:
         if self.usage_code:
             return self.usage_code
         arguments = "".join(f", {name}={_literal(value)}" for name, value in self.required.items())
+        if self.needs_adapters:
+            call = f"{self.name}(base{arguments}, model=model)"
+            return f"from steppe.integrations.peft import {self.name}\n\noptimizer = {call}"
         return f"optimizer = steppe.variants.{self.name}(base{arguments}, model=model)"
 
     @property
@@ -166,6 +172,8 @@ class MethodCard:
         return citation(*self._example_parts())
 
     def _example_parts(self) -> tuple[Any, ...]:
+        if self.needs_adapters:  # no example without PEFT, which may not be installed
+            return SAM, self.function
         model = nn.Sequential(nn.LayerNorm(1))
         return self.example(torch.optim.SGD(model.parameters(), lr=0.1), model)
 

@@ -45,6 +45,6 @@ def _named(card: MethodCard) -> Callable[..., Any]:
 
 
 FUNCTIONS: Mapping[str, Callable[..., Any]] = MappingProxyType(
-    {name: _named(card) for name, card in CARDS.items() if card.function.__name__ == name}
+    {name: _named(card) for name, card in CARDS.items() if card.function.__name__ == name and not card.needs_adapters}
 )
-"""The functions of :mod:`steppe.variants`; methods that are a closure or a rule have none."""
+"""The functions of :mod:`steppe.variants`; methods that are a closure or a rule have none, nor those for adapters."""
