@@ -147,6 +147,12 @@ def test_c36_group_without_perturbation_gives_a_hint(cause):
     assert cause in hint
 
 
+def test_group_without_parameters_gives_no_hint():
+    model = mlp()
+    groups = [{"params": list(model.parameters())}, {"params": []}]  # the Trainer makes such a group with LoRA
+    assert train(model, SAM(sgd(groups), rho=0.05, model=model)).hints == ()
+
+
 @pytest.mark.filterwarnings("ignore:only .* of the perturbation survives")
 def test_c36_weights_in_half_precision_give_a_hint():
     model = mlp(torch.bfloat16)

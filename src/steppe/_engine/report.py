@@ -200,7 +200,7 @@ class Reporting:
             return ["never active: the perturbation was zero in every measured step, as is a gradient of zero at w"]
         hints = []
         for i, (group, measured) in enumerate(zip(groups, report.groups, strict=True)):
-            if measured.perturbation_norm == 0:
+            if group["params"] and measured.perturbation_norm == 0:
                 names = "no parameter of it got a gradient, or the perturbation leaves it out"
                 if _is_zero(group[RHO]):
                     names = "its sam_rho is 0"
