@@ -27,6 +27,7 @@ if TYPE_CHECKING:  # for type checkers; a test compares them with the table belo
     from steppe.methods.gsam import SurrogateGap
     from steppe.methods.late_sam import LatePhase
     from steppe.methods.layerwise_sam import LayerWise
+    from steppe.methods.le_sam import LossBudget
     from steppe.methods.looksam import GradientReuse
     from steppe.methods.mesa import MESA
     from steppe.methods.msam import Momentum
@@ -34,7 +35,12 @@ if TYPE_CHECKING:  # for type checkers; a test compares them with the table belo
     from steppe.methods.random_sam import Bernoulli
     from steppe.methods.rwp import GaussianNoise
     from steppe.methods.saf import SAF
+    from steppe.methods.sagm import GradientMatching
+    from steppe.methods.saner import DownWeighted
     from steppe.methods.sparse_sam import Sparse
+    from steppe.methods.stable_sam import Renormalized
+    from steppe.methods.stale_sam import KeptGradient, StaleGradient
+    from steppe.methods.unified_sam import PartlyNormalized
     from steppe.methods.vasso import VarianceSuppressed
     from steppe.methods.wsam import WeightedSharpness
     from steppe.methods.zsharp import ZScore
@@ -61,27 +67,34 @@ __all__ = [
     "Bernoulli",
     "Cadence",
     "Combination",
+    "DownWeighted",
     "DynamicSparse",
     "Fisher",
     "Friendly",
     "GaussianNoise",
+    "GradientMatching",
     "GradientNormThreshold",
     "GradientReuse",
+    "KeptGradient",
     "LInf",
     "LatePhase",
     "LayerWise",
+    "LossBudget",
     "Masked",
     "Momentum",
     "ParameterSubset",
+    "PartlyNormalized",
     "Pass",
     "PenalizedNorm",
     "Periodic",
     "Perturbation",
     "PerturbedGradient",
     "Point",
+    "Renormalized",
     "Report",
     "ScaledDirection",
     "Sparse",
+    "StaleGradient",
     "Stochastic",
     "SurrogateGap",
     "VarianceSuppressed",
@@ -110,31 +123,38 @@ _LOADED_WHEN_USED = {
     "Bernoulli": "steppe.methods.random_sam:Bernoulli",
     "Cadence": "steppe.rules:Cadence",
     "Combination": "steppe.rules:Combination",
+    "DownWeighted": "steppe.methods.saner:DownWeighted",
     "DynamicSparse": "steppe.methods.dynamic_sparse_sam:DynamicSparse",
     "Fisher": "steppe.methods.fisher_sam:Fisher",
     "Friendly": "steppe.methods.friendly_sam:Friendly",
     "GaussianNoise": "steppe.methods.rwp:GaussianNoise",
+    "GradientMatching": "steppe.methods.sagm:GradientMatching",
     "GradientNormThreshold": "steppe.methods.aesam:GradientNormThreshold",
     "GradientReuse": "steppe.methods.looksam:GradientReuse",
+    "KeptGradient": "steppe.methods.stale_sam:KeptGradient",
     "L2": "steppe.rules.l2:L2",
     "LInf": "steppe.rules.linf:LInf",
     "LatePhase": "steppe.methods.late_sam:LatePhase",
     "LayerWise": "steppe.methods.layerwise_sam:LayerWise",
+    "LossBudget": "steppe.methods.le_sam:LossBudget",
     "MESA": "steppe.methods.mesa:MESA",
     "Masked": "steppe.rules.masks:Masked",
     "Momentum": "steppe.methods.msam:Momentum",
     "ParameterSubset": "steppe.rules.subsets:ParameterSubset",
+    "PartlyNormalized": "steppe.methods.unified_sam:PartlyNormalized",
     "Pass": "steppe.sam:Pass",
     "PenalizedNorm": "steppe.methods.pgn:PenalizedNorm",
     "Periodic": "steppe.rules.periodic:Periodic",
     "Perturbation": "steppe.rules:Perturbation",
     "PerturbedGradient": "steppe.rules.perturbed_gradient:PerturbedGradient",
     "Point": "steppe.rules:Point",
+    "Renormalized": "steppe.methods.stable_sam:Renormalized",
     "Report": "steppe._engine.report:Report",
     "SAF": "steppe.methods.saf:SAF",
     "SAM": "steppe.sam:SAM",
     "ScaledDirection": "steppe.rules:ScaledDirection",
     "Sparse": "steppe.methods.sparse_sam:Sparse",
+    "StaleGradient": "steppe.methods.stale_sam:StaleGradient",
     "Stochastic": "steppe.methods.esam:Stochastic",
     "SurrogateGap": "steppe.methods.gsam:SurrogateGap",
     "VarianceSuppressed": "steppe.methods.vasso:VarianceSuppressed",

@@ -25,7 +25,9 @@ class LatePhase:
     """Perturb late in training only, from a fraction ``start`` of its steps on; before, take plain steps of the base.
 
     A step costs 2 - start passes on average. Steps beyond ``total_steps`` are perturbed. The base's momentum continues
-    at the switch; the authors' code changes to a second optimizer there, whose momentum starts at zero.
+    at the switch; the authors' code changes to a second optimizer there, whose momentum starts at zero. With a small
+    ``start`` it is the warm start of Park et al., without which SAM with a large rho can stop at points that are no
+    minima of the loss.
 
     Example:
         >>> cadence = LatePhase(start=0.75, total_steps=4)
@@ -34,7 +36,7 @@ class LatePhase:
 
     References:
         Zhou et al., Sharpness-Aware Minimization Efficiently Selects Flatter Minima Late in Training, arXiv
-        2410.10373.
+        2410.10373; Park et al., Sharpness-Aware Minimization Can Hallucinate Minimizers, arXiv 2509.21818.
     """
 
     paper: ClassVar[Paper] = LATE_SAM_PAPER
@@ -99,7 +101,8 @@ CARD = MethodCard(
     cost="2 - start",
     passes=lambda start: 2 - start,
     memory=COPY,
-    when="When a second pass is too expensive for the whole training, and its length is known.",
+    when="When a second pass is too expensive for the whole training, and its length is known; with a small `start`, "
+    "before SAM with a large rho.",
     when_not="For a training of unknown length, or one that is stopped early.",
     usual={
         "rho": "SAM's; 2.0 in the script of the official code",
@@ -108,7 +111,12 @@ CARD = MethodCard(
     },
     checked="The official code, https://github.com/zzp1012/SAM-in-Late-Phase, was read: at the switch it changes "
     "to a second optimizer, whose momentum starts at zero; here the base's momentum continues.",
-    caveats=("Steps beyond `total_steps` are perturbed.",),
+    caveats=(
+        "Steps beyond `total_steps` are perturbed.",
+        "A short `start` is also the safeguard of Park et al. (arXiv 2509.21818): SAM with a large rho can stop at "
+        "points where only the perturbed gradient vanishes, and less often so after a warm start with the base. Of "
+        "that paper, the abstract was read.",
+    ),
     required={"total_steps": 10_000},
     comparison=Comparison(
         summary="plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho", capturable=True
