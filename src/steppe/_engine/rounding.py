@@ -12,6 +12,8 @@ from steppe._tensors.reductions import dot
 
 _MISSING_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32 mantissa that a half-precision number lacks."""
+_WIDENED = 1 << 22
+"""Entries that are widened to float32 at a time."""
 MIN_SURVIVING_SHARE = 0.9
 """Warn if less of a perturbation survives rounding."""
 
@@ -72,7 +74,17 @@ def surviving_share(
         >>> surviving_share([before[0] + step[0].bfloat16()], before, torch.tensor(1.0), step)
         tensor(1.0156, dtype=torch.float64)
     """
-    along = [local(d).float() for d in directions]
-    moved = torch._foreach_sub([as_real(a).float() for a in after], [as_real(b).float() for b in before])
-    length = alpha.double() * dot(along, along)
-    return torch.where(length == 0, 1.0, dot(moved, along) / length)
+    moved_along, square = [], []
+    for a, b, d in zip(after, before, directions, strict=True):
+        for a_part, b_part, d_part in zip(_parts(as_real(a)), _parts(as_real(b)), _parts(local(d)), strict=True):
+            along = [d_part.float()]
+            moved_along.append(dot([a_part.float() - b_part.float()], along).to(alpha.device))
+            square.append(dot(along, along).to(alpha.device))
+    length = alpha.double() * torch.stack(square).sum()
+    return torch.where(length == 0, 1.0, torch.stack(moved_along).sum() / length)
+
+
+def _parts(tensor: Tensor) -> Sequence[Tensor]:
+    """Split a tensor into parts that are small enough to widen: float32 copies of all weights may not fit."""
+    rows = torch.atleast_1d(tensor)
+    return rows.split(max(1, _WIDENED * len(rows) // max(1, rows.numel())))
