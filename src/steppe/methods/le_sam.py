@@ -70,8 +70,9 @@ def _weighted_norm(point: Point) -> Tensor:
         radius[key] = rho
     if len(gradients) == 1:
         return point.gradient_norm * next(iter(radius.values()))
-    total = point.gradient_norm
-    return torch.stack([(norm(g) * radius[key]).to(total) for key, g in gradients.items()]).norm()
+    like = point.gradient_norm
+    total: Tensor = torch.stack([(norm(g) * radius[key]).to(like) for key, g in gradients.items()]).norm()
+    return total
 
 
 def le_sam(base_optimizer: Base, rho: Rho = 0.35, *, rho_max: float = 0.3, **options: Unpack[Options]) -> SAM:
