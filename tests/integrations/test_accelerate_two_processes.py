@@ -13,7 +13,7 @@ import steppe
 
 pytest.importorskip("transformers")
 
-from tiny_transformer import adamw, by_hand, gpt, tokens
+from tiny_transformer import IGNORED_WARNINGS, adamw, by_hand, gpt, tokens
 from two_process_worker import mlp, sam, samples
 
 
@@ -34,7 +34,7 @@ def assert_close(state, model):
 
 
 def test_replicas_have_the_same_bits(ranks):
-    for loop in ("for all", "for each", "trainer"):
+    for loop in ranks[0].keys() & {"for all", "for each", "trainer", "adapters"}:
         for name, value in ranks[0][loop].items():
             assert torch.equal(value, ranks[1][loop][name]), (loop, name)
 
@@ -76,3 +76,19 @@ def test_two_processes_of_the_trainer_equal_one(ranks):
         assert written["loss"] == pytest.approx(expected["loss"], rel=1e-6)
         assert written["grad_norm"] == pytest.approx(expected["norm"], rel=1e-6)
         assert written["perturbed_loss"] == pytest.approx(expected["perturbed_loss"], rel=1e-6)
+
+
+@IGNORED_WARNINGS
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing. is deprecated.*:FutureWarning")
+def test_two_processes_of_the_trainer_on_merged_weights_equal_one(ranks):
+    pytest.importorskip("peft")
+    from tiny_peft import adapted
+
+    from steppe.integrations.peft import merged_sam
+
+    model, plain = adapted(dropout=0.0), adapted(dropout=0.0)
+    by_hand(model, merged_sam(adamw(model), 0.1, model=model), k=2, clip=0.5, data=tokens(12), size=4)
+    by_hand(plain, merged_sam(adamw(plain), 0.0, model=plain), k=2, clip=0.5, data=tokens(12), size=4)
+    assert_close(ranks[0]["adapters"], model)
+    with pytest.raises(AssertionError):
+        assert_close(ranks[0]["adapters"], plain)

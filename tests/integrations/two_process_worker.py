@@ -1,5 +1,6 @@
 """The script that each of two processes runs for test_accelerate_two_processes.py; it saves its results."""
 
+import importlib.util
 import sys
 from pathlib import Path
 
@@ -69,12 +70,19 @@ def error_without_synchronization() -> str:
     return "no error"
 
 
-def trainer(folder: Path) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
-    model = gpt(dropout=0.0).double()
+def trainer(folder: Path, model: nn.Module, **method) -> tuple[dict[str, torch.Tensor], list[dict[str, float]]]:
     args = arguments(folder, gradient_accumulation_steps=2, max_grad_norm=0.5, ddp_backend="gloo")
-    trained = SAMTrainer(model=model, args=args, train_dataset=tokens(12), rho=0.1, log_sharpness=True)
+    trained = SAMTrainer(model=model, args=args, train_dataset=tokens(12), rho=0.1, log_sharpness=True, **method)
     trained.train()
     return model.state_dict(), trained.state.log_history
+
+
+def trainer_on_adapters(folder: Path) -> dict[str, torch.Tensor]:
+    from tiny_peft import adapted
+
+    from steppe.integrations.peft import merged_sam
+
+    return trainer(folder, adapted(dropout=0.0), method=merged_sam)[0]
 
 
 if __name__ == "__main__":
@@ -85,7 +93,9 @@ if __name__ == "__main__":
         "for each": perturbation_for_each_micro_batch(sync_each_batch=True),
         "error": error_without_synchronization(),
     }
-    results["trainer"], results["logs"] = trainer(folder)
+    results["trainer"], results["logs"] = trainer(folder, gpt(dropout=0.0).double())
+    if importlib.util.find_spec("peft"):
+        results["adapters"] = trainer_on_adapters(folder)
     rank = torch.distributed.get_rank()
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
