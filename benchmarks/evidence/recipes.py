@@ -83,6 +83,8 @@ CHEAPER = (
 _WRONG = ("--label-noise", "0.4")
 _TEN_SEEDS = ("--seeds", "10")
 _LARGER = ("--dataset", "fashion-mnist", "--shots", "1200", "--epochs", "10")
+_ADAPTERS = "steppe.experiments.tasks.adapters"
+_ON_MORE_SENTENCES = ("--epochs", "8", "--eval-every", "2")
 
 EVIDENCE: Mapping[str, Evidence] = {
     "noisy-labels": Evidence(
@@ -155,6 +157,18 @@ EVIDENCE: Mapping[str, Evidence] = {
         confirmed_by=["--seeds", "3"],
         side_by_side=["right labels", "40 % wrong"],
         measures=["accuracy", "accuracy under corruptions", "calibration error"],
+    ),
+    "adapters": Evidence(
+        ["sam", "late_sam", "merged_sam", "flat_lora"],
+        base="base",
+        settings={
+            "LoRA": (),
+            "LoRA, 40 % wrong": ["--task", f"{_ADAPTERS}:lora_wrong_labels", *_ON_MORE_SENTENCES],
+            "full": ["--task", f"{_ADAPTERS}:full"],
+            "full, 40 % wrong": ["--task", f"{_ADAPTERS}:full_wrong_labels", *_ON_MORE_SENTENCES],
+        },
+        tuned_in={setting: ["sam", "late_sam"] for setting in ("full", "full, 40 % wrong")},
+        measures=["accuracy", "accuracy after the second task", "accuracy forgotten", "accuracy on the second task"],
     ),
 }
 """By the name of the experiment, in the order in which they are run."""

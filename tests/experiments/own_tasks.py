@@ -10,6 +10,7 @@ from tiny import CPU, RecordingReporter, untimed
 from torch import Tensor, nn
 
 from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.run_folder import CHECKPOINT
@@ -18,6 +19,8 @@ from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
 
+ON_ANY_MODEL = [name for name, method in METHODS.items() if not method.needs_adapters]
+"""The methods that do not need a model with adapters."""
 OPTIONS = {"device": "cpu", "threads": 1, "cuda_graphs": False, "schedule": "constant", "epochs": 2, "seeds": 1}
 
 

@@ -97,7 +97,7 @@ class MethodCard:
     usage_code: str = ""
     """Lines of code that use it; empty for one call of ``function``."""
     comparison: Comparison | None = None
-    """How `steppe compare` runs it; None for a method that is an argument of another one, or needs adapters."""
+    """How `steppe compare` runs it; None for a method that is an argument of another one."""
     needs_adapters: bool = False
     """True if it trains LoRA adapters of PEFT and nothing else; :mod:`steppe.integrations.peft` exports it."""
 

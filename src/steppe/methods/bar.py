@@ -13,7 +13,7 @@ from steppe._engine.rounding import is_half
 from steppe._tensors.dtensor import local
 from steppe.methods._adapters import Factors, trained_factors
 from steppe.methods._base import OwnStepMethod
-from steppe.methods._card import TOTAL_STEPS, MethodCard
+from steppe.methods._card import TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._options import Base, Options
 from steppe.papers import NEURIPS, Paper, cites
 from steppe.rules import Point
@@ -235,4 +235,5 @@ CARD = MethodCard(
     ),
     short_run={"total_steps": 10},
     needs_adapters=True,
+    comparison=Comparison(summary="changes the balance of LoRA's two factors as SAM on them would; it has no rho"),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from steppe._tensors.random import generator, key
 from steppe.methods._adapters import AdaptedLayer
-from steppe.methods._card import TOTAL_STEPS, MethodCard
+from steppe.methods._card import FIRST_GUESS, TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._merged_weights import MergedWeightMethod, MergedWeights, radii_of
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper, cites
@@ -147,4 +147,8 @@ CARD = MethodCard(
     ),
     short_run={"total_steps": 10},
     needs_adapters=True,
+    comparison=Comparison(
+        summary=f"perturbs the merged weights of LoRA adapters by growing noise, at 2 x rho ({FIRST_GUESS})",
+        rho_factor=2.0,
+    ),
 )

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from steppe import papers
 from steppe.methods._adapters import AdaptedLayer
-from steppe.methods._card import MethodCard
+from steppe.methods._card import Comparison, MethodCard
 from steppe.methods._merged_weights import MergedWeightMethod, MergedWeights, radii_of
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper, cites
@@ -108,4 +108,5 @@ CARD = MethodCard(
         "`first_step()` and `second_step()` are an error: W has no `.grad`.",
     ),
     needs_adapters=True,
+    comparison=Comparison(summary="perturbs the merged weights of LoRA adapters along their gradient, at SAM's rho"),
 )

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from own_tasks import ON_ANY_MODEL
 from tiny import recipe, train_run, training_of, untimed
 
 from steppe import variants
@@ -14,7 +15,8 @@ from steppe.experiments.config.recipe import Run
 def test_every_variant_is_a_method_of_comparisons_and_can_be_built() -> None:
     assert variants.__all__
     assert set(variants.__all__) <= set(METHODS), "give its card a comparison"
-    for name, method in METHODS.items():
+    for name in ON_ANY_MODEL:
+        method = METHODS[name]
         base = method.plain or "sgd"
         (run,) = recipe(methods=(name,), base=base).runs()
         assert isinstance(training_of(run).optimizer, torch.optim.Optimizer)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from own_tasks import classifier, data, recipe_of, result
+from own_tasks import ON_ANY_MODEL, classifier, data, recipe_of, result
 from tiny import CPU
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
@@ -20,7 +20,7 @@ from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.trial import try_methods
 
 INPUTS, LABELS = data()
-NAMES = [name for name, method in METHODS.items() if method.plain is None or name == "sgd"]
+NAMES = [name for name in ON_ANY_MODEL if METHODS[name].plain is None or name == "sgd"]
 
 
 def attempt(task: Task, *methods: str, folder: Path = Path("nowhere"), **options: Any) -> None:

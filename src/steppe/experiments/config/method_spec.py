@@ -24,6 +24,7 @@ from steppe.experiments.config.methods import (
 )
 from steppe.experiments.errors import ExperimentError, unknown
 from steppe.methods._step_function import StepFunction
+from steppe.sam import SAM
 
 _SYNTAX = "write NAME or NAME:KEY=VALUE,KEY=VALUE, for example sam:rho=0.1"
 # The name may be package.module:function, whose colon is followed by no "=" before the next colon or the end.
@@ -137,7 +138,10 @@ class MethodSpec:
         return fill(self.definition.step_function, optimizer, context, dict(self.overrides))
 
     def check(self, base: str, recipe_rho: float) -> None:
-        """Build it once around a tiny model: ValueError when a value is out of the method's range."""
+        """Build it once around a tiny model: ValueError when a value is out of the method's range.
+
+        The model has no adapters: of a method for these, the radius is checked, and the rest around the task's model.
+        """
         if self.function is not_here:
             return
         model = nn.Sequential(nn.BatchNorm1d(1))  # draws no random numbers, and has norm layers for sam_on to perturb
@@ -145,7 +149,10 @@ class MethodSpec:
         try:
             # in the place of a task's own optimizer, which is not there yet
             base_optimizer = BASES.get(base, BASES["sgd"]).build(model.parameters(), 0.1, 0.0, 0.0)
-            self.step_function(self.optimizer(base_optimizer, context), context)
+            if self.definition.needs_adapters:
+                SAM(base_optimizer, context.rho)
+            else:
+                self.step_function(self.optimizer(base_optimizer, context), context)
             if self.passes <= 0:
                 raise ValueError(f"a step would cost {self.passes} passes, and the run would never end")
         except (ValueError, ArithmeticError) as error:

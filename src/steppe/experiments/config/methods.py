@@ -10,7 +10,7 @@ from fractions import Fraction
 from functools import cache
 from importlib.metadata import entry_points
 from types import MappingProxyType, UnionType
-from typing import Any, TypeVar, Union, get_args, get_origin
+from typing import Any, TypeVar, Union, Unpack, get_args, get_origin
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,7 @@ Parameters = Iterable[Tensor] | Iterable[dict[str, Any]]
 
 @dataclass(frozen=True)
 class RunContext:
-    """Values of a run for a method's parameters: required ones of the same name are filled, and rho, model and seed."""
+    """Values of a run for a method's parameters: rho, model, seed and total_steps, and others that are required."""
 
     rho: float
     """The radius: the spec's own, or else `rho_factor` times the recipe's."""
@@ -48,7 +48,7 @@ class RunContext:
 
 _FROM_CONTEXT = frozenset(f.name for f in fields(RunContext))
 # filled even where they have a default
-_ALWAYS = frozenset({"rho", "model", "seed", "replay_rng"})
+_ALWAYS = frozenset({"rho", "model", "seed", "replay_rng", "total_steps"})
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class Method(Comparison):
     label: str = field(kw_only=True)
     plain: str | None = None
     """The name of the base optimizer that the method *is*; None if it wraps the recipe's base."""
+    needs_adapters: bool = False
+    """True if it acts on LoRA adapters of the model, so that it trains tasks that have them only."""
 
     @property
     def parameters(self) -> Mapping[str, inspect.Parameter]:
@@ -94,8 +96,15 @@ class Method(Comparison):
 
 def _parameters(function: Callable[..., object]) -> Mapping[str, inspect.Parameter]:
     """Return the parameters after the optimizer; of the options of every method, those that a run always fills."""
-    parameters = list(inspect.signature(function, eval_str=True).parameters.items())[1:]
-    return {name: p for name, p in parameters if name in _ALWAYS or name not in Options.__annotations__}
+    found: dict[str, inspect.Parameter] = {}
+    for name, p in list(inspect.signature(function, eval_str=True).parameters.items())[1:]:
+        if p.kind is p.VAR_KEYWORD and get_origin(p.annotation) is Unpack:  # as in `**options: Unpack[Options]`
+            (options,) = get_args(p.annotation)
+            passed_on = _ALWAYS & options.__annotations__.keys()
+            found |= {each: p.replace(name=each, kind=p.KEYWORD_ONLY, annotation=object) for each in passed_on}
+        elif name in _ALWAYS or name not in Options.__annotations__:
+            found[name] = p
+    return found
 
 
 def _is_filled(parameter: inspect.Parameter) -> bool:
@@ -165,7 +174,7 @@ BASES: Mapping[str, Base] = MappingProxyType(
 
 def _of_card(card: MethodCard, how: Comparison) -> Method:
     own = {"build": how.build or card.function, "passes": how.passes or card.passes}
-    return Method(**vars(how) | own, label=card.label)
+    return Method(**vars(how) | own, label=card.label, needs_adapters=card.needs_adapters)
 
 
 METHODS: Mapping[str, Method] = MappingProxyType(
@@ -212,12 +221,15 @@ def from_function(name: str, function: Callable[..., Optimizer]) -> Method:
 
     It is called with the base optimizer, and by name with what it has parameters for: rho, model, seed, total_steps,
     samples, classes, and the arguments of its spec. Its attribute `passes` is the planned cost of a step, 2 by default.
-    What a step really costs is counted.
+    What a step really costs is counted. The function of a method of the registry is that method.
     """
     if not callable(function):
         raise ValueError(
             f"methods: {name} is {type(function).__name__}, and a function of the base optimizer is needed"
         )
+    for known, method in METHODS.items():
+        if known in CARDS and CARDS[known].function is inspect.unwrap(function):
+            return method
     summary = (inspect.getdoc(function) or "a method of your own").strip().splitlines()[0]
     passes = getattr(function, "passes", 2)
     step_function = getattr(function, "step_function", StepFunction)

