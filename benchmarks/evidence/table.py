@@ -108,13 +108,19 @@ def _means(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str
     yield "|" + "---|" * (len(named) + 1) + "---:|" * (len(shown) + 3)
     for setting, found in settings.items():
         base = found["summary"]["rows"][0]["method"]
-        for i, each in enumerate(one for one in found["summary"]["rows"] if one["method"] != averaged(base)):
+        rows = {one["method"]: one for one in found["summary"]["rows"]}
+        run_of_average = rows.pop(averaged(base), {})
+        for i, each in enumerate(rows.values()):
             name = label(each["method"])
             cells = [_mean(each, f"test_{measure}") for measure in shown]
             costs = [_mean(each, "train_accuracy"), f"{each['passes']['mean']:.2f}", str(each["passes"]["n"])]
             yield row([*(["" if i else setting] if named else []), name, *cells, *costs])
             if i == 0:
-                with_average = [_mean(each, f"test_{measure}{AVERAGED}") for measure in shown]
+                names = [f"test_{measure}" for measure in shown]
+                with_average = [
+                    _mean(each, f"{name}{AVERAGED}") if f"{name}{AVERAGED}" in each else _mean(run_of_average, name)
+                    for name in names
+                ]
                 yield row([*([""] if named else []), f"{name}, averaged weights", *with_average, "", "", costs[-1]])
 
 

@@ -73,6 +73,18 @@ def test_averaged_weights_are_read_at_the_end_of_equal_compute() -> None:
     assert differences(recipe(epochs=4, seeds=SEEDS), base, [record(4, 65.0)])["averaged_weights"] == -1.0
 
 
+def test_what_was_not_measured_with_the_averaged_weights_of_the_base_is_read_from_the_averaged_base() -> None:
+    of = recipe(methods=["sgd", "sam", "sgd+ema"], epochs=4, seeds=SEEDS)
+    found = results(of, [record(4, 60.0)], [record(4, 65.0)])
+    for run in found:
+        if run.method.average:
+            found[run] = [record(4, 62.0)]
+    judged = {verdict.method: verdict for verdict in controls.verdicts(of, found)}
+    differences = {each.control.name: each.difference.mean for each in judged["sam"].comparisons}
+    assert round(differences["averaged_weights"], 1) == 3.0
+    assert "averaged_weights" not in {each.control.name for each in judged["sgd+ema"].comparisons}
+
+
 def test_advice_keeps_the_base_where_its_averaged_weights_are_better() -> None:
     of = recipe(epochs=4, seeds=SEEDS)
     base = [record(2, 64.0), record(4, 60.0, **{"test_accuracy (ema)": 66.0})]

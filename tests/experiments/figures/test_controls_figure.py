@@ -5,7 +5,7 @@ from matplotlib.axes import Axes
 from tiny import recipe
 
 from steppe.experiments.analysis import controls as analysis
-from steppe.experiments.analysis.metric_verdicts import AVERAGED, EQUAL_COMPUTE, EQUAL_STEPS
+from steppe.experiments.analysis.metric_verdicts import AVERAGED, CONTROLS, EQUAL_COMPUTE, EQUAL_STEPS
 from steppe.experiments.analysis.robustness import robustness_of
 from steppe.experiments.analysis.summary import Summary, summarize
 from steppe.experiments.config.recipe import Recipe
@@ -77,11 +77,20 @@ def test_intervals_are_drawn_from_end_to_end_and_absent_controls_have_no_entry()
     (axes,) = figure.axes
     ends = [[(s[0][0], s[1][0]) for s in of.get_segments()] for of in axes.collections]  # type: ignore[attr-defined]
     assert ends == [[(0.5, 1.5)], [(1.0, 3.0)]]
-    legend = axes.get_legend()
-    assert legend is not None
+    (legend,) = figure.legends
     assert [text.get_text() for text in legend.get_texts()] == ["at equal compute", "at equal steps"]
 
 
 def test_folder_without_measurements_has_no_figure(tmp_path: Path) -> None:
     of = recipe(seeds=2, out=tmp_path)
     assert list(drawings(of, summarize(of, {}))) == []
+
+
+def test_legend_is_whole_beside_long_labels() -> None:
+    found = dict.fromkeys(CONTROLS.values(), (1.0, 0.5, 1.5))
+    figure = new_figure([Row("a very long label of a setting, a method and a measure of it", found)])
+    figure.draw_without_rendering()
+    (legend,) = figure.legends
+    box = legend.get_window_extent()
+    assert 0 <= box.x0 < box.x1 <= figure.bbox.x1
+    assert 0 <= box.y0 < box.y1 <= figure.bbox.y1

@@ -9,13 +9,14 @@ import torch.nn.functional as F
 from own_tasks import classifier, data, net, recipe_of, run_of
 from tiny import CPU, dataset, recipe, untimed
 
-from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.batches import order
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.prepared_task import OneTask
 from steppe.experiments.storage.checkpoint_file import load
 from steppe.experiments.storage.checkpoints import owner
-from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND
+from steppe.experiments.storage.records import AFTER, AVERAGED, FORGOTTEN, ON_SECOND
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.tasks.images import images_task, second_dataset
 from steppe.experiments.tasks.load import with_task
@@ -91,6 +92,11 @@ def test_averaged_networks_are_measured_after_the_second_task_with_averaged_weig
     *_, own = trained(tmp_path / "own", task, "base")
     *_, averaged = trained(tmp_path / "averaged", task, "base+ema")
     assert own[f"test_accuracy{AFTER}"] != averaged[f"test_accuracy{AFTER}"]
+    base, rival = MethodSpec.parse("base"), MethodSpec.parse("sam")
+    compared = recipe_of(task, methods=(base, rival), then_epochs=EPOCHS)
+    *_, at_end = train(Run(compared, base, 0), tmp_path / "beside", task, CPU)
+    for name in (AFTER, FORGOTTEN, ON_SECOND):
+        assert at_end[f"test_accuracy{name}{AVERAGED}"] == averaged[f"test_accuracy{name}"]
 
 
 def test_second_task_travels_with_the_first() -> None:

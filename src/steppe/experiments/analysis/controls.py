@@ -77,9 +77,10 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, n
     """Return the base's number for a control of a run; None if it was not measured."""
     comparison, reference = recipe.comparison, recipe.comparison.methods[0]
     records = results.get(Run(recipe, reference, run.seed), [])
+    averaged_base = replace(reference, average=AVERAGE)
+    averaged = [] if averaged_base in (reference, run.method) else results.get(Run(recipe, averaged_base, run.seed), [])
     if control == BEST_AVERAGED:  # measured during training where the averaged base is one of the methods
-        averaged = replace(reference, average=AVERAGE)
-        records = [] if averaged in (reference, run.method) else results.get(Run(recipe, averaged, run.seed), [])
+        records = averaged
     if control in (BEST_HELD_OUT, BEST_AVERAGED):
         return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= comparison.epochs])
     record = record_at(records, comparison.epochs)
@@ -90,7 +91,12 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, n
         if not recipe.training.is_constant:  # else a shorter run is the beginning of a longer one
             records = results.get(Run(recipe, replace(reference, share=share), run.seed), [])
         record = record_at(records, comparison.epochs_of_as_many_steps(reference, run.method))
-    return None if record is None else record.measures.get(name + (AVERAGED_SUFFIX if control == AVERAGED else ""))
+    if control == AVERAGED:
+        beside = None if record is None else record.measures.get(name + AVERAGED_SUFFIX)
+        if beside is not None:
+            return beside
+        record = record_at(averaged, comparison.epochs)  # in folders from before a measure was taken beside the base's
+    return None if record is None else record.measures.get(name)
 
 
 def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:

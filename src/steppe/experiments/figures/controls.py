@@ -50,8 +50,8 @@ def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
     controls = len(_controls(rows))
     height = _AXIS + _ENTRY * controls + _POINT * len(rows) * (controls + 1)
     figure = Figure(figsize=(width, height), layout="constrained")
-    draw_rows(axes := figure.subplots(), rows)
-    axes.legend(loc="lower left", bbox_to_anchor=(0, 1))
+    draw_rows(figure.subplots(), rows)
+    figure.legend(loc="outside upper right")  # of the axes, a legend would be cut where the labels of rows are long
     return figure
 
 

@@ -190,15 +190,12 @@ class Training:
                 dropped = () if name == "test" else HALVES
                 measures |= {f"{name}_{key}": value for key, value in found.items() if not key.endswith(dropped)}
             if is_end:
-                final |= self._final_measures(raise_if_stopped)
-            if self.task.then is not None and is_end:
-                state = (self.network, self.samples["test"], measures, self.world.device, self.autocast)
-                final |= measure_forgetting(self.run, self.task, *state, raise_if_stopped)
+                final |= self._final_measures(measures, raise_if_stopped)
         if self.average is not None and self._is_control and recipe.comparison.epochs in self.due:
             with self.averaged_weights():
                 found = self._evaluate(self.samples["test"], raise_if_stopped)
-                averaged = self._final_measures(raise_if_stopped)
-            final[f"test_{deciding.name}{AVERAGED}"] = found[deciding.name]
+                averaged = {f"test_{deciding.name}": found[deciding.name]}
+                averaged |= self._final_measures(averaged, raise_if_stopped)
             final |= {f"{name}{AVERAGED}": value for name, value in averaged.items()}
         train, test = measures[f"train_{deciding.name}"], measures[f"test_{deciding.name}"]
         measures["gap"] = deciding.advantage(train, test)
@@ -223,12 +220,16 @@ class Training:
             for point in self.due
         ]
 
-    def _final_measures(self, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
-        """Return the task's further measures of the network as it is; none if the task has none."""
-        if self.task.final_measures is None:
-            return {}
-        with evaluation_mode(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
-            return dict(_final_numbers(self.task.final_measures(self.network, raise_if_stopped)))
+    def _final_measures(self, measures: Mapping[str, float], raise_if_stopped: Callable[[], None]) -> dict[str, float]:
+        """Return further measures of the network as it is: the task's own, and what it forgets in a second task."""
+        final: dict[str, float] = {}
+        if self.task.final_measures is not None:
+            with evaluation_mode(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
+                final |= _final_numbers(self.task.final_measures(self.network, raise_if_stopped))
+        if self.task.then is not None:
+            state = (self.network, self.samples["test"], measures, self.world.device, self.autocast)
+            final |= measure_forgetting(self.run, self.task, *state, raise_if_stopped)
+        return final
 
     def _evaluate(self, samples: Samples, raise_if_stopped: Callable[[], None]) -> dict[str, float]:
         size = self.task.evaluation_batch_size or samples.batch_size or self._batch_size
