@@ -1,7 +1,7 @@
 """BAR, balancedness-aware regularization: what SAM does to the balance of LoRA's factors, without a second pass."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, Unpack, get_args
@@ -9,8 +9,7 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
-from steppe._engine.rounding import is_half
-from steppe._tensors.dtensor import local
+from steppe._tensors.dtensor import is_sharded, local
 from steppe.methods._adapters import Factors, trained_factors
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import TOTAL_STEPS, Comparison, MethodCard
@@ -18,7 +17,7 @@ from steppe.methods._options import Base, Options
 from steppe.papers import NEURIPS, Paper, cites
 from steppe.rules import Point
 from steppe.rules._checks import check_count
-from steppe.rules.ops import all_finite, norm
+from steppe.rules.ops import accumulator, all_finite, norm
 
 BAR_PAPER = Paper(
     "li2024bar",
@@ -108,42 +107,50 @@ class BAR(OwnStepMethod):
         if not (alpha and pairs) or (finite.is_cpu and not finite):
             yield
             return
-        before = [(p, p.clone()) for f, _, _ in pairs for p in (local(f.A.detach()), local(f.B.detach()))]
+        factors = [f.A for f, _, _ in pairs] + [f.B for f, _, _ in pairs]
+        groups = [group for _, group, _ in pairs] + [group for _, _, group in pairs]
+        here = [local(p.detach()) for p in factors]
+        before = [p.clone() for p in here]
         try:
-            for f, group_A, group_B in pairs:
-                sign = torch.where(finite.to(f.A.device), self._sign(f), 0.0)
-                self._scale(f.A, sign, alpha, group_A)
-                self._scale(f.B, -sign, alpha, group_B)
+            signs = self._signs(factors)
+            signs = torch.where(finite.to(signs.device), signs, 0.0)
+            for group in {id(group): group for group in groups}.values():
+                positions = [i for i, own in enumerate(groups) if own is group]
+                rate = self._rate(alpha, group, factors[positions[0]].dtype)
+                scales = (1 + signs * rate).unbind()
+                torch._foreach_mul_([here[i] for i in positions], [scales[i].to(here[i]) for i in positions])
             yield
         except BaseException:
-            for p, copy in before:
-                p.copy_(copy)
+            torch._foreach_copy_(here, before)
             raise
 
-    def _sign(self, f: Factors) -> Tensor:
-        """Return 1 if A grows and B shrinks, else -1."""
-        if self.compare == "weights":
-            grows = norm([f.A.detach()]) < norm([f.B.detach()])
-        else:
-            g_A, g_B = self.gradients.views([f.A, f.B])
-            grows = norm([g_A]) >= norm([g_B])
-        return grows.to(torch.float64 if grows.device.type != "mps" else torch.float32) * 2 - 1
+    def _signs(self, factors: Sequence[Tensor]) -> Tensor:
+        """Return 1 for each factor that grows and -1 for each that shrinks; all A come first, then all B."""
+        compared = self.gradients.views(factors) if self.compare == "gradients" else [p.detach() for p in factors]
+        A, B = _norms(compared).chunk(2)
+        signs = (A >= B if self.compare == "gradients" else A < B).to(A) * 2 - 1
+        return torch.cat([signs, -signs])
 
-    def _scale(self, p: Tensor, sign: Tensor, alpha: float, group: dict[str, Any]) -> None:
-        rate = alpha * group["lr"]
+    def _rate(self, alpha: float, group: dict[str, Any], dtype: torch.dtype) -> float | Tensor:
+        """Return alpha lr of a group.
+
+        Raises:
+            ValueError: It is 1 or more.
+        """
+        rate: float | Tensor = alpha * group["lr"]
         if not isinstance(rate, Tensor):
             if rate >= 1:
                 raise ValueError(
                     f"alpha lr = {rate:g}, so that 1 - alpha lr is not positive and a factor would change its sign: "
                     "lower alpha or the learning rate"
                 )
-            if is_half(p) and rate < torch.finfo(p.dtype).eps / 4:
+            if dtype in (torch.bfloat16, torch.float16) and 0 < rate < torch.finfo(dtype).eps / 4:
                 self.warn_once(
                     "rounding of factors",
-                    f"alpha lr = {rate:g} is below the last bit of {p.dtype}, so that the factors of LoRA do not "
+                    f"alpha lr = {rate:g} is below the last bit of {dtype}, so that the factors of LoRA do not "
                     "change: keep the adapters in float32, as PEFT does by default",
                 )
-        local(p.detach()).mul_((1 + sign.to(p.device) * rate).to(p.dtype))
+        return rate
 
     def _pairs(self) -> list[tuple[Factors, dict[str, Any], dict[str, Any]]]:
         """Return the trained factors of the model that this optimizer has, with their groups."""
@@ -155,6 +162,14 @@ class BAR(OwnStepMethod):
         if any("lr" not in group for _, *both in found for group in both):
             raise ValueError("a group of the base has no 'lr', and BAR scales by alpha lr: take a base with one")
         return found
+
+
+def _norms(tensors: Sequence[Tensor]) -> Tensor:
+    """Return the norm of each tensor, in one vector."""
+    if any(map(is_sharded, tensors)):
+        return torch.stack([norm([t]) for t in tensors])
+    device = tensors[0].device
+    return torch.stack([n.to(device) for n in torch._foreach_norm(list(tensors), 2, dtype=accumulator(device))])
 
 
 def _has_gradients(f: Factors) -> bool:
