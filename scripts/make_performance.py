@@ -1,9 +1,9 @@
-"""Write the measured parts of docs/performance.md, and its images, from results/.
+"""Write the measured parts of docs/performance.md and docs/finetuning.md, and their images, from results/.
 
     python scripts/make_performance.py            after a benchmark has written a result
-    python scripts/make_performance.py --check    writes nothing, and exits 1 if the page is out of date
+    python scripts/make_performance.py --check    writes nothing, and exits 1 if a page is out of date
 
-A part of the page is between two comments, such as `<!-- begin step -->` and `<!-- end step -->`; the rest is written
+A part of a page is between two comments, such as `<!-- begin step -->` and `<!-- end step -->`; the rest is written
 by hand.
 """
 
@@ -27,8 +27,10 @@ from measured_parts import replace_parts, write_pages  # noqa: E402
 from results import Result  # noqa: E402
 
 PAGE = ROOT / "docs" / "performance.md"
+FINETUNING = ROOT / "docs" / "finetuning.md"
 IMAGES = PAGE.parent / "images"
 GPU = "python benchmarks/gpu/run.py"
+MEMORY = "python benchmarks/memory.py --lora"
 
 Found = Sequence[Result]
 
@@ -139,6 +141,20 @@ def page(text: str, folder: Path = results.RESULTS) -> str:
     return replace_parts(PAGE, text, {name: partial(part, name, folder) for name in PARTS})
 
 
+def finetuning_page(text: str, folder: Path = results.RESULTS) -> str:
+    """Return the page of fine-tuning with its part on memory rendered again: counted bytes, the same on all devices.
+
+    Raises:
+        ValueError: the part is missing, or occurs twice.
+    """
+    return replace_parts(FINETUNING, text, {"memory": partial(_memory, folder)})
+
+
+def _memory(folder: Path) -> str:
+    found = results.load("memory_lora", folder)
+    return _render("lora_memory", found[-1:]).strip() if found else f"Not yet counted: `{MEMORY}`."
+
+
 def draw(folder: Path = results.RESULTS, images: Path = IMAGES) -> list[Path]:
     """Draw the images of the parts that have results; return their files."""
     drawn = []
@@ -158,8 +174,8 @@ def _image(name: str) -> str:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Write the page, or with `--check` return 1 if it is out of date."""
-    return write_pages(words, __file__, __doc__, {PAGE: page}, draw)
+    """Write the pages, or with `--check` return 1 if one is out of date."""
+    return write_pages(words, __file__, __doc__, {PAGE: page, FINETUNING: finetuning_page}, draw)
 
 
 if __name__ == "__main__":

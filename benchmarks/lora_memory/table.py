@@ -28,9 +28,9 @@ def render(result: Result) -> str:
         "method adds to it.",
         *("", *_peaks([r for r in rows if r["batch"] == batch])),
         "",
-        f"**What fits where** (arithmetic): the number of sequences of {length} tokens that a step can hold on a GPU "
-        f"of this many GiB, {USABLE:.0%} of them used, with {' / '.join(FITTED)}; on the line through the counted "
-        f"peaks of batches of {batches}.",
+        f"**What fits where** (arithmetic): the number of sequences of {length} tokens that fit for certain into a GPU "
+        f"of this many GiB, {USABLE:.0%} of them used, with {' / '.join(FITTED)}; from the counted peaks of batches of "
+        f"{batches}.",
         *("", *_fits(rows)),
         *("", result.source),
     ]
@@ -75,11 +75,22 @@ def _fits(rows: Sequence[Row]) -> Iterator[str]:
             yield row([*_name(first), "yes" if checkpointing else "no", *cells])
 
 
-def largest_batch(rows: Sequence[Row], gpu: int) -> int:
-    """Return the largest batch whose peak fits into a GPU of so many GiB, from the peaks of two batches."""
+def largest_batch(rows: Sequence[Row], gpu: float) -> int:
+    """Return a number of sequences whose peak fits into a GPU of so many GiB, from the peaks of two batches.
+
+    The bytes at each moment of a step are a line over the batch, and the peak is the highest of these lines. So between
+    the two batches it is below their chord; beyond the larger one, it grows by at most its distance from what is always
+    in memory (weights, AdamW's state, what the method keeps), for each sequence.
+    """
     few, many = sorted(rows, key=lambda r: int(r["batch"]))
-    of_one = (many["peak"] - few["peak"]) / (many["batch"] - few["batch"])
-    return max(0, int((USABLE * gpu * GIB - few["peak"]) // of_one) + few["batch"])
+    room = USABLE * gpu * GIB
+    chord = (many["peak"] - few["peak"]) / (many["batch"] - few["batch"])
+    if room < few["peak"]:
+        return 0
+    if room < many["peak"]:
+        return int(few["batch"] + (room - few["peak"]) // chord)
+    always = many["weights"] + many["optimizer_state"] + many["kept"]
+    return int(many["batch"] + (room - many["peak"]) // ((many["peak"] - always) / many["batch"]))
 
 
 def _groups(rows: Sequence[Row]) -> Iterator[tuple[Row, list[Row]]]:

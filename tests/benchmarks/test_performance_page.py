@@ -43,6 +43,12 @@ def test_page_is_up_to_date():
     assert make_performance.page(text) == text, "run python scripts/make_performance.py"
 
 
+def test_memory_on_the_page_of_finetuning_is_up_to_date(tmp_path):
+    text = make_performance.FINETUNING.read_text(encoding="utf-8")
+    assert make_performance.finetuning_page(text) == text, "run python scripts/make_performance.py"
+    assert "Not yet counted: `python benchmarks/memory.py --lora`." in make_performance.finetuning_page(text, tmp_path)
+
+
 def test_links_of_the_page_exist():
     text = make_performance.PAGE.read_text(encoding="utf-8")
     links = {link for link in re.findall(r"\]\(([^)#]+)", text) if "://" not in link}
@@ -105,8 +111,11 @@ def test_outdated_page_is_detected_and_rewritten(tmp_path, monkeypatch, capsys):
     page = tmp_path / "performance.md"
     page.write_text(TEXT)
     monkeypatch.setattr(make_performance, "PAGE", page)
+    finetuning = tmp_path / "finetuning.md"
+    finetuning.write_text("<!-- begin memory -->\n\nold\n\n<!-- end memory -->")
+    monkeypatch.setattr(make_performance, "FINETUNING", finetuning)
     assert make_performance.main(["--check"]) == 1
-    assert "out of date: performance.md; run python scripts/make_performance.py" in capsys.readouterr().err
+    assert "out of date: performance.md, finetuning.md; run python scripts/make" in capsys.readouterr().err
     assert page.read_text() == TEXT
     assert make_performance.main([]) == 0
     assert make_performance.main(["--check"]) == 0
