@@ -4,9 +4,10 @@ With a loss scaler, make the optimizer with ``scaler=scaler``: the closures scal
 """
 
 from steppe.methods.bisam import bisam_loss, perturb_on
+from steppe.methods.eigen_sam import update_eigenvector
 from steppe.methods.esam import selected
 from steppe.methods.fraction_sam import fraction
 from steppe.methods.functional_sam import functional
 from steppe.methods.micro_batch_sam import micro_batches
 
-__all__ = ["bisam_loss", "fraction", "functional", "micro_batches", "perturb_on", "selected"]
+__all__ = ["bisam_loss", "fraction", "functional", "micro_batches", "perturb_on", "selected", "update_eigenvector"]

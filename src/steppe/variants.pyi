@@ -6,6 +6,7 @@ from steppe.methods.asam import asam as asam
 from steppe.methods.bsam import bsam as bsam
 from steppe.methods.c_flat import c_flat as c_flat
 from steppe.methods.dynamic_sparse_sam import dynamic_sparse_sam as dynamic_sparse_sam
+from steppe.methods.eigen_sam import eigen_sam as eigen_sam
 from steppe.methods.esam import esam as esam
 from steppe.methods.fisher_sam import fisher_sam as fisher_sam
 from steppe.methods.friendly_sam import friendly_sam as friendly_sam

@@ -1,0 +1,241 @@
+"""Eigen-SAM: align the perturbation with the leading eigenvector of the Hessian."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, ClassVar, Unpack
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from steppe._engine.stage import Stage
+from steppe._engine.state_dict import parameters_of
+from steppe.methods._card import COPY, MethodCard
+from steppe.methods._closures import one_number
+from steppe.methods._options import Base, Options, Rho
+from steppe.papers import NEURIPS, Paper, cites
+from steppe.rules import Point, ScaledDirection
+from steppe.rules._checks import check_count, check_nonnegative
+from steppe.rules.ops import add_scaled_, dot, is_sharded, norm, normal, reciprocal
+from steppe.sam import SAM
+
+EIGEN_SAM_PAPER = Paper(
+    "luo2024eigen",
+    ("Haocheng Luo", "Tuan Truong", "Tung Pham", "Mehrtash Harandi", "Dinh Phung", "Trung Le"),
+    "Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization",
+    "2501.12666",
+    2024,
+    NEURIPS,
+)
+
+_V = "v"
+
+
+@dataclass(frozen=True)
+class EigenvectorAligned:
+    """Perturb along the gradient and the leading eigenvector (Eigen-SAM): e = rho (g / |g| + alpha sign(g.v) v_orth).
+
+    v is the unit eigenvector that :func:`update_eigenvector` has found, and v_orth its part orthogonal to g. Before
+    the first one, v = 0 and e is SAM's. The memory is v; |e| is up to sqrt(1 + alpha^2) rho.
+
+    Example:
+        >>> w, g, v = torch.zeros(2), torch.tensor([2.0, 0.0]), torch.tensor([-0.6, 0.8])
+        >>> memory = {"EigenvectorAligned": {w: {"v": v}}}
+        >>> point = Point([w], [g], rho=[0.1], base_state=[{}], step=0, memory=memory)
+        >>> EigenvectorAligned(alpha=0.5)(point).direction
+        [tensor([ 1.0000, -0.4000])]
+
+    References:
+        Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, arXiv 2501.12666.
+    """
+
+    paper: ClassVar[Paper] = EIGEN_SAM_PAPER
+    scale_free: ClassVar[bool] = True
+    averages_memory: ClassVar[bool] = True  # no step changes v
+
+    alpha: float = 0.2
+    """alpha, the weight of the eigenvector; 0 is SAM."""
+
+    def __post_init__(self) -> None:
+        check_nonnegative("alpha", self.alpha, "the weight of the eigenvector")
+
+    def __call__(self, point: Point) -> ScaledDirection:
+        g, memory = point.gradients, point.memory_of(self)
+        v = [own.setdefault(_V, torch.zeros_like(t)) for own, t in zip(memory, g, strict=True)]
+        inverse, along = reciprocal(point.gradient_norm), dot(g, v)
+        weight = self.alpha * along.sign()
+        e = [torch.zeros_like(t) for t in g]
+        add_scaled_(e, inverse * (1 - weight * along * inverse), g)
+        add_scaled_(e, weight, v)
+        return ScaledDirection(e)
+
+
+@cites(EIGEN_SAM_PAPER)
+def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations: int = 5) -> Tensor:
+    """Find the leading eigenvector of the Hessian for Eigen-SAM by the power method, and keep it in the optimizer.
+
+    v <- H v / |H v|, from the last v, at first from a random one. Call it between two steps, every hundred or so.
+    Products with H are derivatives of the gradient, in a graph that is kept meanwhile: a gradient and ``iterations``
+    products, each about two gradients. The modules of ``model=`` are in evaluation mode meanwhile, so that BatchNorm
+    and dropout are not used; their modes, ``.grad`` and random generators remain as they are. With
+    ``DistributedDataParallel``, H is that of the samples of all ranks. Checkpoints of the optimizer contain v.
+
+    Args:
+        optimizer: The optimizer that :func:`~steppe.variants.eigen_sam` returns.
+        loss: Function without arguments that returns the mean loss of a batch, without a backward.
+        iterations: The number of products; 5 in the authors' code.
+
+    Returns:
+        v'Hv of the vector before the last product, an estimate of the eigenvalue of the largest size; 0-dim.
+
+    Raises:
+        TypeError: The optimizer has no perturbation :class:`~steppe.methods.eigen_sam.EigenvectorAligned`.
+        ValueError: The loss is not one number, ``iterations`` is below 1, or parameters are complex.
+        RuntimeError: Called in the middle of a step, or with sharded parameters.
+
+    Example:
+        >>> w = nn.Parameter(torch.ones(2))
+        >>> optimizer = eigen_sam(torch.optim.SGD([w], lr=0.1))
+        >>> eigenvalue = update_eigenvector(optimizer, lambda: w[0] ** 2 + 5 * w[1] ** 2, iterations=20)
+        >>> round(eigenvalue.item(), 3)
+        10.0
+
+    References:
+        Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, arXiv 2501.12666.
+    """
+    check_count("iterations", iterations, "the number of products with the Hessian")
+    rule, engine = optimizer.perturbation, optimizer._engine
+    if not isinstance(rule, EigenvectorAligned):
+        raise TypeError(
+            f"update_eigenvector needs an optimizer of steppe.variants.eigen_sam, and the perturbation of this one is "
+            f"{rule}: the eigenvector would not be used"
+        )
+    if engine.stage not in (Stage.IDLE, Stage.INCOMPLETE):
+        raise RuntimeError(f"update_eigenvector was called {engine.stage.value}: call it between two steps, at w")
+    parameters = list(dict.fromkeys(p for p in parameters_of(optimizer.base) if p.requires_grad))
+    if any(map(is_sharded, parameters)):
+        raise RuntimeError(
+            "update_eigenvector works on whole parameters, and these are sharded: use DDP, or steppe.SAM"
+        )
+    if any(p.is_complex() for p in parameters):
+        raise ValueError("update_eigenvector needs real parameters, and some are complex: use steppe.SAM")
+    memory = engine.memory.setdefault(type(rule).__name__, {})
+    v = [memory.get(p, {}).get(_V, torch.zeros_like(p, requires_grad=False)) for p in parameters]
+    drawn = normal("EigenvectorAligned", 0, engine.steps, v)
+    is_new = norm(v) == 0
+    v = [torch.where(is_new.to(old.device), new, old) for old, new in zip(v, drawn, strict=True)]
+    with torch.enable_grad(), _in_evaluation_mode(optimizer.model), _unsynchronized(optimizer.model):
+        gradient = torch.autograd.grad(
+            one_number(loss()), parameters, create_graph=True, allow_unused=True, materialize_grads=True
+        )
+        curved = [i for i, g in enumerate(gradient) if g.requires_grad]
+        for _ in range(iterations):
+            outputs, along = [gradient[i] for i in curved], [v[i] for i in curved]
+            product = [torch.zeros_like(old) for old in v]
+            if curved:
+                product = list(
+                    torch.autograd.grad(
+                        outputs, parameters, along, retain_graph=True, allow_unused=True, materialize_grads=True
+                    )
+                )
+            _average_(product, optimizer.model)
+            eigenvalue = dot(v, product) * reciprocal(dot(v, v))
+            inverse = reciprocal(norm(product))
+            v = [(t * inverse.to(t)).detach() for t in product]
+    for p, new in zip(parameters, v, strict=True):
+        memory.setdefault(p, {})[_V] = new
+    return eigenvalue
+
+
+@contextmanager
+def _in_evaluation_mode(model: nn.Module | None) -> Iterator[None]:
+    modes = {} if model is None else {module: module.training for module in model.modules()}
+    try:
+        for module in modes:
+            module.training = False
+        yield
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _average_(tensors: list[Tensor], model: nn.Module | None) -> None:
+    """Average tensors over the ranks of a DDP model, in place."""
+    if isinstance(model, DistributedDataParallel):
+        for t in tensors:
+            dist.all_reduce(t.div_(dist.get_world_size(model.process_group)), group=model.process_group)
+
+
+def _unsynchronized(model: nn.Module | None) -> Any:
+    """Return a context in which DDP does not wait for a backward that fills ``.grad``."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def eigen_sam(base_optimizer: Base, rho: Rho = 0.05, *, alpha: float = 0.2, **options: Unpack[Options]) -> SAM:
+    """Eigen-SAM: align the perturbation with the leading eigenvector of the Hessian. Two passes per step.
+
+    e = rho (g / |g| + alpha sign(g.v) v_orth), v_orth the part of the eigenvector v orthogonal to g.
+
+    This function makes the perturbation. :func:`steppe.closures.update_eigenvector` finds v: call it every hundred
+    steps or so. Without it, v = 0 and the method is SAM.
+
+    Args:
+        base_optimizer: The optimizer that takes the steps.
+        rho: rho, the length of the part along the gradient; 0.1 in the authors' example.
+        alpha: alpha, the weight of the eigenvector; 0.2 in the authors' example, and 0 is SAM.
+        **options: ``model`` and the other options of :class:`steppe.SAM`.
+
+    Raises:
+        ValueError: alpha is negative or not finite.
+
+    Example:
+        >>> eigen_sam(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).perturbation
+        EigenvectorAligned(alpha=0.2)
+
+    References:
+        Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, arXiv 2501.12666.
+    """
+    return SAM(base_optimizer, rho, **options, perturbation=EigenvectorAligned(alpha))
+
+
+def _sam_alone(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+    return (eigen_sam(base, model=model, **arguments),)
+
+
+CARD = MethodCard(
+    name="eigen_sam",
+    function=eigen_sam,
+    label="Eigen-SAM",
+    paper=EIGEN_SAM_PAPER,
+    summary="Perturb along the gradient and along the part of the Hessian's leading eigenvector that is orthogonal to "
+    "it. The eigenvector is found anew every so many steps, by the power method.",
+    equation="e = rho (g / |g| + alpha sign(g.v) v_orth),   v_orth = v - (v.g / |g|^2) g\n"
+    "v <- H v / |H v|, some times, every so many steps",
+    cost="2",
+    passes=2,
+    memory=f"{COPY}; v from step to step; in an update of v, the graph of the gradient",
+    when="To reduce the largest eigenvalue of the Hessian more directly than SAM does.",
+    when_not="With operations that have no second derivative, such as flash attention; with sharded parameters.",
+    usual={
+        "rho": "0.1 in the authors' example",
+        "alpha": "0.2 in the authors' example; 0 is SAM",
+        "iterations": "5 (official code), every 100 steps",
+    },
+    checked="The official code, https://github.com/RitianLuo/EigenSAM: the eigenvector and e agree in float64. Before "
+    "the first eigenvector, it perturbs by rho g, without a norm; here it is SAM's e. X-SAM (arXiv 2601.10251), which "
+    "corrects g_s along v, is not offered: no code by its authors was found, and its formula could not be read.",
+    caveats=(
+        "Without calls of `closures.update_eigenvector`, it is SAM. One update costs a gradient and `iterations` "
+        "products with the Hessian, beyond the two passes of each step.",
+        "e is longer than rho, up to sqrt(1 + alpha^2) rho.",
+        "`steppe compare` does not run it, as it has no place for the updates of v.",
+    ),
+    build_example=_sam_alone,
+    arguments_of=(eigen_sam, update_eigenvector),
+    usage_code="optimizer = steppe.variants.eigen_sam(base, model=model)\n"
+    "steppe.closures.update_eigenvector(optimizer, lambda: F.cross_entropy(model(x), y))  # every 100 steps\n"
+    "optimizer.step(lambda: F.cross_entropy(model(x), y))",
+)
