@@ -86,5 +86,5 @@ def surviving_share(
 
 def _parts(tensor: Tensor) -> Sequence[Tensor]:
     """Split a tensor into parts that are small enough to widen: float32 copies of all weights may not fit."""
-    rows = torch.atleast_1d(tensor)
-    return rows.split(max(1, _WIDENED * len(rows) // max(1, rows.numel())))
+    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
+    return torch.split(rows, max(1, _WIDENED * len(rows) // max(1, rows.numel())))
