@@ -207,6 +207,7 @@ def bar(
             step) alpha lr is 1 or more.
 
     Example:
+        >>> from functools import partial
         >>> method = partial(bar, alpha=0.5, total_steps=1000)
         >>> trainer = SAMTrainer(model=model, args=args, method=method)  # doctest: +SKIP
 
