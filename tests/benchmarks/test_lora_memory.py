@@ -21,7 +21,9 @@ CASES = [
 
 @pytest.mark.parametrize("setup", CASES, ids=lambda s: f"{s.model}-{s.method}-{s.dtype}-{s.lora}-{s.checkpointing}")
 def test_bytes_without_kernels_are_those_with_them(setup):
-    assert count(setup) == count(setup, kernels=True)
+    without, real = count(setup), count(setup, kernels=True)
+    assert replace(without, peak=0) == replace(real, peak=0)
+    assert abs(without.peak - real.peak) < 100, "but for a few numbers that wait for Python's garbage collector"
 
 
 def test_skipped_kernels_allocate_and_leave_the_values():

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 import steppe
 from checks import restores_exactly
 from steppe import SAM
+from steppe._engine.gradients import Gradients
 from support import BASES, DRIVES, batch, bits, by_passes, every_drive, model_bits, net, parameter, train
 
 
@@ -89,7 +90,7 @@ def test_c7_interrupt_between_perturbation_and_second_pass_restores_weights(monk
     with next(sam_passes):
         w.square().sum().backward()
     second = next(sam_passes)
-    monkeypatch.setattr(torch.optim.Optimizer, "zero_grad", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Gradients, "clear", lambda self: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt), second:
         pass
     assert w.item() == 3.0

@@ -79,7 +79,9 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         replaced = self._engine.replaced_parameters()
         if replaced:
             self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
-            self.perturbation = with_parameters(self.perturbation, replaced)
+            followed = with_parameters(self.perturbation, replaced)
+            if followed is not self.perturbation:  # else it is that of a method which may refuse another one
+                self.perturbation = followed
 
     def _begin_micro_batch(self, loss_weight: float | None, *, accumulate: bool, is_first: bool) -> None:
         """Begin a loop over the passes, which may be that of one of several micro-batches."""
