@@ -113,11 +113,16 @@ class Ranks:
     @torch.no_grad()
     def average_(self, gradients: Sequence[Tensor]) -> None:
         """Average the ranks' own gradients, in place."""
-        if self._replica is None:
-            return
-        group = self._replica.process_group
-        for gradient in gradients:
-            dist.all_reduce(gradient.div_(dist.get_world_size(group)), group=group)
+        if self._replica is not None:
+            average_over_(gradients, self._replica.process_group)
+
+
+@torch.no_grad()
+def average_over_(tensors: Iterable[Tensor], group: "dist.ProcessGroup") -> None:
+    """Average tensors over the ranks of a group, in place; each rank has to call it with as many."""
+    size = dist.get_world_size(group)
+    for tensor in tensors:
+        dist.all_reduce(tensor.div_(size), group=group)
 
 
 class ForbiddenMemory(dict[str, Any]):

@@ -74,7 +74,7 @@ class Gradients:
 
     def parameters_and_gradients(self) -> tuple[list[Tensor], list[Tensor]]:
         """Return the parameters that have a gradient (:meth:`parameters`), and their gradients (:meth:`views`)."""
-        parameters = [p for group in self._base.param_groups for p in group["params"] if p.grad is not None]
+        parameters = [p for p in parameters_of(self._base) if p.grad is not None]
         if len(set(map(id, parameters))) < len(parameters):
             parameters = list({id(p): p for p in parameters}.values())
         gradients: list[Any] = [p.grad for p in parameters]
@@ -104,9 +104,8 @@ class Gradients:
 
     def clear(self) -> None:
         """Clear the gradients."""
-        for group in self._base.param_groups:  # not base.zero_grad(), which a base may override and a hook may watch
-            for p in group["params"]:
-                p.grad = None
+        for p in parameters_of(self._base):  # not base.zero_grad(), which a base may override and a hook may watch
+            p.grad = None
 
     def write(self, targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
         """Copy values into gradients, given as :meth:`views`; write NaN to one entry if an earlier pass was not finite.

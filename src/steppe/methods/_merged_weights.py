@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.hooks import RemovableHandle
 
+from steppe._engine.distributed import average_over_
 from steppe._engine.eager import eager
 from steppe._engine.rounding import MIN_SURVIVING_SHARE, add_scaled_stochastically_, is_half, surviving_share
 from steppe.methods._adapters import AdaptedLayer, adapted_layers
@@ -225,14 +226,14 @@ class _Replicas:
     def _average_(self, gradients: list[Tensor | None], positions: Sequence[int], group: "dist.ProcessGroup") -> None:
         if not positions:
             return
-        device, size = self._layers[positions[0]].weight.device, dist.get_world_size(group)
+        device = self._layers[positions[0]].weight.device
         has = torch.tensor([gradients[i] is not None for i in positions], dtype=torch.int32, device=device)
         dist.all_reduce(has, dist.ReduceOp.MAX, group=group)  # a rank may leave a layer out
         for i, anywhere in zip(positions, has.tolist(), strict=True):
             if anywhere:
                 G = gradients[i]
                 gradients[i] = G = torch.zeros_like(self._layers[i].weight) if G is None else G
-                dist.all_reduce(G.div_(size), group=group)
+                average_over_([G], group)
 
 
 class MergedPerturbation(Perturbation, Protocol):

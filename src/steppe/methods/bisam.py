@@ -8,15 +8,14 @@ from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.optim import Optimizer
 
 from steppe._engine.state_dict import parameters_of
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import is_between_classic_passes, is_last, one_number
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
-from steppe.methods.sam import sam
+from steppe.methods.sam import sam, sam_with
 from steppe.papers import ICML, Paper, cites
 from steppe.rules._checks import check_positive
 from steppe.rules.ops import is_sharded
@@ -76,7 +75,7 @@ def perturb_on(
             is ``first_step()`` and ``second_step()``, where your loop can take the two losses itself.
 
     Example:
-        >>> model = nn.Linear(2, 3)
+        >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
         >>> criterion = perturb_on(optimizer, bisam_loss, F.cross_entropy)
         >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
@@ -261,10 +260,6 @@ class BiSAMStep(StepFunction):
         return bisam_loss(outputs, targets, mu=self.mu, alpha=self.alpha)
 
 
-def _sam_and_loss(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **arguments), perturb_on
-
-
 CARD = MethodCard(
     name="bisam",
     function=perturb_on,
@@ -295,7 +290,7 @@ CARD = MethodCard(
         "The value is that of the update's loss, in the pass at w too; the backward there is that of P.",
         "`first_step()` and `second_step()` are an error: such a loop takes the two losses by itself.",
     ),
-    build_example=_sam_and_loss,
+    build_example=sam_with(perturb_on),
     usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "criterion = steppe.closures.perturb_on(optimizer, steppe.closures.bisam_loss, F.cross_entropy)\n"
     "optimizer.step(lambda: criterion(model(x), y))",

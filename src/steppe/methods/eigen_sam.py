@@ -1,16 +1,15 @@
 """Eigen-SAM: align the perturbation with the leading eigenvector of the Hessian."""
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any, ClassVar, Unpack
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.optim import Optimizer
 
+from steppe._engine.distributed import average_over_
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import parameters_of
 from steppe.methods._card import COPY, MethodCard
@@ -106,6 +105,10 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     References:
         Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, arXiv 2501.12666.
     """
+    # not above: the measures of flatness are much to import, and the perturbation needs none of them
+    from steppe.flatness._forward import derivatives
+    from steppe.flatness._isolation import evaluation_mode
+
     check_count("iterations", iterations, "the number of products with the Hessian")
     rule, engine = optimizer.perturbation, optimizer._engine
     if not isinstance(rule, EigenvectorAligned):
@@ -127,21 +130,18 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     drawn = normal("EigenvectorAligned", 0, engine.steps, v)
     is_new = norm(v) == 0
     v = [torch.where(is_new.to(old.device), new, old) for old, new in zip(v, drawn, strict=True)]
-    with torch.enable_grad(), _in_evaluation_mode(optimizer.model), _unsynchronized(optimizer.model):
-        gradient = torch.autograd.grad(
-            one_number(loss()), parameters, create_graph=True, allow_unused=True, materialize_grads=True
-        )
+    model = optimizer.model
+    evaluation = nullcontext() if model is None else evaluation_mode(model, train_norms=False)
+    with torch.enable_grad(), evaluation, _unsynchronized(model):
+        gradient = derivatives(one_number(loss()), parameters, create_graph=True)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
         for _ in range(iterations):
             outputs, along = [gradient[i] for i in curved], [v[i] for i in curved]
             product = [torch.zeros_like(old) for old in v]
             if curved:
-                product = list(
-                    torch.autograd.grad(
-                        outputs, parameters, along, retain_graph=True, allow_unused=True, materialize_grads=True
-                    )
-                )
-            _average_(product, optimizer.model)
+                product = list(derivatives(outputs, parameters, along, retain_graph=True))
+            if isinstance(model, DistributedDataParallel):
+                average_over_(product, model.process_group)
             eigenvalue = dot(v, product) * reciprocal(dot(v, v))
             inverse = reciprocal(norm(product))
             v = [(t * inverse.to(t)).detach() for t in product]
@@ -150,26 +150,7 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     return eigenvalue
 
 
-@contextmanager
-def _in_evaluation_mode(model: nn.Module | None) -> Iterator[None]:
-    modes = {} if model is None else {module: module.training for module in model.modules()}
-    try:
-        for module in modes:
-            module.training = False
-        yield
-    finally:
-        for module, training in modes.items():
-            module.training = training
-
-
-def _average_(tensors: list[Tensor], model: nn.Module | None) -> None:
-    """Average tensors over the ranks of a DDP model, in place."""
-    if isinstance(model, DistributedDataParallel):
-        for t in tensors:
-            dist.all_reduce(t.div_(dist.get_world_size(model.process_group)), group=model.process_group)
-
-
-def _unsynchronized(model: nn.Module | None) -> Any:
+def _unsynchronized(model: nn.Module | None) -> AbstractContextManager[Any]:
     """Return a context in which DDP does not wait for a backward that fills ``.grad``."""
     return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
 
@@ -201,10 +182,6 @@ def eigen_sam(base_optimizer: Base, rho: Rho = 0.05, *, alpha: float = 0.2, **op
     return SAM(base_optimizer, rho, **options, perturbation=EigenvectorAligned(alpha))
 
 
-def _sam_alone(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
-    return (eigen_sam(base, model=model, **arguments),)
-
-
 CARD = MethodCard(
     name="eigen_sam",
     function=eigen_sam,
@@ -233,7 +210,6 @@ CARD = MethodCard(
         "e is longer than rho, up to sqrt(1 + alpha^2) rho.",
         "`steppe compare` does not run it, as it has no place for the updates of v.",
     ),
-    build_example=_sam_alone,
     arguments_of=(eigen_sam, update_eigenvector),
     usage_code="optimizer = steppe.variants.eigen_sam(base, model=model)\n"
     "steppe.closures.update_eigenvector(optimizer, lambda: F.cross_entropy(model(x), y))  # every 100 steps\n"

@@ -3,16 +3,14 @@
 import math
 from collections.abc import Callable, Sequence
 from fractions import Fraction
-from typing import Any
 
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, check_share, count_samples, is_last
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
-from steppe.methods.sam import sam
+from steppe.methods.sam import sam, sam_with
 from steppe.papers import Paper, cites
 from steppe.sam import SAM
 
@@ -91,10 +89,6 @@ class FractionSAMStep(StepFunction):
         return loss
 
 
-def _sam_and_closure(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **arguments), fraction
-
-
 CARD = MethodCard(
     name="fraction_sam",
     function=fraction,
@@ -115,7 +109,7 @@ CARD = MethodCard(
         "BatchNorm's running statistics and the reported loss are those of the fraction.",
         "A step without perturbation uses the whole batch.",
     ),
-    build_example=_sam_and_closure,
+    build_example=sam_with(fraction),
     usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "optimizer.step(steppe.closures.fraction(optimizer, loss, (x, y), fraction=0.25))",
     comparison=Comparison(

@@ -6,15 +6,14 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.optim import Optimizer
 
 from steppe._engine.dependence import graph
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import is_between_classic_passes, one_number
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
-from steppe.methods.sam import sam
+from steppe.methods.sam import sam, sam_with
 from steppe.papers import ICML, Paper, cites
 from steppe.sam import SAM, Pass
 
@@ -59,9 +58,9 @@ def functional(optimizer: SAM, loss: Callable[..., Tensor]) -> Callable[..., Ten
             updates at perturbed weights, or the step is ``first_step()`` and ``second_step()``.
 
     Example:
-        >>> model = nn.Linear(2, 3)
+        >>> model = torch.nn.Linear(2, 3)
         >>> optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
-        >>> criterion = functional(optimizer, nn.functional.cross_entropy)
+        >>> criterion = functional(optimizer, torch.nn.functional.cross_entropy)
         >>> x, y = torch.randn(8, 2), torch.randint(3, (8,))
         >>> loss_at_w = optimizer.step(lambda: criterion(model(x), y))
 
@@ -192,10 +191,6 @@ class FunctionalSAMStep(StepFunction):
         return super().step(forward, batch)
 
 
-def _sam_and_loss(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **arguments), functional
-
-
 CARD = MethodCard(
     name="functional_sam",
     function=functional,
@@ -222,7 +217,7 @@ CARD = MethodCard(
         "A term that is added outside of it, such as a penalty, has its gradient at w + e, as in SAM.",
         "`first_step()` and `second_step()`, and `closures.fraction`, are an error.",
     ),
-    build_example=_sam_and_loss,
+    build_example=sam_with(functional),
     usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "criterion = steppe.closures.functional(optimizer, F.cross_entropy)\n"
     "optimizer.step(lambda: criterion(model(x), y))",

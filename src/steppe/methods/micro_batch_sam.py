@@ -1,17 +1,15 @@
 """m-SAM: a perturbation of its own for each micro-batch (m-sharpness)."""
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, count_samples
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
-from steppe.methods.sam import sam
+from steppe.methods.sam import sam, sam_with
 from steppe.papers import ICML, Paper, cites
 from steppe.rules._checks import check_count
 from steppe.sam import SAM
@@ -96,10 +94,6 @@ class MicroBatchSAMStep(StepFunction):
         return micro_batches(self.optimizer, forward, batch.tensors, m=self.m)
 
 
-def _sam_and_micro_batches(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
-    return sam(base, model=model, **arguments), micro_batches
-
-
 CARD = MethodCard(
     name="micro_batch_sam",
     function=micro_batches,
@@ -121,7 +115,7 @@ CARD = MethodCard(
         "The cost is that of the method around which it is used; 2 is SAM's.",
         "SAMPa, Lookbehind, LookSAM, AE-SAM and both SSAM raise an error: what they keep belongs to the whole batch.",
     ),
-    build_example=_sam_and_micro_batches,
+    build_example=sam_with(micro_batches),
     usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "steppe.closures.micro_batches(optimizer, loss, (x, y), m=16)  # takes the step",
     comparison=Comparison(

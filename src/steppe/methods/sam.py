@@ -1,9 +1,10 @@
 """SAM: the original method."""
 
-from collections.abc import Iterable
-from typing import Unpack
+from collections.abc import Callable, Iterable
+from typing import Any, Unpack
 
-from torch import Tensor
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from steppe import papers
 from steppe.methods._card import COPY, Comparison, MethodCard
@@ -44,6 +45,15 @@ def sam(
         Foret et al., Sharpness-Aware Minimization for Efficiently Improving Generalization, arXiv 2010.01412.
     """
     return SAM(base_optimizer, rho, **options, perturbation=repeated_on_subset(L2(), ascent_steps, only))
+
+
+def sam_with(part: Any) -> Callable[..., tuple[Any, ...]]:
+    """Return the ``build_example`` of a method that is a closure or a loss: it is used with an optimizer of SAM."""
+
+    def build(base: Optimizer, model: nn.Module, **arguments: Any) -> tuple[Any, ...]:
+        return sam(base, model=model, **arguments), part
+
+    return build
 
 
 CARD = MethodCard(
