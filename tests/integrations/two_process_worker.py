@@ -1,5 +1,6 @@
 """The script that each of two processes runs for test_accelerate_two_processes.py; it saves its results."""
 
+import gc
 import importlib.util
 import sys
 from pathlib import Path
@@ -100,3 +101,4 @@ if __name__ == "__main__":
     torch.save(results, folder / f"rank{rank}.pt")
     torch.distributed.barrier()
     torch.distributed.destroy_process_group()
+    gc.collect()  # a DistributedDataParallel in a reference cycle keeps threads that may abort Python at its end

@@ -1,5 +1,6 @@
 """The processes that train a run together, and their devices; torchrun starts them."""
 
+import gc
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -134,3 +135,6 @@ def join(device: str, threads: int | None) -> Iterator[World]:
             ) from error
         finally:
             dist.destroy_process_group()
+            # A DistributedDataParallel in a reference cycle keeps gloo's threads, and a thread that drops the last
+            # tensor of its work while Python shuts down ends the process with "terminate called".
+            gc.collect()
