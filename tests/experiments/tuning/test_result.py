@@ -67,6 +67,23 @@ def test_single_runs_give_no_verdict() -> None:
     assert "within one standard error" not in text
 
 
+def test_two_seeds_show_their_differences_and_give_no_verdict() -> None:
+    worse = [result(i, 0.05 + i / 100, 60.0, 61.0) for i in range(1, 4)]
+    found = tuning_result(result(0, 0.0, 80.0, 81.0, method="sgd"), result(0, 0.05, 82.0, 83.5), *worse, seeds=2)
+    text = "\n".join(found.notes())
+    assert (
+        "SAM (rho 0.05) against SGD, on the images it was chosen by: +2.25 points (+2.00 and +2.50), without a "
+        "verdict, which takes 3 seeds or more."
+    ) in text
+    assert "interval" not in text
+    assert "corrected" not in text
+    assert " --seeds 3 " in f"{next(iter(found.commands()))} "
+    (lost,) = tuning_result(
+        result(0, 0.0, 80.0, 81.0, method="sgd"), result(0, 0.05, 82.0, float("nan")), seeds=2
+    )._differences()
+    assert "1 not finite: no verdict" in lost
+
+
 def test_confirmation_uses_fresh_seeds_and_can_be_parsed() -> None:
     found = tuning_result(result(0, 0.0, 80.0, 81.0, 82.0, method="sgd"), result(0, 0.123, 84.0, 85.0, 86.0))
     (line,) = found.commands()

@@ -14,11 +14,11 @@ from steppe.experiments.analysis.metric_verdicts import (
 )
 from steppe.experiments.analysis.statistics import ERROR, seeds_needed
 from steppe.experiments.analysis.words import BETTER, NO_VERDICT, NOT_DISTINGUISHABLE, WORSE
+from steppe.experiments.storage.records import AVERAGE
 
 _MANY_SEEDS = 50  # from which on a difference is too small for its search to pay
 _USUAL_SEEDS = 5
 _CHEAP = 1.5  # passes a step, up to which a method counts as a cheap one
-_CHEAP_METHODS = ("late_sam", "looksam")
 
 _INSTEAD: Mapping[Control, str] = {
     EQUAL_STEPS: "After as many steps, {base} is {relation} {ours}: training for a shorter time {may} do as well.",
@@ -178,10 +178,13 @@ def _next_radius(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> I
 
 
 def _cheaper(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
-    names = {candidate.name for candidate in candidates.values()}
-    untried = [name for name in _CHEAP_METHODS if name not in names]
-    if candidates[best.method].passes > _CHEAP and untried:
-        yield f"If the price of a step matters, try {' or '.join(untried)}, with few further passes."
+    """Suggest averaged weights, not a cheaper variant of SAM: docs/which-method.md has no evidence for one."""
+    if candidates[best.method].passes > _CHEAP and best.control(AVERAGED) is None:
+        averaged = f"{candidates[best.base].name}+{AVERAGE}"
+        yield (
+            f"If the price of a step matters, compare with averaged weights too, {averaged}: they need no further "
+            "pass. No cheaper variant of SAM has earned a recommendation in Steppe's own comparisons so far."
+        )
 
 
 def _cheapest_of_the_best(winners: Sequence[MetricVerdict], candidates: Candidates) -> MetricVerdict:

@@ -11,14 +11,14 @@ from typing import Any, Literal, Self, get_args
 from rich.console import Console
 
 from steppe.experiments.analysis.metric_verdicts import EQUAL_COMPUTE, Comparison
-from steppe.experiments.analysis.statistics import decide, estimate, is_usable, rank
+from steppe.experiments.analysis.statistics import Decision, Pairs, decide, estimate, is_usable, rank
 from steppe.experiments.analysis.summary import SummaryFiles, setting
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.words import word
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.presets import command_line
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.config.task_info import LOSS, MetricInfo
+from steppe.experiments.config.task_info import LOSS, MetricInfo, difference
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.records import Record, parse_record
 from steppe.experiments.tuning.options import TuningOptions, field_of
@@ -26,7 +26,7 @@ from steppe.experiments.tuning.search_space import Range, Space, Values
 
 _SHOWN = 5  # trials of a method on the terminal; the files have them all
 _LISTED = 6  # values within one standard error that are listed; of more, the ends only
-_CONFIRMING_RUNS = 3  # the minimum for a verdict
+_CONFIRMING_RUNS = 3  # the minimum for a verdict: an interval of two runs is 13 times their standard error, and wider
 
 
 _State = Literal["complete", "diverged", "running"]
@@ -261,17 +261,27 @@ class TuningResult(SummaryFiles):
         theirs = self.goal(reference.result)
         pairs = [list(zip(self.goal(best.result), theirs, strict=True)) for best in others]
         possible = sum(len(best.ranked) for best in others) * len(reference.ranked)
-        for best, difference in zip(others, decide(pairs, chosen_from=possible), strict=True):
-            found = Comparison(EQUAL_COMPUTE, difference, word(difference, better=self.metric.better))
+        is_judged = self.recipe.comparison.seeds >= _CONFIRMING_RUNS
+        for best, of_best, decision in zip(others, pairs, decide(pairs, chosen_from=possible), strict=True):
+            found = Comparison(EQUAL_COMPUTE, decision, word(decision, better=self.metric.better))
+            is_described = len(of_best) > 1 and decision.lost == 0 and not is_judged
             yield (
                 f"{best.label(best.result)} against {reference.label(reference.result)}, on the {self._samples} it was "
-                f"chosen by: {found.statement(self.metric)}."
+                f"chosen by: {self._described(decision, of_best) if is_described else found.statement(self.metric)}."
             )
-        if possible > 1 and self.recipe.comparison.seeds > 1:
+        if possible > 1 and is_judged:
             yield (
                 f"These verdicts are corrected for the {possible} pairs of trials that could have been the best ones. "
                 "That takes many seeds; the confirmation below, with fresh seeds, needs fewer."
             )
+
+    def _described(self, mean: Decision, pairs: Pairs) -> str:
+        """Return the mean difference and that of each seed, where there are too few for a useful interval."""
+        each = " and ".join(f"{difference(*pair):+{self._form}}" for pair in pairs)
+        return (
+            f"{mean.mean:+{self._form}}{self._points} ({each}), without a verdict, which takes {_CONFIRMING_RUNS} "
+            "seeds or more"
+        )
 
     @property
     def _form(self) -> str:
