@@ -1,4 +1,4 @@
-"""The sample that is part of Steppe, the digits of scikit-learn, and the operations on data sets."""
+"""The sample of Fashion-MNIST, the digits of scikit-learn, and the operations on data sets."""
 
 from __future__ import annotations
 
@@ -100,10 +100,61 @@ def test_sample_archive_has_no_dates() -> None:
 
 
 def test_sample_with_a_directory_and_unknown_names_raise(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="is part of Steppe"):
+    with pytest.raises(DataError, match="is part of this clone of Steppe"):
         load("sample", tmp_path)
     with pytest.raises(DataError, match="no dataset 'mnist': choose one of sample, fashion-mnist"):
         load("mnist")  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def wheel(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An installation from the wheel, which has no folder of the sample."""
+    monkeypatch.setattr(data.resources, "files", lambda _: tmp_path / "site-packages")
+
+
+def made_of_the_sample() -> data.Dataset:
+    """A full set whose first images of each class are those of the sample; the rest are others."""
+    sample = load("sample")
+    more = torch.arange(10).repeat(3)
+    splits = (
+        data.Split(
+            torch.cat([part.images, torch.full((30, 1, 28, 28), 7, dtype=torch.uint8)]), torch.cat([part.labels, more])
+        )
+        for part in (sample.train, sample.test)
+    )
+    return data.Dataset("fashion-mnist", *splits, "a folder")
+
+
+def test_wheel_cuts_the_same_sample_out_of_the_full_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    full, packaged_sample = made_of_the_sample(), load("sample")
+    asked: list[Path | None] = []
+    monkeypatch.setattr(data, "_load_full", lambda data_dir: asked.append(data_dir) or full)
+    request.getfixturevalue("wheel")
+    sample = load("sample", tmp_path)
+    assert asked == [tmp_path]
+    for ours, theirs in ((sample.train, packaged_sample.train), (sample.test, packaged_sample.test)):
+        assert torch.equal(ours.images, theirs.images)
+        assert torch.equal(ours.labels, theirs.labels)
+    assert (sample.name, sample.source) == ("sample", "the sample, cut out of a folder")
+    monkeypatch.setattr(data, "SAMPLE_PER_CLASS", 301)
+    with pytest.raises(DataError, match=r"cut out of a folder is not that of this version: the SHA-256"):
+        load("sample")
+
+
+@pytest.mark.usefixtures("wheel")
+def test_wheel_without_the_full_set_says_how_to_get_the_sample(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STEPPE_DATA", str(tmp_path))
+    with pytest.raises(DataError, match="not in the wheel of Steppe") as caught:
+        load("sample")
+    assert str(tmp_path) in str(caught.value)
+    assert main(["compare", "demo", "--out", str(tmp_path / "run"), "--seeds", "1", "--runs-at-once", "1"]) == 1
+    printed = capsys.readouterr().err
+    assert "apt install dataset-fashion-mnist" in printed
+    assert "pip install --editable '.[experiments]'" in printed
 
 
 def test_to_moves_both_splits_and_keeps_the_rest() -> None:

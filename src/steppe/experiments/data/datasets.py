@@ -1,4 +1,4 @@
-"""The data sets of the experiments, as tensors: Fashion-MNIST, a small sample of it that is part of Steppe, and digits.
+"""The data sets of the experiments, as tensors: Fashion-MNIST, a small sample of it, and digits.
 
 All are verified by SHA-256 each time they are read; a mismatch raises `DataError`.
 
@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 from importlib import resources
+from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Literal, Protocol, get_args
 
@@ -39,6 +40,7 @@ MEAN, STD = 0.2860, 0.3530  # over all pixels of the 60,000 training images, sca
 
 SYSTEM = Path("/usr/share/datasets/fashion-mnist")  # where Debian's dataset-fashion-mnist puts it
 SAMPLE = "fashion-mnist-sample.npz"
+SAMPLE_PER_CLASS = 300  # the first images of each class, of the training and of the test set
 SAMPLE_ARRAYS = ("train_images", "train_labels", "test_images", "test_labels")
 SAMPLE_SHA256 = "d4d999d034dc2dfc40859079e55859507f807b74ce581fe2146c137248085ff8"
 DIGITS_SHA256 = "87ff0c9e40dc7e2c0e34e7257799c2e3f3aec1a016363bb11cad869ec428a826"
@@ -92,6 +94,9 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
     The full set is read from the first of these that exists: `data_dir`, $STEPPE_DATA, the system's package, the
     user's cache; else it is downloaded into the cache. If one of the first two is given, no other is tried.
 
+    The sample is a file of the repository. The wheel is small and has no images: there, the same sample is cut out of
+    the full set.
+
     Raises DataError when the data is missing, damaged, or cannot be fetched or stored.
 
     >>> sample = load("sample")
@@ -106,9 +111,11 @@ def load(name: DatasetName, data_dir: Path | None = None) -> Dataset:
         return _load_digits()
     if name != "sample":
         raise DataError(f"there is no dataset {name!r}: choose one of {', '.join(get_args(DatasetName))}")
+    if not _sample_folder().is_dir():
+        return _cut_out_sample(data_dir)
     if data_dir is not None:
         raise DataError(
-            f"the sample is part of Steppe, so {data_dir} would be ignored: "
+            f"the sample is part of this clone of Steppe, so {data_dir} would be ignored: "
             'load "fashion-mnist" to read that directory, or leave the directory out'
         )
     return _load_sample()
@@ -126,6 +133,21 @@ def normalize(images: Tensor) -> Tensor:
             "second time would shift them. Pass the images as they were loaded."
         )
     return images.float().div_(255.0).sub_(MEAN).div_(STD)
+
+
+def sample_of(full: Dataset) -> dict[str, NDArray[np.uint8]]:
+    """Return the arrays of the sample: of each split of the full set, the first images of each class, in their order.
+
+    That order is already shuffled, so the rule needs no seed.
+    """
+    arrays: dict[str, NDArray[np.uint8]] = {}
+    for name, split in (("train", full.train), ("test", full.test)):
+        labels = split.labels.numpy()
+        of_classes = [np.flatnonzero(labels == label)[:SAMPLE_PER_CLASS] for label in range(len(CLASSES))]
+        index = np.sort(np.concatenate(of_classes))
+        arrays[f"{name}_images"] = split.images.numpy()[index, 0]
+        arrays[f"{name}_labels"] = labels[index].astype(np.uint8)
+    return arrays
 
 
 def sample_digest(arrays: Mapping[str, NDArray[np.uint8]]) -> str:
@@ -179,8 +201,13 @@ def _load_full(data_dir: Path | None) -> Dataset:
     return Dataset("fashion-mnist", train, test, f"{directory} ({origin})")
 
 
+def _sample_folder() -> Traversable:
+    """Return the folder of the sample, which a clone and the source distribution have, and the wheel does not."""
+    return resources.files("steppe.experiments.data") / "sample"
+
+
 def _load_sample() -> Dataset:
-    path = resources.files("steppe.experiments.data") / "sample" / SAMPLE
+    path = _sample_folder() / SAMPLE
     try:
         with np.load(io.BytesIO(path.read_bytes()), allow_pickle=False) as archive:
             arrays = {name: archive[name] for name in SAMPLE_ARRAYS}
@@ -192,8 +219,30 @@ def _load_sample() -> Dataset:
             f"{path} is not the sample of this version: the SHA-256 of its content is {digest} and not "
             f"{SAMPLE_SHA256}, and results from it could not be compared. Install Steppe again."
         )
+    return _as_sample(arrays, "the sample that is part of Steppe")
+
+
+def _cut_out_sample(data_dir: Path | None) -> Dataset:
+    try:
+        full = _load_full(data_dir)
+    except DataError as error:
+        raise DataError(
+            "the sample of Fashion-MNIST is not in the wheel of Steppe, and cannot be cut out of the full data set: "
+            f"{error} Or install from a clone of the repository, which has the sample: "
+            "pip install --editable '.[experiments]'"
+        ) from error
+    arrays = sample_of(full)
+    if (digest := sample_digest(arrays)) != SAMPLE_SHA256:  # its files were verified, so the rule must have changed
+        raise DataError(
+            f"the sample cut out of {full.source} is not that of this version: the SHA-256 of its content is {digest} "
+            f"and not {SAMPLE_SHA256}, and results from it could not be compared. Install Steppe again."
+        )
+    return _as_sample(arrays, f"the sample, cut out of {full.source}")
+
+
+def _as_sample(arrays: Mapping[str, NDArray[np.uint8]], source: str) -> Dataset:
     train, test = (_split(arrays[f"{part}_images"], arrays[f"{part}_labels"]) for part in ("train", "test"))
-    return Dataset("sample", train, test, "the sample that is part of Steppe")
+    return Dataset("sample", train, test, source)
 
 
 def _load_digits() -> Dataset:
