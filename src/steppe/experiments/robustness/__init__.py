@@ -1,11 +1,13 @@
-"""Measures of a trained image classifier: corrupted images, calibration, rounded weights, forgetting."""
+"""Measures of a trained image classifier: corrupted images, calibration, rounded weights, forgetting.
+
+Weights are rounded by :func:`steppe.flatness.round_weights`.
+"""
 
 from steppe.experiments.robustness.calibration import Calibration, calibration
 from steppe.experiments.robustness.corruptions import CORRUPTIONS, Corruption, corrupt
 from steppe.experiments.robustness.forgetting import Forgetting, forgetting
 from steppe.experiments.robustness.measurement import measure
 from steppe.experiments.robustness.second_tasks import inverted, of_classes, rotated
-from steppe.flatness.quantization import round_weights, rounded
 
 __all__ = [
     "CORRUPTIONS",
@@ -19,6 +21,4 @@ __all__ = [
     "measure",
     "of_classes",
     "rotated",
-    "round_weights",
-    "rounded",
 ]

@@ -1,8 +1,9 @@
 """Forgetting: the accuracy on a first task after training on a second one."""
 
 import copy
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -12,6 +13,7 @@ from torch.optim import Optimizer
 from steppe.experiments.data.batches import count, order, start
 from steppe.experiments.robustness.isolation import device_of, evaluation, restored_generators, seed_generators
 
+_Batch = TypeVar("_Batch")
 _CHUNK = 500  # samples in one forward pass of an evaluation
 
 Data = tuple[Tensor, Tensor]
@@ -90,34 +92,47 @@ def forgetting(
         seed_generators(seed, device)
         trained = copy.deepcopy(model)
         before = [_measure(trained, data, metric, prepare) for data in (old, new_test)]
-        _train(trained, new, optimizer(trained.parameters()), steps, batch_size, seed, loss, prepare)
+        inputs, targets = (tensor.to(device) for tensor in new)
+
+        def mean_loss(chosen: Tensor) -> Tensor:
+            return loss(_logits(trained(prepare(inputs[chosen]))), targets[chosen])
+
+        batches = _positions(len(targets), batch_size, seed, steps, device)
+        train_on(trained, optimizer(trained.parameters()), batches, mean_loss)
         after = [_measure(trained, data, metric, prepare) for data in (old, new_test)]
     return Forgetting(before[0], after[0], before[1], after[1])
 
 
-def _train(
-    model: nn.Module,
-    data: Data,
-    optimizer: Optimizer,
-    steps: int,
-    batch_size: int,
-    seed: int,
-    loss: Callable[[Tensor, Tensor], Tensor],
-    prepare: Callable[[Tensor], Tensor],
+def train_on(
+    model: nn.Module, optimizer: Optimizer, batches: Iterable[_Batch], mean_loss: Callable[[_Batch], Tensor]
 ) -> None:
-    inputs, targets = (tensor.to(device_of(model)) for tensor in data)
-    n, batches = len(targets), count(len(targets), batch_size)
+    """Train a model in training mode, with a step for each batch of a second task."""
     model.train()
     with torch.enable_grad():
-        for step in range(steps):
-            epoch, batch = divmod(step, batches)
-            if batch == 0:
-                positions = order(n, seed, epoch).to(targets.device)
-            chosen = positions[start(batch, n, batches) : start(batch + 1, n, batches)]
-            optimizer.zero_grad()
-            outputs = _logits(model(prepare(inputs[chosen])))
-            loss(outputs, targets[chosen]).backward()  # type: ignore[no-untyped-call]
-            optimizer.step()
+        for batch in batches:
+            optimizer.step(_closure(optimizer, batch, mean_loss))
+
+
+def _closure(optimizer: Optimizer, batch: _Batch, mean_loss: Callable[[_Batch], Tensor]) -> Callable[[], float]:
+    """Return the closure of a step, which some optimizers evaluate several times."""
+
+    def closure() -> float:
+        optimizer.zero_grad()
+        loss = mean_loss(batch)
+        loss.backward()  # type: ignore[no-untyped-call]
+        return float(loss.detach())
+
+    return closure
+
+
+def _positions(n: int, batch_size: int, seed: int, steps: int, device: torch.device) -> Iterator[Tensor]:
+    """Yield the positions of the samples of each step, of n, in a new random order for each epoch."""
+    batches = count(n, batch_size)
+    for step in range(steps):
+        epoch, batch = divmod(step, batches)
+        if batch == 0:
+            positions = order(n, seed, epoch).to(device)
+        yield positions[start(batch, n, batches) : start(batch + 1, n, batches)]
 
 
 def _measure(

@@ -1,6 +1,6 @@
 """Forgetting in a comparison: train a copy of a run's network on a second task with the base, and measure the first."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import replace
 
@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe.experiments.config.recipe import Run
+from steppe.experiments.robustness.forgetting import train_on
 from steppe.experiments.robustness.isolation import restored_generators, seed_generators
 from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND
 from steppe.experiments.tasks.batches import Batch, Epochs
@@ -33,7 +34,7 @@ def measure_forgetting(
 
     The copy is trained by the base optimizer alone, whatever the method of the run, with a constant learning rate,
     `then_lr` or that of the first task. Both tasks are measured by the metrics of the first. The network and the global
-    generators are unchanged.
+    generators are unchanged. `steppe.experiments.robustness.forgetting` does this to any classifier.
 
     Args:
         run: The run that the network was trained in.
@@ -57,13 +58,20 @@ def measure_forgetting(
         if (lr := run.recipe.forgetting.then_lr) is not None:
             for group in base.param_groups:
                 group["lr"] = lr
-        copy.train()
-        epochs = Epochs(train, size, run.seed, world)
-        with torch.enable_grad():
+
+        def batches() -> Iterator[Batch]:
+            epochs = Epochs(train, size, run.seed, world)
             for epoch in range(run.recipe.forgetting.then_epochs):
                 for batch in epochs.batches(epoch):
                     raise_if_stopped()
-                    base.step(_closure(second, copy, base, batch, autocast))
+                    yield batch
+
+        def mean_loss(batch: Batch) -> Tensor:
+            with autocast():
+                outputs, targets = second.outputs(copy, batch.data)
+            return second.mean_loss(in_float32(outputs), targets)
+
+        train_on(copy, base, batches(), mean_loss)
         seed_generators(run.seed, device)  # of a model or metric that draws
         chunk = task.evaluation_batch_size or test.batch_size or size
         alike = replace(second, metrics=task.metrics)
@@ -76,23 +84,3 @@ def measure_forgetting(
         f"test_{deciding.name}{FORGOTTEN}": lost,
         f"test_{deciding.name}{ON_SECOND}": found[deciding.name],
     }
-
-
-def _closure(
-    task: Task,
-    model: nn.Module,
-    base: torch.optim.Optimizer,
-    batch: Batch,
-    autocast: Callable[[], AbstractContextManager[object]],
-) -> Callable[[], float]:
-    """Return the closure of a step, which some optimizers evaluate several times."""
-
-    def closure() -> float:
-        base.zero_grad()
-        with autocast():
-            outputs, targets = task.outputs(model, batch.data)
-        loss: Tensor = task.mean_loss(in_float32(outputs), targets)
-        loss.backward()  # type: ignore[no-untyped-call]
-        return float(loss.detach())
-
-    return closure
