@@ -1,21 +1,24 @@
 # make demo   set everything up and run the main job      make test    set everything up and run the tests
 # make check  lint, types, import layers                  make clean   remove what these made
 # make test-slow  the few tests that take ten seconds and more; CI runs them too
+# make release  build the wheel and the source distribution, and check both in new environments
 # make pages  write the generated pages and the stub of steppe.variants again
 # make conformance  run the contract over Steppe and its peers, and write docs/conformance.md
 # make test TORCH=2.8.0 PYTHON=python3.12  the tests with that torch and Python, in an environment of their own
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV := .venv$(if $(TORCH),-$(notdir $(PYTHON))-torch-$(TORCH))
 BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+# The environment is made in two stages: what the demo needs, and then what the tests and checks need.
+DEMO := $(VENV)/.ready
+READY := $(VENV)/.ready-dev
 
 # Two threads that wait for each other by spinning lose most of their time when anything else wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-slow check pages conformance clean
+.PHONY: demo test test-slow check pages conformance release clean
 
 # The article in small, and then with wrong labels, where SAM's effect is large.
-demo: $(READY)
+demo: $(DEMO)
 	$(BIN)/steppe compare demo --seeds 4
 	$(BIN)/steppe compare noisy-labels --name demo-wrong-labels --methods sgd sam:rho=0.1 --epochs 10 --eval-every 5 --seeds 3
 
@@ -46,12 +49,19 @@ pages: $(READY)
 conformance: $(READY)
 	$(BIN)/python benchmarks/conformance/run.py
 
+release: $(READY)
+	$(BIN)/python scripts/release_check.py
+
 # The environment is rebuilt whenever what it is made from changes.
-$(READY): constraints.txt pyproject.toml
+$(DEMO): constraints.txt pyproject.toml
 	rm -rf $(VENV)
 	$(PYTHON) -m venv $(VENV)
 	@# Another torch than the pinned one brings a sympy of its own.
 	$(if $(TORCH),{ grep -vE '^(torch|sympy)==' constraints.txt; echo torch==$(TORCH); },cat constraints.txt) > $(VENV)/constraints.txt
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[experiments]'
+	touch $@
+
+$(READY): $(DEMO)
 	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[dev]'
 	@# Without what they ask for: torchvision, of which there is no CPU build on PyPI, and sentence-transformers.
 	@# And torchao is made for one torch: beside an older one it fails to import, and transformers with it.
@@ -60,4 +70,4 @@ $(READY): constraints.txt pyproject.toml
 	touch $@
 
 clean:
-	rm -rf .venv .venv-* runs build src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

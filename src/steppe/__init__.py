@@ -56,7 +56,7 @@ if TYPE_CHECKING:  # for type checkers; a test compares them with the table belo
     from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
     from steppe.sam import SAM, Pass
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "L2",
