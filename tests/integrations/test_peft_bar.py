@@ -16,7 +16,7 @@ pytest.importorskip("transformers")
 import peft
 from accelerate import Accelerator
 from accelerate_state import fresh_accelerate_state  # noqa: F401
-from tiny_peft import IGNORED_WARNINGS, adapted, closeness, quantized, sentences, trained
+from tiny_peft import IGNORED_WARNINGS, adapted, closeness, factors_of, quantized, sentences, trained
 from tiny_transformer import adamw, by_hand, trainer
 
 from steppe.integrations.accelerate import passes
@@ -32,13 +32,6 @@ def base_of(model, lr=LR):
     of_B = [p for name, p in own.items() if "_B." in name]
     others = [p for name, p in own.items() if "_B." not in name]
     return torch.optim.AdamW([{"params": others}, {"params": of_B, "lr": 2 * lr}], lr=lr, weight_decay=0.1)
-
-
-def factors_of(model):
-    """Return each pair (A, B), by the names that PEFT gives them."""
-    named = dict(model.named_parameters())
-    kinds = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
-    return [(p, named[name.replace(a, b)]) for a, b in kinds for name, p in named.items() if f"{a}." in name]
 
 
 def bar_by_hand(model, base, batches, *, alpha, compare, total_steps=None):

@@ -17,6 +17,7 @@ from accelerate_state import fresh_accelerate_state  # noqa: F401
 from tiny_trl import (
     FORMATS,
     ROWS,
+    BalanceByHand,
     ByHand,
     MergedByHand,
     NoiseByHand,
@@ -29,7 +30,7 @@ from tiny_trl import (
 )
 
 import steppe
-from steppe.integrations.peft import flat_lora, merged_sam
+from steppe.integrations.peft import bar, flat_lora, merged_sam
 from steppe.integrations.transformers import SAMTrainerMixin
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL about its own future
@@ -39,6 +40,7 @@ METHODS = {
     "LoRA": (True, steppe.SAM, ByHand),
     "merged_sam": (True, merged_sam, MergedByHand),
     "flat_lora": (True, flat_lora, NoiseByHand),
+    "bar": (True, functools.partial(bar, alpha=RHO), BalanceByHand),
 }
 """By name: with adapters or not, the method, and its passes by hand."""
 
@@ -63,7 +65,8 @@ def weights(trained: torch.nn.Module) -> torch.Tensor:
 
 def ours(folder, data, name, **options):
     adapters, method, _ = METHODS[name]
-    settings = {"adapters": adapters, "method": method, "rho": RHO, "log_sharpness": True}
+    settings = {"adapters": adapters, "method": method, "log_sharpness": True}
+    settings |= {} if name == "bar" else {"rho": RHO}
     return trainer(folder, SAMTrainerMixin, data, **{**settings, **options})
 
 
@@ -106,7 +109,7 @@ def test_weights_and_logs_are_those_of_passes_by_hand(tmp_path, folder, data, op
     check_logs(mine, logs)
 
 
-@pytest.mark.parametrize("name", ["whole", "LoRA"])
+@pytest.mark.parametrize("name", ["whole", "LoRA", "bar"])
 @pytest.mark.parametrize("kind", ROWS)
 def test_passes_by_hand_differ_from_training_without_sam(folder, kind, name):
     start, expected, _ = by_hand(folder, kind, name)
@@ -137,7 +140,7 @@ def with_adapter():
     return peft.get_peft_model(model(), lora())
 
 
-@pytest.mark.parametrize("name", ["LoRA", "merged_sam", "flat_lora"])
+@pytest.mark.parametrize("name", ["LoRA", "merged_sam", "flat_lora", "bar"])
 @pytest.mark.parametrize("kind", PREFERENCES)
 def test_reference_with_a_copy_of_the_adapter_is_never_perturbed(tmp_path, kind, name):
     by_hand = trainer(tmp_path, METHODS[name][2], kind, trained=with_adapter(), rho=RHO, precompute_ref_log_probs=True)
@@ -165,7 +168,8 @@ def test_reference_that_follows_the_model_gets_the_weights_of_the_steps(tmp_path
 
 
 @pytest.mark.parametrize(
-    ("kind", "name"), [("SFT", "whole"), ("DPO", "merged_sam"), ("KTO", "flat_lora"), ("Reward", "LoRA")]
+    ("kind", "name"),
+    [("SFT", "whole"), ("DPO", "merged_sam"), ("KTO", "flat_lora"), ("Reward", "LoRA"), ("SFT", "bar")],
 )
 def test_run_resumed_in_mid_epoch_has_the_same_bits_and_its_checkpoints_are_at_w(tmp_path, kind, name):
     saves = {"save_strategy": "steps", "save_steps": 2, "num_train_epochs": 2}

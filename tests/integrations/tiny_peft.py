@@ -81,6 +81,13 @@ def is_factor(name: str) -> bool:
     return "lora_" in name
 
 
+def factors_of(model):
+    """Return each pair (A, B), by the names that PEFT gives them."""
+    named = dict(model.named_parameters())
+    kinds = (("lora_A", "lora_B"), ("lora_embedding_A", "lora_embedding_B"))
+    return [(p, named[name.replace(a, b)]) for a, b in kinds for name, p in named.items() if f"{a}." in name]
+
+
 def noise_by_hand(model, step, rho, total_steps, seed):
     """The paper's perturbation of each filter: standard deviation sigma / sqrt(n) |W'_i|, sigma on half a cosine."""
     sigma = rho * 0.5 * (1 - math.cos(math.pi * min(step / total_steps, 1.0))) if total_steps else rho

@@ -7,7 +7,7 @@ import uuid
 import pytest
 import torch
 import transformers
-from tiny_peft import adapted_weights, is_factor, noise_by_hand
+from tiny_peft import adapted_weights, factors_of, is_factor, noise_by_hand
 
 trl = pytest.importorskip("trl", reason="needs TRL: pip install trl")
 datasets = pytest.importorskip("datasets")
@@ -229,4 +229,19 @@ class NoiseByHand(ByHand):
         loss = one_pass()
         for name, W0 in before.items():
             weights[name].copy_(W0)
+        return loss
+
+
+class BalanceByHand(ByHand):
+    """Runs a single pass, and scales A and B as nBAR does before the step of the base; `rho` is its alpha."""
+
+    def passes(self, model, one_pass):
+        loss = one_pass()
+        rate = self.rho * self.args.learning_rate
+        with torch.no_grad():
+            for A, B in factors_of(model):
+                if A.grad is not None:  # not of the reference's adapter
+                    s = 1 if A.grad.norm() >= B.grad.norm() else -1
+                    A *= 1 + s * rate
+                    B *= 1 - s * rate
         return loss
