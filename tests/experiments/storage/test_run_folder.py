@@ -65,6 +65,19 @@ def test_damaged_configuration_raises(content: str, folder: RunFolder) -> None:
         folder.claim(recipe(), 1)
 
 
+def test_folder_of_another_version_is_refused_unchanged_and_says_what_reads_it(folder: RunFolder) -> None:
+    config = folder.path / "config.json"
+    values = json.loads(config.read_text())
+    written = values["format"]
+    config.write_text(json.dumps(values | {"format": "steppe run folder, version 2"}))
+    before = {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()}
+    for use in (folder.recipe, lambda: folder.claim(recipe(), 1)):
+        with pytest.raises(ExperimentError, match=f"'steppe run folder, version 2', .* reads '{written}'") as caught:
+            use()
+        assert "environment.json beside it names the version" in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.path.rglob("*") if path.is_file()} == before
+
+
 def test_configuration_with_an_unknown_field_raises(folder: RunFolder) -> None:
     config = json.loads((folder.path / "config.json").read_text())
     config["recipe"]["color"] = "red"

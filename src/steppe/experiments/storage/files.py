@@ -104,6 +104,15 @@ def read_checked_lines(path: Path, parse: Callable[[Any], T], remedy: str) -> li
     return read_text(path, read, remedy)
 
 
+def check_format(values: Mapping[str, Any], known: str) -> None:
+    """Raise ValueError, with the way to read the file, if the format that it names is not `known`."""
+    if values["format"] != known:
+        raise ValueError(
+            f"its format is {values['format']!r}, and this version of Steppe reads {known!r}; environment.json beside "
+            "it names the version that wrote it, and that one reads it"
+        )
+
+
 def read_text(path: Path, read: Callable[[str], T], remedy: str) -> T:
     """Read a text file by a function; raises as `read_checked` does."""
     try:

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.checkpoint_file import load_records
-from steppe.experiments.storage.files import read_checked, read_text, write_checked
+from steppe.experiments.storage.files import check_format, read_checked, read_text, write_checked
 from steppe.experiments.storage.records import Record, parse_records, read_records
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -138,8 +138,7 @@ def _is_search(config: Path) -> bool:
 
 
 def _configuration(values: Mapping[str, Any]) -> tuple[Recipe, int]:
-    if values["format"] != _FORMAT:
-        raise ValueError(f"its format is {values['format']!r}")
+    check_format(values, _FORMAT)
     processes = values["processes"]
     if isinstance(processes, bool) or not isinstance(processes, int):
         raise TypeError(f"processes is {processes!r}")

@@ -20,7 +20,13 @@ from steppe.experiments.execution.prepared_task import prepare_task
 from steppe.experiments.execution.pretraining import resolve_pretraining
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.environment import record_session
-from steppe.experiments.storage.files import read_checked, read_checked_lines, write_checked, write_checked_lines
+from steppe.experiments.storage.files import (
+    check_format,
+    read_checked,
+    read_checked_lines,
+    write_checked,
+    write_checked_lines,
+)
 from steppe.experiments.storage.records import AFTER
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
 from steppe.experiments.tasks.load import held_out, with_task
@@ -42,6 +48,11 @@ def check_search(recipe: Recipe, options: TuningOptions) -> None:
         widths = " ".join(map(str, recipe.comparison.widths))
         raise ValueError(
             f"widths={widths}: trials can be compared at one width only. Use --widths without a number, and --width"
+        )
+    if recipe.output.log:
+        raise ValueError(
+            f"log={' '.join(recipe.output.log)}: the trials of a search are kept in its folder only, and runs of "
+            "different trials have the same names: leave it out, and log the comparison that confirms the best values"
         )
     if not recipe.data.task:
         options.metric(recipe)
@@ -90,9 +101,8 @@ def tune(
     # tpe chooses by the results so far: with several trials in progress, its values would depend on which ends first
     one_by_one = options.sampler == "tpe" and execution.on == "local" and execution.runs_at_once is None
     max_runs = recipe.comparison.seeds if one_by_one else None
-    # runs of different trials may have the same name, so their logs would overwrite each other
     with (
-        start_executor(recipe.replace(tensorboard=False), execution, console, max_runs=max_runs) as executor,
+        start_executor(recipe, execution, console, max_runs=max_runs) as executor,
         open_storage(options.storage, path := _folder(recipe)) as storage,
     ):
         depends_on = _depends_on(executor.recipe, options, has_validation=has_validation)
@@ -200,8 +210,7 @@ def _claimed(values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
 
 
 def _configuration(values: dict[str, Any]) -> tuple[Recipe, TuningOptions, list[Space], bool]:
-    if values["format"] != _FORMAT:
-        raise ValueError(f"its format is {values['format']!r}")
+    check_format(values, _FORMAT)
     recipe, options = Recipe.from_json(values["recipe"]), values["options"]
     options = TuningOptions(**{**options, "search": tuple(options["search"])})
     if not isinstance(values["has_validation"], bool):
