@@ -64,7 +64,7 @@ def comparison(path: Path) -> dict[str, Any]:
         against = recipe.replace(methods=(sam, *others))
         differences += _differences(summarize(against, folder.results(against)))
     sessions = json.loads((path / "environment.json").read_text(encoding="utf-8"))
-    clean = recipe.replace(out=None, data_dir=None, tensorboard=False, checkpoint_seconds=60.0)
+    clean = recipe.replace(out=None, data_dir=None, log=(), checkpoint_seconds=60.0)
     return {
         "title": recipe.name,
         "setting": setting(recipe),

@@ -259,5 +259,5 @@ def test_error_for_a_missing_tensorboard_gives_the_install_command(
     import matplotlib  # noqa: F401 (imported first, so that its own imports do not fail)
 
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
-    assert main(["compare", "--tensorboard", "--out", str(tmp_path / "run")]) == 1
+    assert main(["compare", "--log", "tensorboard", "--out", str(tmp_path / "run")]) == 1
     assert "pip install 'steppe[tensorboard]'" in printed(capsys)

@@ -104,11 +104,11 @@ class FakeRay:
 
 
 def train_on_ray(
-    ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, tensorboard: bool = False, **options: Any
+    ray: FakeRay, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, **options: Any
 ) -> tuple[list[Outcome], str]:
     monkeypatch.setitem(sys.modules, "ray", ray)
     console = Console(file=io.StringIO(), width=300)
-    fields = {"epochs": 2, "seeds": 2, "tensorboard": tensorboard}
+    fields = {"epochs": 2, "seeds": 2}
     with start_executor(recipe(**fields), ExecutionOptions("ray", **options), console) as executor:
         work = jobs(tmp_path, **fields)
         outcomes = list(executor.run(work, make_task(), tmp_path, RecordingReporter(), Stop()))

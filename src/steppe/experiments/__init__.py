@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steppe.experiments.execution.logs import Log, LoggedRun
     from steppe.experiments.measuring.flatness_result import FlatnessResult
     from steppe.experiments.report.comparison_result import ComparisonResult
     from steppe.experiments.tasks.task import Metric, Task, accuracy
@@ -13,6 +14,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ComparisonResult",
     "FlatnessResult",
+    "Log",
+    "LoggedRun",
     "Metric",
     "SearchResult",
     "Task",
@@ -23,6 +26,7 @@ __all__ = [
 ]
 
 _HOMES = {
+    **dict.fromkeys(("Log", "LoggedRun"), "steppe.experiments.execution.logs"),
     **dict.fromkeys(("Metric", "Task", "accuracy"), "steppe.experiments.tasks.task"),
     **dict.fromkeys(("compare", "measure", "tune"), "steppe.experiments.user_api"),
     "ComparisonResult": "steppe.experiments.report.comparison_result",

@@ -15,6 +15,7 @@ from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import ExecutionOptions, Executor
 from steppe.experiments.execution.launch import start_executor
+from steppe.experiments.execution.logs import Log, make_logs
 from steppe.experiments.execution.prepared_task import prepare_task
 from steppe.experiments.execution.pretraining import resolve_pretraining
 from steppe.experiments.execution.progress import print_line
@@ -36,19 +37,21 @@ def compare(
     console: Console,
     execution: ExecutionOptions = _LOCAL,
     task: Task | None = None,
+    logs: Sequence[Log] = (),
 ) -> Summary | DoubleDescent | None:
     """Train the runs that are not finished, then write and show the summary and the figures.
 
     `command` is the words of the command line, for the record; `task` is one that has no name by which it could be
-    imported. Returns None in all processes but the first.
+    imported; `logs` are those beside the ones that the recipe names. Returns None in all processes but the first.
 
     Raises Stopped on a signal, ExperimentError with one clear line; the failure of a run is raised after the others
     are trained.
     """
+    logs = [*make_logs(recipe.output.log), *logs]  # a missing package is an error before anything is trained
     recipe, task = with_task(resolve_pretraining(recipe, console), task)
     runs = max(len(list(member.runs())) for member in [recipe, *recipe.members()])
     with start_executor(recipe, execution, console, max_runs=runs) as executor:
-        summary, failed = _train_and_report(executor.recipe, executor, command, console, task)
+        summary, failed = _train_and_report(executor.recipe, executor, command, console, task, logs)
     if failed and summary is not None:
         raise ExperimentError("; ".join(failed))
     return summary
@@ -103,7 +106,12 @@ def _flatness(folder: RunFolder, recipe: Recipe, console: Console) -> list[Verdi
 
 
 def _train_and_report(
-    recipe: Recipe, executor: Executor, command: Sequence[str], console: Console, task: Task | None
+    recipe: Recipe,
+    executor: Executor,
+    command: Sequence[str],
+    console: Console,
+    task: Task | None,
+    logs: Sequence[Log],
 ) -> tuple[Summary | DoubleDescent | None, list[str]]:
     """Train every run of a comparison, or of its members, and report; return the failures as well."""
     folder, world = RunFolder(recipe.folder), executor.world
@@ -114,13 +122,13 @@ def _train_and_report(
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():
-            _, reasons = _train_and_report(member, executor, command, console, task)
+            _, reasons = _train_and_report(member, executor, command, console, task, logs)
             failed += [f"width {member.model.width}: {reason}" for reason in reasons]
         if not recipe.comparison.widths:
             make_task = prepare_task(executor, folder.path, console, task)
             if recipe.data.task:
                 try_methods(recipe, make_task(recipe), folder, world)
-            reason = train_runs(recipe.runs(), make_task, executor, folder, console)
+            reason = train_runs(recipe.runs(), make_task, executor, folder, console, logs)
             failed += [] if reason is None else [reason]
         summary = report(folder, recipe, console) if world.rank == 0 else None
         world.barrier()  # the others may read the folder

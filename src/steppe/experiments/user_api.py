@@ -17,6 +17,7 @@ from steppe.experiments.config.presets import RECIPES, name_of_task
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import closest
 from steppe.experiments.execution.executor import ExecutionOptions
+from steppe.experiments.execution.logs import Log
 from steppe.experiments.measuring.flatness_result import FlatnessResult
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.measure_runs import measure_runs
@@ -42,6 +43,7 @@ def compare(
     seeds: int = 3,
     out: str | Path | None = None,
     runs_at_once: int = 1,
+    log: str | Log | Sequence[str | Log] = (),
     quiet: bool = False,
     **options: Any,
 ) -> ComparisonResult:
@@ -60,6 +62,8 @@ def compare(
         out: The run folder; by default runs/NAME.
         runs_at_once: Runs at a time, each in a process of its own. Above 1, a script needs its calls under
             `if __name__ == "__main__":`.
+        log: Where to log the measurements as well: "tensorboard", "wandb", "mlflow", a :class:`Log` of your own, or
+            several of them.
         quiet: True to print nothing.
         **options: Any other option of `steppe compare task --help`, such as rho, lr, batch_size, schedule, eval_every,
             device, with underscores.
@@ -87,11 +91,14 @@ def compare(
         >>> [row.method.label for row in result.summary.rows]
         ['base', 'SAM (rho 0.1)']
     """
+    asked = [log] if isinstance(log, str | Log) else list(log)
+    own = [one for one in asked if isinstance(one, Log)]
+    names = [one for one in asked if one not in own]
     recipe, execution, given = _setup(
-        compare, task, methods, runs_at_once, options, epochs=epochs, seeds=seeds, out=out
+        compare, task, methods, runs_at_once, options, epochs=epochs, seeds=seeds, out=out, log=names
     )
     console = _console(quiet)
-    comparison.compare(recipe, ["steppe.experiments.compare", recipe.data.task], console, execution, given)
+    comparison.compare(recipe, ["steppe.experiments.compare", recipe.data.task], console, execution, given, own)
     folder = RunFolder(recipe.folder)
     trained = folder.recipe().replace(out=recipe.folder, methods=recipe.comparison.methods)
     results = folder.results(trained)

@@ -28,14 +28,3 @@ def test_run_that_fails_by_itself_is_not_retried(tmp_path: Path, monkeypatch: py
     assert [bool(outcome.error) for outcome in outcomes] == [False, False, False, True]
     assert "is damaged" in str(outcomes[-1].error)
     assert printed == ""
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning")
-def test_command_logs_each_run_to_tensorboard_once_though_its_worker_dies(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    train_on_ray(FakeRay(sam_seed0=1), tmp_path, monkeypatch, tensorboard=True)
-    log = EventAccumulator(str(tmp_path / "tensorboard" / "sam-seed0")).Reload()
-    assert [event.step for event in log.Scalars("gap")] == [2]

@@ -30,19 +30,20 @@ from steppe.experiments.models.vit import HEAD
 # Options that decide which runs there are, or how they are observed and stored; every other one changes a run's result.
 _NO_EFFECT_ON_RESULTS = frozenset(
     {
-        *("name", "methods", "seeds", "first_seed", "widths", "data_dir", "checkpoint_seconds", "tensorboard", "out"),
+        *("name", "methods", "seeds", "first_seed", "widths", "data_dir", "checkpoint_seconds", "log", "out"),
         *("flatness_every", "flatness_samples"),
     }
 )
 
 # Options that older folders do not have, each with the value by which a run is what it was before.
-_ADDED: Mapping[str, Any] = MappingProxyType({"then_lr": None})
+_ADDED: Mapping[str, Any] = MappingProxyType({"then_lr": None, "log": ()})
 
 
 # Functions from an option's JSON value to its own type, where the two differ.
 _READERS: dict[str, Callable[[Any], Any]] = {
     "methods": lambda specs: tuple(_spec(s) for s in specs),
     "widths": tuple,
+    "log": lambda names: (names,) if isinstance(names, str) else tuple(names),
     "data_dir": lambda path: None if path is None else Path(path),
     "out": lambda path: None if path is None else Path(path),
 }
@@ -341,6 +342,7 @@ class Recipe:
             if name == "task":
                 continue
             options |= value if isinstance(value, Mapping) else {name: value}
+        options.pop("tensorboard", None)  # an older name of log, which changes no result
         if differing := options.keys() ^ cls().options().keys():
             raise ValueError(f"not the options of a recipe: {', '.join(sorted(differing))}")
         options["methods"] = [MethodSpec.read(text) for text in options["methods"]]

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, get_origin, get_type_hints
+from typing import Annotated, Literal, get_args, get_origin, get_type_hints
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.data.datasets import DatasetName
@@ -263,6 +263,9 @@ class ForgettingConfig:
         return _SECOND_TASKS.get(self.then, self.then) or "that of the task"
 
 
+LogName = Literal["tensorboard", "wandb", "mlflow"]
+
+
 @dataclass(frozen=True)
 class OutputConfig:
     """The run folder, checkpoints and logs."""
@@ -271,5 +274,12 @@ class OutputConfig:
     """The run folder; by default runs/NAME. The same command in the same folder resumes it."""
     checkpoint_seconds: Annotated[float, Minimum(0, "seconds from one checkpoint within an epoch to the next")] = 60.0
     """Seconds from one checkpoint within an epoch to the next; there is always one at an epoch's end."""
-    tensorboard: bool = False
-    """Log to RUN/tensorboard as well (needs the tensorboard extra)."""
+    log: tuple[LogName, ...] = ()
+    """Log the measurements to these services as well. tensorboard: event files in RUN/tensorboard (needs the
+    tensorboard extra). wandb: Weights & Biases, the project steppe or $WANDB_PROJECT (needs wandb). mlflow: an
+    experiment by the comparison's name, at $MLFLOW_TRACKING_URI (needs mlflow)."""
+
+    def __post_init__(self) -> None:
+        for name in self.log:
+            if name not in get_args(LogName):
+                raise ValueError(unknown("log", str(name), get_args(LogName)))

@@ -12,7 +12,6 @@ from steppe.experiments.config.resolve import resolve
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.executor import ExecutionOptions, Executor, Job, MakeTask, Outcome
-from steppe.experiments.execution.forwarding import TensorBoard, with_tensorboard
 from steppe.experiments.execution.pool import ProcessPool, Worker
 from steppe.experiments.execution.ray import RayExecutor, connect
 from steppe.experiments.execution.workers import POLL_SECONDS, RunTask, WorkerExecutor, train_task
@@ -33,8 +32,7 @@ class InProcessExecutor(Executor):
     ) -> Generator[Outcome, None, None]:
         for job in jobs:
             try:
-                with with_tensorboard(reporter, job.run, control, self.world) as logged:
-                    train(job.run, job.folder, make_task(job.run.recipe), self.world, logged, stop)
+                train(job.run, job.folder, make_task(job.run.recipe), self.world, reporter, stop)
             except ExperimentError as error:
                 if self.world.size > 1:  # the other processes may not have met it, and would wait for this one forever
                     raise
@@ -79,8 +77,6 @@ def start_executor(
     Raises:
         ExperimentError: if the options or the recipe do not fit this machine.
     """
-    if recipe.output.tensorboard:
-        TensorBoard(recipe.folder)  # raises if it is not installed, before anything is trained
     if options.on == "ray":
         if launched() > 1:
             raise ExperimentError(

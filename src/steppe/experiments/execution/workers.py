@@ -17,7 +17,7 @@ from rich.console import Console
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.executor import Executor, Job, MakeTask, Outcome
-from steppe.experiments.execution.forwarding import EventReader, EventWriter, with_tensorboard
+from steppe.experiments.execution.forwarding import EventReader, EventWriter
 from steppe.experiments.execution.pool import WorkerDied
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.storage.run_folder import RunFolder
@@ -105,13 +105,11 @@ class _RunInProgress:
     job: Job
     task: RunTask
     events: EventReader
-    log: AbstractContextManager[Reporter]
     retries: int = 0
 
     def close(self) -> None:
         self.events.poll()  # drain events written after the last poll
         self.events.close()
-        self.log.__exit__(None, None, None)
 
 
 class WorkerExecutor(Executor, Generic[W]):
@@ -165,7 +163,7 @@ class WorkerExecutor(Executor, Generic[W]):
                     if (job := next(jobs, None)) is None:
                         exhausted = True
                     else:
-                        one = self._in_progress(job, control, stop_file, reporter)
+                        one = self._in_progress(job, stop_file, reporter)
                         running[self._start(one.task, shared)] = one
                 if not running:
                     if stop or exhausted:
@@ -191,19 +189,16 @@ class WorkerExecutor(Executor, Generic[W]):
                     if error != _STOPPED:
                         yield Outcome(one.job, error)
         finally:
-            for worker, one in running.items():
+            for worker in running:
                 with suppress(Exception):
                     self._kill(worker)
-                one.log.__exit__(None, None, None)
             stop_file.unlink(missing_ok=True)
 
-    def _in_progress(self, job: Job, control: Path, stop_file: Path, reporter: Reporter) -> _RunInProgress:
-        # this process logs, because not all machines may see the folder
-        log = with_tensorboard(reporter, job.run, control, self.world)
-        events = EventReader(job.run, job.folder, log.__enter__())
+    def _in_progress(self, job: Job, stop_file: Path, reporter: Reporter) -> _RunInProgress:
+        events = EventReader(job.run, job.folder, reporter)
         # a worker may have another working directory
         absolute = replace(job, folder=job.folder.absolute())
-        return _RunInProgress(job, RunTask(absolute, stop_file, reporter.interval, torch.__version__), events, log)
+        return _RunInProgress(job, RunTask(absolute, stop_file, reporter.interval, torch.__version__), events)
 
     def _announce_retry(self, one: _RunInProgress, died: WorkerDied) -> None:
         print_line(
