@@ -99,6 +99,7 @@ def test_mutant_rule_is_killed_by_its_check(mutant):
 
 
 def test_mutant_restore_by_subtraction_is_killed(monkeypatch):
+    @torch.no_grad()
     def by_subtraction(self):
         for w, alpha, d in reversed(self._moves):
             w.sub_(alpha * d)

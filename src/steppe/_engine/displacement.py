@@ -51,12 +51,10 @@ class Displacement:
             direction: One real tensor a weight, of its shape (complex weights: with a last dimension of 2).
             add: An in-place addition, ``add(weights, alpha, direction)``.
         """
-        keys = list(map(id, weights))
-        if len(set(keys)) < len(keys):
-            first = [keys.index(key) for key in dict.fromkeys(keys)]
-            keys = [keys[i] for i in first]
-            weights, direction = [weights[i] for i in first], [direction[i] for i in first]
-        new = dict(zip(keys, weights, strict=True))
+        new = dict(zip(map(id, weights), weights, strict=True))
+        if len(new) < len(weights):
+            first = [next(i for i, weight in enumerate(weights) if weight is one) for one in new.values()]
+            weights, direction = list(new.values()), [direction[i] for i in first]
         if self._displaced:
             new = {key: w for key, w in new.items() if key not in self._displaced}
         shards = locals_of(list(new.values()))
@@ -75,7 +73,6 @@ class Displacement:
         """Return each displaced weight with this rank's copy of w."""
         return list(self._displaced.values())
 
-    @torch.no_grad()
     def restore(self) -> None:
         """Restore every displaced weight to w; without a displacement, do nothing."""
         if self._displaced:

@@ -90,7 +90,6 @@ class Ranks:
         """Return the memory of the perturbation; a forbidden one where each rank has a perturbation of its own."""
         return shared if self._replica is None else ForbiddenMemory()
 
-    @torch.no_grad()
     def all_true(self, flag: Tensor) -> Tensor:
         """Return True if the flag is true on every rank; local gradients may overflow on one rank only."""
         if self._replica is None:
@@ -100,17 +99,15 @@ class Ranks:
         dist.all_reduce(lowest, dist.ReduceOp.MIN, group=self._replica.process_group)
         return lowest.to(flag.device).bool()
 
-    @torch.no_grad()
-    def with_gradient_anywhere(self, here: Sequence[Tensor], owned: Sequence[Tensor]) -> list[Tensor]:
+    def with_gradient_anywhere(self, here: list[Tensor], owned: Iterable[Tensor]) -> list[Tensor]:
         """Return the parameters that have a gradient on any rank, where a rank may leave some of them out."""
         if self._replica is None or not self._replica.find_unused_parameters:
-            return list(here)
-        has, device = set(here), next(p.device for p in self._replica.parameters())
+            return here
+        owned, has, device = list(owned), set(here), next(p.device for p in self._replica.parameters())
         held = torch.tensor([p in has for p in owned], dtype=torch.int32, device=device)
         dist.all_reduce(held, dist.ReduceOp.MAX, group=self._replica.process_group)
         return [p for p, anywhere in zip(owned, held.tolist(), strict=True) if anywhere]
 
-    @torch.no_grad()
     def average_(self, gradients: Sequence[Tensor]) -> None:
         """Average the ranks' own gradients, in place."""
         if self._replica is not None:

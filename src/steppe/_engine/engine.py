@@ -107,7 +107,13 @@ class Engine:
 
     # Points: the arguments of the rules.
 
-    def point(self, parameters: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
+    def point(
+        self,
+        parameters: list[Tensor] | None = None,
+        gradients: list[Tensor] | None = None,
+        *,
+        memory: Memory | None = None,
+    ) -> Point:
         """Return the current point; by default, of every parameter that has a gradient."""
         if parameters is None:
             parameters, found = self.gradients.parameters_and_gradients()
@@ -118,7 +124,7 @@ class Engine:
             rho=LazySequence(partial(self._radii, parameters)),
             base_state=LazySequence(partial(self._states, parameters)),
             step=self.steps,
-            memory=self.memory,
+            memory=self.memory if memory is None else memory,
             anchor=next(parameters_of(self._base), None),
             micro_batch=self.micro_batches.number,
         )
@@ -133,9 +139,12 @@ class Engine:
     @torch.no_grad()
     def point_after_first_pass(self) -> Point:
         """Return the point for a perturbation: w, with the gradient of the first pass."""
-        parameters = self.ranks.with_gradient_anywhere(self.gradients.parameters(), list(parameters_of(self._base)))
-        self.gradients.fill_missing(parameters)
-        return replace(self.point(parameters), memory=self.ranks.memory_of_perturbation(self.memory))
+        here, gradients = self.gradients.parameters_and_gradients()
+        parameters = self.ranks.with_gradient_anywhere(here, parameters_of(self._base))
+        if parameters is not here:
+            self.gradients.fill_missing(parameters)
+            gradients = self.gradients.views(parameters)
+        return self.point(parameters, gradients, memory=self.ranks.memory_of_perturbation(self.memory))
 
     @torch.no_grad()
     def point_after_ascent_step(self) -> Point:
@@ -143,7 +152,7 @@ class Engine:
         parameters, ascent = self._perturbed_parameters or [], self._ascent
         self.gradients.fill_missing(parameters)
         memory = self.ranks.memory_of_perturbation(self.memory)
-        return replace(self.point(parameters), ascent_so_far=ascent, memory=memory)
+        return replace(self.point(parameters, memory=memory), ascent_so_far=ascent)
 
     def point_before_passes(self) -> Point:
         """Return the point before any pass: every trainable parameter, without gradients."""
@@ -154,7 +163,6 @@ class Engine:
         """Return a point for a cadence that reads only the step's number."""
         return Point([], [], rho=[], base_state=[], step=self.steps)
 
-    @torch.no_grad()
     def unscaled_view(self, rule: Perturbation | Cadence, point: Point) -> Point:
         """Return the point without loss scale and loss weight, for a rule that depends on the size of the gradients."""
         factor = self._hidden_factor(rule)
@@ -232,15 +240,26 @@ class Engine:
         direction, scale = ascent = perturbation(self.unscaled_view(perturbation, point))
         if ascent_steps(perturbation) > 1:
             self._ascent = ascent
-        along = {id(p): d for p, d in zip(point.parameters, direction, strict=True) if d is not None}
         # maximize flips the sign of gradients only: the base's momentum has it flipped already
         follows_gradient = needs_gradient(perturbation)
-        for group in self._base.param_groups:
-            parameters = [p for p in group["params"] if id(p) in along]
+        for group, parameters, along in self._by_group(point.parameters, direction):
             length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
             alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
-            self.displace(parameters, alpha, [along[id(p)] for p in parameters])
+            self.displace(parameters, alpha, along)
         self._rounding_checked = True
+
+    def _by_group(
+        self, parameters: Sequence[Tensor], direction: Sequence[Tensor | None]
+    ) -> Iterator[tuple[dict[str, Any], Sequence[Tensor], Sequence[Tensor]]]:
+        """Yield each group with those of the parameters that it has and that are perturbed, and their directions."""
+        groups = self._base.param_groups
+        along = {id(p): d for p, d in zip(parameters, direction, strict=True) if d is not None}
+        if len(groups) == 1 and len(along) == len(parameters):
+            yield groups[0], parameters, list(along.values())
+            return
+        for group in groups:
+            own = [p for p in group["params"] if id(p) in along]
+            yield group, own, [along[id(p)] for p in own]
 
     def displace(self, parameters: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> None:
         """Displace weights by alpha * direction, until :meth:`restore`."""
@@ -276,7 +295,6 @@ class Engine:
             self._restore()  # an interrupt came in the middle of it
             raise
 
-    @torch.no_grad()
     def _restore(self) -> None:
         self.side_effects.end_first_pass()
         self._displacement.restore()
@@ -399,6 +417,7 @@ class Engine:
         self._unperturbed_gradients = []
 
 
+@torch.no_grad()
 def _times(gradients: Sequence[Tensor], factor: Tensor | float) -> list[Tensor]:
     """Return copies of the gradients times a number or a 0-dim tensor."""
     return [g * (factor.to(g.device) if isinstance(factor, Tensor) else factor) for g in gradients]

@@ -114,10 +114,10 @@ class Gradients:
         """
         changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _is_same_view(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
-        if self._so_far_finite is not None and targets:
+        finite, self._so_far_finite = self._so_far_finite, None
+        if finite is not None and targets and not (finite.is_cpu and finite):
             smallest = local(min(targets, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
-            smallest.masked_fill_(self._so_far_finite.logical_not().to(smallest.device), float("nan"))
-        self._so_far_finite = None
+            smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
 
     def record_finite(self, finite: Tensor, *, is_further_ascent: bool) -> Tensor:
         """Record if the gradient of a pass is finite; return True if those of this step so far are.

@@ -70,7 +70,6 @@ class Recorder:
         trains = model is not None and any(p.requires_grad for p in model.parameters())
         self._model = model if trains else None
 
-    @torch.no_grad()
     def perturbation(
         self,
         displaced: Callable[[], Sequence[tuple[Tensor, Tensor]]],
@@ -87,22 +86,32 @@ class Recorder:
         is_further_ascent, self._perturbed = self._perturbed, True
         if not is_further_ascent:
             self.steps_in_evaluation_mode += self._model is not None and not _is_training(self._model)
-            if not self._is_due() or is_capturing(next(parameters_of(self._base))):
-                return  # replays of the graph would overwrite what was recorded
-        elif self._sample is None:
-            return
-        copies = {id(w): copy for w, copy in displaced()}
-        groups = [list(group["params"]) for group in self._base.param_groups]
-        lengths = _stack([_lengths(own, copies) for own in groups])
-        if is_further_ascent and self._sample is not None:
-            self._sample.lengths = lengths
-            return
+            if self._is_due() and not is_capturing(next(parameters_of(self._base))):
+                self._measure(displaced(), parameters, gradients)  # replays of a graph would overwrite it
+        elif self._sample is not None:
+            self._sample.lengths = self._squared_lengths(displaced())
+
+    @torch.no_grad()
+    def _measure(
+        self,
+        displaced: Sequence[tuple[Tensor, Tensor]],
+        parameters: Sequence[Tensor],
+        gradients: Sequence[Tensor],
+    ) -> None:
         rho = [group[RHO] for group in self._base.param_groups]
-        self._sample = Sample([r.clone() if isinstance(r, Tensor) else r for r in rho], lengths)
+        rho = [r.clone() if isinstance(r, Tensor) else r for r in rho]
+        self._sample = Sample(rho, self._squared_lengths(displaced))
         if gradients:
             g = dict(zip(parameters, gradients, strict=True))
             stride = self._sample.stride = -(-sum(local(one).numel() for one in gradients) // _PIECE) or 1
-            self._sample.entries = [[(p, _entries(g[p], stride)) for p in own if p in g] for own in groups]
+            self._sample.entries = [
+                [(p, _entries(g[p], stride)) for p in group["params"] if p in g] for group in self._base.param_groups
+            ]
+
+    @torch.no_grad()
+    def _squared_lengths(self, displaced: Sequence[tuple[Tensor, Tensor]]) -> Tensor:
+        copies = {id(w): copy for w, copy in displaced}
+        return _stack([_lengths(group["params"], copies) for group in self._base.param_groups])
 
     @torch.no_grad()
     def add_displacement(self, parameters: Sequence[Tensor], e: Tensor, w: Tensor) -> None:

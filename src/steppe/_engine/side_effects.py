@@ -186,15 +186,18 @@ class SideEffects:
 
     def end_second_pass(self) -> None:
         """Restore the state in which the first pass ended; without a second pass, do nothing."""
-        if not self._in_second_pass:
-            return
+        if self._in_second_pass:
+            self._restore_after()
+            self._in_second_pass = False
+
+    @torch.no_grad()
+    def _restore_after(self) -> None:
         if self._watch is not None and not self._watch.ended:
             self._watch.end(self._modules_of_other_optimizers())
         if self._generators is not None and self._states_after is not None:
             self._generators.restore(self._states_after)
         if self._model is not None:
             self._model.restore_after()
-        self._in_second_pass = False
 
     def end_step(self) -> None:
         """End the step at w, and warn once of what its passes did to the rest of the program."""

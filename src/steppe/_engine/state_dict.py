@@ -1,6 +1,7 @@
 """SAM's part of a checkpoint, stored inside the base optimizer's, so that either can load the other's."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -19,9 +20,8 @@ _MEMORY_APART = "sam.memory"
 
 
 def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Yield every parameter of an optimizer, in the order in which checkpoints number them."""
-    for group in optimizer.param_groups:
-        yield from group["params"]
+    """Return every parameter of an optimizer, in the order in which checkpoints number them."""
+    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:

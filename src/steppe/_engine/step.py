@@ -117,7 +117,8 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         self._engine.pass_gradients.begin_step(accumulate=accumulate)
         yield from self._single_pass() if self._has_single_pass() else self._passes_from_w()
         self._combine()
-        self._engine.gradients.accumulate(before)
+        if before:
+            self._engine.gradients.accumulate(before)
 
     def _single_pass(self) -> Iterator[Pass]:
         point = self._engine.point_before_passes()

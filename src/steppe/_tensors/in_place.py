@@ -8,7 +8,8 @@ from torch import Tensor
 
 from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, shard_like
 
-_device, _dtype, _kind = attrgetter("device"), attrgetter("dtype"), attrgetter("shape", "dtype", "device")
+_device, _dtype, _shape = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
+_KIND = (_shape, _dtype, _device)
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -29,6 +30,9 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
     targets, directions = _local_pairs(targets, directions)
     for (device, dtype, other), positions in _by_kind(targets, directions).items():
         ts, ds = [targets[i] for i in positions], [directions[i] for i in positions]
+        if device.type == "cpu" and dtype.itemsize > 2:
+            torch._foreach_add_(ts, ds, alpha=float(alpha))  # a value on the CPU is read at once
+            continue
         factor = alpha.to(device, torch.float32 if dtype == other == torch.float32 or dtype.itemsize == 2 else None)
         if device.type == "cuda" and dtype == other and dtype in _FUSIBLE and all_plain(ts, ds):
             ts, ds = _add_scaled_fused_(ts, factor, ds)
@@ -44,11 +48,13 @@ def _by_kind(
     targets: Sequence[Tensor], directions: Sequence[Tensor]
 ) -> dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]:
     """Return positions by the target's device, the target's dtype and the direction's dtype."""
-    kinds = list(zip(map(_device, targets), map(_dtype, targets), map(_dtype, directions), strict=True))
-    positions: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]] = dict.fromkeys(kinds, ())
-    if len(positions) == 1:
-        return dict.fromkeys(positions, range(len(kinds)))
-    return {kind: [i for i, other in enumerate(kinds) if other == kind] for kind in positions}
+    kinds = zip(map(_device, targets), map(_dtype, targets), map(_dtype, directions), strict=True)
+    positions: dict[tuple[torch.device, torch.dtype, torch.dtype], Sequence[int]]
+    positions = dict.fromkeys(kinds, range(len(targets)))
+    if len(positions) > 1:
+        kind_of = [(t.device, t.dtype, d.dtype) for t, d in zip(targets, directions, strict=True)]
+        positions = {kind: [i for i, other in enumerate(kind_of) if other == kind] for kind in positions}
+    return positions
 
 
 def _add_scaled_fused_(
@@ -126,5 +132,11 @@ def as_real(tensor: Tensor) -> Tensor:
 
 def reuse(old: Sequence[Tensor | None], like: Sequence[Tensor]) -> list[Tensor]:
     """Return each of ``old`` that can hold a copy of its counterpart, else a new uninitialized tensor that can."""
+    known = [a for a in old if a is not None]
+    if len(known) == len(like) and all(list(map(of, known)) == list(map(of, like)) for of in _KIND):
+        return known  # lists are compared in a fraction of the time that pairs take
     pairs = zip(old, like, strict=True)
-    return [a if a is not None and _kind(a) == _kind(b) else torch.empty_like(b, requires_grad=False) for a, b in pairs]
+    return [
+        a if a is not None and all(of(a) == of(b) for of in _KIND) else torch.empty_like(b, requires_grad=False)
+        for a, b in pairs
+    ]

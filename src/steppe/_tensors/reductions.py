@@ -68,19 +68,28 @@ def _local_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def _piece_norms(tensors: Sequence[Tensor]) -> list[Tensor]:
     """Return norms of short pieces, each accurate in its own dtype; only their few squares need a wide sum."""
-    short: list[Tensor] = []
-    long: list[Tensor] = []
-    for t in tensors:
-        (short if t.numel() <= _PIECE_SIZE and t.dtype.itemsize > 2 else long).append(t)
-    norms = [torch.stack(torch._foreach_norm(short, 2))] if short else []
-    for t in long:
-        flat = _flat(t)
-        cut = flat.numel() - flat.numel() % _PIECE_SIZE
-        dtype = torch.float32 if t.dtype.itemsize <= 2 else t.dtype
-        norms.append(torch.linalg.vector_norm(flat[:cut].view(-1, _PIECE_SIZE), dim=1, dtype=dtype))
-        if cut < flat.numel():
-            norms.append(torch.linalg.vector_norm(flat[cut:], dtype=dtype).reshape(1))
+    norms = []
+    for flat in _flat_parts(tensors):
+        size = flat.numel()
+        cut = size - size % _PIECE_SIZE
+        dtype = torch.float32 if flat.dtype.itemsize <= 2 else None
+        if cut:
+            norms.append(torch.linalg.vector_norm(flat[:cut].view(-1, _PIECE_SIZE), dim=1, dtype=dtype))
+        if cut < size or not size:
+            norms.append(torch.linalg.vector_norm(flat[cut:], dtype=dtype).view(1))
     return norms
+
+
+def _flat_parts(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
+    """Yield the entries of all tensors in flat ones: of a large tensor its own, small ones of one dtype together."""
+    sizes = list(map(Tensor.numel, tensors))
+    if max(sizes, default=0) > _CONCATENATED:
+        yield from (_flat(t) for t, size in zip(tensors, sizes, strict=True) if size > _CONCATENATED)
+        tensors = [t for t, size in zip(tensors, sizes, strict=True) if size <= _CONCATENATED]
+    dtypes = set(map(_dtype, tensors))
+    for dtype in dtypes:
+        same = list(tensors) if len(dtypes) == 1 else [t for t in tensors if t.dtype is dtype]
+        yield torch._C._nn.flatten_dense_tensors(same)
 
 
 def _norm_of_norms(norms: Sequence[Tensor], device: torch.device, wide: torch.dtype) -> Tensor:
@@ -95,19 +104,10 @@ def all_finite(tensors: Sequence[Tensor]) -> Tensor:
     tensor(False)
     """
     # A sum keeps NaN and inf, in two thirds of the time of a norm. If it is not finite, it may have overflowed.
-    if all_plain(tensors) and all(map(_is_cpu, tensors)) and math.isfinite(sum(map(float, _sums(tensors)))):
+    on_cpu = all_plain(tensors) and all(map(_is_cpu, tensors))
+    if on_cpu and math.isfinite(sum(float(flat.sum()) for flat in _flat_parts(tensors))):
         return torch.tensor(True)
     return norm(tensors).isfinite()
-
-
-def _sums(tensors: Sequence[Tensor]) -> Iterator[Tensor]:
-    """Yield sums that add up to the sum of all tensors; those of few entries are summed together, in few operations."""
-    sizes = list(map(Tensor.numel, tensors))
-    small = [t for t, size in zip(tensors, sizes, strict=True) if size <= _CONCATENATED]
-    yield from (t.sum() for t, size in zip(tensors, sizes, strict=True) if size > _CONCATENATED)
-    for dtype in set(map(_dtype, small)):
-        same = [t for t in small if t.dtype is dtype]
-        yield torch._utils._flatten_dense_tensors(same).sum()  # type: ignore[no-untyped-call]
 
 
 def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
