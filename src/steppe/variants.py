@@ -1,6 +1,6 @@
 """The named methods as functions: ``steppe.variants.sam``, ``asam``, ``gsam``, ...
 
-Each function is defined in the file of its method in :mod:`steppe.methods`; ``steppe methods`` lists them. For static
+Each function is defined in the file of its method in ``steppe.methods``; ``steppe methods`` lists them. For static
 type checkers, scripts/make_variants.py writes the same names to variants.pyi.
 """
 

@@ -77,6 +77,7 @@ def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
     assert "against SAM, 3 paired runs: test accuracy -2.00 points, 95 % interval [-2.10, -1.90]: worse;" in flat
     assert "not yet measured on fashion-mnist" in card("looksam").lower()
     index = cards.index()
+    assert "| 3 runs: accuracy worse than the base, accuracy worse than SAM" in index
     assert "| GSAM (rho 0.1) | -0.93 [-1.19, -0.68] worse |" in index
     assert "--methods sgd sam gsam:rho=0.1" in index
 

@@ -123,7 +123,7 @@ class Reporting:
         """Return what the steps so far did, with hints where that looks like a mistake.
 
         The counts are of all steps since the optimizer was made, loaded or copied; lengths, gradients and losses are
-        measured in few of them (:attr:`Report.measured_steps`), which takes well below 1 % of the time. Nothing is read
+        measured in few of them (``measured_steps``), which takes well below 1 % of the time. Nothing is read
         from the device before this call. Of more than a million weights, gradients are compared in a million entries.
         With sharded parameters, all ranks measure together, and any rank may call this method alone. The mode of the
         model, training or evaluation, is known with ``model=`` only.

@@ -71,7 +71,7 @@ class SWA(Average):
     then computes the statistics of BatchNorm layers anew (:meth:`Average.refresh_statistics`).
 
     Args:
-        model, optimizer, **options: As for :class:`Average`.
+        model, optimizer, options: As for :class:`Average`.
 
     Example:
         >>> import torch

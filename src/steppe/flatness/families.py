@@ -63,4 +63,5 @@ FAMILIES: Mapping[str, Family] = {
         {"loss": "loss", "weight_norm": "weight norm ‖w‖", "lambda_min": "smallest Hessian eigenvalue"},
     ),
 }
+"""All measures, by family: those that rescaling the layers changes, and those that it does not."""
 """Every measure by family. In all families but ``context``, a smaller value means a flatter minimum."""

@@ -56,7 +56,7 @@ class Objective:
             passes its share, all make the same calls, and all get the same numbers.
         data: A pair of tensors (inputs, targets) or a dictionary of tensors, which is split into batches; or an
             iterable that yields the same batches each time (a list, a ``DataLoader``).
-        loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then (*inputs, targets).
+        loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then ``(*inputs, targets)``.
         evaluate: In place of ``loss``, (model, batch) -> mean loss, for batches of any form.
         batch_size: Samples per batch, if ``data`` is a pair or a dictionary of tensors.
         batch_norm: "eval" or "train".

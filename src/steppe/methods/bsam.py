@@ -264,7 +264,7 @@ def bsam(
         rho: rho, the factor of g / s, which is not normalized; 0.01 in the authors' CIFAR examples.
         n_data: N, the number of training samples; with augmentation, the authors multiply it by 4.
         model: The module that the passes run, as in :class:`steppe.SAM`.
-        **kwargs: The further arguments of :class:`steppe.methods.bsam.BSAM`.
+        **kwargs: The further arguments of ``steppe.methods.bsam.BSAM``.
 
     Raises:
         ValueError: A hyperparameter is out of range.

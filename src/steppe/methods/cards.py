@@ -4,6 +4,7 @@ All measured numbers come from measured.json, which scripts/make_cards.py writes
 """
 
 import json
+import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -76,15 +77,29 @@ def index() -> str:
         "bad. `steppe methods` shows the same in the terminal. Cost is in passes (forward and backward over the batch) "
         "per step. Memory is the peak within a step beyond that of the base, in units of the weights' size."
     )
-    lines += ["", "| method | cost | memory | paper | when to use it |", "|---|---|---:|---|---|"]
+    lines += [
+        "",
+        *_wrap(
+            "Evidence is the test accuracy and the generalization gap on Fashion-MNIST, [below]"
+            "(#measured-on-fashion-mnist), beside the base optimizer and SAM: what differs beyond chance. Every method "
+            "is compared with a float64 reference in its paper's notation. The next column says with what else: *same "
+            "steps* means that other code was run, and *read* that it was not."
+        ),
+        "",
+        "| method | cost | memory | when to use it | evidence | verified against | paper |",
+        "|---|---|---:|---|---|---|---|",
+    ]
     for name, method in CARDS.items():
         cells = (
             f"[{method.label}]({name}.md)",
             method.cost,
             memory(name),
+            method.when,
+            evidence(method),
+            verified(method),
             f"[{method.paper.short}]({method.paper.url})",
         )
-        lines.append(f"| {' | '.join((*cells, method.when))} |")
+        lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "## Memory", "", *_memory_source(), "", "## Measured on Fashion-MNIST", ""]
     for number, run in enumerate(measured()["comparisons"]):
         lines += [*([""] if number else []), *_comparison(run)]
@@ -92,6 +107,50 @@ def index() -> str:
         lines.append("Not yet measured.")
     lines += ["", "The pages of this folder are generated: `python scripts/make_cards.py`.", ""]
     return "\n".join(lines)
+
+
+def evidence(method: MethodCard) -> str:
+    """Return what was measured on Fashion-MNIST: the differences beyond chance from the base and from SAM.
+
+    Example:
+        >>> from steppe.methods.msam import CARD
+        >>> evidence(CARD)
+        '3 runs: accuracy worse than SAM, gap worse than SAM'
+    """
+    found = []
+    for run in measured()["comparisons"]:
+        own = [one for one in run["differences"] if method.covers(one["method"])]
+        references = {run["base"]: "the base", run["sam"]: "SAM"}
+        verdicts = [
+            f"{words} {one[value]['verdict']} than {references[one['reference']]}"
+            for value, words in (("test_accuracy", "accuracy"), ("gap", "gap"))
+            for one in own
+            if one[value]["verdict"] in ("better", "worse")
+        ]
+        if own:
+            runs = min(one["gap"]["n"] for one in own)
+            if runs == 1:
+                found.append("1 run: no verdict")
+            else:
+                found.append(f"{runs} runs: {', '.join(verdicts) or 'no difference beyond chance'}")
+    return "; ".join(dict.fromkeys(found)) or "not measured"
+
+
+def verified(method: MethodCard) -> str:
+    """Return in few words what code or text the method was compared with, from the card's longer answer.
+
+    Example:
+        >>> from steppe.methods.msam import CARD
+        >>> verified(CARD)
+        'official code, same steps'
+    """
+    text = method.checked
+    same = "same steps" if re.search(r"\bagrees?\b(?! on)", text) else "read"
+    if "fficial code" in text:
+        return f"official code, {same}"
+    if same == "same steps" or re.search("implementation|transcribed", text):
+        return f"other code, {same}"
+    return "nothing else" if re.search("Not compared|No paper", text) else "texts only"
 
 
 def memory(name: str) -> str:

@@ -134,7 +134,7 @@ class SAF(nn.Module):
         """Return the term for a batch, and store its logits.
 
         Args:
-            logits: f(w, x), of shape (n, *classes).
+            logits: f(w, x), of shape ``(n, *classes)``.
             indices: The positions of the samples in the data set, integers of shape (n,). On the CPU, as a loader
                 yields them, checking them costs nothing.
             epoch: The number of the epoch, counted from 0.

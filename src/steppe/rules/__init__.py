@@ -1,4 +1,4 @@
-"""The extension interface: three protocols, the :class:`Point` that a rule gets, and the rules that methods share."""
+"""The extension interface: three protocols, the ``Point`` that a rule gets, and the rules that methods share."""
 
 from steppe.rules import ops
 from steppe.rules.ascent_steps import AscentSteps

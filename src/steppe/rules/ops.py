@@ -5,30 +5,34 @@ A list ``xs`` has one real tensor per parameter, of any shape, floating dtype an
 tensor, in float64 where the device has it.
 
 Lists as one long vector:
-    ``norm(xs)``: |x|, 0-dim; accurate for 100 M entries, half precision, huge and tiny entries.
-    ``dot(xs, ys)``: x.y, 0-dim; ys has the shapes of xs.
-    ``orthogonal(xs, ys)``: the part of x orthogonal to y, a list of the shapes of xs.
-    ``reciprocal(length)``: 1 / length, and 0 where length is 0; 0-dim to 0-dim.
-    ``all_finite(xs)``: True if no entry is NaN or infinite; 0-dim bool.
+
+- ``norm(xs)``: |x|, 0-dim; accurate for 100 M entries, half precision, huge and tiny entries.
+- ``dot(xs, ys)``: x.y, 0-dim; ys has the shapes of xs.
+- ``orthogonal(xs, ys)``: the part of x orthogonal to y, a list of the shapes of xs.
+- ``reciprocal(length)``: 1 / length, and 0 where length is 0; 0-dim to 0-dim.
+- ``all_finite(xs)``: True if no entry is NaN or infinite; 0-dim bool.
 
 Entry by entry:
-    ``foreach(torch._foreach_mul, xs, ys)``: a multi-tensor operation on plain and sharded tensors alike.
-    ``add_scaled_(xs, alpha, ys)``: xs += alpha ys in place; alpha is a 0-dim tensor.
-    ``copy_(xs, ys)``: xs = ys in place.
-    ``where_finite(length, xs, ys)``: copies of xs if the 0-dim ``length`` is finite, else of ys (tensors or floats).
+
+- ``foreach(torch._foreach_mul, xs, ys)``: a multi-tensor operation on plain and sharded tensors alike.
+- ``add_scaled_(xs, alpha, ys)``: xs += alpha ys in place; alpha is a 0-dim tensor.
+- ``copy_(xs, ys)``: xs = ys in place.
+- ``where_finite(length, xs, ys)``: copies of xs if the 0-dim ``length`` is finite, else of ys (tensors or floats).
 
 One tensor:
-    ``widen(x)``: x in a dtype in which its squares fit, of the same shape.
-    ``scaled(x, factor)``: x times a 0-dim or broadcastable factor, in the dtype of x.
-    ``as_real(x)``: a real view; complex entries become pairs in a last dimension of 2.
-    ``accumulator(device)``: the widest dtype of a device.
-    ``is_sharded(x)``, ``full_tensor(x)``, ``shard_like(full, x)``: for rules that need all entries of a tensor at once.
+
+- ``widen(x)``: x in a dtype in which its squares fit, of the same shape.
+- ``scaled(x, factor)``: x times a 0-dim or broadcastable factor, in the dtype of x.
+- ``as_real(x)``: a real view; complex entries become pairs in a last dimension of 2.
+- ``accumulator(device)``: the widest dtype of a device.
+- ``is_sharded(x)``, ``full_tensor(x)``, ``shard_like(full, x)``: for rules that need all entries of a tensor at once.
 
 Random numbers, which depend only on a name, a seed, a step and the position of the parameter (and on
 ``micro_batch=point.micro_batch``, where each micro-batch has a perturbation of its own):
-    ``normal(name, seed, step, xs)``: standard normal numbers, a list of the shapes, dtypes and devices of xs.
-    ``uniform(name, seed, step, xs)``: float32 numbers from [0, 1), a list of the shapes and devices of xs.
-    ``uniform_number(name, seed, step, position)``: one float from [0, 1).
+
+- ``normal(name, seed, step, xs)``: standard normal numbers, a list of the shapes, dtypes and devices of xs.
+- ``uniform(name, seed, step, xs)``: float32 numbers from [0, 1), a list of the shapes and devices of xs.
+- ``uniform_number(name, seed, step, position)``: one float from [0, 1).
 """
 
 from collections.abc import Sequence

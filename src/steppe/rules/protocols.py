@@ -93,8 +93,8 @@ class Perturbation(Protocol):
       unless the combination needs g; the point has every trainable parameter, and no gradients.
     - ``ascent_steps = K``: the rule makes K ascent steps. It is called K times, each time with the gradient at the
       perturbation so far, which is ``point.ascent_so_far``, and returns the whole perturbation from w.
-    - ``scale_free = True``: the rule works alike on gradients times a loss scale, see :func:`scale_free`.
-    - ``averages_memory = True``: the rule keeps a mean in its memory, see :func:`averages_memory`.
+    - ``scale_free = True``: the rule works alike on gradients times a loss scale, see :func:`~steppe.rules.scale_free`.
+    - ``averages_memory = True``: the rule keeps a mean in its memory, see :func:`~steppe.rules.averages_memory`.
     """
 
     def __call__(self, point: Point, /) -> ScaledDirection:

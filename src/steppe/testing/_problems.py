@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from steppe.sam import SAM
 
 Make = Callable[[nn.Module], SAM]
+"""A function that builds the optimizer to check around a model."""
 
 
 class Net(nn.Module):

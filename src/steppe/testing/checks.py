@@ -31,6 +31,7 @@ from steppe.testing._problems import (
 )
 
 Check = Callable[[Make], None]
+"""A check: it builds optimizers with a function :data:`Make`, and raises an AssertionError if a statement is broken."""
 
 
 class _PassInterruptedError(Exception):
