@@ -24,7 +24,6 @@ from tiny_trl import (
     logs_of,
     lora,
     model,
-    quick_garbage_collection,  # noqa: F401
     trainer,
     without_cache_or_hub,  # noqa: F401
 )

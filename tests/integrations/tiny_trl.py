@@ -1,7 +1,6 @@
 """TRL's trainers on tiny models without a hub, and the same trainers with the passes of SAM by hand."""
 
 import copy
-import gc
 import uuid
 
 import pytest
@@ -55,15 +54,6 @@ TEMPLATE = (
 def without_cache_or_hub(monkeypatch):
     monkeypatch.setattr(datasets.fingerprint.Hasher, "hash", classmethod(lambda cls, value: uuid.uuid4().hex[:16]))
     monkeypatch.setenv("CI", "1")  # TRL reports no use of itself
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_garbage_collection():
-    """Leave what is loaded out of the garbage collection that Accelerate starts in each training: 0.4 s each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 def tokenizer():
