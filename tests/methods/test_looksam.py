@@ -21,8 +21,10 @@ from torch import Tensor
 
 import steppe
 from checks import bumpy, resumes
+from live_memory import LiveMemory
 from steppe._engine import wrapper
 from steppe._engine.state_dict import pack
+from steppe._tensors import in_place, reductions
 from steppe.methods.late_sam import LatePhase
 from steppe.methods.looksam import GradientReuse
 from steppe.rules import Cadence
@@ -113,6 +115,17 @@ def test_gradient_that_is_not_finite_is_not_stored():
         rule(steppe.Point([w], [g * bad], [0.1], [{}], 1, first.memory), [torch.tensor([1.0, 2.0])])
     (update,) = rule(steppe.Point([w], [g], [0.1], [{}], 2, first.memory), None)
     assert update.tolist() == [1.0, 1.0]
+
+
+def test_perturbed_step_makes_no_further_copy_of_the_gradients(monkeypatch):
+    monkeypatch.setattr(in_place, "_PIECE", 100)
+    monkeypatch.setattr(reductions, "_CHUNK", 100)
+    w, g, g_s = ([torch.randn(100, 100)] for _ in range(3))
+    with LiveMemory() as memory:
+        first = steppe.Point(w, g, [0.1], [{}], 0)
+        GradientReuse()(first, g_s)
+        GradientReuse()(steppe.Point(w, g, [0.1], [{}], 1, first.memory), g_s)
+    assert memory.peak < 4.1 * w[0].nbytes, "w, g, g_s and g_v"
 
 
 def test_parameter_that_joins_between_perturbed_steps_is_updated_with_g():

@@ -1,9 +1,12 @@
-"""Scaled addition in place."""
+"""Scaled addition in place, and the pieces that lists of tensors are processed in."""
+
+import math
 
 import pytest
 import torch
 
-from steppe._tensors.in_place import _add_scaled_fused_, add_scaled_
+from steppe._tensors import in_place
+from steppe._tensors.in_place import _add_scaled_fused_, add_scaled_, pieces
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
@@ -48,3 +51,20 @@ def test_add_scaled_handles_mixed_dtypes():
     assert [t.tolist() for t in targets] == [[1.0 + 0.5 * i] * 2 for i in range(4)]
     assert [t.dtype for t in targets] == dtypes
     add_scaled_([], torch.tensor(1.0), [])
+
+
+def test_pieces_are_views_of_few_entries_that_cover_all(monkeypatch):
+    monkeypatch.setattr(in_place, "_PIECE", 6)
+    shapes = ((), (2, 2), (7, 2), (3,), (1, 8), (0,))
+    a = [torch.arange(math.prod(s), dtype=torch.float32).reshape(s) for s in shapes]
+    a[2] = a[2].t().contiguous().t()  # a layout that no flat view has
+    b = [t + 100 for t in a]
+    found = list(pieces(a, b))
+    assert all(sum(t.numel() for t in xs) <= 6 or len(xs) == 1 for xs, _ in found)
+    assert max(sum(t.numel() for t in xs) for xs, _ in found) == 8, "one row of eight entries cannot be split"
+    for xs, ys in found:
+        for x, y in zip(xs, ys, strict=True):
+            assert torch.equal(x + 100, y)
+            x.zero_()
+    assert all(not t.any() for t in a)
+    assert list(pieces([], [])) == []

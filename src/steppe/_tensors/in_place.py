@@ -1,6 +1,6 @@
 """Operations in place on lists of tensors, in few kernels, and views and storage for them."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from operator import attrgetter
 
 import torch
@@ -11,6 +11,7 @@ from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, sha
 _device, _dtype, _shape = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
 _KIND = (_shape, _dtype, _device)
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
+_PIECE = 1 << 21  # entries: 8 MiB in float32, enough to keep a kernel busy
 
 
 def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]) -> None:
@@ -103,6 +104,42 @@ def copy_(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
     if targets:
         targets, values = _local_pairs(targets, values)
         torch._foreach_copy_(targets, values)
+
+
+def pieces(targets: Sequence[Tensor], *others: Sequence[Tensor]) -> Iterator[tuple[list[Tensor], ...]]:
+    """Yield parallel lists of views with few entries, so that temporary copies of them take little memory.
+
+    Args:
+        targets: Tensors, which may be changed in place piece by piece; of sharded ones, the views are of this rank's.
+        *others: Lists of as many tensors, of the same shapes.
+
+    Example:
+        >>> [(x, y)] = pieces([torch.zeros(2), torch.zeros(1)], [torch.ones(2), torch.ones(1)])
+        >>> x, y
+        ([tensor([0., 0.]), tensor([0.])], [tensor([1., 1.]), tensor([1.])])
+    """
+    local_others = [_local_pairs(targets, other)[1] for other in others]
+    piece: list[tuple[Tensor, ...]] = []
+    size = 0
+    for tensors in zip(_local_pairs(targets, targets)[0], *local_others, strict=True):
+        for views in _split(tensors):
+            if piece and size + views[0].numel() > _PIECE:
+                yield tuple(map(list, zip(*piece, strict=True)))
+                piece, size = [], 0
+            piece.append(views)
+            size += views[0].numel()
+    if piece:
+        yield tuple(map(list, zip(*piece, strict=True)))
+
+
+def _split(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
+    """Yield parallel views along the first dimension, of at most ``_PIECE`` entries or one row."""
+    size = tensors[0].numel()
+    if size <= _PIECE:
+        yield tensors
+        return
+    rows = max(1, _PIECE * len(tensors[0]) // size)
+    yield from zip(*(t.split(rows) for t in tensors), strict=True)
 
 
 def _local_pairs(targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

@@ -136,6 +136,16 @@ def dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     return total
 
 
+def projection(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
+    """Return the coefficient of the projection of x on y, each list as one vector: x.y / |y|^2, and 0 where y is 0.
+
+    >>> projection([torch.tensor([3.0, 4.0])], [torch.tensor([2.0, 0.0])])
+    tensor(1.5000, dtype=torch.float64)
+    """
+    square = dot(ys, ys)
+    return torch.where(square == 0, 0.0, dot(xs, ys) / square)
+
+
 def _local_dot(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> Tensor:
     """Return the inner product of plain tensors, on any devices."""
     result_device = next((x.device for x in xs if x.device.type != "cpu"), torch.device("cpu"))

@@ -4,14 +4,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
+import torch
 from torch import Tensor
 
+from steppe._tensors.in_place import pieces
+from steppe._tensors.reductions import projection
 from steppe.methods._card import COPY_AND_G, NO_CODE, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point
 from steppe.rules._checks import check_nonnegative
-from steppe.rules.ops import add_scaled_, copy_, norm, orthogonal, reciprocal, where_finite
+from steppe.rules.ops import add_scaled_, copy_, norm, reciprocal, where_finite
 from steppe.rules.periodic import Periodic
 from steppe.sam import SAM
 
@@ -63,7 +66,7 @@ class GradientReuse:
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if perturbed is not None:
-            self._store(point, orthogonal(perturbed, point.gradients))
+            self._store(point, perturbed)
             return perturbed
         update = [g.clone() for g in point.gradients]
         reused = [(u, own["g_v"]) for u, own in zip(update, point.memory_of(self), strict=True) if "g_v" in own]
@@ -72,11 +75,19 @@ class GradientReuse:
         add_scaled_([u for u, _ in reused], length * reciprocal(norm(g_v)).to(length.device), g_v)
         return update
 
-    def _store(self, point: Point, g_v: Sequence[Tensor]) -> None:
+    def _store(self, point: Point, g_s: Sequence[Tensor]) -> None:
+        """Store g_v = g_s - c g, piece by piece: whole lists of temporary tensors would be the peak of the step."""
+        c = projection(g_s, point.gradients)
+        trusted = norm(g_s) + c  # not finite if an entry of g_s or g is not
         memory = point.memory_of(self)
-        trusted = where_finite(norm(g_v), g_v, [own.get("g_v", 0.0) for own in memory])
+        for own, w, g in zip(memory, point.weights, g_s, strict=True):
+            if "g_v" not in own:
+                own["g_v"] = torch.zeros_like(w, dtype=g.dtype)
         # in place: a CUDA graph replays operations on these tensors, and would not see a new one in the dictionary
-        copy_([own.setdefault("g_v", v) for own, v in zip(memory, trusted, strict=True)], trusted)
+        for stored, xs, ys in pieces([own["g_v"] for own in memory], g_s, point.gradients):
+            g_v = [x.clone() for x in xs]
+            add_scaled_(g_v, -c, ys)
+            copy_(stored, where_finite(trusted, g_v, stored))
 
 
 def looksam(

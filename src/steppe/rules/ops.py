@@ -37,13 +37,12 @@ Random numbers, which depend only on a name, a seed, a step and the position of 
 
 from collections.abc import Sequence
 
-import torch
 from torch import Tensor
 
 from steppe._tensors.dtensor import foreach, full_tensor, is_sharded, shard_like
 from steppe._tensors.in_place import add_scaled_, as_real, copy_
 from steppe._tensors.random import key, normal, uniform
-from steppe._tensors.reductions import accumulator, all_finite, dot, norm, reciprocal, where_finite
+from steppe._tensors.reductions import accumulator, all_finite, dot, norm, projection, reciprocal, where_finite
 
 __all__ = [
     "accumulator",
@@ -75,10 +74,8 @@ def orthogonal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
         >>> orthogonal([torch.tensor([3.0, 4.0])], [torch.tensor([2.0, 0.0])])
         [tensor([0., 4.])]
     """
-    square = dot(ys, ys)
-    along = torch.where(square == 0, 0.0, dot(xs, ys) / square)
     rest = [x.clone() for x in xs]
-    add_scaled_(rest, -along, ys)
+    add_scaled_(rest, -projection(xs, ys), ys)
     return rest
 
 
