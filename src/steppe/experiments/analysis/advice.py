@@ -19,6 +19,7 @@ from steppe.experiments.storage.records import AVERAGE
 _MANY_SEEDS = 50  # from which on a difference is too small for its search to pay
 _USUAL_SEEDS = 5
 _CHEAP = 1.5  # passes a step, up to which a method counts as a cheap one
+_CHEAP_METHOD = "looksam"
 
 _INSTEAD: Mapping[Control, str] = {
     EQUAL_STEPS: "After as many steps, {base} is {relation} {ours}: training for a shorter time {may} do as well.",
@@ -178,13 +179,16 @@ def _next_radius(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> I
 
 
 def _cheaper(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
-    """Suggest averaged weights, not a cheaper variant of SAM: docs/which-method.md has no evidence for one."""
-    if candidates[best.method].passes > _CHEAP and best.control(AVERAGED) is None:
-        averaged = f"{candidates[best.base].name}+{AVERAGE}"
-        yield (
-            f"If the price of a step matters, compare with averaged weights too, {averaged}: they need no further "
-            "pass. No cheaper variant of SAM has earned a recommendation in Steppe's own comparisons so far."
-        )
+    """Suggest what has been found to be worth less than the price of SAM, in docs/which-method.md."""
+    if candidates[best.method].passes <= _CHEAP:
+        return
+    untried = []
+    if best.control(AVERAGED) is None:
+        untried.append(f"averaged weights, {candidates[best.base].name}+{AVERAGE}, which need no further pass")
+    if _CHEAP_METHOD not in {candidate.name for candidate in candidates.values()}:
+        untried.append(f"{_CHEAP_METHOD}:interval=4 if labels may be wrong, but not if they are right")
+    if untried:
+        yield f"If the price of a step matters, compare with {', and with '.join(untried)}."
 
 
 def _cheapest_of_the_best(winners: Sequence[MetricVerdict], candidates: Candidates) -> MetricVerdict:
