@@ -13,8 +13,8 @@ def description(readme: str, version: str, repository: str | None) -> str:
     """Return the README for a package index, which has none of the files beside it.
 
     Links and images lead to the files of the released version in the repository, whose address is
-    `[project.urls] Repository` of pyproject.toml and stands nowhere else. Without an address the text of a link remains,
-    and the description of an image. `pip install .` becomes `pip install steppe`.
+    `[project.urls] Repository` of pyproject.toml and stands nowhere else. Without an address, the text of a link and
+    the description of an image remain. `pip install .` becomes `pip install steppe`.
     """
 
     def absolute(match: re.Match[str]) -> str:
