@@ -34,6 +34,12 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     freeze_what_is_imported()
 
 
+@pytest.hookimpl(tryfirst=True)
+def pytest_sessionfinish() -> None:
+    """Show the garbage collection all objects again: Hypothesis, which is imported last, asks who refers to some."""
+    gc.unfreeze()
+
+
 imported = 0
 
 
