@@ -1,7 +1,7 @@
 """Small problems, base optimizers and the three APIs of a step, shared by the tests."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import pytest
@@ -108,6 +108,17 @@ def plain(optimizer: Optimizer, loss: Callable[[], Tensor]):
 DRIVES = {"closure": by_closure, "passes": by_passes, "classic": by_classic}
 
 every_drive = pytest.mark.parametrize("drive", DRIVES)
+
+
+def in_pairs(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) -> list[tuple[Any, Any, Any]]:
+    """Return each value of the first with each of the second, and thirds in turn: each pair of values occurs.
+
+    For the pairs with the third, neither of the others is shorter than it.
+    """
+    thirds = list(third)
+    return [(a, b, thirds[(i + j) % len(thirds)]) for i, a in enumerate(first) for j, b in enumerate(second)]
+
+
 every_base = pytest.mark.parametrize("base", BASES)
 
 
