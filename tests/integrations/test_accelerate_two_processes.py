@@ -16,6 +16,8 @@ pytest.importorskip("transformers")
 from tiny_transformer import IGNORED_WARNINGS, adamw, by_hand, gpt, tokens
 from two_process_worker import mlp, sam, samples
 
+pytestmark = pytest.mark.slow  # two processes import all of transformers
+
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
