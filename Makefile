@@ -43,6 +43,7 @@ check: $(READY)
 pages: $(READY)
 	$(BIN)/python scripts/make_cards.py
 	$(BIN)/python scripts/make_variants.py
+	$(BIN)/python scripts/make_command_line.py
 	$(BIN)/python scripts/make_contract.py
 	$(BIN)/python scripts/make_performance.py
 

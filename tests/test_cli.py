@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import json
 import os
 import re
 import signal
@@ -9,19 +10,22 @@ import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
+from tiny import command_line, options
 
 import steppe
-from steppe.cli import main
+from steppe.cli import main, typos
+from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
 from steppe.methods.registry import CARDS
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> str:
-    """Return the printed text without the frame around it."""
+    """Return the printed text as one line."""
     captured = capsys.readouterr()
-    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", captured.out + captured.err).split())
+    return " ".join((captured.out + captured.err).split())
 
 
 @pytest.mark.parametrize("words", [["compare", "demo", "--help"], ["methods"]])
@@ -33,56 +37,65 @@ def test_output_that_nobody_reads_to_its_end_is_no_error(words: list[str]) -> No
     assert (found.stderr, found.returncode) == ("", 1)
 
 
-def test_version(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["--version"]) == 0
+@pytest.mark.parametrize("option", ["--version", "-V"])
+def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([option]) == 0
     assert printed(capsys) == f"steppe {steppe.__version__}"
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["compare", "--epoch", "3"], "Perhaps you meant: --epochs"),
+        (["compare", "--epoch", "3"], "compare has no option --epoch; did you mean '--epochs'? `steppe compare demo"),
+        (["compare", "--batch_sise=3"], "has no option --batch-sise; did you mean '--batch-size'?"),
+        (["tune", "article", "--serch", "rho"], "has no option --serch; did you mean '--search'? `steppe tune article"),
+        (["compare", "--tensorboard"], "has no option --tensorboard; it is now --log tensorboard."),
         (["compare", "artcle"], "there is no recipe 'artcle'; did you mean 'article'? `steppe compare --help` lists"),
         (["tune", "xyz"], "there is no recipe 'xyz'. `steppe tune --help` lists"),
         (["compare", "--methods", "samm"], "'samm' is unknown; did you mean 'sam'?"),
-        (["compare", "--device", "gpu"], "Expected one of ('auto', 'cpu', 'cuda')"),
+        (["compare", "--dataset", "fashion-mnst"], "'fashion-mnst' is unknown; did you mean 'fashion-mnist'? Known:"),
+        (["compare", "--device=gpu"], "--device: 'gpu' is unknown; did you mean 'cpu'? Known: auto, cpu, cuda"),
+        (["compare", "--log", "tensorbord"], "did you mean 'tensorboard'?"),
         (["compare", "--epochs", "0"], "the compute that each method gets"),
-        (["compare", "--epochs", "ten"], "--epochs: invalid literal"),
-        (["compare", "article", "--rho", "-1"], "rho=-1.0: the radius of SAM's neighborhood"),
+        (["compare", "--epochs", "ten"], "--epochs: 'ten' is not a whole number"),
+        (["compare", "--lr"], "--lr needs a value, FLOAT: `steppe compare demo --help` explains it"),
+        (["compare", "--lr", "--seeds", "3"], "--lr needs a value"),
+        (["compare", "article", "--rho", "-1"], "steppe: rho=-1.0: the radius of SAM's neighborhood"),
         (["comprae"], "there is no command 'comprae'; did you mean 'compare'? `steppe --help` lists the commands"),
-        (["measure", "--foo"], "run steppe measure --help"),
-        (["tune", "--foo"], "run steppe tune demo --help"),
+        (["comprae", "--help"], "there is no command 'comprae'; did you mean 'compare'?"),
+        (["compare", "artcle", "--help"], "there is no recipe 'artcle'; did you mean 'article'?"),
+        (["--versoin"], "steppe has no option --versoin; did you mean '--version'? `steppe --help`"),
+        (["measure", "--foo"], "`steppe measure --help` lists the options"),
+        (["tune", "--foo"], "`steppe tune demo --help` lists the options"),
         (["plot"], "The run folder, for example runs/demo"),
-        ([], "Expected one of {compare, tune, measure, plot, methods, finetune}"),
+        (["recipes", "artcle"], "recipes: there is no 'artcle'; did you mean 'article'?"),
+        (["completion", "fsh"], "completion: there is no 'fsh'; did you mean 'fish'?"),
+        (["completion"], "completion: name the shell, one of bash, zsh, fish"),
+        ([], "name a command, one of compare, finetune, tune, measure, plot, methods, recipes, completion"),
     ],
 )
-def test_wrong_command_line_is_reported_with_a_suggestion(
+def test_wrong_command_line_is_one_line_with_a_suggestion(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 2
-    assert message in printed(capsys)
+    assert main(words) == 2
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+    assert err.startswith("steppe: ")
+    assert message in err
 
 
 @pytest.mark.parametrize(
-    ("words", "parts"),
+    "words",
     [
-        (["--help"], ["compare", "tune", "plot", "methods", "Begin with `steppe compare`"]),
-        (["compare", "--help"], ["demo", "article", "torchrun", "sam: SAM around the base", "here it is 128"]),
-        (["compare", "demo", "--help"], ["--seeds INT", "one run gives no verdict", "Standardized epochs"]),
-        (["plot", "--help"], ["from the folder alone"]),
-        (["methods", "--help"], ["with wildcards", "--bibtex"]),
+        ["compare", "demo", "--batch_size=16", "--no-amp", "--lr", "1e-3", "--methods", "sgd", "sam:rho=0.1"],
+        ["compare", "my_project:task", "--freeze", "--clip", "None", "--out", "runs/a"],
+        ["tune", "--search", "rho=0.1..1", "lr=0.1", "--log"],
+        ["measure", "--names", "a", "b"],
+        ["finetune", "--shots", "10", "--json"],
     ],
 )
-def test_help_explains_commands_and_options(
-    words: list[str], parts: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    with pytest.raises(SystemExit) as stop:
-        main(words)
-    assert stop.value.code == 0
-    text = printed(capsys)
-    assert all(part in text for part in parts)
+def test_right_command_line_has_no_typo(words: list[str]) -> None:
+    assert typos.check(words) is None
 
 
 @pytest.mark.parametrize("words", [["compare"], ["compare", "--rho", "0.1"], ["compare", "demo"]])
@@ -261,3 +274,58 @@ def test_error_for_a_missing_tensorboard_gives_the_install_command(
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     assert main(["compare", "--log", "tensorboard", "--out", str(tmp_path / "run")]) == 1
     assert "pip install 'steppe[tensorboard]'" in printed(capsys)
+
+
+def of_json(words: list[str], capsys: pytest.CaptureFixture[str]) -> Any:
+    """Run a command with --json, which prints one document and nothing else on stdout; return it."""
+    assert command_line([*words, "--json"], draws=False) == 0
+    return json.loads(capsys.readouterr().out, parse_constant=pytest.fail)
+
+
+def test_json_of_a_comparison_and_of_its_figures_is_their_summary(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = of_json(["compare", "demo", *options(out=tmp_path, epochs=2)], capsys)
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert found == {"folder": str(tmp_path), **summary}
+    assert [row["method"] for row in found["rows"]] == ["sgd", "sam"]
+    assert of_json(["plot", str(tmp_path)], capsys) == found
+
+
+def test_json_keeps_progress_on_stderr(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert command_line(["compare", "demo", *options(out=tmp_path, epochs=2), "--json"], draws=False) == 0
+    assert "standardized epoch 2/2" in capsys.readouterr().err
+
+
+def test_json_of_methods_and_recipes(capsys: pytest.CaptureFixture[str]) -> None:
+    (gsam,) = of_json(["methods", "gsam"], capsys)["methods"]
+    assert gsam["name"] == "gsam"
+    assert CARDS["gsam"].paper.url in [paper["url"] for paper in gsam["papers"]]
+    found = {one["name"]: one["options"] for one in of_json(["recipes"], capsys)["recipes"]}
+    assert found.keys() == RECIPES.keys()
+    assert found["article"]["--epochs"] == str(RECIPES["article"][0].comparison.epochs)
+    assert [one["name"] for one in of_json(["recipes", "vit"], capsys)["recipes"]] == ["vit"]
+
+
+def test_error_with_json_leaves_stdout_empty(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plot", str(tmp_path), "--json"]) == 1
+    out, err = capsys.readouterr()
+    assert (out, err.count("\n")) == ("", 1)
+
+
+def test_streams_that_cannot_encode_a_character_print_a_plain_one() -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
+    command = [sys.executable, "-m", "steppe", "methods", "gsam"]
+    found = subprocess.run(command, env=environment, capture_output=True, check=True)
+    text = found.stdout.decode("ascii")
+    assert "+/-" in text
+    assert "\x1b" not in text  # nor any other control character
+    assert found.stderr == b""
+
+
+def test_long_commands_say_at_once_that_libraries_are_loaded(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "steppe", "measure", str(tmp_path)]
+    found = subprocess.run(command, capture_output=True, text=True)
+    loading, error = found.stderr.splitlines()
+    assert (found.returncode, found.stdout, loading) == (1, "", "Loading PyTorch ...")
+    assert "is not a run folder" in error

@@ -33,9 +33,21 @@ def test_c37_import_loads_little_beside_torch():
     assert packages == {"_engine", "_tensors", "papers", "rules", "sam"}
 
 
-def test_command_line_starts_before_torch_is_loaded():
-    code = "import sys, steppe.cli; assert 'torch' not in sys.modules"
-    subprocess.run([sys.executable, "-c", code], capture_output=True, check=True)
+AT_ONCE = """
+import sys
+from steppe.cli import grammar, main
+commands = [[name, "--help"] for name in grammar.grammar().commands]
+recipes = [["compare", name, "--help"] for name in grammar.grammar().recipes]
+quick = [["--version"], ["-V"], ["--help"], ["recipes"], ["completion", "bash"], ["__complete", "compare", "--m"]]
+assert [main(words) for words in commands + recipes + quick] == [0] * len(commands + recipes + quick)
+assert main(["compare", "--epoch", "3"]) == 2  # a typo
+heavy = {"torch", "numpy", "rich", "tyro", "matplotlib", "plotly", "scipy", "steppe.methods"}
+assert not heavy & set(sys.modules), heavy & set(sys.modules)
+"""
+
+
+def test_help_version_completion_and_typos_need_no_torch():
+    subprocess.run([sys.executable, "-c", AT_ONCE], capture_output=True, check=True)
 
 
 USE = """

@@ -1,8 +1,13 @@
-"""The commands, as tyro reads them: their fields are the options, their docstrings the help."""
+"""The commands, as tyro reads them: their fields are the options, their docstrings the help.
 
-from collections.abc import Sequence
+scripts/make_command_line.py writes them down for `steppe --help`, which reads that file and not this one.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Annotated, Any, Union, get_args
 
 import tyro
@@ -10,7 +15,7 @@ from rich.console import Console
 
 from steppe.experiments.comparison import compare, plot
 from steppe.experiments.config.method_spec import MethodSpec
-from steppe.experiments.config.methods import METHODS, Method
+from steppe.experiments.config.methods import Method
 from steppe.experiments.config.presets import RECIPES, name_of_task
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import TaskInfo
@@ -40,18 +45,18 @@ the Hessian's largest eigenvalues, trace and spectral density, adaptive measures
 change, landscapes, and the loss between solutions. It adds a verdict with error bars to summary.md and report.html.
 
 Any model: steppe measure --model package.module:factory --weights a.pt b.pt --data package.module:factory
+
 With --against c.pt d.pt, weights of another method in the same order, a verdict states which minima are flatter.
 """
 
-_METHODS = "List the methods: cost, memory, paper, when to use each; `steppe methods gsam` shows a card."
+_METHODS = "List the methods: cost, memory, paper, when to use each; or show the card of one."
 
 _PLOT = "Draw the figures of a run folder and write its summary again, from the folder alone."
 
 _TUNE = "Search rho and other options at equal compute, judged by data that are held out of training."
 
 _TUNE_DETAILS = """
-`steppe tune` searches the rho of SAM with the recipe demo. `steppe tune demo --search rho=0.01..1 lr=0.01..0.2`
-searches rho and the learning rate. All options of `steppe compare` are accepted: `--methods sam asam` tunes both.
+All options of `steppe compare` are accepted: `--methods sam asam` tunes both.
 
 A task of your own: `steppe tune package.module:task`. Its first metric decides, in its direction.
 
@@ -69,6 +74,7 @@ The run folder keeps configuration, metrics, checkpoints, summary and figures. T
 resumes where it was stopped or killed, and ends with the same bits. Raise --seeds or --methods to add runs.
 
 On several devices: torchrun --nproc-per-node 2 -m steppe compare ...
+
 On CPUs, as many runs are trained at a time as there is room for (--runs-at-once); on many machines: --on ray
 
 The methods are named by --methods, with arguments that differ from the usual ones:
@@ -76,7 +82,7 @@ The methods are named by --methods, with arguments that differ from the usual on
 """
 
 # Options that are yes, no or left open.
-_OPEN = ("amp", "cuda-graphs")
+OPEN = ("amp", "cuda-graphs")
 
 # Not an option. Annotated here and not in the class, because the processes that train should not import tyro.
 Recipe.__annotations__["task"] = tyro.conf.Suppress[TaskInfo]
@@ -90,15 +96,28 @@ else:
     )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Command(ABC):
+    """A command, with the option that all have."""
+
+    json: bool = False
+    """Print one JSON document on stdout, and everything else on stderr."""
+
+    @abstractmethod
+    def run(self, command: Sequence[str], console: Console) -> Any:
+        """Run it, as the words of the command line say; return what `--json` prints."""
+
+
 @dataclass(frozen=True)
-class Compare:
+class Compare(Command):
     """`steppe compare`."""
 
     recipe: AnyRecipe
     execution: ExecutionOptions = field(default_factory=ExecutionOptions)
 
-    def run(self, command: Sequence[str], console: Console) -> None:
-        compare(self.recipe, command, console, self.execution)
+    def run(self, command: Sequence[str], console: Console) -> Any:
+        summary = compare(self.recipe, command, console, self.execution)
+        return None if summary is None else {"folder": str(self.recipe.folder), **summary.json()}
 
 
 @dataclass(frozen=True)
@@ -109,7 +128,7 @@ class Finetune(Compare):
 
 
 @dataclass(frozen=True)
-class Tune:
+class Tune(Command):
     """`steppe tune`."""
 
     recipe: AnyRecipe
@@ -119,12 +138,13 @@ class Tune:
     def __post_init__(self) -> None:
         check_search(self.recipe, self.search)
 
-    def run(self, command: Sequence[str], console: Console) -> None:
-        tune(self.recipe, self.search, command, console, self.execution)
+    def run(self, command: Sequence[str], console: Console) -> Any:
+        result = tune(self.recipe, self.search, command, console, self.execution)
+        return {"folder": str(result.path), **result.json()}
 
 
 @dataclass(frozen=True)
-class Measure:
+class Measure(Command):
     """`steppe measure`."""
 
     folder: tyro.conf.Positional[Path | None] = None
@@ -136,27 +156,27 @@ class Measure:
         if (self.folder is None) != bool(self.model.model):
             raise ValueError("steppe measure: name one of two, a run folder or a --model with its --data")
 
-    def run(self, command: Sequence[str], console: Console) -> None:
+    def run(self, command: Sequence[str], console: Console) -> Any:
         if self.folder is None:
-            measure_user_model(self.model, self.measurement, console)
-        else:
-            measure_runs(self.folder, self.measurement, console)
-            plot(self.folder, console)
+            return measure_user_model(self.model, self.measurement, console)
+        measure_runs(self.folder, self.measurement, console)
+        return {"folder": str(self.folder), **plot(self.folder, console).json()}
 
 
 @dataclass(frozen=True)
-class Plot:
+class Plot(Command):
     """`steppe plot`."""
 
     folder: tyro.conf.Positional[Path]
     """The run folder, for example runs/demo."""
 
-    def run(self, command: Sequence[str], console: Console) -> None:
-        (report_tuning if is_tuning(self.folder) else plot)(self.folder, console)
+    def run(self, command: Sequence[str], console: Console) -> Any:
+        summary = (report_tuning if is_tuning(self.folder) else plot)(self.folder, console)
+        return {"folder": str(self.folder), **summary.json()}
 
 
 @dataclass(frozen=True)
-class Methods:
+class Methods(Command):
     """`steppe methods`."""
 
     patterns: tyro.conf.Positional[tuple[str, ...]] = ()
@@ -164,14 +184,14 @@ class Methods:
     bibtex: bool = False
     """Print the BibTeX of what they use."""
 
-    def run(self, command: Sequence[str], console: Console) -> None:
-        methods(self.patterns, console, bibtex=self.bibtex)
+    def run(self, command: Sequence[str], console: Console) -> Any:
+        return methods(self.patterns, console, bibtex=self.bibtex)
 
 
-_REGISTRY = tyro.constructors.ConstructorRegistry()
+REGISTRY = tyro.constructors.ConstructorRegistry()
 
 
-@_REGISTRY.primitive_rule
+@REGISTRY.primitive_rule
 def _method_specs(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructors.PrimitiveConstructorSpec[Any] | None:
     """Read the methods of a recipe, which is no annotation there because tyro is needed on the command line only."""
     if info.type is MethodSpec:  # without a rule for the element, tyro takes the tuple for a nested dataclass
@@ -194,34 +214,99 @@ def _method_specs(info: tyro.constructors.PrimitiveTypeInfo) -> tyro.constructor
     )
 
 
-def parse(words: Sequence[str]) -> Compare | Finetune | Tune | Measure | Plot | Methods:
-    """Turn the words of a command line into a verb.
+@dataclass(frozen=True)
+class Verb:
+    """A command, and what its help says of it."""
 
-    Raises SystemExit: with 0 after --help, and with 2 after saying what was meant when it does not understand.
-    """
-    methods = "\n".join(f"  {name}: {_about(method)}" for name, method in METHODS.items())
-    verbs: dict[str, tuple[type, str, str]] = {
-        "compare": (Compare, _COMPARE, f"\n{_DETAILS}{methods}"),
-        "tune": (Tune, _TUNE, f"\n{_TUNE_DETAILS}"),
-        "measure": (Measure, _MEASURE, f"\n{_MEASURE_DETAILS}"),
-        "plot": (Plot, _PLOT, ""),
-        "methods": (Methods, _METHODS, ""),
-        "finetune": (Finetune, _FINETUNE, f"\n{_FINETUNE_DETAILS}"),
+    kind: type
+    summary: str
+    details: str
+    examples: tuple[tuple[str, str], ...]
+    """Commands, and what each does."""
+    usage: str = "[OPTIONS]"
+
+
+VERBS: Mapping[str, Verb] = MappingProxyType(
+    {
+        "compare": Verb(
+            Compare,
+            _COMPARE,
+            _DETAILS,
+            (
+                ("steppe compare", "the demo: a few minutes on two CPU cores"),
+                ("steppe compare my_project:task --methods base sam asam", "a task of your own"),
+                ("steppe compare --epochs 10 --json > result.json", "the result for a script"),
+            ),
+            "[RECIPE | package.module:task] [OPTIONS]",
+        ),
+        "finetune": Verb(
+            Finetune,
+            _FINETUNE,
+            _FINETUNE_DETAILS,
+            (
+                ("steppe finetune --shots 10", "ten images of each class"),
+                ("steppe finetune --backbone timm:resnet18.a1_in1k", "a checkpoint of timm, by its name"),
+            ),
+        ),
+        "tune": Verb(
+            Tune,
+            _TUNE,
+            _TUNE_DETAILS,
+            (
+                ("steppe tune", "the rho of SAM, on the demo"),
+                ("steppe tune demo --search rho=0.01..1 lr=0.01..0.2", "rho and the learning rate"),
+                ("steppe tune my_project:task --methods sam asam --trials 30", "two methods, on a task of your own"),
+            ),
+            "[RECIPE | package.module:task] [OPTIONS]",
+        ),
+        "measure": Verb(
+            Measure,
+            _MEASURE,
+            _MEASURE_DETAILS,
+            (
+                ("steppe measure runs/demo", "all runs of a comparison"),
+                ("steppe measure --model my_project:net --weights a.pt --data my_project:data", "any model"),
+            ),
+            "[FOLDER] [OPTIONS]",
+        ),
+        "plot": Verb(
+            Plot,
+            _PLOT,
+            "",
+            (("steppe plot runs/demo", "after runs were added, copied or removed"),),
+            "FOLDER [OPTIONS]",
+        ),
+        "methods": Verb(
+            Methods,
+            _METHODS,
+            "Names or labels may have wildcards: gsam, '*sam', 'Late*'. One method's name shows its card; nothing "
+            "lists all.",
+            (
+                ("steppe methods", "the table of all methods"),
+                ("steppe methods gsam", "the card of one"),
+                ("steppe methods 'look*' sam --bibtex", "what to cite"),
+            ),
+            "[NAME ...] [OPTIONS]",
+        ),
     }
+)
+"""The commands by their names."""
+
+CONFIG = (tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs)
+
+
+def parse(words: Sequence[str]) -> Command:
+    """Turn the words of a command line into a command.
+
+    Raises SystemExit: with 2 after saying what was meant when it does not understand.
+    """
     commands: Any = Union[  # noqa: UP007  # made at run time
         tuple(
-            # tyro shows a description in the list of verbs too, where one line is enough
-            Annotated[verb, tyro.conf.subcommand(name, description=line + (details if words[:1] == [name] else ""))]
-            for name, (verb, line, details) in verbs.items()
+            Annotated[verb.kind, tyro.conf.subcommand(name, description=verb.summary)] for name, verb in VERBS.items()
         )
     ]
-    command: Compare | Finetune | Tune | Measure | Plot | Methods = tyro.cli(
-        commands,
-        prog="steppe",
-        description="Sharpness-aware minimization: the experiments. Begin with `steppe compare`.",
-        args=_said_open(_with_task(words)),
-        registry=_REGISTRY,
-        config=(tyro.conf.OmitArgPrefixes, tyro.conf.OmitSubcommandPrefixes, tyro.conf.CascadeSubcommandArgs),
+    command: Command = tyro.cli(
+        commands, prog="steppe", args=_said_open(_with_task(words)), registry=REGISTRY, config=CONFIG
     )
     return command
 
@@ -245,12 +330,12 @@ def _said_open(words: Sequence[str]) -> list[str]:
     for place, word in enumerate(words):
         after = "".join(words[place + 1 : place + 2])
         name = word.replace("_", "-").removeprefix("--no-").removeprefix("--")
-        if name in _OPEN and word.startswith("--") and after not in ("None", "True", "False"):
+        if name in OPEN and word.startswith("--") and after not in ("None", "True", "False"):
             said += [f"--{name}", str(not word.startswith("--no-"))]
         else:
             said.append(word)
     return said
 
 
-def _about(method: Method) -> str:
+def about(method: Method) -> str:
     return method.summary + (f" ({', '.join(method.arguments)})" if method.arguments else "")

@@ -2,6 +2,7 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.console import Console
@@ -14,8 +15,11 @@ from steppe.methods.cards import card, memory
 from steppe.methods.registry import CARDS
 
 
-def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) -> None:
-    """Show the card of a single named method, else a table of those that match; ExperimentError if none does."""
+def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) -> dict[str, Any]:
+    """Show the card of a single named method, else a table of those that match; ExperimentError if none does.
+
+    Returns those that match, as JSON has them.
+    """
     by_name = {name.lower(): method for method in CARDS.values() for name in (method.name, method.label)}
     found = _matching(patterns or ["*"], by_name)
     if bibtex:
@@ -32,6 +36,13 @@ def methods(patterns: Sequence[str], console: Console, *, bibtex: bool = False) 
             highlight=False,
             markup=False,
         )
+    return {"methods": [_json(method) for method in found]}
+
+
+def _json(method: MethodCard) -> dict[str, Any]:
+    texts = {name: getattr(method, name) for name in ("name", "label", "summary", "cost", "memory", "when", "when_not")}
+    papers = [{"short": paper.short, "url": paper.url, "bibtex": paper.bibtex()} for paper in method.papers]
+    return {**texts, "usual": dict(method.usual), "caveats": list(method.caveats), "papers": papers}
 
 
 def _matching(patterns: Sequence[str], by_name: Mapping[str, MethodCard]) -> list[MethodCard]:

@@ -72,12 +72,12 @@ def columns(task: TaskInfo) -> list[Column]:
     ]
 
 
-def _only_finite(value: Any) -> Any:
+def only_finite(value: Any) -> Any:
     """Replace numbers that are not finite by None, as JSON has no others."""
     if isinstance(value, Mapping):
-        return {name: _only_finite(each) for name, each in value.items()}
+        return {name: only_finite(each) for name, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_only_finite(each) for each in value]
+        return [only_finite(each) for each in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -97,7 +97,7 @@ class SummaryFiles(TableWithNotes):
 
     def write(self, folder: RunFolder) -> None:
         write_atomically(folder.path / "summary.md", self.markdown().encode())
-        write_json(folder.path / "summary.json", _only_finite(self.json()))
+        write_json(folder.path / "summary.json", only_finite(self.json()))
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import nn
 from steppe.experiments.errors import ExperimentError, unknown
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
-from steppe.experiments.execution.progress import JobProgress
+from steppe.experiments.execution.progress import JobProgress, print_line
 from steppe.flatness import Budget, Flatness, Objective, measure
 
 T = TypeVar("T")
@@ -79,6 +79,8 @@ class FlatnessJob(Protocol):
 
 def measure_all(jobs: Sequence[FlatnessJob], processes: int, console: Console) -> None:
     """Measure networks; raises the first ExperimentError, and keeps finished files."""
+    if jobs:  # the first one is finished after minutes
+        print_line(console, f"Measuring {len(jobs)} network{'s'[: len(jobs) > 1]}")
     run_jobs({job.name: partial(measure_job, job) for job in jobs}, processes, console)
 
 

@@ -221,8 +221,10 @@ class UserModelJob:
         return network, data
 
 
-def measure_user_model(model: UserModel, options: MeasuringOptions, console: Console) -> None:
+def measure_user_model(model: UserModel, options: MeasuringOptions, console: Console) -> dict[str, Any]:
     """Measure each file of weights that is not measured yet; write and print the summary, and draw the figures.
+
+    Returns the measures of each, as JSON has them.
 
     After an ExperimentError, finished measurements are kept.
     """
@@ -238,6 +240,8 @@ def measure_user_model(model: UserModel, options: MeasuringOptions, console: Con
         draw(table.groups(), model.out / "figures", f"{model.model} on {model.setting}")
         table.show(console)
         print_line(console, f"Written to {model.out}")
+        measured = {name: flatness.to_json() for name, flatness in found.items()}
+        return {"folder": str(model.out), "title": f"{model.model} on {model.setting}", "measured": measured}
 
 
 def _jobs(model: UserModel, options: MeasuringOptions) -> list[UserModelJob]:
