@@ -1,7 +1,7 @@
 """The tests that every perturbation must pass: subclass :class:`PerturbationTests` in the test file of the method."""
 
 from collections.abc import Callable, Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -71,12 +71,15 @@ def assert_equals_sam(rule: Perturbation) -> None:
         torch.testing.assert_close(e(rule, point(g, memory, w)), e(steppe.L2(), point(g, w=w)))
 
 
-def assert_reads_no_value_on_the_host(rule: Perturbation, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Tensors without values refuse to be read; a build without CUDA has no generators for it."""
+def assert_reads_no_value_on_the_host(rule: Perturbation, monkeypatch: pytest.MonkeyPatch, **rules: Any) -> None:
+    """Tensors without values refuse to be read; a build without CUDA has no generators for it.
+
+    ``rules`` are those of the other slots.
+    """
     monkeypatch.setattr(random_tensors, "generator", lambda device, key: None)
     with FakeTensorMode(allow_non_fake_inputs=True):
         params = [torch.nn.Parameter(torch.empty(shape, device="cuda")) for shape in [(3, 4), (5,)]]
-        optimizer = steppe.SAM(torch.optim.SGD(params, lr=0.1), rho=0.1, perturbation=rule)
+        optimizer = steppe.SAM(torch.optim.SGD(params, lr=0.1), rho=0.1, perturbation=rule, **rules)
 
         def set_gradients():
             for p in params:

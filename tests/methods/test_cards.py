@@ -102,7 +102,8 @@ def test_planned_passes_are_those_of_the_comparison(name):
     card = CARDS[name]
     for spec, method in METHODS.items():
         if card.covers(spec) and card.passes is not None:
-            assert card.passes_with() == pytest.approx(float(method.cost({})), abs=1e-4)
+            updates = 11 / 100 if name == "eigen_sam" else 0  # a gradient and 5 products with H, every 100 steps
+            assert card.passes_with() + updates == pytest.approx(float(method.cost({})), abs=1e-4)
 
 
 def test_each_method_of_the_comparison_belongs_to_one_card_and_has_its_label():

@@ -85,10 +85,13 @@ def test_update_leaves_model_gradients_and_generators_and_further_ones_continue(
     assert values[-1] == pytest.approx(values[-2].item(), rel=0.02)
 
 
-def test_checkpoint_and_copy_have_the_eigenvector():
+@pytest.mark.parametrize("steps", [0, 1])
+@pytest.mark.parametrize("through_base", [False, True])
+def test_checkpoint_has_the_eigenvector_also_before_the_first_step(steps, through_base):
     model = net(dropout=0.0)
     optimizer = variants.eigen_sam(torch.optim.SGD(model.parameters(), lr=0.1), 0.5, alpha=1.0, model=model)
-    by_closure(optimizer, lambda: F.cross_entropy(model(batch()[0]), batch()[1]))
+    for _ in range(steps):
+        by_closure(optimizer, lambda: F.cross_entropy(model(batch()[0]), batch()[1]))
     updated(model, optimizer)
     state, start = saved_and_loaded(optimizer.state_dict()), copy.deepcopy(model.state_dict())
     x, y = batch()
@@ -102,7 +105,7 @@ def test_checkpoint_and_copy_have_the_eigenvector():
             base = torch.optim.SGD(network.parameters(), lr=0.1)
             stepped = variants.eigen_sam(base, 0.5, alpha=1.0, model=network)
             if load_it:
-                stepped.load_state_dict(state)
+                (base if through_base else stepped).load_state_dict(state)
         by_closure(stepped, lambda n=network: F.cross_entropy(n(x), y))
         results.append(model_bits(network))
     assert results[0] == results[1] != results[2]

@@ -60,6 +60,7 @@ def test_first_step_is_that_of_the_base():
         assert torch.equal(a, b)
 
 
+@pytest.mark.filterwarnings("ignore:StaleGradient has no gradient:UserWarning")
 def test_mutant_checkpoint_without_the_gradient_is_killed(monkeypatch):
     monkeypatch.setattr(wrapper, "pack", lambda base, memory, step: pack(base, {}, step))
     with pytest.raises(AssertionError):
@@ -76,7 +77,17 @@ def test_gradient_that_is_not_finite_is_not_kept():
 
 
 def test_no_value_is_read_on_the_host(monkeypatch):
-    class Both(StaleGradient):
-        """Perturbs along the gradients of all ones that the test sets."""
+    assert_reads_no_value_on_the_host(StaleGradient(), monkeypatch, combination=KeptGradient())
 
-    assert_reads_no_value_on_the_host(Both(), monkeypatch)
+
+def test_steps_without_the_combination_that_keeps_the_gradient_warn():
+    model = net(dropout=0.0)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    sam = steppe.SAM(base, RHO, perturbation=StaleGradient(), model=model)
+    train(model, sam, by_closure, 1)  # the first step has no gradient in any case
+    with pytest.warns(UserWarning, match=r"step 1 is not perturbed.*combination=steppe.KeptGradient\(\)"):
+        train(model, sam, by_closure, 1)
+    sam.combination = KeptGradient()
+    with pytest.warns(UserWarning, match="step 2 is not perturbed"):
+        train(model, sam, by_closure, 1)
+    train(model, sam, by_closure, 1)  # warnings are errors

@@ -13,6 +13,9 @@ from steppe.rules import Memory
 # SAM's own keys in the base's groups and in checkpoints. "rho" is Adadelta's, and most bases have an "eps".
 RHO = "sam_rho"
 STEP = "sam_step"
+_MEMORY_BEFORE_STEPS = "sam_memory_before_steps"
+"""In the groups of a checkpoint at step 0 whose memory a rule has made, such as an eigenvector, and is no template."""
+_OF_GROUPS = (STEP, _MEMORY_BEFORE_STEPS)
 _MEMORY = "sam."
 """Prefix of a rule's tensors in the state of a parameter: ``sam.<rule>.<key>``."""
 _MEMORY_APART = "sam.memory"
@@ -24,11 +27,17 @@ def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
     return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
+class MemoryTemplate(dict[str, dict[Tensor, dict[str, Tensor]]]):
+    """Names and shapes of the memory that the rules will have, for a checkpoint before the first step."""
+
+
 def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
     """Return the base's checkpoint with the step counter in its groups and the rules' memory in its state.
 
     It adds only tensors and numbers, one level deep: ``torch.distributed.checkpoint`` and ``weights_only=True`` accept
     nothing else. In a checkpoint of another form (wrappers such as Lookahead), they are beside the base's entries.
+
+    Before the first step, a :class:`MemoryTemplate` only shows names and shapes, and loading drops it.
     """
     packed: dict[str, Any] = base.state_dict()
     of_rules = {
@@ -42,7 +51,10 @@ def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
     of_rules = {index: entries for index, entries in of_rules.items() if entries}
     if not _has_usual_form(packed):
         return {**packed, STEP: step, RHO: [group[RHO] for group in base.param_groups], _MEMORY_APART: of_rules}
-    packed["param_groups"] = [{**group, STEP: step} for group in packed["param_groups"]]
+    own = {STEP: step}
+    if not step and of_rules and not isinstance(memory, MemoryTemplate):
+        own[_MEMORY_BEFORE_STEPS] = True
+    packed["param_groups"] = [{**group, **own} for group in packed["param_groups"]]
     packed["state"] = dict(packed["state"])
     for index, entries in of_rules.items():
         packed["state"][index] = {**packed["state"].get(index, {}), **entries}
@@ -63,6 +75,7 @@ def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any],
         return own, memory, state_dict.get(STEP, 0)
     groups = state_dict["param_groups"]
     step = max((group.get(STEP, 0) for group in groups), default=0)
+    is_memory = step > 0 or any(_MEMORY_BEFORE_STEPS in group for group in groups)
     state = dict(state_dict["state"])
     indices = [index for group in groups for index in group["params"]]
     for index, parameter in zip(indices, parameters_of(base), strict=False):  # the base raises if they do not fit
@@ -71,8 +84,8 @@ def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any],
             state[index] = {key: value for key, value in entries.items() if key not in rule_state}
             _add_to_memory(memory, parameter, rule_state)
     base_state = {index: entries for index, entries in state.items() if entries != {}}
-    groups = [{key: value for key, value in group.items() if key != STEP} for group in groups]
-    return {**state_dict, "state": base_state, "param_groups": groups}, memory if step else {}, step
+    groups = [{key: value for key, value in group.items() if key not in _OF_GROUPS} for group in groups]
+    return {**state_dict, "state": base_state, "param_groups": groups}, memory if is_memory else {}, step
 
 
 def saved_radii(state_dict: dict[str, Any]) -> list[float | Tensor] | None:
@@ -93,6 +106,7 @@ def holds_sam_state(base: Optimizer) -> bool:
 def take_from_base(base: Optimizer) -> tuple[Memory, int]:
     """Remove SAM's part from a base that has loaded it; return the rules' memory and the step counter."""
     step = max((group.pop(STEP, 0) for group in base.param_groups), default=0)
+    before_steps = [group.pop(_MEMORY_BEFORE_STEPS, False) for group in base.param_groups]
     memory: Memory = {}
     for parameter in parameters_of(base):
         state = base.state.get(parameter) or {}
@@ -102,7 +116,7 @@ def take_from_base(base: Optimizer) -> tuple[Memory, int]:
             _add_to_memory(memory, parameter, rule_state)
             if not state:
                 del base.state[parameter]
-    return memory if step else {}, step
+    return memory if step or any(before_steps) else {}, step
 
 
 def _rule_state(state: dict[Any, Any]) -> dict[str, Any]:

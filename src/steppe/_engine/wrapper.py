@@ -11,7 +11,7 @@ from steppe._engine.constructor import check_rho
 from steppe._engine.engine import Engine
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO, pack, saved_radii, unpack
+from steppe._engine.state_dict import RHO, MemoryTemplate, pack, saved_radii, unpack
 from steppe.rules import Memory
 
 
@@ -118,7 +118,7 @@ class Wrapper(Optimizer):
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
         memory = self._memory_template if self._engine.steps == 0 else {}
-        packed = pack(self.base, self._engine.memory or memory, self._engine.steps)
+        packed = pack(self.base, self._engine.memory or MemoryTemplate(memory), self._engine.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():
             packed = changed if (changed := post_hook(self, packed)) is not None else packed
         return packed

@@ -12,6 +12,7 @@ from importlib import resources
 from types import MappingProxyType
 from typing import Any
 
+from steppe.methods._absent import absent_methods
 from steppe.methods._card import MethodCard, plain_base
 from steppe.methods.registry import CARDS
 from steppe.papers import SAM as SAM_PAPER
@@ -105,6 +106,7 @@ def index() -> str:
         lines += [*([""] if number else []), *_comparison(run)]
     if not measured()["comparisons"]:
         lines.append("Not yet measured.")
+    lines += ["", "## Not here, and why", "", *(line for reason in absent_methods() for line in _item(reason))]
     lines += ["", "The pages of this folder are generated: `python scripts/make_cards.py`.", ""]
     return "\n".join(lines)
 

@@ -1,8 +1,9 @@
 """Eigen-SAM: align the perturbation with the leading eigenvector of the Hessian."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any, ClassVar, Unpack
 
 import torch
@@ -12,9 +13,10 @@ from torch.nn.parallel import DistributedDataParallel
 from steppe._engine.distributed import average_over_
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import parameters_of
-from steppe.methods._card import COPY, MethodCard
+from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import one_number
 from steppe.methods._options import Base, Options, Rho
+from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import NEURIPS, Paper, cites
 from steppe.rules import Point, ScaledDirection
 from steppe.rules._checks import check_count, check_nonnegative
@@ -91,7 +93,7 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
         v'Hv of the vector before the last product, an estimate of the eigenvalue of the largest size; 0-dim.
 
     Raises:
-        TypeError: The optimizer has no perturbation :class:`~steppe.methods.eigen_sam.EigenvectorAligned`.
+        TypeError: The optimizer has no perturbation ``EigenvectorAligned``.
         ValueError: The loss is not one number, ``iterations`` is below 1, or parameters are complex.
         RuntimeError: Called in the middle of a step, or with sharded parameters.
 
@@ -182,6 +184,47 @@ def eigen_sam(base_optimizer: Base, rho: Rho = 0.05, *, alpha: float = 0.2, **op
     return SAM(base_optimizer, rho, **options, perturbation=EigenvectorAligned(alpha))
 
 
+class EigenSAMStep(StepFunction):
+    """Takes the steps of Eigen-SAM in a comparison, and finds the eigenvector anew before every ``interval``-th one.
+
+    The first ``interval`` steps are SAM's. The eigenvector is that of the Hessian on the batch of the step.
+    """
+
+    optimizer: SAM
+
+    def __init__(self, optimizer: SAM, interval: int = 100, iterations: int = 5) -> None:
+        check_count("interval", interval, "the number of steps from one eigenvector to the next")
+        check_count("iterations", iterations, "the number of products with the Hessian")
+        super().__init__(optimizer)
+        self.interval, self.iterations = interval, iterations
+        self.steps = 0
+
+    def step(self, forward: CountedForward, batch: LabeledBatch) -> Tensor:
+        """Take one step, after an update of the eigenvector if it is due."""
+        if self.steps and self.steps % self.interval == 0:
+            update_eigenvector(self.optimizer, lambda: forward(*batch.tensors), iterations=self.iterations)
+            forward.count(_PER_PRODUCT * self.iterations * len(batch), recorded=True)
+        self.steps += 1
+        return super().step(forward, batch)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the number of steps so far; the eigenvector is in the optimizer's checkpoint."""
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore the number of steps."""
+        self.steps = state["steps"]
+
+
+_PER_PRODUCT = 2
+"""Gradients that a product with the Hessian costs."""
+
+
+def _planned_passes(interval: int, iterations: int) -> Fraction:
+    """Return the cost of a step, with its share of an update: a gradient and the products."""
+    return 2 + Fraction(1 + _PER_PRODUCT * iterations, interval)
+
+
 CARD = MethodCard(
     name="eigen_sam",
     function=eigen_sam,
@@ -203,15 +246,20 @@ CARD = MethodCard(
     },
     checked="The official code, https://github.com/RitianLuo/EigenSAM: the eigenvector and e agree in float64. Before "
     "the first eigenvector, it perturbs by rho g, without a norm; here it is SAM's e. X-SAM (arXiv 2601.10251), which "
-    "corrects g_s along v, is not offered: no code by its authors was found, and its formula could not be read.",
+    "corrects g_s along v, is not offered: neither its formula nor its authors' code could be read.",
     caveats=(
         "Without calls of `closures.update_eigenvector`, it is SAM. One update costs a gradient and `iterations` "
         "products with the Hessian, beyond the two passes of each step.",
         "e is longer than rho, up to sqrt(1 + alpha^2) rho.",
-        "`steppe compare` does not run it, as it has no place for the updates of v.",
+        "`steppe compare` updates v every `interval` steps, 100 by default, and counts the cost; before, it is SAM.",
     ),
     arguments_of=(eigen_sam, update_eigenvector),
     usage_code="optimizer = steppe.variants.eigen_sam(base, model=model)\n"
     "steppe.closures.update_eigenvector(optimizer, lambda: F.cross_entropy(model(x), y))  # every 100 steps\n"
     "optimizer.step(lambda: F.cross_entropy(model(x), y))",
+    comparison=Comparison(
+        summary="perturbs along the gradient and the leading eigenvector of the Hessian, at SAM's rho",
+        passes=_planned_passes,
+        step_function=EigenSAMStep,
+    ),
 )

@@ -1,5 +1,6 @@
 """SAM along the gradient of the step before, in a single pass."""
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
@@ -50,7 +51,8 @@ class StaleGradient:
     """Perturb along the gradient of the step before, in a single pass per step: e_t = rho g_(t-1) / |g_(t-1)|.
 
     g_(t-1) is the update gradient of step t - 1, taken at its perturbed weights and on its batch. The combination
-    :class:`KeptGradient` keeps it: use both together. The first step has none and is not perturbed.
+    :class:`KeptGradient` keeps it: use both together. The first step has none and is not perturbed; neither is a later
+    step without one, with a warning.
 
     Example:
         >>> import torch
@@ -70,6 +72,13 @@ class StaleGradient:
 
     def __call__(self, point: Point) -> ScaledDirection:
         kept = [own.get("g") for own in point.memory_of(KeptGradient())]
+        if point.step and all(g is None for g in kept):
+            warnings.warn(
+                f"StaleGradient has no gradient of the step before, so that step {point.step} is not perturbed. Give "
+                "the optimizer combination=steppe.KeptGradient(), which keeps it, or use steppe.variants.stale_sam "
+                "(after loading the checkpoint of another method, only the first step lacks it)",
+                stacklevel=2,
+            )
         return ScaledDirection(kept, reciprocal(norm([g for g in kept if g is not None])))
 
 
