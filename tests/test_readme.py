@@ -7,6 +7,7 @@ import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
+import hypothesis  # noqa: F401  else its plugin imports it at the end of the session, and that warns after Lightning
 import pytest
 import torch
 
