@@ -3,19 +3,21 @@
 # make test-slow  the few tests that take ten seconds and more; CI runs them too
 # make release  build the wheel and the source distribution, and check both in new environments
 # make pages  write the generated pages and the stub of steppe.variants again
+# make docs   build the site of the documentation in build/docs; make docs-links also checks the links to other sites
 # make conformance  run the contract over Steppe and its peers, and write docs/conformance.md
 # make test TORCH=2.8.0 PYTHON=python3.12  the tests with that torch and Python, in an environment of their own
 PYTHON ?= $(firstword $(shell command -v python3.11 python3))
 VENV := .venv$(if $(TORCH),-$(notdir $(PYTHON))-torch-$(TORCH))
 BIN := $(VENV)/bin
-# The environment is made in two stages: what the demo needs, and then what the tests and checks need.
+# The environment is made in stages: what the demo needs, what the tests and checks need, what the documentation needs.
 DEMO := $(VENV)/.ready
 READY := $(VENV)/.ready-dev
+READY_DOCS := $(VENV)/.ready-docs
 
 # Two threads that wait for each other by spinning lose most of their time when anything else wants a core.
 export GOMP_SPINCOUNT ?= 1000
 
-.PHONY: demo test test-slow check pages conformance release clean
+.PHONY: demo test test-slow check pages docs docs-links conformance release clean
 
 # The article in small, and then with wrong labels, where SAM's effect is large.
 demo: $(DEMO)
@@ -47,6 +49,15 @@ pages: $(READY)
 	$(BIN)/python scripts/make_contract.py
 	$(BIN)/python scripts/make_performance.py
 
+# A warning is an error: a link without a target, a name that is not documented, a docstring that is not read right.
+docs: $(READY_DOCS)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going docs build/docs
+
+# With the network: names of torch and Python become links, and all links to other sites are tried.
+docs-links: export STEPPE_DOCS_ONLINE := 1
+docs-links: $(READY_DOCS)
+	$(BIN)/sphinx-build --quiet --fail-on-warning --keep-going -b linkcheck docs build/docs-links
+
 conformance: $(READY)
 	$(BIN)/python benchmarks/conformance/run.py
 
@@ -70,5 +81,9 @@ $(READY): $(DEMO)
 		curvlinops-for-pytorch einconv einops linear_operator opt_einsum $(if $(TORCH),,torchao)
 	touch $@
 
+$(READY_DOCS): $(READY)
+	$(BIN)/pip install --quiet --constraint $(VENV)/constraints.txt --editable '.[docs]'
+	touch $@
+
 clean:
-	rm -rf .venv .venv-* runs build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
+	rm -rf .venv .venv-* runs build docs/api docs/examples docs/project dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

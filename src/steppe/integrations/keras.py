@@ -147,7 +147,7 @@ class SharpnessAware:
 class KerasOptimizer(Optimizer):
     """The Keras optimizer that a model was compiled with, as a PyTorch optimizer.
 
-    Its state stays in Keras' variables, and so in Keras' checkpoints: :attr:`state` is empty.
+    Its state stays in Keras' variables, and so in Keras' checkpoints: ``state`` is empty.
     """
 
     def __init__(self, model: Any) -> None:

@@ -93,7 +93,7 @@ class SAF(nn.Module):
     paper: ClassVar[Paper] = SAF_PAPER
 
     outputs: Tensor
-    """The stored logits, of shape (E + 1, samples, *classes); those of epoch e are in row e mod (E + 1)."""
+    """The stored logits, of shape ``(E + 1, samples, *classes)``; those of epoch e are in row e mod (E + 1)."""
     epochs: Tensor
     """The epoch of each stored output, of shape (E + 1, samples); -1 where there is none."""
 

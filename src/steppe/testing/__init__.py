@@ -1,7 +1,7 @@
 """The contract as checks that anyone can run on a rule, or on any combination of rules.
 
 Each check takes ``make``, which builds your optimizer around the check's model, and raises ``AssertionError`` when the
-statement in its first line does not hold. :data:`CHECKS` has all of them:
+statement in its first line does not hold. :data:`~steppe.testing.CHECKS` has all of them:
 
 >>> import steppe, torch
 >>> def make(model):
