@@ -6,7 +6,7 @@ import importlib
 import pytest
 import torch
 
-from support import model_bits
+from support import in_pairs, model_bits
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -54,7 +54,7 @@ OPTIONS = {
 PREFERENCES = ("DPO", "KTO")
 CASES = [(kind, "", name) for kind in ROWS for name in METHODS]
 CASES += [(data, "", name) for data in FORMATS if data not in ROWS for name in ("whole", "LoRA")]
-CASES += [(kind, each, name) for kind in ROWS for each in ("reentrant", "not reentrant") for name in METHODS]
+CASES += [(kind, each, name) for kind, name, each in in_pairs(ROWS, METHODS, ["reentrant", "not reentrant"])]
 CASES += [(kind, "precomputed", name) for kind in PREFERENCES for name in METHODS]
 
 
