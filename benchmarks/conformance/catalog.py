@@ -49,9 +49,14 @@ CATALOG = {
     "C28c": "Both passes use the same noise from a torch.Generator that the model holds",
     "C29": "After Ctrl-C in the second pass, the next step is that of a run without the interrupted step",
     "C30": "An engine that copies the optimizer's attributes, as Lightning Fabric does, takes the same steps",
+    "C31": "train() and eval() of the optimizer reach a base that has them, as schedule-free optimizers do",
     "C32": "Statistics of a second network in the loss are those of one pass per step, or a warning names it",
-    "C33": "A closure that returns the loss without a backward pass trains, or is an error",
+    "C33a": "A closure that returns the loss without a backward pass trains, or is an error",
+    "C33b": "A second pass that uses the graph of the first is an error or a warning",
+    "C34": "With activation checkpointing (both kinds), a step is the one without it",
     "C35": "Assigning optimizer.rho sets the radius, or is an error",
+    "C36": "A perturbation that rounding removes is noticed: by a warning, an error or the optimizer's report",
+    "C37": "Type checkers read its annotations: the package has a py.typed file",
 }
 
 REMARKS = {
@@ -102,7 +107,12 @@ REMARKS = {
     "C30": "Five steps with momentum through an object of a derived class with the same `__dict__`, whose `step` calls "
     "the optimizer's.",
     "C32": "The second network is in training mode and has BatchNorm; SAM was not told about it.",
-    "C33": "`step(closure)` with nothing before it.",
+    "C31": "The calls that reach the base are counted; for HeavyBall, with its own schedule-free optimizer.",
+    "C33a": "`step(closure)` with nothing before it.",
+    "C33b": "The loss is computed once and its graph retained, so both gradients are those of w, and SAM is silently "
+    "disabled. The weights change in between, but a product of weights and data does not notice that.",
+    "C34": "Three steps in float64.",
     "C35": "Other implementations document `param_groups` as the place of the radius; the assignment then has no "
     "effect. Steppe's groups have the radius as well.",
+    "C36": "A radius of 1e-12 and weights of size 1 in float32, 20 steps.",
 }

@@ -18,8 +18,8 @@ class Environment:
 ENVIRONMENTS = {
     "torch": Environment(
         (
-            (TORCH, "numpy", "temperon==0.1.1", "pytorch_optimizer==4.1.0"),
-            ("--no-deps", "sam-pytorch==0.0.1"),
+            (TORCH, "numpy", "opt-einsum", "temperon==0.1.1", "pytorch_optimizer==4.1.0"),
+            ("--no-deps", "sam-pytorch==0.0.1", "heavyball==3.2.1", "unifiedsam==1.0.0", "zij==0.1.1"),
             ("--no-deps", "--editable", str(ROOT)),
         ),
     ),
@@ -33,7 +33,7 @@ ENVIRONMENTS = {
         "and its Trainer runs. torchvision 0.28.0 from PyPI is built for a GPU and cannot load its operators with a "
         "torch for CPUs; the adapter declares the two that are missing, which no statement uses.",
     ),
-    "jax": Environment((("jax==0.10.2", "optax==0.2.8"),)),
+    "jax": Environment((("jax==0.10.2", "optax==0.2.8"),), "jax 0.10.2 is the newest for Python 3.11."),
 }
 
 
@@ -55,6 +55,9 @@ PEERS = {
         Peer("composer", "Composer", "composer"),
         Peer("temperon", "temperon", "torch"),
         Peer("sam_pytorch", "sam-pytorch", "torch"),
+        Peer("heavyball", "HeavyBall", "torch"),
+        Peer("unifiedsam", "unifiedsam", "torch"),
+        Peer("zij", "zij", "torch"),
         Peer("optax", "optax", "jax"),
     )
 }

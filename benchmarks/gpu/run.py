@@ -51,7 +51,7 @@ def parse(words: Sequence[str] | None) -> argparse.Namespace:
         "--again", action="store_true", help="repeat failed measurements although their code has not changed"
     )
     parser.add_argument("--classic", type=Path, help="for loop and step: the classic implementation's single file")
-    parser.add_argument("--peers", type=Path, help="for step: a folder with pytorch_optimizer")
+    parser.add_argument("--peers", type=Path, help="for step: a folder with the other implementations")
     parser.add_argument("--list", action="store_true", help="print which measurements are done, and measure nothing")
     parser.add_argument("--rehearse", action="store_true", help="all of it in a meaningless, tiny size, on a CPU")
     parser.set_defaults(interrupt=False)

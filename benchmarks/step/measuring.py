@@ -3,7 +3,7 @@
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,11 +11,13 @@ from typing import Any
 import torch
 
 from step.counting import Counted, kernels
-from step.implementations import AssignGradients, Builder, LowerBound, Step, tensors
+from step.implementations import BASES, AssignGradients, Builder, LowerBound, Step, tensors
 from step.parameter_shapes import CASES, TITLES, Shapes, toy, weights
 from timing import rotated, spread
 
 _MAX_ENTRIES = 1 << 28  # of the lower bound's buffer; beyond, its time is extrapolated
+
+_LARGER_THAN_CACHES = 1 << 25  # entries of float32
 
 Clock = Callable[[], float]
 
@@ -65,14 +67,14 @@ def measure_case(name: str, builders: Mapping[str, Builder], setup: Setup) -> di
             _free(parameters)
     own_times = _minus_base(times)
     own_times["lower_bound"] = [t * size / entries for t in times["lower_bound"]]
-    base = _counts(builders["base"], parameters, assign, setup.device)
+    bases = {key: _counts(builders[key], parameters, assign, setup.device) for key in _bases(builders)}
     rows = []
     for key, own in own_times.items():
         counts = _counts(timed[key], parameters, assign, setup.device)
         if key == "lower_bound":
             counts = {k: v if k in ("operations", "kernels") else v * size / entries for k, v in counts.items()}
         else:
-            counts = {k: v - base[k] for k, v in counts.items()}
+            counts = {k: v - bases[_base(key)][k] for k, v in counts.items()}
         rows.append(
             {
                 "implementation": key,
@@ -96,20 +98,45 @@ def measure_case(name: str, builders: Mapping[str, Builder], setup: Setup) -> di
 
 
 def measure_host(name: str, builders: Mapping[str, Builder], setup: Setup) -> list[dict[str, Any]]:
-    """Return the times of the host, with as many tensors as a network has, of at most two entries per dimension."""
+    """Return the times of the host, with as many tensors as a network has, of at most two entries per dimension.
+
+    They are measured twice: steps directly one after the other, and on a CPU also steps whose caches were filled with
+    other data before, as by the two passes of a training step.
+    """
     parameters, assign = _parameters(toy(name), setup.device, torch.float32)
     steps = {key: build(parameters) for key, build in builders.items()}
-    repeat, rounds = (1, 2) if setup.tiny else (50, max(setup.rounds, 7))
+    repeat, rounds = (1, 2) if setup.tiny else (20, 2 * max(setup.rounds, 7))
     clock = time.process_time if setup.device == "cpu" else None
     times: dict[str, list[float]] = {key: [] for key in steps}
-    for _ in range(rounds):
-        for key, step in steps.items():
-            times[key].append(_seconds(step, assign, repeat, clock))
+    cold: dict[str, list[float]] = {key: [] for key in steps}
+    other = torch.zeros(1 if setup.tiny else _LARGER_THAN_CACHES)
+    for turn in range(rounds):
+        for key in rotated(list(steps), turn):
+            times[key].append(_seconds(steps[key], assign, repeat, clock))
+            if clock is not None:
+                cold[key].append(_seconds_cold(steps[key], assign, other, max(repeat // 4, 1), clock))
     own_times = _minus_base(times)
+    own_cold = _minus_base(cold) if clock is not None else {}
     return [
-        {"implementation": key, "tensors": len(parameters), "time": spread(values, own_times["steppe"])}
+        {
+            "implementation": key,
+            "tensors": len(parameters),
+            "time": spread(values, own_times["steppe"]),
+            **({"cold": spread(own_cold[key], own_cold["steppe"])} if own_cold else {}),
+        }
         for key, values in own_times.items()
     ]
+
+
+def _seconds_cold(step: Step, assign: AssignGradients, other: torch.Tensor, repeat: int, clock: Clock) -> float:
+    """Return the seconds of a step after each of which the caches are filled with other data."""
+    total = 0.0
+    for _ in range(repeat):
+        other.add_(1)
+        begin = clock()
+        step(assign)
+        total += clock() - begin
+    return total / repeat
 
 
 def _parameters(shapes: Shapes, device: str, dtype: torch.dtype) -> tuple[list[torch.nn.Parameter], AssignGradients]:
@@ -149,9 +176,17 @@ def _seconds(step: Step, assign: AssignGradients, repeat: int, clock: Clock | No
 
 
 def _minus_base(times: Mapping[str, list[float]]) -> dict[str, list[float]]:
-    """Return the times of the implementations without those of the base, round by round."""
-    others = [key for key in times if key not in ("base", "lower_bound", "copy")]
-    return {key: [t - b for t, b in zip(times[key], times["base"], strict=True)] for key in others}
+    """Return the times of the implementations without those of their bases, round by round."""
+    others = [key for key in times if key not in (*_bases(times), "lower_bound", "copy")]
+    return {key: [t - b for t, b in zip(times[key], times[_base(key)], strict=True)] for key in others}
+
+
+def _base(implementation: str) -> str:
+    return BASES.get(implementation, "base")
+
+
+def _bases(implementations: Iterable[str]) -> list[str]:
+    return [key for key in implementations if key == "base" or key in BASES.values()]
 
 
 def _counts(

@@ -1,13 +1,19 @@
 """Measure what SAM costs besides its two passes: perturb and restore, as a whole step minus the base's own step.
 
     python benchmarks/step/run.py                                          Steppe and the lower bound
-    python benchmarks/step/run.py --classic sam.py --peers DIR             and two other implementations
+    python benchmarks/step/run.py --classic sam.py --peers DIR             and the other implementations
     python benchmarks/step/run.py --threads 2 --name step-2-threads        wall time of two threads
     python benchmarks/step/run.py --case decoder_1b                        12 to 17 GB
 
 ``--classic`` is the file sam.py of github.com/davda54/sam; its versions differ much in their traffic, so the result has
 the version that was measured. ``--peers`` is a folder made by
-``pip install --no-deps --target DIR pytorch_optimizer==4.1.0``.
+
+    pip install --no-deps --target DIR pytorch_optimizer==4.1.0 temperon==0.1.1 sam-pytorch==0.0.1 heavyball==3.2.1 \\
+        unifiedsam==1.0.0 zij==0.1.1 opt-einsum
+
+Each is used as in its own documentation. Composer's SAM exists in its Trainer only, and optax's in JAX only, so neither
+has a step that could be timed here. HeavyBall wraps its own SGD, whose time is subtracted; it is not compiled, because
+that takes minutes for each list of tensors on a CPU.
 
 The base is SGD; the gradients are assigned by hand, twice per step. In every round each implementation is built, warmed
 up, timed and deleted, in turns, so no two of them hold memory at a time. The time of an implementation is that of its
@@ -20,10 +26,11 @@ operations read and write, in units of the weights' size N. That of the method i
 3N, restore 2N. The lower bound does the same over one flat buffer in four operations (7N if backup and perturbation
 were one operation). Additional memory is the peak of the memory that a step allocates, counted in the same way; on a
 GPU, the result also has the peak that torch's allocator reports. The time of the host is measured with as many tensors
-of at most two entries per dimension.
+of at most two entries per dimension, in steps directly one after the other, and on a CPU also with cold caches.
 """
 
 import argparse
+import gc
 import sys
 from pathlib import Path
 
@@ -45,7 +52,7 @@ def main() -> None:
     results.add_arguments(parser)
     parser.add_argument("--case", action="append", choices=list(CASES), help="may be repeated; all but the largest")
     parser.add_argument("--classic", type=Path, metavar="FILE", help="the classic implementation, sam.py")
-    parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with pytorch_optimizer")
+    parser.add_argument("--peers", type=Path, metavar="DIR", help="a folder with the other implementations")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--repeat", type=int, help="steps per timing; by default, by the number of weights")
     parser.add_argument("--threads", type=int, default=1, help="on a CPU")
@@ -54,6 +61,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     builders, versions = implementations(args.classic, args.peers)
+    gc.freeze()  # imports leave many objects, which every collection between two timings would visit
     setup = Setup(args.device, args.dtype, args.threads, args.rounds, args.repeat, args.tiny)
     names = args.case or (list(CASES) if args.device == "cuda" else ["resnet18", "vit_b16"])
     data = {

@@ -9,11 +9,11 @@ import torch
 
 import results
 import steppe
-from step import recording, run
+from step import measuring, recording, run
 from step.counting import Counted
-from step.implementations import LowerBound, base, steppe_sam
+from step.implementations import LowerBound, base, closure_step, implementations, steppe_sam
 from step.parameter_shapes import CASES, resnet18, toy, vit_b16, weights
-from step.table import render
+from step.table import render, standing
 
 
 @pytest.mark.parametrize(
@@ -91,6 +91,41 @@ def test_command_saves_a_result_and_prints_the_table(tmp_path, monkeypatch, caps
     for row in case["rows"]:
         row.update(kernels=3, kernel_seconds=1e-3)
     assert "kernels' ms" in render(replace(result, on_gpu=True))
+
+
+def test_time_of_an_implementations_own_base_is_subtracted():
+    times = {"base": [1.0, 1.0], "heavyball_base": [2.0, 4.0], "steppe": [3.0, 4.0], "heavyball": [5.0, 8.0]}
+    assert measuring._minus_base(times) == {"steppe": [2.0, 3.0], "heavyball": [3.0, 4.0]}
+
+
+def test_table_says_by_how_much_steppe_is_not_the_first():
+    assert standing({"steppe": 1.0, "zij": 1.5, "temperon": 2.0}) == (
+        "Steppe is the first; next is zij, with 1.50 of its time."
+    )
+    slower = standing({"steppe": 1.0, "zij": 0.8, "temperon": 2.0, "lower_bound": 0.5}, "62 tensors: ")
+    assert slower == (
+        "62 tensors: Steppe is not the first; faster by the median: zij (0.80 of Steppe's time). "
+        "Steppe takes 2.00 times as long as the lower bound."
+    )
+
+
+def test_step_with_a_closure_makes_two_passes_and_leaves_the_weights():
+    class ByHand(torch.optim.SGD):
+        def step(self, closure):
+            calls.append(float(closure()))
+            calls.append(float(closure()))
+
+    calls = []
+    parameters, assign = measuring._parameters({"w": (2, 2)}, "cpu", torch.float32)
+    step = closure_step(lambda base, _: ByHand(base.param_groups[0]["params"], lr=1e-9))(parameters)
+    step(assign)
+    assert len(calls) == 2
+    assert parameters[0].grad is not None
+
+
+def test_folder_of_peers_must_exist(tmp_path):
+    with pytest.raises(SystemExit, match="pip install"):
+        implementations(None, tmp_path / "missing")
 
 
 def test_cost_of_the_report_is_measured_and_printed(tmp_path, monkeypatch, capsys):

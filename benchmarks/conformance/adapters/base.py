@@ -94,6 +94,10 @@ class Session:
             closure()
         scaler.step(self.optimizer, closure)
 
+    def report(self) -> str:
+        """Return what the optimizer's own report finds suspicious; empty without one."""
+        return ""
+
     def save(self) -> Any:
         """Return everything that is needed to resume, except the weights."""
         return {"optimizer": self.optimizer.state_dict(), "schedulers": [s.state_dict() for s in self.schedulers]}
@@ -103,6 +107,49 @@ class Session:
         self.optimizer.load_state_dict(state["optimizer"])
         for scheduler, saved in zip(self.schedulers, state["schedulers"], strict=True):
             scheduler.load_state_dict(saved)
+
+
+class FirstAndSecond(Session):
+    """``first_step`` and ``second_step`` around the user's own passes; schedulers are attached to the base."""
+
+    zero_grad_last: ClassVar[bool] = True
+    """True if the documentation clears the gradients in ``second_step``, False if before the first pass."""
+
+    @property
+    def scheduled(self) -> Any:
+        """The base, as in the classic implementation's README."""
+        return self.optimizer.base_optimizer
+
+    def take(self, losses: tuple[Callable[[], Any], ...]) -> Any:
+        """Take one step."""
+        if not self.zero_grad_last:
+            self.optimizer.zero_grad()
+        self.before_first_pass()
+        loss = self.backward(losses)
+        self.optimizer.first_step(zero_grad=True)
+        self.before_second_pass()
+        self.backward(losses)
+        if self.clip is not None:
+            from torch.nn.utils import clip_grad_norm_
+
+            clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.second_step(zero_grad=self.zero_grad_last)
+        return loss
+
+    def before_first_pass(self) -> None:
+        """Call a helper that the documentation has here; none by default."""
+
+    def before_second_pass(self) -> None:
+        """Call a helper that the documentation has here; none by default."""
+
+    def backward(self, losses: tuple[Callable[[], Any], ...]) -> Any:
+        """Run forward and backward over all micro-batches; return the loss."""
+        total = 0.0
+        for loss in losses:
+            value = loss() if len(losses) == 1 else loss() / len(losses)
+            value.backward()
+            total = value.detach() + total
+        return total
 
 
 @dataclass(frozen=True)
@@ -127,6 +174,11 @@ class Adapter(ABC):
     """Statements that fail according to the implementation's own documentation."""
     own_statements: ClassVar[Mapping[str, Callable[[], Outcome]]] = {}
     """Functions that measure statements for an implementation outside torch, in place of the common ones."""
+
+    @property
+    def package(self) -> str:
+        """The name that is imported."""
+        return self.distribution
 
     @property
     def version(self) -> str:

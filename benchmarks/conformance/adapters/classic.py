@@ -2,9 +2,10 @@
 
 import os
 from pathlib import Path
+from typing import ClassVar
 
 import classic_sam
-from conformance.adapters.base import Adapter, Base, Session
+from conformance.adapters.base import Adapter, Base, FirstAndSecond
 
 README = "https://github.com/davda54/sam#readme"
 CHECKOUT = Path(os.environ["CONFORMANCE_CLASSIC"])
@@ -14,36 +15,16 @@ SAM = classic_sam.load(CHECKOUT / "sam.py").SAM
 bypass_bn = classic_sam.load(CHECKOUT / "example" / "utility" / "bypass_bn.py")
 
 
-class FirstAndSecond(Session):
-    """``first_step`` and ``second_step`` around the user's own passes; schedulers are attached to the base."""
+class ClassicSession(FirstAndSecond):
+    """The loop of the README, with the helpers of its example."""
 
-    @property
-    def scheduled(self):
-        """The base, as in the README."""
-        return self.optimizer.base_optimizer
-
-    def take(self, losses):
-        """Take one step."""
+    def before_first_pass(self):
+        """Enable the running statistics."""
         bypass_bn.enable_running_stats(self.model)
-        loss = self.backward(losses)
-        self.optimizer.first_step(zero_grad=True)
+
+    def before_second_pass(self):
+        """Disable the running statistics."""
         bypass_bn.disable_running_stats(self.model)
-        self.backward(losses)
-        if self.clip is not None:
-            from torch.nn.utils import clip_grad_norm_
-
-            clip_grad_norm_(self.model.parameters(), self.clip)
-        self.optimizer.second_step(zero_grad=True)
-        return loss
-
-    def backward(self, losses):
-        """Run forward and backward over all micro-batches; return the loss."""
-        total = 0.0
-        for loss in losses:
-            value = loss() if len(losses) == 1 else loss() / len(losses)
-            value.backward()
-            total = value.detach() + total
-        return total
 
 
 class Classic(Adapter):
@@ -57,6 +38,8 @@ class Classic(Adapter):
         "BatchNorm helpers; schedules on `base_optimizer`; clipping before `second_step`."
     )
 
+    not_applicable: ClassVar = {"C37": "a file in the user's own project, without annotations"}
+
     @property
     def version(self):
         """The file has no version."""
@@ -67,7 +50,7 @@ class Classic(Adapter):
         optimizer = SAM(model.parameters(), base.cls, rho=rho, **base.options)
         if state is not None:
             optimizer.base_optimizer.load_state_dict(state)
-        return FirstAndSecond(model, optimizer, optimizer.base_optimizer, clip=clip)
+        return ClassicSession(model, optimizer, optimizer.base_optimizer, clip=clip)
 
 
 ADAPTER = Classic()

@@ -137,10 +137,17 @@ class Composer(Adapter):
         "C25": "the Trainer cannot run on fake tensors, and has no GPU here",
         "C27": "the Trainer cannot run on fake tensors, and has no GPU here",
         "C30": "the Trainer owns the optimizer, and no other engine copies it",
-        "C33": "the Trainer creates the closure",
+        "C31": "the Trainer owns the optimizer",
+        "C33a": "the Trainer creates the closure",
+        "C33b": "the Trainer creates the closure",
         "C35": "the radius is an argument of the algorithm, and the Trainer creates the optimizer",
     }
     limitations: ClassVar = {"C1a": RESUME, "C1b": RESUME, "C2a": RESUME, "C2b": RESUME, "C10a": RHO, "C10b": RHO}
+
+    @property
+    def package(self):
+        """The name that is imported."""
+        return "composer"
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
         """Build SAM as an algorithm of the Trainer."""

@@ -2,6 +2,8 @@
 
 import io
 import pickle
+import warnings
+from pathlib import Path
 from typing import ClassVar
 
 import jax
@@ -188,6 +190,24 @@ def clipping() -> Outcome:
     return Outcome(moved < 0.0101, f"step {moved:.3g}", "step <= 0.01")
 
 
+def lost_in_rounding() -> Outcome:
+    """Measure C36."""
+    w = jnp.array([1.0, -1.0], jnp.float32)
+    optimizer = sam(optax.sgd(0.1), 1e-12)
+    state = optimizer.init(w)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        for _ in range(20):
+            w, state = step(optimizer, lambda p: jnp.sum(jnp.exp(p)), w, state)
+    return Outcome(bool(seen), "a warning" if seen else "silent", "a warning, an error or a report")
+
+
+def typed() -> Outcome:
+    """Measure C37."""
+    found = (Path(optax.__file__).parent / "py.typed").is_file()
+    return Outcome(found, "py.typed" if found else "no py.typed", "py.typed")
+
+
 class Optax(Adapter):
     """github.com/google-deepmind/optax."""
 
@@ -211,6 +231,8 @@ class Optax(Adapter):
         "C11d": large_norm,
         "C18": not_finite,
         "C20": clipping,
+        "C36": lost_in_rounding,
+        "C37": typed,
     }
     not_applicable: ClassVar = {
         "C1b": "JAX: no param_groups",
@@ -250,7 +272,10 @@ class Optax(Adapter):
         "C29": "JAX: weights are never changed in place",
         "C30": "JAX: states are values",
         "C32": "JAX: running statistics are the user's own values",
-        "C33": "JAX: no closure",
+        "C31": "JAX: an optimizer has no modes",
+        "C33a": "JAX: no closure",
+        "C33b": "JAX: no graph is retained",
+        "C34": "JAX: grad_fn is the user's own",
         "C35": "JAX: the radius is the learning rate of the user's own ascent optimizer",
     }
 

@@ -1,6 +1,7 @@
 """pytorch_optimizer: ``closure()`` and then ``step(closure)``, as in its docstrings, with its BatchNorm helpers."""
 
 import pytorch_optimizer
+import torch
 from pytorch_optimizer.optimizer.utils import disable_running_stats, enable_running_stats
 
 from conformance.adapters.base import Adapter, Base, Cheaper, Session
@@ -27,7 +28,8 @@ class PytorchOptimizer(Adapter):
     docs = "https://pytorch-optimizers.readthedocs.io/en/latest/optimizer/"
     usage = (
         "the class form, `closure()` and then `step(closure)`, as in the docstring's example; "
-        "`disable_running_stats` and `enable_running_stats` from its utilities around the second pass."
+        "`disable_running_stats` and `enable_running_stats` from its utilities around the second pass; LookSAM around "
+        "AdamW, as in its docstring."
     )
 
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
@@ -39,7 +41,7 @@ class PytorchOptimizer(Adapter):
 
     def cheaper(self, model, base: Base, interval: int):
         """Build LookSAM."""
-        optimizer = pytorch_optimizer.LookSAM(model.parameters(), base.cls, rho=0.05, k=interval, **base.options)
+        optimizer = pytorch_optimizer.LookSAM(model.parameters(), torch.optim.AdamW, rho=0.05, k=interval, lr=0.01)
         return Cheaper(TwoClosures(model, optimizer, optimizer.base_optimizer), "LookSAM", 1 + 1 / interval)
 
 

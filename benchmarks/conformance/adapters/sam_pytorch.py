@@ -40,6 +40,11 @@ class SamPytorch(Adapter):
     usage = "`SAM(params, base, rho)` and `step(closure)`; schedules on the base; both optimizers are saved."
     not_applicable: ClassVar = dict.fromkeys(("C10a", "C10b"), "rejects rho = 0 with a clear error")
 
+    @property
+    def package(self):
+        """The name that is imported."""
+        return "sam"
+
     def build(self, model, base: Base, rho=0.05, *, clip=None, state=None):
         """Build around an instance."""
         inner = base.make(model.parameters(), state)

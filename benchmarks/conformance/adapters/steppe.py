@@ -26,6 +26,10 @@ class SteppeSession(Session):
         self.optimizer.step()
         return first
 
+    def report(self):
+        """Return the hints of ``optimizer.report()``."""
+        return "; ".join(self.optimizer.report().hints)
+
     def scaled(self, scaler, loss):
         """Make explicit passes, with the scaler between them and the step."""
         for sam_pass in self.optimizer.passes():

@@ -1,13 +1,18 @@
-"""What was found by running other people's training loops: C28 to C35."""
+"""What was found by running other people's training loops: C28 to C37."""
 
 import copy
+import re
+import sys
 import warnings
+from pathlib import Path
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
-from conformance.adapters.base import Adapter, Session
+from conformance.adapters.base import Adapter, Base, Session
 from conformance.outcome import Outcome
 from conformance.statements.problems import (
     MOMENTUM,
@@ -136,6 +141,32 @@ def copied_by_an_engine(peer: Adapter) -> Outcome:
     return Outcome(off == 0, f"off by {number(off)}", "off by 0")
 
 
+class Switching(torch.optim.SGD):
+    """A base with ``train()`` and ``eval()``, as schedule-free optimizers have."""
+
+    calls: ClassVar[list[str]] = []
+
+    def train(self, mode: bool = True) -> None:
+        """Record the call."""
+        self.calls.append("train" if mode else "eval")
+
+    def eval(self) -> None:
+        """Record the call."""
+        self.calls.append("eval")
+
+
+@statement("C31")
+def train_and_eval(peer: Adapter) -> Outcome:
+    """Call both methods of the optimizer that takes the steps."""
+    session = peer.build(tiny(), Base(Switching, {"lr": 0.1}))
+    train(session, 1)
+    Switching.calls.clear()
+    session.optimizer.eval()
+    session.optimizer.train()
+    reached = Switching.calls == ["eval", "train"]
+    return Outcome(reached, "reached" if reached else "not reached", "reached")
+
+
 @statement("C32")
 def second_network(peer: Adapter) -> Outcome:
     """Let the loss call a network in training mode that the optimizer was not given, and look for a warning."""
@@ -151,7 +182,7 @@ def second_network(peer: Adapter) -> Outcome:
     return Outcome(bool(seen), "two passes, a warning" if seen else "two passes, silent", "one pass, or a warning")
 
 
-@statement("C33")
+@statement("C33a")
 def closure_without_backward(peer: Adapter) -> Outcome:
     """Return the loss from the closure without a backward pass, as other packages ask for."""
     model = Vector(3.0, 4.0)
@@ -162,6 +193,53 @@ def closure_without_backward(peer: Adapter) -> Outcome:
         return Outcome(True, type(error).__name__, "SAM's step, or an error")
     moved = not torch.equal(model.w.detach(), torch.tensor([3.0, 4.0]))
     return Outcome(moved, "trained" if moved else "nothing trained", "SAM's step, or an error")
+
+
+class Retained:
+    """A loss whose graph serves several backward passes."""
+
+    def __init__(self, loss: torch.Tensor) -> None:
+        self.loss = loss
+
+    def backward(self) -> None:
+        """Run the backward pass, and retain the graph."""
+        self.loss.backward(retain_graph=True)
+
+    def detach(self) -> torch.Tensor:
+        """Return the value."""
+        return self.loss.detach()
+
+
+@statement("C33b")
+def graph_of_the_first_pass(peer: Adapter) -> Outcome:
+    """Compute the loss before the step, with a graph that does not hold the weights, and let the passes return it."""
+    model = Vector(3.0, 4.0)
+    session = peer.build(model, SGD)
+    loss = Retained((model.w * torch.tensor([1.0, 2.0])).sum())
+    expected = "an error, or a warning"
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        try:
+            session.step(lambda: loss)
+        except Exception as error:
+            return Outcome(True, type(error).__name__, expected)
+    return Outcome(bool(seen), "a warning" if seen else "SAM disabled, silent", expected)
+
+
+@statement("C34")
+def activation_checkpointing(peer: Adapter) -> Outcome:
+    """Compare three steps with recomputed activations with three without; return the larger difference."""
+    off = 0.0
+    for reentrant in (False, True):
+        model, twin = tiny(torch.float64), tiny(torch.float64)
+
+        def forward(x: torch.Tensor, model: nn.Module = model, reentrant: bool = reentrant) -> torch.Tensor:
+            return checkpoint(model, x.requires_grad_(), use_reentrant=reentrant)
+
+        train(peer.build(model, MOMENTUM, 0.2), 3, forward=forward)
+        train(peer.build(twin, MOMENTUM, 0.2), 3)
+        off = max(off, float((flat(model) - flat(twin)).abs().max()))
+    return Outcome(off < 1e-12, f"off by {number(off)}", "off by < 1e-12")
 
 
 @statement("C35")
@@ -181,3 +259,36 @@ def assigned_radius(peer: Adapter) -> Outcome:
     session.step(loss)
     distance = float((seen[1] - seen[0]).norm())
     return Outcome(abs(distance - 0.5) < 1e-4, number(distance), "0.5, or an error")
+
+
+@statement("C36")
+def lost_in_rounding(peer: Adapter) -> Outcome:
+    """Use a radius far below the spacing of the weights; look for warnings and hints that an ordinary radius lacks."""
+    expected = "a warning, an error or a report"
+    ordinary, _ = _warnings_and_report(peer, 0.05)
+    try:
+        seen, hint = _warnings_and_report(peer, 1e-12)
+    except Exception as error:
+        return Outcome(True, type(error).__name__, expected)
+    if seen - ordinary:
+        return Outcome(True, "a warning", expected)
+    return Outcome(bool(hint), "a hint in the report" if hint else "silent", expected)
+
+
+def _warnings_and_report(peer: Adapter, rho: float) -> tuple[set[str], str]:
+    """Return the warnings of 20 steps, without their numbers, and the report's hints."""
+    model = Vector(1.0, -1.0)
+    with warnings.catch_warnings(record=True) as seen:
+        warnings.simplefilter("always")
+        session = peer.build(model, SGD, rho)
+        for _ in range(20):
+            session.step(lambda: model.w.exp().sum())
+    return {re.sub(r"[0-9]", "", str(w.message)) for w in seen}, session.report()
+
+
+@statement("C37")
+def typed(peer: Adapter) -> Outcome:
+    """Look for the marker file of PEP 561 beside the imported package."""
+    package = Path(sys.modules[peer.package].__file__).parent
+    found = (package / "py.typed").is_file()
+    return Outcome(found, "py.typed" if found else "no py.typed", "py.typed")
