@@ -1,6 +1,7 @@
 """Every optimizer of torch.optim as the base, with the inputs of PyTorch's own optimizer test database."""
 
 import copy
+import itertools
 import warnings
 
 import pytest
@@ -34,14 +35,24 @@ def implementations(info):
         yield "fused", {"fused": True}
 
 
-CASES = [
-    pytest.param(info.optim_cls, {**case.kwargs, **option}, id=f"{info.optim_cls.__name__}-{case.desc}-{name}")
-    for info in optim_db
-    if info.optim_cls.__name__ not in UNSUPPORTED
-    for case in info.optim_inputs_func(device="cpu")
-    for name, option in implementations(info)
-    if not (name == "foreach" and isinstance(case.kwargs.get("lr"), torch.Tensor))  # torch itself raises for this pair
-]
+def cases():
+    """Yield the inputs of each optimizer, with its implementations in turn: SAM is the same around each of them."""
+    for info in optim_db:
+        if info.optim_cls.__name__ in UNSUPPORTED:
+            continue
+        in_turn = itertools.cycle(implementations(info))
+        left = {name for name, _ in implementations(info)}
+        for case in info.optim_inputs_func(device="cpu"):
+            name, option = next(in_turn)
+            if name == "foreach" and isinstance(case.kwargs.get("lr"), torch.Tensor):
+                name, option = next(in_turn)  # torch itself raises for this pair
+            left.discard(name)
+            identifier = f"{info.optim_cls.__name__}-{case.desc}-{name}"
+            yield pytest.param(info.optim_cls, {**case.kwargs, **option}, id=identifier)
+        assert not left, f"{info.optim_cls.__name__}: no input for {left}"
+
+
+CASES = list(cases())
 
 
 def parameters() -> list[nn.Parameter]:
