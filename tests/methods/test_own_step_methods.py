@@ -20,7 +20,7 @@ from steppe.methods.gam import GAM
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.sampa import SAMPa
 from steppe.methods.wsam import DecoupledWSAM
-from support import BASES, DRIVES, batch, bits, by_closure, by_passes, model_bits, net, train
+from support import BASES, DRIVES, batch, bits, by_closure, by_passes, in_pairs, model_bits, net, train
 
 METHODS = {
     "decoupled_wsam": lambda base, m, rho=0.1: DecoupledWSAM(BASES[base](m.parameters()), rho, gamma=0.8, model=m),
@@ -45,9 +45,7 @@ def test_step_costs_the_stated_number_of_passes(name, drive):
     assert forward_passes_per_step(model, METHODS[name]("sgd", model), drive, 6) == COST[name]
 
 
-@every_method
-@every_drive
-@pytest.mark.parametrize("base", BASES)
+@pytest.mark.parametrize(("name", "base", "drive"), in_pairs(METHODS, BASES, ["closure", "passes"]))
 def test_resumed_run_has_the_same_bits(name, drive, base):
     for after in (1, 3):
         resumes(functools.partial(METHODS[name], base), drive, after=after, steps=6)
@@ -121,9 +119,7 @@ def test_passes_of_a_step_have_the_same_dropout_masks(name):
     assert set(masks[-COST[name] :]) != before
 
 
-@every_method
-@pytest.mark.parametrize("value", ["nan", "inf"])
-@pytest.mark.parametrize("bad", [0, 1, -1])
+@pytest.mark.parametrize(("name", "bad", "value"), in_pairs(METHODS, [0, 1, -1], ["nan", "inf"]))
 def test_gradient_that_is_not_finite_skips_one_step_and_enters_no_memory(name, bad, value):
     model = net(dropout=0.0)
     optimizer = METHODS[name]("momentum", model)
@@ -156,9 +152,9 @@ def test_gradient_that_is_not_finite_skips_one_step_and_enters_no_memory(name, b
     )
 
 
-@every_method
-@every_drive
-@pytest.mark.parametrize("error", [RuntimeError, KeyboardInterrupt])
+@pytest.mark.parametrize(
+    ("name", "drive", "error"), in_pairs(METHODS, ["closure", "passes"], [RuntimeError, KeyboardInterrupt])
+)
 def test_exception_in_any_pass_leaves_weights_and_state_unchanged(name, drive, error):
     for failing in range(COST[name]):
         model = net(dropout=0.0)
