@@ -1,12 +1,13 @@
 """Several bases as one, train() and eval() of a base, and bases whose checkpoints have another form (C31)."""
 
 import copy
+import itertools
 import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
-from named_methods import TOTAL_STEPS, WRAPPERS
+from named_methods import RULE_METHODS, TOTAL_STEPS, WRAPPERS
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR, OneCycleLR
 
@@ -72,8 +73,11 @@ def test_c31_several_bases_share_one_perturbation(drive):
         torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize("name", WRAPPERS)
-@pytest.mark.parametrize("base", ["momentum", "adamw"])
+OWN_STEPS = [name for name in WRAPPERS if name not in RULE_METHODS]
+IN_TURN = [(name, ("momentum", "adamw")[i % 2]) for i, name in enumerate(RULE_METHODS)]
+
+
+@pytest.mark.parametrize(("name", "base"), [*itertools.product(OWN_STEPS, ["momentum", "adamw"]), *IN_TURN])
 def test_c31_every_method_steps_two_bases_as_one_base_with_two_groups(name, base):
     given = {"rho": 0.1, **CARDS[name].short_arguments(total_steps=TOTAL_STEPS)}
 

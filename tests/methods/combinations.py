@@ -14,7 +14,7 @@ from checks import bumpy, split
 from reference import loss_and_gradient, sam_e
 from steppe.rules import Cadence, Combination
 from steppe.rules.periodic import Periodic
-from support import BASES, DRIVES, by_closure, model_bits, net, plain, train
+from support import BASES, DRIVES, by_closure, in_pairs, model_bits, net, plain, train
 
 RHO = 0.3
 # Learning rates at which no rule is chaotic: otherwise 20 steps would amplify a rounding error to 1e-9.
@@ -131,14 +131,13 @@ class CombinationTests:
         want = trajectory(bumpy, start, reference, CALM[base], 20, RHO, lambda t: t % interval == 0)
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
-    @pytest.mark.parametrize("drive", DRIVES)
-    @pytest.mark.parametrize("base", CALM)
+    @pytest.mark.parametrize(
+        ("base", "drive"), [("sgd", "passes"), ("momentum", "classic"), *((base, "closure") for base in CALM)]
+    )
     def test_combination_matches_its_slow_reference(self, case, base, drive):
         self.matches_reference(case, base, drive)
 
-    @pytest.mark.parametrize("base", ["sgd", "adamw"])
-    @pytest.mark.parametrize("factor", [0.0, -1.0, 0.999])
-    @pytest.mark.parametrize("anchor", ["g", "g_s"])
+    @pytest.mark.parametrize(("factor", "anchor", "base"), in_pairs([0.0, -1.0, 0.999], ["g", "g_s"], ["sgd", "adamw"]))
     def test_mutant_wrong_combination_is_killed(self, anchor, factor, base):
         with pytest.raises(AssertionError):
             mutant = Mutant(self.combination, anchor, factor)

@@ -8,7 +8,7 @@ from torch import Tensor
 import steppe
 from checks import split
 from steppe.methods.lookbehind_sam import Lookbehind
-from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, train
+from support import BASES, DRIVES, bits, by_closure, by_passes, in_pairs, model_bits, net, plain, train
 
 RHO = 0.1
 
@@ -42,10 +42,12 @@ def reference(base, k=3, alpha=0.4):
     return lookbehind(loss, start(), STABLE_BASES[base], 20, RHO, k, alpha, split)
 
 
-@pytest.mark.parametrize("drive", ["closure", "passes"])
-@pytest.mark.parametrize("base", STABLE_BASES)
-@pytest.mark.parametrize(("k", "alpha"), [(3, 0.4), (2, 0.8), (5, 1.0), (1, 0.5), (3, None)])
-def test_lookbehind_matches_its_slow_reference(base, drive, k, alpha):
+@pytest.mark.parametrize(
+    ("k_and_alpha", "base", "drive"),
+    in_pairs([(3, 0.4), (2, 0.8), (5, 1.0), (1, 0.5), (3, None)], STABLE_BASES, ["closure", "passes"]),
+)
+def test_lookbehind_matches_its_slow_reference(k_and_alpha, base, drive):
+    k, alpha = k_and_alpha
     assert_close(
         trained(lambda ps: Lookbehind(STABLE_BASES[base](ps), RHO, ascent_steps=k, alpha=alpha), drive),
         reference(base, k, alpha),
