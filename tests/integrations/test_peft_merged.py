@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.func import functional_call
 
 import steppe
+from live_memory import LiveMemory
 from support import bits, by_closure, by_passes, model_bits
 
 pytest.importorskip("peft")
@@ -33,6 +34,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from steppe.integrations.accelerate import passes
 from steppe.integrations.peft import flat_lora, merged_sam
+from steppe.methods._adapters import adapted_layers
 from steppe.methods._merged_weights import perturbed_weight
 
 pytestmark = IGNORED_WARNINGS
@@ -196,6 +198,27 @@ def test_perturbed_weights_are_not_kept_for_the_backward(method, kind, monkeypat
             again = len(made) - layers
     assert layers > 1
     assert 0 < again <= layers, "made again in the backward, where the gradient of an input needs it"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_casts_of_autocast_are_not_kept_with_checkpointed_activations(method):
+    model, (batch,) = llama().float(), sentences(1)
+    model.activation_checkpointing_enable()
+    model.enable_input_require_grads()
+    casts = sum(2 * layer.weight.numel() for layer in adapted_layers(model))
+    optimizer = METHODS[method](base_of(model), RHO, model=model)
+    with LiveMemory() as memory, torch.autocast("cpu", torch.bfloat16):
+        before = memory.now
+        loss = model(**batch).loss
+        plain = memory.now - before
+        del loss
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                before = memory.now
+                loss = model(**batch).loss
+                assert memory.now - before < plain + 0.2 * casts
+                loss.backward()
+                del loss
 
 
 def llama():

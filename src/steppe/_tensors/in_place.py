@@ -139,7 +139,7 @@ def _split(tensors: tuple[Tensor, ...]) -> Iterator[tuple[Tensor, ...]]:
         yield tensors
         return
     rows = max(1, _PIECE * len(tensors[0]) // size)
-    yield from zip(*(t.split(rows) for t in tensors), strict=True)
+    yield from zip(*(torch.split(t, rows) for t in tensors), strict=True)
 
 
 def _local_pairs(targets: Sequence[Tensor], values: Sequence[Tensor]) -> tuple[list[Tensor], list[Tensor]]:

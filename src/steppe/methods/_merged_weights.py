@@ -7,7 +7,7 @@ itself, the update gradient is that of A and B at W + e, and nothing is ever wri
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, ClassVar, Protocol
 
@@ -103,7 +103,9 @@ class MergedWeights:
             RuntimeError: There are several processes, and no ``DistributedDataParallel`` has run the layers.
         """
         weights = [layer.weight for layer in self.layers]
-        with _Replicas(self._model, self.layers) as replicas:
+        with _Replicas(self._model, self.layers) as replicas, ExitStack() as stack:
+            for layer in self.layers:
+                stack.enter_context(_forward_cast(layer.base))
             try:
                 for w in weights:
                     w.requires_grad_(True)
@@ -132,25 +134,67 @@ class MergedWeights:
             )
 
 
-@contextmanager
 def _forward_replaced(
     base: nn.Module, make: Callable[[], Callable[[], Tensor] | None], ran: list[int]
-) -> Iterator[None]:
+) -> AbstractContextManager[None]:
     """Let the forward of a layer use another weight: what ``make()()`` returns; its own if ``make()`` returns None."""
-    own, earlier = base.forward, vars(base).get("forward")
 
-    @eager  # torch.compile knows neither the hooks of saved tensors nor a generator
-    def forward(*args: Any, **kwargs: Any) -> Any:
+    def replace(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         perturbed = make()
         if perturbed is None:
             return own(*args, **kwargs)
         ran.append(1)
-        weight, base._parameters["weight"] = base._parameters["weight"], perturbed()  # type: ignore[assignment]
-        try:
-            with _made_again_in_backward(base.weight, perturbed):  # type: ignore[arg-type]
-                return own(*args, **kwargs)
-        finally:
-            base._parameters["weight"] = weight
+        dtype = _dtype_in_forward(base)
+
+        def cast() -> Tensor:
+            # as autocast does, whose own copy would be kept for the backward
+            return perturbed().to(dtype)
+
+        weight = cast()
+        with _weight_replaced(base, weight), _made_again_in_backward(weight, cast):
+            return own(*args, **kwargs)
+
+    return _forward_wrapped(base, replace)
+
+
+def _forward_cast(base: nn.Module) -> AbstractContextManager[None]:
+    """Let the forward of a layer cast its weight as autocast does, which keeps its copy of a weight with a gradient."""
+
+    def cast(own: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        weight: Any = base._parameters["weight"]
+        with _weight_replaced(base, weight.to(_dtype_in_forward(base))):
+            return own(*args, **kwargs)
+
+    return _forward_wrapped(base, cast)
+
+
+def _dtype_in_forward(base: nn.Module) -> torch.dtype:
+    """Return the dtype in which the forward of a layer uses its weight: that of autocast, if it casts it."""
+    weight: Any = base._parameters["weight"]
+    is_cast = weight.dtype == torch.float32 and not isinstance(base, nn.Embedding)
+    if is_cast and torch.is_autocast_enabled(weight.device.type):
+        return torch.get_autocast_dtype(weight.device.type)
+    dtype: torch.dtype = weight.dtype
+    return dtype
+
+
+@contextmanager
+def _weight_replaced(base: nn.Module, weight: Tensor) -> Iterator[None]:
+    own, base._parameters["weight"] = base._parameters["weight"], weight  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        base._parameters["weight"] = own
+
+
+@contextmanager
+def _forward_wrapped(base: nn.Module, run: Callable[..., Any]) -> Iterator[None]:
+    """Let the forward of a layer be ``run(forward, *args)`` in the ``with`` block."""
+    own, earlier = base.forward, vars(base).get("forward")
+
+    @eager  # torch.compile knows neither the hooks of saved tensors nor a generator
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return run(own, *args, **kwargs)
 
     base.forward = forward
     try:
