@@ -5,12 +5,7 @@ document.addEventListener("DOMContentLoaded", () => {
     const rows = [...body.rows];
     const text = (row, column) => row.cells[column].textContent.trim();
 
-    // "1 + 1/interval" sorts after "1", and words after numbers.
-    const compare = (a, b) => {
-      const [x, y] = [parseFloat(a), parseFloat(b)];
-      if (isNaN(x) !== isNaN(y)) return isNaN(x) ? 1 : -1;
-      return (isNaN(x) ? 0 : x - y) || a.localeCompare(b, "en", { numeric: true });
-    };
+    const compare = (a, b) => a.localeCompare(b, "en", { numeric: true });
 
     [...table.tHead.rows[0].cells].forEach((heading, column) => {
       const button = document.createElement("button");
