@@ -67,7 +67,6 @@ def test_method_matches_its_slow_reference(base, drive):
 @pytest.mark.parametrize("name", ["rho", "ratio", *BETAS])
 def test_mutant_other_hyperparameter_is_killed(base, name):
     value = {"rho": RHO, "ratio": 0.3, **BETAS}[name] * 0.99
-    assert_close(gam(base), reference(base, gam_update))
     with pytest.raises(AssertionError):
         assert_close(gam(base), reference(base, gam_update, **{name: value}))
 
