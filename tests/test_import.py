@@ -41,7 +41,7 @@ recipes = [["compare", name, "--help"] for name in grammar.grammar().recipes]
 quick = [["--version"], ["-V"], ["--help"], ["recipes"], ["completion", "bash"], ["__complete", "compare", "--m"]]
 assert [main(words) for words in commands + recipes + quick] == [0] * len(commands + recipes + quick)
 assert main(["compare", "--epoch", "3"]) == 2  # a typo
-heavy = {"torch", "numpy", "rich", "tyro", "matplotlib", "plotly", "scipy", "steppe.methods"}
+heavy = {"torch", "numpy", "rich", "tyro", "matplotlib", "scipy", "steppe.methods"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 

@@ -19,7 +19,7 @@ from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.training.stopping import Stopped
 
-NOT_INSTALLED = ("tyro", "plotly", "ray", "optuna", "expecttest", "selenium", "tensorboard", "lightning")
+NOT_INSTALLED = ("tyro", "ray", "optuna", "expecttest", "selenium", "tensorboard", "lightning")
 """Packages that a machine with a GPU does not need."""
 
 

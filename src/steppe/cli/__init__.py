@@ -30,7 +30,7 @@ __all__ = ["main"]
 
 _INNER = "__tyro-dummy-inner__"  # a name inside of tyro that some of its messages have
 _WIDE = 10_000
-_EXTRA = frozenset({"matplotlib", "numpy", "plotly", "rich", "tyro"})
+_EXTRA = frozenset({"matplotlib", "numpy", "rich", "tyro"})
 _LONG = ("compare", "finetune", "tune", "measure")
 
 

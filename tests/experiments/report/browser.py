@@ -201,7 +201,6 @@ def chromium(profile: Path) -> Iterator[Chrome]:
     for word in (
         *("headless=new", "no-sandbox", "no-first-run", f"user-data-dir={profile}", "window-size=1000,700"),
         *("hide-scrollbars", "force-device-scale-factor=1", *(f"disable-{name}" for name in off)),
-        *("use-angle=swiftshader", "enable-unsafe-swiftshader"),  # WebGL without a GPU
     ):
         options.add_argument(f"--{word}")
     browser = Chrome(options, ChromeService(step_function))
@@ -214,11 +213,9 @@ def chromium(profile: Path) -> Iterator[Chrome]:
 
 
 def come_to(chrome: Chrome, selector: str) -> Any:
-    """Scroll to an element; if it is a surface, wait until it is drawn as the page's choices say."""
+    """Scroll to an element."""
     found = chrome.find_element(By.CSS_SELECTOR, selector)
     chrome.execute_script("arguments[0].scrollIntoView({block: 'center', behavior: 'instant'})", found)
-    if "surface" in (found.get_attribute("class") or "").split():
-        until(chrome, "const e = arguments[0]; return Boolean(e._fullLayout && drawn.has(e) && !stale.has(e))", found)
     return found
 
 

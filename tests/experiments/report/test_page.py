@@ -79,7 +79,7 @@ def test_text_from_outside_stays_text(tmp_path: Path) -> None:
         notes = {"sharpness": NASTY, "loss": f"Another one: {NASTY}"}
         change(folder, run, measures={name: {"value": 1.0, "note": note} for name, note in notes.items()})
     page = Page(write(folder, drawn=True))
-    assert page.tags.count("script") == 3, "the payload, plotly and the page's own"
+    assert page.tags.count("script") == 2, "the losses of the landscapes, and the page's own"
     assert "img" not in page.tags
     assert not set("<>&") & set(page.json)
     assert not [name for name, _ in page.attributes if name.startswith("on")]
@@ -161,16 +161,17 @@ def test_note_of_several_measures_is_once_below_the_table(tmp_path: Path) -> Non
 
 def test_robustness_is_on_the_page_with_the_words_of_the_summary(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe(seeds=3), robust=True)
-    text = Page(write(folder)).text.partition("The trained networks again")[2].partition("Flat is not one thing")[0]
+    top, _, below = Page(write(folder)).text.partition("The trained networks again")
     assert (
         "SAM against SGD: accuracy under corruptions better, calibration error better, accuracy at 4 bits better."
-        in text
+        in top
     )
+    text = below.partition("Is it SAM, or would less have done?")[0]
     found = json.loads((folder.path / "summary.json").read_text())["robustness"]
     labels = ("all corrupted", "gaussian noise", "blur", "calibration error", "4-bit weights", "3-bit weights")
     assert all(label in text for label in labels)
     assert len(found) == len(made_up.ROBUSTNESS)
-    assert text.count("better") == 3 + len(found) + 1 + text.count("is better") + text.count("called better")
+    assert text.count("better") == len(found) + 1 + text.count("is better") + text.count("called better")
     low, high = found[0]["comparisons"][0]["difference"]["interval_95"]
     cell = text.partition("all corrupted")[2].partition("[")[2].partition("]")[0].split(", ")
     assert [float(end) for end in cell] == pytest.approx([low, high], abs=0.01)
@@ -182,8 +183,8 @@ def test_forgetting_is_on_the_page_with_the_words_of_the_summary(tmp_path: Path)
     folder = made_up.folder(tmp_path / "run", recipe(seeds=3, then="inverted"), measured=False)
     page = Page(write(folder))
     contents, _, section = page.text.partition("Forgetting")  # once in the contents, once as a heading
-    assert contents.rstrip().endswith("Cost")
-    text = section.partition("Forgetting")[2].partition("Flatness has not been measured")[0]
+    assert contents.rstrip().endswith("Verdict")
+    text = section.partition("Forgetting")[2].partition("Lines are means")[0]
     found = json.loads((folder.path / "summary.json").read_text())["forgetting"]
     assert [verdict["verdict"] for verdict in found] == ["better", "better", "not distinguishable"]
     assert "SAM is better than SGD at equal compute (test accuracy forgotten −" in text
@@ -222,10 +223,9 @@ def test_surface_has_a_hole_where_the_loss_is_nan(tmp_path: Path) -> None:
     losses = json.loads((folder.run(run) / "flatness.json").read_text())["landscape"]["losses"]
     losses[i][j] = float("nan")  # as another JSON writer might
     change(folder, run, landscape={"losses": losses})
-    surfaces = json.loads(Page(write(folder, drawn=True)).json)["landscape"]["0"]
-    for scale in ("linear", "log"):
-        rows = surfaces[scale]["sgd"]["data"][0]["z"]  # whose rows go along the second direction
-        assert [(a, b) for b, row in enumerate(rows) for a, value in enumerate(row) if value is None] == [(i, j)]
+    payload = json.loads(Page(write(folder, drawn=True)).json)
+    rows = payload["landscapes"]["landscape"]["0"]["methods"]["sgd"]["losses"]
+    assert [(a, b) for a, row in enumerate(rows) for b, value in enumerate(row) if value is None] == [(i, j)]
 
 
 @pytest.mark.parametrize("content", ["{", "[]", '{"format": "steppe flatness, version 9"}'])
@@ -273,19 +273,26 @@ def severe(chrome: Chrome) -> list[dict[str, Any]]:
     return [entry for entry in chrome.get_log("browser") if entry["level"] == "SEVERE"]
 
 
-def together(chrome: Chrome, before: dict[str, float]) -> dict[str, float]:
-    """Wait until both surfaces are seen from one place that is not the one before."""
-
-    def there(chrome: Chrome) -> dict[str, float] | None:
-        ours, theirs = chrome.execute_script(EYES)
-        return ours if ours != pytest.approx(before) and ours == pytest.approx(theirs) else None
-
-    return WebDriverWait(chrome, made_up.PATIENCE).until(there)  # type: ignore[return-value]
-
-
 PLOTS = ("gap", "pareto-gap", "gap-over", "spectrum", "eigenvalues", "profile", "lines-training", "lines-test")
-SURFACES = tuple(f".surface[data-surface={method}]" for method in ("sgd", "sam"))
-EYES = f"return {list(SURFACES)}.map((s) => document.querySelector(s)._fullLayout.scene._scene.getCamera().eye)"
+SURFACES = tuple(f"canvas[data-surface={method}]" for method in ("sgd", "sam"))
+DRAWN = f"return {list(SURFACES)}.map((selector) => document.querySelector(selector).toDataURL())"
+
+
+def drawn_again(chrome: Chrome, before: list[str]) -> list[str]:
+    """Wait until every surface is another picture than before."""
+
+    def again(chrome: Chrome) -> list[str] | None:
+        now = chrome.execute_script(DRAWN)
+        return now if all(a != b for a, b in zip(now, before, strict=True)) else None
+
+    return WebDriverWait(chrome, made_up.PATIENCE).until(again)  # type: ignore[return-value]
+
+
+def pixel(chrome: Chrome, selector: str, place: tuple[float, float, float]) -> list[int]:
+    """The color of a surface's canvas at a place of the box from -1 to 1 that its axes span."""
+    script = """const canvas = document.querySelector(arguments[0]), [x, y] = projection().at(...arguments[1]);
+        return [...canvas.getContext('2d').getImageData(x * SCALE, y * SCALE, 1, 1).data]"""
+    return chrome.execute_script(script, selector, place)  # type: ignore[no-any-return]
 
 
 def shown(name: str, method: str = "") -> str:
@@ -298,20 +305,13 @@ def test_page_opens_without_errors_and_its_surfaces_turn_together(chrome: Chrome
     press(chrome, "[data-choice=view] [data-value='3d']")
     for selector in (*map(shown, PLOTS), *SURFACES):
         come_to(chrome, selector)
-    first, second = chrome.execute_script(EYES)
-    assert first == second
+    first = chrome.execute_script(DRAWN)
+    assert first[0] != first[1]
     surface = come_to(chrome, SURFACES[0])
     ActionChains(chrome).move_to_element(surface).click_and_hold().move_by_offset(60, 25).release().perform()
-    turned = together(chrome, first)
-    surface.send_keys(Keys.ARROW_LEFT)
-    together(chrome, turned)
-
-    scenes = f"return {list(SURFACES)}.map((s) => document.querySelector(s)).map((e) => [e.layout.scene, e.data[0].z])"
-    (sgd, z), (sam, _) = chrome.execute_script(scenes)
-    assert sgd["zaxis"]["range"] == sam["zaxis"]["range"]
-    assert sgd["xaxis"]["range"] == sam["yaxis"]["range"]
-    i, j = made_up.HOLE
-    assert [(a, b) for b, row in enumerate(z) for a, value in enumerate(row) if value is None] == [(i, j)]
+    turned = drawn_again(chrome, first)
+    chrome.find_element(By.CSS_SELECTOR, "[data-camera=turn]").send_keys(Keys.ARROW_LEFT)
+    drawn_again(chrome, turned)
 
     assert severe(chrome) == []
     events = [json.loads(entry["message"])["message"] for entry in chrome.get_log("performance")]
@@ -320,18 +320,52 @@ def test_page_opens_without_errors_and_its_surfaces_turn_together(chrome: Chrome
 
 
 @in_browser
-def test_contours_follow_the_choices_of_seed_and_directions(chrome: Chrome) -> None:
-    come_to(chrome, "#surfaces")
+def test_surface_seen_from_above_has_a_hole_and_the_colors_of_its_losses(chrome: Chrome) -> None:
+    press(chrome, "[data-choice=view] [data-value='3d']")
+    chrome.execute_script("choose(document.querySelector('[data-choice=scale]'), 'linear'); turnTo(0, 90)")
+    until(chrome, "return !waiting")
+    i, j = made_up.HOLE
+    axis = [-1 + 2 * k / (made_up.POINTS - 1) for k in range(made_up.POINTS)]
+    losses = chrome.execute_script("return shownOn(document.querySelector(arguments[0])).losses", SURFACES[0])
+    assert losses[i][j] is None
+    assert pixel(chrome, SURFACES[0], (axis[i], axis[j], 0))[3] == 0, "nothing is drawn in the hole"
+    assert pixel(chrome, SURFACES[0], (axis[j], axis[i], 0))[3] == 255, "the hole is not at the mirrored place"
+    middle, right, corner = (
+        pixel(chrome, SURFACES[0], (0.98 * axis[a], 0.98 * axis[b], 0))[0] for a, b in ((5, 4), (7, 4), (8, 8))
+    )
+    assert middle < right < corner, "the higher the loss, the brighter"
+    chrome.execute_script("turnTo(40, 28)")
+
+
+@in_browser
+def test_pointer_over_a_surface_shows_the_loss(chrome: Chrome) -> None:
+    press(chrome, "[data-choice=view] [data-value='3d']")
+    chrome.execute_script("turnTo(0, 90)")  # from above, the middle of the canvas is that of the grid
+    ActionChains(chrome).move_to_element(come_to(chrome, SURFACES[1])).perform()
+    reading = "return document.querySelector(arguments[0]).closest('figure').querySelector('.reading').textContent"
+    assert re.fullmatch(r"loss [\d.]+ at −?[\d.]+, −?[\d.]+", chrome.execute_script(reading, SURFACES[1]))
+    chrome.execute_script("turnTo(40, 28)")
+
+
+@in_browser
+def test_surfaces_follow_the_choices_of_seed_and_directions_and_contours_that_of_directions(chrome: Chrome) -> None:
+    press(chrome, "[data-choice=view] [data-value='3d']")
+    before = chrome.execute_script(DRAWN)
+    for choice in ("[data-choice=seed] [data-value='1']", "[data-value^=eigen]"):
+        press(chrome, choice)
+        before = drawn_again(chrome, before)
     press(chrome, "[data-choice=view] [data-value='2d']")
     drawings = []
-    for choice in ("[data-choice=seed] [data-value='1']", "[data-choice=seed] [data-value='0']", "[data-value^=eigen]"):
+    for choice in ("[data-value^=eigen]", "[data-value=landscape]"):
         press(chrome, choice)
-        come_to(chrome, shown("contour", "sgd"))
         (contour,) = chrome.find_elements(By.CSS_SELECTOR, shown("contour", "sgd"))
         drawings.append(contour.get_attribute("innerHTML"))
-    assert len(set(drawings)) == 3
-    assert not any(surface.is_displayed() for surface in chrome.find_elements(By.CSS_SELECTOR, ".surface"))
-    press(chrome, "[data-value=landscape]")
+    assert len(set(drawings)) == 2
+    assert not any(surface.is_displayed() for surface in chrome.find_elements(By.CSS_SELECTOR, "canvas"))
+    assert not chrome.find_element(By.CSS_SELECTOR, "[data-choice=seed]").is_displayed(), (
+        "contours are of the first run"
+    )
+    press(chrome, "[data-choice=seed] [data-value='0']")
 
 
 @in_browser
@@ -375,11 +409,11 @@ def test_curves_over_time_replace_those_over_compute(chrome: Chrome) -> None:
     x = """const uses = [...arguments[0].querySelectorAll('[data-method=sam] use')];
         return uses.filter((use) => use.querySelector('title')).map((use) => Number(use.getAttribute('x')))"""
     first, second, third = chrome.execute_script(x, come_to(chrome, shown("gap")))
-    assert third - second == pytest.approx(second - first, abs=0.01), "epochs 2, 4 and 6"
+    assert third - second == pytest.approx(second - first, abs=0.02), "epochs 2, 4 and 6"
     assert "standardized epochs" in chrome.find_element(By.CSS_SELECTOR, shown("gap")).text
     press(chrome, "[data-choice=extent] [data-value=seconds]")
     first, second, third = chrome.execute_script(x, come_to(chrome, shown("gap")))
-    assert third - second != pytest.approx(second - first, abs=0.01)
+    assert third - second != pytest.approx(second - first, abs=0.02)
     assert "training time in seconds" in chrome.find_element(By.CSS_SELECTOR, shown("gap")).text
     press(chrome, "[data-choice=extent] [data-value=standardized_epoch]")
 
@@ -436,22 +470,6 @@ def test_script_that_is_not_of_the_page_does_not_run(chrome: Chrome) -> None:
     assert any("Content Security Policy" in entry["message"] for entry in severe(chrome))
 
 
-@in_browser
-def test_contours_replace_surfaces_without_webgl(chrome: Chrome, page: Path) -> None:
-    none = """const old = HTMLCanvasElement.prototype.getContext;
-        HTMLCanvasElement.prototype.getContext = function (kind, ...more) {
-          return kind.startsWith('webgl') ? null : old.call(this, kind, ...more); };"""
-    added = chrome.execute_cdp_cmd("Page.addScriptToEvaluateOnNewDocument", {"source": none})
-    try:
-        chrome.get(page.as_uri())
-        come_to(chrome, shown("contour", "sgd"))
-        assert chrome.find_element(By.ID, "no-webgl").is_displayed()
-        assert not chrome.find_element(By.CSS_SELECTOR, "[data-value='3d']").is_enabled()
-        assert severe(chrome) == []
-    finally:
-        chrome.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
-
-
 def test_controls_are_on_the_page_with_the_words_of_the_summary(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe(seeds=3), robust=True)
     page = Page(write(folder))
@@ -467,3 +485,43 @@ def test_controls_are_on_the_page_with_the_words_of_the_summary(tmp_path: Path) 
     assert ("href", "#controls") in page.attributes
     alone = Page(write(made_up.folder(tmp_path / "alone", recipe(seeds=1, methods=("sgd",)), measured=False)))
     assert "Controls" not in alone.text
+
+
+def contrast(first: str, second: str) -> float:
+    """The ratio of the luminances of two colors, as WCAG has it."""
+
+    def luminance(color: str) -> float:
+        parts = [int(color[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        red, green, blue = (x / 12.92 if x <= 0.04045 else ((x + 0.055) / 1.055) ** 2.4 for x in parts)
+        return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+    low, high = sorted((luminance(first), luminance(second)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def test_text_has_enough_contrast_in_both_themes(tmp_path: Path) -> None:
+    style = write(made_up.folder(tmp_path / "run", recipe(), measured=False)).read_text().partition("<style>")[2]
+    themes = [block for block in re.findall(r"{([^{}]*)}", style) if "--paper: " in block and "--accent: " in block]
+    assert len(themes) == 3, "light, dark by the device, dark by the switch"
+    for theme in themes:
+        color = dict(re.findall(r"--([a-z]+): (#[0-9a-f]{6})", theme))
+        for text in ("ink", "soft", "accent", "good", "bad", "open"):
+            for background in ("paper", "card"):
+                assert contrast(color[text], color[background]) >= 4.5, (text, background, color)
+
+
+@in_browser
+def test_page_is_small_and_states_verdict_and_advice_before_all_figures(page: Path) -> None:
+    assert page.stat().st_size < 2_000_000
+    html = page.read_text()
+    assert '<html lang="en">' in html
+    assert html.index('id="verdict-h"') < html.index("<table") < html.index("<figure")
+    order = [
+        html.index(f'<section id="{name}"') for name in ("verdict", "robustness", "controls", "curves", "flatness")
+    ]
+    assert order == sorted(order)
+    cells = re.findall(r"<th\b[^>]*>", html)
+    assert cells
+    assert all("scope=" in cell for cell in cells)
+    assert "@media print" in html
+    assert all("aria-label" in canvas for canvas in re.findall(r"<canvas[^>]*>", html))

@@ -31,6 +31,12 @@ def drawings(recipe: Recipe, summary: Summary) -> Iterator[Drawing]:
         yield Drawing("controls", lambda: plot_controls(recipe, verdicts))
 
 
+def legend(verdicts: Sequence[MetricVerdict]) -> list[tuple[str, str]]:
+    """Return the phrase and the color of each control in the figure of these verdicts."""
+    controls = _controls([_row(verdict, "") for verdict in verdicts])
+    return [(control.phrase, color) for control, color in zip(controls, COLORS, strict=False)]
+
+
 def plot_controls(recipe: Recipe, verdicts: Sequence[MetricVerdict]) -> Figure:
     """Draw a row for each method and measure, and in it a point with its interval for each control."""
     labels = {str(method): method.label for method in recipe.comparison.methods}

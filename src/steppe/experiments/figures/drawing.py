@@ -135,6 +135,7 @@ class Drawing:
         panel.append(axes)
         for element in panel.iter():
             _adapt(element, prefix)
+            _shorten(element)
         return ET.tostring(panel, encoding="unicode").replace(f' xmlns="{_SVG[1:-1]}"', "", 1)
 
     @cached_property
@@ -200,6 +201,7 @@ def _on_dark(color: str) -> str:
     return to_hex((red, green, blue)).upper()
 
 
+_COORDINATES = {"d", "points", "transform", "x", "y", "x1", "x2", "y1", "y2", "width", "height"}
 _THEMED = {INK: "--ink", SOFT: "--soft", GRID: "--grid", CARD: "--card"} | {c: color_variable(c) for c in COLORS}
 
 
@@ -226,6 +228,17 @@ def _adapt(element: ET.Element, prefix: str) -> None:
                 element.set(name, re.sub(r"^(url\(#|#|)", rf"\g<1>{prefix}", value, count=1))
         elif name == "style":
             element.set(name, re.sub(r"#[0-9a-f]{6}\b", _themed, value))
+
+
+def _shorten(element: ET.Element) -> None:
+    """Leave out what no reader sees: further digits, indentation, and the font, which the page replaces by its own."""
+    element.text, element.tail = (part and part.strip(" \n") for part in (element.text, element.tail))
+    for name, value in element.attrib.items():
+        if name in _COORDINATES:
+            shorter = re.sub(r"\d+\.\d{3,}", lambda found: f"{float(found[0]):.2f}".rstrip("0").rstrip("."), value)
+            element.set(name, re.sub(r"\s+", " ", shorter).strip())
+        elif name == "style":
+            element.set(name, re.sub(r"font-family: [^;]*(; )?", "", value))
 
 
 def _themed(color: re.Match[str]) -> str:

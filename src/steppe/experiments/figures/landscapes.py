@@ -1,7 +1,6 @@
 """The loss around solutions, as contours and as surfaces that can be turned, and on the lines between solutions.
 
-A surface is a figure of plotly, as JSON for its script. Colors of the theme are CSS variables, which the page's script
-replaces by their values.
+The page's script draws the surfaces, from numbers.
 """
 
 import math
@@ -14,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from steppe.experiments.figures.drawing import color_variable, plot_mean, tag, tag_legend
+from steppe.experiments.figures.drawing import plot_mean, tag, tag_legend
 from steppe.experiments.figures.spectra import Groups
 from steppe.experiments.figures.style import Style, add_text, set_log_scale
 from steppe.flatness import Landscape
@@ -29,7 +28,6 @@ KINDS: Mapping[str, tuple[str, str]] = {
 """By the field of `Flatness`: the directions, and the unit of the axes."""
 
 _LEVELS = 14
-_HIDDEN = {"show": False, "highlight": False}
 _WIDTH = 4.2  # inches a landscape
 # White that the page does not replace by the color of its background.
 _WHITE = "#FEFEFE"
@@ -133,69 +131,13 @@ def is_logarithmic(landscapes: Sequence[Landscape]) -> bool:
     return low > 0 and high / low > 20
 
 
-def surfaces(landscapes: Mapping[str, Landscape], styles: Mapping[str, Style], *, log: bool) -> dict[str, Any]:
-    """Return a figure for each label, all on the same axes and colors; what is not finite is a hole."""
-    low, high = loss_range([*landscapes.values()], positive=log)
-    span = (math.log10(low), math.log10(high)) if log else (low, high)
-    reach = max(max(float(landscape.axis.abs().max()) for landscape in landscapes.values()), 1e-12)
-    return {
-        label: {
-            "data": _surface(landscape, styles[label], span, log=log),
-            "layout": {"margin": dict.fromkeys("lrtb", 0), "scene": _scene(span, reach, log=log)},
-        }
-        for label, landscape in landscapes.items()
-    }
+def surface(landscape: Landscape) -> dict[str, Any]:
+    """Return the axis and the losses of a landscape as JSON: losses[i][j] at axis[i] along the first direction.
+
+    Five digits are more than a drawing shows; what is not finite is None.
+    """
+    return {"axis": _short(landscape.axis.tolist()), "losses": [_short(row) for row in landscape.losses.tolist()]}
 
 
-def _surface(landscape: Landscape, style: Style, span: tuple[float, float], *, log: bool) -> list[dict[str, Any]]:
-    axis = landscape.axis.tolist()
-    losses = landscape.losses.T  # losses[i][j] goes along the first direction with i: plotly's rows are y
-    z = _rows(losses.log10() if log else losses)
-    middle = min(range(len(axis)), key=lambda i: abs(axis[i]))
-    # lines of equal height; the script removes them where there is no graphics card, which takes minutes to draw them
-    lines = {
-        **{"show": True, "usecolormap": False, "color": "rgba(255,255,255,0.28)", "width": 1, "highlight": False},
-        **{"start": span[0], "end": span[1], "size": (span[1] - span[0]) / _LEVELS or 1},
-    }
-    surface = {
-        **{"type": "surface", "x": axis, "y": axis, "z": z, "customdata": _rows(losses), "connectgaps": False},
-        **{"cmin": span[0], "cmax": span[1], "colorscale": COLORMAP, "showscale": False},
-        "contours": {"x": _HIDDEN, "y": _HIDDEN, "z": lines},
-        "lighting": {"ambient": 0.72, "diffuse": 0.55, "specular": 0.06, "roughness": 0.9},
-        "hovertemplate": "%{x:.3g}, %{y:.3g}<br>loss %{customdata:.4g}<extra></extra>",
-    }
-    color = f"var({color_variable(style.color)})"
-    solution = {
-        **{"type": "scatter3d", "x": [axis[middle]], "y": [axis[middle]], "z": [z[middle][middle]], "mode": "markers"},
-        "marker": {"size": 4.5, "color": color, "line": {"color": "#ffffff", "width": 1}},
-        "hovertemplate": "the trained weights<extra></extra>",
-    }
-    return [surface, solution]
-
-
-def _rows(values: Tensor) -> list[list[float | None]]:
-    return [[value if math.isfinite(value) else None for value in row] for row in values.tolist()]
-
-
-def _scene(span: tuple[float, float], reach: float, *, log: bool) -> dict[str, Any]:
-    axis = {
-        **dict.fromkeys(("gridcolor", "zerolinecolor"), "var(--grid)"),
-        **{"linecolor": "var(--line)", "color": "var(--soft)"},
-        **{"range": [-reach, reach], "showspikes": False, "showbackground": False, "nticks": 5},
-        **{"tickfont": {"size": 10}, "title": {"text": ""}},
-    }
-    room = 0.04 * (span[1] - span[0] or 1)
-    height = {**axis, "range": [span[0] - room, span[1] + room], **(_exponent_ticks(span) if log else {})}
-    return {
-        **{"xaxis": axis, "yaxis": axis, "zaxis": height, "dragmode": "turntable"},
-        **{"aspectmode": "manual", "aspectratio": {"x": 1, "y": 1, "z": 0.8}},
-    }
-
-
-def _exponent_ticks(span: tuple[float, float]) -> dict[str, Any]:
-    """Label an axis of exponents, by which colors and lines are even, with the losses."""
-    low, high = span
-    step = 0.5 if high - low < 1.5 else max(1, math.ceil((high - low) / 4))
-    first = math.floor(low)
-    values = [first + i * step for i in range(math.floor((math.ceil(high) - first) / step) + 1)]
-    return {"tickmode": "array", "tickvals": values, "ticktext": [f"{10**value:.2g}" for value in values]}
+def _short(values: Sequence[float]) -> list[float | None]:
+    return [float(f"{value:.5g}") if math.isfinite(value) else None for value in values]

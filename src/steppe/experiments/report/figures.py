@@ -19,11 +19,10 @@ from steppe.experiments.figures.landscapes import (
     KINDS,
     is_logarithmic,
     loss_range,
-    plot_landscapes,
     plot_lines,
     plot_profiles,
     profiles_of,
-    surfaces,
+    surface,
 )
 from steppe.experiments.figures.spectra import (
     BANDWIDTH,
@@ -90,8 +89,8 @@ class Figures:
         }
         self._known: Groups = {label: flats for label, flats in self._groups.items() if flats}
         self.choices: dict[str, Choice] = {}
-        self.surfaces: dict[str, Any] = {}
-        """By kind, seed, scale and method: figures for plotly."""
+        self.surfaces: dict[str, dict[str, Any]] = {}
+        """By kind and seed: the losses around each method's weights, and the ranges that they share."""
         self.legends: list[tuple[str, str, Mapping[str, str]]] = []
         """Lowest and highest loss of each set of landscapes, and when it is visible."""
         self.about_lines = ""
@@ -179,12 +178,15 @@ class Figures:
         yield self._panel("eigenvalues", drawing, 0, "Leading eigenvalues of the Hessian by rank")
 
     def landscapes(self) -> Iterator[Panel]:
-        """Contours of each solution; afterwards the surfaces are in `surfaces`, and their ranges in `legends`."""
+        """Contours of each method's first solution; afterwards the surfaces of all solutions are in `surfaces`.
+
+        Contours of all of them would make a page of many seeds several times as large.
+        """
         by_seed: dict[int, dict[str, list[Flatness]]] = {}
         for run, flat in self._measured.items():
             by_seed.setdefault(run.seed, {})[run.method.label] = [flat]
         all_found = ((kind, seed, landscapes_of(by_seed[seed], kind)) for kind in KINDS for seed in sorted(by_seed))
-        found = {(kind, seed): landscapes for kind, seed, landscapes in all_found if landscapes}
+        found = {(kind, str(seed)): landscapes for kind, seed, landscapes in all_found if landscapes}
         if not found:
             return
         first_kind, first_seed = next(iter(found))
@@ -194,27 +196,29 @@ class Figures:
             "view": Choice("View", {"3d": "Surface", "2d": "Contours"}, "2d"),
             "kind": Choice("Directions", {kind: texts[kind] for kind, _ in found}, first_kind),
             "scale": Choice("Loss axis", _SCALES, scale),
-            "seed": Choice("Seed", {str(seed): f"Seed {seed}" for _, seed in found}, str(first_seed)),
+            "seed": Choice("Seed", {seed: f"Seed {seed}" for _, seed in found}, first_seed),
         }
+        for kind in self.choices["kind"].options:
+            yield from self._contours(kind)
         for (kind, seed), landscapes in found.items():
-            when = {"kind": kind, "seed": str(seed)}
-            low, high = loss_range([*landscapes.values()])
-            self.legends.append((number(low, 4), number(high, 4), when))
-            yield from self._contours(landscapes, kind, seed)
-            for scale in _SCALES:
-                made = surfaces(landscapes, self._by_label, log=scale == "log")
-                named = {self._names[label]: figure for label, figure in made.items()}
-                self.surfaces.setdefault(kind, {}).setdefault(str(seed), {})[scale] = named
+            values = [*landscapes.values()]
+            self._add_legend(values, view="3d", kind=kind, seed=seed)
+            self.surfaces.setdefault(kind, {})[seed] = {
+                "linear": loss_range(values),
+                "log": loss_range(values, positive=True),
+                "methods": {self._names[label]: surface(landscape) for label, landscape in landscapes.items()},
+            }
 
-    def _contours(self, landscapes: Mapping[str, Landscape], kind: str, seed: int) -> Iterator[Panel]:
-        if landscapes == landscapes_of(self._known, kind):
-            drawing = self.saved[f"{kind}s"]
-        else:
-            drawing = self._drawing(f"{kind}s_{seed}", plot_landscapes, landscapes, kind)
+    def _contours(self, kind: str) -> Iterator[Panel]:
+        drawing, landscapes = self.saved[f"{kind}s"], landscapes_of(self._known, kind)
+        self._add_legend([*landscapes.values()], view="2d", kind=kind)
         for index, label in enumerate(landscapes):
-            about = f"Contours of the training loss around the weights of {label}, seed {seed}"
-            when = {"view": "2d", "kind": kind, "seed": str(seed)}
-            yield self._panel("contour", drawing, index, about, self._names[label], **when)
+            about = f"Contours of the training loss around the weights of {label}, first run"
+            yield self._panel("contour", drawing, index, about, self._names[label], view="2d", kind=kind)
+
+    def _add_legend(self, landscapes: Sequence[Landscape], **when: str) -> None:
+        low, high = loss_range(landscapes)
+        self.legends.append((number(low, 4), number(high, 4), when))
 
     def through(self) -> Iterator[Panel]:
         """The loss along a direction, and from one solution to another."""

@@ -10,13 +10,13 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined, Template
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs  # type: ignore[import-untyped]
 
 from steppe.experiments.analysis.metric_verdicts import controls_of
 from steppe.experiments.analysis.robustness import READING
 from steppe.experiments.analysis.summary import Summary, columns, setting
 from steppe.experiments.analysis.verdicts import read_flatness, read_lines
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.figures import controls
 from steppe.experiments.figures.drawing import color_variable, save_all, theme_css
 from steppe.experiments.figures.landscapes import COLORMAP
 from steppe.experiments.figures.style import styles
@@ -43,8 +43,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
     figures = Figures(recipe, results, summary, found, read_lines(folder))
     save_all(figures.saved.values(), folder.figures)
     sections = {name: list(getattr(figures, name)()) for name in Figures.SECTIONS}
-    plotly = get_plotlyjs() if figures.surfaces else ""
-    script = "\n".join(_file(name) for name in ("page.js", *(["surfaces.js"] if plotly else [])))
+    script = "\n".join(_file(name) for name in ("page.js", *(["surfaces.js"] if figures.surfaces else [])))
     page = _template().render(
         recipe=recipe,
         setting=setting(recipe),
@@ -57,6 +56,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         flatness=list(content.flatness_groups(recipe, summary, found)) if found else [],
         flatness_notes=content.footnotes(found),
         control_names=[control.phrase for control in controls_of(summary.verdicts_with_controls())],
+        control_legend=controls.legend(summary.verdicts_with_controls()),
         control_rows=list(content.control_rows(recipe, summary)),
         robustness_headlines=robustness.headlines(summary.robustness) if summary.robustness else [],
         robustness_reading=READING if summary.robustness else "",
@@ -66,14 +66,14 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
         folder=shlex.quote(str(recipe.folder)),
         commands=list(dict.fromkeys(str(session["command"]) for session in sessions if session.get("command"))),
         sessions=sessions,
-        versions=_versions(sessions, plotly),
-        # only these scripts may run: a script inside of a text from outside cannot
-        hashes=Markup(" ".join(_hash(code) for code in (plotly, script) if code)),
+        versions=_versions(sessions),
+        # only this script may run: a script inside of a text from outside cannot
+        hash=Markup(_hash(script)),
         configuration=recipe.options(),
+        payload={"colors": COLORMAP, "landscapes": figures.surfaces} if figures.surfaces else None,
         gradient=Markup(", ".join(f"{color} {100 * place:g}%" for place, color in COLORMAP)),
         light=Markup(theme_css(dark=False)),
         dark=Markup(theme_css(dark=True)),
-        plotly=Markup(plotly),
         script=Markup(script),
     )
     path = folder.path / FILE
@@ -94,12 +94,9 @@ def _template() -> Template:
     return environment.get_template("page.html")
 
 
-def _versions(sessions: Sequence[Mapping[str, Any]], plotly: str) -> str:
+def _versions(sessions: Sequence[Mapping[str, Any]]) -> str:
     last = sessions[-1] if sessions else {}
-    versions = [f"{name} {last[name]}" for name in ("steppe", "torch", "numpy", "python") if last.get(name)]
-    if plotly:
-        versions.append(f"plotly.js {plotly.partition('plotly.js v')[2].split(maxsplit=1)[0]}")
-    return ", ".join(versions)
+    return ", ".join(f"{name} {last[name]}" for name in ("steppe", "torch", "numpy", "python") if last.get(name))
 
 
 def _file(name: str) -> str:
