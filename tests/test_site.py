@@ -162,7 +162,9 @@ def test_plain_pages_of_notebooks_and_modules_have_their_code():
     text = plain.markdown(TUTORIALS / "first-step.ipynb", "tutorials/first-step")
     assert "```python\nimport torch\n" in text
     assert "(../examples/plain_loop.md)" in text
-    assert "toctree" not in plain.markdown(DOCS / "index.md", "index")
+    start = plain.markdown(DOCS / "index.md", "index")
+    assert "toctree" not in start
+    assert "](_images/headline.png)" in start
     api = extension("api_pages").plain("steppe.mup", extension("api_pages").documented()["steppe.mup"])
     assert "## steppe.mup.parameter_groups(" in api
 

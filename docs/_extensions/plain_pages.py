@@ -30,6 +30,7 @@ def markdown(path: Path, docname: str) -> str:
         text = _notebook(json.loads(text))
     up = "../" * docname.count("/")
     text = re.sub(r"\]\(source:([^#)\s]+)(?:#[^)\s]*)?", rf"]({up}source/\1.html", text)
+    text = re.sub(r"\]\(((?:\.\./)*)images/", r"](\1_images/", text)  # where Sphinx copies them
     text = re.sub(r"(\]\([^):\s]+)\.(?:rst|ipynb)(?=[#)\s])", r"\1.md", text)
     return _DIRECTIVE.sub("", text)
 
