@@ -148,7 +148,7 @@ def _heavyball() -> dict[str, Builder]:
 
     def build(parameters: Sequence[nn.Parameter], *, perturb: bool) -> Step:
         base = heavyball.SGD(parameters, lr=LR, beta=0.0)
-        gradients = [torch.randn_like(p) for p in parameters]
+        gradients = [torch.zeros_like(p) for p in parameters]  # it overwrites them with zeros in any case
 
         def own_gradients() -> None:
             for p, g in zip(parameters, gradients, strict=True):

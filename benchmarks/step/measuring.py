@@ -17,7 +17,7 @@ from timing import rotated, spread
 
 _MAX_ENTRIES = 1 << 28  # of the lower bound's buffer; beyond, its time is extrapolated
 
-_LARGER_THAN_CACHES = 1 << 25  # entries of float32
+_LARGER_THAN_CACHES = 1 << 23  # entries of float32: 32 MiB, read and written
 
 Clock = Callable[[], float]
 
