@@ -23,7 +23,7 @@ from steppe.experiments.tasks.images import ImageSamples, images_task
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import Training, train
 from steppe.experiments.world import World
-from steppe.flatness import Budget
+from steppe.flatness import FAMILIES, Budget
 
 BUDGET = Budget(
     m=8,
@@ -36,8 +36,16 @@ BUDGET = Budget(
     density_probes=1,
     density_iterations=3,
     points=0,
+    further="batch_sharpness,rounding",
 )
 """A measurement of flatness in a second."""
+MEASURED = {
+    name
+    for kind, family in FAMILIES.items()
+    for name in family.measures
+    if kind != "further" or name in BUDGET.names_of_further
+}
+"""The measures that it has."""
 CPU = World(torch.device("cpu"))
 OPTIONS = {"width": 2, "batch_size": 16, "epochs": 4, "seeds": 1, "device": "cpu", "threads": 1, "amp": False}
 RESOLVED = {"cuda_graphs": False}

@@ -16,6 +16,7 @@ SMALL = Budget(
     density_probes=2,
     density_iterations=8,
     points=3,
+    further="batch_sharpness, rounding, gauss_newton, fisher",
 )
 
 

@@ -9,7 +9,19 @@ from flatness_measured import SMALL, measured
 from known_hessians import dense_hessian, objective, relu_net, rescaled, samples, tanh_net
 from torch import nn
 
-from steppe.flatness import FAMILIES, Measure, average_sharpness, m_sharpness, measure, sharpness
+from steppe.flatness import (
+    FAMILIES,
+    EmpiricalFisher,
+    GaussNewton,
+    Measure,
+    after_rounding,
+    average_sharpness,
+    batch_sharpness,
+    eigenvalues,
+    m_sharpness,
+    measure,
+    sharpness,
+)
 
 
 def test_measures_are_exactly_those_of_the_families():
@@ -19,6 +31,26 @@ def test_measures_are_exactly_those_of_the_families():
     plain = measure(objective(relu_net()), SMALL)
     assert set(plain.measures) == set(found.measures) - set(FAMILIES["normalized"].measures)
     assert {k: v for k, v in found.measures.items() if k in plain.measures} == plain.measures
+
+
+def test_further_measures_are_those_of_their_functions_and_only_where_they_are_named():
+    net = tanh_net()
+    found, own = measured(net), objective(net)
+    exact = {
+        "batch_sharpness": batch_sharpness(own, SMALL.m).value,
+        "rounding": after_rounding(own, 4).increase,
+        "gauss_newton": float(eigenvalues(GaussNewton(own), tol=1e-9).values[0]),
+        "fisher": float(eigenvalues(EmpiricalFisher(own), tol=1e-9).values[0]),
+        "gauss_newton_trace": float(GaussNewton(own)(torch.eye(own.n, dtype=own.dtype)).trace()),
+        "fisher_trace": float(EmpiricalFisher(own)(torch.eye(own.n, dtype=own.dtype)).trace()),
+    }
+    for name, value in exact.items():
+        error = 4 * (found.measures[name].error or 0) if name.endswith("trace") else 0
+        assert found.measures[name].value == pytest.approx(value, rel=1e-6, abs=error), name
+    few = measured(net, dataclasses.replace(SMALL, further="rounding"))
+    assert set(few.measures) & set(FAMILIES["further"].measures) == {"rounding"}
+    with pytest.raises(ValueError, match="there is no measure nothing; choose from batch_sharpness"):
+        dataclasses.replace(SMALL, further="rounding,nothing")
 
 
 def test_each_measure_equals_its_definition():

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+FURTHER = ("batch_sharpness", "rounding", "gauss_newton", "fisher")
+
 
 @dataclass(frozen=True)
 class Budget:
@@ -41,3 +43,18 @@ class Budget:
     """The same for the landscape along eigenvectors, which have unit norm."""
     seed: int = 0
     """Seed of all random draws, the same for all models that are compared."""
+    further: str = ""
+    """Further measures, separated by commas: batch_sharpness (of parts of m samples), rounding (the loss increase with
+    weights of 4 bits), gauss_newton and fisher (largest eigenvalue and trace; not of the runs of a folder)."""
+
+    def __post_init__(self) -> None:
+        if unknown := set(self.names_of_further) - set(FURTHER):
+            raise ValueError(
+                f"further={self.further!r}: there is no measure {', '.join(sorted(unknown))}; choose from "
+                f"{', '.join(FURTHER)}"
+            )
+
+    @property
+    def names_of_further(self) -> list[str]:
+        """The names in ``further``."""
+        return [name for part in self.further.split(",") if (name := part.strip())]

@@ -57,6 +57,18 @@ FAMILIES: Mapping[str, Family] = {
             "normalized_adaptive_sharpness": "adaptive sharpness, normalized logits",
         },
     ),
+    "further": Family(
+        "Further",
+        "Measured only where they are named. They change when layers are rescaled, and have no part in the verdict.",
+        {
+            "batch_sharpness": "batch sharpness",
+            "rounding": "increase of the loss at 4 bits",
+            "gauss_newton": "largest Gauss-Newton eigenvalue",
+            "gauss_newton_trace": "Gauss-Newton trace",
+            "fisher": "largest empirical Fisher eigenvalue",
+            "fisher_trace": "empirical Fisher trace",
+        },
+    ),
     "context": Family(
         "Context",
         "Not measures of flatness: neither larger nor smaller is better.",

@@ -8,12 +8,16 @@ from typing import Any
 from torch import Tensor, nn
 
 from steppe._tensors.reductions import norm
+from steppe.flatness.after_change import after_rounding
 from steppe.flatness.average_sharpness import average_sharpness
+from steppe.flatness.batch_sharpness import batch_sharpness
 from steppe.flatness.budget import Budget
 from steppe.flatness.directions import random_directions
 from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
+from steppe.flatness.empirical_fisher import EmpiricalFisher
 from steppe.flatness.estimate import Estimate
-from steppe.flatness.families import Measure
+from steppe.flatness.families import FAMILIES, Measure
+from steppe.flatness.gauss_newton import GaussNewton
 from steppe.flatness.landscape import Landscape, landscape
 from steppe.flatness.m_sharpness import m_sharpness
 from steppe.flatness.objective import Objective
@@ -24,9 +28,11 @@ from steppe.flatness.sharpness import sharpness
 from steppe.flatness.spectral_density import density
 from steppe.flatness.trace import trace
 
+_BITS = 4  # at which rounding raises the loss of a usual network by more than noise
+
 
 def measure(objective: Objective, budget: Budget | None = None, *, normalized: Objective | None = None) -> Flatness:
-    """Evaluate every measure of ``FAMILIES`` at the current weights w.
+    """Evaluate the measures of ``FAMILIES`` at the current weights w; the further ones if the budget names them.
 
     No single number decides whether a minimum is flat. The raw measures, such as S(w), lambda_max and Tr H, change when
     a network is rescaled without changing its function; the adaptive measures do not. Compare two models on the same
@@ -67,6 +73,7 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
     options = {"probes": budget.density_probes, "num_iterations": budget.density_iterations, "seed": budget.seed}
     spectrum = density(hessian, **options)
     hessian.free_graph()
+    measures |= _further_measures(objective, budget)
     random, eigen = _landscapes(objective, top, budget)
     measures |= {"loss": Measure(loss), "weight_norm": Measure(float(norm([objective.weights])))}
     settings = {
@@ -140,6 +147,26 @@ def _hessian_measures(objective: Objective, hessian: Hessian, budget: Budget) ->
         estimate = relative_flatness(layer, linear[-1], probes=budget.probes, seed=budget.seed)
         measures["relative_flatness"] = _estimated(estimate, linear[-1])
     return top, measures
+
+
+def _further_measures(objective: Objective, budget: Budget) -> dict[str, Measure]:
+    """Return the measures that the budget names."""
+    measures, names = {}, budget.names_of_further
+    if "batch_sharpness" in names:
+        parts = batch_sharpness(objective, budget.m)
+        measures["batch_sharpness"] = _estimated(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {budget.m} samples")
+    if "rounding" in names:
+        measures["rounding"] = Measure(after_rounding(objective, _BITS).increase)
+    for name, matrix in (("gauss_newton", GaussNewton), ("fisher", EmpiricalFisher)):
+        if name in names:
+            objective.stage = FAMILIES["further"].measures[name]
+            operator = matrix(objective)
+            top = eigenvalues(operator, k=min(budget.num_eigenvalues, objective.n), tol=budget.tol, seed=budget.seed)
+            note = "" if top.converged else "not converged"
+            measures[name] = Measure(float(top.values[0]), float(top.residuals[0]), note)
+            total = trace(operator, probes=budget.probes, top=top, seed=budget.seed)
+            measures[f"{name}_trace"] = _estimated(total)
+    return measures
 
 
 def _landscapes(objective: Objective, top: Eigenpairs, budget: Budget) -> tuple[Landscape | None, Landscape | None]:

@@ -14,7 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny import CPU, dataset, recipe, train_run
+from tiny import CPU, MEASURED, dataset, recipe, train_run
 
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdicts
 from steppe.experiments.config.recipe import Run
@@ -33,7 +33,7 @@ from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training.run import train
-from steppe.flatness import FAMILIES, Objective
+from steppe.flatness import Objective
 
 BUDGET = dataclasses.replace(tiny.BUDGET, points=3)
 OPTIONS = MeasuringOptions(samples=24, budget=BUDGET, processes=1)
@@ -138,7 +138,7 @@ def test_every_run_has_a_file_with_every_measure(path: Path) -> None:
         found = written(path, "runs", name)
         assert found["format"] == "steppe flatness, version 1"
         assert found["settings"].items() >= OPTIONS.settings().items()
-        assert set(found["measures"]) == {name for family in FAMILIES.values() for name in family.measures}
+        assert set(found["measures"]) == MEASURED
         assert all(m.keys() <= {"value", "error", "note"} for m in found["measures"].values())
         assert len(found["eigenvalues"]["values"]) == len(found["eigenvalues"]["residuals"]) == 2
         assert (

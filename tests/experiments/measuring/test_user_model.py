@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from rich.console import Console
+from tiny import MEASURED
 from user_code import BUDGET, CODE, data, go, loss, measured_names, net, user_folder, weights, written
 
 from steppe.experiments.errors import ExperimentError
@@ -16,7 +17,7 @@ from steppe.experiments.figures import flatness as flatness_figures
 from steppe.experiments.measuring import jobs, user_model
 from steppe.experiments.measuring.jobs import MeasuringOptions
 from steppe.experiments.measuring.user_model import UserModel, measure_user_model
-from steppe.flatness import FAMILIES, Budget, Objective
+from steppe.flatness import Budget, Objective
 
 __all__ = ["measured_names", "user_folder"]  # fixtures
 
@@ -25,7 +26,7 @@ def test_file_of_weights_is_measured_with_all_measures(monkeypatch: pytest.Monke
     monkeypatch.setattr(user_model, "draw", flatness_figures.draw)
     output = go(weights=weights(1))
     found = written("w1")
-    assert set(found["measures"]) == {name for family in FAMILIES.values() for name in family.measures}
+    assert set(found["measures"]) == MEASURED
     assert found["measures"]["loss"]["value"] == pytest.approx(loss(1), rel=1e-6)
     assert (
         found["settings"].items()

@@ -41,7 +41,7 @@ _NONE = Measure(math.nan)
 
 _REMEASURED = "the lines between the runs are left out until steppe measure has measured them again"
 
-_FAMILIES = tuple(name for name in FAMILIES if name != "context")
+_FAMILIES = tuple(name for name in FAMILIES if name not in ("further", "context"))
 
 CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change; it can become more "
@@ -263,11 +263,11 @@ def verdicts(recipe: Recipe, found: Mapping[Run, Flatness]) -> list[Verdict]:
 def compare(pairings: Sequence[Pairing]) -> list[Verdict]:
     """Compare measurements, pair by pair; methods without a measure that is finite in all runs have no verdict.
 
-    All measures of all methods are one family, for which each is corrected; the context, which has no verdict, is not
-    part of it.
+    All measures of all methods are one family, for which each is corrected. The further ones, which were asked for, are
+    another, and the context, which has no verdict, is part of none.
     """
     rows: list[list[Row]] = [[] for _ in pairings]
-    for families in (_FAMILIES, ("context",)):
+    for families in (_FAMILIES, ("further",), ("context",)):
         measured = [
             (name, family, numbers)
             for family in families
