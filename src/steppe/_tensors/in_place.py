@@ -10,6 +10,8 @@ from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, sha
 
 _device, _dtype, _shape = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
 _KIND = (_shape, _dtype, _device)
+_HOST = "cpu"
+"""The type of device whose values are read at no cost; tests that record steps on a CPU, for a GPU, replace it."""
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 1 << 21  # entries: 8 MiB in float32, enough to keep a kernel busy
 
@@ -19,7 +21,7 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
 
     Args:
         targets: Real tensors, changed in place.
-        alpha: A 0-dim tensor; it is never read on the host.
+        alpha: A 0-dim tensor; the host reads it only on a CPU.
         directions: As many tensors, of the same shapes.
 
     Example:
@@ -31,8 +33,8 @@ def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[T
     targets, directions = _local_pairs(targets, directions)
     for (device, dtype, other), positions in _by_kind(targets, directions).items():
         ts, ds = [targets[i] for i in positions], [directions[i] for i in positions]
-        if device.type == "cpu" and dtype.itemsize > 2:
-            torch._foreach_add_(ts, ds, alpha=float(alpha))  # a value on the CPU is read at once
+        if alpha.device.type == device.type == _HOST and dtype.itemsize > 2:
+            torch._foreach_add_(ts, ds, alpha=float(alpha))
             continue
         factor = alpha.to(device, torch.float32 if dtype == other == torch.float32 or dtype.itemsize == 2 else None)
         if device.type == "cuda" and dtype == other and dtype in _FUSIBLE and all_plain(ts, ds):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_leaves
 
+from steppe._tensors import in_place
 from steppe.experiments.config.methods import BASES, METHODS, Base
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data.batches import order
@@ -106,6 +107,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[StandIn]]:
     monkeypatch.setattr(images, "_network", small)
     monkeypatch.setattr(images, "BASES", {**BASES, "adamw": Base(fused_adamw, has_momentum=False)})
     monkeypatch.setattr(graphs, "RECORDERS", {"cpu": StandIn})
+    monkeypatch.setattr(in_place, "_HOST", "")
     return StandIn
 
 
