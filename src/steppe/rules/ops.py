@@ -71,6 +71,7 @@ def orthogonal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
     """Return the part of x orthogonal to y, each list as one vector: x - (x.y / |y|^2) y; exactly 0 where x = y.
 
     Example:
+        >>> import torch
         >>> orthogonal([torch.tensor([3.0, 4.0])], [torch.tensor([2.0, 0.0])])
         [tensor([0., 4.])]
     """
