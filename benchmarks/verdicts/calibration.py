@@ -7,7 +7,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from steppe.experiments.analysis.statistics import Pairs, decide, decide_together, estimate, power, seeds_needed
-from steppe.flatness import FAMILIES
+from steppe.flatness.families import FAMILIES, IN_VERDICT
 
 Numbers = NDArray[np.float64]
 Draw = Callable[[np.random.Generator, tuple[int, ...]], Numbers]
@@ -48,7 +48,7 @@ def different(numbers: Numbers) -> bool:
     return any(decision.sign for decision in decide(_pairs(numbers)))
 
 
-FLATNESS = [name for family, about in FAMILIES.items() if family != "context" for name in about.measures]
+FLATNESS = [name for family in IN_VERDICT for name in FAMILIES[family].measures]
 """The measures of flatness that have a verdict."""
 
 

@@ -75,5 +75,7 @@ FAMILIES: Mapping[str, Family] = {
         {"loss": "loss", "weight_norm": "weight norm ‖w‖", "lambda_min": "smallest Hessian eigenvalue"},
     ),
 }
-"""All measures, by family: those that rescaling the layers changes, and those that it does not."""
 """Every measure by family. In all families but ``context``, a smaller value means a flatter minimum."""
+
+IN_VERDICT = ("raw", "adaptive", "normalized")
+"""The families that decide whether a minimum is called flatter."""

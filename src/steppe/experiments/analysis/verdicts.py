@@ -28,6 +28,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import read_checked
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import FAMILIES, Flatness, Measure
+from steppe.flatness.families import IN_VERDICT
 
 FLATNESS = "flatness.json"
 
@@ -40,8 +41,6 @@ _UNEQUAL = "These are the ends of all runs, and not of equal compute: {0} after 
 _NONE = Measure(math.nan)
 
 _REMEASURED = "the lines between the runs are left out until steppe measure has measured them again"
-
-_FAMILIES = tuple(name for name in FAMILIES if name not in ("further", "context"))
 
 CAVEATS = (
     "A network can be rescaled without changing its function, and its raw measures change; it can become more "
@@ -122,7 +121,7 @@ class Verdict:
     @property
     def word(self) -> str:
         """The verdict of raw and adaptive measures, and of normalized logits where measured, if all have the same."""
-        words = {self.family(name) for name in _FAMILIES if self._words(name) or name != "normalized"}
+        words = {self.family(name) for name in IN_VERDICT if self._words(name) or name != "normalized"}
         return words.pop() if len(words) == 1 and MIXED not in words else INCONCLUSIVE
 
     def sentence(self) -> str:
@@ -132,10 +131,10 @@ class Verdict:
             return f"{about}no verdict on flatness, which needs two runs of each at least."
         if self.word == NO_VERDICT:
             return f"{about}no verdict on flatness, as no raw or adaptive measure is finite in all of them."
-        counts = "; ".join(self._count(name) for name in _FAMILIES if self._words(name))
+        counts = "; ".join(self._count(name) for name in IN_VERDICT if self._words(name))
         because = ""
         if self.word == INCONCLUSIVE:
-            mixed = any(self.family(name) == MIXED for name in _FAMILIES)
+            mixed = any(self.family(name) == MIXED for name in IN_VERDICT)
             because = f", because measures of {'one kind' if mixed else 'different kinds'} do not agree"
         return f"{about}{self.word}{because} ({counts})."
 
@@ -176,7 +175,7 @@ class Verdict:
                 }
                 for row in self.rows
             ],
-            **{name: self.family(name) for name in _FAMILIES},
+            **{name: self.family(name) for name in IN_VERDICT},
             "verdict": self.word,
             "sentence": self.sentence(),
             "notes": self.notes(),
@@ -267,7 +266,7 @@ def compare(pairings: Sequence[Pairing]) -> list[Verdict]:
     another, and the context, which has no verdict, is part of none.
     """
     rows: list[list[Row]] = [[] for _ in pairings]
-    for families in (_FAMILIES, ("further",), ("context",)):
+    for families in (IN_VERDICT, ("further",), ("context",)):
         measured = [
             (name, family, numbers)
             for family in families
