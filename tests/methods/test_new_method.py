@@ -68,4 +68,4 @@ def test_new_method_has_the_tests_of_all_methods_and_its_own(package, tmp_path):
     shared = ["tests/methods/test_named_methods.py", "tests/methods/test_cards.py", "tests/methods/test_registry.py"]
     words = ["-m", "pytest", "-p", "no:cacheprovider", "--rootdir", str(ROOT), "-c", "pyproject.toml"]
     out = run(package, *words, "-k", "my_new_method or MeanGradient or beta_one", str(tests), *shared)
-    assert int(re.search(r"(\d+) passed", out).group(1)) > 50
+    assert int(re.search(r"(\d+) passed", out).group(1)) > 30

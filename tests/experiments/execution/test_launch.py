@@ -95,7 +95,8 @@ def test_stopped_and_killed_runs_resume_to_the_same_bits(undisturbed: Path, tmp_
     os.killpg(process.pid, signal.SIGINT)  # Ctrl-C reaches the workers too
     _, errors = process.communicate(timeout=200)
     assert process.returncode == 130
-    _, message = errors.splitlines()
+    loading, _, message = errors.splitlines()
+    assert loading == "Loading PyTorch ..."
     assert message.startswith("Stopped. To resume: steppe compare demo ")
     assert not list(out.glob(".stop*"))
     process = start_process(out, "--runs-at-once", "2")

@@ -70,7 +70,8 @@ def test_run_killed_on_ray_is_retried_and_stopped_on_ray_resumes_locally(undistu
     assert "retry 1 of 3" in printed
     assert "SAM seed 0: resumes at standardized epoch" in printed
     assert "SGD seed 0  standardized epoch 8/8" in printed  # it finished on Ray
-    _, message = errors.splitlines()  # and none of Ray's own
+    loading, _, message = errors.splitlines()  # and none of Ray's own
+    assert loading == "Loading PyTorch ..."
     assert message.startswith("Stopped. To resume: steppe compare demo ")
     assert not list(out.glob(".stop*"))
     words = message.partition("steppe ")[2].split()
