@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import re
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +19,7 @@ from typing import Any
 
 import tyro
 
+from measured_parts import write_pages
 from steppe.experiments.commands import CONFIG, OPEN, REGISTRY, VERBS, about
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.presets import RECIPES
@@ -161,17 +161,9 @@ def text() -> str:
     return json.dumps(grammar(), indent=1, ensure_ascii=False) + "\n"
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is stale")
-    if not parser.parse_args(arguments).check:
-        FILE.write_text(text(), encoding="utf-8")
-        return 0
-    if FILE.exists() and FILE.read_text(encoding="utf-8") == text():
-        return 0
-    print(f"{FILE} is stale: run python scripts/make_command_line.py", file=sys.stderr)
-    return 1
+def main(words: Sequence[str] | None = None) -> int:
+    return write_pages(words, __file__, __doc__, {FILE: lambda _: text()})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -8,11 +8,10 @@ steppe.variants collects its functions from the registry when it is imported, wh
 
 from __future__ import annotations
 
-import argparse
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from measured_parts import write_pages
 from steppe.methods.registry import FUNCTIONS
 
 STUB = Path(__file__).parents[1] / "src" / "steppe" / "variants.pyi"
@@ -24,17 +23,9 @@ def stub() -> str:
     return head + "\n".join(imports) + "\n"
 
 
-def main(arguments: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if the file is stale")
-    if not parser.parse_args(arguments).check:
-        STUB.write_text(stub(), encoding="utf-8")
-        return 0
-    if STUB.exists() and STUB.read_text(encoding="utf-8") == stub():
-        return 0
-    print(f"{STUB} is stale: run python scripts/make_variants.py", file=sys.stderr)
-    return 1
+def main(words: Sequence[str] | None = None) -> int:
+    return write_pages(words, __file__, __doc__, {STUB: lambda _: stub()})
 
 
 if __name__ == "__main__":
-    raise SystemExit(main(sys.argv[1:]))
+    raise SystemExit(main())

@@ -51,7 +51,7 @@ def write_pages(
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 if a page is out of date")
     args = parser.parse_args(words)
-    before = {path: path.read_text(encoding="utf-8") for path in pages}
+    before = {path: path.read_text(encoding="utf-8") if path.exists() else "" for path in pages}
     after = {path: page(before[path]) for path, page in pages.items()}
     outdated = [path.name for path in pages if before[path] != after[path]]
     if args.check:

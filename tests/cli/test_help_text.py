@@ -86,6 +86,6 @@ def test_stale_commands_file_is_named_and_written_again(
     monkeypatch.setattr(make_command_line, "text", lambda: written)
     monkeypatch.setattr(make_command_line, "FILE", tmp_path / "commands.json")
     assert make_command_line.main(["--check"]) == 1
-    assert "is stale: run python scripts/make_command_line.py" in capsys.readouterr().err
+    assert "run python scripts/make_command_line.py" in capsys.readouterr().err
     assert make_command_line.main([]) == 0
     assert make_command_line.main(["--check"]) == 0
