@@ -9,8 +9,8 @@ from torch import nn
 
 import steppe
 from live_memory import LiveMemory
-from steppe._engine import rounding
 from steppe._engine.rounding import add_scaled_stochastically_, surviving_share
+from steppe._tensors import in_place
 from steppe._tensors.in_place import add_scaled_
 from support import BASES, DRIVES, batch, bits, net, plain
 
@@ -126,7 +126,7 @@ def test_gradient_with_stochastic_rounding_is_close_to_that_of_float32_weights()
 def test_surviving_share_takes_little_memory_beside_the_weights(monkeypatch):
     """Float32 copies of all half-precision weights would take more memory than anything else in the step."""
     widened = 1 << 12
-    monkeypatch.setattr(rounding, "_WIDENED", widened)
+    monkeypatch.setattr(in_place, "_PIECE", widened)
     before = [torch.ones(shape, dtype=torch.bfloat16) for shape in [(), (14 * widened,), (2, widened // 2)]]
     e = [torch.full(b.shape, size) for b, size in zip(before, (0.0, 2**-9, 2**-7), strict=True)]  # 2**-9 rounds away
     after = [(b + d).bfloat16() for b, d in zip(before, e, strict=True)]

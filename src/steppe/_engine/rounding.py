@@ -7,13 +7,11 @@ from torch import Tensor
 
 from steppe._tensors import random as random_tensors
 from steppe._tensors.dtensor import local
-from steppe._tensors.in_place import add_scaled_, as_real
+from steppe._tensors.in_place import add_scaled_, pieces
 from steppe._tensors.reductions import dot
 
 _MISSING_BITS = {torch.bfloat16: 16, torch.float16: 13}
 """Bits of a float32 mantissa that a half-precision number lacks."""
-_WIDENED = 1 << 22
-"""Entries that are widened to float32 at a time."""
 MIN_SURVIVING_SHARE = 0.9
 """Warn if less of a perturbation survives rounding."""
 
@@ -75,16 +73,10 @@ def surviving_share(
         tensor(1.0156, dtype=torch.float64)
     """
     moved_along, square = [], []
-    for a, b, d in zip(after, before, directions, strict=True):
-        for a_part, b_part, d_part in zip(_parts(as_real(a)), _parts(as_real(b)), _parts(local(d)), strict=True):
-            along = [d_part.float()]
-            moved_along.append(dot([a_part.float() - b_part.float()], along).to(alpha.device))
-            square.append(dot(along, along).to(alpha.device))
+    for of_after, of_before, of_directions in pieces(after, before, directions):
+        moved = [a.float() - b.float() for a, b in zip(of_after, of_before, strict=True)]
+        along = [d.float() for d in of_directions]
+        moved_along.append(dot(moved, along).to(alpha.device))
+        square.append(dot(along, along).to(alpha.device))
     length = alpha.double() * torch.stack(square).sum()
     return torch.where(length == 0, 1.0, torch.stack(moved_along).sum() / length)
-
-
-def _parts(tensor: Tensor) -> Sequence[Tensor]:
-    """Split a tensor into parts that are small enough to widen: float32 copies of all weights may not fit."""
-    rows = tensor.reshape(1) if tensor.dim() == 0 else tensor
-    return torch.split(rows, max(1, _WIDENED * len(rows) // max(1, rows.numel())))

@@ -24,7 +24,7 @@ from types import FrameType
 from typing import Any
 
 from steppe.cli import completion, grammar, help_text, recipes, typos
-from steppe.cli.grammar import recipe_of
+from steppe.cli.grammar import names_recipe, recipe_of, takes_recipe
 
 __all__ = ["main"]
 
@@ -32,6 +32,7 @@ _INNER = "__tyro-dummy-inner__"  # a name inside of tyro that some of its messag
 _WIDE = 10_000
 _EXTRA = frozenset({"matplotlib", "numpy", "rich", "tyro"})
 _LONG = ("compare", "finetune", "tune", "measure")
+_LOADING = "Loading PyTorch ..."
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -135,11 +136,10 @@ def _loading(words: Sequence[str], *, ends_process: bool) -> Iterator[None]:
         if ends_process and threading.current_thread() is threading.main_thread():
             cleanup.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, stop))
         if sys.stderr.isatty():
-            shown = "Loading PyTorch ..."
-            print(shown, end="\r", file=sys.stderr, flush=True)
-            cleanup.callback(print, " " * len(shown), end="\r", file=sys.stderr, flush=True)
-        elif ends_process and words[0] in _LONG and os.environ.get("RANK", "0") == "0":
-            print("Loading PyTorch ...", file=sys.stderr, flush=True)
+            print(_LOADING, end="\r", file=sys.stderr, flush=True)
+            cleanup.callback(print, " " * len(_LOADING), end="\r", file=sys.stderr, flush=True)
+        elif ends_process and words[0] in _LONG and _is_first_process():
+            print(_LOADING, file=sys.stderr, flush=True)
         yield
 
 
@@ -149,9 +149,9 @@ def _with_default(words: Sequence[str]) -> list[str]:
     >>> _with_default(["compare", "--seeds", "3"])
     ['compare', 'demo', '--seeds', '3']
     """
-    if words[:1] not in (["compare"], ["tune"]):
-        return list(words)
-    return [words[0], "demo", *words[1:]] if not words[1:] or words[1].startswith("-") else list(words)
+    if takes_recipe(words) and not names_recipe(words):
+        return [words[0], grammar.grammar().default_recipe, *words[1:]]
+    return list(words)
 
 
 def _run(words: Sequence[str]) -> int:
@@ -208,7 +208,7 @@ def _parse(words: Sequence[str]) -> Any:
 
 def _asks_for_help(words: Sequence[str]) -> str:
     """Return the command that explains the options of a command line."""
-    named = [word for word in words[: 2 if words[:1] in (["compare"], ["tune"]) else 1] if word[:1] not in ("-", "")]
+    named = [word for word in words[: 2 if takes_recipe(words) else 1] if word[:1] not in ("-", "")]
     return " ".join(["steppe", *named, "--help"])
 
 
@@ -244,10 +244,15 @@ def _columns(number: int) -> Iterator[None]:
             os.environ["COLUMNS"] = before
 
 
+def _is_first_process() -> bool:
+    """True in the process of torchrun that prints for all; as steppe.experiments.world has it, without PyTorch."""
+    return os.environ.get("RANK", "0") == "0"
+
+
 def _stopped(words: Sequence[str], code: int) -> int:
     processes = os.environ.get("WORLD_SIZE", "1")  # set by torchrun; an import here could be interrupted again
     start = f"torchrun --nproc-per-node {processes} -m steppe" if processes != "1" else "steppe"
-    if os.environ.get("RANK", "0") == "0":
+    if _is_first_process():
         print(f"\nStopped. To resume: {start} {shlex.join(words)}", file=sys.stderr)
     return code
 

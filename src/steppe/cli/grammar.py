@@ -86,6 +86,11 @@ class Grammar:
     methods: Mapping[str, str]
     """The methods of `--methods`, and what each is."""
 
+    @property
+    def default_recipe(self) -> str:
+        """The recipe of a command that names none: the first one."""
+        return next(iter(self.recipes))
+
 
 JSON = Option(("--json",), "Print one JSON document on stdout, and everything else on stderr.")
 _OPTIONS = Section("options", "", (JSON,))
@@ -168,14 +173,29 @@ def default_of(option: Option, recipe: Recipe | None) -> str:
     return option.default if recipe is None else recipe.defaults.get(option.names[0], option.default)
 
 
+def takes_recipe(words: Sequence[str]) -> bool:
+    """True if the words begin with a command after which a recipe, or a task, may stand."""
+    command = grammar().commands.get(words[0]) if words else None
+    return command is not None and command.takes_recipe
+
+
+def names_recipe(words: Sequence[str]) -> bool:
+    """True if a recipe, or a task, stands after such a command.
+
+    >>> names_recipe(["compare", "article"]), names_recipe(["compare", "--seeds", "5"]), names_recipe(["plot", "runs"])
+    (True, False, False)
+    """
+    return takes_recipe(words) and len(words) > 1 and not words[1].startswith("-")
+
+
 def recipe_of(words: Sequence[str]) -> str | None:
-    """Return the recipe that words of a command line name, with the default inserted; None where there is none.
+    """Return the recipe that words of a command line name; None where there is none.
 
     >>> recipe_of(["compare", "my_project:task", "--seeds", "5"]), recipe_of(["plot", "runs/demo"])
     ('task', None)
     """
     if words[:1] == ["finetune"]:
         return "finetune"
-    if words[:1] not in (["compare"], ["tune"]) or not words[1:] or words[1].startswith("-"):
+    if not names_recipe(words):
         return None
     return "task" if ":" in words[1] else words[1]

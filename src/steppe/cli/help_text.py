@@ -47,8 +47,8 @@ def of_command(grammar: Grammar, command: Command) -> str:
         for name, about in grammar.methods.items():
             lines += _wrapped(f"{name}: {about}", "  ", "      ")
     if command.takes_recipe:
-        first = next(iter(grammar.recipes))
-        lines += ["", *_paragraphs(f"`steppe {command.name} {first} --help` explains the options.")]
+        asked = f"`steppe {command.name} {grammar.default_recipe} --help`"
+        lines += ["", *_paragraphs(f"{asked} explains the options.")]
     else:
         lines += _sections(command, None)
     return "\n".join([*lines, *_examples(command)]) + "\n"

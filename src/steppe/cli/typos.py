@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Sequence
 
-from steppe.cli.grammar import LIGHT, Command, grammar, name_of
+from steppe.cli.grammar import LIGHT, Command, grammar, name_of, names_recipe
 from steppe.experiments.errors import closest
 
 _HELP = ("-h", "--help")
@@ -26,12 +26,11 @@ def check(words: Sequence[str]) -> str | None:
     if first not in known.commands:
         return f"there is no command {first!r}{closest(first, known.commands)} `steppe --help` lists the commands"
     command = known.commands[first]
-    if command.takes_recipe:
-        if rest and not rest[0].startswith("-"):
-            name = rest[0]
-            if name not in known.recipes and ":" not in name:  # package.module:function is a task of the user's own
-                close = closest(name, known.recipes)
-                return f"there is no recipe {name!r}{close} `steppe {first} --help` lists the recipes"
+    if names_recipe(words):
+        name = rest[0]
+        if name not in known.recipes and ":" not in name:  # package.module:function is a task of the user's own
+            close = closest(name, known.recipes)
+            return f"there is no recipe {name!r}{close} `steppe {first} --help` lists the recipes"
     elif command.name in LIGHT:
         for word in rest:
             if not word.startswith("-") and word not in command.values:
@@ -45,8 +44,7 @@ def check(words: Sequence[str]) -> str | None:
 def _check_options(command: Command, words: Sequence[str]) -> str | None:
     called = command.name
     if command.takes_recipe:  # its options are listed with a recipe
-        named = words[1:] and not words[1].startswith("-")
-        called += f" {words[1] if named else next(iter(grammar().recipes))}"
+        called += f" {words[1] if names_recipe(words) else grammar().default_recipe}"
     for place, word in enumerate(words):
         if not word.startswith("--") or word == "--help":
             continue

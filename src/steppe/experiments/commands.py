@@ -338,4 +338,5 @@ def _said_open(words: Sequence[str]) -> list[str]:
 
 
 def about(method: Method) -> str:
+    """Return what a method is, with the names of its arguments, for the help."""
     return method.summary + (f" ({', '.join(method.arguments)})" if method.arguments else "")

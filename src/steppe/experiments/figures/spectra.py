@@ -69,6 +69,7 @@ def mean_density(densities: Sequence[Density], x: Tensor, bandwidth: float) -> t
 
 
 def plot_eigenvalues(groups: Groups, styles: Mapping[str, Style], description: str) -> Figure:
+    """Draw the largest eigenvalues of each run, by their rank."""
     figure = Figure(figsize=(7.2, 4.2), layout="constrained")
     axes = figure.add_subplot()
     for label, solutions in groups.items():
