@@ -4,6 +4,7 @@ import warnings
 
 import pytest
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 
 import steppe
 from layouts import (
@@ -64,3 +65,17 @@ def without_own_module() -> str:
 
 def test_sharded_model_without_a_second_one_is_refused():
     assert start_ranks()(without_own_module) == ["raised", "raised"]
+
+
+def average_of_fsdp1(use_orig_params: bool) -> str:
+    model = FullyShardedDataParallel(network(), use_orig_params=use_orig_params, device_id=torch.device("cpu"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    for options in ({}, {"module": network()}):
+        with pytest.raises(TypeError, match=r"FSDP1.*fully_shard"):
+            EMA(model, optimizer, **options)
+    return "raised"
+
+
+@pytest.mark.parametrize("use_orig_params", [True, False])
+def test_average_of_fsdp1_is_refused(use_orig_params):
+    assert start_ranks()(average_of_fsdp1, use_orig_params) == ["raised", "raised"]

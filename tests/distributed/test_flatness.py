@@ -5,10 +5,13 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn.parallel import DistributedDataParallel
 
-from layouts import network
+from layouts import PartlySharded, fsdp, fully_shard, network, tensor_parallel
 from ranks import start_ranks
+from steppe._tensors.dtensor import is_sharded
 from steppe.flatness import (
     EmpiricalFisher,
     FiniteDifferenceHessian,
@@ -17,10 +20,14 @@ from steppe.flatness import (
     Objective,
     average_sharpness,
     batch_sharpness,
+    between,
     by_layer,
+    connect,
     density,
     eigenvalues,
+    interpolation,
     m_sharpness,
+    round_weights,
     sharpness,
     trace,
 )
@@ -169,3 +176,84 @@ def samples_of_first_part() -> str:
 
 def test_parts_lie_within_one_rank():
     assert start_ranks(2)(samples_of_first_part) == ["3", "3"]
+
+
+# Sharded weights.
+
+
+def gathered(model: nn.Module) -> nn.Module:
+    """Return a sharded model in which a forward without a backward has left the gathered weights."""
+    model = fully_shard(model, reshard_after_forward=False)
+    with torch.no_grad():
+        model(data()[0])
+    assert not any(map(is_sharded, model.parameters()))
+    return model
+
+
+def frozen(model: nn.Module) -> nn.Module:
+    """Return a model whose only sharded weights are frozen, as in LoRA on a sharded base."""
+    model = PartlySharded(model)
+    model.layers[0].requires_grad_(False)
+    assert not any(is_sharded(p) for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def frozen_without_hooks(model: nn.Module) -> nn.Module:
+    model = tensor_parallel(model)
+    model[3:].requires_grad_(False)
+    assert not any(is_sharded(p) for p in model.parameters() if p.requires_grad)
+    return model
+
+
+def fsdp1(model: nn.Module) -> nn.Module:
+    return FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+
+
+SHARDED = {
+    "FSDP2": fsdp,
+    "FSDP2 after a forward": gathered,
+    "FSDP2 of frozen weights": frozen,
+    "tensor parallelism": tensor_parallel,
+    "tensor parallelism of frozen weights": frozen_without_hooks,
+    "FSDP1": fsdp1,
+}
+
+
+def measure_sharded(layout: str) -> list[str]:
+    """Return the errors of all functions of ``steppe.flatness`` that take a model."""
+    model, o = SHARDED[layout](network()), Objective(network(), data(), loss=F.cross_entropy)
+    entries = [
+        lambda: Objective(model, data(), loss=F.cross_entropy),
+        lambda: Objective(model, data(), loss=F.cross_entropy, parameters=[next(iter(dict(model.named_parameters())))]),
+        lambda: between(o, model),
+        lambda: interpolation(o, model),
+        lambda: connect(o, model, total_steps=1),
+        lambda: round_weights(model, 4).__enter__(),
+    ]
+    if layout != "FSDP1":  # whose state dicts are full by default
+        entries.append(lambda: between(o, model.state_dict()))
+    messages = []
+    for entry in entries:
+        with pytest.raises(TypeError, match="is sharded") as error:
+            entry()
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.parametrize("layout", SHARDED)
+def test_sharded_weights_are_refused(layout):
+    for messages in start_ranks()(measure_sharded, layout):
+        assert all("gather them into a plain model" in message for message in messages)
+
+
+def loss_of_gathered_weights() -> Tensor:
+    state = get_model_state_dict(fsdp(network()), options=StateDictOptions(full_state_dict=True))
+    plain = network(seed=1)
+    plain.load_state_dict(state)
+    return Objective(plain, data(), loss=F.cross_entropy).loss()
+
+
+def test_gathered_weights_are_measured_as_those_of_one_process():
+    expected = objective().loss()
+    for found in start_ranks()(loss_of_gathered_weights):
+        torch.testing.assert_close(found, expected, **EXACT)

@@ -1,11 +1,13 @@
-"""DDP with a loss for the perturbation, GAM, and Eigen-SAM's eigenvector: replicas train as one process does."""
+"""Losses of the passes, GAM and Eigen-SAM's eigenvector: replicas train as one process does, shards or raise."""
 
 import pytest
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
+from torch.distributed.device_mesh import init_device_mesh
 
 import steppe
-from layouts import close, ddp, network, own_share, plain, samples, weights
+from layouts import LAYOUTS, close, ddp, fully_shard, network, own_share, plain, samples, weights
 from ranks import start_ranks
 from steppe import closures, variants
 
@@ -40,3 +42,67 @@ def test_replicas_equal_one_process(name):
     expected = train(plain, name)
     for found in start_ranks()(train, ddp, name):
         close(found, expected)
+
+
+def refusals(layout):
+    """Return the errors of the losses that differentiate by the parameters themselves."""
+    model = LAYOUTS[layout](network())
+    base = torch.optim.SGD(model.parameters(), lr=0.05)
+    sam, eigen_sam = steppe.SAM(base, 0.3, model=model), variants.eigen_sam(base, 0.3, model=model)
+    x, y = own_share(*samples(0))
+    criterion = closures.perturb_on(sam, weighted(C), weighted(C), loss_at_w=weighted(1 - C))
+    messages = []
+    for call in (
+        lambda: sam.step(lambda: criterion(model(x), y)),
+        lambda: closures.update_eigenvector(eigen_sam, lambda: F.cross_entropy(model(x), y)),
+    ):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        messages.append(str(error.value))
+    return messages
+
+
+@pytest.mark.parametrize("layout", ["fsdp2", "tensor parallel"])
+def test_losses_that_need_whole_gradients_are_refused_on_shards(layout):
+    for loss_at_w, eigenvector in start_ranks()(refusals, layout):
+        assert "loss_at_w with sharded parameters" in loss_at_w
+        assert "some of these are sharded" in eigenvector
+
+
+def train_on_frozen_shards(name, sharded):
+    """Return the trained weights after steps of a network of which a part is frozen, and sharded or not."""
+    model = network()
+    for layer in (model[0], model[5]):
+        layer.requires_grad_(False)
+        if sharded:
+            fully_shard(layer, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    base = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    if name == "update_eigenvector":
+        optimizer = variants.eigen_sam(base, 0.3, alpha=0.8, model=model)
+        x, y = samples(0)
+        return closures.update_eigenvector(optimizer, lambda: F.cross_entropy(model(x), y))
+    optimizer = steppe.SAM(base, 0.3, model=model)
+    if name == "perturb_on":
+        criterion = closures.perturb_on(optimizer, weighted(C), weighted(C), loss_at_w=weighted(1 - C))
+    else:
+        criterion = closures.functional(optimizer, F.cross_entropy)
+    for t in range(3):
+        x, y = samples(t)  # all samples on each rank: the gradients of weights that are not sharded are not averaged
+        optimizer.step(lambda x=x, y=y: criterion(model(x), y))
+    return [p.detach() for p in model.parameters() if p.requires_grad]
+
+
+@pytest.mark.parametrize("name", ["perturb_on", "functional"])
+def test_frozen_weights_may_be_sharded(name):
+    expected = train_on_frozen_shards(name, sharded=False)
+    for found in start_ranks()(train_on_frozen_shards, name, True):
+        close(found, expected)
+
+
+def eigenvector_of_frozen_shards():
+    with pytest.raises(RuntimeError, match="some of these are sharded"):
+        train_on_frozen_shards("update_eigenvector", sharded=True)
+
+
+def test_eigenvector_on_frozen_shards_is_refused():
+    start_ranks()(eigenvector_of_frozen_shards)

@@ -1,6 +1,5 @@
 """Processes that train one model: communication in a pass, and errors for engines that are not supported."""
 
-import sys
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
@@ -10,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from steppe._tensors.dtensor import is_sharded
+from steppe._tensors.dtensor import fsdp_modules, is_sharded
 
 
 class Ranks:
@@ -27,9 +26,8 @@ class Ranks:
     """
 
     def __init__(self, model: nn.Module | None, owned: Sequence[Tensor], *, per_rank: bool) -> None:
-        modules = list(model.modules()) if model is not None else []
-        _refuse_engines(modules, owned)
-        self._sharded: list[Any] = [m for m in modules if _is(m, "torch.distributed.fsdp", "FSDPModule")]
+        _refuse_engines(model, owned)
+        self._sharded: list[Any] = [] if model is None else fsdp_modules(model)
         self._replica = model if per_rank and isinstance(model, DistributedDataParallel) else None
         """The module, if each rank has its own perturbation; None if all ranks share one."""
         if per_rank and self._replica is None:
@@ -134,11 +132,11 @@ class ForbiddenMemory(dict[str, Any]):
         )
 
 
-def _refuse_engines(modules: Iterable[nn.Module], owned: Iterable[Tensor]) -> None:
-    for module in modules:
-        if _is(module, "torch.distributed.fsdp", "FullyShardedDataParallel"):
+def _refuse_engines(model: nn.Module | None, owned: Iterable[Tensor]) -> None:
+    if model is not None:
+        if fsdp_modules(model, version=1):
             _refuse_fsdp1()
-        if type(module).__module__.partition(".")[0] == "deepspeed":
+        if any(type(module).__module__.partition(".")[0] == "deepspeed" for module in model.modules()):
             _refuse_deepspeed()
     # Without model=, the engines show only in marks on their parameters; private names, checked by tests.
     for p in owned:
@@ -162,9 +160,3 @@ def _refuse_deepspeed() -> None:
         "protocol, so a second pass would be lost or counted twice. Use FSDP2 (torch.distributed.fsdp.fully_shard) or "
         "DistributedDataParallel with ZeroRedundancyOptimizer as the base, which both work"
     )
-
-
-def _is(module: nn.Module, package: str, name: str) -> bool:
-    """True if the module is an instance of a class whose package may not be imported."""
-    kind = getattr(sys.modules.get(package), name, None)
-    return kind is not None and isinstance(module, kind)

@@ -7,15 +7,16 @@ tensor: without sharding nothing costs time, not even an import.
 import sys
 from collections.abc import Callable, Sequence
 from itertools import chain
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 Placement: TypeAlias = tuple[Any, tuple[int, ...]]
 """A device mesh, and its dimensions along which a tensor is sharded."""
 
 _PLAIN = frozenset({Tensor, torch.nn.Parameter})
+_FSDP = {1: "FullyShardedDataParallel", 2: "FSDPModule"}
 
 
 def all_plain(*lists: Sequence[Tensor]) -> bool:
@@ -30,6 +31,23 @@ def is_sharded(tensor: Tensor) -> bool:
     # Read from sys.modules: an import would take a second where nothing is sharded.
     module = sys.modules.get("torch.distributed.tensor")
     return module is not None and isinstance(tensor, module.DTensor)
+
+
+def fsdp_modules(model: nn.Module, version: Literal[1, 2] = 2) -> list[Any]:
+    """Return the modules to which FSDP1 (``FullyShardedDataParallel``) or FSDP2 (``fully_shard``) was applied."""
+    kind = getattr(sys.modules.get("torch.distributed.fsdp"), _FSDP[version], None)
+    return [] if kind is None else [m for m in model.modules() if isinstance(m, kind)]
+
+
+def sharded_part(model: nn.Module) -> str | None:
+    """Return the name of a module or tensor of a model that is sharded, frozen ones included; None if none is.
+
+    The parameters alone do not tell: after a forward without a backward, those of FSDP2 are the gathered weights.
+    """
+    wrapped = {*fsdp_modules(model, 1), *fsdp_modules(model, 2)}
+    modules = (name or type(module).__name__ for name, module in model.named_modules() if module in wrapped)
+    tensors = chain(model.named_parameters(), model.named_buffers())
+    return next(chain(modules, (name for name, tensor in tensors if is_sharded(tensor))), None)
 
 
 def local(tensor: Tensor, like: Tensor | None = None) -> Tensor:

@@ -1,10 +1,9 @@
 """The tensors of a model and of its average, and the copy of a model that an average begins with."""
 
 import copy
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from types import FunctionType, MethodType
+from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
-from steppe._tensors.dtensor import all_plain, local
+from steppe._tensors.dtensor import all_plain, fsdp_modules, local
 from steppe._tensors.in_place import copy_
 
 _STATISTICS = ("running_mean", "running_var")
@@ -20,7 +19,16 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def whole_module(model: nn.Module) -> nn.Module:
-    """Return the module inside of ``DistributedDataParallel`` and of ``torch.compile``."""
+    """Return the module inside of ``DistributedDataParallel`` and of ``torch.compile``.
+
+    Raises:
+        TypeError: A model of FSDP1.
+    """
+    if fsdp_modules(model, version=1):
+        raise TypeError(
+            "FullyShardedDataParallel (FSDP1) replaces the parameters by flat shards for every forward, so they cannot "
+            "be averaged: shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
+        )
     while True:
         inner = model.module if isinstance(model, DistributedDataParallel | DataParallel) else None
         inner = getattr(model, "_orig_mod", None) if inner is None else inner  # a private name, torch.compile's
@@ -40,7 +48,7 @@ def copy_of(model: nn.Module, device: torch.device | str | int | None) -> nn.Mod
             "the model has lazy parameters without a shape, which cannot be averaged: run one forward before you make "
             "the average"
         )
-    if is_fsdp(model):
+    if fsdp_modules(model):
         raise ValueError(
             "a model of fully_shard (FSDP2) cannot be copied: make a second one in the same way, and pass it as module="
         )
@@ -55,13 +63,6 @@ def copy_of(model: nn.Module, device: torch.device | str | int | None) -> nn.Mod
             )
     twin._apply(lambda t: t.float() if t.dtype in _HALF else t)  # type: ignore[no-untyped-call]
     return twin if device is None else twin.to(device)
-
-
-def is_fsdp(model: nn.Module) -> bool:
-    """True if ``fully_shard`` was applied to a part of the model."""
-    module = sys.modules.get("torch.distributed.fsdp")  # an import would take a second where nothing is sharded
-    kind = getattr(module, "FSDPModule", None)
-    return kind is not None and any(isinstance(m, kind) for m in model.modules())
 
 
 def _refers_to(function: Any, modules: set[int], depth: int = 8) -> bool:
@@ -182,7 +183,5 @@ def drop_cached(module: nn.Module) -> None:
 
 def reshard(module: nn.Module) -> None:
     """Make the sharded weights the parameters again: FSDP2 keeps gathered ones after a forward without a backward."""
-    if is_fsdp(module):
-        for part in module.modules():
-            if isinstance(free := getattr(part, "reshard", None), MethodType):
-                free()
+    for part in fsdp_modules(module):
+        part.reshard()

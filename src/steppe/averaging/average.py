@@ -48,7 +48,7 @@ class Average(AveragedModel):
             deep copy of the model.
 
     Raises:
-        TypeError: The optimizer runs no step hooks, or is the base of a SAM.
+        TypeError: The optimizer runs no step hooks, or is the base of a SAM; or a model of FSDP1.
         ValueError: ``start`` or ``every`` out of range; a model that cannot be copied.
         RuntimeError: A step of the optimizer is pending, so that the weights may be perturbed.
     """

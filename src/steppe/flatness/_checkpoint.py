@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from steppe.flatness._forward import check_not_sharded
 from steppe.flatness.objective import Objective
 
 Other: TypeAlias = nn.Module | Mapping[str, Tensor] | Tensor
@@ -31,10 +32,11 @@ def read_checkpoint(objective: Objective, other: Other) -> Checkpoint:
     """Read another checkpoint, and check that it belongs to the same network.
 
     Raises:
-        TypeError: ``other`` is not a model, a state dict or a vector.
+        TypeError: ``other`` is sharded, or not a model, a state dict or a vector.
         ValueError: Other names or shapes, or a difference in parameters that are not among the weights.
     """
     if isinstance(other, Tensor):
+        check_not_sharded({"other": other})
         return Checkpoint(objective.flatten(objective.unflatten(other.detach())), {})
     theirs, ours = _named_tensors(other), _all_names(objective.model)
     needed = {k for k, _ in objective.model.named_parameters()} | (
@@ -61,8 +63,10 @@ def _named_tensors(other: nn.Module | Mapping[str, Tensor]) -> dict[str, Tensor]
     if isinstance(other, DistributedDataParallel):
         other = other.module
     if isinstance(other, nn.Module):
+        check_not_sharded(other)
         return _all_names(other)
     if isinstance(other, Mapping):
+        check_not_sharded(other)
         return {k: v for k, v in other.items() if isinstance(v, Tensor) and not k.endswith("_extra_state")}
     raise TypeError(f"other is {type(other).__name__}: pass a model, its state dict, or its weights as a vector (n,)")
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from steppe._tensors.dtensor import is_sharded
+from steppe._tensors.dtensor import is_sharded, sharded_part
 from steppe.flatness._batches import cast
 from steppe.flatness._isolation import evaluation_mode
 
@@ -147,12 +147,25 @@ def loss_of_outputs(loss: Loss) -> Callable[[nn.Module, Any], Evaluated]:
     return evaluate_loss
 
 
+def check_not_sharded(network: nn.Module | Mapping[str, Tensor]) -> None:
+    """Raise TypeError if a part of a model or state dict is sharded, also a frozen one, which the forward runs, too."""
+    if isinstance(network, nn.Module):
+        part = sharded_part(network)
+    else:
+        part = next((name for name, tensor in network.items() if is_sharded(tensor)), None)
+    if part is not None:
+        raise TypeError(
+            f"{part} is sharded (FSDP, tensor parallelism), but flatness is measured on full tensors: gather them into "
+            "a plain model (torch.distributed.checkpoint.state_dict.get_model_state_dict with full_state_dict=True)"
+        )
+
+
 def select_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
     """Return the named parameters, by default all that require a gradient, in the model's order.
 
     Raises:
         ValueError: An unknown name, or no parameters.
-        TypeError: Sharded, complex or integer parameters.
+        TypeError: Complex or integer parameters.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
     if unknown := set(names or ()) - set(parameters):
@@ -163,11 +176,6 @@ def select_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str
             f"{type(model).__name__} has no parameter that requires a gradient: name some with parameters="
         )
     for name, p in found.items():
-        if is_sharded(p):
-            raise TypeError(
-                f"{name} is sharded, but flatness is measured on full tensors: gather them into a plain model "
-                "(torch.distributed.checkpoint.state_dict.get_model_state_dict, full_state_dict=True)"
-            )
         if p.is_complex() or not p.is_floating_point():
             raise TypeError(f"{name} is {p.dtype}, but the Hessian is that of real floating-point weights")
     return found

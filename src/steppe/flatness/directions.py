@@ -85,7 +85,7 @@ def between(objective: Objective, other: Other) -> Tensor:
         The direction, (n,), of the objective's dtype.
 
     Raises:
-        TypeError: ``other`` is not a model, a state dict or a vector.
+        TypeError: ``other`` is sharded, or not a model, a state dict or a vector.
         ValueError: Other names or shapes, or a difference in parameters that are not among the weights.
 
     Example:

@@ -70,7 +70,7 @@ def interpolation(
         A :class:`Line`.
 
     Raises:
-        TypeError: ``other`` is not a model, a state dict or a vector.
+        TypeError: ``other`` is sharded, or not a model, a state dict or a vector.
         ValueError: Other names or shapes, or a vector for a model that needs running statistics.
 
     Example:

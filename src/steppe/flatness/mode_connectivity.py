@@ -89,7 +89,7 @@ def connect(objective: Objective, other: Other, *, total_steps: int = 1000, lr: 
         A :class:`Curve`.
 
     Raises:
-        TypeError: ``other`` is not a model, a state dict or a vector.
+        TypeError: ``other`` is sharded, or not a model, a state dict or a vector.
         ValueError: Other names or shapes, a gradient that is not finite, or ``total_steps`` or ``lr`` out of range.
 
     Example:

@@ -20,6 +20,7 @@ from steppe.flatness._forward import (
     Evaluated,
     Loss,
     PlacedLoss,
+    check_not_sharded,
     derivatives,
     loss_of_outputs,
     select_parameters,
@@ -69,7 +70,7 @@ class Objective:
         progress: (stage, passes) -> None, called after each pass over the data.
 
     Raises:
-        TypeError: Sharded or complex parameters, or ``data`` is an iterator.
+        TypeError: A model of which a part is sharded, complex parameters, or ``data`` is an iterator.
         ValueError: No parameters or an unknown name; both ``loss`` and ``evaluate``, or neither for a pair of tensors.
 
     Example:
@@ -100,6 +101,7 @@ class Objective:
     ) -> None:
         if batch_norm not in ("eval", "train"):
             raise ValueError(f"batch_norm={batch_norm!r}: choose 'eval' (running statistics) or 'train' (the batch's)")
+        check_not_sharded(model)
         self.group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.batch_norm, self.seed = batch_norm, seed

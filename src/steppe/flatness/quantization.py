@@ -6,6 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from steppe.flatness._forward import check_not_sharded
+
 
 def rounded(weights: Tensor, bits: int, *, per_channel: bool = False) -> Tensor:
     """Return the nearest multiples of a step, from -(2^(bits-1) - 1) to 2^(bits-1) - 1 steps.
@@ -36,7 +38,12 @@ def round_weights(model: nn.Module, bits: int, *, per_channel: bool = False) -> 
 
     Weight matrices are the floating-point parameters of two dimensions and more: of linear layers, convolutions and
     embeddings, but not biases and the scales of normalization layers. Gradients are left as they are.
+
+    Raises:
+        TypeError: A part of the model is sharded.
+        ValueError: ``bits`` is below 2.
     """
+    check_not_sharded(model)
     matrices = [p for p in model.parameters() if p.dim() >= 2 and p.is_floating_point()]
     saved = [(p, p.detach().clone()) for p in matrices]
     try:

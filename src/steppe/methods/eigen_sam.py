@@ -13,6 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 from steppe._engine.distributed import average_over_
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import parameters_of
+from steppe._tensors.dtensor import sharded_part
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import one_number
 from steppe.methods._options import Base, Options, Rho
@@ -95,7 +96,7 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     Raises:
         TypeError: The optimizer has no perturbation ``EigenvectorAligned``.
         ValueError: The loss is not one number, ``iterations`` is below 1, or parameters are complex.
-        RuntimeError: Called in the middle of a step, or with sharded parameters.
+        RuntimeError: Called in the middle of a step, or with sharded weights, frozen ones included.
 
     Example:
         >>> w = nn.Parameter(torch.ones(2))
@@ -121,9 +122,11 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     if engine.stage not in (Stage.IDLE, Stage.INCOMPLETE):
         raise RuntimeError(f"update_eigenvector was called {engine.stage.value}: call it between two steps, at w")
     parameters = list(dict.fromkeys(p for p in parameters_of(optimizer.base) if p.requires_grad))
-    if any(map(is_sharded, parameters)):
+    model = optimizer.model
+    # frozen weights as well: FSDP frees them after a derivative, and a product with the Hessian takes several
+    if any(map(is_sharded, parameters)) or (model is not None and sharded_part(model) is not None):
         raise RuntimeError(
-            "update_eigenvector works on whole parameters, and these are sharded: use DDP, or steppe.SAM"
+            "update_eigenvector works on whole weights, and some of these are sharded: use DDP, or steppe.SAM"
         )
     if any(p.is_complex() for p in parameters):
         raise ValueError("update_eigenvector needs real parameters, and some are complex: use steppe.SAM")
@@ -132,7 +135,6 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     drawn = normal("EigenvectorAligned", 0, engine.steps, v)
     is_new = norm(v) == 0
     v = [torch.where(is_new.to(old.device), new, old) for old, new in zip(v, drawn, strict=True)]
-    model = optimizer.model
     evaluation = nullcontext() if model is None else evaluation_mode(model, train_norms=False)
     with torch.enable_grad(), evaluation, _unsynchronized(model):
         gradient = derivatives(one_number(loss()), parameters, create_graph=True)
