@@ -1,9 +1,9 @@
 """The method cards: complete, and in agreement with the code. Each test runs for all cards of the registry."""
 
-import dataclasses
 import inspect
 import re
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -14,8 +14,8 @@ import memory
 import steppe
 from steppe import closures, papers
 from steppe.experiments.config.methods import METHODS
-from steppe.methods._card import MethodCard
-from steppe.methods.cards import card, verified
+from steppe.methods._card import VERIFIED, MethodCard, Verified
+from steppe.methods.cards import card, index
 from steppe.methods.registry import CARDS, FUNCTIONS
 from steppe.papers import Paper
 
@@ -57,19 +57,17 @@ def base_of(network: nn.Module) -> torch.optim.Optimizer:
     return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=0.01, momentum=0.9)
 
 
-@pytest.mark.parametrize(
-    ("text", "short"),
-    [
-        ("The official code, https://a.b: 20 steps in float64 agree.", "official code, same steps"),
-        ("The official code was read. Third-party implementations agree on g^2.", "official code, read"),
-        ("No code by the authors was found. Another port agrees (2e-11).", "other code, same steps"),
-        ("Two third-party implementations disagree.", "other code, read"),
-        ("Only the paper's abstract was read.", "texts only"),
-        ("Not compared with other code.", "nothing else"),
-    ],
-)
-def test_what_a_method_was_verified_against_in_few_words(text, short):
-    assert verified(dataclasses.replace(CARDS["sam"], checked=text)) == short
+@each
+def test_what_a_method_was_verified_against_is_a_word_of_the_table_and_a_sentence_of_its_page(name):
+    method = CARDS[name]
+    (row,) = (line for line in index().splitlines() if line.startswith("|") and f"]({name}.md) |" in line)
+    assert f"| {method.verified} |" in row
+    assert f"## Checked against\n\n{VERIFIED[method.verified]}" in card(name)
+    assert method.checked or method.verified == "nothing else"
+
+
+def test_each_word_for_what_was_verified_has_its_sentence():
+    assert set(VERIFIED) == set(get_args(Verified))
 
 
 @each

@@ -5,7 +5,8 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from fractions import Fraction
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -21,6 +22,26 @@ TOTAL_STEPS = "the number of optimizer steps in the training"
 NO_CODE = "No code by the authors was found to compare with."
 USUAL_RATIO = "the ratio of the usual values"
 FIRST_GUESS = "a first guess, not measured"
+
+Verified = Literal[
+    "official code, same steps",
+    "official code, read",
+    "other code, same steps",
+    "other code, read",
+    "texts only",
+    "nothing else",
+]
+VERIFIED: Mapping[Verified, str] = MappingProxyType(
+    {
+        "official code, same steps": "The official code was run, and takes the same steps.",
+        "official code, read": "The official code was read.",
+        "other code, same steps": "Other code than the authors' was run, and takes the same steps.",
+        "other code, read": "Other code than the authors' was read.",
+        "texts only": "Only texts were read, no code.",
+        "nothing else": "Not compared with other code.",
+    }
+)
+"""What an implementation can be verified against, and the sentence that says so on the card's page."""
 
 
 @dataclass(frozen=True)
@@ -82,10 +103,12 @@ class MethodCard:
     """When not to use it."""
     usual: Mapping[str, str]
     """Each hyperparameter with its usual values in the literature."""
-    checked: str
-    """What the implementation was compared with, the differences, and their reasons."""
+    verified: Verified
+    """What it was compared with beside the tests' reference in the paper's notation; VERIFIED says it in a sentence."""
     caveats: Sequence[str]
     """What surprises a user, one sentence or two each."""
+    checked: str = ""
+    """Where that code or text is, the differences from it, and their reasons."""
     required: Mapping[str, Any] = field(default_factory=dict)
     """Arguments without a default, with the values of an example."""
     short_run: Mapping[str, Any] = field(default_factory=dict)

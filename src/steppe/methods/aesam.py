@@ -139,6 +139,7 @@ CARD = MethodCard(
         "lambda_2": "1",
         "delta": "0.9",
     },
+    verified="other code, read",
     checked=f"The formulas as transcribed publicly in https://github.com/junaidaliop/zij. {NO_CODE} mu and sigma "
     "start from 0 here.",
     caveats=(

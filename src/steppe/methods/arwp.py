@@ -151,8 +151,9 @@ CARD = MethodCard(
         "eta": "0.1 in the script, 1 by default (official code)",
         "beta": "0.99 in the script, 0.9 by default (official code)",
     },
-    checked="The official code, https://github.com/nblt/mARWP, was read: its `ARWP` has this formula. The sum v_f of a "
-    "bias is that of each entry. The body of the paper was not read.",
+    verified="official code, read",
+    checked="https://github.com/nblt/mARWP: its `ARWP` has this formula. The sum v_f of a bias is that of each entry. "
+    "The body of the paper was not read.",
     caveats=(
         "This function keeps rho constant: add `steppe.rho_schedule.CosineRho(optimizer, total_steps, end=11 * rho)`.",
         "v depends on the size of the loss: a mean over the batch. With a loss scaler, give `scaler=`.",

@@ -115,8 +115,9 @@ CARD = MethodCard(
         "ascent_steps": "1",
         "only": "all parameters",
     },
-    checked="The official code, https://github.com/SamsungLabs/ASAM: weights agree (2e-16). Theirs uses T = 1 for "
-    'parameters that are not called "weight"; here, as in the paper\'s formula, T is the same for all.',
+    verified="official code, same steps",
+    checked="https://github.com/SamsungLabs/ASAM: weights agree (2e-16). Theirs uses T = 1 for parameters that are "
+    'not called "weight"; here, as in the paper\'s formula, T is the same for all.',
     caveats=("A weight at zero is perturbed in proportion to eta only, and with eta = 0 not at all.",),
     comparison=Comparison(
         summary=f"perturbs in proportion to the weights, at 10 x rho ({USUAL_RATIO})",

@@ -31,7 +31,8 @@ CARD = MethodCard(
     when="To measure whether one step of the inner maximization is too few; around any perturbation.",
     when_not="At equal compute without a measurement: each ascent step is a further pass.",
     usual={"ascent_steps": "1 is SAM; 2 and more", "alpha": "1 / ascent_steps, which never leaves the ball"},
-    checked="Not compared with other code. The SAM paper's appendix compares several steps with one.",
+    verified="nothing else",
+    checked="The SAM paper's appendix compares several steps with one.",
     caveats=("An alpha above 1 / ascent_steps needs the projection, which is known for `L2` only.",),
     build_example=_sam_with_ascent_steps,
     usage_code="optimizer = steppe.variants.sam(base, ascent_steps=2, model=model)\n"

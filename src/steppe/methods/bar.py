@@ -240,8 +240,9 @@ CARD = MethodCard(
         "compare": '"gradients" (nBAR), slightly better than "weights" (oBAR) in the paper',
         "total_steps": f"{TOTAL_STEPS}; the authors choose among linear, cosine and constant schedules",
     },
-    checked="Algorithms 2 and 3 of the paper, read in full: the same factors and the same conditions. Which of the two "
-    "is the paper's x matters only where both sides are equal. The authors' repository, "
+    verified="texts only",
+    checked="Algorithms 2 and 3 of the paper, read in full: the same factors and the same conditions. Which of the "
+    "two is the paper's x matters only where both sides are equal. The authors' repository, "
     "https://github.com/BingcongLi/BAR, held a license and no code. With several learning rates (LoRA+) each factor "
     "has its own, where the paper has one.",
     caveats=(

@@ -315,9 +315,10 @@ CARD = MethodCard(
         "damping": "0.1 (official code)",
         "scale": "unverified",
     },
-    checked="The official code (JAX), https://github.com/team-approx-bayes/bayesian-sam, was read: it updates w with "
-    "the scale before its own update, where the paper's algorithm and this one use the scale after it, and keeps the "
-    "running statistics of the second pass.",
+    verified="official code, read",
+    checked="https://github.com/team-approx-bayes/bayesian-sam (JAX): it updates w with the scale before its own "
+    "update, where the paper's algorithm and this one use the scale after it, and keeps the running statistics of the "
+    "second pass.",
     caveats=(
         "rho multiplies g / s without a norm: it cannot be compared with SAM's.",
         "The loss that a step returns is that at w + n.",

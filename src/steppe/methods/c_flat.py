@@ -123,8 +123,9 @@ CARD = MethodCard(
     when="In continual learning, to measure what first-order flatness adds to SAM.",
     when_not="At equal compute without a measurement: a step costs twice that of SAM.",
     usual={"rho": "0.2 (official code)", "lamb": "0.2 (official code); 0 is SAM"},
-    checked="The official code, https://github.com/WanNaa/C-Flat: 20 steps in float64 agree. With several workers, it "
-    "perturbs each along its own gradient. Its passes are those of `gam` with rho' = rho; the update is not GAM's.",
+    verified="official code, same steps",
+    checked="https://github.com/WanNaa/C-Flat: 20 steps in float64 agree. With several workers, it perturbs each "
+    "along its own gradient. Its passes are those of `gam` with rho' = rho; the update is not GAM's.",
     caveats=("`first_step()` and `second_step()` are an error.",),
     comparison=Comparison(summary="adds the gradient of the largest gradient norm to SAM's, at SAM's rho"),
 )

@@ -4,7 +4,6 @@ All measured numbers come from measured.json, which scripts/make_cards.py writes
 """
 
 import json
-import re
 import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
@@ -13,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 from steppe.methods._absent import absent_methods
-from steppe.methods._card import MethodCard, plain_base
+from steppe.methods._card import VERIFIED, MethodCard, plain_base
 from steppe.methods.registry import CARDS
 from steppe.papers import SAM as SAM_PAPER
 from steppe.papers import Paper
@@ -55,7 +54,7 @@ def card(name: str) -> str:
     lines += ["## Hyperparameters", "", *_hyperparameters(method), ""]
     lines += ["## Cost and memory", "", *_cost(method), ""]
     lines += ["## Measured", "", *_results(method), ""]
-    lines += ["## Checked against", "", *_wrap(method.checked), ""]
+    lines += ["## Checked against", "", *_wrap(f"{VERIFIED[method.verified]} {method.checked}"), ""]
     caveats = [*method.caveats, *([_BATCH_NORM] if _has_second_pass(method) else [])]
     lines += ["## Caveats", "", *(line for caveat in caveats for line in _item(caveat)), ""]
     own = [paper for paper in method.papers if paper != SAM_PAPER] or [SAM_PAPER]
@@ -97,7 +96,7 @@ def index() -> str:
             memory(name),
             method.when,
             evidence(method),
-            verified(method),
+            method.verified,
             f"[{method.paper.short}]({method.paper.url})",
         )
         lines.append(f"| {' | '.join(cells)} |")
@@ -136,23 +135,6 @@ def evidence(method: MethodCard) -> str:
             else:
                 found.append(f"{runs} runs: {', '.join(verdicts) or 'no difference beyond chance'}")
     return "; ".join(dict.fromkeys(found)) or "not measured"
-
-
-def verified(method: MethodCard) -> str:
-    """Return in few words what code or text the method was compared with, from the card's longer answer.
-
-    Example:
-        >>> from steppe.methods.msam import CARD
-        >>> verified(CARD)
-        'official code, same steps'
-    """
-    text = method.checked
-    same = "same steps" if re.search(r"\bagrees?\b(?! on)", text) else "read"
-    if "fficial code" in text:
-        return f"official code, {same}"
-    if same == "same steps" or re.search("implementation|transcribed", text):
-        return f"other code, {same}"
-    return "nothing else" if re.search("Not compared|No paper", text) else "texts only"
 
 
 def memory(name: str) -> str:

@@ -156,10 +156,11 @@ CARD = MethodCard(
         "drop": "0.5, by cosine",
         "interval": "5 epochs in the official code",
     },
-    checked="The official code, https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization, was read. It uses a "
-    "new mask from the next step on; here the same step already uses it, with the gradient that chose it. It also "
-    "exchanges after step 0, where the random mask is still new; here the first exchange is at step `interval`. After "
-    "20 steps in float64, with an exchange at every fifth, both together make the weights differ by 1 %.",
+    verified="official code, read",
+    checked="https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization uses a new mask from the next step on; "
+    "here the same step already uses it, with the gradient that chose it. It also exchanges after step 0, where the "
+    "random mask is still new; here the first exchange is at step `interval`. After 20 steps in float64, with an "
+    "exchange at every fifth, both together make the weights differ by 1 %.",
     caveats=(
         "rho is the radius before masking: e is shorter.",
         "A perturbation for each micro-batch (`closures.micro_batches`) is an error: they would exchange one mask.",

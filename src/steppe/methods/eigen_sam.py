@@ -246,9 +246,10 @@ CARD = MethodCard(
         "alpha": "0.2 in the authors' example; 0 is SAM",
         "iterations": "5 (official code), every 100 steps",
     },
-    checked="The official code, https://github.com/RitianLuo/EigenSAM: the eigenvector and e agree in float64. Before "
-    "the first eigenvector, it perturbs by rho g, without a norm; here it is SAM's e. X-SAM (arXiv 2601.10251), which "
-    "corrects g_s along v, is not offered: neither its formula nor its authors' code could be read.",
+    verified="official code, same steps",
+    checked="https://github.com/RitianLuo/EigenSAM: the eigenvector and e agree in float64. Before the first "
+    "eigenvector, it perturbs by rho g, without a norm; here it is SAM's e. X-SAM (arXiv 2601.10251), which corrects "
+    "g_s along v, is not offered: neither its formula nor its authors' code could be read.",
     caveats=(
         "Without calls of `closures.update_eigenvector`, it is SAM. One update costs a gradient and `iterations` "
         "products with the Hessian, beyond the two passes of each step.",

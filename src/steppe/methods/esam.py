@@ -235,12 +235,13 @@ CARD = MethodCard(
     when="To save a part of SAM's second pass, if the loss of each sample is available.",
     when_not="With a method whose only pass is at w + e (`msam`, `rwp`): there are no losses at w to compare with.",
     usual={"rho": "0.05 to 0.2", "beta": "0.5 to 0.6", "gamma": "0.5"},
-    checked="The official code, https://github.com/dydjw9/Efficient_SAM, was read: a forward without gradients over "
-    "all samples at w + e, then forward and backward on the selected. In the paper, |B+| = gamma |B|, and so it is "
-    "here: 16 of 32 with gamma = 0.5. The code selects one sample less, those above the smallest of the largest "
-    "rises. After 20 steps in float64, this one sample of 16 makes the weights differ by 7 %. The code draws whole "
-    "tensors, and leaves the others out of the next first pass; here each weight is drawn, and both passes "
-    "are full (`steppe.Stochastic(..., whole=True)` draws tensors).",
+    verified="official code, read",
+    checked="https://github.com/dydjw9/Efficient_SAM: a forward without gradients over all samples at w + e, then "
+    "forward and backward on the selected. In the paper, |B+| = gamma |B|, and so it is here: 16 of 32 with gamma = "
+    "0.5. The code selects one sample less, those above the smallest of the largest rises. After 20 steps in float64, "
+    "this one sample of 16 makes the weights differ by 7 %. The code draws whole tensors, and leaves the others out "
+    "of the next first pass; here each weight is drawn, and both passes are full (`steppe.Stochastic(..., "
+    "whole=True)` draws tensors).",
     caveats=(
         "The update gradient is no longer an unbiased estimate of the batch's; this is intended.",
         "e is SAM's on average, and longer than rho.",

@@ -102,10 +102,10 @@ CARD = MethodCard(
     when="To measure the radius in the metric of the Fisher information; the formula is unverified.",
     when_not="With a loss scaler, or a loss that is not a mean over the batch: eta depends on the scale of the loss.",
     usual={"rho": "unverified", "eta": "1 in three third-party implementations; the paper's is unknown"},
-    checked="No code by the authors was found, and only the paper's abstract was read: its eta, rho and estimate "
-    "of F are unverified. Three third-party implementations agree on g^2 and 1 / (1 + eta g^2), but not on the "
-    "normalization: one has it over all parameters, as here, one in each tensor, and one makes the length of e "
-    "rho.",
+    verified="other code, read",
+    checked="No code by the authors was found, and only the paper's abstract was read: its eta, rho and estimate of F "
+    "are unverified. Three third-party implementations agree on g^2 and 1 / (1 + eta g^2), but not on the "
+    "normalization: one has it over all parameters, as here, one in each tensor, and one makes the length of e rho.",
     caveats=(
         "g^2 of one batch's gradient is used as the Fisher information: one batch, no average.",
         "With `passes(accumulate=True)`, give the share of each micro-batch, `loss_weight=`.",

@@ -136,10 +136,10 @@ CARD = MethodCard(
     when_not="With few tokens a batch, where drawing the noise takes as long as the pass; with a quantized base; with "
     "DoRA.",
     usual={"rho": "0.05, in the authors' script", "total_steps": f"{TOTAL_STEPS}, as in the paper"},
-    checked="The official code, https://github.com/nblt/Flat-LoRA, was read: the same formula and schedule, and the "
-    "filters of the merged weight, too. It draws from a global generator and subtracts e from W0, which is off in the "
-    "last bits; here W0 is not written. It counts micro-batches in t, and its noise is that of linear layers: filters "
-    "of convolutions are ours.",
+    verified="official code, read",
+    checked="https://github.com/nblt/Flat-LoRA: the same formula and schedule, and the filters of the merged weight, "
+    "too. It draws from a global generator and subtracts e from W0, which is off in the last bits; here W0 is not "
+    "written. It counts micro-batches in t, and its noise is that of linear layers: filters of convolutions are ours.",
     caveats=(
         "Without `total_steps` the radius is constant.",
         "Ranks of DistributedDataParallel draw the same noise.",

@@ -104,7 +104,7 @@ CARD = MethodCard(
     when="When a second pass over the whole batch is too expensive; around any perturbation.",
     when_not="With `aesam`, whose cadence needs g first; without shuffled data.",
     usual={"fraction": "0.25 (Bahri et al.)"},
-    checked="Not compared with other code.",
+    verified="nothing else",
     caveats=(
         "BatchNorm's running statistics and the reported loss are those of the fraction.",
         "A step without perturbation uses the whole batch.",

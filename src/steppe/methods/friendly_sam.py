@@ -121,9 +121,10 @@ CARD = MethodCard(
     when="With small batches, whose gradients have a large batch-specific part.",
     when_not="With full batches: d is then only the recent change of g.",
     usual={"rho": "0.2 (official code)", "sigma": "1", "lmbda": "0.6, 0.9 or 0.95 (official code)"},
-    checked="The official code, https://github.com/nblt/F-SAM, was read: it subtracts the m of the step before, and "
-    "starts it from the first gradient. For sigma = 1, d has the same direction with either m once the start is "
-    "forgotten: the cosine of the two at steps 1, 10 and 20 is 0.58, 0.90 and 0.99 for lambda = 0.9.",
+    verified="official code, read",
+    checked="https://github.com/nblt/F-SAM: it subtracts the m of the step before, and starts it from the first "
+    "gradient. For sigma = 1, d has the same direction with either m once the start is forgotten: the cosine of the "
+    "two at steps 1, 10 and 20 is 0.58, 0.90 and 0.99 for lambda = 0.9.",
     caveats=("The mean is updated at perturbed steps only.",),
     comparison=Comparison(
         summary="perturbs along the batch-specific part of the gradient, at SAM's rho", capturable=True

@@ -207,6 +207,7 @@ CARD = MethodCard(
     when_not="With a method without a pass at w, or with several updates at w + e (`msam`, `rwp`, `sampa`, "
     "`lookbehind_sam`): there is no derivative at w, and this is an error.",
     usual={},
+    verified="other code, read",
     checked="No code by the authors was found, and of the paper only the abstract was read. The equation is that of "
     "two independent third-party sources, a description and an implementation: dL/df at w, J at w + e, e of SAM. The "
     "paper also preconditions e. This is not offered, because its formula could not be read: the one implementation "

@@ -262,9 +262,10 @@ CARD = MethodCard(
         "beta3": "1 (official code)",
         "gamma": "0.03 (official code)",
     },
-    checked="The official code, https://github.com/xxgege/GAM: 20 steps in float64 agree. It is the accelerated form, "
-    "which the authors released; that with Hessian-vector products is not offered. Its option `adaptive` is not "
-    "offered, and with several workers it perturbs each along its own gradient.",
+    verified="official code, same steps",
+    checked="https://github.com/xxgege/GAM: 20 steps in float64 agree. It is the accelerated form, which the authors "
+    "released; that with Hessian-vector products is not offered. Its option `adaptive` is not offered, and with "
+    "several workers it perturbs each along its own gradient.",
     caveats=(
         "With beta1 = beta3 = 1, the update gradient is about twice as long as SAM's: with SGD, try half the "
         "learning rate.",

@@ -118,10 +118,11 @@ CARD = MethodCard(
         "rho": "proportional to the learning rate: `steppe.rho_schedule.ProportionalRho`",
         "alpha": "0.4 in the authors' CIFAR-10 example (0.2 in an earlier version of it); 0 is SAM",
     },
-    checked="The official code was read, PyTorch (https://github.com/juntang-zhuang/GSAM) and JAX. The former adds "
-    "1e-12 to its denominators, and with several workers decomposes each worker's own gradient; here, as in the "
-    "paper, the gradient that the base gets is decomposed. The latter also offers to decompose g_s along g, "
-    "which the paper does not have.",
+    verified="official code, read",
+    checked="It is in PyTorch (https://github.com/juntang-zhuang/GSAM) and in JAX. The former adds 1e-12 to its "
+    "denominators, and with several workers decomposes each worker's own gradient; here, as in the paper, the "
+    "gradient that the base gets is decomposed. The latter also offers to decompose g_s along g, which the paper does "
+    "not have.",
     caveats=("This function keeps rho constant: add the schedule.",),
     comparison=Comparison(summary="reduces the surrogate gap too, at SAM's rho", capturable=True),
 )

@@ -109,8 +109,9 @@ CARD = MethodCard(
         "start": "0.875 in the paper's first figure (175 of 200 epochs); 150 of 160 epochs in the script",
         "total_steps": TOTAL_STEPS,
     },
-    checked="The official code, https://github.com/zzp1012/SAM-in-Late-Phase, was read: at the switch it changes "
-    "to a second optimizer, whose momentum starts at zero; here the base's momentum continues.",
+    verified="official code, read",
+    checked="https://github.com/zzp1012/SAM-in-Late-Phase: at the switch it changes to a second optimizer, whose "
+    "momentum starts at zero; here the base's momentum continues.",
     caveats=(
         "Steps beyond `total_steps` are perturbed.",
         "A short `start` is also the safeguard of Park et al. (arXiv 2509.21818): SAM with a large rho can stop at "

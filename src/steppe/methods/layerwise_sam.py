@@ -84,6 +84,7 @@ CARD = MethodCard(
     when="When layers differ much in scale, and one radius does not fit all.",
     when_not="To reproduce a paper: it is unclear which form the paper uses.",
     usual={"rho": "unverified", "relative": "unverified"},
+    verified="other code, read",
     checked="No code by the authors was found, and only the paper's abstract was read. Two third-party "
     "implementations disagree: one has rho g_l / |g_l|, the other rho |w_l| g_l / |g_l|^2, which perturbs more the "
     "smaller the gradient is. It is unknown which one is right.",

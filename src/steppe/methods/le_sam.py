@@ -118,9 +118,10 @@ CARD = MethodCard(
         "rho": "0.35, the paper's sigma (official code): rising in 10 epochs, by a cosine to 0 in the last 40 of 200",
         "rho_max": "0.3 (default of the official training), 999 (its README)",
     },
-    checked="The official code, https://github.com/smithgun2005/LE-SAM-ICML2026: 20 steps agree to 1e-11. It adds "
-    "1e-12 to the norm and to its square. Its options for a part of the samples (`lesam_topk`) and for g_s - alpha g "
-    "(`lesam_alpha`) are off by default, and are not offered here. Of the paper, only the abstract was read.",
+    verified="official code, same steps",
+    checked="https://github.com/smithgun2005/LE-SAM-ICML2026: 20 steps agree to 1e-11. It adds 1e-12 to the norm and "
+    "to its square. Its options for a part of the samples (`lesam_topk`) and for g_s - alpha g (`lesam_alpha`) are "
+    "off by default, and are not offered here. Of the paper, only the abstract was read.",
     caveats=(
         "In a loop with a loss scaler, give `scaler=`: the length of e depends on |g|.",
         "With `passes(accumulate=True)`, give the share of each micro-batch, `loss_weight=`.",

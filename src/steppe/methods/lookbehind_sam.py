@@ -254,9 +254,10 @@ CARD = MethodCard(
         "ascent_steps": "2 in the authors' example, 5 their default",
         "alpha": "0.2, 0.5 or 0.8; None chooses it for each tensor and step",
     },
-    checked="The official code, https://github.com/chandar-lab/Lookbehind-SAM: 20 steps in float64 agree. It makes "
-    "2 K passes, because it computes each gradient twice (with dropout, the two differ); here each is computed once. "
-    "Its variant of ASAM scales by the perturbed weights, ours by w.",
+    verified="official code, same steps",
+    checked="https://github.com/chandar-lab/Lookbehind-SAM: 20 steps in float64 agree. It makes 2 K passes, because "
+    "it computes each gradient twice (with dropout, the two differ); here each is computed once. Its variant of ASAM "
+    "scales by the perturbed weights, ours by w.",
     caveats=(
         "The base takes K steps per step: its momentum decays K times as fast, and its hooks are called K times.",
         "Clip in a step hook of the base; `.grad` after the passes is only the last of K gradients.",

@@ -134,6 +134,7 @@ CARD = MethodCard(
     when="When a second pass at every step is too expensive.",
     when_not="When there is no memory for two more gradients: `late_sam` and `random_sam` keep none.",
     usual={"rho": "0.1 in a third-party implementation", "interval": "5", "alpha": "0.7"},
+    verified="other code, same steps",
     checked=f"{NO_CODE} The third-party https://github.com/Leminhbinh0209/LookSAM has global norms and our "
     "formula, but as published it stores parameters in place of the gradients of the first step. Another port agrees "
     "(2e-11). That of pytorch_optimizer projects one tensor at a time, and makes 2.0 passes per step at k = 5 "

@@ -97,7 +97,8 @@ CARD = MethodCard(
     when="To fine-tune LoRA adapters with SAM's own neighborhood, that of the weights that the network uses.",
     when_not="Where G does not fit into memory, with a quantized base, or with DoRA: `sam` perturbs A and B alone.",
     usual={"rho": "0.05, SAM's, as a first guess: no accuracy was measured with LoRA"},
-    checked="Two passes by hand in float64. No paper proposes it under a name of its own: it is SAM with W in the "
+    verified="nothing else",
+    checked="Two passes by hand in float64 agree. No paper proposes it under a name of its own: it is SAM with W in the "
     "place of w.",
     caveats=(
         "The perturbation of a fresh adapter has its whole radius, where that of A and B has B only.",

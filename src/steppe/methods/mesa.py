@@ -323,9 +323,10 @@ CARD = MethodCard(
         "beta": "0.9998 on ImageNet (official code); 0.999 or 0.9995 for a shorter training",
         "start": "5, or 30 % of all epochs",
     },
-    checked="The official code, https://github.com/AngusDujw/SAF, was read. tau^2 and the first epoch as for SAF; "
-    "here the average makes no forward before E_start, and buffers that are not floating are copied. Of the "
-    "paper, abstract and introduction were read.",
+    verified="official code, read",
+    checked="https://github.com/AngusDujw/SAF: tau^2 and the first epoch as for SAF; here the average makes no "
+    "forward before E_start, and buffers that are not floating are copied. Of the paper, abstract and introduction "
+    "were read.",
     caveats=(
         "Weights in half precision are an error: the small changes of the average would be rounded away.",
         "Its state_dict belongs in your checkpoint.",

@@ -109,7 +109,7 @@ CARD = MethodCard(
     when="For a separate perturbation in each part of a large batch; only one part's activations are in memory.",
     when_not="When only the whole batch keeps the device busy: the passes are over small parts.",
     usual={"m": "unverified"},
-    checked="Not compared with other code.",
+    verified="nothing else",
     caveats=(
         "`closures.micro_batches` takes the whole step. BatchNorm normalizes each micro-batch by its own statistics.",
         "The cost is that of the method around which it is used; 2 is SAM's.",

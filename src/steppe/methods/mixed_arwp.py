@@ -69,8 +69,9 @@ CARD = MethodCard(
         "eta": "0.1 in the script, 1 by default (official code)",
         "beta": "0.99 in the script, 0.9 by default (official code)",
     },
-    checked="The official code, https://github.com/nblt/mARWP, was read: `train_marwp.py` has this formula, with g and "
-    "g_s of two different batches. Here both are of the same batch. The body of the paper was not read.",
+    verified="official code, read",
+    checked="https://github.com/nblt/mARWP: `train_marwp.py` has this formula, with g and g_s of two different "
+    "batches. Here both are of the same batch. The body of the paper was not read.",
     caveats=(
         "v depends on the size of the loss: a mean over the batch. With a loss scaler, give `scaler=`.",
         "A perturbation for each micro-batch (`closures.micro_batches`) is an error: v describes batches.",

@@ -71,9 +71,9 @@ CARD = MethodCard(
     when="To keep the gradient at w beside that at random noise, if two passes are affordable.",
     when_not="If only one pass is affordable: `rwp`.",
     usual={"rho": "0.015 (official code)", "alpha": "0.5 (official code)"},
-    checked="The official code, https://github.com/nblt/mARWP, was read: half of its devices compute g at w, and on "
-    "another batch than g_s; here both are on the same batch, in two passes. The bodies of the papers were not "
-    "read.",
+    verified="official code, read",
+    checked="https://github.com/nblt/mARWP: half of its devices compute g at w, and on another batch than g_s; here "
+    "both are on the same batch, in two passes. The bodies of the papers were not read.",
     caveats=("Here the two passes run one after the other; two devices at once are not supported.",),
     comparison=Comparison(
         summary=f"mixes g with the gradient at random noise, at rho / 5 ({USUAL_RATIO})", rho_factor=0.2

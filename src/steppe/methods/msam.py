@@ -94,9 +94,10 @@ CARD = MethodCard(
     when="When a second pass is too expensive, and the base has momentum: SGD with momentum, Adam, AdamW.",
     when_not="Around a base without momentum: that is an error.",
     usual={"rho": "3 where SAM has 0.2, in the authors' examples; the defaults of their classes are 0.3 and 1"},
-    checked="The official code, https://github.com/MarlonBecker/MSAM: trajectories agree without weight decay (3e-14). "
-    "Theirs adds the weight decay of SGD at w + e, and that of AdamW at w, after the step; here the base does, "
-    "at w. The sign is that of their code.",
+    verified="official code, same steps",
+    checked="https://github.com/MarlonBecker/MSAM: trajectories agree without weight decay (3e-14). Theirs adds the "
+    "weight decay of SGD at w + e, and that of AdamW at w, after the step; here the base does, at w. The sign is that "
+    "of their code.",
     caveats=(
         "The first step has no momentum yet, and is not perturbed.",
         "The only pass is at w + e: the reported loss and BatchNorm's statistics are those of that point.",

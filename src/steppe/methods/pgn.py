@@ -100,10 +100,10 @@ CARD = MethodCard(
     when="To move between the base (alpha 0) and SAM (alpha 1) by a weight.",
     when_not="When there is no memory for one more gradient.",
     usual={"rho": "0.1, the paper's r", "alpha": "0.8, the paper's lambda / r; 1 is SAM"},
-    checked="The official code, https://github.com/zhaoyang-0204/gnp, was read: a flag, on by default, uses g / |g| in "
-    "place of g in the first term; here, as in the paper's formula, it is g. Theirs also clips the gradient at "
-    "5.0, and its L2 penalty is a part of the loss, so that it acts on the perturbation too; here the base "
-    "applies it at w.",
+    verified="official code, read",
+    checked="https://github.com/zhaoyang-0204/gnp: a flag, on by default, uses g / |g| in place of g in the first "
+    "term; here, as in the paper's formula, it is g. Theirs also clips the gradient at 5.0, and its L2 penalty is a "
+    "part of the loss, so that it acts on the perturbation too; here the base applies it at w.",
     caveats=("rho and alpha act together: the penalty is lambda = alpha rho.",),
     comparison=Comparison(
         summary=f"penalizes the gradient norm, at 2 x rho ({USUAL_RATIO})", rho_factor=2.0, capturable=True

@@ -99,8 +99,9 @@ CARD = MethodCard(
     when="When a second pass at every step is too expensive; it needs no schedule and no memory.",
     when_not="When every step must take the same time.",
     usual={"rho": "SAM's", "p": "0.5 saves half of SAM's extra passes; 1 is SAM, 0 the base"},
-    checked="Only the paper's abstract was read. Of its scheduling functions this is the constant one; the others "
-    "are not implemented.",
+    verified="texts only",
+    checked="Of the paper, only the abstract was read. Of its scheduling functions this is the constant one; the "
+    "others are not implemented.",
     caveats=("All workers perturb at the same steps: the decision depends only on the seed and the step's number.",),
     short_run={"p": 1.0},
     comparison=Comparison(summary="perturbs at each step with probability p, at SAM's rho", capturable=True),

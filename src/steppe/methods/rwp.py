@@ -121,11 +121,12 @@ CARD = MethodCard(
         "rho": "the authors' 0.01 (CIFAR) and 0.005 (ImageNet) are those of the mixture, `mixed_rwp`",
         "filterwise": "True (official code)",
     },
-    checked="The official code, https://github.com/nblt/RWP and https://github.com/nblt/mARWP, was read: the same "
-    "filter-wise Gaussian, never normalized to rho. The paper and its code mix g_s with the gradient at w "
-    "(alpha = 0.5), in two passes or on two devices: that is `mixed_rwp`. This method is the part of it at w + "
-    "e, in a single pass; the authors' recipe for a single pass is `arwp`, with a deviation that grows over the "
-    "training. The form of norm rho (filterwise=False) is ours. The bodies of the papers were not read.",
+    verified="official code, read",
+    checked="https://github.com/nblt/RWP and https://github.com/nblt/mARWP: the same filter-wise Gaussian, never "
+    "normalized to rho. The paper and its code mix g_s with the gradient at w (alpha = 0.5), in two passes or on two "
+    "devices: that is `mixed_rwp`. This method is the part of it at w + e, in a single pass; the authors' recipe for "
+    "a single pass is `arwp`, with a deviation that grows over the training. The form of norm rho (filterwise=False) "
+    "is ours. The bodies of the papers were not read.",
     caveats=(
         "Filter-wise, the length of e in a filter of n entries is about rho sqrt(n) times the filter's norm.",
         "All workers draw the same noise, unless each has its own seed.",

@@ -321,9 +321,10 @@ CARD = MethodCard(
         "epochs_ago": "2 or 3",
         "start": "5, or 30 % of all epochs",
     },
-    checked="The official code, https://github.com/AngusDujw/SAF, was read. It multiplies by tau^2, as we do; "
-    "the printed equation does not. It starts an epoch later, takes uniform or older outputs where a "
-    "sample has no record, and does not save its memory. Of the paper, abstract and introduction were read.",
+    verified="official code, read",
+    checked="https://github.com/AngusDujw/SAF multiplies by tau^2, as we do; the printed equation does not. It starts "
+    "an epoch later, takes uniform or older outputs where a sample has no record, and does not save its memory. Of "
+    "the paper, abstract and introduction were read.",
     caveats=(
         "It needs each sample's position in the data set, and a call in every epoch from the first on.",
         "Its state_dict belongs in your checkpoint.",

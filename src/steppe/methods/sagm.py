@@ -95,9 +95,9 @@ CARD = MethodCard(
         "rho": "0.05 (official code)",
         "alpha": "0.001 / 0.05 = 0.02 (official code): the paper's alpha is rho alpha here",
     },
-    checked="The official code, https://github.com/Wang-pengfei/SAGM: 20 steps agree to 1e-11. It adds 1e-12 to the "
-    "norm, and with several workers each has a perturbation of its own (`per_rank=True`). The body of the paper was "
-    "not read.",
+    verified="official code, same steps",
+    checked="https://github.com/Wang-pengfei/SAGM: 20 steps agree to 1e-11. It adds 1e-12 to the norm, and with "
+    "several workers each has a perturbation of its own (`per_rank=True`). The body of the paper was not read.",
     caveats=(
         "In a loop with a loss scaler, give `scaler=`: the length of e depends on |g|.",
         "Where |g| is above 1 / alpha, e points down the gradient.",

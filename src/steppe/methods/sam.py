@@ -76,11 +76,12 @@ CARD = MethodCard(
         "ascent_steps": "1; for more, see the card `ascent_steps`",
         "only": "all parameters; `steppe.norm_layers`, `layers` and `last_layers` choose some",
     },
-    checked="The well-known single-file implementation, https://github.com/davda54/sam, which is not the authors': 20 "
-    "steps in float64 agree (3e-13). In the authors' JAX code the L2 penalty is a part of the loss, so that it "
-    "acts on the perturbation too; here, as in that file, the base applies its weight decay at w. After 20 "
-    "steps this makes 2e-4 at a weight decay of 5e-4, and 4e-3 at 1e-2. To have theirs, add the penalty to the "
-    "loss. Here the weights are restored from a copy, because w + e - e is not w in floating point.",
+    verified="other code, same steps",
+    checked="https://github.com/davda54/sam, the well-known single-file implementation: 20 steps in float64 agree "
+    "(3e-13). In the authors' JAX code the L2 penalty is a part of the loss, so that it acts on the perturbation too; "
+    "here, as in that file, the base applies its weight decay at w. After 20 steps this makes 2e-4 at a weight decay "
+    "of 5e-4, and 4e-3 at 1e-2. To have theirs, add the penalty to the loss. Here the weights are restored from a "
+    "copy, because w + e - e is not w in floating point.",
     caveats=(
         "A step costs two passes: compare at equal compute, as `steppe compare` does.",
         "rho depends on model and data.",

@@ -63,6 +63,7 @@ CARD = MethodCard(
     when="For networks with normalization layers, if a copy of all weights takes too much memory.",
     when_not="To save time: both passes are full. For networks without normalization layers: that is an error.",
     usual={"rho": "0.5 in the script of the official code; tune it"},
+    verified="texts only",
     checked="The author confirms in https://github.com/mueller-mp/SAM-ON/issues/1 that the norm runs over the "
     "perturbed layers only, as here.",
     caveats=("rho has no default: it is not SAM's, because the norm runs over few parameters.",),

@@ -350,9 +350,10 @@ CARD = MethodCard(
     when="With two devices to spare (`group=`), for SAM in the time of the base.",
     when_not="With a loss scaler in one process, or with gradient accumulation.",
     usual={"rho": "0.1 (official code)", "lmbda": "0.2 (SAMPa-0.2); 0 is SAMPa"},
-    checked="The official code, https://github.com/LIONS-EPFL/SAMPa, was read: it recovers g(y) from the sum by a "
-    "subtraction and a division by lambda, which rounds, and with lambda = 0 never perturbs; here both gradients are "
-    "sent. There each rank keeps its own BatchNorm statistics.",
+    verified="official code, read",
+    checked="https://github.com/LIONS-EPFL/SAMPa: it recovers g(y) from the sum by a subtraction and a division by "
+    "lambda, which rounds, and with lambda = 0 never perturbs; here both gradients are sent. There each rank keeps "
+    "its own BatchNorm statistics.",
     caveats=(
         "In one process SAMPa is not faster than SAM. With two processes its speed has not been measured here.",
         "The loss that a step returns is that at y, not at w.",

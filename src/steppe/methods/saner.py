@@ -122,9 +122,10 @@ CARD = MethodCard(
         "alpha": "0.5 (official code), 0.25 to 0.75 in its scripts; 0 is SAM",
         "warmup_steps": "50 of 200 epochs (official code), 0 to 75 in its scripts",
     },
-    checked="The official code, https://github.com/lhchau/saner: 20 steps agree to 1e-12. Its argument `alpha` is the "
-    "factor of the reduced entries, which is 1 - alpha in its README and here. It adds 1e-8 to g in the quotient, so "
-    "that m may differ where g is as small. There alpha grows once an epoch, here at every step.",
+    verified="official code, same steps",
+    checked="https://github.com/lhchau/saner: 20 steps agree to 1e-12. Its argument `alpha` is the factor of the "
+    "reduced entries, which is 1 - alpha in its README and here. It adds 1e-8 to g in the quotient, so that m may "
+    "differ where g is as small. There alpha grows once an epoch, here at every step.",
     caveats=(
         "m jumps where g_s = g: two runs that differ by a rounding error can part there.",
         "The length of the update gradient is at most that of g_s.",

@@ -124,9 +124,10 @@ CARD = MethodCard(
         "sparsity": "0.5",
         "interval": "once per epoch, or every five epochs, in the official code",
     },
-    checked="The official code, https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization, was read: it masks "
-    "after normalizing, as here. Its scores are summed squared gradients of single samples (16 to 128 in the "
-    "examples), and before its first mask it does not perturb; here they are the squared gradient of the batch.",
+    verified="official code, read",
+    checked="https://github.com/Mi-Peng/Sparse-Sharpness-Aware-Minimization: it masks after normalizing, as here. Its "
+    "scores are summed squared gradients of single samples (16 to 128 in the examples), and before its first mask it "
+    "does not perturb; here they are the squared gradient of the batch.",
     caveats=(
         "rho is the radius before masking: e is shorter.",
         "With the cadence `Periodic`, choose `interval` as a multiple of the cadence's interval.",

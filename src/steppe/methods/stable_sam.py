@@ -90,9 +90,10 @@ CARD = MethodCard(
     when="With a learning rate at which SAM is unstable: g_s is often longer than g.",
     when_not="Around Adam and other bases whose steps do not depend on the length of the gradient.",
     usual={"rho": "0.05 (official code)"},
-    checked="The official code, https://github.com/cltan023/stablesam2024: 20 steps agree to 1e-11. It adds 1e-12 to "
-    "both norms. Its README uses the same rescaling with unnormalized perturbations, e = rho g (those of `unified_sam` "
-    "with lambda = 0); the combination works with any perturbation.",
+    verified="official code, same steps",
+    checked="https://github.com/cltan023/stablesam2024: 20 steps agree to 1e-11. It adds 1e-12 to both norms. Its "
+    "README uses the same rescaling with unnormalized perturbations, e = rho g (those of `unified_sam` with lambda = "
+    "0); the combination works with any perturbation.",
     caveats=(
         "Called SSAM in its paper, as is Sparse SAM (`sparse_sam`, `dynamic_sparse_sam`) in its own.",
         "With a perturbation for each micro-batch, each g_s gets the length of the g of its own micro-batch.",

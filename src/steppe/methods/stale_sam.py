@@ -117,6 +117,7 @@ CARD = MethodCard(
     when="When a second pass is too expensive; around any base, where MSAM needs one with momentum.",
     when_not="With small batches: the last batch's gradient then tells little about the present batch.",
     usual={"rho": "SAM's; the paper's values are unverified"},
+    verified="texts only",
     checked=f"{NO_CODE} Only descriptions of AsyncSAM were read: it perturbs along an old gradient at w, on a batch of "
     "a size of its own, which a second device computes meanwhile. Here it is the last update gradient, at w + e, and "
     "there is no second pass. S2-SAM (Ji et al., NeurIPS 2024) is described as this single pass, for sparse training; "

@@ -110,8 +110,9 @@ CARD = MethodCard(
         "rho": "0.1 to 0.4 (official code)",
         "lmbda": "0, 0.5, 1, `'1/t'` and `'1-1/t'` in the official code, which calls the last one a strong default",
     },
-    checked="The official code, https://github.com/dimitris-oik/unifiedsam (unifiedsam 1.0 on PyPI): 20 steps agree to "
-    "1e-11 for each lambda and both schedules. It adds 1e-12 to the norm.",
+    verified="official code, same steps",
+    checked="https://github.com/dimitris-oik/unifiedsam (unifiedsam 1.0 on PyPI): 20 steps agree to 1e-11 for each "
+    "lambda and both schedules. It adds 1e-12 to the norm.",
     caveats=(
         "In a loop with a loss scaler, give `scaler=`: for lambda below 1 the length of e depends on |g|.",
         "With `passes(accumulate=True)`, give the share of each micro-batch, `loss_weight=`.",

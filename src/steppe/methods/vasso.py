@@ -101,7 +101,8 @@ CARD = MethodCard(
         "rho": "0.05 (official code)",
         "theta": "0.2 in the scripts of the official code, 0.9 its default; 1 is SAM",
     },
-    checked="The official code, https://github.com/BingcongLi/VaSSO, was read: it adds 1e-7 to the norm.",
+    verified="official code, read",
+    checked="https://github.com/BingcongLi/VaSSO: it adds 1e-7 to the norm.",
     caveats=("theta = 0.9 is a short memory: nine tenths of each mean are the new gradient.",),
     comparison=Comparison(summary="perturbs along a running mean of the gradient, at SAM's rho", capturable=True),
 )

@@ -265,10 +265,10 @@ CARD = MethodCard(
         "gamma": "0.8 to 0.95; 0.9 in the authors' code",
         "decoupled": "True in the authors' code",
     },
-    checked="Decoupled: the official code (WeightedSAM of https://github.com/intelligent-machine-learning/atorch), 20 "
-    "steps in float64 agree. It adds 1e-12 to the norm, and with several workers perturbs along each worker's "
-    "own gradient. One published copy has gamma = 0.88 and clips both gradients to norm 1; the repository and "
-    "the paper do not.",
+    verified="official code, same steps",
+    checked="WeightedSAM of https://github.com/intelligent-machine-learning/atorch, which is decoupled: 20 steps in "
+    "float64 agree. It adds 1e-12 to the norm, and with several workers perturbs along each worker's own gradient. "
+    "One published copy has gamma = 0.88 and clips both gradients to norm 1; the repository and the paper do not.",
     caveats=("Coupled and decoupled differ around a base that does more than subtract lr times its gradient.",),
     comparison=Comparison(summary="weights the sharpness against the loss, at SAM's rho", capturable=True),
 )

@@ -110,9 +110,10 @@ CARD = MethodCard(
     when="To perturb along few, outlying coordinates.",
     when_not="To save time: both passes are full, and each perturbed step ranks the entries of each tensor.",
     usual={"rho": "0.05 (official code)", "percentile": "0.95"},
-    checked="The official code, https://github.com/YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-"
-    "Filtering, was read: the same filter, but each filtered tensor is perturbed by its own rho; here, as in the "
-    "paper's formula, rho is the length of the whole e.",
+    verified="official code, read",
+    checked="https://github.com/YUNBLAK/Sharpness-Aware-Minimization-with-Z-Score-Gradient-Filtering: the same "
+    "filter, but each filtered tensor is perturbed by its own rho; here, as in the paper's formula, rho is the length "
+    "of the whole e.",
     caveats=("Biases and norm layers (fewer than two dimensions) keep all of g.",),
     comparison=Comparison(summary="perturbs along the gradient's outlying entries, at SAM's rho", capturable=True),
 )
