@@ -1,7 +1,7 @@
 """The description on a package index: README.md, whose links and commands work there; see `description`."""
 
 import re
-import tomllib
+import sys
 from pathlib import Path
 
 from setuptools import setup
@@ -29,6 +29,10 @@ def description(readme: str, version: str, repository: str | None) -> str:
 
 
 if __name__ == "__main__":
+    if sys.version_info < (3, 11):  # noqa: UP036  pip reads `requires-python` only after this file has run
+        sys.exit(f"Steppe needs Python 3.11 or later, and this is Python {'.'.join(map(str, sys.version_info[:3]))}.")
+    import tomllib
+
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     setup(
         long_description=description(

@@ -2,6 +2,8 @@
 
 import datetime
 import re
+import runpy
+import sys
 import tomllib
 from pathlib import Path
 
@@ -42,6 +44,16 @@ def test_classifiers_name_the_tested_versions_of_python():
     assert f">={min(named)}" == PROJECT["requires-python"]
     page = (ROOT / "docs" / "versions.md").read_text(encoding="utf-8")
     assert named == set(re.findall(r"^\| (3\.\d+) \|", page, flags=re.MULTILINE))
+
+
+def test_older_python_is_named_before_anything_fails(monkeypatch):
+    import setuptools  # noqa: F401  with the true version
+
+    monkeypatch.setattr(sys, "version_info", (3, 10, 13, "final", 0))
+    with pytest.raises(SystemExit) as raised:
+        runpy.run_path(str(ROOT / "setup.py"), run_name="__main__")
+    oldest = PROJECT["requires-python"].removeprefix(">=")
+    assert str(raised.value) == f"Steppe needs Python {oldest} or later, and this is Python 3.10.13."
 
 
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
