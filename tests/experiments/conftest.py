@@ -1,16 +1,27 @@
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from steppe.experiments.execution import cpus
 
 
-@pytest.fixture(autouse=True)
-def one_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Train in this process, unless a test asks for several: to start one takes longer than a tiny run."""
-    monkeypatch.setattr(cpus, "available", lambda: 1)
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
+    """Run each test of this folder, with its fixtures of all scopes, without work that no test asks for.
+
+    It trains shallow networks in this process (to start another takes longer than a tiny run) and waits for no disk.
+    """
+    if Path(__file__).parent not in item.path.parents:
+        return (yield)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpus, "available", lambda: 1)
+        patch.setattr("os.fsync", lambda file: None)
+        tiny.shallow(patch)
+        return (yield)
 
 
 @pytest.fixture(scope="module")

@@ -1,13 +1,14 @@
 """Comparisons small enough for tests; run as a script, it is the command line on such data."""
 
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 
 from steppe.cli import main
 from steppe.experiments.config.method_spec import MethodSpec
@@ -16,10 +17,12 @@ from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.executor import MakeTask
+from steppe.experiments.models import preact_resnet
 from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
 from steppe.experiments.tasks.batches import Batch, Epochs
 from steppe.experiments.tasks.images import ImageSamples, images_task
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import Training, train
 from steppe.experiments.world import World
@@ -92,9 +95,26 @@ class RecordingReporter(Reporter):
         self.records.append(record)
 
 
+def shallow(patch: pytest.MonkeyPatch) -> None:
+    """Let ResNets have two blocks and not eight: a run takes half the time, and all kinds of layers are left."""
+    patch.setattr(preact_resnet, "STAGES", (1, 1))
+
+
+def shallow_task(data: Dataset, recipe: Recipe, **options: bool) -> Task:
+    """The task of a recipe with a shallow network, also in a process of its own."""
+    task = images_task(data, recipe, **options)
+    return replace(task, model=partial(_shallow_network, task.model))
+
+
+def _shallow_network(make: Callable[[], nn.Module]) -> nn.Module:
+    with pytest.MonkeyPatch.context() as patch:
+        shallow(patch)
+        return make()
+
+
 def make_task(data: Dataset | None = None, **options: bool) -> MakeTask:
     """The function by which executors make the task of a run on the tiny data."""
-    return partial(images_task, data or dataset(), **options)
+    return partial(shallow_task, data or dataset(), **options)
 
 
 def training_of(run: Run, data: Dataset | None = None) -> Training:
@@ -148,6 +168,7 @@ def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
+        shallow(patch)
         if not draws:
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
         return main(words)

@@ -4,7 +4,7 @@ import dataclasses
 import math
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -176,13 +176,15 @@ def summary_of(folder: RunFolder) -> tuple[Recipe, Any, Summary]:
     return of, found, dataclasses.replace(summarize(of, found), flatness=verdicts(of, read_flatness(folder, of)))
 
 
-def write(folder: RunFolder, *, drawn: bool = False) -> Path:
-    """Write the page and the summary; without `drawn`, the page has no figures."""
+def write(folder: RunFolder, drawn: Collection[str] = ()) -> Path:
+    """Write the page and the summary, with the figures of the sections that are named."""
     of, found, summary = summary_of(folder)
     summary.write(folder)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_figures, "_BANDWIDTHS", (page_figures.BANDWIDTH,))
         patch.setattr(report, "save_all", lambda drawings, folder: [])
+        for section in {*Figures.SECTIONS}.difference(drawn):
+            patch.setattr(Figures, section, lambda figures: [])
         if not drawn:
             patch.setattr(report, "Figures", NoFigures)
         return report.write(folder, of, found, summary)

@@ -8,13 +8,15 @@ import pytest
 from selenium.webdriver import Chrome
 from tiny import recipe
 
+from steppe.experiments.report.figures import Figures
+
 
 @pytest.fixture(scope="session")
 def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("report") / "run"
     command = f"{made_up.NASTY} {20 * '--methods sgd sam '}"
     of = recipe(seeds=3, epochs=6)
-    return made_up.write(made_up.folder(folder, of, robust=True, command=command), drawn=True)
+    return made_up.write(made_up.folder(folder, of, robust=True, command=command), Figures.SECTIONS)
 
 
 @pytest.fixture(scope="session")

@@ -61,24 +61,15 @@ class Page(HTMLParser):
             self.text += text
 
 
-def test_same_folder_gives_same_bytes(tmp_path: Path) -> None:
-    of = recipe()
-    path = write(made_up.folder(tmp_path / "run", of), drawn=True)
-    assert path == tmp_path / "run" / "report.html"
-    first = path.read_bytes()
-    shutil.move(tmp_path / "run", tmp_path / "moved")
-    assert write(RunFolder(tmp_path / "moved"), drawn=True).read_bytes() == first
-    made_up.measure(RunFolder(tmp_path / "moved"), of, size=0.7)
-    assert write(RunFolder(tmp_path / "moved"), drawn=True).read_bytes() != first
-
-
 def test_text_from_outside_stays_text(tmp_path: Path) -> None:
     of = recipe(seeds=2, name="<b onclick=alert(1)>")
     folder = made_up.folder(tmp_path / "run", of, command=NASTY)
+    notes = {"sharpness": NASTY, "loss": f"Another one: {NASTY}"}
     for run in of.runs():
-        notes = {"sharpness": NASTY, "loss": f"Another one: {NASTY}"}
-        change(folder, run, measures={name: {"value": 1.0, "note": note} for name, note in notes.items()})
-    page = Page(write(folder, drawn=True))
+        file = folder.run(run) / "flatness.json"
+        measures = {name: {"value": 1.0, "note": note} for name, note in notes.items()}
+        file.write_text(json.dumps(json.loads(file.read_text()) | {"measures": measures}))
+    page = Page(write(folder, ("gap_over", "landscapes")))  # the figures with texts of runs, and with a script
     assert page.tags.count("script") == 2, "the losses of the landscapes, and the page's own"
     assert "img" not in page.tags
     assert not set("<>&") & set(page.json)
@@ -214,7 +205,7 @@ def test_empty_run_folder_has_a_page(tmp_path: Path) -> None:
     folder = RunFolder(tmp_path / "run")
     folder.path.mkdir()
     folder.claim(recipe(), 1)
-    assert "Nothing has been measured yet." in Page(write(folder, drawn=True)).text
+    assert "Nothing has been measured yet." in Page(write(folder, Figures.SECTIONS)).text
 
 
 def test_surface_has_a_hole_where_the_loss_is_nan(tmp_path: Path) -> None:
@@ -223,7 +214,7 @@ def test_surface_has_a_hole_where_the_loss_is_nan(tmp_path: Path) -> None:
     losses = json.loads((folder.run(run) / "flatness.json").read_text())["landscape"]["losses"]
     losses[i][j] = float("nan")  # as another JSON writer might
     change(folder, run, landscape={"losses": losses})
-    payload = json.loads(Page(write(folder, drawn=True)).json)
+    payload = json.loads(Page(write(folder, ["landscapes"])).json)
     rows = payload["landscapes"]["landscape"]["0"]["methods"]["sgd"]["losses"]
     assert [(a, b) for a, row in enumerate(rows) for b, value in enumerate(row) if value is None] == [(i, j)]
 
@@ -242,6 +233,17 @@ def test_damaged_file_is_named_and_the_old_page_stays(tmp_path: Path, content: s
 
 # Everything below uses one page, and one browser: see conftest.py.
 in_browser = pytest.mark.xdist_group("browser")
+
+
+@in_browser
+@pytest.mark.slow
+def test_same_folder_gives_same_bytes(page: Path, tmp_path: Path) -> None:
+    moved = RunFolder(Path(shutil.copytree(page.parent, tmp_path / "moved")))
+    assert page == page.parent / "report.html"
+    assert write(moved, Figures.SECTIONS).read_bytes() == page.read_bytes()
+    before = write(moved, ["spectra"]).read_bytes()
+    made_up.measure(moved, moved.recipe(), size=0.7)
+    assert write(moved, ["spectra"]).read_bytes() != before
 
 
 @in_browser

@@ -1,5 +1,6 @@
 """A drawn figure: rendered once, saved as PNG and SVG, and shown on the page panel by panel from the same SVG."""
 
+import copy
 import io
 import json
 import math
@@ -93,6 +94,7 @@ class Drawing:
 
     def __init__(self, stem: str, plot: Callable[[], Figure], *, layout: bool = True) -> None:
         self.stem, self._plot, self._layout = stem, plot, layout
+        self._trees: dict[tuple[tuple[str, str], ...], ET.Element] = {}
 
     @cached_property
     def figure(self) -> Figure:
@@ -126,12 +128,13 @@ class Drawing:
         the axes are left out: the page has its own.
         """
         root, prefix = self._tree(names), f"{self.stem}-{index}-"
-        (axes,) = (group for group in root.iter(f"{_SVG}g") if group.get("id") == f"axes-{index}")
+        (found,) = (group for group in root.iter(f"{_SVG}g") if group.get("id") == f"axes-{index}")
+        axes = copy.deepcopy(found)
         del axes.attrib["id"]
         x, y, width, height = self._box(index)
         view_box = f"{x:.1f} {y:.1f} {width:.1f} {height:.1f}"
         panel = ET.Element(f"{_SVG}svg", {"viewBox": view_box, "role": "img", "aria-label": description})
-        ET.SubElement(panel, f"{_SVG}defs").extend(_referenced(axes, root))
+        ET.SubElement(panel, f"{_SVG}defs").extend(map(copy.deepcopy, _referenced(axes, root)))
         panel.append(axes)
         for element in panel.iter():
             _adapt(element, prefix)
@@ -148,7 +151,13 @@ class Drawing:
         return file.getvalue().replace(b"'DejaVu Sans'", b"'DejaVu Sans', sans-serif")
 
     def _tree(self, names: Mapping[str, str]) -> ET.Element:
-        """Parse the SVG and turn its tags into names of methods and into tips."""
+        """Parse the SVG, once for all panels, and turn its tags into names of methods and into tips."""
+        key = tuple(names.items())
+        if key not in self._trees:
+            self._trees[key] = self._parsed(names)
+        return self._trees[key]
+
+    def _parsed(self, names: Mapping[str, str]) -> ET.Element:
         root = ET.fromstring(self._source)
         for group in root.iter(f"{_SVG}g"):
             if group.get("id", "").startswith(_TAGGED):

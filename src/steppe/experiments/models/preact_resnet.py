@@ -14,6 +14,8 @@ from torch import Tensor, nn
 Norm = Literal["batch", "group"]
 
 MAX_GROUPS = 8
+STAGES = (2, 2, 2, 2)
+"""The number of blocks of each stage: those of a ResNet-18."""
 
 
 class PreActResNet18(nn.Module):
@@ -46,11 +48,12 @@ class PreActResNet18(nn.Module):
         self.stem = _conv3x3(in_channels, width, stem_stride)
         blocks: list[nn.Module] = []
         channels = width
-        for stage, stride in enumerate((1, 2, 2, 2)):
+        for stage, number in enumerate(STAGES):
             out_channels = width * 2**stage
-            blocks.append(PreActBlock(channels, out_channels, stride, norm))
-            blocks.append(PreActBlock(out_channels, out_channels, 1, norm))
-            channels = out_channels
+            for block in range(number):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(PreActBlock(channels, out_channels, stride, norm))
+                channels = out_channels
         self.blocks = nn.Sequential(*blocks)
         self.norm = _norm(norm, channels)
         self.head = nn.Linear(channels, num_classes)

@@ -4,6 +4,7 @@ import base64
 import hashlib
 import shlex
 from collections.abc import Mapping, Sequence
+from functools import cache
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,7 @@ def write(folder: RunFolder, recipe: Recipe, results: Results, summary: Summary)
     return path
 
 
+@cache
 def _template() -> Template:
     environment = Environment(
         loader=PackageLoader(__package__, ""),
