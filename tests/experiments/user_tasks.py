@@ -1,5 +1,7 @@
 """Tasks of a user, small enough for tests, in a module on the path."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -57,6 +59,23 @@ def classifier(classes: int = 3) -> Task:
         metrics={"accuracy": Metric(accuracy, unit="%")},
         name="classifier",
     )
+
+
+class WithLoss(nn.Module):
+    """A classifier that returns its loss with its logits, as models of Hugging Face do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(5, 8), nn.Tanh(), nn.Linear(8, 3))
+
+    def forward(self, inputs: Tensor, labels: Tensor) -> dict[str, Tensor]:
+        logits = self.layers(inputs)
+        return {"loss": F.cross_entropy(logits, labels), "logits": logits}
+
+
+def own_loss() -> Task:
+    """The classifier whose model returns its loss."""
+    return replace(classifier(), model=WithLoss, predict=None, loss=None, metrics={})
 
 
 def two_classes() -> Task:

@@ -130,6 +130,21 @@ class TwoOutputs(nn.Module):
         return features, self.net[4](features)
 
 
+@pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])
+def test_outputs_may_come_from_the_evaluation_of_a_batch_also_with_the_loss_among_them(kind):
+    net = tanh_net()
+
+    def evaluate(model, batch):
+        logits = model(batch[0])
+        loss = F.cross_entropy(logits, batch[1])
+        return loss, {"loss": loss, "logits": logits}
+
+    found = kind(Objective(net, (X, Y), evaluate=evaluate))
+    torch.testing.assert_close(dense(found), dense(kind(objective(net, (X, Y)))), rtol=1e-12, atol=1e-15)
+    with pytest.raises(ValueError, match="the loss of a batch is tuple"):
+        Objective(net, (X, Y), evaluate=lambda model, batch: (*evaluate(model, batch), 3)).loss()
+
+
 def test_outputs_that_the_loss_does_not_use_do_not_matter():
     model = TwoOutputs()
     o = Objective(model, (X, Y), loss=lambda out, y: F.cross_entropy(out[1], y))
@@ -146,7 +161,7 @@ def test_loss_that_is_not_a_function_of_the_outputs_raises(kind):
     net, v = tanh_net(), torch.ones(1, objective(tanh_net()).n, dtype=DOUBLE)
     with pytest.raises(ValueError, match="by another way than the model's outputs"):
         kind(Objective(net, (X, Y), loss=penalized(net)))(v)
-    with pytest.raises(TypeError, match="evaluate= gives the loss only: pass loss="):
+    with pytest.raises(TypeError, match="evaluate= gives the loss only: return .loss, outputs. from it, or pass loss="):
         kind(Objective(net, (X, Y), evaluate=lambda model, b: F.cross_entropy(model(b[0]), b[1])))(v)
     both = Objective(TwoOutputs(), (X, Y), loss=lambda out, y: F.cross_entropy(out[1], y) + out[0].square().mean())
     with pytest.raises(ValueError, match="one is computed from the other"):

@@ -13,10 +13,15 @@ from steppe.flatness import (
     FAMILIES,
     EmpiricalFisher,
     GaussNewton,
+    Hessian,
     Measure,
+    Objective,
+    Scaled,
+    adam_preconditioner,
     after_rounding,
     average_sharpness,
     batch_sharpness,
+    by_layer,
     eigenvalues,
     m_sharpness,
     measure,
@@ -26,7 +31,8 @@ from steppe.flatness import (
 
 def test_measures_are_exactly_those_of_the_families():
     found = measured(relu_net())
-    assert set(found.measures) == {name for family in FAMILIES.values() for name in family.measures}
+    named = {name for family in FAMILIES.values() for name in family.measures}
+    assert set(found.measures) == named - {"adam_sharpness"}  # which needs the optimizer
     assert all(math.isfinite(m.value) for m in found.measures.values())
     plain = measure(objective(relu_net()), SMALL)
     assert set(plain.measures) == set(found.measures) - set(FAMILIES["normalized"].measures)
@@ -51,6 +57,80 @@ def test_further_measures_are_those_of_their_functions_and_only_where_they_are_n
     assert set(few.measures) & set(FAMILIES["further"].measures) == {"rounding"}
     with pytest.raises(ValueError, match="there is no measure nothing; choose from batch_sharpness"):
         dataclasses.replace(SMALL, further="rounding,nothing")
+
+
+def trained_by_adam(net):
+    """Return Adam after two steps of the network on its samples."""
+    optimizer = torch.optim.Adam(net.parameters(), lr=0.01)
+    scheduler = torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, 0.0, total_iters=2)
+    x, y = samples()
+    for _ in range(2):
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.step()
+        scheduler.step()
+    return optimizer
+
+
+def test_sharpness_of_adam_and_curvature_by_layer_are_those_of_their_functions():
+    net = tanh_net()
+    optimizer, own = trained_by_adam(net), objective(net)
+    found = measure(own, dataclasses.replace(SMALL, further="adam_sharpness,by_layer"), optimizer=optimizer).measures
+    preconditioner = adam_preconditioner(optimizer, own)
+    value = float(eigenvalues(Scaled(Hessian(own), preconditioner.rsqrt()), tol=1e-9).values[0])
+    assert found["adam_sharpness"].value == pytest.approx(value, rel=1e-6)
+    assert found["adam_sharpness"].note == "edge of stability 3.8e+03 at lr 0.01"  # that of the schedule's end is 0
+    table = by_layer(own, probes=SMALL.probes, tol=SMALL.tol)
+    for row in table:
+        assert found[f"lambda_max/{row.layer}"] == row.lambda_max
+        assert found[f"trace/{row.layer}"] == Measure(row.trace.value, row.trace.error)
+        assert found[f"relative_flatness/{row.layer}"].value == row.relative_flatness.value
+    assert len([name for name in found if "/" in name]) == 3 * len(table) > 3
+
+
+@pytest.mark.parametrize(
+    ("further", "message"), [("adam_sharpness", "or pass optimizer="), ("gauss_newton", "needs the model's outputs")]
+)
+def test_measure_that_is_not_possible_raises_before_the_first_pass(further, message):
+    own = Objective(
+        tanh_net(), samples(), evaluate=lambda net, batch: nn.functional.cross_entropy(net(batch[0]), batch[1])
+    )
+    with pytest.raises((TypeError, ValueError), match=message):
+        measure(own, dataclasses.replace(SMALL, further=further))
+    assert own.passes == 0
+
+
+def test_model_without_second_derivatives_raises_before_the_first_pass():
+    class Once(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return 2 * x
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, g):
+            return 2 * g
+
+    own = Objective(tanh_net(), samples(), loss=lambda z, y: nn.functional.cross_entropy(Once.apply(z), y))
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        measure(own, SMALL)
+    assert own.passes == 0
+
+
+def test_empirical_fisher_of_a_model_on_tokens_has_a_gradient_for_each():
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.Sequential(nn.Embedding(5, 3), nn.Tanh(), nn.Linear(3, 5)).double()
+
+        def forward(self, tokens, labels):
+            logits = self.layers(tokens)
+            return {"loss": nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()), "logits": logits}
+
+    torch.manual_seed(0)
+    own = Objective(Model(), {"tokens": torch.randint(5, (6, 4)), "labels": torch.randint(5, (6, 4))})
+    found = measure(own, dataclasses.replace(SMALL, further="fisher")).measures["fisher"].value
+    assert found == pytest.approx(float(eigenvalues(EmpiricalFisher(own, per="token"), tol=1e-9).values[0]), rel=1e-6)
 
 
 def test_each_measure_equals_its_definition():

@@ -15,8 +15,8 @@ from steppe.flatness._isolation import evaluation_mode
 Loss: TypeAlias = Callable[..., Tensor]
 """(outputs, targets) -> the mean loss of a batch, a 0-dim tensor."""
 _T = TypeVar("_T")
-Evaluate: TypeAlias = Callable[[Any, Any], Tensor]
-"""(model, batch) -> the mean loss of a batch, a 0-dim tensor."""
+Evaluate: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Any]]
+"""(model, batch) -> the mean loss of a batch, a 0-dim tensor; or a pair of it and the outputs it is computed from."""
 
 
 class _Holder(nn.Module):
@@ -143,6 +143,16 @@ def loss_of_outputs(loss: Loss) -> Callable[[nn.Module, Any], Evaluated]:
         *inputs, targets = batch
         outputs = model(*inputs)
         return Evaluated(loss(outputs, targets), outputs)
+
+    return evaluate_loss
+
+
+def loss_of_batches(evaluate: Evaluate) -> Callable[[nn.Module, Any], Evaluated]:
+    """Return the loss as a function (model, batch), with the outputs if ``evaluate`` returns them."""
+
+    def evaluate_loss(model: nn.Module, batch: Any) -> Evaluated:
+        result = evaluate(model, batch)
+        return Evaluated(*result) if isinstance(result, tuple) and len(result) == 2 else Evaluated(result)
 
     return evaluate_loss
 

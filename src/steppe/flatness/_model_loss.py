@@ -33,7 +33,13 @@ def evaluate_model_loss(model: nn.Module, batch: Any) -> Evaluated:
             f"{type(model).__name__} returned no loss for a batch of {', '.join(batch)}: models of Hugging Face need "
             "labels for it; for other models pass loss= or evaluate="
         )
-    return Evaluated(loss, {k: v for k, v in fields.items() if "logits" in k} or None)
+    return Evaluated(loss, logits_in(returned))
+
+
+def logits_in(returned: Any) -> dict[str, Any] | None:
+    """Return the logits in what a model returned, by name; None if there are none."""
+    found = {name: value for name, value in _fields(returned).items() if "logits" in name and value is not None}
+    return found or None
 
 
 def _fields(returned: Any) -> Mapping[str, Any]:

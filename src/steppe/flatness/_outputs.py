@@ -25,12 +25,14 @@ def loss_inputs(evaluated: Evaluated, weights: Sequence[Tensor], matrix: str) ->
     """
     if evaluated.outputs is None:
         raise TypeError(
-            f"the {matrix} needs the model's outputs, but evaluate= gives the loss only: pass loss=, (outputs, "
-            "targets) -> mean loss, with batches (*inputs, targets)"
+            f"the {matrix} needs the model's outputs, but evaluate= gives the loss only: return (loss, outputs) from "
+            "it, or pass loss=, (outputs, targets) -> mean loss, with batches (*inputs, targets)"
         )
     if not evaluated.loss.requires_grad:
         return []
     outputs = {_edge(t): t for t in list_tensors(evaluated.outputs) if t.requires_grad}
+    if len(outputs) > 1:  # of a model that returns its loss beside them
+        outputs.pop(_edge(evaluated.loss), None)
     reached, others = _reach([_edge(evaluated.loss)], outputs)
     if _depends_on(others, weights):
         raise ValueError(

@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass
 
-FURTHER = ("batch_sharpness", "rounding", "gauss_newton", "fisher")
+FURTHER = ("batch_sharpness", "rounding", "gauss_newton", "fisher", "adam_sharpness", "by_layer")
+
+CONDITIONAL = ("gauss_newton", "fisher", "adam_sharpness")
+"""Those that not every loss and every optimizer allow."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class Budget:
     """Seed of all random draws, the same for all models that are compared."""
     further: str = ""
     """Further measures, separated by commas: batch_sharpness (of parts of m samples), rounding (the loss increase with
-    weights of 4 bits), gauss_newton and fisher (largest eigenvalue and trace; not of the runs of a folder)."""
+    weights of 4 bits), gauss_newton and fisher (largest eigenvalue and trace), adam_sharpness (in the metric of Adam,
+    for runs that it has trained), by_layer (largest eigenvalue, trace and relative flatness of each layer)."""
 
     def __post_init__(self) -> None:
         if unknown := set(self.names_of_further) - set(FURTHER):

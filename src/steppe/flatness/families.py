@@ -1,6 +1,6 @@
 """The measures of flatness, in families of the same invariances."""
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 
@@ -67,7 +67,14 @@ FAMILIES: Mapping[str, Family] = {
             "gauss_newton_trace": "Gauss-Newton trace",
             "fisher": "largest empirical Fisher eigenvalue",
             "fisher_trace": "empirical Fisher trace",
+            "adam_sharpness": "largest eigenvalue in the metric of Adam",
         },
+    ),
+    "layers": Family(
+        "By layer",
+        "Measured only where by_layer is named, of the loss as a function of one layer. They change when layers are "
+        "rescaled, and have no part in the verdict.",
+        {},
     ),
     "context": Family(
         "Context",
@@ -75,7 +82,30 @@ FAMILIES: Mapping[str, Family] = {
         {"loss": "loss", "weight_norm": "weight norm ‖w‖", "lambda_min": "smallest Hessian eigenvalue"},
     ),
 }
-"""Every measure by family. In all families but ``context``, a smaller value means a flatter minimum."""
+"""Every measure by family. In all families but ``context``, a smaller value means a flatter minimum.
+
+The measures of ``layers`` depend on the network: their names are those of :func:`name_in_layer`.
+"""
+
+_IN_LAYER = {"lambda_max": "largest eigenvalue", "trace": "trace", "relative_flatness": "relative flatness"}
 
 IN_VERDICT = ("raw", "adaptive", "normalized")
 """The families that decide whether a minimum is called flatter."""
+
+
+def name_in_layer(measure: str, layer: str) -> str:
+    """Return the name of a measure of one layer.
+
+    >>> labels_by_family(["trace", name_in_layer("trace", "0.fc")])["layers"]
+    {'trace/0.fc': '0.fc: trace'}
+    """
+    return f"{measure}/{layer}"
+
+
+def labels_by_family(names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """Return the labels of measures by family and name, in the order of ``FAMILIES``; those of layers in their own."""
+    names = list(dict.fromkeys(names))
+    labels = {kind: {k: v for k, v in family.measures.items() if k in names} for kind, family in FAMILIES.items()}
+    in_layers = [(name, *name.split("/", 1)) for name in names if "/" in name]
+    labels["layers"] = {name: f"{layer}: {_IN_LAYER[measure]}" for name, measure, layer in in_layers}
+    return labels

@@ -23,8 +23,8 @@ class GaussNewton(Curvature):
     For the true labels in place of predicted ones see :class:`EmpiricalFisher`.
 
     Args:
-        objective: The loss as a function of n weights, with ``loss=``, or a model that returns loss and logits. The
-            loss must be a function of the outputs and of constants only.
+        objective: The loss as a function of n weights, with ``loss=``, an ``evaluate=`` that returns the outputs, too,
+            or a model that returns loss and logits. The loss must be a function of the outputs and of constants only.
 
     Example:
         >>> from steppe.flatness import Objective

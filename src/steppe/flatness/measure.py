@@ -2,37 +2,52 @@
 
 import math
 import time
+from collections.abc import Callable
 from dataclasses import asdict
-from typing import Any
+from functools import partial
+from typing import Any, Literal
 
+import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from steppe._tensors.reductions import norm
 from steppe.flatness.after_change import after_rounding
 from steppe.flatness.average_sharpness import average_sharpness
 from steppe.flatness.batch_sharpness import batch_sharpness
 from steppe.flatness.budget import Budget
+from steppe.flatness.by_layer import by_layer
 from steppe.flatness.directions import random_directions
 from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
 from steppe.flatness.empirical_fisher import EmpiricalFisher
 from steppe.flatness.estimate import Estimate
-from steppe.flatness.families import FAMILIES, Measure
+from steppe.flatness.families import FAMILIES, Measure, name_in_layer
 from steppe.flatness.gauss_newton import GaussNewton
 from steppe.flatness.landscape import Landscape, landscape
 from steppe.flatness.m_sharpness import m_sharpness
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Hessian, Operator, Scaled
+from steppe.flatness.preconditioner import adam_preconditioner
 from steppe.flatness.relative_flatness import relative_flatness
 from steppe.flatness.result import Flatness
 from steppe.flatness.sharpness import sharpness
 from steppe.flatness.spectral_density import density
+from steppe.flatness.stability import adam_edge_of_stability
 from steppe.flatness.trace import trace
 
 _BITS = 4  # at which rounding raises the loss of a usual network by more than noise
 
 
-def measure(objective: Objective, budget: Budget | None = None, *, normalized: Objective | None = None) -> Flatness:
+def measure(
+    objective: Objective,
+    budget: Budget | None = None,
+    *,
+    normalized: Objective | None = None,
+    optimizer: Optimizer | None = None,
+) -> Flatness:
     """Evaluate the measures of ``FAMILIES`` at the current weights w; the further ones if the budget names them.
+
+    A measure that the model does not allow raises its error before the first one is evaluated.
 
     No single number decides whether a minimum is flat. The raw measures, such as S(w), lambda_max and Tr H, change when
     a network is rescaled without changing its function; the adaptive measures do not. Compare two models on the same
@@ -43,13 +58,16 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
         budget: Radii, numbers of steps and probes; by default ``Budget()``.
         normalized: The same objective with the loss :func:`normalized_logits`, for the measures on normalized logits;
             without it they are left out.
+        optimizer: The Adam or AdamW that has trained the model, or a SAM around it, for ``adam_sharpness``.
 
     Returns:
         A :class:`Flatness`. Relative flatness is included if the last linear layer is among the weights.
 
     Raises:
         FloatingPointError: The loss is not finite at w, or NaN at a perturbed point.
-        ValueError: A budget out of range, or a product with the Hessian that is not finite.
+        ValueError: A budget out of range, a product with the Hessian that is not finite, or a further measure that this
+            loss or optimizer does not allow.
+        TypeError: Gauss-Newton or Fisher matrices of an objective whose outputs are not known.
         RuntimeError: The model contains an operation without a second derivative.
 
     Example:
@@ -63,6 +81,7 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
     """
     budget = budget or Budget()
     begun = time.perf_counter()
+    check_measures(objective, budget, optimizer)
     loss, measures = _sharpness_measures(objective, budget)
     if normalized is not None:
         measures |= _normalized_measures(normalized, budget)
@@ -73,7 +92,7 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
     options = {"probes": budget.density_probes, "num_iterations": budget.density_iterations, "seed": budget.seed}
     spectrum = density(hessian, **options)
     hessian.free_graph()
-    measures |= _further_measures(objective, budget)
+    measures |= _further_measures(objective, budget, optimizer)
     random, eigen = _landscapes(objective, top, budget)
     measures |= {"loss": Measure(loss), "weight_norm": Measure(float(norm([objective.weights])))}
     settings = {
@@ -87,6 +106,39 @@ def measure(objective: Objective, budget: Budget | None = None, *, normalized: O
         settings["weighted_by"] = objective.weighted_by
     seconds = time.perf_counter() - begun
     return Flatness(settings, measures, top.values, top.residuals, spectrum, random, eigen, seconds)
+
+
+def check_measures(objective: Objective, budget: Budget, optimizer: Optimizer | None) -> None:
+    """Raise the error of a measure that cannot be evaluated, from few samples: before the measures that take long.
+
+    Raises:
+        ValueError, TypeError, RuntimeError: As of :func:`measure`.
+    """
+    part = next(objective.split(budget.m), None)
+    if part is not None:  # else the first pass over the data says so
+        for matrix in (Hessian, *_matrices(objective, budget).values()):
+            matrix(part)(torch.zeros(1, part.n, dtype=part.dtype, device=part.device))
+    if "adam_sharpness" in budget.names_of_further:
+        _adam_preconditioner(objective, optimizer)
+
+
+def _matrices(objective: Objective, budget: Budget) -> dict[str, Callable[[Objective], Operator]]:
+    """Return the matrices among the further measures that the budget names."""
+    per: Literal["sample", "token"] = "token" if objective.weighted_by == "tokens" else "sample"
+    matrices: dict[str, Callable[[Objective], Operator]] = {
+        "gauss_newton": GaussNewton,
+        "fisher": partial(EmpiricalFisher, per=per),
+    }
+    return {name: matrix for name, matrix in matrices.items() if name in budget.names_of_further}
+
+
+def _adam_preconditioner(objective: Objective, optimizer: Optimizer | None) -> Tensor:
+    if optimizer is None:
+        raise ValueError(
+            "adam_sharpness is the curvature in the metric of Adam, whose averages of the gradients are not known: "
+            "measure the runs of a folder that Adam or AdamW has trained, or pass optimizer= in Python"
+        )
+    return adam_preconditioner(optimizer, objective)
 
 
 def _sharpness_measures(objective: Objective, budget: Budget) -> tuple[float, dict[str, Measure]]:
@@ -136,8 +188,7 @@ def _hessian_measures(objective: Objective, hessian: Hessian, budget: Budget) ->
     bottom = extreme("smallest eigenvalue", hessian, which="smallest")
     adaptive_top = extreme("largest eigenvalues, adaptive", scaled, k=k)
     for name, pairs in (("lambda_max", top), ("lambda_min", bottom), ("adaptive_lambda_max", adaptive_top)):
-        note = "" if pairs.converged else "not converged"
-        measures[name] = Measure(float(pairs.values[0]), float(pairs.residuals[0]), note)
+        measures[name] = _first(pairs)
     objective.stage = "traces"
     for name, operator, known in (("trace", hessian, top), ("adaptive_trace", scaled, adaptive_top)):
         measures[name] = _estimated(trace(operator, probes=budget.probes, top=known, seed=budget.seed))
@@ -149,7 +200,7 @@ def _hessian_measures(objective: Objective, hessian: Hessian, budget: Budget) ->
     return top, measures
 
 
-def _further_measures(objective: Objective, budget: Budget) -> dict[str, Measure]:
+def _further_measures(objective: Objective, budget: Budget, optimizer: Optimizer | None) -> dict[str, Measure]:
     """Return the measures that the budget names."""
     measures, names = {}, budget.names_of_further
     if "batch_sharpness" in names:
@@ -157,16 +208,40 @@ def _further_measures(objective: Objective, budget: Budget) -> dict[str, Measure
         measures["batch_sharpness"] = _estimated(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {budget.m} samples")
     if "rounding" in names:
         measures["rounding"] = Measure(after_rounding(objective, _BITS).increase)
-    for name, matrix in (("gauss_newton", GaussNewton), ("fisher", EmpiricalFisher)):
-        if name in names:
-            objective.stage = FAMILIES["further"].measures[name]
-            operator = matrix(objective)
-            top = eigenvalues(operator, k=min(budget.num_eigenvalues, objective.n), tol=budget.tol, seed=budget.seed)
-            note = "" if top.converged else "not converged"
-            measures[name] = Measure(float(top.values[0]), float(top.residuals[0]), note)
-            total = trace(operator, probes=budget.probes, top=top, seed=budget.seed)
-            measures[f"{name}_trace"] = _estimated(total)
+    for name, matrix in _matrices(objective, budget).items():
+        objective.stage = FAMILIES["further"].measures[name]
+        operator = matrix(objective)
+        top = eigenvalues(operator, k=min(budget.num_eigenvalues, objective.n), tol=budget.tol, seed=budget.seed)
+        measures[name] = _first(top)
+        measures[f"{name}_trace"] = _estimated(trace(operator, probes=budget.probes, top=top, seed=budget.seed))
+    if "adam_sharpness" in names:
+        measures["adam_sharpness"] = _adam_sharpness(objective, budget, optimizer)
+    if "by_layer" in names:
+        for row in by_layer(objective, probes=budget.probes, tol=budget.tol, seed=budget.seed):
+            measures[name_in_layer("lambda_max", row.layer)] = row.lambda_max
+            measures[name_in_layer("trace", row.layer)] = _estimated(row.trace)
+            if row.relative_flatness is not None:
+                measures[name_in_layer("relative_flatness", row.layer)] = _estimated(row.relative_flatness)
     return measures
+
+
+def _adam_sharpness(objective: Objective, budget: Budget, optimizer: Optimizer | None) -> Measure:
+    """Return the largest eigenvalue of P^-1 H, with its edge of stability at the highest learning rate."""
+    preconditioner = _adam_preconditioner(objective, optimizer)
+    assert optimizer is not None
+    objective.stage = FAMILIES["further"].measures["adam_sharpness"]
+    operator = Scaled(Hessian(objective), preconditioner.rsqrt())
+    found = _first(eigenvalues(operator, tol=budget.tol, seed=budget.seed))
+    group = max(optimizer.param_groups, key=_first_rate)
+    lr, beta1 = _first_rate(group), float(group["betas"][0])
+    edge = adam_edge_of_stability(lr, beta1=beta1) if lr > 0 else math.inf
+    note = f"edge of stability {edge:.3g} at lr {lr:.3g}"
+    return Measure(found.value, found.error, "; ".join(filter(None, [note, found.note])))
+
+
+def _first_rate(group: dict[str, Any]) -> float:
+    """Return the learning rate before a schedule changed it: at the end of one, it is often 0."""
+    return float(group.get("initial_lr", group["lr"]))
 
 
 def _landscapes(objective: Objective, top: Eigenpairs, budget: Budget) -> tuple[Landscape | None, Landscape | None]:
@@ -200,6 +275,12 @@ def _ascent_note(restarts: tuple[float, ...]) -> str:
     best = max(restarts)
     apart = f", which differ by up to {1 - min(restarts) / best:.0%}" if min(restarts) < 0.95 * best < math.inf else ""
     return f"lower bound: the best of {len(restarts)} ascents{apart}"
+
+
+def _first(pairs: Eigenpairs) -> Measure:
+    """Return the first of the eigenvalues."""
+    note = "" if pairs.converged else "not converged"
+    return Measure(float(pairs.values[0]), float(pairs.residuals[0]), note)
 
 
 def _estimated(estimate: Estimate, note: str = "") -> Measure:

@@ -22,6 +22,7 @@ from steppe.flatness._forward import (
     PlacedLoss,
     check_not_sharded,
     derivatives,
+    loss_of_batches,
     loss_of_outputs,
     select_parameters,
 )
@@ -58,7 +59,8 @@ class Objective:
         data: A pair of tensors (inputs, targets) or a dictionary of tensors, which is split into batches; or an
             iterable that yields the same batches each time (a list, a ``DataLoader``).
         loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then ``(*inputs, targets)``.
-        evaluate: In place of ``loss``, (model, batch) -> mean loss, for batches of any form.
+        evaluate: In place of ``loss``, (model, batch) -> mean loss, for batches of any form; or -> (mean loss, outputs)
+            with all outputs that the loss is computed from, for the Gauss-Newton and Fisher matrices.
         batch_size: Samples per batch, if ``data`` is a pair or a dictionary of tensors.
         batch_norm: "eval" or "train".
         parameters: Names of the parameters that form w; by default all that require a gradient.
@@ -131,7 +133,7 @@ class Objective:
         if loss is not None:
             return loss_of_outputs(loss)
         if evaluate is not None:
-            return lambda model, batch: Evaluated(evaluate(model, batch))
+            return loss_of_batches(evaluate)
         self._size = self._size or LossTerms(self._loss_of_batch, check=self.batch_norm == "eval")
         return evaluate_model_loss
 

@@ -163,6 +163,10 @@ def test_all_measures_of_all_methods_are_corrected_together_without_the_context(
         dict.fromkeys(("trace", "sharpness", "adaptive_trace"), AT_TWO),
     )
     assert [row.word for row in other.rows] == ["not distinguishable"] * 3
+    # the further measures and those of layers, which were asked for, are corrected among themselves
+    asked = {"trace": barely, "rounding": barely} | {f"trace/{layer}": unclear for layer in "abc"}
+    words = {row.name: row.word for row in verdict(asked, dict.fromkeys(asked, AT_TWO)).rows}
+    assert words == {name: "flatter" if asked[name] is barely else "not distinguishable" for name in asked}
     pairings = [
         Pairing(name, "sgd", (name, "SGD"), [(flat(trace=a), flat(trace=2.0)) for a in values])
         for name, values in (("sam", barely), ("asam", unclear), ("gsam", unclear))
@@ -219,6 +223,9 @@ def test_markdown_has_a_row_for_each_measure_by_family() -> None:
     label = FAMILIES["raw"].measures["sharpness"]
     assert f"| {label} | 2 ± 0 | 1 ± 0.1 | -1 | [-1.5, -0.52] | flatter |" in lines
     assert [line for line in lines if "**" in line] == ["| **Raw** | | | | | |", "| **Adaptive** | | | | | |"]
+    lines = verdict({"trace/head.0": LOW}, {"trace/head.0": AT_TWO}).markdown().splitlines()
+    assert lines[2] == "| **By layer** | | | | | |"
+    assert lines[3].startswith("| head.0: trace | 2 ± 0 | 1 ± 0.1 | -1 |")
 
 
 def shown(found: Verdict, width: int) -> str:

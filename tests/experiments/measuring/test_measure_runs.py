@@ -33,7 +33,7 @@ from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.files import write_json
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, RunFolder
 from steppe.experiments.training.run import train
-from steppe.flatness import Objective
+from steppe.flatness import EmpiricalFisher, GaussNewton, Objective, eigenvalues
 
 BUDGET = dataclasses.replace(tiny.BUDGET, points=3)
 OPTIONS = MeasuringOptions(samples=24, budget=BUDGET, processes=1)
@@ -308,6 +308,18 @@ def test_samples_are_limited_to_the_training_set_and_recorded(path: Path) -> Non
     before = (path / "runs" / "sgd-seed0" / FLATNESS).stat().st_mtime_ns
     measure_quietly(path, options)
     assert (path / "runs" / "sgd-seed0" / FLATNESS).stat().st_mtime_ns == before
+
+
+def test_gauss_newton_and_fisher_matrices_are_those_of_the_restored_network(path: Path) -> None:
+    first, *others = RunFolder(path).recipe().runs()
+    for run in others:
+        shutil.rmtree(RunFolder(path).run(run))
+    budget = dataclasses.replace(BUDGET, points=0, tol=1e-3, further="gauss_newton,fisher")
+    measure_quietly(path, dataclasses.replace(OPTIONS, budget=budget))
+    found, own = written(path, "runs", first.name)["measures"], objective(path, first, trained_on(first))
+    for name, matrix in (("gauss_newton", GaussNewton), ("fisher", EmpiricalFisher)):
+        value = float(eigenvalues(matrix(own), tol=1e-3).values[0])
+        assert found[name]["value"] == pytest.approx(value, rel=1e-2), name
 
 
 @pytest.mark.slow

@@ -1,3 +1,4 @@
+import io
 import json
 import math
 import pickle
@@ -88,6 +89,33 @@ def test_own_evaluation_takes_batches_of_any_form() -> None:
 
 
 @pytest.mark.parametrize(
+    ("evaluate", "further", "message"),
+    [
+        ("with_outputs", "gauss_newton,fisher,by_layer", None),
+        ("of_dicts", "fisher", r"^w1: .*needs the model's outputs.*return \(loss, outputs\)"),
+        ("of_dicts", "adam_sharpness", "^w1: adam_sharpness .* measure the runs of a folder"),
+    ],
+)
+def test_further_measures_of_files_or_an_error_before_the_first(
+    evaluate: str, further: str, message: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = UserModel("user_module:net", "user_module:dicts", weights(1), evaluate=f"user_module:{evaluate}")
+    options = MeasuringOptions(budget=Budget(**{**vars(BUDGET), "further": further}), processes=1)
+    if message is None:
+        console = Console(file=io.StringIO(), width=80)
+        measure_user_model(given, options, console)
+        found = written("w1")["measures"]
+        assert {"gauss_newton", "fisher_trace", "lambda_max/0"} <= found.keys()
+        row = f"| 0: largest eigenvalue | {found['lambda_max/0']['value']:.4g} ± "
+        assert row in Path("flatness", "summary.md").read_text()
+        assert "0: largest eigenvalue" in console.file.getvalue()  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(jobs, "measure_job", lambda job, progress: pytest.fail("the measurement has begun"))
+        with pytest.raises(ExperimentError, match=message):
+            measure_user_model(given, options, Console(quiet=True))
+
+
+@pytest.mark.parametrize(
     ("model", "given", "by", "there"),
     [
         ("net", "pair", "torch.nn.functional:cross_entropy", True),
@@ -102,7 +130,7 @@ def test_normalized_logits_are_measured_for_classifiers_only(
 ) -> None:
     given_normalized: list[bool] = []
 
-    def measure(objective: Objective, budget: Budget, *, normalized: Objective | None) -> None:
+    def measure(objective: Objective, budget: Budget, *, normalized: Objective | None, optimizer: None) -> None:
         given_normalized.append(normalized is not None)
         raise ValueError("enough")
 

@@ -28,7 +28,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.files import read_checked
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import FAMILIES, Flatness, Measure
-from steppe.flatness.families import IN_VERDICT
+from steppe.flatness.families import IN_VERDICT, labels_by_family
 
 FLATNESS = "flatness.json"
 
@@ -87,7 +87,7 @@ class Row:
         return "" if self.family == "context" else word(self.difference, better=-1, words=(FLATTER, SHARPER))
 
     def cells(self) -> list[str]:
-        label, ends = FAMILIES[self.family].measures[self.name], self.difference.interval
+        label, ends = labels_by_family([self.name])[self.family][self.name], self.difference.interval
         interval = "" if ends is None else f"[{ends[0]:+.2g}, {ends[1]:+.2g}]"
         reference, ours = (value.text(".3g", ".2g", " ± ") for value in (self.reference, self.ours))
         return [label, reference, ours, f"{self.difference.mean:+.3g}", interval, self.word]
@@ -263,14 +263,16 @@ def compare(pairings: Sequence[Pairing]) -> list[Verdict]:
     """Compare measurements, pair by pair; methods without a measure that is finite in all runs have no verdict.
 
     All measures of all methods are one family, for which each is corrected. The further ones, which were asked for, are
-    another, and the context, which has no verdict, is part of none.
+    another, those of layers a third, and the context, which has no verdict, is part of none.
     """
     rows: list[list[Row]] = [[] for _ in pairings]
-    for families in (IN_VERDICT, ("further",), ("context",)):
+    both = (one for pairing in pairings for pair in pairing.pairs for one in pair)
+    labels = labels_by_family(name for one in both for name in one.measures)
+    for families in (IN_VERDICT, ("further",), ("layers",), ("context",)):
         measured = [
             (name, family, numbers)
             for family in families
-            for name in FAMILIES[family].measures
+            for name in labels[family]
             if (numbers := {i: found for i, pairing in enumerate(pairings) if (found := pairing.numbers(name))})
         ]
         decided = decide_together([list(numbers.values()) for *_, numbers in measured])

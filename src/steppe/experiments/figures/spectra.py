@@ -11,6 +11,7 @@ from torch import Tensor
 from steppe.experiments.figures.drawing import plot_mean, tag, tag_legend
 from steppe.experiments.figures.style import CARD, GREY, Style, add_text
 from steppe.flatness import FAMILIES, Density, Flatness
+from steppe.flatness.families import labels_by_family
 
 BANDWIDTH = 0.005
 """The Gaussian's standard deviation by which a spectrum is smoothed, as a share of the range of all eigenvalues."""
@@ -88,10 +89,11 @@ def plot_eigenvalues(groups: Groups, styles: Mapping[str, Style], description: s
 
 
 def measures_of(groups: Groups) -> dict[str, str]:
-    """Return the measures with a finite value, in the order of `FAMILIES`, and what each is called."""
+    """Return the finite measures of whole networks, in the order of `FAMILIES`, and what each is called."""
     labels = {name: label for family in FAMILIES.values() for name, label in family.measures.items()}
     measured = [flat.measures for solutions in groups.values() for flat in solutions]
-    names = dict.fromkeys([*labels, *(name for measures in measured for name in measures)])
+    of_layers = labels_by_family(name for measures in measured for name in measures)["layers"]
+    names = dict.fromkeys([*labels, *(name for measures in measured for name in measures if name not in of_layers)])
     return {
         name: labels.get(name, name.replace("_", " "))
         for name in names

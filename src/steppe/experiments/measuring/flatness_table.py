@@ -9,6 +9,7 @@ from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.analysis.tables import Table, bullets
 from steppe.experiments.analysis.verdicts import CAVEATS, Pairing, Verdict, compare
 from steppe.flatness import FAMILIES, Flatness, Measure
+from steppe.flatness.families import labels_by_family
 
 TITLE = "# Flatness of "
 
@@ -87,10 +88,10 @@ def _table(measured: Sequence[Flatness]) -> Table:
 
 def _by_family(measured: Sequence[Flatness], cells: Callable[[str], Sequence[str]]) -> dict[str, list[list[str]]]:
     """Return a row for each measure that was measured: its label, and its cells by its name."""
-    known = {name for one in measured for name in one.measures}
+    labels = labels_by_family(name for one in measured for name in one.measures)
     return {
-        family.title: [[label, *cells(name)] for name, label in family.measures.items() if name in known]
-        for family in FAMILIES.values()
+        FAMILIES[family].title: [[label, *cells(name)] for name, label in of_family.items()]
+        for family, of_family in labels.items()
     }
 
 

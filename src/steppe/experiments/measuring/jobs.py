@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
 
 import torch
 from rich.console import Console
 from torch import nn
+from torch.optim import Optimizer
 
 from steppe.experiments.errors import ExperimentError, unknown
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 from steppe.experiments.execution.progress import JobProgress, print_line
 from steppe.flatness import Budget, Flatness, Objective, measure
+from steppe.flatness.budget import CONDITIONAL
+from steppe.flatness.measure import check_measures
 
 T = TypeVar("T")
 _BatchNorm = Literal["eval", "train"]
@@ -65,33 +69,65 @@ class MeasuringOptions:
         return self.processes or (1 if torch.cuda.is_available() else cpus.available())
 
 
+class Prepared(NamedTuple):
+    """A network with its data, as :func:`steppe.flatness.measure` takes them."""
+
+    objective: Objective
+    normalized: Objective | None
+    """The loss of normalized logits, if the network has logits."""
+    budget: Budget
+    optimizer: Optimizer | None = None
+    """The optimizer that has trained the network, where its state is known and a measure needs it."""
+
+
 class FlatnessJob(Protocol):
     """A network to measure. It must be picklable, and makes network and data in the process that measures."""
 
     @property
     def name(self) -> str: ...
 
-    def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
-        """Return the loss, the loss of normalized logits if it has them, and the budget."""
+    @property
+    def options(self) -> MeasuringOptions: ...
+
+    def prepare(self, progress: Progress) -> Prepared: ...
 
     def save(self, found: Flatness) -> None: ...
 
 
 def measure_all(jobs: Sequence[FlatnessJob], processes: int, console: Console) -> None:
-    """Measure networks; raises the first ExperimentError, and keeps finished files."""
+    """Measure networks; raises the first ExperimentError, and keeps finished files.
+
+    If measures are named that not every network allows, each is checked for them first: a measurement takes minutes.
+    """
     if jobs:  # the first one is finished after minutes
         print_line(console, f"Measuring {len(jobs)} network{'s'[: len(jobs) > 1]}")
+    for job in jobs:
+        if not set(CONDITIONAL).isdisjoint(job.options.budget.names_of_further):
+            check_job(job)
     run_jobs({job.name: partial(measure_job, job) for job in jobs}, processes, console)
+
+
+def check_job(job: FlatnessJob) -> None:
+    """Raise an ExperimentError if a measure cannot be computed for a network."""
+    prepared = job.prepare(lambda activity, passes: None)
+    with _one_line_errors(job):
+        check_measures(prepared.objective, prepared.budget, prepared.optimizer)
 
 
 def measure_job(job: FlatnessJob, progress: Progress) -> None:
     """Measure one network and write the result; an ExperimentError names it if a measure cannot be computed."""
-    plain, normalized, budget = job.prepare(progress)
-    try:
-        found = measure(plain, budget, normalized=normalized)
-    except (FloatingPointError, ValueError, RuntimeError) as error:
-        raise ExperimentError(f"{job.name}: {' '.join(str(error).split())}") from error
+    objective, normalized, budget, optimizer = job.prepare(progress)
+    with _one_line_errors(job):
+        found = measure(objective, budget, normalized=normalized, optimizer=optimizer)
     job.save(found)
+
+
+@contextmanager
+def _one_line_errors(job: FlatnessJob) -> Iterator[None]:
+    try:
+        yield
+    except (FloatingPointError, TypeError, ValueError, RuntimeError) as error:
+        raise ExperimentError(f"{job.name}: {' '.join(str(error).split())}") from error
 
 
 def run_jobs(jobs: Mapping[str, Callable[[Progress], T]], processes: int, console: Console) -> list[T]:

@@ -19,7 +19,7 @@ from steppe.experiments.execution.executor import ExecutionOptions, MakeTask
 from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.prepared_task import OneTask, prepare_task
 from steppe.experiments.execution.progress import print_line
-from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all, run_jobs
+from steppe.experiments.measuring.jobs import MeasuringOptions, Prepared, Progress, measure_all, run_jobs
 from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_checked
@@ -30,7 +30,7 @@ from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.evaluation import flatness_sample
 from steppe.experiments.training.run import Training
 from steppe.experiments.world import World, launched
-from steppe.flatness import Budget, Flatness, Objective, interpolation, normalized_logits
+from steppe.flatness import Flatness, Objective, interpolation, normalized_logits
 
 _LINE_POINTS = 13
 
@@ -64,10 +64,11 @@ class RunJob:
             and self.options.settings().items() <= found.settings.items()
         )
 
-    def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
+    def prepare(self, progress: Progress) -> Prepared:
         training, options = self.restore(), self.options
         sample = self.sample(training, "train", self.run.seed)
-        return *objectives(training.task, training.network, sample, options, progress), options.budget
+        objective, normalized = objectives(training.task, training.network, sample, options, progress)
+        return Prepared(objective, normalized, options.budget, training.optimizer)
 
     def save(self, found: Flatness) -> None:
         content = found.to_json()
@@ -85,6 +86,8 @@ class RunJob:
         state = checkpoint_file.load(checkpoint, owner(self.run, self.processes, task.initial_weights))
         with checkpoint_file.one_line_errors(checkpoint):
             training.network.load_state_dict(state["model"])
+            if "adam_sharpness" in self.options.budget.names_of_further:
+                training.optimizer.load_state_dict(state["optimizer"])
             if self.run.method.average:  # what is evaluated, and so measured, are the averaged weights
                 assert training.average is not None
                 training.average.load_state_dict(state["average"])
@@ -176,7 +179,7 @@ def objectives(
     if _is_classifier(task, network, sample, options):
         assert task.loss is not None
         normalized = objective(evaluate=replace(task, loss=normalized_logits(task.loss)).evaluate)
-    return objective(evaluate=task.evaluate), normalized
+    return objective(evaluate=task.loss_and_outputs), normalized
 
 
 def _is_classifier(task: Task, network: nn.Module, sample: list[Any], options: MeasuringOptions) -> bool:

@@ -18,11 +18,11 @@ from steppe.experiments.execution.progress import print_line
 from steppe.experiments.figures.flatness import draw
 from steppe.experiments.measuring import user_inputs
 from steppe.experiments.measuring.flatness_table import TITLE, FlatnessTable
-from steppe.experiments.measuring.jobs import MeasuringOptions, Progress, measure_all
+from steppe.experiments.measuring.jobs import MeasuringOptions, Prepared, Progress, measure_all
 from steppe.experiments.storage.environment import digest_of_module
 from steppe.experiments.storage.files import write_atomically, write_checked
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.flatness import Budget, Flatness, Objective, normalized_logits
+from steppe.flatness import Flatness, Objective, normalized_logits
 from steppe.flatness._batches import Batches
 
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
@@ -48,7 +48,8 @@ class UserModel:
     loss: str = _CROSS_ENTROPY
     """package.module:function, (outputs, targets) -> mean loss of a batch."""
     evaluate: str | None = None
-    """Instead of the loss, package.module:function, (model, batch) -> mean loss, for batches of any form."""
+    """Instead of the loss, package.module:function, (model, batch) -> mean loss, for batches of any form; or -> (mean
+    loss, outputs), which --further gauss_newton and fisher need."""
     out: Path = Path("flatness")
     """The folder for the results: a JSON file for each file of weights, summary.md, figures."""
 
@@ -187,7 +188,7 @@ class UserModelJob:
         content["settings"] |= self.model.entry_points()
         write_checked(self.path, {**content, "weights": str(self.weights), "inputs": self.inputs()})
 
-    def prepare(self, progress: Progress) -> tuple[Objective, Objective | None, Budget]:
+    def prepare(self, progress: Progress) -> Prepared:
         model, options, budget = self.model, self.options, self.options.budget
         network, data = self._load()
         network.to("cuda" if torch.cuda.is_available() else "cpu")
@@ -203,7 +204,7 @@ class UserModelJob:
                 if _is_classifier(objective, loss):
                     normalized = objective(loss=normalized_logits(loss))
         first = next((size for _, size in Batches(data, options.batch_size)), 0)
-        return plain, normalized, replace(budget, m=min(budget.m, first))
+        return Prepared(plain, normalized, replace(budget, m=min(budget.m, first)))
 
     def _load(self) -> tuple[nn.Module, Any]:
         """Return the network with its weights, and the data; both must be those of the digests."""

@@ -15,6 +15,7 @@ from steppe.experiments.analysis.words import BAD, GOOD, NO_VERDICT, NOT_MEASURE
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.report.numbers import change, spread
 from steppe.flatness import FAMILIES, Flatness
+from steppe.flatness.families import labels_by_family
 
 KINDS: Mapping[str, str] = dict.fromkeys(GOOD, "good") | dict.fromkeys(BAD, "bad")
 """The class of a verdict's word on the page; every other word is "open"."""
@@ -85,12 +86,10 @@ def flatness_groups(
 
     A row has a cell for each method: its value and, where there is one, its difference to the reference.
     """
-    names = {name for flat in measured.values() for name in flat.measures}
-    for family in FAMILIES.values():
-        found = [(name, label) for name, label in family.measures.items() if name in names]
-        if found:
-            rows = [_measure(recipe, summary, measured, name, label) for name, label in found]
-            yield family.title, family.about, rows
+    for family, labels in labels_by_family(name for flat in measured.values() for name in flat.measures).items():
+        if labels:
+            rows = [_measure(recipe, summary, measured, name, label) for name, label in labels.items()]
+            yield FAMILIES[family].title, FAMILIES[family].about, rows
     about = "What flatness is wanted for: measured, not concluded from it."
     yield "Generalization", about, list(generalization(recipe, summary))
 

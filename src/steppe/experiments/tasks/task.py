@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from steppe.experiments.config.task_info import MetricInfo, TaskInfo
 from steppe.experiments.errors import ExperimentError, closest, unknown
 from steppe.experiments.tasks.samples import RandomStream, Samples, as_samples
+from steppe.flatness._model_loss import logits_in
 
 T = TypeVar("T")
 
@@ -217,6 +218,12 @@ class Task:
     def evaluate(self, model: nn.Module, batch: Any) -> Tensor:
         """Return the mean loss of a model on a batch."""
         return self.mean_loss(*self.outputs(model, batch))
+
+    def loss_and_outputs(self, model: nn.Module, batch: Any) -> tuple[Tensor, Any]:
+        """Return the mean loss of a model on a batch, and the outputs that it is computed from."""
+        outputs, targets = self.outputs(model, batch)
+        used = logits_in(outputs) if self.loss is None else logits_of(outputs)
+        return self.mean_loss(outputs, targets), used
 
     def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the mean loss of a batch."""
