@@ -3,12 +3,12 @@
 import importlib.util
 import pkgutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.errors import ExperimentError, place, typed
+from steppe.experiments.errors import ExperimentError, closest, place, typed
 
 
 def check_name(option: str, name: str) -> None:
@@ -42,13 +42,15 @@ def load_entry_point(option: str, name: str) -> Any:
             inside = "" if module == missing or module.startswith(f"{missing}.") else f", which {module} imports"
             raise ExperimentError(
                 f"--{option} {name}: there is no module {missing}{inside}, neither in the current folder ({here}) nor "
-                "among the installed ones"
+                f"among the installed ones{_closest(missing, _modules_beside(missing, here))}"
             ) from error
         except AttributeError as error:
             if module not in sys.modules:  # the module's own code has failed
                 raise
             file = getattr(sys.modules[module], "__file__", None)
-            raise ExperimentError(f"--{option} {name}: {module} ({file}) has no {attribute}") from error
+            known = [known for known in dir(error.obj) if not known.startswith("_")]
+            close = _closest(error.name or attribute, known)
+            raise ExperimentError(f"--{option} {name}: {module} ({file}) has no {attribute}{close}") from error
         except Exception as error:
             if place(error):
                 raise
@@ -58,6 +60,17 @@ def load_entry_point(option: str, name: str) -> Any:
                 spec = importlib.util.find_spec(module)
             file = module if spec is None else spec.origin
             raise ExperimentError(f"--{option} {name}: {file} cannot be imported ({typed(error)})") from error
+
+
+def _modules_beside(missing: str, here: str) -> list[str]:
+    """Return the modules in the package of a missing one, or else in the current folder."""
+    package, _, _ = missing.rpartition(".")
+    paths = getattr(sys.modules.get(package), "__path__", []) if package else [here]
+    return [f"{package}.{one.name}".lstrip(".") for one in pkgutil.iter_modules(paths)]
+
+
+def _closest(name: str, known: Sequence[str]) -> str:
+    return closest(name, known).removesuffix(".")
 
 
 def call_factory(option: str, name: str, factory: Callable[[], Any]) -> Any:

@@ -51,7 +51,7 @@ def prepare_task(
 
 def _prepared(task: Task, one_in: int | None, then: str | None) -> Task:
     """Return a task with its second one, by its name, its own or none, for a comparison or for a search."""
-    second = load_task(then) if then else task.then if then is not None else None
+    second = load_task(then, "then") if then else task.then if then is not None else None
     if one_in is not None:
         task, second = held_out(task, one_in), None if second is None else held_out(second, one_in)
     return replace(task, then=second)

@@ -7,26 +7,28 @@ import torch
 from torch.utils.data import Subset
 
 from steppe.experiments.config.recipe import Recipe
-from steppe.experiments.entry_points import check_name, load_entry_point, one_line_errors
+from steppe.experiments.entry_points import call_factory, check_name, load_entry_point
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.tasks.check import check
 from steppe.experiments.tasks.samples import DatasetSamples, RandomStream, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task
 
 
-def load_task(name: str) -> Task:
-    """Import a task, package.module:name: a :class:`Task`, or a function without arguments that returns one."""
-    check_name("task", name)
+def load_task(name: str, option: str = "task") -> Task:
+    """Import a task, package.module:name: a :class:`Task`, or a function without arguments that returns one.
+
+    `option` is that of the command line which names it, for errors.
+    """
+    check_name(option, name)
     # every process and every session makes the task anew, and a random split in it must be the same each time
     with RandomStream(0, 0, 0).active():
-        found = load_entry_point("task", name)
+        found = load_entry_point(option, name)
         if not isinstance(found, Task) and callable(found):
-            with one_line_errors(f"--task {name}: calling it raised "):
-                found = found()
+            found = call_factory(option, name, found)
     if not isinstance(found, Task):
         raise ExperimentError(
-            f"--task {name} gives {type(found).__name__}: a steppe.experiments.Task is needed, or a function without "
-            "arguments that returns one"
+            f"--{option} {name} gives {type(found).__name__}: a steppe.experiments.Task is needed, or a function "
+            "without arguments that returns one"
         )
     return replace(found, entry_point=name)
 
@@ -42,7 +44,7 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
     on_gpu = recipe.hardware.device != "cpu" and torch.cuda.is_available()
     device = torch.device("cuda" if on_gpu else "cpu")
     info = check(task, device)
-    second = load_task(recipe.forgetting.then) if recipe.forgetting.then else task.then
+    second = load_task(recipe.forgetting.then, "then") if recipe.forgetting.then else task.then
     if second is None and recipe.forgetting.then_lr is not None:
         raise ExperimentError(
             f"then_lr={recipe.forgetting.then_lr}: the task has no second one, then=, so it would have no effect: give "
