@@ -25,7 +25,10 @@ def find_tests() -> Mapping[str, str]:
     """Return the tests of each statement as a line of Markdown."""
     found: dict[str, list[str]] = defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("test_*.py")):
-        tree = ast.parse(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
+        if not _STATEMENT.search(text) and "def test_c" not in text:
+            continue  # to parse a file takes longer than to read it
+        tree = ast.parse(text)
         names = [node.name for node in tree.body if isinstance(node, ast.FunctionDef)]
         own: dict[str, list[str]] = defaultdict(list)
         for name in names:

@@ -49,7 +49,9 @@ def test_stale_contract_page_is_found(tmp_path, monkeypatch, capsys):
     page = tmp_path / "contract.md"
     page.write_text("**C1.** A statement.\n\nTests: none yet.\n")
     monkeypatch.setattr(make_contract, "PAGE", page)
+    monkeypatch.setattr(make_contract, "find_tests", lambda: {"C1": "[test_one](../tests/test_one.py)"})
     assert make_contract.main(["--check"]) == 1
     assert "out of date: contract.md; run python scripts/make_contract.py" in capsys.readouterr().err
     assert make_contract.main([]) == 0
+    assert "Tests: [test_one](../tests/test_one.py)." in page.read_text()
     assert make_contract.main(["--check"]) == 0

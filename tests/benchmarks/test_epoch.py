@@ -5,6 +5,7 @@ from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from torch.nn.modules.module import register_module_forward_pre_hook
@@ -17,6 +18,12 @@ from steppe.experiments.models.preact_resnet import PreActResNet18
 
 TINY = Problem(8, 1, 2)
 each_method = pytest.mark.parametrize("method", methods.methods(TINY), ids=lambda method: method.name)
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch):
+    """Networks of two blocks: the methods are those of deeper ones."""
+    tiny.shallow(monkeypatch)
 
 
 @pytest.fixture

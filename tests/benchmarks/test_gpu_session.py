@@ -36,6 +36,7 @@ def device(tmp_path, monkeypatch):
     monkeypatch.setattr(device_results, "ROOT", tmp_path)
     monkeypatch.setattr(Measurement, "code", property(lambda measurement: [scripts / measurement.script]))
     monkeypatch.setattr(process, "GRACE", 0.5)
+    monkeypatch.setattr(process, "_POLL_INTERVAL", 0.02)
     return found
 
 
@@ -50,7 +51,7 @@ def write_scripts(device, monkeypatch):
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(HEADER + text)
             training = Training() if name.startswith("training") else None
-            minutes = 0.03 if "sleep(60)" in text else 5
+            minutes = 0.01 if "sleep(60)" in text else 5
             found.append(
                 Measurement(name, f"the {name}", f"{name}/run.py", minutes, (str(device.folder),), training=training)
             )
@@ -112,7 +113,7 @@ def test_time_limits_of_measurement_and_call(write_scripts, call, capsys):
     write_scripts(slow="import time; time.sleep(60)", good=GOOD)
     call()
     output = capsys.readouterr().out
-    assert "it took longer than 0.03 minutes" in output
+    assert "it took longer than 0.01 minutes" in output
     assert "good: done" in output
     write_scripts(late=GOOD)
     call(minutes=session.SECONDS_FOR_FIGURES / 60)

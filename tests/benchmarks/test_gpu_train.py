@@ -7,6 +7,7 @@ import sys
 from dataclasses import replace
 
 import pytest
+import tiny
 from gpu_support import arguments, write_result
 
 from evidence.recipes import EVIDENCE, WRONG_LABELS
@@ -39,6 +40,13 @@ def hidden_packages(tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(folder))
     done = subprocess.run([sys.executable, "-c", "import tyro"], capture_output=True, text=True, check=False)
     assert "tyro is hidden" in done.stderr
+
+
+@pytest.fixture
+def shallow(monkeypatch):
+    """Networks of two blocks and few images, in this process."""
+    tiny.shallow(monkeypatch)
+    monkeypatch.setattr(train, "_TINY_IMAGES", 128)
 
 
 def without_times(runs):
@@ -78,6 +86,7 @@ def test_interrupted_rehearsal_has_the_bits_of_an_uninterrupted_training(tmp_pat
     assert not list(straight.folder.rglob("checkpoint.pt")), "weights are deleted when everything is measured"
 
 
+@pytest.mark.usefixtures("shallow")
 def test_flatness_at_equal_compute_is_that_of_a_run_that_ends_there(tmp_path):
     longer = train.tiny(replace(planned("article-0"), methods=("sam",)))
     found = []
@@ -88,6 +97,7 @@ def test_flatness_at_equal_compute_is_that_of_a_run_that_ends_there(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("checkpoint_lost", [False, True])
 def test_interruption_during_flatness_loses_nothing(tmp_path, monkeypatch, checkpoint_lost):
     def interrupted(*args, **kwargs):
@@ -111,6 +121,7 @@ def test_interruption_during_flatness_loses_nothing(tmp_path, monkeypatch, check
     assert "failed" not in str(found[0])
 
 
+@pytest.mark.usefixtures("shallow")
 def test_failed_run_does_not_stop_the_others(tmp_path, monkeypatch):
     device = DeviceResults(arguments(tmp_path))
     runs = train.TrainingRuns("two", train.tiny(Training(("sgd", "sam"))), device)
@@ -194,6 +205,7 @@ def test_wrong_labels_are_those_of_the_evidence():
     assert options == {setting: tuple(found) for setting, found in EVIDENCE["noisy-labels"].settings.items()}
 
 
+@pytest.mark.usefixtures("shallow")
 def test_runs_and_controls_are_measured_on_corrupted_images_and_rendered(tmp_path):
     training = train.tiny(replace(planned("vit-0"), settings={"": {}, "20 % wrong": {"label_noise": 0.2}}))
     sam = str(RECIPES["vit"][0].comparison.methods[1])
