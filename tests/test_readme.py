@@ -1,7 +1,6 @@
 """README.md: every code block runs, its numbers are those of the evidence, and its links work on a package index."""
 
 import importlib.util
-import os
 import re
 import tomllib
 from pathlib import Path
@@ -99,26 +98,9 @@ def in_transformers(run: dict, folder: Path) -> steppe.Report:
     return trainer.sam_report()
 
 
-def in_keras(run: dict, folder: Path) -> steppe.Report:
-    names = run()
-    net = names["Net"]([names["keras"].layers.Dense(1)])
-    net.compile("sgd", "mse")
-    net.fit(torch.randn(8, 2).numpy(), torch.randn(8, 1).numpy(), batch_size=4, verbose=0)
-    return net.sam.report()
-
-
-def in_skorch(run: dict, folder: Path) -> steppe.Report:
-    net = run(module=torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Softmax(1)))["net"]
-    net.set_params(max_epochs=1, batch_size=4, train_split=None, verbose=0)
-    net.fit(torch.randn(8, 2).numpy(), torch.arange(8).numpy() % 2)
-    return net.optimizer_.report()
-
-
 IN_FRAMEWORKS = {
     "'.[lightning]'": in_lightning,
     "'.[transformers]'": in_transformers,
-    "'.[keras]'": in_keras,
-    "skorch": in_skorch,
 }
 
 
@@ -128,13 +110,10 @@ IN_FRAMEWORKS = {
     "ignore:.*`isinstance.treespec, LeafSpec.` is deprecated.*",
     "ignore:Starting from v1.9.0, `tensorboardX` has been removed",
     "ignore:.*pin_memory.*:UserWarning",
-    "ignore:.*joblib will operate in serial mode.*:UserWarning",
-    "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",
 )
 @pytest.mark.parametrize("installation", IN_FRAMEWORKS)
 def test_framework_lines_train_with_sam(installation, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setitem(os.environ, "KERAS_BACKEND", "torch")
     (block,) = [block for block in BLOCKS if block.installation == installation]
     torch.manual_seed(0)
 
