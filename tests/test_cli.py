@@ -2,6 +2,7 @@
 
 import builtins
 import errno
+import io
 import json
 import os
 import re
@@ -28,7 +29,7 @@ def printed(capsys: pytest.CaptureFixture[str]) -> str:
     return " ".join((captured.out + captured.err).split())
 
 
-@pytest.mark.parametrize("words", [["compare", "demo", "--help"], ["methods"]])
+@pytest.mark.parametrize("words", [["compare", "demo", "--help"], pytest.param(["methods"], marks=pytest.mark.slow)])
 def test_output_that_nobody_reads_to_its_end_is_no_error(words: list[str]) -> None:
     read, write = os.pipe()
     os.close(read)
@@ -313,6 +314,7 @@ def test_error_with_json_leaves_stdout_empty(tmp_path: Path, capsys: pytest.Capt
     assert (out, err.count("\n")) == ("", 1)
 
 
+@pytest.mark.slow
 def test_streams_that_cannot_encode_a_character_print_a_plain_one() -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "COLUMNS": "80"}
     command = [sys.executable, "-m", "steppe", "methods", "gsam"]
@@ -323,6 +325,17 @@ def test_streams_that_cannot_encode_a_character_print_a_plain_one() -> None:
     assert found.stderr == b""
 
 
+def test_stream_that_cannot_encode_a_character_prints_a_plain_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding="ascii", write_through=True))
+    monkeypatch.setenv("COLUMNS", "80")
+    assert main(["methods", "gsam"]) == 0
+    assert "+/-" in written.getvalue().decode("ascii")
+
+
+@pytest.mark.slow
 def test_long_commands_say_at_once_that_libraries_are_loaded(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "steppe", "measure", str(tmp_path)]
     found = subprocess.run(command, capture_output=True, text=True)

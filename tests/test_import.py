@@ -60,6 +60,7 @@ print(L2, SurrogateGap, steppe.variants.gsam, closures.selected, rho_schedule.Li
 """
 
 
+@pytest.mark.slow
 def test_names_that_are_loaded_when_used_are_found_in_a_fresh_process():
     subprocess.run([sys.executable, "-c", USE], capture_output=True, check=True)
     rule = pickle.dumps(steppe.Adaptive(eta=0.1))  # unpickled where no method is loaded yet

@@ -131,6 +131,7 @@ def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
     }
 
 
+@pytest.mark.slow
 def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_another(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -34,7 +34,7 @@ def timm_factory():
 
 def batches(n: int = 2):
     g = torch.Generator().manual_seed(1)
-    x = torch.randn(48 * n, 1, 24, 24, generator=g).double()
+    x = torch.randn(48 * n, 1, 12, 12, generator=g).double()
     return x, torch.randint(10, (48 * n,), generator=g)
 
 
