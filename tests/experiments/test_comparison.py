@@ -70,12 +70,15 @@ def wait_for_checkpoint(out: Path, process: "subprocess.Popen[str]") -> None:
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("undisturbed") / "run"
-    assert command_line(command(out)) == 0
+    assert command_line(command(out), draws=False) == 0
     return out
 
 
-def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
-    names = {str(path.relative_to(undisturbed)) for path in undisturbed.rglob("*") if path.is_file()}
+@pytest.mark.slow
+def test_an_undisturbed_run_leaves_a_complete_folder_from_which_alone_plot_draws_everything(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    assert command_line(command(out)) == 0
+    names = {str(path.relative_to(out)) for path in out.rglob("*") if path.is_file()}
     quantities = {"train_loss", "train_accuracy", "test_accuracy", "gap", "overview"}
     figures = {"controls", "pareto", "robustness", *quantities, *(f"{quantity}_seconds" for quantity in quantities)}
     assert names == {
@@ -83,9 +86,16 @@ def test_an_undisturbed_run_leaves_a_complete_folder(undisturbed: Path) -> None:
         *(f"figures/{figure}.{suffix}" for figure in figures for suffix in ("png", "svg")),
         *(f"runs/{run}/{file}" for run in ("sgd-seed0", "sam-seed0") for file in ("metrics.jsonl", "checkpoint.pt")),
     }
-    (session,) = json.loads((undisturbed / "environment.json").read_text())
+    (session,) = json.loads((out / "environment.json").read_text())
     assert session["torch"] == torch.__version__
     assert session["command"].startswith("steppe compare demo --width 2")
+    out = out.rename(tmp_path / "elsewhere")
+    made = [*out.glob("summary.*"), *(out / "figures").iterdir()]
+    before = {path: path.read_bytes() for path in made}
+    for path in [*made, *out.glob("runs/*/checkpoint.pt")]:
+        path.unlink()
+    assert main(["plot", str(out)]) == 0
+    assert {path: path.read_bytes() for path in made} == before
 
 
 @pytest.mark.slow
@@ -105,6 +115,7 @@ def test_a_killed_comparison_resumes_to_the_same_bits(undisturbed: Path, tmp_pat
     assert_same(out, undisturbed)
 
 
+@pytest.mark.slow
 def test_a_stopped_comparison_prints_the_command_that_resumes_it(undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     process = start(command(out))
@@ -139,16 +150,6 @@ def test_another_configuration_is_one_line_of_error_and_changes_no_file(
     assert errors.count("\n") == 1
     assert "lr was 0.05 and is 0.1" in errors
     assert {path: path.read_bytes() for path in undisturbed.rglob("*") if path.is_file()} == before
-
-
-def test_plot_draws_everything_from_the_folder_alone(undisturbed: Path, tmp_path: Path) -> None:
-    shutil.copytree(undisturbed, out := tmp_path / "elsewhere")
-    made = [*out.glob("summary.*"), *(out / "figures").iterdir()]
-    before = {path: path.read_bytes() for path in made}
-    for path in [*made, *out.glob("runs/*/checkpoint.pt")]:
-        path.unlink()
-    assert main(["plot", str(out)]) == 0
-    assert {path: path.read_bytes() for path in made} == before
 
 
 @pytest.mark.slow

@@ -46,6 +46,7 @@ def mine(base: Optimizer, rho: float = 0.05, model: nn.Module | None = None) -> 
     return steppe.SAM(base, rho=rho, model=model)
 
 
+@pytest.mark.slow
 def test_result_has_table_verdicts_advice_figures_and_a_page(tmp_path: Path) -> None:
     result = compare(classifier(), ["base", "sam", "sam:rho=0.1"], epochs=2, seeds=2, out=tmp_path / "run", quiet=True)
     assert "| SAM (rho 0.1) |" in result.table
@@ -75,6 +76,7 @@ def test_function_of_a_module_is_named_by_its_import(tmp_path: Path) -> None:
     assert result.summary.rows[1].method.label == "mine"
 
 
+@pytest.mark.slow
 def test_lambdas_are_trained_in_other_processes(tmp_path: Path) -> None:
     one = compare(classifier(), epochs=2, seeds=1, out=tmp_path / "one", quiet=True)
     two = compare(classifier(), epochs=2, seeds=1, out=tmp_path / "two", quiet=True, runs_at_once=2)

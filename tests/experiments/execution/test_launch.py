@@ -65,6 +65,7 @@ def test_parallel_runs_have_the_bits_of_sequential_ones_also_after_a_worker_is_k
     assert set(multiprocessing.active_children()) <= before
 
 
+@pytest.mark.slow
 def test_outcomes_have_the_jobs_that_were_given_also_in_a_relative_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

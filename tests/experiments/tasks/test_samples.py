@@ -92,7 +92,8 @@ class Recorder(nn.Module):
 
 def batches_of(method: str, folder: Path, task: Task, seed: int = 0) -> list[Tensor]:
     spec = MethodSpec.parse(method)
-    result(task, folder / f"{spec.folder}-{seed}", method, seed=seed, epochs=4 if method == "sam" else 2)
+    epochs = 4 if method == "sam" else 2
+    result(task, folder / f"{spec.folder}-{seed}", method, seed=seed, epochs=epochs, eval_every=epochs)
     return Recorder.seen
 
 
@@ -259,6 +260,7 @@ class Stuck(Dataset[tuple[Tensor, Tensor]]):
 @pytest.mark.parametrize(("own_order", "own_timeout"), [(False, 0.0), (True, 2.5)])
 def test_worker_that_hangs_is_noticed(own_order: bool, own_timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples_module, "_SLICE", 0.25)
+    monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # until the worker is ended
     lock = multiprocessing.get_context("fork").Lock()
     lock.acquire()
     order: dict[str, Any] = {"batch_sampler": list(torch.arange(12).split(4))} if own_order else {"batch_size": 4}

@@ -13,6 +13,7 @@ from steppe.experiments.tasks.task import Task
 PAGE = Path(__file__).parents[3] / "docs" / "tasks.md"
 
 
+@pytest.mark.slow
 def test_blocks_of_the_page_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers")
     pytest.importorskip("optuna")
