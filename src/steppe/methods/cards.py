@@ -176,8 +176,12 @@ def _memory_source() -> Iterator[str]:
     yield from _wrap(
         f"Counted by `{found['command']}` on {found['date']} with torch {found['torch']}, beyond the memory of "
         f"{found['base']}, on a network whose activations are negligible. The number of bytes is exact and does not "
-        "depend on the machine. Methods for adapters: a network of twice the width whose weights are frozen, beyond "
-        "SGD with momentum on its adapters of rank 8; one of its eight layers is 0.12 of the weights."
+        "depend on the machine. The peak includes temporary tensors that the cards do not list: those of e and of the "
+        "update gradient, and parts of the weights that are computed at a time, of at most 20 MiB, which is 0.6 of "
+        "this network's weights and less of a larger one's (also for `report()`, which measures Late SAM's first "
+        "perturbed step when the base already has its momentum). Methods for adapters: a network of twice the width "
+        "whose weights are frozen, beyond SGD with momentum on its adapters of rank 8; one of its eight layers is 0.12 "
+        "of the weights."
     )
 
 

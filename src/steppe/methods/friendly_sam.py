@@ -69,8 +69,8 @@ class Friendly:
             if "m" not in own:
                 own["m"] = torch.zeros_like(g)
         m = [own["m"] for own in memory]
-        trusted = where_finite(point.gradient_norm, point.gradients, m)
-        foreach(torch._foreach_lerp_, m, trusted, weight=1 - self.lmbda)
+        # no name for the copy of g: it would be in memory beside d, at the peak of the step
+        foreach(torch._foreach_lerp_, m, where_finite(point.gradient_norm, point.gradients, m), weight=1 - self.lmbda)
         d = foreach(torch._foreach_sub, point.gradients, m, alpha=self.sigma)
         return ScaledDirection(d, reciprocal(norm(d)))
 

@@ -98,8 +98,8 @@ CARD = MethodCard(
     when_not="Where G does not fit into memory, with a quantized base, or with DoRA: `sam` perturbs A and B alone.",
     usual={"rho": "0.05, SAM's, as a first guess: no accuracy was measured with LoRA"},
     verified="nothing else",
-    checked="Two passes by hand in float64 agree. No paper proposes it under a name of its own: it is SAM with W in the "
-    "place of w.",
+    checked="Two passes by hand in float64 agree. No paper proposes it under a name of its own: it is SAM with W in "
+    "the place of w.",
     caveats=(
         "The perturbation of a fresh adapter has its whole radius, where that of A and B has B only.",
         "A base in bfloat16 rounds much of a small e to nothing: a warning says so, and `stochastic_rounding=True` "

@@ -75,8 +75,9 @@ def orthogonal(xs: Sequence[Tensor], ys: Sequence[Tensor]) -> list[Tensor]:
         >>> orthogonal([torch.tensor([3.0, 4.0])], [torch.tensor([2.0, 0.0])])
         [tensor([0., 4.])]
     """
+    coefficient = projection(xs, ys)  # before the copy: its products in float64 take memory, too
     rest = [x.clone() for x in xs]
-    add_scaled_(rest, -projection(xs, ys), ys)
+    add_scaled_(rest, -coefficient, ys)
     return rest
 
 
