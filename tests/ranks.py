@@ -1,10 +1,14 @@
-"""Processes with one gloo process group on this machine, kept for many tests: a start takes seconds."""
+"""Processes with one gloo process group on this machine, kept for many tests, all of which run in one worker.
+
+They are forked from a server that has imported what takes seconds: so it is imported once for all of them.
+"""
 
 import atexit
 import contextlib
 import datetime
 import functools
 import multiprocessing
+import sys
 import tempfile
 import traceback
 import warnings
@@ -17,6 +21,18 @@ import torch
 import torch.distributed as dist
 
 _TIMEOUT = datetime.timedelta(seconds=60)
+_IMPORTED_ONCE = (
+    "pytest",
+    "torch._dynamo",
+    "torch.distributed.checkpoint.state_dict",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor.parallel",
+    "steppe",
+    "accelerate",
+    "peft",
+    "transformers.trainer",
+)
+"""Heavy modules that the processes need; those of them that the tests of this run have imported are imported once."""
 
 
 class RankError(AssertionError):
@@ -28,12 +44,13 @@ class Ranks:
 
     def __init__(self, size: int) -> None:
         self.size = size
-        spawn = multiprocessing.get_context("spawn")
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([name for name in _IMPORTED_ONCE if name in sys.modules])
         store = tempfile.mktemp(prefix="steppe-ranks-")
         self._pipes, self._processes = [], []
         for rank in range(size):
-            ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, size, store, theirs), daemon=True)
             process.start()
             self._pipes.append(ours)
             self._processes.append(process)

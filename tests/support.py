@@ -119,6 +119,11 @@ def in_pairs(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) 
     return [(a, b, thirds[(i + j) % len(thirds)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
+def rest_is_slow(product: Iterable[tuple[Any, ...]], fast: Callable[..., bool]) -> list[Any]:
+    """Return a product as cases for pytest: `make test` has those that are fast, `make test-slow` all the others."""
+    return [pytest.param(*case, marks=[] if fast(*case) else pytest.mark.slow) for case in product]
+
+
 every_base = pytest.mark.parametrize("base", BASES)
 
 

@@ -51,11 +51,8 @@ def sizes_of_memory(optimizer):
     return optimizer._engine.steps, {rule: len(own) for rule, own in optimizer._engine.memory.items()}
 
 
-FOUR = pytest.param("fsdp2", 4, marks=pytest.mark.xdist_group("four ranks"))
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 2), FOUR, ("ddp", 2), ("tensor parallel", 2)])
+@pytest.mark.parametrize(("layout", "ranks"), [("fsdp2", 2), ("fsdp2", 4), ("ddp", 2), ("tensor parallel", 2)])
 @pytest.mark.parametrize("name", METHODS)
 def test_distributed_checkpoint_loads_in_another_layout(name, layout, ranks):
     model, optimizer = build(plain, name)

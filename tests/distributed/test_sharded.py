@@ -1,6 +1,7 @@
 """C23, C24: FSDP2, tensor parallelism and partly sharded models equal one process; FSDP1 and DeepSpeed raise."""
 
 import contextlib
+import itertools
 
 import pytest
 import torch
@@ -31,15 +32,22 @@ from layouts import (
 )
 from ranks import start_ranks
 from steppe._tensors.dtensor import local
-from support import DRIVES, bits
+from support import DRIVES, bits, rest_is_slow
 
 
 def train_in_layout(layout: str, name: str, steps: int):
     return train(LAYOUTS[layout], method(name), steps, whole_batch=layout in WHOLE_BATCH_LAYOUTS)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", WRAPPERS)
+def fsdp_or_in_turn(name: str, layout: str) -> bool:
+    """True for each method under FSDP2, and for the other layouts in turn over the methods."""
+    return layout in ("fsdp2", OTHER_LAYOUTS[WRAPPERS.index(name) % len(OTHER_LAYOUTS)])
+
+
+OTHER_LAYOUTS = [layout for layout in LAYOUTS if layout != "fsdp2"]
+
+
+@pytest.mark.parametrize(("name", "layout"), rest_is_slow(itertools.product(WRAPPERS, LAYOUTS), fsdp_or_in_turn))
 def test_every_method_equals_one_process(name, layout):
     expected = train(plain, method(name), 4)
     for found in start_ranks()(train_in_layout, layout, name, 4):
@@ -228,9 +236,17 @@ def fsdp_over_four(name):
     return train(fsdp, method(name), 4)
 
 
-@pytest.mark.parametrize("name", ["gsam", "layerwise_sam", "zsharp", "sparse_sam", "esam", "rwp", "looksam"])
-@pytest.mark.parametrize("function", [in_two_dimensions, fsdp_over_four])
-@pytest.mark.xdist_group("four ranks")
+METHODS_ON_FOUR = ["gsam", "layerwise_sam", "zsharp", "sparse_sam", "esam", "rwp", "looksam"]
+
+
+def one_of_the_two(function, name: str) -> bool:
+    return function is (in_two_dimensions, fsdp_over_four)[METHODS_ON_FOUR.index(name) % 2]
+
+
+@pytest.mark.parametrize(
+    ("function", "name"),
+    rest_is_slow(itertools.product([in_two_dimensions, fsdp_over_four], METHODS_ON_FOUR), one_of_the_two),
+)
 def test_four_ranks_equal_one_process(function, name):
     expected = train(plain, method(name), 4)
     for found in start_ranks(4)(function, name):

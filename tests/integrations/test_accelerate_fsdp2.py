@@ -1,5 +1,7 @@
 """FSDP2 through Accelerate equals one process, although it replaces the parameters of an existing optimizer."""
 
+import itertools
+
 import pytest
 import torch
 from named_methods import WRAPPERS
@@ -8,6 +10,7 @@ import steppe
 from layouts import close, method, network
 from ranks import start_ranks
 from steppe.rules.subsets import layers
+from support import rest_is_slow
 
 pytest.importorskip("accelerate")
 
@@ -54,7 +57,13 @@ def four_processes():
 OPTIMIZERS = {"masked": masked, "two groups": two_groups_without_model, "two bases": two_bases}
 
 
-@pytest.mark.parametrize("name", [*WRAPPERS, *OPTIMIZERS])
+# Methods whose memory has tensors, numbers, a mask, or nothing, and one that implements the whole step itself.
+FAST = {"friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa", *OPTIMIZERS}
+
+
+@pytest.mark.parametrize(
+    "name", rest_is_slow([(name,) for name in (*WRAPPERS, *OPTIMIZERS)], lambda name: name in FAST)
+)
 def test_passes_with_accumulation_and_clipping_equal_one_process(name):
     expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name))
     for found in start_ranks()(call, "train_by_passes", name):
@@ -62,7 +71,6 @@ def test_passes_with_accumulation_and_clipping_equal_one_process(name):
 
 
 @pytest.mark.parametrize("name", ["sam", "gsam", "sparse_sam", "masked"])
-@pytest.mark.xdist_group("four ranks")
 def test_two_sharded_replicas_equal_one_process(name, four_processes):
     expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name))
     for found in four_processes(call, "train_by_passes", name, 2):
@@ -77,8 +85,14 @@ def test_loops_without_the_integration_equal_one_process(loop, name):
         close(found, expected)
 
 
-@pytest.mark.parametrize("state_dict_type", ["SHARDED_STATE_DICT", "FULL_STATE_DICT"])
-@pytest.mark.parametrize("name", ["sam", "vasso", "looksam", "two groups"])
+KINDS = ["SHARDED_STATE_DICT", "FULL_STATE_DICT"]
+RESUMED = ["sam", "vasso", "looksam", "two groups"]
+
+
+@pytest.mark.parametrize(
+    ("name", "state_dict_type"),
+    rest_is_slow(itertools.product(RESUMED, KINDS), lambda name, kind: kind == KINDS[RESUMED.index(name) % 2]),
+)
 def test_save_state_resumes(name, state_dict_type, tmp_path):
     for straight, resumed in start_ranks()(call, "resumed", name, state_dict_type, tmp_path):
         assert all(map(torch.equal, straight, resumed))

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trajectory_problem import LAMBDA, START, TAU, E, N, data, distance, kl, model64, order, softmax
 
+from ranks import start_ranks
 from steppe import SAM
 from steppe.methods.saf import SAF
 from support import DRIVES, bits, model_bits
@@ -296,22 +297,22 @@ def test_hyperparameter_out_of_range_is_an_error(call, message):
         call()
 
 
-def _two_processes(rank, path):
-    warnings.simplefilter("error")
-    torch.distributed.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+def term_with_outputs_of_another_rank():
+    rank = torch.distributed.get_rank()
     saf = SAF(4, 3, epochs_ago=1, start=0, dtype=torch.float64)
     torch.manual_seed(0)
     before, now = torch.randn(2, 4, 3, dtype=torch.float64)
     mine, others = torch.tensor([[0, 1], [2, 3]])[[rank, 1 - rank]]
-    saf(before[mine], mine, epoch=0)
-    got = saf(now[others], others, epoch=1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        saf(before[mine], mine, epoch=0)
+        got = saf(now[others], others, epoch=1)
     want = sum(0.3 * 25 * kl(softmax(before[i]), softmax(now[i])) / 2 for i in others)
     torch.testing.assert_close(got, want, rtol=1e-12, atol=0)
-    torch.distributed.destroy_process_group()
 
 
-def test_processes_store_the_outputs_of_all(tmp_path):
-    torch.multiprocessing.spawn(_two_processes, (str(tmp_path / "rendezvous"),), nprocs=2)
+def test_processes_store_the_outputs_of_all():
+    start_ranks()(term_with_outputs_of_another_rank)
 
 
 def test_no_value_is_read_on_the_host():

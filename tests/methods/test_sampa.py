@@ -2,14 +2,11 @@
 
 import copy
 import itertools
-import os
 import warnings
-from datetime import timedelta
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from own_step_problem import (
     STABLE_BASES,
     Loss,
@@ -26,6 +23,7 @@ from torch import Tensor
 
 import steppe
 from checks import split
+from ranks import start_ranks
 from steppe.methods.sampa import Delayed, SAMPa
 from support import BASES, DRIVES, bits, by_closure, by_passes, model_bits, net, plain, saved_and_loaded, train
 
@@ -167,13 +165,9 @@ def test_argument_out_of_range_is_an_error():
 STEPS = 12
 
 
-def run_rank(rank, folder):
-    """Run the cases of the tests below on one rank, and save the results."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    results = {}
+def results_of_rank():
+    """Return the results of the cases of the tests below on one rank."""
+    rank, results = dist.get_rank(), {}
     for base, lmbda, drive in CASES:
         params = [torch.nn.Parameter(p) for p in split(start())]
         optimizer = SAMPa(STABLE_BASES[base](params), RHO, lmbda=lmbda, group=dist.group.WORLD)
@@ -201,18 +195,15 @@ def run_rank(rank, folder):
             by_closure(optimizer, lambda f=factor: f * w.square().sum())
     results["skipped"] = torch.tensor(optimizer.skipped_steps)
     results["finite"] = w.detach()
-    torch.save(results, os.path.join(folder, f"rank{rank}"))  # noqa: PTH118
-    dist.destroy_process_group()
+    return results
 
 
 CASES = [("sgd", 0.2, "closure"), ("momentum", 0.2, "passes"), ("adamw", 0.7, "closure"), ("momentum", 0.0, "closure")]
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("two")
-    mp.spawn(run_rank, (str(folder),), nprocs=2)
-    return [torch.load(folder / f"rank{rank}", weights_only=True) for rank in range(2)]
+def ranks():
+    return start_ranks()(results_of_rank)
 
 
 @pytest.mark.parametrize("case", CASES)
