@@ -13,10 +13,12 @@ ABSENT: Sequence[tuple[str, str, str]] = (
     (
         "SASSHA",
         "2502.18153",
-        "An optimizer of its own, which divides by the square root of the diagonal of the Hessian at w + e. That needs "
-        "a second derivative inside of the perturbed pass, whose backward is that of the training loop. The authors' "
-        "code takes it after it has restored the weights through `.data`, with the activations of w + e, so that it is "
-        "the Hessian of neither point.",
+        "w <- w - lr m / (sqrt(D) + eps), with m a mean of g_s, and D one of the size of the Hessian's diagonal at w + "
+        "e, which is estimated at every tenth step. A base optimizer with this step is what is missing. The estimate "
+        "z (H z) can be made in the last of `passes()`, with `torch.autograd.grad(loss, ..., create_graph=True)`: an "
+        "ordinary backward keeps no graph for it. The authors' code was read: it makes the estimate after it has "
+        "restored the weights through `.data`, so that it is the Hessian of neither point. In three small networks "
+        "with rho = 0.2, that diagonal is off by 3 to 5 % from the one at w + e.",
     ),
     (
         "CC-SAM",
