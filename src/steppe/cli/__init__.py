@@ -164,10 +164,11 @@ def _run(words: Sequence[str]) -> int:
     from steppe.experiments.world import is_first_process
 
     try:
-        command = _parse(words)
-        # emoji: a model called pkg:factory has none in its name
-        console = Console(quiet=not is_first_process(), emoji=False, stderr=command.json)
-        result = command.run(["steppe", *words], console)
+        with _printing_to_stderr() if "--json" in words else contextlib.nullcontext():
+            command = _parse(words)
+            # emoji: a model called pkg:factory has none in its name
+            console = Console(quiet=not is_first_process(), emoji=False, stderr=command.json)
+            result = command.run(["steppe", *words], console)
         if command.json and is_first_process():
             print(json.dumps(only_finite(result), indent=2))
     except SystemExit as stop:  # a wrong command line, after a message
@@ -181,6 +182,20 @@ def _run(words: Sequence[str]) -> int:
             return 1
         return _fail(of_system(error))
     return 0
+
+
+@contextlib.contextmanager
+def _printing_to_stderr() -> Iterator[None]:
+    """Send to stderr what a user's code or a library prints, also in worker processes, which inherit the descriptor."""
+    sys.stdout.flush()
+    stdout = os.dup(1)
+    os.dup2(2, 1)
+    try:
+        with contextlib.redirect_stdout(sys.stderr):
+            yield
+    finally:
+        os.dup2(stdout, 1)
+        os.close(stdout)
 
 
 def _reader_is_gone() -> bool:
