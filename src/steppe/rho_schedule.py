@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._checks import check_count, check_nonnegative
 from steppe._engine.state_dict import RHO
 
 Radius: TypeAlias = float | Tensor
@@ -103,8 +104,8 @@ class _ToEnd(RhoSchedule):
     """Base class of schedules from the group's radius to ``end``, along a curve from 0 to 1."""
 
     def __init__(self, optimizer: Optimizer, total_steps: int, end: float = 0.0) -> None:
-        _check_total_steps(total_steps)
-        _check_radius("end", end)
+        check_count("total_steps", total_steps, "the length of the schedule")
+        check_nonnegative("end", end, "the radius at the end")
         self.total_steps = total_steps
         self.end = end
         super().__init__(optimizer)
@@ -201,8 +202,8 @@ class WarmupRho(RhoSchedule):
     """
 
     def __init__(self, optimizer: Optimizer, total_steps: int, start: float = 0.0) -> None:
-        _check_total_steps(total_steps)
-        _check_radius("start", start)
+        check_count("total_steps", total_steps, "the length of the schedule")
+        check_nonnegative("start", start, "the radius at the start")
         self.total_steps = total_steps
         self.start = start
         super().__init__(optimizer)
@@ -248,8 +249,8 @@ class ProportionalRho(RhoSchedule):
     def __init__(
         self, optimizer: Optimizer, rho_max: float, rho_min: float, lr_max: float, lr_min: float = 0.0
     ) -> None:
-        _check_radius("rho_max", rho_max)
-        _check_radius("rho_min", rho_min)
+        check_nonnegative("rho_max", rho_max, "the radius at the largest learning rate")
+        check_nonnegative("rho_min", rho_min, "the radius at the smallest learning rate")
         if rho_min > rho_max:
             raise ValueError(f"rho_min must not exceed rho_max, got {rho_min} and {rho_max}: they are a range")
         if not 0 <= lr_min < lr_max < math.inf:
@@ -285,15 +286,3 @@ def _copied(value: Any) -> Any:
     if isinstance(value, list):
         return [_copied(entry) for entry in value]
     return value.detach().clone() if isinstance(value, Tensor) else value
-
-
-def _check_total_steps(total_steps: int) -> None:
-    if not isinstance(total_steps, int) or isinstance(total_steps, bool) or total_steps < 1:
-        raise ValueError(
-            f"total_steps must be a whole number, 1 or more, got {total_steps}: it is the length of the schedule"
-        )
-
-
-def _check_radius(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and at least 0, got {value}: it is a radius")

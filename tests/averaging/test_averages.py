@@ -200,11 +200,11 @@ def test_running_statistics_are_averaged_and_all_other_buffers_copied():
     ("make", "message"),
     [
         (lambda m: EMA(m, decay=1.5), "decay must be between 0 and 1, got 1.5"),
-        (lambda m: SWA(m, start=-1), "start must be a whole number of steps, at least 0, got -1"),
-        (lambda m: SWA(m, every=0), "every must be a whole number of steps, at least 1, got 0"),
+        (lambda m: SWA(m, start=-1), "start must be 0 or more, got -1"),
+        (lambda m: SWA(m, every=0), "every must be 1 or more, got 0"),
         (lambda m: SWA(m, every=0.5), "every must be a whole number"),
-        (lambda m: LastPart(m, total_steps=0), "total_steps must be a whole number, at least 1, got 0"),
-        (lambda m: LastPart(m, total_steps=10, share=0.0), "share must be above 0 and at most 1, got 0.0"),
+        (lambda m: LastPart(m, total_steps=0), "total_steps must be 1 or more, got 0"),
+        (lambda m: LastPart(m, total_steps=10, share=0.0), "share must be more than 0 and at most 1, got 0.0"),
         (lambda m: from_name("polyak", m, total_steps=1), "there is no average 'polyak'"),
     ],
 )

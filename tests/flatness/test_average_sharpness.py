@@ -79,9 +79,9 @@ def test_infinite_losses_give_infinity_and_nan_at_the_weights_raises():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sigma": 0.0}, "sigma must be positive"),
-        ({"sigma": math.inf}, "sigma must be positive and finite"),
-        ({"pairs": 0}, "pairs=0: a mean needs"),
+        ({"sigma": 0.0}, "sigma must be finite and more than 0"),
+        ({"sigma": math.inf}, "sigma must be finite and more than 0, got inf"),
+        ({"pairs": 0}, "pairs must be 1 or more, got 0"),
         ({"eta": 0.1}, "eta=0.1 has no effect"),
     ],
 )

@@ -56,7 +56,9 @@ def test_error_covers_the_differences_between_samples_of_the_data():
     assert sum(abs(f.value - true) < 2 * f.error for f in few) >= 16
 
 
-@pytest.mark.parametrize(("options", "message"), [({"m": 0}, "m=0"), ({"m": 1, "parts": 0}, "parts=0")])
+@pytest.mark.parametrize(
+    ("options", "message"), [({"m": 0}, "m must be 1 or more"), ({"m": 1, "parts": 0}, "parts must be 1 or more")]
+)
 def test_invalid_arguments_raise(options, message):
     with pytest.raises(ValueError, match=message):
         batch_sharpness(objective(tanh_net()), **options)

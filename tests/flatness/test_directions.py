@@ -121,7 +121,7 @@ def test_invalid_direction_arguments_raise():
     with pytest.raises(ValueError, match="there are none among 7.bias: choose 'weights' or None"):
         random_directions(objective)
     assert random_directions(objective, normalize=None).all()
-    with pytest.raises(ValueError, match="count=0"):
+    with pytest.raises(ValueError, match="count must be 1 or more"):
         random_directions(objective, 0)
     with pytest.raises(ValueError, match="normalize='filters': choose"):
         random_directions(objective, normalize="filters")

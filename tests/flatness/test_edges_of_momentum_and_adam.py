@@ -136,8 +136,8 @@ def test_preconditioner_with_zeros_raises():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"momentum": 1.0}, "momentum=1.0: it must be at least 0 and below 1"),
-        ({"momentum": 0.9, "dampening": float("nan")}, "dampening=nan"),
+        ({"momentum": 1.0}, "momentum must be at least 0 and less than 1, got 1.0"),
+        ({"momentum": 0.9, "dampening": float("nan")}, "dampening must be at least 0 and less than 1, got nan"),
         ({"momentum": 0.9, "dampening": 0.1, "nesterov": True}, "without dampening only"),
     ],
 )
@@ -145,5 +145,5 @@ def test_invalid_momentum_raises(options, message):
     with pytest.raises(ValueError, match=message):
         edge_of_stability(0.1, **options)
     if "momentum=1" in message:
-        with pytest.raises(ValueError, match="beta1=1.0"):
+        with pytest.raises(ValueError, match="beta1 must be at least 0 and less than 1"):
             adam_edge_of_stability(0.1, beta1=1.0)

@@ -187,9 +187,9 @@ def test_invalid_landscape_and_line_arguments_raise():
         {"axis": [[0.0]]},
         {"axis": []},
     ):
-        with pytest.raises(ValueError, match="needed"):
+        with pytest.raises(ValueError, match="(radius|points) must be|are needed"):
             landscape(objective, d, **wrong)
     for wrong in ({"points": 1}, {"extend": -0.1}, {"extend": math.inf}):
-        with pytest.raises(ValueError, match="a line needs its two ends"):
+        with pytest.raises(ValueError, match="(points|extend) must be"):
             interpolation(objective, relu_net(1), **wrong)
     assert objective.passes == 0

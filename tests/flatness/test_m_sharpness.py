@@ -71,9 +71,9 @@ def test_number_of_parts_selects_the_first_ones():
 @pytest.mark.parametrize(
     ("m", "options", "message"),
     [
-        (0, {}, "m=0: a part needs"),
+        (0, {}, "m must be 1 or more"),
         (9, {}, r"m=9, but a batch has 8 samples .*batch_size="),
-        (2, {"parts": 0}, "parts=0: a mean needs"),
+        (2, {"parts": 0}, "parts must be 1 or more"),
     ],
 )
 def test_invalid_m_sharpness_arguments_raise(m, options, message):

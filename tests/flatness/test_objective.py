@@ -172,12 +172,12 @@ def test_tied_parameters_are_perturbed_once():
         ),
         (lambda: objective(tanh_net().requires_grad_(False)), ValueError, "no parameter that requires"),
         (lambda: objective(nn.Linear(4, 3, dtype=torch.complex64)), TypeError, "complex64"),
-        (lambda: objective(tanh_net(), batch_size=0), ValueError, "at least one sample"),
+        (lambda: objective(tanh_net(), batch_size=0), ValueError, "batch_size must be 1 or more"),
         (lambda: objective(tanh_net(), []).loss(), ValueError, "no samples"),
         (lambda: objective(tanh_net(), [samples()[0]]).loss(), TypeError, "pass evaluate="),
         (lambda: objective(tanh_net(), [{"n": 1}]).loss(), TypeError, "pass size="),
         (lambda: objective(tanh_net()).loss(torch.ones(3)), ValueError, "shape"),
-        (lambda: list(objective(tanh_net()).split(0)), ValueError, "at least one"),
+        (lambda: list(objective(tanh_net()).split(0)), ValueError, "m must be 1 or more"),
         (
             lambda: Objective(
                 tanh_net(), samples(), loss=lambda out, y: F.cross_entropy(out, y, reduction="none")

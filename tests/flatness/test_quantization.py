@@ -76,7 +76,7 @@ def test_half_precision_keeps_its_type() -> None:
 
 @pytest.mark.parametrize("bits", [1, 0, -3, True])
 def test_fewer_than_two_bits_raise(bits: int) -> None:
-    with pytest.raises(ValueError, match="at least 2"):
+    with pytest.raises(ValueError, match="bits must be (2 or more|a whole number)"):
         rounded(torch.ones(2), bits)
 
 
@@ -105,7 +105,7 @@ def test_weights_are_restored_in_the_same_storage_after_an_exception() -> None:
 def test_an_error_while_weights_are_rounded_restores_those_before() -> None:
     model = nn.Linear(4, 3)
     before = bits_of(model)
-    with pytest.raises(ValueError, match="at least 2"), round_weights(model, 1):
+    with pytest.raises(ValueError, match="bits must be (2 or more|a whole number)"), round_weights(model, 1):
         pass
     assert_same(model, before)
 

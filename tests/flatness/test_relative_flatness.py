@@ -89,7 +89,7 @@ def test_seed_determines_the_result_and_probes_share_passes():
     [
         ("0.wait", {}, "0.wait is not among the parameters of the objective: 0.weight, 0.bias"),
         ("0.bias", {}, r"0.bias has shape \(6,\).*matrix"),
-        ("0.weight", {"probes": 0}, "probes=0: an estimate needs"),
+        ("0.weight", {"probes": 0}, "probes must be 1 or more"),
     ],
 )
 def test_invalid_relative_flatness_arguments_raise(name, options, message):

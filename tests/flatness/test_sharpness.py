@@ -268,11 +268,11 @@ def test_missing_maximum_raises(function, w, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rho": 0.0}, "rho must be positive"),
-        ({"rho": math.nan}, "rho must be positive"),
+        ({"rho": 0.0}, "rho must be finite and more than 0"),
+        ({"rho": math.nan}, "rho must be finite and more than 0"),
         ({"norm": "l1"}, "norm='l1': choose"),
-        ({"ascent_steps": 0}, "ascent_steps=0, restarts=5: both must be"),
-        ({"restarts": 0}, "restarts=0"),
+        ({"ascent_steps": 0}, "ascent_steps must be 1 or more"),
+        ({"restarts": 0}, "restarts must be 1 or more"),
         ({"eta": 0.1}, "eta=0.1 has no effect"),
         ({"eta": -0.1, "adaptive": True}, "eta must be finite and not negative"),
     ],

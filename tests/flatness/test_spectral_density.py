@@ -62,7 +62,7 @@ def test_probes_in_several_passes_give_the_same_density(monkeypatch):
     ("call", "message"),
     [
         (lambda: density(matrix([math.nan, 1.0])), "not finite"),
-        (lambda: density(matrix(), probes=0), "at least one"),
+        (lambda: density(matrix(), probes=0), "probes must be 1 or more"),
         (lambda: density(matrix(), probes=1, num_iterations=2).smoothed(torch.zeros(1), 0.0), "above 0"),
     ],
 )

@@ -44,8 +44,8 @@ def test_limits_of_the_edges():
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ((0.0, 0.1, 1.0), "lr must be positive"),
-        ((math.nan, 0.1, 1.0), "lr must be positive and finite, got nan"),
+        ((0.0, 0.1, 1.0), "lr must be finite and more than 0"),
+        ((math.nan, 0.1, 1.0), "lr must be finite and more than 0, got nan"),
         ((0.1, -0.1, 1.0), "rho must be finite and not negative"),
         ((0.1, 0.1, math.nan), "gradient_norm must be finite"),
     ],

@@ -34,7 +34,7 @@ def test_deflation_lowers_the_standard_error_of_the_trace():
 
 
 def test_trace_without_probes_raises():
-    with pytest.raises(ValueError, match="at least one"):
+    with pytest.raises(ValueError, match="probes must be 1 or more"):
         trace(matrix(), probes=0)
 
 

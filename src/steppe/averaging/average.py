@@ -11,6 +11,7 @@ from torch.optim import Optimizer
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.hooks import RemovableHandle
 
+from steppe._checks import check_count
 from steppe._engine.completed_steps import CompletedSteps, require_completed_step, with_hooks
 from steppe._engine.eager import eager
 from steppe.averaging._applied import Applied
@@ -72,8 +73,8 @@ class Average(AveragedModel):
         device: torch.device | str | int | None = None,
         module: nn.Module | None = None,
     ) -> None:
-        _check_count("start", start, at_least=0)
-        _check_count("every", every, at_least=1)
+        check_count("start", start, "the number of steps before the first that is averaged", at_least=0)
+        check_count("every", every, "the number of steps from one that is averaged to the next")
         optimizer = None if optimizer is None else with_hooks(optimizer)
         require_completed_step(optimizer, type(self).__name__)
         live = whole_module(model)
@@ -224,8 +225,3 @@ _REFUSAL = (
     "{} was called within applied(): the model has the averaged weights there, and its own are restored at the end of "
     "the block. Leave the block first"
 )
-
-
-def _check_count(name: str, value: int, *, at_least: int) -> None:
-    if isinstance(value, bool) or not isinstance(value, int) or value < at_least:
-        raise ValueError(f"{name} must be a whole number of steps, at least {at_least}, got {value!r}")

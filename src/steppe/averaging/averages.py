@@ -7,6 +7,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.swa_utils import get_ema_multi_avg_fn, get_swa_multi_avg_fn
 
+from steppe._checks import check_count, check_positive_share, check_unit_interval
 from steppe.averaging.average import Average
 
 
@@ -51,8 +52,7 @@ class EMA(Average):
         warmup: bool = True,
         **options: Any,
     ) -> None:
-        if not 0.0 <= decay <= 1.0:
-            raise ValueError(f"decay must be between 0 and 1, got {decay}: it is the share of the earlier average")
+        check_unit_interval("decay", decay, "the share of the earlier average")
         super().__init__(model, optimizer, **options)
         self.decay, self.warmup = decay, warmup
 
@@ -127,12 +127,8 @@ class LastPart(SWA):
         share: float = 0.25,
         **options: Any,
     ) -> None:
-        if isinstance(total_steps, bool) or not isinstance(total_steps, int) or total_steps < 1:
-            raise ValueError(f"total_steps must be a whole number, at least 1, got {total_steps!r}")
-        if not 0.0 < share <= 1.0:
-            raise ValueError(
-                f"share must be above 0 and at most 1, got {share}: it is the part of the steps to average"
-            )
+        check_count("total_steps", total_steps, "the number of steps of the training")
+        check_positive_share("share", share, "the part of the steps to average")
         super().__init__(model, optimizer, start=total_steps - max(1, round(share * total_steps)), **options)
 
 

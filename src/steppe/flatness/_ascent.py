@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
+from steppe._checks import check_nonnegative, check_positive
 from steppe._tensors import reductions
 from steppe.flatness.objective import Objective
 
@@ -23,8 +24,7 @@ def perturbation_scale(objective: Objective, adaptive: bool, eta: float) -> Tens
     Raises:
         ValueError: eta is negative or not finite, or nonzero without ``adaptive``.
     """
-    if not 0 <= eta < math.inf:
-        raise ValueError(f"eta must be finite and not negative, got {eta}: it is added to |w| in T = |w| + eta")
+    check_nonnegative("eta", eta, "added to |w| in T = |w| + eta")
     if eta and not adaptive:
         raise ValueError(
             f"eta={eta} has no effect with adaptive=False, where T = 1: leave it out, or pass adaptive=True"
@@ -70,8 +70,7 @@ class Ball:
     norm: Norm
 
     def __post_init__(self) -> None:
-        if not 0 < self.rho < math.inf:
-            raise ValueError(f"rho must be positive and finite, got {self.rho}: it is the radius of the ball")
+        check_positive("rho", self.rho, "the radius of the ball")
         if self.norm not in ("l2", "linf"):
             raise ValueError(f"norm={self.norm!r}: choose 'l2' or 'linf'")
 

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._tensors.in_place import as_real
 from steppe._tensors.reductions import accumulator
 
@@ -14,8 +15,7 @@ class Batches:
     """Batches with their sizes; a tuple or dictionary of tensors is split into batches of ``batch_size``."""
 
     def __init__(self, data: Any, batch_size: int, size: Callable[[Any], int] | None = None) -> None:
-        if batch_size < 1:
-            raise ValueError(f"batch_size={batch_size}: a batch needs at least one sample")
+        check_count("batch_size", batch_size, "the number of samples of a batch")
         self.size = size or num_samples
         if is_tensors(data):
             lengths = [len(t) for t in list_tensors(data)]

@@ -7,6 +7,7 @@ from itertools import islice
 from torch import nn
 from torch.optim import Optimizer
 
+from steppe._checks import check_count
 from steppe.flatness.objective import Objective
 from steppe.flatness.quantization import rounded
 
@@ -120,8 +121,7 @@ def after_training(
         Mirzadeh et al. 2020, Understanding the Role of Training Regimes in Continual Learning,
         https://arxiv.org/abs/2006.06958.
     """
-    if steps < 0:
-        raise ValueError(f"steps={steps}: their number must not be negative")
+    check_count("steps", steps, "the number of steps on the other task", at_least=0)
     if (objective.names, objective.shapes) != (other.names, other.shapes):
         raise ValueError(
             "other: its weights are other parameters than those of the objective, so they cannot be exchanged: use the "

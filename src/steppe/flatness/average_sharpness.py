@@ -1,10 +1,9 @@
 """Average-case sharpness: the mean loss increase over random perturbations of the weights."""
 
-import math
-
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_positive
 from steppe._tensors import random as random_tensors
 from steppe.flatness._ascent import finite_loss, loss_increase, perturbation_scale
 from steppe.flatness.estimate import Estimate
@@ -50,10 +49,8 @@ def average_sharpness(
         Andriushchenko et al. 2023, A Modern Look at the Relationship between Sharpness and Generalization,
         https://arxiv.org/abs/2302.07011.
     """
-    if not 0 < sigma < math.inf:
-        raise ValueError(f"sigma must be positive and finite, got {sigma}: it is a standard deviation")
-    if pairs < 1:
-        raise ValueError(f"pairs={pairs}: a mean needs at least one pair")
+    check_positive("sigma", sigma, "the standard deviation of the noise")
+    check_count("pairs", pairs, "the number of pairs of opposite perturbations in the mean")
     T = perturbation_scale(objective, adaptive, eta)
     objective.stage = "average sharpness"
     loss = finite_loss(objective.loss())

@@ -4,6 +4,7 @@ from itertools import islice
 
 import torch
 
+from steppe._checks import check_count
 from steppe._tensors.reductions import dot
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.objective import Objective
@@ -43,8 +44,8 @@ def batch_sharpness(objective: Objective, m: int, *, parts: int | None = None) -
         Andreyev and Beneventano 2025, Edge of Stochastic Stability: Revisiting the Edge of Stability for SGD,
         https://arxiv.org/abs/2412.20553.
     """
-    if parts is not None and parts < 1:
-        raise ValueError(f"parts={parts}: a mean needs at least one part")
+    if parts is not None:
+        check_count("parts", parts, "the number of parts of the data in the mean")
     objective.stage = "batch sharpness"
     measured: list[tuple[int, float, float]] = []
     for part in islice(objective.split(m), parts):

@@ -5,6 +5,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe.flatness._checkpoint import Other, read_checkpoint
 from steppe.flatness.objective import Objective
@@ -53,8 +54,7 @@ def random_directions(
     References:
         Li et al. 2018, Visualizing the Loss Landscape of Neural Nets, https://arxiv.org/abs/1712.09913.
     """
-    if count < 1:
-        raise ValueError(f"count={count}: at least one direction is needed")
+    check_count("count", count, "the number of directions")
     if normalize not in ("filter", "layer", "weights", None):
         raise ValueError(f"normalize={normalize!r}: choose 'filter', 'layer', 'weights' or None")
     weights = objective.unflatten(objective.weights)

@@ -6,6 +6,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors.reductions import dot, norm
 from steppe.flatness._orthogonal import orthogonalize, row_norms, unit_vector
@@ -77,7 +78,8 @@ def eigenvalues(
         Wu and Simon 2000, Thick-Restart Lanczos Method for Large Symmetric Eigenvalue Problems, SIAM J. Matrix Anal.
         Appl. 22.
     """
-    if not 1 <= k <= operator.n:
+    check_count("k", k, "the number of eigenvalues")
+    if k > operator.n:
         raise ValueError(f"k={k}: an operator of {operator.n} rows has between 1 and {operator.n} eigenvalues")
     capacity = min(operator.n, basis_size or 2 * k + 30)
     if capacity < min(operator.n, k + 2):

@@ -1,6 +1,5 @@
 """The loss along the straight line between two models, and along any other path."""
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_nonnegative
 from steppe.flatness._checkpoint import Checkpoint, Other, current_checkpoint, read_checkpoint
 from steppe.flatness._json import from_lists, to_lists
 from steppe.flatness.objective import Objective
@@ -84,8 +84,8 @@ def interpolation(
         Goodfellow et al. 2015, Qualitatively Characterizing Neural Network Optimization Problems,
         https://arxiv.org/abs/1412.6544.
     """
-    if points < 2 or not 0 <= extend < math.inf:
-        raise ValueError(f"points={points}, extend={extend}: a line needs its two ends, and extend must be 0 or more")
+    check_count("points", points, "the number of points on the line, with its two ends", at_least=2)
+    check_nonnegative("extend", extend, "the part of the line by which it goes beyond each end")
     start, end = current_checkpoint(objective), read_checkpoint(objective, other)
     beyond = round(extend * (points - 1))
     ts = torch.arange(-beyond, points + beyond, dtype=torch.float64) / (points - 1)

@@ -1,6 +1,5 @@
 """The loss on a grid of one or two directions around the weights."""
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_positive
 from steppe.flatness._json import from_lists, to_lists
 from steppe.flatness.objective import Objective
 
@@ -118,8 +118,8 @@ def landscape(
 
 def _axis(radius: float, points: int) -> Tensor:
     """Return points from -radius to radius, bitwise symmetric, so that the middle of an odd number is 0."""
-    if not 0 < radius < math.inf or points < 2:
-        raise ValueError(f"radius={radius}, points={points}: a positive number and at least two points are needed")
+    check_positive("radius", radius, "the distance of the outermost points from the weights")
+    check_count("points", points, "the number of points of an axis", at_least=2)
     return radius * (torch.arange(1 - points, points, 2, dtype=torch.float64) / (points - 1))
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe.flatness._ascent import Norm
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.objective import Objective
@@ -76,8 +77,8 @@ def m_sharpness(
         Foret et al. 2021, Sharpness-Aware Minimization for Efficiently Improving Generalization, section 4,
         https://arxiv.org/abs/2010.01412.
     """
-    if parts is not None and parts < 1:
-        raise ValueError(f"parts={parts}: a mean needs at least one part")
+    if parts is not None:
+        check_count("parts", parts, "the number of parts of the data in the mean")
     options: dict[str, Any] = {"ascent_steps": ascent_steps, "restarts": restarts, "seed": seed}
     options |= {"adaptive": adaptive, "norm": norm, "eta": eta}
     measured: list[tuple[int, float, float]] = []

@@ -1,6 +1,5 @@
 """Mode connectivity: a curve of low loss between two models."""
 
-import math
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,6 +8,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_positive
 from steppe._tensors import random as random_tensors
 from steppe._tensors.reductions import dot
 from steppe.flatness._checkpoint import Checkpoint, Other, current_checkpoint, read_checkpoint
@@ -105,10 +105,8 @@ def connect(objective: Objective, other: Other, *, total_steps: int = 1000, lr: 
         Garipov et al. 2018, Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs,
         https://arxiv.org/abs/1802.10026.
     """
-    if total_steps < 0 or not 0 < lr < math.inf:
-        raise ValueError(
-            f"total_steps={total_steps}, lr={lr}: total_steps must not be negative, and lr must be positive and finite"
-        )
+    check_count("total_steps", total_steps, "the number of steps in which the curve is trained", at_least=0)
+    check_positive("lr", lr, "the learning rate of the curve's bend")
     start, end = current_checkpoint(objective), read_checkpoint(objective, other)
     bend = torch.lerp(start.weights, end.weights, 0.5)
     curve = Curve(objective, start, bend, end)

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from steppe._checks import check_count
 from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, num_samples, split_rows
 from steppe.flatness._forward import (
@@ -171,10 +172,9 @@ class Objective:
         A part lies within one batch, whose last part may be smaller.
 
         Raises:
-            ValueError: m is below 1.
+            ValueError: m is no whole number of at least 1.
         """
-        if m < 1:
-            raise ValueError(f"m={m}: a part needs at least one sample")
+        check_count("m", m, "the number of samples of a part")
         for batch, _ in self._iterate_batches():
             for part in split_rows(batch, m):
                 if self.size(part) == 0:  # no token of these samples has a label

@@ -6,6 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from steppe._checks import check_count
 from steppe.flatness._forward import check_not_sharded
 
 
@@ -20,8 +21,7 @@ def rounded(weights: Tensor, bits: int, *, per_channel: bool = False) -> Tensor:
         >>> rounded(torch.tensor([0.2, -0.4, 1.0]), bits=2)
         tensor([0., -0., 1.])
     """
-    if isinstance(bits, bool) or bits < 2:
-        raise ValueError(f"bits={bits}: a sign and a value need at least 2")
+    check_count("bits", bits, "the bits of a weight, of which a sign and a value need 2", at_least=2)
     exact = weights.detach().to(torch.promote_types(weights.dtype, torch.float32))
     if not exact.numel():
         return exact.to(weights.dtype)

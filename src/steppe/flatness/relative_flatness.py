@@ -6,6 +6,7 @@ from itertools import islice
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors import reductions
 from steppe.flatness.estimate import Estimate
@@ -63,8 +64,7 @@ def relative_flatness(
             f"{weight} has shape {tuple(W.shape)}, but relative flatness is defined for a linear layer, whose weight "
             "is a matrix (out, in)"
         )
-    if probes < 1:
-        raise ValueError(f"probes={probes}: an estimate needs at least one")
+    check_count("probes", probes, "the number of random vectors")
     objective.stage = f"relative flatness of {weight}"
 
     vectors, values = _all_vectors(W) if exact else _random_vectors(W, probes, seed), []

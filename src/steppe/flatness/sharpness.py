@@ -6,6 +6,7 @@ from itertools import chain
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors import reductions
 from steppe.flatness._ascent import Ball, Candidate, Norm, PerturbedLoss, ascend, best, finite_loss, perturbation_scale
@@ -96,8 +97,8 @@ def sharpness(
         Step length: Birgin, Martinez and Raydan 2000, Nonmonotone Spectral Projected Gradient Methods on Convex Sets,
         SIAM J. Optim. 10.
     """
-    if ascent_steps < 1 or restarts < 1:
-        raise ValueError(f"ascent_steps={ascent_steps}, restarts={restarts}: both must be at least 1")
+    check_count("ascent_steps", ascent_steps, "the number of steps from each start")
+    check_count("restarts", restarts, "the number of starts, the weights among them")
     ball, T = Ball(rho, norm), perturbation_scale(objective, adaptive, eta)
     objective.stage, passes_before = "sharpness", objective.passes
     loss, gradient = objective.gradient()

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe.flatness._orthogonal import orthogonalize, row_norms, unit_vector
 from steppe.flatness.estimate import Estimate
@@ -96,8 +97,8 @@ def density(operator: Operator, *, probes: int = 8, num_iterations: int = 64, se
         Ghorbani, Krishnan and Xiao 2019, An Investigation into Neural Net Optimization via Hessian Eigenvalue Density,
         https://arxiv.org/abs/1901.10159.
     """
-    if probes < 1 or num_iterations < 1:
-        raise ValueError(f"probes={probes}, num_iterations={num_iterations}: a density needs at least one of each")
+    check_count("probes", probes, "the number of random vectors")
+    check_count("num_iterations", num_iterations, "the number of Lanczos iterations for each of them")
     num_iterations = min(num_iterations, operator.n)
     probe_bytes = operator.n * operator.dtype.itemsize * num_iterations
     per_pass = max(1, min(probes, _BASIS_BYTES // probe_bytes))

@@ -2,6 +2,8 @@
 
 import math
 
+from steppe._checks import check_below_one, check_nonnegative, check_positive
+
 
 def edge_of_stability(lr: float, *, momentum: float = 0.0, dampening: float = 0.0, nesterov: bool = False) -> float:
     """Return the largest eigenvalue of the Hessian at which gradient descent is stable, 2 / lr without momentum.
@@ -33,9 +35,9 @@ def edge_of_stability(lr: float, *, momentum: float = 0.0, dampening: float = 0.
         Cohen et al. 2021, Gradient Descent on Neural Networks Typically Occurs at the Edge of Stability,
         https://arxiv.org/abs/2103.00065.
     """
-    _check_positive("lr", lr)
-    _check_momentum("momentum", momentum)
-    _check_momentum("dampening", dampening)
+    check_positive("lr", lr, "the learning rate")
+    check_below_one("momentum", momentum, "the share of the old momentum")
+    check_below_one("dampening", dampening, "the share of the gradient that is left out")
     if nesterov and dampening:
         raise ValueError("nesterov=True with dampening: torch.optim.SGD has Nesterov's momentum without dampening only")
     if nesterov:
@@ -67,7 +69,7 @@ def adam_edge_of_stability(lr: float, *, beta1: float = 0.9) -> float:
     References:
         Cohen et al. 2022, Adaptive Gradient Methods at the Edge of Stability, https://arxiv.org/abs/2207.14484.
     """
-    _check_momentum("beta1", beta1)
+    check_below_one("beta1", beta1, "the share of the old first moment")
     return edge_of_stability(lr, momentum=beta1, dampening=beta1)
 
 
@@ -96,27 +98,12 @@ def sam_edge_of_stability(lr: float, rho: float, gradient_norm: float) -> float:
         Long and Bartlett 2024, Sharpness-Aware Minimization and the Edge of Stability,
         https://arxiv.org/abs/2309.12488.
     """
-    _check_positive("lr", lr)
-    _check_nonnegative("rho", rho)
-    _check_nonnegative("gradient_norm", gradient_norm)
+    check_positive("lr", lr, "the learning rate")
+    check_nonnegative("rho", rho, "the radius of the neighborhood")
+    check_nonnegative("gradient_norm", gradient_norm, "the length of the gradient")
     if rho == 0:
         return 2 / lr
     if gradient_norm == 0:
         return 0.0
     # The formula with a rationalized numerator: as printed it is 0 / 0 at rho = 0, and loses all digits near it.
     return 4 / lr / (1 + math.sqrt(1 + 8 * (rho / lr) / gradient_norm))
-
-
-def _check_positive(name: str, value: float) -> None:
-    if not 0 < value < math.inf:
-        raise ValueError(f"{name} must be positive and finite, got {value}: the edge of stability is undefined")
-
-
-def _check_momentum(name: str, value: float) -> None:
-    if not 0 <= value < 1:
-        raise ValueError(f"{name}={value}: it must be at least 0 and below 1")
-
-
-def _check_nonnegative(name: str, value: float) -> None:
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} must be finite and not negative, got {value}: it is a length")

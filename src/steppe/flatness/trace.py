@@ -2,6 +2,7 @@
 
 import torch
 
+from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors.reductions import dot
 from steppe.flatness._orthogonal import orthogonalize
@@ -46,8 +47,7 @@ def trace(operator: Operator, *, probes: int = 32, top: Eigenpairs | None = None
 
         Deflation: Meyer et al. 2021, Hutch++: Optimal Stochastic Trace Estimation, https://arxiv.org/abs/2010.09649.
     """
-    if probes < 1:
-        raise ValueError(f"probes={probes}: an estimate needs at least one")
+    check_count("probes", probes, "the number of random vectors")
     like = torch.empty(operator.n, dtype=operator.dtype, device=operator.device)
     samples: list[float] = []
     for begin in range(0, probes, _PROBES_PER_PASS):

@@ -5,6 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
+from steppe._checks import check_positive_share
 from steppe._engine.stage import Stage
 from steppe.sam import SAM
 
@@ -43,8 +44,7 @@ def one_number(value: Any) -> Tensor:
 
 def check_share(name: str, value: float) -> float:
     """Return a share of the samples; ValueError unless it is in (0, 1]."""
-    if not 0 < value <= 1:
-        raise ValueError(f"{name} must be more than 0 and at most 1, got {value}: it is a share of the samples")
+    check_positive_share(name, value, "a share of the samples")
     return value
 
 

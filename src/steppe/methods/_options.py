@@ -6,9 +6,9 @@ from typing import TypedDict
 import torch
 from torch import Tensor, nn
 
+from steppe._checks import check_count
 from steppe._engine.joint_base import Base as Base
 from steppe.rules import Perturbation
-from steppe.rules._checks import check_count
 from steppe.rules.ascent_steps import AscentSteps
 from steppe.rules.subsets import ParameterSubset
 

@@ -1,6 +1,5 @@
 """Shared by SAF and MESA: the divergence from earlier outputs, and the step with a term added to the loss."""
 
-import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -9,8 +8,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._checks import check_count, check_nonnegative, check_positive
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
-from steppe.rules._checks import check_whole
 
 
 def kl_divergence(past: Tensor, now: Tensor, tau: float) -> Tensor:
@@ -35,13 +34,9 @@ def zero_term(logits: Tensor) -> Tensor:
 
 def check_hyperparameters(lmbda: float, tau: float, start: int) -> None:
     """Raise ValueError if lambda, tau or E_start is out of range."""
-    if not 0 <= lmbda < math.inf:
-        raise ValueError(f"lmbda must be finite and at least 0, got {lmbda}: it is the weight of the term")
-    if not 0 < tau < math.inf:
-        raise ValueError(f"tau must be finite and more than 0, got {tau}: the logits are divided by it")
-    check_whole("start", start, "the first epoch with the term")
-    if start < 0:
-        raise ValueError(f"start must be 0 or more, got {start}: it is the first epoch with the term")
+    check_nonnegative("lmbda", lmbda, "the weight of the term")
+    check_positive("tau", tau, "the temperature by which the logits are divided")
+    check_count("start", start, "the first epoch with the term", at_least=0)
 
 
 def check_epoch(epoch: int) -> None:

@@ -6,11 +6,11 @@ from typing import ClassVar, Unpack
 
 import torch
 
+from steppe._checks import check_below_one, check_count, check_finite
 from steppe.methods._card import COPY, NO_CODE, TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_below_one, check_count, check_finite
 from steppe.sam import SAM
 
 AE_SAM_PAPER = Paper(

@@ -7,13 +7,13 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_below_one, check_nonnegative
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.mixed_rwp import MIXED_RWP_PAPER
 from steppe.methods.rwp import GaussianNoise
 from steppe.papers import Paper
 from steppe.rules import Combination, Point, ScaledDirection
-from steppe.rules._checks import check_below_one, check_nonnegative
 from steppe.rules.ops import copy_, foreach, norm, where_finite, widen
 from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.sam import SAM

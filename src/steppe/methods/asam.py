@@ -7,11 +7,11 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho, repeated_on_subset
 from steppe.papers import ICML, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import foreach, norm, reciprocal
 from steppe.sam import SAM
 

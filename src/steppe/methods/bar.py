@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal, Unpack, get_args
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_nonnegative
 from steppe._tensors.dtensor import is_sharded, local
 from steppe.methods._adapters import Factors, trained_factors
 from steppe.methods._base import OwnStepMethod
@@ -16,7 +17,6 @@ from steppe.methods._card import TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._options import Base, Options
 from steppe.papers import NEURIPS, Paper, cites
 from steppe.rules import Point
-from steppe.rules._checks import check_count
 from steppe.rules.ops import accumulator, all_finite, norm
 
 BAR_PAPER = Paper(
@@ -81,8 +81,7 @@ class BAR(OwnStepMethod):
         self.refuse_own_rules(kwargs)
         if "rho" in kwargs:
             raise TypeError("BAR perturbs nothing and has no radius: leave rho= out, and give alpha=, its coefficient")
-        if not 0 <= alpha < math.inf:
-            raise ValueError(f"alpha must be a number of at least 0, got {alpha}: 0 is the base, 0.2 to 1 is usual")
+        check_nonnegative("alpha", alpha, "the coefficient of the term; 0 is the base, 0.2 to 1 is usual")
         if compare not in get_args(Compare):
             raise ValueError(f"compare must be 'gradients' (nBAR) or 'weights' (oBAR), got {compare!r}")
         if total_steps is not None:

@@ -11,13 +11,13 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from steppe._checks import check_positive
 from steppe._engine.state_dict import parameters_of
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import is_between_classic_passes, is_last, one_number
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam, sam_with
 from steppe.papers import ICML, Paper, cites
-from steppe.rules._checks import check_positive
 from steppe.rules.ops import is_sharded
 from steppe.sam import SAM, Pass
 

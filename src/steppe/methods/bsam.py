@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._checks import check_nonnegative
 from steppe._engine.hints import checked
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import as_real, foreach, normal
 from steppe.sam import Closure, Params, Pass
 

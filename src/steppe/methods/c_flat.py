@@ -6,11 +6,11 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.gam import FirstOrderFlatness
 from steppe.papers import NEURIPS, Paper
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import foreach
 
 C_FLAT_PAPER = Paper(

@@ -8,12 +8,12 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_unit_interval
 from steppe.methods._card import COPY, TOTAL_STEPS, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.sparse_sam import SSAM_PAPER
 from steppe.papers import Paper
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
-from steppe.rules._checks import check_count, check_unit_interval
 from steppe.rules.l2 import L2
 from steppe.rules.masks import apply_masks, check_sparse, is_due, num_kept, store_masks, stored_masks, top_masks
 from steppe.rules.ops import uniform

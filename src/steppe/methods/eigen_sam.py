@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from steppe._checks import check_count, check_nonnegative
 from steppe._engine.distributed import average_over_
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import parameters_of
@@ -20,7 +21,6 @@ from steppe.methods._options import Base, Options, Rho
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import NEURIPS, Paper, cites
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_count, check_nonnegative
 from steppe.rules.ops import add_scaled_, dot, is_sharded, norm, normal, reciprocal
 from steppe.sam import SAM
 

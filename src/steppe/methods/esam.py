@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._checks import check_positive_share, check_whole
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, check_share, count_samples
@@ -16,7 +17,6 @@ from steppe.methods._options import Base, Options, Rho
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import ICLR, Paper, cites
 from steppe.rules import Modifier, Perturbation, Point, ScaledDirection
-from steppe.rules._checks import check_positive_share, check_whole
 from steppe.rules.l2 import L2
 from steppe.rules.masks import apply_masks, check_single_ascent_step
 from steppe.rules.ops import uniform, uniform_number

@@ -5,11 +5,11 @@ from typing import ClassVar, Unpack
 
 import torch
 
+from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import dot, foreach, reciprocal, widen
 from steppe.sam import SAM
 

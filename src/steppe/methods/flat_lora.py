@@ -8,6 +8,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._tensors.random import generator, key
 from steppe.methods._adapters import AdaptedLayer
 from steppe.methods._card import FIRST_GUESS, TOTAL_STEPS, Comparison, MethodCard
@@ -15,7 +16,6 @@ from steppe.methods._merged_weights import MergedWeightMethod, MergedWeights, ra
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper, cites
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_count
 from steppe.rules.ops import scaled, widen
 
 FLAT_LORA_PAPER = Paper(

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_finite, check_nonnegative, check_positive
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_finite, check_nonnegative, check_positive
 from steppe.rules.ops import add_scaled_, as_real, foreach, norm, orthogonal, reciprocal
 from steppe.sam import Pass
 

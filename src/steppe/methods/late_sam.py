@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
+from steppe._checks import check_count, check_unit_interval
 from steppe.methods._card import COPY, TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_count, check_unit_interval
 from steppe.sam import SAM
 
 LATE_SAM_PAPER = Paper(

@@ -6,11 +6,11 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_positive
 from steppe.methods._card import COPY, FIRST_GUESS, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_positive
 from steppe.rules.ops import norm, reciprocal
 from steppe.sam import SAM
 

@@ -7,13 +7,13 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Perturbation, Point, ScaledDirection, needs_gradient
 from steppe.rules import ascent_steps as ascent_steps_of
-from steppe.rules._checks import check_count
 from steppe.rules.l2 import L2
 from steppe.rules.ops import accumulator, add_scaled_, as_real, norm
 from steppe.sam import SAM, Pass

@@ -7,13 +7,13 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_nonnegative
 from steppe._tensors.in_place import pieces
 from steppe._tensors.reductions import projection
 from steppe.methods._card import COPY_AND_G, NO_CODE, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import add_scaled_, copy_, norm, reciprocal, where_finite
 from steppe.rules.periodic import Periodic
 from steppe.sam import SAM

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
+from steppe._checks import check_below_one
 from steppe._engine.callers import warn
 from steppe._engine.eager import eager
 from steppe.methods._card import Comparison, MethodCard, plain_base
@@ -89,8 +90,7 @@ class MESA(nn.Module):
     ) -> None:
         super().__init__()
         check_hyperparameters(lmbda, tau, start)
-        if not 0 <= beta < 1:
-            raise ValueError(f"beta must be at least 0 and less than 1, got {beta}: with 1 the average never changes")
+        check_below_one("beta", beta, "the share of the old average, which never changes with 1")
         model = _unwrapped(model)
         _check_model(model)
         self.lmbda, self.tau, self.beta, self.start = lmbda, tau, beta, start

@@ -5,13 +5,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, count_samples
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam, sam_with
 from steppe.papers import ICML, Paper, cites
-from steppe.rules._checks import check_count
 from steppe.sam import SAM
 
 M_SHARPNESS_PAPER = Paper(

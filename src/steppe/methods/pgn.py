@@ -7,11 +7,11 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import foreach
 from steppe.sam import SAM
 

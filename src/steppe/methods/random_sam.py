@@ -4,11 +4,11 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
+from steppe._checks import check_unit_interval, check_whole
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_unit_interval, check_whole
 from steppe.sam import SAM
 
 RST_PAPER = Paper(

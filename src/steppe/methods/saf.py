@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._checks import check_count
 from steppe._engine.callers import warn
 from steppe._engine.eager import eager
 from steppe.methods._card import Comparison, MethodCard, plain_base
@@ -21,7 +22,6 @@ from steppe.methods._trajectory import (
     zero_term,
 )
 from steppe.papers import NEURIPS, Paper
-from steppe.rules._checks import check_count
 
 SAF_PAPER = Paper(
     "du2022saf",

@@ -3,12 +3,12 @@
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
+from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.pgn import PenalizedNorm
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_nonnegative
 from steppe.rules.ops import reciprocal
 from steppe.sam import SAM
 

@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from steppe._checks import check_unit_interval
 from steppe._engine.joint_base import names_of, owner_of
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
@@ -112,8 +113,7 @@ class SAMPa(OwnStepMethod):
         perturbation: Perturbation = _DEFAULT_PERTURBATION,
         **kwargs: Any,
     ) -> None:
-        if not 0 <= lmbda <= 1:
-            raise ValueError(f"lmbda must be between 0 and 1, got {lmbda}: it is the share of the gradient at y")
+        check_unit_interval("lmbda", lmbda, "the share of the gradient at y")
         if not needs_gradient(perturbation) or ascent_steps(perturbation) > 1:
             raise ValueError(
                 f"SAMPa perturbs once a step along the gradient at y, and {perturbation} does not fit. Give a "

@@ -7,11 +7,11 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_count, check_unit_interval
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
-from steppe.rules._checks import check_unit_interval, check_whole
 from steppe.rules.ops import foreach
 from steppe.sam import SAM
 
@@ -53,9 +53,7 @@ class DownWeighted:
     def __post_init__(self) -> None:
         check_unit_interval("alpha", self.alpha, "the share by which entries of g_s are reduced")
         meaning = "the number of optimizer steps over which alpha grows from 0"
-        check_whole("warmup_steps", self.warmup_steps, meaning)
-        if self.warmup_steps < 0:
-            raise ValueError(f"warmup_steps must be 0 or more, got {self.warmup_steps}: it is {meaning}")
+        check_count("warmup_steps", self.warmup_steps, meaning, at_least=0)
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:

@@ -5,11 +5,11 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import ClassVar, Unpack
 
+from steppe._checks import check_unit_interval
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICLR, Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_unit_interval
 from steppe.rules.ops import reciprocal
 from steppe.sam import SAM
 

@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_below_one
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
@@ -58,11 +59,8 @@ class WeightedSharpness:
     """gamma, the weight of the sharpness, at least 0 and below 1; 0.8 to 0.95 is usual."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.gamma < 1:
-            raise ValueError(
-                f"gamma must be at least 0 and less than 1, got {self.gamma}: the factor of the sharpness is "
-                f"gamma / (1 - gamma); 0.5 is SAM"
-            )
+        meaning = "the weight of the sharpness, whose factor is gamma / (1 - gamma); 0.5 is SAM"
+        check_below_one("gamma", self.gamma, meaning)
 
     def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
         if not perturbed:

@@ -7,11 +7,11 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
+from steppe._checks import check_below_one
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules._checks import check_below_one
 from steppe.rules.ops import full_tensor, norm, reciprocal, shard_like
 from steppe.sam import SAM
 

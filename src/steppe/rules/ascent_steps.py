@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from steppe import papers
+from steppe._checks import check_count, check_positive
 from steppe.papers import Paper
-from steppe.rules._checks import check_count, check_positive
 from steppe.rules.l2 import L2
 from steppe.rules.ops import add_scaled_, norm, reciprocal
 from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient

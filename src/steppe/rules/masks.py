@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from steppe.rules._checks import check_below_one, check_count
+from steppe._checks import check_below_one, check_count
 from steppe.rules.modifier import Modifier
 from steppe.rules.ops import full_tensor, shard_like, where_finite
 from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient

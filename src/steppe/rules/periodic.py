@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from steppe.rules._checks import check_count
+from steppe._checks import check_count
 from steppe.rules.protocols import Cadence, Point
 
 

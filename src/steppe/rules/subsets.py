@@ -8,8 +8,8 @@ from fnmatch import fnmatchcase
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _NormBase
 
+from steppe._checks import check_whole
 from steppe.papers import Paper
-from steppe.rules._checks import check_whole
 from steppe.rules.modifier import Modifier
 from steppe.rules.protocols import Perturbation, Point, ScaledDirection
 

@@ -1,4 +1,4 @@
-"""Range checks of hyperparameters: the error names the value and its meaning."""
+"""Range checks of numbers that a user gives: the error names the value and its meaning."""
 
 import math
 from numbers import Integral, Real
@@ -47,11 +47,11 @@ def check_positive_share(name: str, value: float, meaning: str) -> None:
         raise ValueError(f"{name} must be more than 0 and at most 1, got {value}: it is {meaning}")
 
 
-def check_count(name: str, value: int, meaning: str) -> None:
-    """Raise ValueError unless the value is a whole number of at least 1; a fraction or NaN would never be reached."""
+def check_count(name: str, value: int, meaning: str, *, at_least: int = 1) -> None:
+    """Raise ValueError unless the value is a whole number, large enough; a fraction or NaN would never be reached."""
     check_whole(name, value, meaning)
-    if value < 1:
-        raise ValueError(f"{name} must be 1 or more, got {value}: it is {meaning}")
+    if value < at_least:
+        raise ValueError(f"{name} must be {at_least} or more, got {value}: it is {meaning}")
 
 
 def check_whole(name: str, value: Any, meaning: str) -> None:
