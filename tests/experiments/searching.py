@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 import pytest
-from tiny import command_line, dataset, options, untimed
+from tiny import command_line, dataset, options, shallow, untimed
 
 from steppe.cli import main
 from steppe.experiments.data import datasets as data
@@ -28,15 +28,16 @@ def data_without_test() -> Dataset:
 
 
 def command(out: Path, **fields: object) -> list[str]:
-    given = {"methods": "sgd sam", "epochs": 2, "seeds": 2, "trials": 8, "checkpoint_seconds": 0, "out": out}
+    given = {"methods": "sgd sam", "epochs": 2, "seeds": 2, "trials": 8, "out": out}
     return ["tune", "demo", *options(**(given | fields))]
 
 
-def tuned(words: list[str], monkeypatch: pytest.MonkeyPatch | None = None) -> int:
+def tuned(words: list[str], monkeypatch: pytest.MonkeyPatch | None = None, *, draws: bool = True) -> int:
     """Run the command line on tiny data; with `monkeypatch`, on data whose test set raises when it is read."""
     if monkeypatch is None:
-        return command_line(words)
+        return command_line(words, draws=draws)
     monkeypatch.setattr(data, "load", lambda *_: data_without_test())
+    shallow(monkeypatch)  # where this is a process of its own
     return main(words)
 
 

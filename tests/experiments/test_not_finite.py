@@ -169,8 +169,15 @@ def test_tips_stay_at_their_markers_beside_a_gap(tmp_path: Path) -> None:
     assert "nan" not in svg
 
 
-@pytest.mark.parametrize("value", NUMBERS)
-@pytest.mark.parametrize("kind", ["a run's end", "a method", "all", "both signs"])
+@pytest.mark.parametrize(
+    ("kind", "value"),
+    [
+        (kind, value)
+        for i, kind in enumerate(["a run's end", "a method", "all", "both signs"])
+        for j, value in enumerate(NUMBERS)
+        if (i + j) % 2 == 0 or kind == "a method"  # whose picture is drawn
+    ],
+)
 def test_double_descent_is_reported(kind: str, value: float, tmp_path: Path) -> None:
     fields = {
         "seeds": 2,

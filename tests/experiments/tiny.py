@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.data import datasets as data
 from steppe.experiments.data.datasets import Dataset, Split
-from steppe.experiments.execution import cpus
+from steppe.experiments.execution import cpus, prepared_task
 from steppe.experiments.execution.executor import MakeTask
 from steppe.experiments.models import preact_resnet
 from steppe.experiments.report import page
@@ -25,6 +26,7 @@ from steppe.experiments.tasks.images import ImageSamples, images_task
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.reporter import Reporter
 from steppe.experiments.training.run import Training, train
+from steppe.experiments.tuning import tune as tuning
 from steppe.experiments.world import World
 from steppe.flatness import FAMILIES, Budget
 
@@ -100,7 +102,7 @@ def shallow(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(preact_resnet, "STAGES", (1, 1))
 
 
-def shallow_task(data: Dataset, recipe: Recipe, **options: bool) -> Task:
+def shallow_task(data: Dataset, recipe: Recipe, **options: Any) -> Task:
     """The task of a recipe with a shallow network, also in a process of its own."""
     task = images_task(data, recipe, **options)
     return replace(task, model=partial(_shallow_network, task.model))
@@ -169,8 +171,10 @@ def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
         shallow(patch)
+        patch.setattr(prepared_task, "images_task", shallow_task)  # in the processes that train runs
         if not draws:
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
+            patch.setattr(tuning, "draw", lambda result, folder: [])
         return main(words)
 
 

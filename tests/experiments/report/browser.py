@@ -19,6 +19,8 @@ from tiny import image_record
 from steppe.experiments.analysis.summary import Summary, summarize
 from steppe.experiments.analysis.verdicts import read_flatness, verdicts
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.figures import spectra
+from steppe.experiments.figures.spectra import measures_of
 from steppe.experiments.report import figures as page_figures
 from steppe.experiments.report import page as report
 from steppe.experiments.report.figures import Figures
@@ -54,6 +56,7 @@ ROBUSTNESS = {
     "accuracy at 4 bits": 75.0,
     "accuracy at 3 bits": 40.0,
 }
+GAP_OVER = ("sharpness", "trace", "loss", "lambda_max")
 POINTS = 9
 PATIENCE = 200
 """Seconds: a browser on a machine that is busy may take long."""
@@ -176,6 +179,11 @@ def summary_of(folder: RunFolder) -> tuple[Recipe, Any, Summary]:
     return of, found, dataclasses.replace(summarize(of, found), flatness=verdicts(of, read_flatness(folder, of)))
 
 
+def few_measures(groups: spectra.Groups) -> dict[str, str]:
+    """The measures over which the gap is drawn: four of fourteen, each in a picture of its own."""
+    return {name: label for name, label in measures_of(groups).items() if name in GAP_OVER}
+
+
 def write(folder: RunFolder, drawn: Collection[str] = ()) -> Path:
     """Write the page and the summary, with the figures of the sections that are named."""
     of, found, summary = summary_of(folder)
@@ -183,6 +191,8 @@ def write(folder: RunFolder, drawn: Collection[str] = ()) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(page_figures, "_BANDWIDTHS", (page_figures.BANDWIDTH,))
         patch.setattr(report, "save_all", lambda drawings, folder: [])
+        for module in (page_figures, spectra):
+            patch.setattr(module, "measures_of", few_measures)
         for section in {*Figures.SECTIONS}.difference(drawn):
             patch.setattr(Figures, section, lambda figures: [])
         if not drawn:

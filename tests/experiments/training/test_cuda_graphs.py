@@ -146,10 +146,11 @@ def assert_same(found: Any, wanted: Any) -> None:
 def test_graphs_take_the_same_steps(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
     """Two sizes of batch, a measurement between replays, and all that the checkpoint knows."""
     kinds = 4 if method in AT_SOME_STEPS else 2
-    given = make_run(AT_SOME_STEPS.get(method, method), epochs=6 * kinds)
-    train_run(one_by_one(given), tmp_path / "eager")
+    given = make_run(AT_SOME_STEPS.get(method, method), epochs=6 * kinds, batch_size=24)
+    images = dataset(71)  # in batches of 24, 24 and 23
+    train_run(one_by_one(given), tmp_path / "eager", images)
     assert not stand_in.made
-    records = train_run(given, tmp_path / "graphs")
+    records = train_run(given, tmp_path / "graphs", images)
     (recorder,) = stand_in.made
     assert (recorder.warmed, recorder.recorded) == (3 * kinds, kinds)
     assert recorder.replayed == records[-1].steps - 3 * kinds

@@ -65,7 +65,8 @@ def test_killed_search_resumes_to_the_same_trials(undisturbed: Path, tmp_path: P
         f"import sys; sys.path.insert(0, {str(HELPERS)!r}); import searching, pytest; "
         f"sys.exit(searching.tuned(sys.argv[1:], pytest.MonkeyPatch()))"
     )
-    process = subprocess.Popen([sys.executable, "-c", program, *command(out)], stdout=subprocess.DEVNULL)
+    words = command(out, checkpoint_seconds=0)
+    process = subprocess.Popen([sys.executable, "-c", program, *words], stdout=subprocess.DEVNULL)
     end = time.monotonic() + 200
     while len(list(out.glob("trials/*/runs/*/checkpoint.pt"))) < 8:
         assert process.poll() is None
@@ -76,7 +77,7 @@ def test_killed_search_resumes_to_the_same_trials(undisturbed: Path, tmp_path: P
     process.wait()
     patch = pytest.MonkeyPatch()
     with patch.context():
-        assert tuned(command(out), patch) == 0
+        assert tuned(words, patch) == 0
     patch.undo()
     assert trials(out) == trials(undisturbed)
     assert sorted(p.name for p in (out / "trials").iterdir()) == sorted(
@@ -86,7 +87,7 @@ def test_killed_search_resumes_to_the_same_trials(undisturbed: Path, tmp_path: P
 
 def test_trials_can_be_added_but_no_other_option_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"sampler": "grid", "search": "rho=0.02,0.2,2", "seeds": 1}
-    assert tuned(command(tmp_path / "run", **fields, trials=2)) == 0
+    assert tuned(command(tmp_path / "run", **fields, trials=2), draws=False) == 0
     before = trials(tmp_path / "run")
     assert [t["values"] for t in before] == [{}, {"rho": 0.02}, {"rho": 0.2}]
     assert tuned(command(tmp_path / "run", **fields, trials=9)) == 0
@@ -108,7 +109,7 @@ def test_trials_can_be_added_but_no_other_option_changed(tmp_path: Path, capsys:
 
 def test_diverged_trial_counts_as_worst_and_does_not_end_the_search(tmp_path: Path) -> None:
     fields = {"sampler": "grid", "search": "lr=0.05,1e30", "seeds": 1, "methods": "sgd"}
-    assert tuned(command(tmp_path / "run", **fields)) == 0
+    assert tuned(command(tmp_path / "run", **fields), draws=False) == 0
     good, bad = trials(tmp_path / "run")
     assert (good["state"], bad["state"]) == ("complete", "diverged")
     assert "diverged in epoch 1" in str(bad["reason"])
@@ -121,8 +122,8 @@ def test_diverged_trial_counts_as_worst_and_does_not_end_the_search(tmp_path: Pa
 def test_shared_storage_shares_the_trials(tmp_path: Path) -> None:
     storage = f"sqlite:///{tmp_path}/shared.db"
     fields = {"seeds": 1, "storage": storage, "sampler": "random"}
-    assert tuned(command(tmp_path / "one", **fields, trials=2)) == 0
-    assert tuned(command(tmp_path / "two", **fields, trials=3)) == 0
+    assert tuned(command(tmp_path / "one", **fields, trials=2), draws=False) == 0
+    assert tuned(command(tmp_path / "two", **fields, trials=3), draws=False) == 0
     one, two = trials(tmp_path / "one"), trials(tmp_path / "two")
     assert two[:3] == one
     assert [path.name for path in (tmp_path / "two" / "trials").iterdir()] == ["sam-002"]

@@ -21,10 +21,10 @@ def same_threads() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-def tune(out: Path, task: str, *words: str) -> int:
+def tune(out: Path, task: str, *words: str, draws: bool = False) -> int:
     given = ["--epochs", "2", "--seeds", "2", "--device", "cpu", "--threads", "1", "--sampler", "grid", "--search"]
     search = () if any("=" in word for word in words[:1]) else ("rho=0.02,0.2",)
-    return command_line(["tune", f"user_tasks:{task}", "--out", str(out), *given, *search, *words])
+    return command_line(["tune", f"user_tasks:{task}", "--out", str(out), *given, *search, *words], draws=draws)
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -34,7 +34,7 @@ def summary(out: Path) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def searched(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("tuned") / "run"
-    assert tune(out, "regression", "lr=0.0001,0.02", "rho=0.02,0.2") == 0
+    assert tune(out, "regression", "lr=0.0001,0.02", "rho=0.02,0.2", draws=True) == 0
     return out
 
 
@@ -80,7 +80,7 @@ def test_first_trial_has_the_learning_rate_of_the_own_optimizer(tmp_path: Path) 
 
 def test_own_validation_data_judge_and_nothing_is_held_out(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    assert tune(out, "with_validation", "--epochs", "1", "--seeds", "1", "--no-baseline") == 0
+    assert tune(out, "with_validation", "--epochs", "1", "--seeds", "1", "--no-baseline", draws=True) == 0
     assert "on the task's own validation data. The test data were not used." in (out / "summary.md").read_text()
     (_, trial, _) = trials(out)
     (run,) = trial["runs"]  # type: ignore[misc]
