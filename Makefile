@@ -1,6 +1,6 @@
 # make demo   set everything up and run the main job      make test    set everything up and run the tests
 # make check  lint, types, import layers                  make clean   remove what these made
-# make test-slow  the few tests that take ten seconds and more; CI runs them too
+# make test-slow  tests that take three seconds and more, and the rest of large products of cases; CI runs them too
 # make release  build the wheel and the source distribution, and check both in new environments
 # make pages  write the generated pages and the stub of steppe.variants again
 # make docs   build the site of the documentation in build/docs; make docs-links also checks the links to other sites
@@ -29,7 +29,7 @@ test: export OMP_NUM_THREADS ?= 1
 test: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
 
-# Those that take ten seconds and more, most of which start and kill processes.
+# Those that take three seconds and more, most of which start processes, and the rest of large products of cases.
 test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m slow

@@ -119,6 +119,12 @@ def in_pairs(first: Iterable[Any], second: Iterable[Any], third: Iterable[Any]) 
     return [(a, b, thirds[(i + j) % len(thirds)]) for i, a in enumerate(first) for j, b in enumerate(second)]
 
 
+def in_turn(first: Iterable[Any], second: Iterable[Any]) -> Callable[..., bool]:
+    """Return a test of cases: True for each value of the first with one of the second, which are taken in turn."""
+    firsts, seconds = list(first), list(second)
+    return lambda a, b, *_: b == seconds[firsts.index(a) % len(seconds)]
+
+
 def rest_is_slow(product: Iterable[tuple[Any, ...]], fast: Callable[..., bool]) -> list[Any]:
     """Return a product as cases for pytest: `make test` has those that are fast, `make test-slow` all the others."""
     return [pytest.param(*case, marks=[] if fast(*case) else pytest.mark.slow) for case in product]

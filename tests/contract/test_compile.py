@@ -63,7 +63,13 @@ def test_c26_compiled_step_clears_its_state(how):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("name", ["sam", "gsam", "looksam", "friendly_sam", "lookbehind_sam"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "looksam",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in ("sam", "gsam", "friendly_sam", "lookbehind_sam")),
+    ],
+)
 def test_c26_methods_with_a_schedule_and_a_compiled_base_are_not_recompiled(name):
     results = []
     for compiled in (False, True):

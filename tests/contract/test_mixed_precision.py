@@ -1,12 +1,14 @@
 """Contract C17: loss scaling and autocast change nothing but the precision, in each of the three APIs."""
 
+import itertools
+
 import pytest
 import torch
 import torch.nn.functional as F
 from named_methods import RULE_METHODS, build
 
 import steppe
-from support import BASES, DRIVES, batch, bits, model_bits, net
+from support import BASES, DRIVES, batch, bits, in_turn, model_bits, net, rest_is_slow
 
 every_method = pytest.mark.parametrize("name", RULE_METHODS)
 
@@ -59,8 +61,10 @@ def trained(name, base="momentum", drive="passes", *, scaler=None, pass_scaler=T
     return model_bits(model)
 
 
-@pytest.mark.parametrize("drive", ["passes", "closure"])
-@every_method
+@pytest.mark.parametrize(
+    ("name", "drive"),
+    rest_is_slow(itertools.product(RULE_METHODS, ["passes", "closure"]), in_turn(RULE_METHODS, ["passes", "closure"])),
+)
 def test_changing_loss_scale_changes_no_bit(name, drive):
     assert trained(name, scaler=growing_scaler(), drive=drive) == trained(name, drive=drive)
 

@@ -4,6 +4,8 @@ A run resumed on the same ranks has the same bits; on other ranks it is equal to
 """
 
 import copy
+import functools
+import itertools
 import tempfile
 
 import pytest
@@ -13,9 +15,21 @@ import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import steppe
-from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, close, ddp, method, network, plain, run, train, weights
+from layouts import (
+    LAYOUTS,
+    WHOLE_BATCH_LAYOUTS,
+    close,
+    ddp,
+    fsdp_or_in_turn,
+    method,
+    network,
+    plain,
+    run,
+    train,
+    weights,
+)
 from ranks import start_ranks
-from support import bits
+from support import bits, rest_is_slow
 
 # Methods whose memory has tensors, numbers, a mask, or nothing, and one that implements the whole step itself.
 METHODS = ["friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa"]
@@ -78,8 +92,9 @@ def resume_in_place(layout, name):
     return bits(weights(model)) == bits(weights(other))
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    ("name", "layout"), rest_is_slow(itertools.product(METHODS, LAYOUTS), functools.partial(fsdp_or_in_turn, METHODS))
+)
 def test_run_resumed_on_the_same_ranks_has_the_same_bits(name, layout):
     assert start_ranks()(resume_in_place, layout, name) == [True, True]
 

@@ -1,6 +1,7 @@
 """C23, C24: FSDP2, tensor parallelism and partly sharded models equal one process; FSDP1 and DeepSpeed raise."""
 
 import contextlib
+import functools
 import itertools
 
 import pytest
@@ -20,6 +21,7 @@ from layouts import (
     WHOLE_BATCH_LAYOUTS,
     close,
     fsdp,
+    fsdp_or_in_turn,
     fully_shard,
     method,
     network,
@@ -39,15 +41,10 @@ def train_in_layout(layout: str, name: str, steps: int):
     return train(LAYOUTS[layout], method(name), steps, whole_batch=layout in WHOLE_BATCH_LAYOUTS)
 
 
-def fsdp_or_in_turn(name: str, layout: str) -> bool:
-    """True for each method under FSDP2, and for the other layouts in turn over the methods."""
-    return layout in ("fsdp2", OTHER_LAYOUTS[WRAPPERS.index(name) % len(OTHER_LAYOUTS)])
-
-
-OTHER_LAYOUTS = [layout for layout in LAYOUTS if layout != "fsdp2"]
-
-
-@pytest.mark.parametrize(("name", "layout"), rest_is_slow(itertools.product(WRAPPERS, LAYOUTS), fsdp_or_in_turn))
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    rest_is_slow(itertools.product(WRAPPERS, LAYOUTS), functools.partial(fsdp_or_in_turn, WRAPPERS)),
+)
 def test_every_method_equals_one_process(name, layout):
     expected = train(plain, method(name), 4)
     for found in start_ranks()(train_in_layout, layout, name, 4):

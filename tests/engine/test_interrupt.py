@@ -51,11 +51,11 @@ REFUSE_CLASSIC = {
 }
 
 Line = tuple[str, int]
-MOVING = ("sam.py", "_engine/step.py", "_engine/engine.py", "_engine/side_effects.py")
+OF_THE_ENGINE = ("step", "engine", "side_effects", "closure", "gradients", "displacement")
 OF_SAM = {
-    "closure": (*MOVING, "_engine/passes.py", "_engine/closure.py", "_engine/gradients.py", "_engine/displacement.py"),
+    "closure": ("sam.py", *(f"_engine/{module}.py" for module in OF_THE_ENGINE)),
     "passes": ("sam.py", "_engine/step.py", "_engine/passes.py"),  # the rest runs as in a step by a closure
-    "classic": MOVING,
+    "classic": ("sam.py", "_engine/step.py"),
 }
 """Modules at whose lines a step of SAM is interrupted; the slow test has all modules."""
 OF_OWN_STEP_METHODS = {"closure": ("methods/",), "passes": ("methods/_base.py",), "classic": ("methods/",)}
@@ -175,7 +175,7 @@ as_python_closes_loops = pytest.mark.filterwarnings("ignore::pytest.PytestUnrais
 def test_c29_interrupt_in_a_step_restores_the_weights_and_the_next_step_works(drive):
     covered: set[Line] = set()
     wrong = []
-    for name in ("sam", "lookbehind_sam", "lookbehind-unperturbed", "sampa", "bsam", "decoupled_wsam"):
+    for name in ("sam", "sampa"):  # the slow test has all methods
         if drive == "classic" and name in REFUSE_CLASSIC:
             continue
         problem = Problem(name, drive)
@@ -183,7 +183,7 @@ def test_c29_interrupt_in_a_step_restores_the_weights_and_the_next_step_works(dr
         after = problem.weights()
         modules = (OF_SAM if name == "sam" else OF_OWN_STEP_METHODS)[drive]
         wrong += [check_interrupt(name, drive, at, after) for at in events(lines, covered, modules)]
-    assert len(wrong) > 100
+    assert len(wrong) > 50
     assert [message for message in wrong if message] == []
 
 

@@ -12,7 +12,7 @@ from torchvision_stand_in import torchvision_stand_in
 
 import steppe
 from steppe import SAM
-from support import bits, by_closure, by_passes, model_bits, plain, saved_and_loaded
+from support import bits, by_closure, by_passes, model_bits, plain, rest_is_slow, saved_and_loaded
 
 
 def network(base: str) -> nn.Module:
@@ -96,7 +96,8 @@ BASES = {
     "pytorch_optimizer's TRAC": around_adamw("pytorch_optimizer", "TRAC"),
     "pytorch_optimizer's OrthoGrad": around_adamw("pytorch_optimizer", "OrthoGrad"),
 }
-every_base = pytest.mark.parametrize("base", BASES)
+COMPILED = ("torchao's 8-bit AdamW",)  # which takes seconds; test_quantized_bases.py has it without compilation
+every_base = pytest.mark.parametrize("base", rest_is_slow([(name,) for name in BASES], lambda b: b not in COMPILED))
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

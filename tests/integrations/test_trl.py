@@ -2,11 +2,12 @@
 
 import functools
 import importlib
+import itertools
 
 import pytest
 import torch
 
-from support import in_pairs, model_bits
+from support import in_pairs, in_turn, model_bits, rest_is_slow
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -54,8 +55,18 @@ OPTIONS = {
 PREFERENCES = ("DPO", "KTO")
 CASES = [(kind, "", name) for kind in ROWS for name in METHODS]
 CASES += [(data, "", name) for data in FORMATS if data not in ROWS for name in ("whole", "LoRA")]
-CASES += [(kind, each, name) for kind, name, each in in_pairs(ROWS, METHODS, ["reentrant", "not reentrant"])]
-CASES += [(kind, "precomputed", name) for kind in PREFERENCES for name in METHODS]
+# Further options, with the kinds of trainers in turn; the slow tests have each kind with each method.
+CHECKPOINTED = in_pairs(ROWS, METHODS, ["reentrant", "not reentrant"])
+PRECOMPUTED = [(kind, name, "precomputed") for kind in PREFERENCES for name in METHODS]
+CASES += [(kind, option, name) for kind, name, option in (*CHECKPOINTED, *PRECOMPUTED)]
+
+
+def is_fast(data: str, option: str, name: str) -> bool:
+    """True without an option; with one, for half of the kinds of trainers with each method."""
+    if not option:
+        return True
+    kinds = PREFERENCES if option == "precomputed" else tuple(ROWS)
+    return (kinds.index(data) + tuple(METHODS).index(name)) % len(kinds) < len(kinds) // 2
 
 
 def weights(trained: torch.nn.Module) -> torch.Tensor:
@@ -96,7 +107,7 @@ def check_logs(trained, expected):
         assert entry == pytest.approx(of_first_pass, rel=1e-4, abs=1e-5)  # TRL computes logits in float32
 
 
-@pytest.mark.parametrize(("data", "option", "name"), CASES)
+@pytest.mark.parametrize(("data", "option", "name"), rest_is_slow(CASES, is_fast))
 def test_weights_and_logs_are_those_of_passes_by_hand(tmp_path, folder, data, option, name):
     options = dict(OPTIONS[option])
     if data in PREFERENCES and name == "whole" and option != "precomputed":
@@ -139,8 +150,12 @@ def with_adapter():
     return peft.get_peft_model(model(), lora())
 
 
-@pytest.mark.parametrize("name", ["LoRA", "merged_sam", "flat_lora", "bar"])
-@pytest.mark.parametrize("kind", PREFERENCES)
+WITH_ADAPTERS = [name for name, (adapters, _, _) in METHODS.items() if adapters]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"), rest_is_slow(itertools.product(WITH_ADAPTERS, PREFERENCES), in_turn(WITH_ADAPTERS, PREFERENCES))
+)
 def test_reference_with_a_copy_of_the_adapter_is_never_perturbed(tmp_path, kind, name):
     by_hand = trainer(tmp_path, METHODS[name][2], kind, trained=with_adapter(), rho=RHO, precompute_ref_log_probs=True)
     mine = ours(tmp_path, kind, name, trained=with_adapter(), adapters=False)

@@ -1,5 +1,6 @@
 """The tests that every perturbation must pass: subclass :class:`PerturbationTests` in the test file of the method."""
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
@@ -100,6 +101,11 @@ def assert_float16_gradients_of_any_size_work(rule: Perturbation, size: float) -
     torch.testing.assert_close([part.double() for part in got], want, rtol=2e-3, atol=1e-6)
 
 
+@functools.cache  # the mutants of a rule are compared with the same weights
+def weights_of_reference(make_reference: Callable[[], Reference], base: str, steps: int) -> list[torch.Tensor]:
+    return trajectory(loss, start(), make_reference(), BASES[base], rho=RHO, steps=steps)
+
+
 class PerturbationTests:
     """Compare rules with their slow references, break the package, and check the limits of dtypes and gradients."""
 
@@ -117,7 +123,7 @@ class PerturbationTests:
     def matches_reference(self, case: str, base: str, *, rule: Perturbation | None = None, steps: int = 20) -> None:
         """20 steps in float64 agree with the slow reference to 1e-12."""
         own, make_reference = self.cases[case]
-        want = trajectory(loss, start(), make_reference(), BASES[base], rho=RHO, steps=steps)
+        want = weights_of_reference(make_reference, base, steps)
         params = [torch.nn.Parameter(p) for p in start()]
         optimizer = steppe.SAM(BASES[base](params), rho=RHO, perturbation=rule or own)
         for t in range(steps):

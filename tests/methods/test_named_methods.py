@@ -1,6 +1,7 @@
 """The contract of `steppe.testing` for each method that is a rule of SAM; no edit is needed for a new one."""
 
 import inspect
+import itertools
 
 import pytest
 import torch
@@ -8,6 +9,9 @@ from named_methods import RULE_METHODS, WRAPPERS, build, passes_per_step
 
 from steppe import papers, testing
 from steppe.methods.registry import FUNCTIONS
+from support import in_turn, rest_is_slow
+
+OTHER_BASES = ["sgd", "adamw"]
 
 each = pytest.mark.parametrize("name", RULE_METHODS)
 
@@ -18,8 +22,10 @@ def test_method_keeps_the_contract(name, check):
     check(build(name))
 
 
-@each
-@pytest.mark.parametrize("base", ["sgd", "adamw"])
+@pytest.mark.parametrize(
+    ("name", "base"),
+    rest_is_slow(itertools.product(RULE_METHODS, ["sgd", "adamw"]), in_turn(RULE_METHODS, ["sgd", "adamw"])),
+)
 def test_method_resumes_around_other_bases(name, base):
     if (name, base) == ("msam", "sgd"):
         pytest.skip("plain SGD keeps no momentum to perturb along; test_msam.py has the error")

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow  # each command is a process of its own
+
 ROOT = Path(__file__).parents[2]
 EXTENDING = (ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
 METHOD = re.search(r'^```python\n("""MeanSAM: .*?)^```', EXTENDING, flags=re.DOTALL | re.MULTILINE).group(1)
@@ -54,14 +56,12 @@ def test_new_method_is_in_variants_and_in_the_citation_of_its_optimizer(package)
     assert "title = {The Mean of Two Gradients}" in out
 
 
-@pytest.mark.slow
 def test_new_method_is_trained_by_compare(package, tmp_path):
     options = ["--epochs", "1", "--seeds", "1", "--width", "2", "--dataset", "sample", "--out", "run", "--rho", "0.1"]
     out = run(package, "-m", "steppe", "compare", *options, "--methods", "sgd", "my_new_method:beta=0.25", cwd=tmp_path)
     assert "MeanSAM (beta 0.25)" in out
 
 
-@pytest.mark.slow
 def test_new_method_has_the_tests_of_all_methods_and_its_own(package, tmp_path):
     tests = tmp_path / "test_my_new_method.py"
     tests.write_text(ITS_TESTS, encoding="utf-8")

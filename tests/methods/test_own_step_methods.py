@@ -20,7 +20,20 @@ from steppe.methods.gam import GAM
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.sampa import SAMPa
 from steppe.methods.wsam import DecoupledWSAM
-from support import BASES, DRIVES, batch, bits, by_closure, by_passes, in_pairs, model_bits, net, train
+from support import (
+    BASES,
+    DRIVES,
+    batch,
+    bits,
+    by_closure,
+    by_passes,
+    in_pairs,
+    in_turn,
+    model_bits,
+    net,
+    rest_is_slow,
+    train,
+)
 
 METHODS = {
     "decoupled_wsam": lambda base, m, rho=0.1: DecoupledWSAM(BASES[base](m.parameters()), rho, gamma=0.8, model=m),
@@ -35,6 +48,8 @@ METHODS = {
 }
 COST = {"decoupled_wsam": 2, "lookbehind": 4, "lookbehind-adaptive": 3, "gam": 4, "c_flat": 4, "sampa": 2, "bsam": 2}
 every_method = pytest.mark.parametrize("name", METHODS)
+
+
 every_drive = pytest.mark.parametrize("drive", ["closure", "passes"])
 
 
@@ -45,7 +60,9 @@ def test_step_costs_the_stated_number_of_passes(name, drive):
     assert forward_passes_per_step(model, METHODS[name]("sgd", model), drive, 6) == COST[name]
 
 
-@pytest.mark.parametrize(("name", "base", "drive"), in_pairs(METHODS, BASES, ["closure", "passes"]))
+@pytest.mark.parametrize(
+    ("name", "base", "drive"), rest_is_slow(in_pairs(METHODS, BASES, ["closure", "passes"]), in_turn(METHODS, BASES))
+)
 def test_resumed_run_has_the_same_bits(name, drive, base):
     for after in (1, 3):
         resumes(functools.partial(METHODS[name], base), drive, after=after, steps=6)
@@ -190,9 +207,9 @@ def test_exception_in_any_pass_leaves_weights_and_state_unchanged(name, drive, e
         assert same == (name != "sampa" or failing == 0), "the failed step has changed the next ones"
 
 
-@every_method
-@every_drive
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "dtype", "drive"), in_pairs(METHODS, [torch.float32, torch.bfloat16], ["closure", "passes"])
+)
 def test_with_a_learning_rate_of_zero_the_weights_keep_their_bits_and_storage(name, drive, dtype):
     model = net(dtype=dtype)
     optimizer = METHODS[name]("sgd", model, rho=0.7)
