@@ -125,14 +125,13 @@ def by_layer(
         layer.stage = f"curvature of {group}"
         operator = matrix(layer)
         top = eigenvalues(operator, 1, tol=tol, max_matvecs=max_matvecs, seed=seed)
-        note = "" if top.converged else "not converged"
         total = trace(operator, probes=probes, top=top, seed=seed)
         weights = linear.intersection(names)
         relative = None
         if len(weights) == 1:
             weight = weights.pop()
             relative = relative_flatness(Hessian(objective.restrict_to([weight])), weight, probes=probes, seed=seed)
-        largest = Measure(float(top.values[0]), float(top.residuals[0]), note)
+        largest = Measure.of_eigenvalue(top)
         rows.append(LayerCurvature(group, tuple(layer.names), layer.n, largest, total, relative))
     return LayerTable(tuple(rows))
 

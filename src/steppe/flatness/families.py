@@ -3,6 +3,9 @@
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from steppe.flatness.eigenvalues import Eigenpairs
+from steppe.flatness.estimate import Estimate
+
 
 @dataclass(frozen=True)
 class Family:
@@ -22,6 +25,22 @@ class Measure:
     error: float | None = None
     """A standard error, or, for an eigenvalue, |H u - lambda u|; None if the value is not an estimate."""
     note: str = ""
+
+    @classmethod
+    def of_eigenvalue(cls, pairs: Eigenpairs) -> "Measure":
+        """Return the first of some eigenvalues."""
+        note = "" if pairs.converged else "not converged"
+        return cls(float(pairs.values[0]), float(pairs.residuals[0]), note)
+
+    @classmethod
+    def of_estimate(cls, estimate: Estimate, note: str = "") -> "Measure":
+        """Return an estimate with its standard error."""
+        return cls(estimate.value, estimate.error, note)
+
+    @classmethod
+    def of_parts(cls, estimate: Estimate, m: int) -> "Measure":
+        """Return a mean over parts of m samples."""
+        return cls.of_estimate(estimate, f"{estimate.n} part{'s'[: estimate.n > 1]} of {m} samples")
 
 
 FAMILIES: Mapping[str, Family] = {

@@ -2,40 +2,28 @@
 
 import math
 import time
-from collections.abc import Callable
 from dataclasses import asdict
-from functools import partial
-from typing import Any, Literal
+from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe._tensors.reductions import norm
-from steppe.flatness.after_change import after_rounding
+from steppe.flatness._further import check_measures, further_measures
 from steppe.flatness.average_sharpness import average_sharpness
-from steppe.flatness.batch_sharpness import batch_sharpness
 from steppe.flatness.budget import Budget
-from steppe.flatness.by_layer import by_layer
 from steppe.flatness.directions import random_directions
 from steppe.flatness.eigenvalues import Eigenpairs, eigenvalues
-from steppe.flatness.empirical_fisher import EmpiricalFisher
-from steppe.flatness.estimate import Estimate
-from steppe.flatness.families import FAMILIES, Measure, name_in_layer
-from steppe.flatness.gauss_newton import GaussNewton
+from steppe.flatness.families import Measure
 from steppe.flatness.landscape import Landscape, landscape
 from steppe.flatness.m_sharpness import m_sharpness
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Hessian, Operator, Scaled
-from steppe.flatness.preconditioner import adam_preconditioner
 from steppe.flatness.relative_flatness import relative_flatness
 from steppe.flatness.result import Flatness
 from steppe.flatness.sharpness import sharpness
 from steppe.flatness.spectral_density import density
-from steppe.flatness.stability import adam_edge_of_stability
 from steppe.flatness.trace import trace
-
-_BITS = 4  # at which rounding raises the loss of a usual network by more than noise
 
 
 def measure(
@@ -92,7 +80,7 @@ def measure(
     options = {"probes": budget.density_probes, "num_iterations": budget.density_iterations, "seed": budget.seed}
     spectrum = density(hessian, **options)
     hessian.free_graph()
-    measures |= _further_measures(objective, budget, optimizer)
+    measures |= further_measures(objective, budget, optimizer)
     random, eigen = _landscapes(objective, top, budget)
     measures |= {"loss": Measure(loss), "weight_norm": Measure(float(norm([objective.weights])))}
     settings = {
@@ -106,39 +94,6 @@ def measure(
         settings["weighted_by"] = objective.weighted_by
     seconds = time.perf_counter() - begun
     return Flatness(settings, measures, top.values, top.residuals, spectrum, random, eigen, seconds)
-
-
-def check_measures(objective: Objective, budget: Budget, optimizer: Optimizer | None) -> None:
-    """Raise the error of a measure that cannot be evaluated, from few samples: before the measures that take long.
-
-    Raises:
-        ValueError, TypeError, RuntimeError: As of :func:`measure`.
-    """
-    part = next(objective.split(budget.m), None)
-    if part is not None:  # else the first pass over the data says so
-        for matrix in (Hessian, *_matrices(objective, budget).values()):
-            matrix(part)(torch.zeros(1, part.n, dtype=part.dtype, device=part.device))
-    if "adam_sharpness" in budget.names_of_further:
-        _adam_preconditioner(objective, optimizer)
-
-
-def _matrices(objective: Objective, budget: Budget) -> dict[str, Callable[[Objective], Operator]]:
-    """Return the matrices among the further measures that the budget names."""
-    per: Literal["sample", "token"] = "token" if objective.weighted_by == "tokens" else "sample"
-    matrices: dict[str, Callable[[Objective], Operator]] = {
-        "gauss_newton": GaussNewton,
-        "fisher": partial(EmpiricalFisher, per=per),
-    }
-    return {name: matrix for name, matrix in matrices.items() if name in budget.names_of_further}
-
-
-def _adam_preconditioner(objective: Objective, optimizer: Optimizer | None) -> Tensor:
-    if optimizer is None:
-        raise ValueError(
-            "adam_sharpness is the curvature in the metric of Adam, whose averages of the gradients are not known: "
-            "measure the runs of a folder that Adam or AdamW has trained, or pass optimizer= in Python"
-        )
-    return adam_preconditioner(optimizer, objective)
 
 
 def _sharpness_measures(objective: Objective, budget: Budget) -> tuple[float, dict[str, Measure]]:
@@ -155,11 +110,11 @@ def _sharpness_measures(objective: Objective, budget: Budget) -> tuple[float, di
     return worst.loss, {
         "sharpness": Measure(worst.value, note=_ascent_note(worst.restarts)),
         "first_order": Measure(worst.first_order),
-        "m_sharpness": _estimated(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {budget.m} samples"),
-        "average_sharpness": _estimated(average),
+        "m_sharpness": Measure.of_parts(parts, budget.m),
+        "average_sharpness": Measure.of_estimate(average),
         "gradient_norm": Measure(worst.gradient_norm),
         "adaptive_sharpness": Measure(adaptive.value, note=_ascent_note(adaptive.restarts)),
-        "adaptive_average_sharpness": _estimated(adaptive_average),
+        "adaptive_average_sharpness": Measure.of_estimate(adaptive_average),
     }
 
 
@@ -188,60 +143,16 @@ def _hessian_measures(objective: Objective, hessian: Hessian, budget: Budget) ->
     bottom = extreme("smallest eigenvalue", hessian, which="smallest")
     adaptive_top = extreme("largest eigenvalues, adaptive", scaled, k=k)
     for name, pairs in (("lambda_max", top), ("lambda_min", bottom), ("adaptive_lambda_max", adaptive_top)):
-        measures[name] = _first(pairs)
+        measures[name] = Measure.of_eigenvalue(pairs)
     objective.stage = "traces"
     for name, operator, known in (("trace", hessian, top), ("adaptive_trace", scaled, adaptive_top)):
-        measures[name] = _estimated(trace(operator, probes=budget.probes, top=known, seed=budget.seed))
+        measures[name] = Measure.of_estimate(trace(operator, probes=budget.probes, top=known, seed=budget.seed))
     linear = [f"{k}.weight" if k else "weight" for k, m in objective.model.named_modules() if isinstance(m, nn.Linear)]
     if linear and linear[-1] in objective.names:
         layer = Hessian(objective.restrict_to([linear[-1]]))
         estimate = relative_flatness(layer, linear[-1], probes=budget.probes, seed=budget.seed)
-        measures["relative_flatness"] = _estimated(estimate, linear[-1])
+        measures["relative_flatness"] = Measure.of_estimate(estimate, linear[-1])
     return top, measures
-
-
-def _further_measures(objective: Objective, budget: Budget, optimizer: Optimizer | None) -> dict[str, Measure]:
-    """Return the measures that the budget names."""
-    measures, names = {}, budget.names_of_further
-    if "batch_sharpness" in names:
-        parts = batch_sharpness(objective, budget.m)
-        measures["batch_sharpness"] = _estimated(parts, f"{parts.n} part{'s'[: parts.n > 1]} of {budget.m} samples")
-    if "rounding" in names:
-        measures["rounding"] = Measure(after_rounding(objective, _BITS).increase)
-    for name, matrix in _matrices(objective, budget).items():
-        objective.stage = FAMILIES["further"].measures[name]
-        operator = matrix(objective)
-        top = eigenvalues(operator, k=min(budget.num_eigenvalues, objective.n), tol=budget.tol, seed=budget.seed)
-        measures[name] = _first(top)
-        measures[f"{name}_trace"] = _estimated(trace(operator, probes=budget.probes, top=top, seed=budget.seed))
-    if "adam_sharpness" in names:
-        measures["adam_sharpness"] = _adam_sharpness(objective, budget, optimizer)
-    if "by_layer" in names:
-        for row in by_layer(objective, probes=budget.probes, tol=budget.tol, seed=budget.seed):
-            measures[name_in_layer("lambda_max", row.layer)] = row.lambda_max
-            measures[name_in_layer("trace", row.layer)] = _estimated(row.trace)
-            if row.relative_flatness is not None:
-                measures[name_in_layer("relative_flatness", row.layer)] = _estimated(row.relative_flatness)
-    return measures
-
-
-def _adam_sharpness(objective: Objective, budget: Budget, optimizer: Optimizer | None) -> Measure:
-    """Return the largest eigenvalue of P^-1 H, with its edge of stability at the highest learning rate."""
-    preconditioner = _adam_preconditioner(objective, optimizer)
-    assert optimizer is not None
-    objective.stage = FAMILIES["further"].measures["adam_sharpness"]
-    operator = Scaled(Hessian(objective), preconditioner.rsqrt())
-    found = _first(eigenvalues(operator, tol=budget.tol, seed=budget.seed))
-    group = max(optimizer.param_groups, key=_first_rate)
-    lr, beta1 = _first_rate(group), float(group["betas"][0])
-    edge = adam_edge_of_stability(lr, beta1=beta1) if lr > 0 else math.inf
-    note = f"edge of stability {edge:.3g} at lr {lr:.3g}"
-    return Measure(found.value, found.error, "; ".join(filter(None, [note, found.note])))
-
-
-def _first_rate(group: dict[str, Any]) -> float:
-    """Return the learning rate before a schedule changed it: at the end of one, it is often 0."""
-    return float(group.get("initial_lr", group["lr"]))
 
 
 def _landscapes(objective: Objective, top: Eigenpairs, budget: Budget) -> tuple[Landscape | None, Landscape | None]:
@@ -275,13 +186,3 @@ def _ascent_note(restarts: tuple[float, ...]) -> str:
     best = max(restarts)
     apart = f", which differ by up to {1 - min(restarts) / best:.0%}" if min(restarts) < 0.95 * best < math.inf else ""
     return f"lower bound: the best of {len(restarts)} ascents{apart}"
-
-
-def _first(pairs: Eigenpairs) -> Measure:
-    """Return the first of the eigenvalues."""
-    note = "" if pairs.converged else "not converged"
-    return Measure(float(pairs.values[0]), float(pairs.residuals[0]), note)
-
-
-def _estimated(estimate: Estimate, note: str = "") -> Measure:
-    return Measure(estimate.value, estimate.error, note)

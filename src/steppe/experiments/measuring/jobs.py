@@ -20,8 +20,8 @@ from steppe.experiments.execution import cpus
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 from steppe.experiments.execution.progress import JobProgress, print_line
 from steppe.flatness import Budget, Flatness, Objective, measure
+from steppe.flatness._further import check_measures
 from steppe.flatness.budget import CONDITIONAL
-from steppe.flatness.measure import check_measures
 
 T = TypeVar("T")
 _BatchNorm = Literal["eval", "train"]

@@ -7,9 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from rich.console import Console
-from torch import Tensor, nn
+from torch import nn
 
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness_file, read_lines
 from steppe.experiments.config.method_spec import MethodSpec
@@ -20,6 +19,7 @@ from steppe.experiments.execution.launch import start_executor
 from steppe.experiments.execution.prepared_task import OneTask, prepare_task
 from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Prepared, Progress, measure_all, run_jobs
+from steppe.experiments.measuring.normalization import Loss, is_cross_entropy, takes_logits
 from steppe.experiments.storage import checkpoint_file
 from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_checked
@@ -174,29 +174,14 @@ def objectives(
     task: Task, network: nn.Module, sample: list[Any], options: MeasuringOptions, progress: Progress
 ) -> tuple[Objective, Objective | None]:
     """Return a network's mean loss on a sample, and, of a classifier, that of its normalized logits."""
-    objective = partial(options.objective, network, sample, progress=progress)
-    normalized = None
-    if _is_classifier(task, network, sample, options):
-        assert task.loss is not None
-        normalized = objective(evaluate=replace(task, loss=normalized_logits(task.loss)).evaluate)
+    objective, loss, normalized = partial(options.objective, network, sample, progress=progress), task.loss, None
+
+    def of_first_batch(loss: Loss) -> Objective:
+        return options.objective(network, sample[:1], evaluate=replace(task, loss=loss).evaluate)
+
+    if loss is not None and is_cross_entropy(loss) and takes_logits(loss, of_first_batch):
+        normalized = objective(evaluate=replace(task, loss=normalized_logits(loss)).evaluate)
     return objective(evaluate=task.loss_and_outputs), normalized
-
-
-def _is_classifier(task: Task, network: nn.Module, sample: list[Any], options: MeasuringOptions) -> bool:
-    """True if the loss is the cross-entropy of logits (samples, classes), whose scale can be normalized.
-
-    With two classes, only the difference of the logits matters, and normalized, only its sign would be left.
-    """
-    loss, shapes = task.loss, list[torch.Size]()
-    if loss is not F.cross_entropy and not isinstance(loss, nn.CrossEntropyLoss):
-        return False
-
-    def record(outputs: Tensor, targets: Tensor) -> Tensor:
-        shapes.append(outputs.shape)
-        return loss(outputs, targets)
-
-    options.objective(network, sample[:1], evaluate=replace(task, loss=record).evaluate).loss()
-    return all(len(shape) == 2 and shape[1] > 2 for shape in shapes)
 
 
 def _finished(folder: RunFolder, recipe: Recipe, console: Console) -> list[Run]:

@@ -19,10 +19,11 @@ from steppe.experiments.figures.flatness import draw
 from steppe.experiments.measuring import user_inputs
 from steppe.experiments.measuring.flatness_table import TITLE, FlatnessTable
 from steppe.experiments.measuring.jobs import MeasuringOptions, Prepared, Progress, measure_all
+from steppe.experiments.measuring.normalization import takes_logits
 from steppe.experiments.storage.environment import digest_of_module
 from steppe.experiments.storage.files import write_atomically, write_checked
 from steppe.experiments.storage.run_folder import RunFolder
-from steppe.flatness import Flatness, Objective, normalized_logits
+from steppe.flatness import Flatness, normalized_logits
 from steppe.flatness._batches import Batches
 
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
@@ -201,7 +202,7 @@ class UserModelJob:
             else:
                 loss = model.function("loss")
                 plain = objective(loss=loss)
-                if _is_classifier(objective, loss):
+                if takes_logits(loss, lambda loss: objective(loss=loss)):
                     normalized = objective(loss=normalized_logits(loss))
         first = next((size for _, size in Batches(data, options.batch_size)), 0)
         return Prepared(plain, normalized, replace(budget, m=min(budget.m, first)))
@@ -280,21 +281,3 @@ def _names(paths: Sequence[Path]) -> list[str]:
         if len(set(names)) == len(names):
             return names
     return [f"{path.stem}-{path.suffix[1:]}-{i}" for i, path in enumerate(paths)]
-
-
-def _is_classifier(objective: Callable[..., Objective], loss: Callable[..., Tensor]) -> bool:
-    """True if the loss takes logits of shape (samples, classes), whose scale can be normalized.
-
-    With two classes, only the difference of the logits matters, and normalized, only its sign would be left.
-    """
-    arguments: list[Any] = []
-
-    def record(outputs: Any, targets: Any) -> Tensor:
-        arguments[:] = arguments or [outputs, targets]  # those of the first batch
-        return loss(outputs, targets)
-
-    objective(loss=record).loss()
-    outputs, targets = arguments
-    tensors = isinstance(outputs, Tensor) and isinstance(targets, Tensor)
-    logits = tensors and outputs.dim() == 2 and outputs.shape[1] > 2
-    return logits and (not targets.is_floating_point() or loss is torch.nn.functional.cross_entropy)
