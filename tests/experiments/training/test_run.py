@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from own_tasks import ON_ANY_MODEL
 from tiny import RecordingReporter, dataset, recipe, run_of, train_run, training_of, untimed
@@ -125,6 +126,7 @@ def test_metrics_are_those_of_the_whole_sets(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tiny, "shallow", lambda patch: None)
     monkeypatch.setattr(preact_resnet, "STAGES", STAGES)  # the whole network
     told = RecordingReporter()
     train_run(run_of("sgd", epochs=12, width=4), tmp_path, reporter=told)
