@@ -103,7 +103,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 """Every measure by family. In all families but ``context``, a smaller value means a flatter minimum.
 
-The measures of ``layers`` depend on the network: their names are those of :func:`name_in_layer`.
+The measures of ``layers`` depend on the network, and have names such as "trace/encoder.0".
 """
 
 _IN_LAYER = {"lambda_max": "largest eigenvalue", "trace": "trace", "relative_flatness": "relative flatness"}
