@@ -1,5 +1,6 @@
 """C31: several bases on several processes equal one process, in memory and through distributed checkpoints."""
 
+import itertools
 import tempfile
 
 import pytest
@@ -11,6 +12,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from layouts import LAYOUTS, close, network, plain, run, train, weights
 from ranks import start_ranks
 from steppe.methods.registry import CARDS, FUNCTIONS
+from support import in_turn, rest_is_slow
 
 METHODS = ["sam", "gsam", "vasso", "msam", "sampa", "aesam"]
 
@@ -32,8 +34,13 @@ def train_in_layout(layout, name):
     return train(LAYOUTS[layout], method(name), 4)
 
 
-@pytest.mark.parametrize("layout", ["ddp", "fsdp2", "partly sharded"])
-@pytest.mark.parametrize("name", METHODS)
+LAYOUTS_OF_BASES = ["ddp", "fsdp2", "partly sharded"]
+
+
+@pytest.mark.parametrize(
+    ("name", "layout"),
+    rest_is_slow(itertools.product(METHODS, LAYOUTS_OF_BASES), in_turn(METHODS, LAYOUTS_OF_BASES)),
+)
 def test_c31_several_bases_equal_one_process(name, layout):
     expected = train(plain, method(name), 4)
     for found in start_ranks()(train_in_layout, layout, name):

@@ -16,8 +16,20 @@ OTHER_BASES = ["sgd", "adamw"]
 each = pytest.mark.parametrize("name", RULE_METHODS)
 
 
-@each
-@pytest.mark.parametrize("check", testing.CHECKS)
+LONG_CHECKS = [
+    testing.resumes_to_the_bit,
+    testing.steps_that_are_not_finite_are_skipped,
+    testing.no_value_is_read_on_the_host,
+]
+
+
+def is_short_or_in_turn(name: str, check: testing.Check) -> bool:
+    return check not in LONG_CHECKS or in_turn(RULE_METHODS, LONG_CHECKS)(name, check)
+
+
+@pytest.mark.parametrize(
+    ("name", "check"), rest_is_slow(itertools.product(RULE_METHODS, testing.CHECKS), is_short_or_in_turn)
+)
 def test_method_keeps_the_contract(name, check):
     check(build(name))
 
