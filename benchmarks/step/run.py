@@ -19,7 +19,8 @@ The base is SGD; the gradients are assigned by hand, twice per step. In every ro
 up, timed and deleted, in turns, so no two of them hold memory at a time. The time of an implementation is that of its
 step minus that of a step of the base in the same round, with the same two assignments and one ``zero_grad``. Times are
 processor time with one thread of a CPU, otherwise wall time; on a GPU after synchronization. The time of Steppe
-includes its check for NaN and inf in the update gradient (1N more); the other implementations have no such check.
+includes its check for NaN and inf in the update gradient (1N more); the other implementations have no such check. It
+does not include the steps that Steppe measures for ``report()``, one of 128, each of which takes about as long as two.
 
 Operations and traffic are counted at the dispatcher (counting.py), without those of the base. Traffic is the bytes that
 operations read and write, in units of the weights' size N. That of the method itself is 8N: norm 1N, backup 2N, perturb

@@ -26,3 +26,13 @@ def test_combination_receives_both_gradients_and_zeros_for_missing_ones():
     optimizer.step()
     by_passes(optimizer, lambda: (a + b).sum())
     assert (a.grad.item(), b.grad.item()) == (1.0, 1.0)
+
+
+def test_subclass_of_sams_combination_is_called():
+    class Doubled(steppe.PerturbedGradient):
+        def __call__(self, point, perturbed):
+            return [2 * g for g in super().__call__(point, perturbed)]
+
+    w = nn.Parameter(torch.tensor([2.0]))
+    by_passes(SAM(torch.optim.SGD([w], lr=1.0), rho=0.0, combination=Doubled()), lambda: (3 * w).sum())
+    assert w.grad.item() == 6.0

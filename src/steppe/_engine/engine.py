@@ -26,12 +26,13 @@ from steppe._engine.rounding import MIN_SURVIVING_SHARE, add_scaled_stochastical
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import RHO, parameters_of, take_from_base
-from steppe._tensors.dtensor import local
+from steppe._tensors.dtensor import all_plain, local
 from steppe.rules import (
     Cadence,
     Combination,
     Memory,
     Perturbation,
+    PerturbedGradient,
     Point,
     ScaledDirection,
     ascent_steps,
@@ -394,8 +395,11 @@ class Engine:
         """
         if self.recorder.is_measuring():
             self.recorder.perturbed_gradient(*self.gradients.parameters_and_gradients())
-        function = function or combination
         parameters, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
+        is_sam = parameters is not None and function is None and type(combination) is PerturbedGradient
+        if is_sam and self.gradients.known_to_be_finite and all_plain(parameters or ()):
+            return  # .grad is g_s, the update gradient (of sharded weights, it may still be a partial sum)
+        function = function or combination
         perturbed: list[Tensor] | None = None
         if parameters is None:
             point = self.point()

@@ -114,10 +114,16 @@ class Gradients:
         """
         changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _is_same_view(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
-        finite, self._so_far_finite = self._so_far_finite, None
-        if finite is not None and targets and not (finite.is_cpu and finite):
+        finite, known_to_be_finite, self._so_far_finite = self._so_far_finite, self.known_to_be_finite, None
+        if finite is not None and targets and not known_to_be_finite:
             smallest = local(min(targets, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
             smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
+
+    @property
+    def known_to_be_finite(self) -> bool:
+        """True if the gradients before the last pass of this step were finite, and the host knows it."""
+        finite = self._so_far_finite
+        return finite is None or (finite.is_cpu and bool(finite))
 
     def record_finite(self, finite: Tensor, *, is_further_ascent: bool) -> Tensor:
         """Record if the gradient of a pass is finite; return True if those of this step so far are.

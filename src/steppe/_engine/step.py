@@ -6,7 +6,7 @@ interface for methods that replace some of them, and documents when each is call
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -151,13 +151,9 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
             point, self.perturbation, keep_unperturbed=keep_unperturbed, single_pass=single_pass
         )
 
-    def _update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        """Compute the update gradient of g and g_s."""
-        return self.combination(point, perturbed)
-
     def _combine(self) -> None:
         """Write the update gradient to ``.grad``."""
-        self._engine.combine(self.combination, self._update_gradient)
+        self._engine.combine(self.combination)
 
     def _finish_classic(self) -> None:
         """Restore the weights and write the update gradient, after the second backward of the classic API."""

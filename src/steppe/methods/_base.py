@@ -248,8 +248,8 @@ class OwnStepMethod(SAM):
     def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         return self.step_passes(accumulate=accumulate)
 
-    def _update_gradient(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        return self.update_gradient(point, perturbed)
+    def _combine(self) -> None:
+        self._engine.combine(self.combination, self.update_gradient)
 
     def _finish_classic(self) -> None:
         super()._finish_classic()
