@@ -15,6 +15,7 @@ from tiny_peft import IGNORED_WARNINGS
 pytestmark = IGNORED_WARNINGS
 
 
+@pytest.mark.slow
 def test_peft_lora_lowers_the_loss_and_merges(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # the Trainer makes a folder
     example, text = run_example("peft_lora.py", capsys)

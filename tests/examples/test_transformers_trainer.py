@@ -16,6 +16,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_transformers_trainer_prints_passes_accuracy_and_sharpness(capsys):
     example, text = run_example("transformers_trainer.py", capsys)
     assert "120 steps, 2.00 passes each" in text

@@ -59,6 +59,7 @@ def test_all_figures_are_the_same_bytes_twice(tmp_path: Path, monkeypatch: pytes
             assert matplotlib.image.imread(a).std() > 0.05  # there is something on it
 
 
+@pytest.mark.slow
 def test_figures_show_the_measurements(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(drawing, "_SUFFIXES", ("svg",))
     two = recipe(seeds=2)
