@@ -87,6 +87,7 @@ html_title = "Steppe"
 html_static_path = ["_static"]
 html_css_files = ["site.css"]
 html_js_files = [("table.js", {"defer": "defer"})]
+highlight_language = "none"  # blocks without a language are formulas and commands of a shell, not Python
 pygments_dark_style = "github-dark"
 html_copy_source = False  # the plain Markdown of each page lies beside it: plain_pages
 html_show_sourcelink = False
