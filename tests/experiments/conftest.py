@@ -13,13 +13,15 @@ from steppe.experiments.execution import cpus
 def pytest_runtest_protocol(item: pytest.Item) -> Generator[None, object, object]:
     """Run each test of this folder, with its fixtures of all scopes, without work that no test asks for.
 
-    It trains shallow networks in this process (to start another takes longer than a tiny run) and waits for no disk.
+    It trains shallow networks in this process (to start another takes longer than a tiny run), waits for no disk, and
+    for a second at most, not five, until a worker that reads data has ended.
     """
     if Path(__file__).parent not in item.path.parents:
         return (yield)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cpus, "available", lambda: 1)
         patch.setattr("os.fsync", lambda file: None)
+        patch.setattr("torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL", 1.0)
         tiny.shallow(patch)
         return (yield)
 
