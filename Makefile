@@ -24,13 +24,13 @@ demo: $(DEMO)
 	$(BIN)/steppe compare demo --seeds 4
 	$(BIN)/steppe compare noisy-labels --name demo-wrong-labels --methods sgd sam:rho=0.1 --epochs 10 --eval-every 5 --seeds 3
 
-# One process a core, of one thread each: the models are tiny.
-test: export OMP_NUM_THREADS ?= 1
+# One process a core, of one thread each: the models are tiny. Without byte code, each process compiles all modules again.
+test test-slow: export OMP_NUM_THREADS ?= 1
+test test-slow: unexport PYTHONDONTWRITEBYTECODE
 test: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
 
 # Those that take three seconds and more, most of which start processes, and the rest of large products of cases.
-test-slow: export OMP_NUM_THREADS ?= 1
 test-slow: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m slow
 
