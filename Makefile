@@ -26,7 +26,7 @@ demo: $(DEMO)
 
 # One process a core, of one thread each: the models are tiny. Without byte code, each process compiles all modules again.
 test test-slow: export OMP_NUM_THREADS ?= 1
-test test-slow: unexport PYTHONDONTWRITEBYTECODE
+test test-slow: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
 
