@@ -32,7 +32,7 @@ def draw(result: Result, path: Path) -> None:
             found |= {(setting, method, m): by_name[method, m] for m in measures if (method, m) in by_name}
     with use_style():
         figure = new_figure([_row(text, found[place]) for place, text in _labels(list(found)).items()])
-        figure.axes[0].set_xlabel("better than the base by, percentage points; bars are 95 % intervals")
+        figure.supxlabel("better than the base by, percentage points; bars are 95 % intervals", fontsize="medium")
         figure.savefig(path)
 
 

@@ -118,7 +118,7 @@ RECIPES: Mapping[str, tuple[Recipe, str]] = MappingProxyType(
             _TASK.replace(
                 name="adapters",
                 task="steppe.experiments.tasks.adapters:lora",
-                methods=("base", "sam:rho=0.1", "late_sam:rho=0.1", "merged_sam:rho=0.1", "flat_lora:rho=0.2"),
+                methods=("base", "sam:rho=0.1", "late_sam:rho=0.05", "merged_sam:rho=0.1", "flat_lora:rho=0.1"),
                 epochs=16,
                 eval_every=8,
                 seeds=10,
