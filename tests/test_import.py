@@ -30,7 +30,7 @@ def test_c37_import_loads_little_beside_torch():
     assert set(others) <= STANDARD_LIBRARY, "torch._dynamo, sympy, numpy, ... belong to the functions that use them"
     packages = {name.split(".")[1] for name in modules if "." in name and name.startswith("steppe")}
     # what a plain SAM needs; the methods, variants, closures and schedules are loaded when they are used
-    assert packages == {"_engine", "_tensors", "papers", "rules", "sam"}
+    assert packages == {"_checks", "_engine", "_tensors", "papers", "rules", "sam"}
 
 
 AT_ONCE = """

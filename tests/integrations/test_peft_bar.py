@@ -227,7 +227,7 @@ def test_options_that_do_not_fit_raise():
         bar(base_of(model))
     with pytest.raises(ValueError, match="no layer with a trained LoRA adapter.*get_peft_model"):
         bar(torch.optim.SGD((other := torch.nn.Linear(1, 1)).parameters(), lr=0.1), model=other)
-    with pytest.raises(ValueError, match="alpha must be a number of at least 0, got -1"):
+    with pytest.raises(ValueError, match="alpha must be finite and not negative, got -1"):
         bar(base_of(model), alpha=-1, model=model)
     with pytest.raises(ValueError, match=r"compare must be 'gradients' .nBAR. or 'weights'.*got 'both'"):
         bar(base_of(model), compare="both", model=model)

@@ -398,7 +398,10 @@ class Engine:
         parameters, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
         is_sam = parameters is not None and function is None and type(combination) is PerturbedGradient
         if is_sam and self.gradients.known_to_be_finite and all_plain(parameters or ()):
-            return  # .grad is g_s, the update gradient (of sharded weights, it may still be a partial sum)
+            # .grad is g_s, the update gradient (of sharded weights, it may still be a partial sum): nothing to write
+            self.gradients.write([], [])
+            self._unperturbed_gradients = []
+            return
         function = function or combination
         perturbed: list[Tensor] | None = None
         if parameters is None:
