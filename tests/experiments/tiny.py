@@ -19,6 +19,7 @@ from steppe.experiments.data.datasets import Dataset, Split
 from steppe.experiments.execution import cpus, prepared_task
 from steppe.experiments.execution.executor import MakeTask
 from steppe.experiments.models import preact_resnet
+from steppe.experiments.models.preact_resnet import STAGES
 from steppe.experiments.report import page
 from steppe.experiments.storage.records import Record
 from steppe.experiments.tasks.batches import Batch, Epochs
@@ -100,6 +101,13 @@ class RecordingReporter(Reporter):
 def shallow(patch: pytest.MonkeyPatch) -> None:
     """Let ResNets have two blocks and not eight: a run takes half the time, and all kinds of layers are left."""
     patch.setattr(preact_resnet, "STAGES", (1, 1))
+    patch.setattr(prepared_task, "images_task", shallow_task)  # in the processes that train runs
+
+
+def whole(patch: pytest.MonkeyPatch) -> None:
+    """Let ResNets have all their blocks, for tests of the network itself and of processes that make it themselves."""
+    patch.setattr("tiny.shallow", lambda patch: None)
+    patch.setattr(preact_resnet, "STAGES", STAGES)
 
 
 def shallow_task(data: Dataset, recipe: Recipe, **options: Any) -> Task:
@@ -171,7 +179,6 @@ def command_line(words: list[str] | None = None, *, draws: bool = True) -> int:
         patch.setattr(data, "load", lambda name, data_dir=None: dataset())
         patch.setattr(cpus, "available", lambda: 1)  # in this process, unless more are asked for
         shallow(patch)
-        patch.setattr(prepared_task, "images_task", shallow_task)  # in the processes that train runs
         if not draws:
             patch.setattr(page, "write", lambda folder, recipe, results, summary: folder.path)
             patch.setattr(tuning, "draw", lambda result, folder: [])

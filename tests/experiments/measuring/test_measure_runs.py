@@ -14,7 +14,7 @@ import tiny
 import torch
 import torch.nn.functional as F
 from rich.console import Console
-from tiny import CPU, MEASURED, dataset, recipe, train_run
+from tiny import CPU, MEASURED, dataset, recipe, train_run, whole
 
 from steppe.experiments.analysis.verdicts import FLATNESS, read_flatness, verdicts
 from steppe.experiments.config.recipe import Run
@@ -323,8 +323,10 @@ def test_gauss_newton_and_fisher_matrices_are_those_of_the_restored_network(path
 
 
 @pytest.mark.slow
-def test_worker_processes_measure_the_same_and_keep_results_when_one_fails(tmp_path: Path) -> None:
-    # the real sample, because the workers load it themselves
+def test_worker_processes_measure_the_same_and_keep_results_when_one_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole(monkeypatch)  # as the workers make the network, and load the sample, themselves
     folder = trained_folder(tmp_path / "run", load("sample"), shots=1, seeds=1, label_noise=0.0)
     other = Path(shutil.copytree(folder.path, tmp_path / "other"))
     options = dataclasses.replace(OPTIONS, samples=10)

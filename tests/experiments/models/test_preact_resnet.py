@@ -7,16 +7,16 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from tiny import whole
 from torch import Tensor, nn
 
-from steppe.experiments.models import preact_resnet
-from steppe.experiments.models.preact_resnet import STAGES, Norm, PreActResNet18
+from steppe.experiments.models.preact_resnet import Norm, PreActResNet18
 
 
 @pytest.fixture(autouse=True)
-def whole(monkeypatch: pytest.MonkeyPatch) -> None:
+def whole_network(monkeypatch: pytest.MonkeyPatch) -> None:
     """Test the network of the paper, and not the shallow one of other tests."""
-    monkeypatch.setattr(preact_resnet, "STAGES", STAGES)
+    whole(monkeypatch)
 
 
 def slow_batch_norm(x: Tensor, weights: dict[str, Tensor], name: str, training: bool) -> Tensor:

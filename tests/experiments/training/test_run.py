@@ -4,18 +4,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from own_tasks import ON_ANY_MODEL
-from tiny import RecordingReporter, dataset, recipe, run_of, train_run, training_of, untimed
+from tiny import RecordingReporter, dataset, recipe, run_of, train_run, training_of, untimed, whole
 from torch import Tensor, nn
 
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.datasets import normalize
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.models import networks, preact_resnet
-from steppe.experiments.models.preact_resnet import STAGES, PreActResNet18
+from steppe.experiments.models import networks
+from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.forward import FORWARD_ONLY
 
@@ -126,8 +125,7 @@ def test_metrics_are_those_of_the_whole_sets(tmp_path: Path) -> None:
 
 
 def test_training_learns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tiny, "shallow", lambda patch: None)
-    monkeypatch.setattr(preact_resnet, "STAGES", STAGES)  # the whole network
+    whole(monkeypatch)
     told = RecordingReporter()
     train_run(run_of("sgd", epochs=12, width=4), tmp_path, reporter=told)
     assert told.records[-1]["train_loss"] < 0.8 * told.records[0]["train_loss"]
