@@ -32,6 +32,7 @@ from steppe.experiments.report.figures import Figures
 from steppe.experiments.tuning import tune as tuning
 from steppe.experiments.tuning.options import TuningOptions
 from steppe.experiments.tuning.tune import report_tuning, tune
+from support import rest_is_slow
 
 BUDGET = dataclasses.replace(tiny.BUDGET, pairs=1, num_eigenvalues=1, density_iterations=2)
 MEASURING = MeasuringOptions(samples=16, budget=BUDGET, processes=1)
@@ -136,7 +137,7 @@ def damage(command: str, folders: Path, seeds: Sequence[int], tmp_path: Path) ->
     return wrong
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", rest_is_slow(((name,) for name in COMMANDS), lambda name: "plot" not in name))
 def test_damaged_file_gives_a_clear_error_or_the_same_result(command: str, folders: Path, tmp_path: Path) -> None:
     assert damage(command, folders, range(12), tmp_path) == []
 

@@ -16,6 +16,7 @@ from steppe.experiments.storage.run_folder import METRICS, RunFolder
 from steppe.methods import cards
 from steppe.methods.cards import card
 from steppe.methods.registry import CARDS
+from support import rest_is_slow
 
 ROOT = Path(__file__).parents[2]
 
@@ -35,7 +36,11 @@ def test_memory_of_each_method_is_measured():
     assert not make_cards.private(values)
 
 
-@pytest.mark.parametrize("name", CARDS)
+# SAM, and one whose gradients, one whose passes and one whose copies differ
+_COUNTED_FAST = ("sam", "gsam", "late_sam", "sampa")
+
+
+@pytest.mark.parametrize("name", rest_is_slow(((name,) for name in CARDS), lambda name: name in _COUNTED_FAST))
 def test_memory_counted_again_agrees(name):
     method = CARDS[name]
     if method.needs_adapters:
