@@ -21,7 +21,8 @@ Place = tuple[str, str, str]
 
 def draw(result: Result, path: Path) -> None:
     """Write the figure of a recipe."""
-    measures = EVIDENCE[recipe_of(result)].measures
+    evidence = EVIDENCE[recipe_of(result)]
+    measures = evidence.drawn or evidence.measures
     found: dict[Place, Mapping[str, Any]] = {}
     beside = side_by_side(result)
     for setting, of in result.data["settings"].items():

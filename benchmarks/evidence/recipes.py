@@ -40,7 +40,9 @@ class Evidence:
     confirmed_by: Sequence[str] = ()
     """The option --seeds of the comparison, where a setting has none; by default the recipe's."""
     measures: Sequence[str] = ("accuracy", "accuracy under corruptions", "calibration error")
-    """What the tables and the figure show; the first one decides."""
+    """What the tables show; the first one decides."""
+    drawn: Sequence[str] = ()
+    """What the figure shows of these; by default everything."""
     side_by_side: Sequence[str] = ()
     """Settings of many methods, which one table shows side by side, without controls and figure."""
 
@@ -169,6 +171,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         },
         tuned_in={setting: ["sam", "late_sam"] for setting in ("full", "full, 40 % wrong")},
         measures=["accuracy", "accuracy after the second task", "accuracy forgotten", "accuracy on the second task"],
+        drawn=["accuracy"],
     ),
 }
 """By the name of the experiment, in the order in which they are run."""
