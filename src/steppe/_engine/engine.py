@@ -396,8 +396,8 @@ class Engine:
         if self.recorder.is_measuring():
             self.recorder.perturbed_gradient(*self.gradients.parameters_and_gradients())
         parameters, self._perturbed_parameters, self._ascent = self._perturbed_parameters, None, None
-        is_sam = parameters is not None and function is None and type(combination) is PerturbedGradient
-        if is_sam and self.gradients.known_to_be_finite and all_plain(parameters or ()):
+        takes_g_s = function is None and type(combination) is PerturbedGradient
+        if takes_g_s and parameters is not None and self.gradients.known_to_be_finite and all_plain(parameters):
             # .grad is g_s, the update gradient (of sharded weights, it may still be a partial sum): nothing to write
             self.gradients.write([], [])
             self._unperturbed_gradients = []

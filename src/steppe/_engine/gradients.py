@@ -114,8 +114,9 @@ class Gradients:
         """
         changed = [(t, v) for t, v in zip(targets, values, strict=True) if t is not v and not _is_same_view(t, v)]
         copy_([t for t, _ in changed], [v for _, v in changed])
-        finite, known_to_be_finite, self._so_far_finite = self._so_far_finite, self.known_to_be_finite, None
-        if finite is not None and targets and not known_to_be_finite:
+        finite = None if self.known_to_be_finite else self._so_far_finite
+        self._so_far_finite = None
+        if finite is not None and targets:
             smallest = local(min(targets, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
             smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
 

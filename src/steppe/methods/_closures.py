@@ -5,7 +5,6 @@ from typing import Any
 
 from torch import Tensor
 
-from steppe._checks import check_positive_share
 from steppe._engine.stage import Stage
 from steppe.sam import SAM
 
@@ -39,12 +38,6 @@ def one_number(value: Any) -> Tensor:
     if not isinstance(value, Tensor) or value.numel() != 1:
         found = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else type(value).__name__
         raise ValueError(f"the loss returned {found}, and its derivative is needed: return the mean, one number")
-    return value
-
-
-def check_share(name: str, value: float) -> float:
-    """Return a share of the samples; ValueError unless it is in (0, 1]."""
-    check_positive_share(name, value, "a share of the samples")
     return value
 
 

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from steppe._checks import check_positive_share, check_whole
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._closures import Loss, check_share, count_samples
+from steppe.methods._closures import Loss, count_samples
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.papers import ICLR, Paper, cites
@@ -137,7 +137,8 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
         Du et al., Efficient Sharpness-aware Minimization for Improved Training of Neural Networks, arXiv 2110.03141.
     """
     samples = count_samples(batch)
-    kept = math.ceil(check_share("gamma", gamma) * samples)
+    check_positive_share("gamma", gamma, "a share of the samples")
+    kept = math.ceil(gamma * samples)
     losses_at_w: list[Tensor] = []
 
     def evaluate(part: Sequence[Tensor], n: int) -> Tensor:

@@ -6,9 +6,10 @@ from fractions import Fraction
 
 from torch import Tensor
 
+from steppe._checks import check_positive_share
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
-from steppe.methods._closures import Loss, check_share, count_samples, is_last
+from steppe.methods._closures import Loss, count_samples, is_last
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
 from steppe.methods.sam import sam, sam_with
 from steppe.papers import Paper, cites
@@ -62,7 +63,8 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
         Bahri et al., Sharpness-Aware Minimization Improves Language Model Generalization, arXiv 2110.08529, who use a
         quarter of the batch.
     """
-    n = math.ceil(check_share("fraction", fraction) * count_samples(batch))
+    check_positive_share("fraction", fraction, "a share of the samples")
+    n = math.ceil(fraction * count_samples(batch))
 
     def closure() -> Tensor:
         optimizer.zero_grad()

@@ -13,6 +13,7 @@ Loss = Callable[..., Tensor]
 
 
 def is_cross_entropy(loss: Loss | None) -> bool:
+    """True if a loss is torch's cross-entropy, as a function or a module."""
     return loss is F.cross_entropy or isinstance(loss, nn.CrossEntropyLoss)
 
 
