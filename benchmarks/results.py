@@ -66,7 +66,7 @@ def save(name: str, data: dict[str, Any], arguments: argparse.Namespace, **versi
     values = {
         "device": device_name(arguments),
         "on_gpu": on_gpu,
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "date": today(),
         "command": arguments.command or _command_line(),
         "torch": torch.__version__.partition("+")[0],
         "versions": {
@@ -123,6 +123,11 @@ def device_name(arguments: argparse.Namespace) -> str:
         return torch.cuda.get_device_name()
     machine = describe([])
     return f"{machine['cpus']} cores of an {machine['cpu']}"
+
+
+def today() -> str:
+    """Return the date, as results have it."""
+    return datetime.datetime.now(datetime.UTC).date().isoformat()
 
 
 def _command_line() -> str:

@@ -18,6 +18,7 @@ sys.path[:0] = [str(ROOT / "benchmarks")]
 
 import results  # noqa: E402
 from evidence.figure import draw, draw_headline  # noqa: E402
+from evidence.measured import Measured, file_name  # noqa: E402
 from evidence.recipes import EVIDENCE  # noqa: E402
 from evidence.table import render  # noqa: E402
 from measured_parts import replace_parts, write_pages  # noqa: E402
@@ -28,18 +29,13 @@ HEADLINE = ("noisy-labels", "40 % wrong")
 """The recipe and its setting that the README shows."""
 
 
-def found(recipe: str, folder: Path = results.RESULTS) -> list[results.Result]:
-    """Return the results of a recipe, one for each device."""
-    return results.load(f"evidence_{recipe.replace('-', '_')}", folder)
-
-
 def part(recipe: str, folder: Path = results.RESULTS) -> str:
     """Return the measured part of a recipe's page."""
-    measured = found(recipe, folder)
+    measured = Measured.load(recipe, folder)
     if not measured:
         return f"Not yet measured: `python benchmarks/evidence/run.py {recipe}`."
     image = f"![Differences to the base, with 95 % intervals, beside every control](../images/{_image(recipe)})"
-    return "\n\n".join([*(render(result).strip() for result in measured), image])
+    return f"{render(measured).strip()}\n\n{image}"
 
 
 def page(recipe: str, text: str, folder: Path = results.RESULTS) -> str:
@@ -50,16 +46,16 @@ def page(recipe: str, text: str, folder: Path = results.RESULTS) -> str:
 def draw_all(images: Path = IMAGES) -> Iterator[Path]:
     """Draw the figures of the recipes that have been measured, and that of the README; yield their files."""
     for recipe in EVIDENCE:
-        if measured := found(recipe):
-            draw(measured[-1], path := images / _image(recipe))
+        if measured := Measured.load(recipe):
+            draw(measured, path := images / _image(recipe))
             yield path
             if recipe == HEADLINE[0]:
-                draw_headline(measured[-1], path := images / "headline.png", HEADLINE[1])
+                draw_headline(measured, path := images / "headline.png", HEADLINE[1])
                 yield path
 
 
 def _image(recipe: str) -> str:
-    return f"evidence_{recipe.replace('-', '_')}.png"
+    return f"{file_name(recipe)}.png"
 
 
 def main(words: Sequence[str] | None = None) -> int:

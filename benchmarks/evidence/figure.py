@@ -6,9 +6,9 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from evidence.measured import Measured
 from evidence.recipes import EVIDENCE
-from evidence.table import label, recipe_of, side_by_side, verdicts
-from results import Result
+from evidence.table import label, verdicts
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import estimate
 from steppe.experiments.figures.controls import Row, draw_rows, improvement, new_figure
@@ -19,15 +19,12 @@ Place = tuple[str, str, str]
 """Setting, method and measure."""
 
 
-def draw(result: Result, path: Path) -> None:
+def draw(measured: Measured, path: Path) -> None:
     """Write the figure of a recipe."""
-    evidence = EVIDENCE[recipe_of(result)]
+    evidence = EVIDENCE[measured.recipe]
     measures = evidence.drawn or evidence.measures
     found: dict[Place, Mapping[str, Any]] = {}
-    beside = side_by_side(result)
-    for setting, of in result.data["settings"].items():
-        if setting in beside:
-            continue
+    for setting, of in measured.others.items():
         by_name = verdicts(of["summary"])
         for method in dict.fromkeys(method for method, _ in by_name):
             found |= {(setting, method, m): by_name[method, m] for m in measures if (method, m) in by_name}
@@ -37,12 +34,12 @@ def draw(result: Result, path: Path) -> None:
         figure.savefig(path)
 
 
-def draw_headline(result: Result, path: Path, setting: str) -> None:
+def draw_headline(measured: Measured, path: Path, setting: str) -> None:
     """Write the figure of the README: the accuracy over the compute in one setting, and all settings' differences."""
-    curves = result.data["settings"][setting]["curves"]
+    curves = measured.settings[setting]["curves"]
     found = {
         (name, method, measure): verdict
-        for name, of in result.data["settings"].items()
+        for name, of in measured.settings.items()
         for (method, measure), verdict in verdicts(of["summary"]).items()
         if measure == "accuracy" and method in of["chosen"]
     }

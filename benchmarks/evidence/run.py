@@ -5,7 +5,8 @@
 
 For each setting of the recipe it runs `steppe tune`, whose seeds begin at 100, and `steppe compare` with the best
 radii, whose seeds begin at 0. Both are resumed where they were stopped, so this command is as well. The folders are in
-runs/evidence, and the results in results/DEVICE/evidence_RECIPE.json.
+runs/evidence. Each search and each setting is saved when it is done, in results/DEVICE/evidence_RECIPE.json. What is
+saved, on any device, is not measured again, so that machines can share the work: to measure it again, delete it there.
 """
 
 import argparse
@@ -21,6 +22,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 
 import results  # noqa: E402
+from evidence.measured import Measured, file_name  # noqa: E402
 from evidence.recipes import EVIDENCE, Evidence  # noqa: E402
 from steppe.experiments.storage.run_folder import RunFolder  # noqa: E402
 
@@ -40,35 +42,55 @@ def main() -> None:
         if name not in EVIDENCE:
             parser.error(f"{name!r} is not one of {', '.join(EVIDENCE)}")
     for name in args.names or EVIDENCE:
-        evidence, found = EVIDENCE[name], dict[str, Any]()
-        for setting, options in evidence.settings.items():
-            earlier = found.get(evidence.chosen_in.get(setting, ""))
-            found[setting] = confirm(name, setting, options, evidence, args, earlier)
-            args.command = f"python benchmarks/evidence/run.py {name}"
-            results.save(f"evidence_{name.replace('-', '_')}", {"settings": found}, args)
+        measure(name, args)
+
+
+def measure(name: str, args: argparse.Namespace) -> None:
+    """Search and confirm the settings of a recipe that are not saved yet, and save each part."""
+    evidence, saved = EVIDENCE[name], Measured.load(name, args.results)
+    settings, searches = dict(saved.settings), dict(saved.searches)
+    data = {"settings": {}, "searches": {}, **results.saved_data(file_name(name), args)}
+    args.command = f"python benchmarks/evidence/run.py {name}"
+    for setting, options in evidence.settings.items():
+        if setting in settings:
+            print(f"{name}, {setting or 'its only setting'}: saved", flush=True)
+            continue
+        folder = args.out / "-".join([name, *setting.replace("%", "").replace(",", "").split()])
+        shared = [evidence.recipe or name, *options, *(_TINY if args.tiny else [])]
+        how_many = [] if args.runs_at_once is None else ["--runs-at-once", args.runs_at_once]
+        if (searched_in := evidence.chosen_in.get(setting)) is not None:
+            found = {**settings[searched_in], "search": None, "trials": []}
+        else:
+            if setting not in searches:
+                searches[setting] = search(folder, setting, shared, how_many, evidence, args)
+                data["searches"][setting] = searches[setting]
+                results.save(file_name(name), data, args)
+            found = searches[setting]
+        settings[setting] = confirm(folder, setting, shared, how_many, evidence, found, args)
+        data["settings"][setting] = settings[setting]
+        data["searches"].pop(setting, None)
+        results.save(file_name(name), data, args)
 
 
 def confirm(
-    name: str,
+    folder: Path,
     setting: str,
-    options: Sequence[str],
+    shared: Sequence[str],
+    how_many: Sequence[str],
     evidence: Evidence,
+    found: Mapping[str, Any],
     args: argparse.Namespace,
-    earlier: Mapping[str, Any] | None,
 ) -> dict[str, Any]:
-    """Search the radii of a setting or take those of an earlier one, and compare the methods at the best ones."""
-    folder = args.out / "-".join([name, *setting.replace("%", "").replace(",", "").split()])
-    shared = [evidence.recipe or name, *options, *(_TINY if args.tiny else [])]
-    how_many = [] if args.runs_at_once is None else ["--runs-at-once", args.runs_at_once]
-    found = earlier or search(folder, setting, shared, how_many, evidence, args)
+    """Compare the methods at the best radii that a search has found."""
     chosen = evidence.best(setting, found["best"])
-    seeds = [] if args.tiny or "--seeds" in options else evidence.confirmed_by
+    seeds = [] if args.tiny or "--seeds" in shared else evidence.confirmed_by
     comparison = ["compare", *shared, "--methods", evidence.base, *chosen, *evidence.others, *seeds]
     _steppe([*comparison, *how_many, "--out", str(folder)])
     return {
-        "search": None if earlier else found["search"],
+        "date": results.today(),
+        "search": found["search"],
         "command": shlex.join(["steppe", *comparison]),
-        "trials": [] if earlier else found["trials"],
+        "trials": found["trials"],
         "best": found["best"],
         "chosen": chosen,
         "summary": json.loads((folder / "summary.json").read_text("utf-8")),

@@ -5,9 +5,9 @@ from dataclasses import replace
 from statistics import fmean
 from typing import Any
 
+from evidence.measured import Measured
 from evidence.recipes import EVIDENCE
 from markdown_tables import mean_and_sd, row
-from results import Result
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import Estimate
 from steppe.experiments.analysis.words import BETTER, WORSE
@@ -15,18 +15,11 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.storage.records import AVERAGE, AVERAGED
 
 
-def recipe_of(result: Result) -> str:
-    """Return the name of a result's recipe."""
-    return result.name.removeprefix("evidence_").replace("_", "-")
-
-
-def render(result: Result) -> str:
+def render(measured: Measured) -> str:
     """Return the tables of a recipe, with the commands that made them."""
-    evidence = EVIDENCE[recipe_of(result)]
-    measures, beside = evidence.measures, side_by_side(result)
-    settings = {name: found for name, found in result.data["settings"].items() if name not in beside}
-    lines = [*_commands(result.data["settings"]), "", *_trials(result.data["settings"]), ""]
-    if beside:
+    measures = EVIDENCE[measured.recipe].measures
+    lines = [*_commands(measured.settings), "", *_trials(measured.settings), ""]
+    if beside := measured.side_by_side:
         lines += [
             "Means on the test data, with the difference to the base in brackets; **bold** is better and *italic* is",
             "worse, beyond chance:",
@@ -34,7 +27,7 @@ def render(result: Result) -> str:
             *_side_by_side(beside, measures),
             "",
         ]
-    if settings:
+    if settings := measured.others:
         lines += [
             "Means and standard deviations, on the test data:",
             "",
@@ -46,13 +39,7 @@ def render(result: Result) -> str:
             *_differences(settings, measures),
             "",
         ]
-    return "\n".join([*lines, result.source])
-
-
-def side_by_side(result: Result) -> dict[str, Any]:
-    """Return the settings that one table shows side by side."""
-    names = EVIDENCE[recipe_of(result)].side_by_side
-    return {name: found for name, found in result.data["settings"].items() if name in names}
+    return "\n".join([*lines, measured.source])
 
 
 def verdicts(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:

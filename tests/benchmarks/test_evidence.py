@@ -1,6 +1,8 @@
 """benchmarks/evidence: searches and comparisons by one command, and the pages that show them."""
 
 import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -10,7 +12,8 @@ from tiny import command_line
 
 import make_evidence
 import results
-from evidence import run, table
+from evidence import run
+from evidence.measured import Measured
 from evidence.recipes import EVIDENCE, Evidence
 from evidence.table import render
 from steppe.experiments.config.presets import RECIPES
@@ -36,8 +39,8 @@ def test_pages_show_the_results() -> None:
 
 def test_recipes_have_the_radii_that_were_chosen() -> None:
     for name in RECIPES.keys() & EVIDENCE.keys():
-        for result in make_evidence.found(name):
-            chosen = [found["chosen"] for found in result.data["settings"].values()]
+        if measured := Measured.load(name):
+            chosen = [found["chosen"] for found in measured.settings.values()]
             methods = [str(method) for method in RECIPES[name][0].comparison.methods]
             assert any(set(specs) <= set(methods) for specs in chosen), name
 
@@ -62,37 +65,59 @@ def summary(difference: float) -> dict[str, object]:
     return {"rows": rows, "verdicts": [verdict]}
 
 
-def result(**settings: float) -> results.Result:
+def result(device: str = "a machine", *, date: str = "2026-11-29", **settings: float) -> results.Result:
     trials = [
         {"method": "sam", "values": {"rho": 0.2}, "found": [70.0, 71.0]},
         {"method": "sam", "values": {"rho": 0.1}, "found": [75.0, 76.0]},
     ]
     found = {
-        name: {"search": "steppe tune x", "command": "steppe compare x", "trials": trials, "summary": summary(value)}
+        name: {
+            **{"date": date, "search": "steppe tune x", "command": "steppe compare x", "trials": trials},
+            "summary": summary(value),
+        }
         for name, value in settings.items()
     }
-    return results.Result(
-        "evidence_noisy_labels", "a machine", False, "2026-11-29", "c", "2.13", {}, {"settings": found}
-    )
+    return results.Result("evidence_made_up", device, False, "2026-12-31", "c", "2.13", {}, {"settings": found})
 
 
+@pytest.fixture
+def evidence(monkeypatch: pytest.MonkeyPatch) -> Evidence:
+    """A recipe with three settings, of which no table shows two side by side."""
+    made_up = Evidence(["sam"], settings={"low": (), "high": (), "other": ()}, measures=["accuracy"])
+    monkeypatch.setitem(EVIDENCE, "made-up", made_up)
+    return made_up
+
+
+@pytest.mark.usefixtures("evidence")
 def test_tables_have_means_controls_and_the_search() -> None:
-    text = render(result(low=5.0, high=-3.0))
+    text = render(Measured("made-up", [result(low=5.0, high=-3.0)]))
     assert "- low, SAM: 0.1: 75.50, 0.2: 70.50" in text
     assert "| low | SGD | 80.00±1.00 | 80.00±1.00 | 80.00 | 3 |" in text
     assert "|  | SGD, averaged weights | 81.50±1.00 |" in text
     assert "| low | SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** | – | – | +5.00 |" in text
     assert "| high | SAM (rho 0.1) | accuracy | *-3.00 [-4.00, -2.00]* | – | – | -3.00 |" in text
+    assert text.endswith("\na machine, torch 2.13, 2026-11-29; `c`")
 
 
-def test_one_setting_needs_no_column() -> None:
-    assert "| SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** |" in render(result(**{"": 5.0}))
+@pytest.mark.usefixtures("evidence")
+def test_settings_of_several_machines_and_days_are_one_table_in_the_recipes_order() -> None:
+    found = [result(high=-3.0, date="2026-11-30"), result("another", low=5.0), result("a third", date="2026-11-30")]
+    text = render(Measured("made-up", found))
+    assert text.index("| low | SAM") < text.index("| high | SAM")
+    assert text.endswith(
+        "\n- low: another, torch 2.13, 2026-11-29; `c`\n- high: a machine, torch 2.13, 2026-11-30; `c`"
+    )
 
 
-def test_settings_of_many_methods_are_shown_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
-    evidence = Evidence(["sam"], side_by_side=["low", "high"], measures=["accuracy"])
-    monkeypatch.setitem(table.EVIDENCE, "noisy-labels", evidence)
-    text = render(result(low=5.0, high=-3.0, other=2.0))
+def test_one_setting_needs_no_column(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EVIDENCE, "made-up", Evidence(["sam"]))
+    text = render(Measured("made-up", [result(**{"": 5.0})]))
+    assert "| SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** |" in text
+
+
+def test_settings_of_many_methods_are_shown_side_by_side(evidence: Evidence, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(EVIDENCE, "made-up", replace(evidence, side_by_side=["low", "high"]))
+    text = render(Measured("made-up", [result(low=5.0, high=-3.0, other=2.0)]))
     assert "| SAM | 80.00 | 0.1 | 80.0 (**+5.0**) | 0.1 | 80.0 (*-3.0*) |" in text
     assert "| SGD | 80.00 |  | 80.0 |  | 80.0 |" in text
     assert "| SAM (rho 0.1) | accuracy | **+2.00 [+1.00, +3.00]** |" in text
@@ -161,8 +186,48 @@ def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_a
     assert [spec.partition(":")[0] for spec in settings["other batches"]["chosen"]] == ["asam"]
     assert "--batch-size 32" in settings["other batches"]["command"]
     assert settings["other batches"]["search"] is None
-    text = render(results.Result("evidence_price", "m", False, "2026-11-29", "c", "2.13", {}, {"settings": settings}))
+    monkeypatch.setitem(EVIDENCE, "price", evidence)
+    found_by = results.Result("evidence_price", "m", False, "2026-11-29", "c", "2.13", {}, {"settings": settings})
+    text = render(Measured("price", [found_by]))
     assert text.count("steppe tune") == 2
+
+
+@pytest.mark.usefixtures("evidence")
+def test_what_is_saved_is_not_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One setting is saved on another machine; of another, only the search, before the comparison was stopped."""
+    searched, compared = list[str](), list[str]()
+
+    def search(folder: Path, setting: str, *_: object) -> dict[str, Any]:
+        searched.append(setting)
+        return {"search": f"steppe tune {setting}", "trials": [], "best": {"sam": [70.0, "sam:rho=0.1"]}}
+
+    def compare(words: Sequence[str]) -> None:
+        compared.append(words[-1])
+        if len(compared) == 1:
+            raise KeyboardInterrupt
+        Path(words[-1]).mkdir(parents=True)
+        (Path(words[-1]) / "summary.json").write_text("{}", "utf-8")
+
+    other = tmp_path / "another" / "evidence_made_up.json"
+    other.parent.mkdir()
+    fields = {**asdict(result("another", low=5.0)), "tiny": False}
+    del fields["name"]
+    other.write_text(json.dumps(fields), "utf-8")
+    monkeypatch.setattr(run, "search", search)
+    monkeypatch.setattr(run, "_steppe", compare)
+    monkeypatch.setattr(run, "_curves", lambda folder: {})
+    words = ["--results", str(tmp_path), "--machine", "m", "--out", str(tmp_path / "runs")]
+    monkeypatch.setattr("sys.argv", ["run.py", "made-up", *words])
+    with pytest.raises(KeyboardInterrupt):
+        run.main()
+    run.main()
+    run.main()
+    assert searched == ["high", "other"]
+    assert [Path(folder).name for folder in compared] == ["made-up-high", "made-up-high", "made-up-other"]
+    data = json.loads((tmp_path / "m" / "evidence_made_up.json").read_text("utf-8"))["data"]
+    assert list(data["settings"]) == ["high", "other"]
+    assert data["searches"] == {}
+    assert list(Measured.load("made-up", tmp_path).settings) == ["low", "high", "other"]
 
 
 def test_a_setting_may_search_other_methods() -> None:
