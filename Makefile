@@ -1,6 +1,6 @@
 # make demo   set everything up and run the main job      make test    set everything up and run the tests
 # make check  lint, types, import layers                  make clean   remove what these made
-# make test-slow  tests that take three seconds and more, and the rest of large products of cases; CI runs them too
+# make test-slow  tests that take one and a half seconds and more, and the rest of large products of cases; CI runs them too
 # make release  build the wheel and the source distribution, and check both in new environments
 # make pages  write the generated pages and the stub of steppe.variants again
 # make docs   build the site of the documentation in build/docs; make docs-links also checks the links to other sites
@@ -30,7 +30,7 @@ test test-slow: export PYTHONDONTWRITEBYTECODE :=
 test: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m "not slow"
 
-# Those that take three seconds and more, most of which start processes, and the rest of large products of cases.
+# Those that take one and a half seconds and more, most of which start processes, and the rest of large products of cases.
 test-slow: $(READY)
 	$(BIN)/pytest -n auto --dist loadgroup -m slow
 

@@ -9,7 +9,7 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
-from steppe.integrations.peft import merged_sam  # or flat_lora: noise, in a single pass
+from steppe.integrations.peft import merged_sam
 from steppe.integrations.transformers import SAMTrainer
 
 torch.manual_seed(0)
@@ -18,7 +18,8 @@ model = LlamaForCausalLM(LlamaConfig(vocab_size=128, **sizes))  # tiny; or AutoM
 config = LoraConfig(r=8, lora_dropout=0.05, target_modules="all-linear", modules_to_save=["lm_head"])
 model = get_peft_model(model, config)
 
-text = torch.tensor(list(argparse.__doc__.encode())).split(32)[:-1]  # one token a byte
+text = torch.tensor(list(argparse.__doc__.encode())).split(32)[:-1]  # one token a byte; or your data set
+data = [{"input_ids": row, "labels": row} for row in text]
 args = TrainingArguments(
     num_train_epochs=8,
     learning_rate=1e-2,
@@ -28,7 +29,6 @@ args = TrainingArguments(
     disable_tqdm=True,
     dataloader_pin_memory=False,
 )
-data = [{"input_ids": row, "labels": row} for row in text]
 trainer = SAMTrainer(model=model, args=args, train_dataset=data, method=merged_sam, rho=0.05, log_sharpness=True)
 trainer.train()
 

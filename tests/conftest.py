@@ -7,6 +7,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+gc.disable()  # until all tests are imported: nearly nothing of what is made before is garbage
+
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -23,6 +25,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_collection_finish() -> None:
     """Leave out of every garbage collection what the tests have imported: a training of Accelerate starts some."""
     freeze_what_is_imported()
+    gc.enable()
 
 
 @pytest.hookimpl(trylast=True)

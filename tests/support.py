@@ -125,9 +125,10 @@ def in_turn(first: Iterable[Any], second: Iterable[Any]) -> Callable[..., bool]:
     return lambda a, b, *_: b == seconds[firsts.index(a) % len(seconds)]
 
 
-def rest_is_slow(product: Iterable[tuple[Any, ...]], fast: Callable[..., bool]) -> list[Any]:
-    """Return a product as cases for pytest: `make test` has those that are fast, `make test-slow` all the others."""
-    return [pytest.param(*case, marks=[] if fast(*case) else pytest.mark.slow) for case in product]
+def rest_is_slow(cases: Iterable[Any], fast: Callable[..., bool]) -> list[Any]:
+    """Return cases for pytest, tuples or values: `make test` has those that are fast, `make test-slow` the others."""
+    tuples = (case if isinstance(case, tuple) else (case,) for case in cases)
+    return [pytest.param(*case, marks=[] if fast(*case) else pytest.mark.slow) for case in tuples]
 
 
 every_base = pytest.mark.parametrize("base", BASES)

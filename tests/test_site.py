@@ -56,6 +56,7 @@ def test_fine_tuning_runs(tmp_path, monkeypatch):
     assert names["sam"].report().perturbed_steps == 50
 
 
+@pytest.mark.slow
 def test_sharpness_of_the_tutorial_is_smaller_with_sam_at_equal_loss(tmp_path, monkeypatch):
     page = TUTORIALS / "is-it-flat.md"
     names = run(blocks(page), page, tmp_path, monkeypatch)
@@ -169,6 +170,7 @@ def test_plain_pages_of_notebooks_and_modules_have_their_code():
     assert "## steppe.mup.parameter_groups(" in api
 
 
+@pytest.mark.slow
 def test_table_of_methods_is_sorted_by_a_click_and_filtered_by_words(tmp_path):
     pytest.importorskip("selenium")
     from browser import chromium

@@ -64,6 +64,7 @@ def trained(method, problem, monkeypatch, steps):
     return torch.cat([p.detach().flatten() for p in networks[0].parameters()])
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("clock")
 def test_methods_make_their_planned_passes():
     rows, failed = timed_methods.time_methods(methods.methods(TINY), TINY, seconds=0.0, least=1)

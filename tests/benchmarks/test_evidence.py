@@ -136,6 +136,7 @@ def settings_found(name: str, evidence: Evidence, path: Path, monkeypatch: pytes
     return json.loads(file.read_text())["data"]["settings"]
 
 
+@pytest.mark.slow
 def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -21,6 +21,7 @@ time.sleep(60)
 """
 
 
+@pytest.mark.slow
 def test_process_that_ignores_sigterm_is_killed_with_its_children(tmp_path):
     ended = process.run([sys.executable, "-c", IGNORES_SIGTERM], tmp_path / "log", 1.0, Stop(), grace=0.5)
     assert (ended.status, ended.stopped) == (-signal.SIGKILL, True)

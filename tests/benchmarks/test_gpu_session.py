@@ -120,6 +120,7 @@ def test_time_limits_of_measurement_and_call(write_scripts, call, capsys):
     assert "late: postponed" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_stopped_training_is_resumed_and_stuck_training_fails(write_scripts, call, tmp_path, capsys, monkeypatch):
     saves = "(training / 'runs').mkdir(parents=True)\n(training / 'runs' / 'a').touch()\n"
     write_scripts(training=f"{saves}sys.exit({UNFINISHED})", good=GOOD)

@@ -86,6 +86,7 @@ def test_interrupted_rehearsal_has_the_bits_of_an_uninterrupted_training(tmp_pat
     assert not list(straight.folder.rglob("checkpoint.pt")), "weights are deleted when everything is measured"
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shallow")
 def test_flatness_at_equal_compute_is_that_of_a_run_that_ends_there(tmp_path):
     longer = train.tiny(replace(planned("article-0"), methods=("sam",)))
@@ -97,6 +98,7 @@ def test_flatness_at_equal_compute_is_that_of_a_run_that_ends_there(tmp_path):
     assert found[0] == found[1]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shallow")
 @pytest.mark.parametrize("checkpoint_lost", [False, True])
 def test_interruption_during_flatness_loses_nothing(tmp_path, monkeypatch, checkpoint_lost):
@@ -205,6 +207,7 @@ def test_wrong_labels_are_those_of_the_evidence():
     assert options == {setting: tuple(found) for setting, found in EVIDENCE["noisy-labels"].settings.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("shallow")
 def test_runs_and_controls_are_measured_on_corrupted_images_and_rendered(tmp_path):
     training = train.tiny(replace(planned("vit-0"), settings={"": {}, "20 % wrong": {"label_noise": 0.2}}))

@@ -22,6 +22,7 @@ def tiny() -> Recipe:
     return RECIPES["article"][0].replace(device="cpu", threads=1, width=2, stem_stride=2, batch_size=16)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(torch._dynamo.config, "recompile_limit"), reason="torch 2.6 names the limit otherwise")
 def test_command_saves_a_result_and_prints_the_table(tmp_path, monkeypatch, capsys):
     command = ["run.py", "--device", "cpu", "--tiny", "--results", str(tmp_path), "--machine", "a desk"]

@@ -9,6 +9,7 @@ import results
 from live_memory import LiveMemory, SkippedKernels
 from lora_memory import table
 from lora_memory.count import METHODS, MODELS, Setup, count, setups
+from support import rest_is_slow
 
 LLAMA = Setup("tiny Llama", True, "bfloat16", "AdamW", False, 2, 16)
 CASES = [
@@ -17,9 +18,14 @@ CASES = [
     replace(LLAMA, lora=False, dtype="float32", method="SAM"),
     replace(LLAMA, model="tiny GPT-2", dtype="float32", method="merged_sam"),
 ]
+FAST = CASES[0], CASES[-1]
 
 
-@pytest.mark.parametrize("setup", CASES, ids=lambda s: f"{s.model}-{s.method}-{s.dtype}-{s.lora}-{s.checkpointing}")
+@pytest.mark.parametrize(
+    "setup",
+    rest_is_slow(CASES, lambda case: case in FAST),
+    ids=lambda s: f"{s.model}-{s.method}-{s.dtype}-{s.lora}-{s.checkpointing}",
+)
 def test_bytes_without_kernels_are_those_with_them(setup):
     without, real = count(setup), count(setup, kernels=True)
     assert replace(without, peak=0) == replace(real, peak=0)
@@ -48,7 +54,7 @@ def test_batch_that_fits_follows_the_counted_peaks():
     ]
 
 
-@pytest.mark.parametrize("method", ["AdamW", "merged_sam"])
+@pytest.mark.parametrize("method", ["AdamW", pytest.param("merged_sam", marks=pytest.mark.slow)])
 def test_batch_that_is_said_to_fit_does(method):
     setup = replace(LLAMA, method=method, checkpointing=True)
     rows = [asdict(s) | asdict(count(s)) for s in (replace(setup, batch=1), replace(setup, batch=4))]

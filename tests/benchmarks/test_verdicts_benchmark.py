@@ -93,6 +93,7 @@ def test_groups_of_real_runs_are_disjoint_and_shares_come_by_block():
     assert found["expected"] > 0.99
 
 
+@pytest.mark.slow
 def test_runs_are_saved_and_not_repeated(trained, tmp_path, monkeypatch, capsys):
     words = ("--runs", "40", "--comparisons", "4")
     main(tmp_path, monkeypatch, *words)

@@ -2,7 +2,7 @@
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -133,13 +133,7 @@ LAYOUTS = {
     "tensor parallel": tensor_parallel,
     "sequence parallel": sequence_parallel,
 }
-OTHER_LAYOUTS = [layout for layout in LAYOUTS if layout != "fsdp2"]
 WHOLE_BATCH_LAYOUTS = ("tensor parallel", "sequence parallel")  # every process gets the whole batch
-
-
-def fsdp_or_in_turn(methods: Sequence[str], name: str, layout: str) -> bool:
-    """True for each of the methods under FSDP2, and for one of the other layouts in turn."""
-    return layout in ("fsdp2", OTHER_LAYOUTS[methods.index(name) % len(OTHER_LAYOUTS)])
 
 
 def method(name: str, *, rho: float = 0.1, **more) -> Make:

@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import itertools
 
 import pytest
 import torch
@@ -11,10 +12,11 @@ import torch.nn.functional as F
 import steppe
 from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, close, network, own_share, plain, samples, weights
 from ranks import start_ranks
-from support import bits
+from support import bits, in_turn, rest_is_slow
 from test_distributed_checkpoints import zero_redundancy
 
 WAYS = [*LAYOUTS, "ddp per rank", "zero"]
+AVERAGING = [way for way in WAYS if way != "ddp per rank"]
 # Layouts with sharded and plain parameters, for which scaler and clipping of torch raise.
 MIXED = ["partly sharded", "tensor parallel"]
 
@@ -103,7 +105,7 @@ def train_in_bfloat16(way):
     return weights(model)
 
 
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
+@pytest.mark.parametrize("way", AVERAGING)
 def test_autocast_is_close_to_one_process(way):
     expected = train_in_bfloat16(None)
     moved = max((a - b).detach().abs().max() for a, b in zip(expected, network().float().parameters(), strict=True))
@@ -146,8 +148,9 @@ def train_without_clipping():
     return weights(model)
 
 
-@pytest.mark.parametrize("parts", [1, 2])
-@pytest.mark.parametrize("way", [way for way in WAYS if way != "ddp per rank"])
+@pytest.mark.parametrize(
+    ("way", "parts"), rest_is_slow(itertools.product(AVERAGING, [1, 2]), in_turn(AVERAGING, [1, 2]))
+)
 def test_accumulation_clipping_and_schedule_equal_one_process(way, parts):
     expected = train_without_clipping() if way in MIXED else train_with_clipping(None, 1)
     # clip_grad_norm_ of torch 2.6 and 2.8 adds its 1e-6 on each rank, if the norm is a sum over ranks that is pending

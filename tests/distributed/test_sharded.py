@@ -1,7 +1,6 @@
 """C23, C24: FSDP2, tensor parallelism and partly sharded models equal one process; FSDP1 and DeepSpeed raise."""
 
 import contextlib
-import functools
 import itertools
 
 import pytest
@@ -21,7 +20,6 @@ from layouts import (
     WHOLE_BATCH_LAYOUTS,
     close,
     fsdp,
-    fsdp_or_in_turn,
     fully_shard,
     method,
     network,
@@ -34,7 +32,7 @@ from layouts import (
 )
 from ranks import start_ranks
 from steppe._tensors.dtensor import local
-from support import DRIVES, bits, rest_is_slow
+from support import DRIVES, bits, in_turn, rest_is_slow
 
 
 def train_in_layout(layout: str, name: str, steps: int):
@@ -43,7 +41,7 @@ def train_in_layout(layout: str, name: str, steps: int):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    rest_is_slow(itertools.product(WRAPPERS, LAYOUTS), functools.partial(fsdp_or_in_turn, WRAPPERS)),
+    rest_is_slow(itertools.product(WRAPPERS, LAYOUTS), in_turn(WRAPPERS, LAYOUTS)),
 )
 def test_every_method_equals_one_process(name, layout):
     expected = train(plain, method(name), 4)
@@ -236,13 +234,11 @@ def fsdp_over_four(name):
 METHODS_ON_FOUR = ["gsam", "layerwise_sam", "zsharp", "sparse_sam", "esam", "rwp", "looksam"]
 
 
-def one_of_the_two(function, name: str) -> bool:
-    return function is (in_two_dimensions, fsdp_over_four)[METHODS_ON_FOUR.index(name) % 2]
+ON_FOUR = [in_two_dimensions, fsdp_over_four]
 
 
 @pytest.mark.parametrize(
-    ("function", "name"),
-    rest_is_slow(itertools.product([in_two_dimensions, fsdp_over_four], METHODS_ON_FOUR), one_of_the_two),
+    ("function", "name"), rest_is_slow(itertools.product(ON_FOUR, METHODS_ON_FOUR), in_turn(ON_FOUR, METHODS_ON_FOUR))
 )
 def test_four_ranks_equal_one_process(function, name):
     expected = train(plain, method(name), 4)

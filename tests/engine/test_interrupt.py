@@ -20,7 +20,7 @@ from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.sampa import SAMPa
 from steppe.methods.wsam import DecoupledWSAM
 from steppe.sam import Stage
-from support import BASES, bits, by_classic, by_closure, by_passes, parameter
+from support import BASES, bits, by_classic, by_closure, by_passes, parameter, rest_is_slow
 
 SOURCE = str(Path(steppe.__file__).parent) + "/"
 METHODS: dict[str, Callable[[nn.Module], steppe.SAM]] = {
@@ -52,13 +52,15 @@ REFUSE_CLASSIC = {
 
 Line = tuple[str, int]
 OF_THE_ENGINE = ("step", "engine", "side_effects", "closure", "gradients", "displacement")
-OF_SAM = {
-    "closure": ("sam.py", *(f"_engine/{module}.py" for module in OF_THE_ENGINE)),
-    "passes": ("sam.py", "_engine/step.py", "_engine/passes.py"),  # the rest runs as in a step by a closure
-    "classic": ("sam.py", "_engine/step.py"),
+MODULES = {
+    "sam": {
+        "closure": ("sam.py", *(f"_engine/{module}.py" for module in OF_THE_ENGINE)),
+        "passes": ("sam.py", "_engine/step.py", "_engine/passes.py"),  # the rest runs as in a step by a closure
+        "classic": ("sam.py", "_engine/step.py"),
+    },
+    "sampa": {"closure": ("methods/",), "passes": ("methods/_base.py",)},
 }
-"""Modules at whose lines a step of SAM is interrupted; the slow test has all modules."""
-OF_OWN_STEP_METHODS = {"closure": ("methods/",), "passes": ("methods/_base.py",), "classic": ("methods/",)}
+"""Modules at whose lines a step is interrupted; another slow test has every method and all modules."""
 
 
 def by_passes_in_contexts(optimizer: steppe.SAM, loss: Callable[[], torch.Tensor]) -> None:
@@ -171,18 +173,15 @@ as_python_closes_loops = pytest.mark.filterwarnings("ignore::pytest.PytestUnrais
 
 
 @as_python_closes_loops
-@pytest.mark.parametrize("drive", DRIVES)
-def test_c29_interrupt_in_a_step_restores_the_weights_and_the_next_step_works(drive):
-    covered: set[Line] = set()
-    wrong = []
-    for name in ("sam", "sampa"):  # the slow test has all methods
-        if drive == "classic" and name in REFUSE_CLASSIC:
-            continue
-        problem = Problem(name, drive)
-        lines = traced(problem, None)
-        after = problem.weights()
-        modules = (OF_SAM if name == "sam" else OF_OWN_STEP_METHODS)[drive]
-        wrong += [check_interrupt(name, drive, at, after) for at in events(lines, covered, modules)]
+@pytest.mark.parametrize(
+    ("name", "drive"),
+    rest_is_slow([(name, drive) for name, of in MODULES.items() for drive in of], lambda name, drive: name == "sam"),
+)
+def test_c29_interrupt_in_a_step_restores_the_weights_and_the_next_step_works(name, drive):
+    problem = Problem(name, drive)
+    lines = traced(problem, None)
+    after = problem.weights()
+    wrong = [check_interrupt(name, drive, at, after) for at in events(lines, set(), MODULES[name][drive])]
     assert len(wrong) > 50
     assert [message for message in wrong if message] == []
 

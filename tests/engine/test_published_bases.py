@@ -97,7 +97,7 @@ BASES = {
     "pytorch_optimizer's OrthoGrad": around_adamw("pytorch_optimizer", "OrthoGrad"),
 }
 COMPILED = ("torchao's 8-bit AdamW",)  # which takes seconds; test_quantized_bases.py has it without compilation
-every_base = pytest.mark.parametrize("base", rest_is_slow([(name,) for name in BASES], lambda b: b not in COMPILED))
+every_base = pytest.mark.parametrize("base", rest_is_slow(BASES, lambda b: b not in COMPILED))
 pytestmark = [
     pytest.mark.filterwarnings("ignore::DeprecationWarning"),
     pytest.mark.filterwarnings("ignore::FutureWarning"),

@@ -15,6 +15,7 @@ pytestmark = pytest.mark.filterwarnings(
 )
 
 
+@pytest.mark.slow
 def test_accelerate_loop_prints_passes_and_accuracy(capsys):
     example, text = run_example("accelerate_loop.py", capsys)
     assert "200 steps, 2.00 passes each" in text

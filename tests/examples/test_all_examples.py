@@ -13,6 +13,8 @@ pytest.importorskip("sklearn")
 from example_files import EXAMPLES, source_with
 from torchvision_stand_in import torchvision_stand_in
 
+from support import rest_is_slow
+
 ALL = sorted(path.name for path in EXAMPLES.glob("*.py"))
 
 # The package to import first, replacements that make the example shorter, and a pattern of the output.
@@ -78,7 +80,7 @@ def test_example_is_run_by_a_test_and_listed_in_the_readme(name):
     "ignore:__array__ implementation doesn't accept a copy:DeprecationWarning",  # Keras 3.15 under NumPy 2
     "ignore:.*joblib will operate in serial mode.*:UserWarning",
 )
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", rest_is_slow(RUNS, lambda name: RUNS[name][0] == "torch"))
 def test_example_prints_the_expected_results_without_a_warning(name, capsys, monkeypatch):
     """With smaller numbers. A skipped step and a step without passes would warn."""
     package, replacements, output = RUNS[name]

@@ -9,10 +9,17 @@ pytest.importorskip("peft")
 pytest.importorskip("transformers")
 
 from accelerate_state import fresh_accelerate_state  # noqa: F401
-from example_files import run_example
+from example_files import EXAMPLES, run_example
 from tiny_peft import IGNORED_WARNINGS
 
 pytestmark = IGNORED_WARNINGS
+
+
+def test_page_on_fine_tuning_begins_with_the_example():
+    page = (EXAMPLES.parent / "docs" / "finetuning.md").read_text("utf-8")
+    code = page.partition("```python\n")[2].partition("```")[0]
+    assert (EXAMPLES / "peft_lora.py").read_text("utf-8").endswith(f'"""\n\n{code}')
+    assert len(code.splitlines()) < 40
 
 
 @pytest.mark.slow

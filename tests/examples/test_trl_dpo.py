@@ -15,6 +15,7 @@ from tiny_trl import without_cache_or_hub  # noqa: F401
 pytestmark = pytest.mark.filterwarnings("ignore")  # of TRL about its own future
 
 
+@pytest.mark.slow
 def test_trl_dpo_raises_the_margin_of_the_rewards(capsys, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)  # the trainer makes a folder
     example, text = run_example("trl_dpo.py", capsys)

@@ -144,6 +144,7 @@ def joining() -> str:
     return str(raised.value)
 
 
+@pytest.mark.slow
 def test_process_group_of_the_user_is_left_alone() -> None:
     for message in start_ranks()(joining):
         assert "in a process group already" in message

@@ -165,6 +165,7 @@ def test_only_comparisons_are_measured(tmp_path: Path) -> None:
         measure(tmp_path)
 
 
+@pytest.mark.slow
 def test_search_has_the_best_values_and_the_call_that_confirms_them(tmp_path: Path) -> None:
     pytest.importorskip("optuna")
     task = replace(classifier(), name="mine")

@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint, checkpoint_sequential
 from torchvision_stand_in import torchvision_stand_in
 
 from steppe.flatness import Hessian, Objective, sharpness
+from support import rest_is_slow
 
 BATCH = 8
 
@@ -90,7 +91,7 @@ def test_c34_kept_graph_of_one_batch_gives_the_same_products(kind):
         torch.testing.assert_close(ours(v), plain(v))
 
 
-@KINDS
+@pytest.mark.parametrize("kind", rest_is_slow([False, True, "sequential"], lambda kind: kind == "sequential"))
 def test_c34_sharpness_is_that_without_checkpointing(kind):
     ours, plain = (sharpness(objective_of(model), rho=0.5) for model in networks(kind))
     assert ours.value == pytest.approx(plain.value, rel=1e-4)

@@ -35,6 +35,7 @@ def test_small_perturbations_estimate_half_sigma_squared_times_the_trace(options
     assert found.n == 200
 
 
+@pytest.mark.slow
 def test_standard_error_covers_the_exact_mean():
     a, b = matrix_with_spectrum(SPECTRUM), torch.full((6,), 3.0, dtype=DOUBLE)
     exact, hits = 0.7**2 / 2 * sum(SPECTRUM), 0

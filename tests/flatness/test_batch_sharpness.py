@@ -44,6 +44,7 @@ def test_small_batches_are_sharper_than_the_full_batch_can_be():
     assert batch_sharpness(objective(net), 1).value > 1.2 * top
 
 
+@pytest.mark.slow
 def test_error_covers_the_differences_between_samples_of_the_data():
     torch.manual_seed(0)
     net = tanh_net()

@@ -10,6 +10,7 @@ from steppe.flatness import GaussNewton, Hessian, by_layer, relative_flatness
 LAYERS = {"0": slice(0, 30), "2": slice(30, 65), "4": slice(65, 83)}
 
 
+@pytest.mark.slow
 def test_rows_are_those_of_the_blocks_of_the_hessian():
     net = tanh_net()
     dense = dense_hessian(net, *samples())

@@ -33,6 +33,7 @@ def test_exact_value_equals_the_sum_over_blocks_of_the_dense_hessian(name):
     assert relative_flatness(alone, name, exact=True).value == pytest.approx(found.value, rel=1e-9)
 
 
+@pytest.mark.slow
 def test_estimate_is_unbiased_with_a_correct_standard_error():
     net = tanh_net()
     hessian, exact = Hessian(objective(net)), by_blocks(net, "2.weight")

@@ -10,7 +10,7 @@ import steppe
 from layouts import close, method, network
 from ranks import start_ranks
 from steppe.rules.subsets import layers
-from support import rest_is_slow
+from support import in_turn, rest_is_slow
 
 pytest.importorskip("accelerate")
 
@@ -61,24 +61,27 @@ OPTIMIZERS = {"masked": masked, "two groups": two_groups_without_model, "two bas
 FAST = {"friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa", *OPTIMIZERS}
 
 
-@pytest.mark.parametrize(
-    "name", rest_is_slow([(name,) for name in (*WRAPPERS, *OPTIMIZERS)], lambda name: name in FAST)
-)
+@pytest.mark.parametrize("name", rest_is_slow([*WRAPPERS, *OPTIMIZERS], lambda name: name in FAST))
 def test_passes_with_accumulation_and_clipping_equal_one_process(name):
     expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name))
     for found in start_ranks()(call, "train_by_passes", name):
         close(found, expected)
 
 
-@pytest.mark.parametrize("name", ["sam", "gsam", "sparse_sam", "masked"])
+@pytest.mark.parametrize(
+    "name", rest_is_slow(["sam", "gsam", "sparse_sam", "masked"], lambda name: name in ("sam", "masked"))
+)
 def test_two_sharded_replicas_equal_one_process(name, four_processes):
     expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name))
     for found in four_processes(call, "train_by_passes", name, 2):
         close(found, expected)
 
 
-@pytest.mark.parametrize("loop", ["train_by_closure", "train_in_the_classic_api"])
-@pytest.mark.parametrize("name", ["sam", "gsam", "masked"])
+LOOPS = ["train_by_closure", "train_in_the_classic_api"]
+IN_LOOPS = ["sam", "gsam", "masked"]
+
+
+@pytest.mark.parametrize(("name", "loop"), rest_is_slow(itertools.product(IN_LOOPS, LOOPS), in_turn(IN_LOOPS, LOOPS)))
 def test_loops_without_the_integration_equal_one_process(loop, name):
     expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name), clip=None, window=1)
     for found in start_ranks()(call, loop, name):

@@ -20,6 +20,7 @@ assert "accelerate" in sys.modules and "keras" not in sys.modules
 """
 
 
+@pytest.mark.slow
 def test_framework_is_imported_at_first_use():
     done = subprocess.run([sys.executable, "-c", SCRIPT], capture_output=True, text=True, timeout=100, check=False)
     assert done.returncode == 0, done.stderr

@@ -1,13 +1,14 @@
 """Adapters of PEFT under SAM: two passes by hand in float64, frozen weights, dropout, merging, saving, resuming."""
 
 import copy
+import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 import steppe
-from support import bits, by_closure, by_passes, model_bits
+from support import bits, by_closure, by_passes, in_turn, model_bits, rest_is_slow
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -134,8 +135,10 @@ class Mixed(SAMTrainerMixin, transformers.Trainer):
     """A Trainer of the user's own."""
 
 
-@pytest.mark.parametrize("of", [SAMTrainer, Mixed])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "of"),
+    rest_is_slow(itertools.product(KINDS, [SAMTrainer, Mixed]), in_turn(KINDS, [SAMTrainer, Mixed])),
+)
 def test_trainer_on_adapters_equals_plain_loop(tmp_path, kind, of):
     model, twin, plain = (adapted(kind, dtype=torch.float32) for _ in range(3))
     trainer(tmp_path, model, of=of, rho=RHO, gradient_accumulation_steps=2).train()

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 import steppe
-from support import bits, model_bits
+from support import bits, model_bits, rest_is_slow
 
 pytest.importorskip("transformers")
 
@@ -82,7 +82,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", rest_is_slow(CASES, lambda case: case != "compiled"))
 def test_trainer_equals_plain_loop(tmp_path, case):
     if case == "compiled" and torch.__version__ < "2.7":
         pytest.skip("transformers' recording of outputs fails under the Dynamo of torch 2.6")

@@ -74,6 +74,7 @@ def resumed(folder):
     return straight, train(folder, resume=str(folder / f"checkpoint-{STEPS // 2}"))[0]
 
 
+@pytest.mark.slow
 def test_checkpoint_resumes(tmp_path):
     for straight, again in start_ranks()(resumed, tmp_path):
         assert all(map(torch.equal, straight, again))

@@ -24,6 +24,7 @@ def test_every_variant_is_a_method_of_comparisons_and_can_be_built() -> None:
         assert "_" not in run.method.label
 
 
+@pytest.mark.slow
 def test_eigen_sam_updates_its_eigenvector_and_counts_the_cost(tmp_path: Path) -> None:
     (run,) = recipe(methods=("eigen_sam:interval=2,iterations=3",), epochs=40).runs()
     assert run.method.passes == 2 + 7 / 2

@@ -77,6 +77,7 @@ def test_outcomes_have_the_jobs_that_were_given_also_in_a_relative_folder(
     assert {outcome.job for outcome in outcomes} == set(jobs(folder, **fields))
 
 
+@pytest.mark.slow
 def test_unexpected_error_in_a_worker_is_raised_with_its_traceback(tmp_path: Path) -> None:
     broken = dataset()
     broken.train.images.resize_(0, 1, 28, 28)  # as many labels as before

@@ -3,6 +3,7 @@
 import math
 
 import numpy as np
+import pytest
 import torch
 from matplotlib.contour import QuadContourSet
 
@@ -78,6 +79,7 @@ def test_density_is_the_mean_of_the_runs_with_its_standard_error():
     torch.testing.assert_close(alone, runs[0].smoothed(x, 0.2))
 
 
+@pytest.mark.slow
 def test_files_are_those_of_the_measurements_and_the_same_each_time(tmp_path):
     groups = {"SGD": [], "SAM": [flatness(surface=along_the_first())]}
     first = {file.name: file.read_bytes() for file in draw(groups, tmp_path / "a", "described")}

@@ -310,6 +310,7 @@ def test_samples_are_limited_to_the_training_set_and_recorded(path: Path) -> Non
     assert (path / "runs" / "sgd-seed0" / FLATNESS).stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
 def test_gauss_newton_and_fisher_matrices_are_those_of_the_restored_network(path: Path) -> None:
     first, *others = RunFolder(path).recipe().runs()
     for run in others:

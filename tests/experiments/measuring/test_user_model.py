@@ -140,6 +140,7 @@ def test_normalized_logits_are_measured_for_classifiers_only(
     assert given_normalized == [there]
 
 
+@pytest.mark.slow
 def test_measures_of_the_same_weights_data_and_settings_are_kept(measured_names: list[str]) -> None:
     files = weights(1, 2)
     go(weights=files)

@@ -189,6 +189,7 @@ def test_forgetting_is_on_the_page_with_the_words_of_the_summary(tmp_path: Path)
     assert "Forgetting" not in without.text
 
 
+@pytest.mark.slow
 def test_one_run_has_no_verdict_and_no_spread(tmp_path: Path) -> None:
     folder = made_up.folder(tmp_path / "run", recipe())
     text = Page(write(folder)).text

@@ -1,4 +1,5 @@
 import io
+import itertools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
+from support import in_turn, rest_is_slow
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -24,10 +26,11 @@ def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
 
 
-@pytest.mark.parametrize(
-    "method", ["sgd", "sam", "looksam:interval=3", "late_sam:start=0.4", "random_sam", "friendly_sam"]
-)
-@pytest.mark.parametrize("asked", [0, 4, 5, 7])  # at the first batch, at an epoch's last one, in the next epoch
+STOPPED = ["sgd", "sam", "looksam:interval=3", "late_sam:start=0.4", "random_sam", "friendly_sam"]
+ASKED = [0, 4, 5, 7]  # at the first batch, at an epoch's last one, in the next epoch
+
+
+@pytest.mark.parametrize(("method", "asked"), rest_is_slow(itertools.product(STOPPED, ASKED), in_turn(STOPPED, ASKED)))
 def test_a_stopped_run_resumes_to_the_same_bits(method: str, asked: int, tmp_path: Path) -> None:
     run = run_of(method, momentum=0.9, methods=(method,), eval_every=1)
     whole = train_run(run, tmp_path / "whole")

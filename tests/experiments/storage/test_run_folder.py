@@ -146,6 +146,7 @@ def test_measured_values_that_are_not_finite_are_results(folder: RunFolder) -> N
     assert record["test_loss"] == math.inf
 
 
+@pytest.mark.slow
 def test_lock_is_released_when_its_process_is_killed_and_can_be_waited_for(folder: RunFolder) -> None:
     program = (
         "import sys, time; from pathlib import Path; from steppe.experiments.storage.run_folder import RunFolder\n"

@@ -17,7 +17,7 @@ from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 
 EXAMPLES = Path(__file__).parents[3] / "examples" / "tasks"
 NAMES = sorted(path.stem for path in EXAMPLES.glob("*.py"))
-SLOW = ("hugging_face", "text", "vit")
+SLOW = ("diabetes", "hugging_face", "text", "vit")
 _MISTAKEN = """import torch
 from steppe.experiments import Task
 

@@ -20,6 +20,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.tasks import samples as samples_module
 from steppe.experiments.tasks.samples import LoaderSamples, as_samples
 from steppe.experiments.tasks.task import Task
+from support import rest_is_slow
 
 INPUTS, LABELS = data()
 
@@ -65,9 +66,12 @@ FORMS: dict[str, Callable[[], Any]] = {
     "iterable dataset with two workers": lambda: DataLoader(Stream(), batch_size=12, num_workers=2),
     "function of the seed": lambda: lambda seed: data(seed=seed),
 }
+every_form = pytest.mark.parametrize(
+    "form", rest_is_slow(FORMS, lambda form: form != "iterable dataset with two workers")
+)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_a_run_stopped_within_an_epoch_ends_with_the_same_bits(form: str, tmp_path: Path) -> None:
     task = classifier(train=FORMS[form]())
     assert result(task, tmp_path / "a", stop_after=2) == result(task, tmp_path / "b")
@@ -97,7 +101,7 @@ def batches_of(method: str, folder: Path, task: Task, seed: int = 0) -> list[Ten
     return Recorder.seen
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_all_methods_of_a_seed_get_the_same_batches(form: str, tmp_path: Path) -> None:
     task = classifier(train=FORMS[form](), model=Recorder)
     base, sam = (batches_of(method, tmp_path, task) for method in ("base", "sam"))
@@ -110,7 +114,7 @@ def test_all_methods_of_a_seed_get_the_same_batches(form: str, tmp_path: Path) -
     assert fixed == all(map(torch.equal, base, other))
 
 
-@pytest.mark.parametrize("form", FORMS)
+@every_form
 def test_generators_of_the_caller_are_unchanged(form: str, tmp_path: Path) -> None:
     def states() -> list[Any]:
         return [torch.get_rng_state().tolist(), np.random.get_state()[1].tolist(), random.getstate()]
@@ -257,7 +261,7 @@ class Stuck(Dataset[tuple[Tensor, Tensor]]):
         return torch.zeros(3), torch.tensor(0)
 
 
-@pytest.mark.parametrize(("own_order", "own_timeout"), [(False, 0.0), (True, 2.5)])
+@pytest.mark.parametrize(("own_order", "own_timeout"), [pytest.param(False, 0.0, marks=pytest.mark.slow), (True, 2.5)])
 def test_worker_that_hangs_is_noticed(own_order: bool, own_timeout: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(samples_module, "_SLICE", 0.25)
     monkeypatch.setattr(torch.utils.data._utils, "MP_STATUS_CHECK_INTERVAL", 0.1)  # until the worker is ended

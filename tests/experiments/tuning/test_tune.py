@@ -85,6 +85,7 @@ def test_killed_search_resumes_to_the_same_trials(undisturbed: Path, tmp_path: P
     )
 
 
+@pytest.mark.slow
 def test_trials_can_be_added_but_no_other_option_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"sampler": "grid", "search": "rho=0.02,0.2,2", "seeds": 1}
     assert tuned(command(tmp_path / "run", **fields, trials=2), draws=False) == 0
