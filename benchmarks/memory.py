@@ -123,7 +123,13 @@ def _perturbed_on_its_square(optimizer: Any, loss: Losses) -> Losses:
     return closures.perturb_on(optimizer, lambda *outputs: loss(*outputs).square(), loss)
 
 
-_LOSSES = MappingProxyType({closures.functional: closures.functional, closures.perturb_on: _perturbed_on_its_square})
+_LOSSES = MappingProxyType(
+    {
+        closures.functional: closures.functional,
+        closures.hessian_diagonal: closures.hessian_diagonal,
+        closures.perturb_on: _perturbed_on_its_square,
+    }
+)
 _CLOSURES = MappingProxyType(
     {closures.selected: _selected, closures.fraction: _fraction, closures.micro_batches: _micro_batches}
 )

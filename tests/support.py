@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 import steppe
+from steppe import closures
+from steppe.methods.sassha import SASSHA
 
 BASES: dict[str, Callable[..., Optimizer]] = {
     "sgd": lambda params: torch.optim.SGD(params, lr=0.1),
@@ -74,7 +76,14 @@ def saved_and_loaded(state: Any, *, weights_only: bool = True) -> Any:
     return torch.load(file, weights_only=weights_only)
 
 
+def observed(optimizer: Optimizer, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return the loss as the optimizer needs it: for SASSHA, one that estimates the Hessian."""
+    return closures.hessian_diagonal(optimizer, loss) if isinstance(optimizer, SASSHA) else loss
+
+
 def by_closure(optimizer: Optimizer, loss: Callable[[], Tensor]):
+    loss = observed(optimizer, loss)
+
     def closure():
         optimizer.zero_grad()
         value = loss()
@@ -85,6 +94,7 @@ def by_closure(optimizer: Optimizer, loss: Callable[[], Tensor]):
 
 
 def by_passes(optimizer: steppe.SAM, loss: Callable[[], Tensor]):
+    loss = observed(optimizer, loss)
     for sam_pass in optimizer.passes():
         with sam_pass:
             loss().backward()

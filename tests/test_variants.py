@@ -13,6 +13,7 @@ from steppe.methods.bsam import BSAM
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.registry import CARDS, FUNCTIONS
 from steppe.methods.sampa import SAMPa
+from steppe.methods.sassha import SASSHA
 from steppe.methods.wsam import DecoupledWSAM
 from support import by_closure
 
@@ -84,6 +85,11 @@ def test_wrong_positional_arguments_are_errors_that_say_what_to_write(name, argu
             lambda m, b: BSAM(m.parameters(), 0.1, m),
             r"BSAM\(params, lr\) takes 2 .*write model=model$",
         ),
+        "sassha: a base": (lambda m, b: variants.sassha(b), "sassha takes the parameters first.*object of SGD"),
+        "SASSHA: too many": (
+            lambda m, b: SASSHA(m.parameters(), 0.1, m),
+            r"SASSHA\(params, lr\) takes 2 .*model=model$",
+        ),
         "BSAM: missing": (lambda m, b: BSAM(m.parameters()), "BSAM needs n_data="),
         "mesa: a base": (lambda m, b: variants.mesa(b, m), "mesa takes the model first, got an object of SGD"),
         "mesa: unknown": (lambda m, b: variants.mesa(m, lr=0.1), "mesa got lr: "),
@@ -118,6 +124,7 @@ def test_signatures_show_the_real_arguments():
     assert arguments_of(DecoupledWSAM)[:5] == ["base_optimizer", "rho", "gamma", "model", "perturbation"]
     assert arguments_of(Lookbehind)[:5] == ["base_optimizer", "rho", "ascent_steps", "alpha", "perturbation"]
     assert arguments_of(BSAM)[:4] == ["params", "lr", "n_data", "rho"]
+    assert arguments_of(SASSHA)[:4] == ["params", "lr", "rho", "betas"]
 
 
 def arguments_of(function):

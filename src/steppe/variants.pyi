@@ -30,6 +30,7 @@ from steppe.methods.sam import sam as sam
 from steppe.methods.sam_on import sam_on as sam_on
 from steppe.methods.sampa import sampa as sampa
 from steppe.methods.saner import saner as saner
+from steppe.methods.sassha import sassha as sassha
 from steppe.methods.sparse_sam import sparse_sam as sparse_sam
 from steppe.methods.stable_sam import stable_sam as stable_sam
 from steppe.methods.stale_sam import stale_sam as stale_sam

@@ -12,6 +12,7 @@ from steppe.averaging import EMA, SWA, LastPart, from_name
 from steppe.methods.bsam import BSAM
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.sampa import SAMPa
+from steppe.methods.sassha import SASSHA
 from steppe.methods.wsam import DecoupledWSAM
 from support import DRIVES, batch, bits, by_closure, net, parameter, plain
 
@@ -36,7 +37,9 @@ def test_average_of_each_drive_has_the_bits_of_torchs_updated_by_hand_after_each
 
 
 @pytest.mark.parametrize(
-    "name", [*WRAPPERS, "lookbehind of 2", "sampa", "decoupled wsam", "bsam"], ids=lambda n: n.replace(" ", "-")
+    "name",
+    [*WRAPPERS, "lookbehind of 2", "sampa", "decoupled wsam", "bsam", "sassha"],
+    ids=lambda n: n.replace(" ", "-"),
 )
 def test_each_method_is_averaged_once_a_step_at_the_weights_between_steps(name):
     torch.manual_seed(0)
@@ -46,6 +49,7 @@ def test_each_method_is_averaged_once_a_step_at_the_weights_between_steps(name):
         "sampa": lambda: SAMPa(sgd(model), 0.1, model=model),
         "decoupled wsam": lambda: DecoupledWSAM(sgd(model), 0.1, gamma=0.8, model=model),
         "bsam": lambda: BSAM(model.parameters(), 0.05, n_data=500, rho=0.1, model=model),
+        "sassha": lambda: SASSHA(model.parameters(), 0.05, interval=2, model=model),
     }
     optimizer = made[name]() if name in made else build(name, "momentum")(model)
     averaged = SWA(model, optimizer)

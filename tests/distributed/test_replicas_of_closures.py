@@ -1,4 +1,4 @@
-"""Losses of the passes, GAM and Eigen-SAM's eigenvector: replicas train as one process does, shards or raise."""
+"""Losses of the passes, GAM, Eigen-SAM and SASSHA: replicas train as one process does, shards or raise."""
 
 import pytest
 import torch
@@ -25,10 +25,13 @@ def train(layout, name):
         "perturb_on": lambda: steppe.SAM(base, 0.3, model=model),
         "gam": lambda: variants.gam(base, 0.3, model=model),
         "eigen_sam": lambda: variants.eigen_sam(base, 0.3, alpha=0.8, model=model),
+        "sassha": lambda: variants.sassha(model.parameters(), 0.05, 0.3, interval=2, model=model),
     }[name]()
     criterion = F.cross_entropy
     if name == "perturb_on":
         criterion = closures.perturb_on(optimizer, weighted(C), weighted(C), loss_at_w=weighted(1 - C))
+    if name == "sassha":
+        criterion = closures.hessian_diagonal(optimizer, F.cross_entropy)
     for t in range(4):
         x, y = own_share(*samples(t))
         if name == "eigen_sam":
@@ -37,7 +40,7 @@ def train(layout, name):
     return weights(model)
 
 
-@pytest.mark.parametrize("name", ["perturb_on", "gam", "eigen_sam"])
+@pytest.mark.parametrize("name", ["perturb_on", "gam", "eigen_sam", "sassha"])
 def test_replicas_equal_one_process(name):
     expected = train(plain, name)
     for found in start_ranks()(train, ddp, name):
@@ -49,12 +52,15 @@ def refusals(layout):
     model = LAYOUTS[layout](network())
     base = torch.optim.SGD(model.parameters(), lr=0.05)
     sam, eigen_sam = steppe.SAM(base, 0.3, model=model), variants.eigen_sam(base, 0.3, model=model)
+    sassha = variants.sassha(model.parameters(), model=model)
     x, y = own_share(*samples(0))
     criterion = closures.perturb_on(sam, weighted(C), weighted(C), loss_at_w=weighted(1 - C))
+    estimating = closures.hessian_diagonal(sassha, F.cross_entropy)
     messages = []
     for call in (
         lambda: sam.step(lambda: criterion(model(x), y)),
         lambda: closures.update_eigenvector(eigen_sam, lambda: F.cross_entropy(model(x), y)),
+        lambda: sassha.step(lambda: estimating(model(x), y)),
     ):
         with pytest.raises(RuntimeError) as error:
             call()
@@ -64,9 +70,25 @@ def refusals(layout):
 
 @pytest.mark.parametrize("layout", ["fsdp2", "tensor parallel"])
 def test_losses_that_need_whole_gradients_are_refused_on_shards(layout):
-    for loss_at_w, eigenvector in start_ranks()(refusals, layout):
+    for loss_at_w, eigenvector, estimate in start_ranks()(refusals, layout):
         assert "loss_at_w with sharded parameters" in loss_at_w
         assert "some of these are sharded" in eigenvector
+        assert "an estimate of the Hessian with SASSHA: it takes derivatives with respect to whole weights" in estimate
+
+
+def step_without_replicas():
+    model = network()
+    optimizer = variants.sassha(model.parameters(), model=model)
+    criterion = closures.hessian_diagonal(optimizer, F.cross_entropy)
+    before = weights(model)
+    x, y = own_share(*samples(0))
+    with pytest.raises(RuntimeError, match="2 processes without a DistributedDataParallel module.*Give model="):
+        optimizer.step(lambda: criterion(model(x), y))
+    close(weights(model), before)
+
+
+def test_estimates_of_processes_that_average_their_gradients_by_hand_are_refused():
+    start_ranks()(step_without_replicas)
 
 
 def train_on_frozen_shards(name, sharded):

@@ -18,9 +18,10 @@ import steppe
 from steppe.methods.bsam import BSAM
 from steppe.methods.lookbehind_sam import Lookbehind
 from steppe.methods.sampa import SAMPa
+from steppe.methods.sassha import SASSHA
 from steppe.methods.wsam import DecoupledWSAM
 from steppe.sam import Stage
-from support import BASES, bits, by_classic, by_closure, by_passes, parameter, rest_is_slow
+from support import BASES, bits, by_classic, by_closure, by_passes, observed, parameter, rest_is_slow
 
 SOURCE = str(Path(steppe.__file__).parent) + "/"
 METHODS: dict[str, Callable[[nn.Module], steppe.SAM]] = {
@@ -33,6 +34,7 @@ METHODS: dict[str, Callable[[nn.Module], steppe.SAM]] = {
     "bsam": lambda m: BSAM(
         [{"params": [m[0].weight]}, {"params": [m[0].bias, *m[1].parameters()]}], 0.05, n_data=500, rho=0.1, model=m
     ),
+    "sassha": lambda m: SASSHA(m.parameters(), 0.05, interval=1, model=m),
 }
 REFUSE_CLASSIC = {
     "gam",
@@ -42,6 +44,7 @@ REFUSE_CLASSIC = {
     "lookbehind-unperturbed",
     "sampa",
     "bsam",
+    "sassha",
     "ascent_steps",
     "rwp",
     "mixed_rwp",
@@ -64,6 +67,7 @@ MODULES = {
 
 
 def by_passes_in_contexts(optimizer: steppe.SAM, loss: Callable[[], torch.Tensor]) -> None:
+    loss = observed(optimizer, loss)
     for sam_pass in optimizer.passes():
         with sam_pass.around(nullcontext()):
             loss().backward()

@@ -7,6 +7,7 @@ STEPPE_OFFICIAL_STABLE_SAM: sam.py of github.com/cltan023/stablesam2024.
 STEPPE_OFFICIAL_SANER: optimizer/saner.py of github.com/lhchau/saner.
 STEPPE_OFFICIAL_SAGM: domainbed/sagm/sagm.py of github.com/Wang-pengfei/SAGM.
 STEPPE_OFFICIAL_LE_SAM: lesam.py of github.com/smithgun2005/LE-SAM-ICML2026.
+STEPPE_OFFICIAL_SASSHA: optimizers/sassha.py of github.com/LOG-postech/Sassha.
 """
 
 import sys
@@ -19,7 +20,9 @@ from own_step_problem import STABLE_BASES, assert_close, flat, loss, start, trai
 from checks import split
 from peer_copies import load
 from steppe import variants
+from steppe._tensors.random import integers
 from steppe.methods.lookbehind_sam import Lookbehind
+from steppe.methods.sassha import SASSHA
 from steppe.methods.wsam import DecoupledWSAM
 
 
@@ -165,3 +168,27 @@ def test_le_sam_matches_the_official_code(rho_max, monkeypatch):
     ours = trained(lambda ps: variants.le_sam(torch.optim.SGD(ps, **options), 0.35, rho_max=rho_max))
     # the official code adds 1e-12 to the norm and to its square, and restores w by a subtraction
     torch.testing.assert_close(ours, flat(theirs.parameters()).detach(), rtol=1e-11, atol=1e-11)
+
+
+def test_sassha_matches_the_official_code(monkeypatch):
+    official = load("STEPPE_OFFICIAL_SASSHA").SASSHA
+    theirs = module()
+    options = {"lr": 0.004, "betas": (0.8, 0.95), "eps": 0.05, "weight_decay": 0.1}
+    optimizer = official(theirs.parameters(), rho=0.1, lazy_hessian=3, **options)
+    optimizer.hessian_power_scheduler = types.SimpleNamespace(step=lambda: 0.5)
+    for t in range(20):
+        value(theirs, t).backward()
+        optimizer.perturb_weights(zero_grad=True)
+        gradients = torch.autograd.grad(value(theirs, t), list(theirs.parameters()), create_graph=True)
+        for p, g in zip(theirs.parameters(), gradients, strict=True):
+            p.grad = g  # as by backward(create_graph=True), which warns
+        # the graph holds copies of the weights (flat): else the estimate in step() would not be that at w + e
+        optimizer.unperturb()
+        signs = iter(integers("SASSHA", 0, t, split(start()), below=2))
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", lambda *_, signs=signs, **__: next(signs).double())
+            optimizer.step()
+        optimizer.zero_grad()
+    ours = trained(lambda ps: SASSHA(ps, rho=0.1, interval=3, **options))
+    # the official code adds 1e-12 to the norm and restores w by a subtraction
+    torch.testing.assert_close(ours, flat(theirs.parameters()).detach(), rtol=1e-10, atol=1e-10)

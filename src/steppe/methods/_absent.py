@@ -11,16 +11,6 @@ ABSENT: Sequence[tuple[str, str, str]] = (
         "the sign of v, and an eigenvector has none.",
     ),
     (
-        "SASSHA",
-        "2502.18153",
-        "w <- w - lr m / (sqrt(D) + eps), with m a mean of g_s, and D one of the size of the Hessian's diagonal at w + "
-        "e, which is estimated at every tenth step. A base optimizer with this step is what is missing. The estimate "
-        "z (H z) can be made in the last of `passes()`, with `torch.autograd.grad(loss, ..., create_graph=True)`: an "
-        "ordinary backward keeps no graph for it. The authors' code was read: it makes the estimate after it has "
-        "restored the weights through `.data`, so that it is the Hessian of neither point. In three small networks "
-        "with rho = 0.2, that diagonal is off by 3 to 5 % from the one at w + e.",
-    ),
-    (
         "CC-SAM",
         "",
         "Perturbs the classifier once for each class of the batch, with a radius of each class and layer, and then "

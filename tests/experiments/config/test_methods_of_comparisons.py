@@ -33,6 +33,15 @@ def test_eigen_sam_updates_its_eigenvector_and_counts_the_cost(tmp_path: Path) -
     assert records[-1].steps == pytest.approx(records[-1].epoch * training_of(run).batches, abs=1)
 
 
+@pytest.mark.slow
+def test_sassha_counts_the_cost_of_its_estimates(tmp_path: Path) -> None:
+    (run,) = recipe(methods=("sassha:interval=2,lr=0.05",), epochs=40).runs()
+    assert run.method.passes == 2 + 3 / 2
+    records = train_run(run, tmp_path)
+    assert records[-1].passes == pytest.approx(3.5, abs=0.5)
+    assert records[-1].steps == pytest.approx(records[-1].epoch * training_of(run).batches, abs=1)
+
+
 def test_an_entry_of_the_registry_suffices_for_a_method(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine = Method("a method of my own", METHODS["sam"].build, rho_factor=2.0, label="Mine")
     monkeypatch.setattr(methods, "METHODS", {**METHODS, "mine": mine})

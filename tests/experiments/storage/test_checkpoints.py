@@ -114,7 +114,9 @@ def make_run(method: str, **fields: object) -> Run:
     return next(recipe(methods=(method,), **fields).runs())
 
 
-@pytest.mark.parametrize("method", [PAST.format(2), AVERAGE.format(2), "esam", "fraction_sam", "aesam", "bsam"])
+@pytest.mark.parametrize(
+    "method", [PAST.format(2), AVERAGE.format(2), "esam", "fraction_sam", "aesam", "bsam", "sassha:interval=3"]
+)
 def test_state_of_a_step_function_is_in_the_checkpoint(method: str, tmp_path: Path) -> None:
     given = make_run(method)
     whole = train_run(given, tmp_path / "whole")

@@ -110,7 +110,7 @@ def of_objects() -> Task:
 PARTS = ("fraction_sam", "micro_batch_sam:m=5", "esam")
 
 
-@pytest.mark.parametrize("method", ["base", "sam", "functional_sam", *PARTS])
+@pytest.mark.parametrize("method", ["base", "sam", "functional_sam", "sassha", *PARTS])
 @pytest.mark.parametrize("make", [of_two_inputs, of_dictionaries])
 def test_batches_of_several_inputs_and_of_names_can_be_cut(
     make: Callable[[], Task], method: str, tmp_path: Path
@@ -185,6 +185,7 @@ IMPOSSIBLE: dict[str, tuple[Callable[[], Task], str, str]] = {
     "parts of objects": (of_objects, "fraction_sam", "tensors of a batch hold one sample in each row"),
     "losses of a model's own": (lambda: of_dictionaries(loss=None), "esam", "the model computes its loss itself"),
     "loss of a model's own": (lambda: of_dictionaries(loss=None), "functional_sam", "as a function of the outputs"),
+    "Hessian of a model's own": (lambda: of_dictionaries(loss=None), "sassha", "as a function of the outputs"),
     "weighted loss": (
         lambda: classifier(loss=lambda o, t: F.cross_entropy(o, t, WEIGHTS)), "esam", "would minimize another loss",
     ),

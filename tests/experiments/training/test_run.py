@@ -68,7 +68,8 @@ def test_compute_is_equal_within_one_step(method: str, tmp_path: Path, monkeypat
     base = METHODS[method].plain or "sgd"
     run = run_of(method, methods=(method,), base=base, epochs=3, eval_every=2, batch_size=20)
     records = train_run(run, tmp_path)
-    assert counted.images == pytest.approx(records[-1].gradient_evaluations)
+    beyond_forwards = 3 * 18 if method == "sassha" else 0  # the estimate of the first step; none is due after it
+    assert counted.images + beyond_forwards == pytest.approx(records[-1].gradient_evaluations)
     assert [r.standardized_epoch for r in records] == [2, 3]
     for r in records:
         step = 20 * max(2, math.ceil(run.method.passes))
