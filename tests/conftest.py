@@ -4,6 +4,7 @@ import gc
 import sys
 from collections.abc import Iterator
 
+import hypothesis  # noqa: F401 (as it is imported, it asks the garbage collection for objects that are frozen below)
 import pytest
 import torch
 
@@ -37,12 +38,6 @@ def pytest_runtest_teardown(item: pytest.Item, nextitem: pytest.Item | None) -> 
     if dynamo is not None:
         dynamo.reset()
     freeze_what_is_imported()
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_sessionfinish() -> None:
-    """Show the garbage collection all objects again: Hypothesis, which is imported last, asks who refers to some."""
-    gc.unfreeze()
 
 
 imported = 0
