@@ -60,6 +60,13 @@ def test_controls_of_a_method_that_does_not_differ_are_described_without_a_verdi
     assert verdict.sentence(LABELS).endswith("; without a verdict, at equal steps (+2.00 points [+1.82, +2.18]).")
 
 
+def test_controls_with_the_same_verdict_are_named_together() -> None:
+    numbers = {EQUAL_COMPUTE: {"sam": better_by(1.0)}, EQUAL_STEPS: {"sam": unclear()}, AVERAGED: {"sam": unclear()}}
+    sentence = one(judge(ACCURACY, "sgd", numbers)).sentence(LABELS)
+    assert sentence.count("but not distinguishable from SGD at equal steps (") == 1
+    assert sentence.count(") and with averaged weights (") == 1
+
+
 def test_control_can_be_the_opposite() -> None:
     numbers = {EQUAL_COMPUTE: {"sam": better_by(1.0)}, AVERAGED: {"sam": better_by(-1.0)}}
     assert "), but worse than SGD with averaged weights (-1.00" in one(judge(ACCURACY, "sgd", numbers)).sentence(LABELS)

@@ -91,9 +91,15 @@ class MetricVerdict:
         subject = f"{ours} is {_relation(self.word)} {theirs} {first.control.phrase} ({about})"
         alike = [each for each in others if each.word == self.word]
         described = [each for each in others if each.word in ("", NO_VERDICT)]
-        unlike = [each for each in others if each not in alike and each not in described]
+        unlike: dict[str, list[Comparison]] = {}
+        for each in others:
+            if each not in alike and each not in described:
+                unlike.setdefault(each.word, []).append(each)
         parts = [subject + "".join(f" and {self._with_numbers(each)}" for each in alike)]
-        parts += [f", but {_relation(each.word)} {theirs} {self._with_numbers(each)}" for each in unlike]
+        parts += [
+            f", but {_relation(word)} {theirs} {' and '.join(map(self._with_numbers, found))}"
+            for word, found in unlike.items()
+        ]
         if described:
             parts.append(f"; without a verdict, {' and '.join(map(self._with_numbers, described))}")
         return "".join(parts) + "."
