@@ -18,6 +18,7 @@ from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.trial import try_methods
+from support import rest_is_slow
 
 INPUTS, LABELS = data()
 NAMES = [name for name in ON_ANY_MODEL if METHODS[name].plain is None or name == "sgd"]
@@ -27,7 +28,8 @@ def attempt(task: Task, *methods: str, folder: Path = Path("nowhere"), **options
     try_methods(recipe_of(task, methods=methods, **options), task, RunFolder(folder), CPU)
 
 
-@pytest.mark.parametrize("method", NAMES)
+# the other half is fast in test_run.py, which takes the same steps
+@pytest.mark.parametrize("method", rest_is_slow(NAMES, lambda method: ON_ANY_MODEL.index(method) % 2 == 1))
 def test_method_trains_a_classifier_to_the_same_bits_after_a_stop(method: str, tmp_path: Path) -> None:
     task, options = classifier(), {"base": "sgd", "lr": 0.05, "epochs": 6, "eval_every": 6}
     spec = {"saf": "saf:epochs_ago=1,start=1", "mesa": "mesa:beta=0.5,start=1"}.get(method, method)

@@ -67,7 +67,7 @@ FORMS: dict[str, Callable[[], Any]] = {
     "function of the seed": lambda: lambda seed: data(seed=seed),
 }
 every_form = pytest.mark.parametrize(
-    "form", rest_is_slow(FORMS, lambda form: form != "iterable dataset with two workers")
+    "form", rest_is_slow(FORMS, lambda form: "worker" not in form or form == "loader with two workers")
 )
 
 

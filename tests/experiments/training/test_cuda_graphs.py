@@ -143,7 +143,7 @@ def assert_same(found: Any, wanted: Any) -> None:
     assert all(torch.equal(a, b) if isinstance(a, Tensor) else a == b for a, b in zip(ours, theirs, strict=True))
 
 
-@pytest.mark.parametrize("method", CAPTURABLE)
+@pytest.mark.parametrize("method", rest_is_slow(CAPTURABLE, lambda method: method in CAPTURABLE[::2]))
 def test_graphs_take_the_same_steps(method: str, tmp_path: Path, stand_in: type[StandIn]) -> None:
     """Two sizes of batch, a measurement between replays, and all that the checkpoint knows."""
     kinds = 4 if method in AT_SOME_STEPS else 2

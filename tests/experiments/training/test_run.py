@@ -17,6 +17,7 @@ from steppe.experiments.models import networks
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.forward import FORWARD_ONLY
+from support import rest_is_slow
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -62,7 +63,8 @@ def test_compute_is_exactly_equal_where_it_divides(
     assert [(r.standardized_epoch, r.gradient_evaluations) for r in records] == [(2, 2 * 72), (4, 4 * 72)]
 
 
-@pytest.mark.parametrize("method", ON_ANY_MODEL)
+# the other half is fast in test_methods_on_tasks.py, which takes the same steps
+@pytest.mark.parametrize("method", rest_is_slow(ON_ANY_MODEL, lambda method: ON_ANY_MODEL.index(method) % 2 == 0))
 def test_compute_is_equal_within_one_step(method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     counted = Counted(monkeypatch)
     base = METHODS[method].plain or "sgd"

@@ -69,8 +69,8 @@ def train_together(*arguments: Any) -> Any:
         ("tensors", "sgd"),  # with averaged weights beside it, as a control
         ("a loader", "sam"),
         ("datasets without metrics", "sam+ema"),
-        ("a list of test batches", "sgd"),
-        ("one test sample", "sgd"),
+        pytest.param("a list of test batches", "sgd", marks=pytest.mark.slow),
+        pytest.param("one test sample", "sgd", marks=pytest.mark.slow),
         ("one test sample of a dataset", "sgd"),
     ],
 )

@@ -158,7 +158,11 @@ class EagerExecutor(InProcessExecutor):
 
 @pytest.mark.parametrize(
     ("words", "taken"),
-    [({"sampler": "tpe"}, [2, 2, 2]), ({"sampler": "tpe", "runs_at_once": 4}, [6]), ({"sampler": "random"}, [6])],
+    [
+        ({"sampler": "tpe"}, [2, 2, 2]),
+        pytest.param({"sampler": "tpe", "runs_at_once": 4}, [6], marks=pytest.mark.slow),
+        pytest.param({"sampler": "random"}, [6], marks=pytest.mark.slow),
+    ],
 )
 def test_tpe_trains_one_trial_at_a_time_unless_runs_at_once_is_given(
     words: dict[str, object], taken: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
