@@ -116,9 +116,8 @@ class Gradients:
         copy_([t for t, _ in changed], [v for _, v in changed])
         finite = None if self.known_to_be_finite else self._so_far_finite
         self._so_far_finite = None
-        if finite is not None and targets:
-            smallest = local(min(targets, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
-            smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
+        if finite is not None:
+            skip_unless(finite, targets)
 
     @property
     def known_to_be_finite(self) -> bool:
@@ -269,6 +268,24 @@ class Gradients:
         finally:
             for name in ("grad_scale", "found_inf"):
                 vars(self._base).pop(name, None)
+
+
+def skip_unless(finite: Tensor, gradients: Sequence[Tensor]) -> None:
+    """Write NaN to one gradient where a 0-dim bool tensor is false, so that the step is skipped without a host read."""
+    if gradients:
+        smallest = local(min(gradients, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
+        smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
+
+
+def unless_skipped(base: Optimizer, new: Sequence[Tensor], old: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the new values, or the old ones where the device has found the gradient of a base's step not finite.
+
+    For a base with ``_step_supports_amp_scaling``, which reads ``found_inf`` itself.
+    """
+    found_inf = getattr(base, "found_inf", None)
+    if found_inf is None:
+        return new
+    return [torch.where(found_inf.to(t.device) != 0, o, t) for t, o in zip(new, old, strict=True)]
 
 
 def _real_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe._checks import check_nonnegative
+from steppe._engine.gradients import unless_skipped
 from steppe._engine.hints import checked
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
@@ -72,7 +73,6 @@ class Posterior(Optimizer):
         """Update g_m, s and w."""
         if closure is not None:
             raise RuntimeError("the step of bSAM needs the gradients of two passes: give the closure to BSAM.step")
-        found_inf = getattr(self, "found_inf", None)
         for group in self.param_groups:
             parameters = [p for p in dict.fromkeys(group["params"]) if p.grad is not None]
             if not parameters:
@@ -84,15 +84,15 @@ class Posterior(Optimizer):
             (beta1, beta2), delta = group["betas"], group["weight_decay"]
             # g_m <- beta1 g_m + (1 - beta1) (g_e + delta w)
             target = foreach(torch._foreach_add, g_e, weights, alpha=delta)
-            foreach(torch._foreach_lerp_, momentum, _unless(found_inf, target, momentum), weight=1 - beta1)
+            foreach(torch._foreach_lerp_, momentum, unless_skipped(self, target, momentum), weight=1 - beta1)
             # s <- beta2 s + (1 - beta2) (sqrt(s) |g| + delta + gamma)
             target = foreach(torch._foreach_mul, foreach(torch._foreach_sqrt, scale), sizes)
             foreach(torch._foreach_add_, target, scalar=delta + group["damping"])
-            foreach(torch._foreach_lerp_, scale, _unless(found_inf, target, scale), weight=1 - beta2)
+            foreach(torch._foreach_lerp_, scale, unless_skipped(self, target, scale), weight=1 - beta2)
             # w <- w - alpha g_m / s
             step = foreach(torch._foreach_div, momentum, scale)
             foreach(torch._foreach_mul_, step, scalar=group["lr"])
-            foreach(torch._foreach_sub_, weights, _unless(found_inf, step, [t.new_zeros(()) for t in step]))
+            foreach(torch._foreach_sub_, weights, unless_skipped(self, step, [t.new_zeros(()) for t in step]))
         return None
 
 
@@ -227,13 +227,6 @@ class BSAM(OwnStepMethod):
                 widths = foreach(torch._foreach_sqrt, [self.state[p]["scale"] * group["n_data"] for p in around])
                 one = torch.ones((), device=around[0].device)
                 self.displace(around, one, foreach(torch._foreach_div, [noise[p] for p in around], widths))
-
-
-def _unless(found_inf: Tensor | None, new: list[Tensor], old: list[Tensor]) -> list[Tensor]:
-    """Return the new values, unless the device has found the gradient not finite."""
-    if found_inf is None:
-        return new
-    return [torch.where(found_inf.to(t.device) != 0, o, t) for t, o in zip(new, old, strict=True)]
 
 
 def _check(group: dict[str, Any]) -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe._checks import check_count
+from steppe._engine.gradients import skip_unless
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
@@ -174,8 +175,7 @@ class Lookbehind(OwnStepMethod):
         skipped = gradients.skipped
         for gradient in earlier:
             if not finite.is_cpu:
-                for g in gradient.values():
-                    g.masked_fill_(finite.logical_not().to(g.device), float("nan"))
+                skip_unless(finite, list(gradient.values()))
             self._replace_gradients(gradient)
             self.step_base_once()
             if self.alpha is None and not first:

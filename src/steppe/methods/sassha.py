@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 
 from steppe._checks import check_below_one, check_count, check_nonnegative, check_positive
 from steppe._engine.distributed import average_over_
+from steppe._engine.gradients import skip_unless, unless_skipped
 from steppe._engine.hints import checked
 from steppe._tensors.dtensor import sharded_part
 from steppe._tensors.random import integers
@@ -93,11 +94,7 @@ class Preconditioned(Optimizer):
         direction.masked_fill_(correction == 0, 0.0)  # no estimate yet: the weights wait for the first one
         new = (w * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * direction).to(w.dtype)
         old = [state["step"], state["momentum"], state["hessian"], state["correction"], w]
-        values = [t.to(state["step"].dtype), m, hessian, correction, new]
-        if (found_inf := getattr(self, "found_inf", None)) is not None:
-            skipped = found_inf.to(w.device) != 0
-            values = [torch.where(skipped, *pair) for pair in zip(old, values, strict=True)]
-        copy_(old, values)
+        copy_(old, unless_skipped(self, [t.to(state["step"].dtype), m, hessian, correction, new], old))
 
 
 def _one_minus_power(beta: float, t: Tensor) -> Tensor:
@@ -275,8 +272,9 @@ class SASSHA(OwnStepMethod):
 
     def _signs(self, parameters: list[Tensor]) -> list[Tensor]:
         """Return z, tensors of random signs; of a complex number, one for the real and one for the imaginary part."""
-        drawn = integers("SASSHA", self.seed, self.steps_taken, [as_real(p.detach()) for p in parameters], below=2)
-        signs = [(2 * n - 1).to(as_real(p.detach()).dtype) for n, p in zip(drawn, parameters, strict=True)]
+        real = [as_real(p.detach()) for p in parameters]
+        drawn = integers("SASSHA", self.seed, self.steps_taken, real, below=2)
+        signs = [(2 * n - 1).to(t.dtype) for n, t in zip(drawn, real, strict=True)]
         return [torch.view_as_complex(z) if p.is_complex() else z for z, p in zip(signs, parameters, strict=True)]
 
     def _estimates(self) -> dict[Tensor, Tensor]:
@@ -295,17 +293,16 @@ class SASSHA(OwnStepMethod):
             for p in self.trained_parameters():  # a rank may leave some out, and the others would wait for it
                 pending.setdefault(p, torch.zeros_like(as_real(p.detach())))
             average_over_([pending[p] for p in self.trained_parameters()], group)
-        finite = all_finite(list(pending.values()))
-        smallest = min(self.gradients.parameters_and_gradients()[1], key=Tensor.numel, default=None)
-        if smallest is not None:  # a gradient that is not finite skips the step
-            smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
+        skip_unless(all_finite(list(pending.values())), self.gradients.parameters_and_gradients()[1])
         return dict(pending)
 
     def _check_complete(self) -> None:
         """Refuse gradients of the last pass without an estimate: their parameters would never move."""
+        if not self._pending:
+            return  # none is due, or there is an error in step_base()
         replica = self._replica()
-        if not self._pending or (replica is not None and replica.find_unused_parameters):
-            return  # an error in step_base(); the gradients of other ranks
+        if replica is not None and replica.find_unused_parameters:
+            return  # .grad may be that of other ranks
         missing = [p for p in self.trained_parameters() if p.grad is not None and p not in self._pending]
         if missing:
             self.refuse(
