@@ -89,16 +89,16 @@ class MetricVerdict:
             reason = _reason(first.difference)
             return f"No verdict on {ours} against {theirs} {first.control.phrase} ({about}): {reason}."
         subject = f"{ours} is {_relation(self.word)} {theirs} {first.control.phrase} ({about})"
-        alike = [each for each in others if each.word == self.word]
         described = [each for each in others if each.word in ("", NO_VERDICT)]
-        unlike: dict[str, list[Comparison]] = {}
+        by_word: dict[str, list[Comparison]] = {self.word: []}
         for each in others:
-            if each not in alike and each not in described:
-                unlike.setdefault(each.word, []).append(each)
+            if each.word not in ("", NO_VERDICT):
+                by_word.setdefault(each.word, []).append(each)
+        alike = by_word.pop(self.word)
         parts = [subject + "".join(f" and {self._with_numbers(each)}" for each in alike)]
         parts += [
             f", but {_relation(word)} {theirs} {' and '.join(map(self._with_numbers, found))}"
-            for word, found in unlike.items()
+            for word, found in by_word.items()
         ]
         if described:
             parts.append(f"; without a verdict, {' and '.join(map(self._with_numbers, described))}")
