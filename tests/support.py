@@ -1,6 +1,7 @@
 """Small problems, base optimizers and the three APIs of a step, shared by the tests."""
 
 import io
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -133,6 +134,12 @@ def in_turn(first: Iterable[Any], second: Iterable[Any]) -> Callable[..., bool]:
     """Return a test of cases: True for each value of the first with one of the second, which are taken in turn."""
     firsts, seconds = list(first), list(second)
     return lambda a, b, *_: b == seconds[firsts.index(a) % len(seconds)]
+
+
+def each_in_turn(first: Iterable[Any], second: Iterable[Any]) -> list[Any]:
+    """Return a product as cases for pytest: each value of the first is fast with one of the second, in turn."""
+    first, second = list(first), list(second)
+    return rest_is_slow(itertools.product(first, second), in_turn(first, second))
 
 
 def rest_is_slow(cases: Iterable[Any], fast: Callable[..., bool]) -> list[Any]:

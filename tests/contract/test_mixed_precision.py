@@ -1,14 +1,12 @@
 """Contract C17: loss scaling and autocast change nothing but the precision, in each of the three APIs."""
 
-import itertools
-
 import pytest
 import torch
 import torch.nn.functional as F
 from named_methods import RULE_METHODS, build
 
 import steppe
-from support import BASES, DRIVES, batch, bits, in_turn, model_bits, net, rest_is_slow
+from support import BASES, DRIVES, batch, bits, each_in_turn, model_bits, net
 
 every_method = pytest.mark.parametrize("name", RULE_METHODS)
 
@@ -63,7 +61,7 @@ def trained(name, base="momentum", drive="passes", *, scaler=None, pass_scaler=T
 
 @pytest.mark.parametrize(
     ("name", "drive"),
-    rest_is_slow(itertools.product(RULE_METHODS, ["passes", "closure"]), in_turn(RULE_METHODS, ["passes", "closure"])),
+    each_in_turn(RULE_METHODS, ["passes", "closure"]),
 )
 def test_changing_loss_scale_changes_no_bit(name, drive):
     assert trained(name, scaler=growing_scaler(), drive=drive) == trained(name, drive=drive)

@@ -4,7 +4,6 @@ A run resumed on the same ranks has the same bits; on other ranks it is equal to
 """
 
 import copy
-import itertools
 import tempfile
 
 import pytest
@@ -27,7 +26,7 @@ from layouts import (
     weights,
 )
 from ranks import start_ranks
-from support import bits, in_turn, rest_is_slow
+from support import bits, each_in_turn
 
 # Methods whose memory has tensors, numbers, a mask, or nothing, and one that implements the whole step itself.
 METHODS = ["friendly_sam", "aesam", "sparse_sam", "looksam", "sam", "sampa"]
@@ -90,9 +89,7 @@ def resume_in_place(layout, name):
     return bits(weights(model)) == bits(weights(other))
 
 
-@pytest.mark.parametrize(
-    ("name", "layout"), rest_is_slow(itertools.product(METHODS, LAYOUTS), in_turn(METHODS, LAYOUTS))
-)
+@pytest.mark.parametrize(("name", "layout"), each_in_turn(METHODS, LAYOUTS))
 def test_run_resumed_on_the_same_ranks_has_the_same_bits(name, layout):
     assert start_ranks()(resume_in_place, layout, name) == [True, True]
 

@@ -2,7 +2,6 @@
 
 import copy
 import functools
-import itertools
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ import torch.nn.functional as F
 import steppe
 from layouts import LAYOUTS, WHOLE_BATCH_LAYOUTS, close, network, own_share, plain, samples, weights
 from ranks import start_ranks
-from support import bits, in_turn, rest_is_slow
+from support import bits, each_in_turn
 from test_distributed_checkpoints import zero_redundancy
 
 WAYS = [*LAYOUTS, "ddp per rank", "zero"]
@@ -148,9 +147,7 @@ def train_without_clipping():
     return weights(model)
 
 
-@pytest.mark.parametrize(
-    ("way", "parts"), rest_is_slow(itertools.product(AVERAGING, [1, 2]), in_turn(AVERAGING, [1, 2]))
-)
+@pytest.mark.parametrize(("way", "parts"), each_in_turn(AVERAGING, [1, 2]))
 def test_accumulation_clipping_and_schedule_equal_one_process(way, parts):
     expected = train_without_clipping() if way in MIXED else train_with_clipping(None, 1)
     # clip_grad_norm_ of torch 2.6 and 2.8 adds its 1e-6 on each rank, if the norm is a sum over ranks that is pending

@@ -1,6 +1,5 @@
 """C31: several bases on several processes equal one process, in memory and through distributed checkpoints."""
 
-import itertools
 import tempfile
 
 import pytest
@@ -12,7 +11,7 @@ from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_di
 from layouts import LAYOUTS, close, network, plain, run, train, weights
 from ranks import start_ranks
 from steppe.methods.registry import CARDS, FUNCTIONS
-from support import in_turn, rest_is_slow
+from support import each_in_turn
 
 METHODS = ["sam", "gsam", "vasso", "msam", "sampa", "aesam"]
 
@@ -39,7 +38,7 @@ LAYOUTS_OF_BASES = ["ddp", "fsdp2", "partly sharded"]
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    rest_is_slow(itertools.product(METHODS, LAYOUTS_OF_BASES), in_turn(METHODS, LAYOUTS_OF_BASES)),
+    each_in_turn(METHODS, LAYOUTS_OF_BASES),
 )
 def test_c31_several_bases_equal_one_process(name, layout):
     expected = train(plain, method(name), 4)

@@ -1,7 +1,5 @@
 """C21, C22: replicas with a shared perturbation train as one process does; with one for each rank, m-sharpness."""
 
-import itertools
-
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +10,7 @@ from torch.distributed.nn.functional import all_reduce
 import steppe
 from layouts import BATCH_SIZE, close, ddp, method, network, own_share, plain, run, samples, train, weights
 from ranks import start_ranks
-from support import DRIVES, bits, in_turn, rest_is_slow
+from support import DRIVES, bits, each_in_turn
 
 OPTIONS = {
     "static graph": {"static_graph": True},
@@ -30,7 +28,7 @@ def train_with_options(name, options):
     return train(lambda model: ddp(model, **options), method(name), 4)
 
 
-@pytest.mark.parametrize(("name", "options"), rest_is_slow(itertools.product(SOME, OPTIONS), in_turn(SOME, OPTIONS)))
+@pytest.mark.parametrize(("name", "options"), each_in_turn(SOME, OPTIONS))
 def test_shared_perturbation_equals_one_process(name, options):
     expected = train(plain, method(name), 4)
     for found in start_ranks()(train_with_options, name, OPTIONS[options]):

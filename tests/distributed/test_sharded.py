@@ -1,7 +1,6 @@
 """C23, C24: FSDP2, tensor parallelism and partly sharded models equal one process; FSDP1 and DeepSpeed raise."""
 
 import contextlib
-import itertools
 
 import pytest
 import torch
@@ -32,7 +31,7 @@ from layouts import (
 )
 from ranks import start_ranks
 from steppe._tensors.dtensor import local
-from support import DRIVES, bits, in_turn, rest_is_slow
+from support import DRIVES, bits, each_in_turn
 
 
 def train_in_layout(layout: str, name: str, steps: int):
@@ -41,7 +40,7 @@ def train_in_layout(layout: str, name: str, steps: int):
 
 @pytest.mark.parametrize(
     ("name", "layout"),
-    rest_is_slow(itertools.product(WRAPPERS, LAYOUTS), in_turn(WRAPPERS, LAYOUTS)),
+    each_in_turn(WRAPPERS, LAYOUTS),
 )
 def test_every_method_equals_one_process(name, layout):
     expected = train(plain, method(name), 4)
@@ -237,9 +236,7 @@ METHODS_ON_FOUR = ["gsam", "layerwise_sam", "zsharp", "sparse_sam", "esam", "rwp
 ON_FOUR = [in_two_dimensions, fsdp_over_four]
 
 
-@pytest.mark.parametrize(
-    ("function", "name"), rest_is_slow(itertools.product(ON_FOUR, METHODS_ON_FOUR), in_turn(ON_FOUR, METHODS_ON_FOUR))
-)
+@pytest.mark.parametrize(("function", "name"), each_in_turn(ON_FOUR, METHODS_ON_FOUR))
 def test_four_ranks_equal_one_process(function, name):
     expected = train(plain, method(name), 4)
     for found in start_ranks(4)(function, name):

@@ -21,7 +21,7 @@ from torch import nn
 
 import steppe
 from steppe.flatness import Objective, m_sharpness, sharpness
-from support import in_turn, rest_is_slow
+from support import each_in_turn
 
 
 def random_b(length, n, seed=5):
@@ -39,9 +39,7 @@ SPECTRA = {
 SLOPES = [10.0, 1.0, 0.1]
 
 
-@pytest.mark.parametrize(
-    ("spectrum", "slope"), rest_is_slow(itertools.product(SPECTRA, SLOPES), in_turn(SPECTRA, SLOPES))
-)
+@pytest.mark.parametrize(("spectrum", "slope"), each_in_turn(SPECTRA, SLOPES))
 def test_sharpness_of_quadratics_is_close_to_the_exact_maximum(spectrum, slope):
     a, b = matrix_with_spectrum(SPECTRA[spectrum]), random_b(slope, 30)
     exact = exact_maximum(a, b, 0.7)

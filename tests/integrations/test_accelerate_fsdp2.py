@@ -10,7 +10,7 @@ import steppe
 from layouts import close, method, network
 from ranks import start_ranks
 from steppe.rules.subsets import layers
-from support import in_turn, rest_is_slow
+from support import each_in_turn, rest_is_slow
 
 pytest.importorskip("accelerate")
 
@@ -81,7 +81,7 @@ LOOPS = ["train_by_closure", "train_in_the_classic_api"]
 IN_LOOPS = ["sam", "gsam", "masked"]
 
 
-@pytest.mark.parametrize(("name", "loop"), rest_is_slow(itertools.product(IN_LOOPS, LOOPS), in_turn(IN_LOOPS, LOOPS)))
+@pytest.mark.parametrize(("name", "loop"), each_in_turn(IN_LOOPS, LOOPS))
 def test_loops_without_the_integration_equal_one_process(loop, name):
     expected = fsdp2.by_hand(OPTIMIZERS.get(name) or method(name), clip=None, window=1)
     for found in start_ranks()(call, loop, name):

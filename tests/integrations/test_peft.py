@@ -1,14 +1,13 @@
 """Adapters of PEFT under SAM: two passes by hand in float64, frozen weights, dropout, merging, saving, resuming."""
 
 import copy
-import itertools
 
 import pytest
 import torch
 from torch import Tensor
 
 import steppe
-from support import bits, by_closure, by_passes, in_turn, model_bits, rest_is_slow
+from support import bits, by_closure, by_passes, each_in_turn, model_bits
 
 pytest.importorskip("peft")
 pytest.importorskip("transformers")
@@ -137,7 +136,7 @@ class Mixed(SAMTrainerMixin, transformers.Trainer):
 
 @pytest.mark.parametrize(
     ("kind", "of"),
-    rest_is_slow(itertools.product(KINDS, [SAMTrainer, Mixed]), in_turn(KINDS, [SAMTrainer, Mixed])),
+    each_in_turn(KINDS, [SAMTrainer, Mixed]),
 )
 def test_trainer_on_adapters_equals_plain_loop(tmp_path, kind, of):
     model, twin, plain = (adapted(kind, dtype=torch.float32) for _ in range(3))

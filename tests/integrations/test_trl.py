@@ -2,12 +2,11 @@
 
 import functools
 import importlib
-import itertools
 
 import pytest
 import torch
 
-from support import in_pairs, in_turn, model_bits, rest_is_slow
+from support import each_in_turn, in_pairs, model_bits, rest_is_slow
 
 pytest.importorskip("transformers")
 pytest.importorskip("peft")
@@ -153,9 +152,7 @@ def with_adapter():
 WITH_ADAPTERS = [name for name, (adapters, _, _) in METHODS.items() if adapters]
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"), rest_is_slow(itertools.product(WITH_ADAPTERS, PREFERENCES), in_turn(WITH_ADAPTERS, PREFERENCES))
-)
+@pytest.mark.parametrize(("name", "kind"), each_in_turn(WITH_ADAPTERS, PREFERENCES))
 def test_reference_with_a_copy_of_the_adapter_is_never_perturbed(tmp_path, kind, name):
     by_hand = trainer(tmp_path, METHODS[name][2], kind, trained=with_adapter(), rho=RHO, precompute_ref_log_probs=True)
     mine = ours(tmp_path, kind, name, trained=with_adapter(), adapters=False)

@@ -9,7 +9,7 @@ from named_methods import RULE_METHODS, WRAPPERS, build, passes_per_step
 
 from steppe import papers, testing
 from steppe.methods.registry import FUNCTIONS
-from support import in_turn, rest_is_slow
+from support import each_in_turn, in_turn, rest_is_slow
 
 OTHER_BASES = ["sgd", "adamw"]
 
@@ -36,7 +36,7 @@ def test_method_keeps_the_contract(name, check):
 
 @pytest.mark.parametrize(
     ("name", "base"),
-    rest_is_slow(itertools.product(RULE_METHODS, ["sgd", "adamw"]), in_turn(RULE_METHODS, ["sgd", "adamw"])),
+    each_in_turn(RULE_METHODS, ["sgd", "adamw"]),
 )
 def test_method_resumes_around_other_bases(name, base):
     if (name, base) == ("msam", "sgd"):

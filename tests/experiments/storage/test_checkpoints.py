@@ -1,5 +1,4 @@
 import io
-import itertools
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from steppe.experiments.storage import checkpoints
 from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
-from support import in_turn, rest_is_slow
+from support import each_in_turn
 
 
 def weights(folder: Path) -> dict[str, Tensor]:
@@ -30,7 +29,7 @@ STOPPED = ["sgd", "sam", "looksam:interval=3", "late_sam:start=0.4", "random_sam
 ASKED = [0, 4, 5, 7]  # at the first batch, at an epoch's last one, in the next epoch
 
 
-@pytest.mark.parametrize(("method", "asked"), rest_is_slow(itertools.product(STOPPED, ASKED), in_turn(STOPPED, ASKED)))
+@pytest.mark.parametrize(("method", "asked"), each_in_turn(STOPPED, ASKED))
 def test_a_stopped_run_resumes_to_the_same_bits(method: str, asked: int, tmp_path: Path) -> None:
     run = run_of(method, momentum=0.9, methods=(method,), eval_every=1)
     whole = train_run(run, tmp_path / "whole")
