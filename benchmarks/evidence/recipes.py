@@ -28,6 +28,10 @@ class Evidence:
     """Settings that have no search of their own, each with the earlier setting whose search they confirm."""
     tuned_there: Sequence[str | tuple[str, ...]] = ()
     """What those settings confirm, in place of `tuned`."""
+    confirmed_by: int | None = None
+    """Runs of each method that confirm the radii; by default as many as the recipe has."""
+    confirmed_there_by: int | None = None
+    """Such runs in the settings that have no search of their own, in place of `confirmed_by`."""
     recipe: str = ""
     """By default the name of the experiment."""
     base: str = "sgd"
@@ -37,8 +41,6 @@ class Evidence:
     """What decides on the held-out data, see `steppe tune --objective`."""
     seeds: int = 2
     """Runs of each trial of the search."""
-    confirmed_by: Sequence[str] = ()
-    """The option --seeds of the comparison, where a setting has none; by default the recipe's."""
     measures: Sequence[str] = ("accuracy", "accuracy under corruptions", "calibration error")
     """What the tables show; the first one decides."""
     drawn: Sequence[str] = ()
@@ -57,6 +59,15 @@ class Evidence:
         """Return the specs to confirm, of the best value on the held-out data and its spec for each tuned method."""
         groups = _groups(self._tuned(setting))
         return [max(searched[str(method)] for method in group)[1] for group in groups]
+
+    def confirming_runs(self, setting: str) -> int | None:
+        """Return the runs of each method that confirm the radii of a setting; None: as many as the recipe has."""
+        return self.confirmed_there_by or self.confirmed_by if setting in self.chosen_in else self.confirmed_by
+
+    def folder(self, name: str, setting: str) -> str:
+        """Return the run folder of a setting: that of the first one that is trained alike, whose runs it shares."""
+        alike = next(other for other, options in self.settings.items() if options == self.settings[setting])
+        return "-".join([name, *alike.replace("%", "").replace(",", "").split()])
 
     def _tuned(self, setting: str) -> Sequence[str | tuple[str, ...]]:
         """Return the methods whose best radii a setting confirms."""
@@ -83,7 +94,6 @@ CHEAPER = (
 """Methods of 1.1, of 1.25 and of 4/3 passes for a step."""
 
 _WRONG = ("--label-noise", "0.4")
-_TEN_SEEDS = ("--seeds", "10")
 _LARGER = ("--dataset", "fashion-mnist", "--shots", "1200", "--epochs", "10")
 _ADAPTERS = "steppe.experiments.tasks.adapters"
 _ON_MORE_SENTENCES = ("--epochs", "8", "--eval-every", "2")
@@ -140,7 +150,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         },
         chosen_in={"12,000 images, 40 % wrong": "3,000 images, 40 % wrong", "12,000 images": "3,000 images"},
         tuned_there=[("msam", *chain(*CHEAPER)), "sam"],
-        confirmed_by=["--seeds", "20"],
+        confirmed_by=20,
         measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
     ),
     "family": Evidence(
@@ -150,13 +160,14 @@ EVIDENCE: Mapping[str, Evidence] = {
         settings={
             "right labels": (),
             "40 % wrong": _WRONG,
-            "right labels, ten seeds": _TEN_SEEDS,
-            "40 % wrong, ten seeds": [*_WRONG, *_TEN_SEEDS],
+            "right labels, ten seeds": (),
+            "40 % wrong, ten seeds": _WRONG,
         },
         chosen_in={"right labels, ten seeds": "right labels", "40 % wrong, ten seeds": "40 % wrong"},
         tuned_there=["sam", "asam", "gsam", "friendly_sam", "looksam", "fraction_sam", "msam"],
         seeds=1,
-        confirmed_by=["--seeds", "3"],
+        confirmed_by=3,
+        confirmed_there_by=10,
         side_by_side=["right labels", "40 % wrong"],
         measures=["accuracy", "accuracy under corruptions", "calibration error"],
     ),

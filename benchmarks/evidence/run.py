@@ -55,7 +55,7 @@ def measure(name: str, args: argparse.Namespace) -> None:
         if setting in settings:
             print(f"{name}, {setting or 'its only setting'}: saved", flush=True)
             continue
-        folder = args.out / "-".join([name, *setting.replace("%", "").replace(",", "").split()])
+        folder = args.out / evidence.folder(name, setting)
         shared = [evidence.recipe or name, *options, *(_TINY if args.tiny else [])]
         how_many = [] if args.runs_at_once is None else ["--runs-at-once", args.runs_at_once]
         if (searched_in := evidence.chosen_in.get(setting)) is not None:
@@ -83,7 +83,8 @@ def confirm(
 ) -> dict[str, Any]:
     """Compare the methods at the best radii that a search has found."""
     chosen = evidence.best(setting, found["best"])
-    seeds = [] if args.tiny or "--seeds" in shared else evidence.confirmed_by
+    runs = None if args.tiny else evidence.confirming_runs(setting)
+    seeds = [] if runs is None else ["--seeds", str(runs)]
     comparison = ["compare", *shared, "--methods", evidence.base, *chosen, *evidence.others, *seeds]
     _steppe([*comparison, *how_many, "--out", str(folder)])
     return {

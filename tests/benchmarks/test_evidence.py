@@ -83,7 +83,8 @@ def result(device: str = "a machine", *, date: str = "2026-11-29", **settings: f
 @pytest.fixture
 def evidence(monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """A recipe with three settings, of which no table shows two side by side."""
-    made_up = Evidence(["sam"], settings={"low": (), "high": (), "other": ()}, measures=["accuracy"])
+    settings = {name: ["--lr", str(rate)] for name, rate in {"low": 0.1, "high": 0.2, "other": 0.3}.items()}
+    made_up = Evidence(["sam"], settings=settings, measures=["accuracy"])
     monkeypatch.setitem(EVIDENCE, "made-up", made_up)
     return made_up
 
@@ -239,6 +240,22 @@ def test_a_setting_may_search_other_methods() -> None:
     assert evidence.best("few", {"late_sam": (1.0, "late_sam:rho=4")}) == ["late_sam:rho=4"]
     assert evidence.best("all", found) == ["sam:rho=1", "asam:rho=2"]
     assert evidence.best("more", found) == []  # tuned_there
+
+
+def test_settings_that_are_trained_alike_share_their_runs() -> None:
+    wrong = ["--label-noise", "0.4"]
+    evidence = Evidence(
+        ["sam"],
+        settings={"right": (), "40 % wrong, few": wrong, "40 % wrong, many": wrong, "more": ["--shots", "9"]},
+        chosen_in={"40 % wrong, many": "40 % wrong, few", "more": "right"},
+        confirmed_by=3,
+        confirmed_there_by=10,
+    )
+    folders = [evidence.folder("family", setting) for setting in evidence.settings]
+    assert folders == ["family-right", "family-40-wrong-few", "family-40-wrong-few", "family-more"]
+    assert [evidence.confirming_runs(setting) for setting in evidence.settings] == [3, 3, 10, 10]
+    assert EVIDENCE["price"].confirming_runs("12,000 images") == 20
+    assert EVIDENCE["noisy-labels"].confirming_runs("40 % wrong") is None
 
 
 def test_unknown_name_is_an_error(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
