@@ -59,3 +59,10 @@ def test_bibtex_entry_is_valid_and_agrees_with_the_arxiv_number(key):
 def test_no_paper_is_defined_twice():
     papers = {paper for card in CARDS.values() for paper in card.papers}
     assert len({p.key for p in papers}) == len({p.arxiv for p in papers}) == len(papers)
+
+
+@pytest.mark.parametrize("name", ["sagm", "mixed_rwp", "mixed_arwp"])
+def test_methods_that_mix_gradients_do_not_cite_the_gradient_norm_penalty(name):
+    optimizer = getattr(steppe.variants, name)(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1))
+    assert "zhao2022pgn" not in steppe.citation(optimizer)
+    assert "zhao2022pgn" in steppe.citation(steppe.PenalizedNorm())

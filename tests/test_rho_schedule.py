@@ -215,8 +215,13 @@ def test_state_dict_holds_copies():
 
 
 def test_checkpoint_of_another_schedule_or_optimizer_raises():
+    unnamed = LinearRho(wrapped(), 3).state_dict()
+    del unnamed["schedule"]  # a checkpoint of version 0.2
+    LinearRho(wrapped(), 3).load_state_dict(unnamed)
     with pytest.raises(ValueError, match="it is of another schedule"):
-        WarmupRho(wrapped(), 3).load_state_dict(LinearRho(wrapped(), 3).state_dict())
+        WarmupRho(wrapped(), 3).load_state_dict(unnamed)
+    with pytest.raises(ValueError, match="this checkpoint is of LinearRho, and cannot be loaded into CosineRho"):
+        CosineRho(wrapped(), 3).load_state_dict(LinearRho(wrapped(), 3).state_dict())
     two = steppe.SAM(torch.optim.SGD([{"params": [torch.nn.Parameter(torch.ones(1))]} for _ in range(2)], lr=0.1))
     with pytest.raises(ValueError, match="radii of 1 groups, and the optimizer has 2 groups"):
         LinearRho(two, 3).load_state_dict(LinearRho(wrapped(), 3).state_dict())

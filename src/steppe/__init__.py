@@ -51,6 +51,7 @@ if TYPE_CHECKING:  # for type checkers; a test compares them with the table belo
     from steppe.rules.l2 import L2
     from steppe.rules.linf import LInf
     from steppe.rules.masks import Masked
+    from steppe.rules.mixed_gradient import MixedGradient
     from steppe.rules.periodic import Periodic
     from steppe.rules.perturbed_gradient import PerturbedGradient
     from steppe.rules.subsets import ParameterSubset, last_layers, layers, norm_layers
@@ -82,6 +83,7 @@ __all__ = [
     "LayerWise",
     "LossBudget",
     "Masked",
+    "MixedGradient",
     "Momentum",
     "ParameterSubset",
     "PartlyNormalized",
@@ -141,6 +143,7 @@ _LOADED_WHEN_USED = {
     "LossBudget": "steppe.methods.le_sam:LossBudget",
     "MESA": "steppe.methods.mesa:MESA",
     "Masked": "steppe.rules.masks:Masked",
+    "MixedGradient": "steppe.rules.mixed_gradient:MixedGradient",
     "Momentum": "steppe.methods.msam:Momentum",
     "ParameterSubset": "steppe.rules.subsets:ParameterSubset",
     "PartlyNormalized": "steppe.methods.unified_sam:PartlyNormalized",

@@ -1,4 +1,8 @@
-"""Range checks of numbers that a user gives: the error names the value and its meaning."""
+"""Range checks of numbers that a user gives: the error names the value and its meaning.
+
+A number out of range and a count that is not whole are a ValueError; what is no number at all is a TypeError where a
+fraction would do.
+"""
 
 import math
 from numbers import Integral, Real
@@ -31,6 +35,13 @@ def check_unit_interval(name: str, value: float, meaning: str) -> None:
     _check_number(name, value, meaning)
     if not 0 <= value <= 1:
         raise ValueError(f"{name} must be between 0 and 1, got {value}: it is {meaning}")
+
+
+def check_open_unit_interval(name: str, value: float, meaning: str) -> None:
+    """Raise ValueError unless 0 < value < 1."""
+    _check_number(name, value, meaning)
+    if not 0 < value < 1:
+        raise ValueError(f"{name} must be more than 0 and less than 1, got {value}: it is {meaning}")
 
 
 def check_below_one(name: str, value: float, meaning: str) -> None:

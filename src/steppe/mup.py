@@ -25,8 +25,6 @@ MUP2_PAPER = Paper(
 
 _TRANSPOSED = (nn.Embedding, nn.EmbeddingBag, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 """Modules whose weight has the shape (inputs, outputs, ...)."""
-_LAYERS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, *_TRANSPOSED)
-"""Modules whose weight has inputs and outputs as its first two sides, in either order."""
 
 
 @cites(MUP2_PAPER)

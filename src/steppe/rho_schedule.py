@@ -17,6 +17,9 @@ from steppe._engine.state_dict import RHO
 
 Radius: TypeAlias = float | Tensor
 
+_SCHEDULE = "schedule"
+"""The key of a checkpoint that names the schedule."""
+
 
 class RhoSchedule(ABC):
     """Base class of the schedules: counts steps, writes radii, saves and loads checkpoints.
@@ -65,8 +68,9 @@ class RhoSchedule(ABC):
         """
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the checkpoint: everything except the optimizer, as numbers, lists and tensors."""
-        return {key: _copied(value) for key, value in self.__dict__.items() if key != "optimizer"}
+        """Return the checkpoint: the name of the schedule, and its attributes as numbers, lists and tensors."""
+        own = {key: _copied(value) for key, value in self.__dict__.items() if key != "optimizer"}
+        return {_SCHEDULE: type(self).__name__, **own}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load a checkpoint, hyperparameters included, and write its radii into the groups.
@@ -76,10 +80,17 @@ class RhoSchedule(ABC):
         Raises:
             ValueError: The checkpoint is of another schedule, or of an optimizer with other groups.
         """
-        if state_dict.keys() != self.state_dict().keys():
+        own = self.state_dict()
+        state_dict = {_SCHEDULE: own[_SCHEDULE], **state_dict}  # older checkpoints do not name the schedule
+        if state_dict[_SCHEDULE] != own[_SCHEDULE]:
             raise ValueError(
-                f"this checkpoint holds {', '.join(sorted(state_dict))}, but {type(self).__name__} needs "
-                f"{', '.join(sorted(self.state_dict()))}: it is of another schedule"
+                f"this checkpoint is of {state_dict[_SCHEDULE]}, and cannot be loaded into {own[_SCHEDULE]}: build the "
+                "schedule as it was, then load"
+            )
+        if state_dict.keys() != own.keys():
+            raise ValueError(
+                f"this checkpoint holds {', '.join(sorted(state_dict))}, but {own[_SCHEDULE]} needs "
+                f"{', '.join(sorted(own))}: it is of another schedule"
             )
         groups = self.optimizer.param_groups
         if len(state_dict["initial_rhos"]) != len(groups):
@@ -87,7 +98,7 @@ class RhoSchedule(ABC):
                 f"this checkpoint has the radii of {len(state_dict['initial_rhos'])} groups, and the optimizer has "
                 f"{len(groups)} groups: build the optimizer as it was, then load"
             )
-        self.__dict__.update({key: _copied(value) for key, value in state_dict.items()})
+        self.__dict__.update({key: _copied(value) for key, value in state_dict.items() if key != _SCHEDULE})
         for group, rho in zip(groups, self._last_rho, strict=True):
             _set(group, rho)
 

@@ -19,7 +19,6 @@ from steppe._engine.constructor import (
     check_group,
     check_groups,
     check_model,
-    check_per_rank,
     drop_earlier_radii,
     one_module,
 )
@@ -29,9 +28,9 @@ from steppe._engine.joint_base import Base, option_names
 from steppe._engine.loss_scale import ScalerTarget
 from steppe._engine.passes import Pass
 from steppe._engine.signatures import show_signature
-from steppe._engine.slots import check_parameters, check_slots
+from steppe._engine.slots import SLOTS, accepted_rules
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO, parameters_of
+from steppe._engine.state_dict import RHO
 from steppe._engine.step import SAMStep
 from steppe.rules import Cadence, Combination, Perturbation
 from steppe.rules.l2 import L2
@@ -42,7 +41,6 @@ __all__ = ["SAM", "Closure", "Params", "Pass", "Stage"]
 
 _DEFAULT_PERTURBATION, _DEFAULT_COMBINATION, _DEFAULT_CADENCE = L2(), PerturbedGradient(), Periodic()
 _OF_ENGINE = ("memory", "steps", "displaced")
-_SLOTS = ("perturbation", "combination", "cadence")
 _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 
 
@@ -127,20 +125,17 @@ class SAM(SAMStep):
         base, rho = base_and_rho(*args, **kwargs)
         model = one_module(model)
         check_model(model, base)
+        rules = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
+        rules = accepted_rules(self, base, per_rank=per_rank, **rules)
         drop_earlier_radii(base)
-        if per_rank:
-            check_per_rank(perturbation, cadence)
-        slots = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
-        check_slots(**slots)
-        check_parameters(perturbation, list(parameters_of(base)))
         options = {"replay_rng": replay_rng, "per_rank": per_rank, "stochastic_rounding": stochastic_rounding}
-        self.__setstate__({"base": base, "_default_rho": rho, "model": model, "scaler": scaler, **options, **slots})
+        self.__setstate__({"base": base, "_default_rho": rho, "model": model, "scaler": scaler, **options, **rules})
         for group in base.param_groups:
             group.setdefault(RHO, rho)
         check_groups(base)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("base", "_default_rho", "model", *_OPTIONS, *_SLOTS)}
+        own = {name: getattr(self, name) for name in ("base", "_default_rho", "model", *_OPTIONS, *SLOTS)}
         engine = self._engine
         return {**own, "memory": engine.memory, "steps": engine.steps, "displaced": engine.displaced()}
 

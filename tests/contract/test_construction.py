@@ -6,6 +6,7 @@ import inspect
 import pytest
 import torch
 
+import steppe
 from steppe import SAM, rho_schedule, variants
 from steppe._engine.constructor import Options
 from steppe.methods.registry import FUNCTIONS
@@ -176,3 +177,17 @@ def test_c37_signature_of_each_method_has_the_options_of_sam(name):
     shown = inspect.signature(FUNCTIONS[name]).parameters
     assert set(Options.__annotations__) - {"perturbation", "combination", "cadence"} <= set(shown)
     assert not [p for p in shown.values() if p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
+
+
+def test_failed_construction_leaves_the_radii_of_an_earlier_optimizer():
+    base = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    optimizer = SAM(base, rho=0.3)
+    with pytest.raises(TypeError, match="got the class L2"):
+        SAM(base, rho=0.1, perturbation=steppe.L2)
+    assert [group["sam_rho"] for group in optimizer.param_groups] == [0.3]
+
+
+def test_sam_on_takes_several_modules():
+    parts = [torch.nn.LayerNorm(2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))]
+    base = torch.optim.SGD([p for part in parts for p in part.parameters()], lr=0.1)
+    assert len(steppe.variants.sam_on(base, rho=0.1, model=parts).perturbation.parameters) == 4

@@ -215,6 +215,22 @@ def test_factors_in_bfloat16_that_a_step_cannot_change_warn():
         by_passes(optimizer, lambda: model(**batch).loss)
 
 
+def test_factors_in_bfloat16_grow_and_shrink():
+    """With alpha lr = 0.003, 1 + alpha lr is 1 in bfloat16, while many products are not the factor itself."""
+    model, (batch,) = adapted(dtype=torch.bfloat16), sentences(1)
+    factors = [p for pair in factors_of(model) for p in pair]
+    before = [p.detach().clone() for p in factors]
+    by_passes(bar(base_of(model, lr=0.0), alpha=1.0, model=model), lambda: model(**batch).loss)
+    assert all(torch.equal(p, old) for p, old in zip(factors, before, strict=True))
+    optimizer = bar(base_of(model, lr=0.006), alpha=0.5, model=model)
+    for p in factors:
+        p.register_hook(torch.zeros_like)  # the base alone would leave the factors as they are
+    by_passes(optimizer, lambda: model(**batch).loss)
+    changed = [(p.detach().abs() - old.abs()).float() for p, old in zip(factors, before, strict=True)]
+    assert any((c > 0).any() for c in changed)
+    assert any((c < 0).any() for c in changed)
+
+
 def shared(model):
     layers = [m for m in model.modules() if isinstance(m, peft.tuners.lora.LoraLayer)]
     layers[1].lora_A["default"].weight = layers[0].lora_A["default"].weight

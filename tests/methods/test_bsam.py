@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from own_step_problem import Loss, assert_close, gradient, loss, start, trained
 from torch import Tensor
 
+import steppe
 from checks import split
 from steppe._tensors import random as random_tensors
 from steppe.methods.bsam import BSAM
@@ -185,3 +186,13 @@ def test_plain_step_uses_the_present_gradient():
     assert w.item() < 1
     with pytest.raises(RuntimeError, match=r"give the closure to BSAM\.step"):
         optimizer.base.step(lambda: None)
+
+
+@pytest.mark.parametrize(
+    ("slot", "rule"),
+    [("perturbation", steppe.L2()), ("combination", steppe.PenalizedNorm()), ("cadence", steppe.Periodic(2))],
+)
+def test_no_rule_can_be_assigned(slot, rule):
+    optimizer = steppe.variants.bsam([torch.nn.Parameter(torch.ones(2))], n_data=10)
+    with pytest.raises(TypeError, match=f"BSAM has a {slot} of its own"):
+        setattr(optimizer, slot, rule)

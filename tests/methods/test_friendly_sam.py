@@ -69,7 +69,7 @@ def test_sigma_zero_is_sam():
     [
         ({"sigma": -1.0}, "sigma must be finite and not negative, got -1.0"),
         ({"sigma": float("inf")}, "sigma must be"),
-        ({"lmbda": 1.0}, "lmbda must be between 0 and 1, got 1.0"),
+        ({"lmbda": 1.0}, "lmbda must be more than 0 and less than 1, got 1.0"),
         ({"lmbda": 0.0}, "lmbda must be"),
     ],
 )

@@ -151,3 +151,17 @@ def test_every_perturbed_pass_is_marked_as_one_that_gives_an_update_gradient():
             is_last.append(sam_pass.is_last)
             w.square().sum().backward()
     assert is_last == [False, True, True, True]
+
+
+def test_perturbation_that_is_assigned_later_is_repeated_and_checked_like_the_constructors():
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = Lookbehind(torch.optim.SGD([w], lr=0.1), rho=1.0, ascent_steps=3)
+    optimizer.perturbation = steppe.Adaptive()
+    assert (optimizer.perturbation.rule, optimizer.perturbation.ascent_steps) == (steppe.Adaptive(), 3)
+    optimizer.perturbation = optimizer.perturbation  # what it has built itself is not built upon again
+    assert optimizer.perturbation.rule == steppe.Adaptive()
+    for unfit in (steppe.GaussianNoise(), steppe.AscentSteps(steppe.L2(), 2)):
+        with pytest.raises(ValueError, match=r"Lookbehind makes 3 ascent steps, .* does not fit"):
+            optimizer.perturbation = unfit
+    with pytest.raises(TypeError, match="got the class L2"):
+        Lookbehind(torch.optim.SGD([w], lr=0.1), perturbation=steppe.L2)

@@ -9,7 +9,7 @@ from named_methods import RULE_METHODS, WRAPPERS, build, passes_per_step
 
 from steppe import papers, testing
 from steppe.methods.registry import FUNCTIONS
-from support import each_in_turn, in_turn, rest_is_slow
+from support import batch, by_closure, each_in_turn, in_turn, model_bits, net, rest_is_slow
 
 OTHER_BASES = ["sgd", "adamw"]
 
@@ -54,3 +54,17 @@ def test_references_name_a_paper_that_the_optimizer_cites(name):
 @pytest.mark.parametrize(("name", "passes"), [("lookbehind_sam", 3.0), ("sampa", 2.0), ("gam", 4.0), ("c_flat", 4.0)])
 def test_method_with_its_own_step_makes_the_planned_passes(name, passes):
     assert passes_per_step(name) == pytest.approx(passes)
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_maximize_mirrors_minimization(name):
+    """With maximize=True on the negative loss, every method takes the same steps, to the bit."""
+    down, up = net(dropout=0.0), net(dropout=0.0)
+    for model, sign in ((down, 1), (up, -1)):
+        optimizer = build(name)(model)
+        for group in optimizer.param_groups:
+            group["maximize"] = sign < 0
+        for step in range(4):
+            x, y = batch(step)
+            by_closure(optimizer, lambda m=model, s=sign, x=x, y=y: s * torch.nn.functional.cross_entropy(m(x), y))
+    assert model_bits(down) == model_bits(up)

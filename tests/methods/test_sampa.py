@@ -255,3 +255,11 @@ def test_rho_and_lambda_zero_train_a_model_as_the_base_on_the_batch_before():
     for p, q in zip(model.parameters(), twin.parameters(), strict=True):
         assert torch.equal(p, q)
     assert model_bits(model) != model_bits(twin), "the buffers hold statistics of batch 2"
+
+
+def test_perturbation_that_is_assigned_later_is_checked_like_the_constructors():
+    optimizer = SAMPa(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    optimizer.perturbation = steppe.Adaptive()
+    with pytest.raises(ValueError, match="SAMPa perturbs once a step along the gradient at y"):
+        optimizer.perturbation = steppe.GaussianNoise()
+    assert optimizer.perturbation == steppe.Adaptive()

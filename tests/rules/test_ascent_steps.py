@@ -8,6 +8,7 @@ import steppe
 from checks import bumpy, resumes, split
 from reference import asam_e, loss_and_gradient, sam_e
 from steppe import SAM, AscentSteps
+from steppe.rules import averages_memory, scale_free
 from support import BASES, DRIVES, bits, by_classic, by_closure, by_passes, model_bits, net, train
 
 RHO = 0.3
@@ -189,3 +190,21 @@ def test_classic_api_with_several_ascent_steps_is_an_error():
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), perturbation=AscentSteps(steppe.L2(), 2))
     with pytest.raises(RuntimeError, match="makes 2 ascent steps"):
         by_classic(optimizer, lambda: w.square().sum())
+
+
+def test_ascent_steps_are_scale_free_like_the_rule_and_never_averaged_over_micro_batches():
+    assert scale_free(AscentSteps(steppe.L2(), 2))
+    assert not scale_free(AscentSteps(steppe.Friendly(), 2))
+    assert averages_memory(steppe.Friendly())
+    assert not averages_memory(AscentSteps(steppe.Friendly(), 2))
+
+
+def test_ascent_steps_need_no_loss_scaler_argument():
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), 0.5, perturbation=AscentSteps(steppe.L2(), 2))
+    scaler = torch.amp.GradScaler("cpu", init_scale=1024.0)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            scaler.scale(w.square().sum()).backward()
+    scaler.step(optimizer)
+    torch.testing.assert_close(w.detach(), torch.tensor([3.0, 4.0]) * (1 - 0.1 * 2 * 1.1))

@@ -13,7 +13,7 @@ from torch.optim import Optimizer
 from steppe._engine.hints import check_positional, refuse_foreign_options, refuse_unknown
 from steppe._engine.joint_base import as_one, optimizers_of
 from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
-from steppe.rules import Cadence, Combination, Perturbation, ascent_steps, needs_gradient
+from steppe.rules import Cadence, Combination, Perturbation, ascent_steps
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
 
@@ -157,24 +157,6 @@ def drop_earlier_radii(base: Optimizer) -> None:
             for group in optimizer.param_groups:
                 group.pop(RHO, None)
         _wrapped.add(optimizer)
-
-
-def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
-    """Refuse ``per_rank=True`` with rules that cannot differ between the ranks, or that must not.
-
-    Raises:
-        ValueError: Names the rule.
-    """
-    if not needs_gradient(perturbation):
-        why = (
-            f"{perturbation} does not use the gradient, so that all ranks are perturbed alike (GaussianNoise: give "
-            "each rank a seed)"
-        )
-    elif needs_gradient(cadence):
-        why = f"{cadence} decides by the gradient at w, which differs between the ranks: only some would perturb"
-    else:
-        return
-    raise ValueError(f"per_rank=True: {why}. Leave per_rank out, or take other rules")
 
 
 def check_classic(perturbation: Perturbation, *, single_pass: bool, per_rank: bool) -> None:

@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeAlias, TypeVar
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -37,11 +37,9 @@ from steppe.rules import (
     ScaledDirection,
     ascent_steps,
     averages_memory,
-    needs_gradient,
+    follows_gradient,
     scale_free,
 )
-
-_T = TypeVar("_T")
 
 Combine: TypeAlias = Callable[[Point, Sequence[Tensor] | None], Sequence[Tensor]]
 
@@ -242,9 +240,9 @@ class Engine:
         if ascent_steps(perturbation) > 1:
             self._ascent = ascent
         # maximize flips the sign of gradients only: the base's momentum has it flipped already
-        follows_gradient = needs_gradient(perturbation)
+        sign = -1 if follows_gradient(perturbation) else 1
         for group, parameters, along in self._by_group(point.parameters, direction):
-            length = group[RHO] * scale * (-1 if follows_gradient and group.get("maximize", False) else 1)
+            length = group[RHO] * scale * (sign if group.get("maximize", False) else 1)
             alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
             self.displace(parameters, alpha, along)
         self._rounding_checked = True

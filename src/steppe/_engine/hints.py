@@ -83,7 +83,7 @@ def checked(function: Callable[_P, _R], owner: str) -> Callable[_P, _R]:
     def call(*args: _P.args, **kwargs: _P.kwargs) -> _R:
         given = args[len(every) - len(known) :]
         check_positional(by_position, given, kwargs, owner)
-        _check_first(owner, known[0], given[0] if given else kwargs.get(known[0]))
+        _check_first(owner, known[0], given[0] if given else kwargs.get(known[0]), required[1:])
         if unknown := kwargs.keys() - set(known):
             refuse_unknown(unknown, owner, known, list_known=True)
         missing = [f"{name}=" for name in required if name not in kwargs and name not in by_position[: len(given)]]
@@ -94,7 +94,7 @@ def checked(function: Callable[_P, _R], owner: str) -> Callable[_P, _R]:
     return call
 
 
-def _check_first(owner: str, name: str, value: Any) -> None:
+def _check_first(owner: str, name: str, value: Any, required: Sequence[str]) -> None:
     """Refuse parameters or a model instead of the optimizer, or the other way round.
 
     Raises:
@@ -103,7 +103,10 @@ def _check_first(owner: str, name: str, value: Any) -> None:
     if name == "base_optimizer" and not isinstance(as_one(value), Optimizer):
         what, instead = "a base optimizer", "torch.optim.SGD(model.parameters(), lr=0.1), model=model"
     elif name == "params" and (value is None or isinstance(value, Optimizer | nn.Module | type)):
-        what, instead = "the parameters", "model.parameters(), n_data=50_000, model=model"
+        what, instead = (
+            "the parameters",
+            ", ".join(["model.parameters()", *(f"{other}=..." for other in required), "model=model"]),
+        )
     elif name == "model" and not isinstance(value, nn.Module):
         what, instead = "the model", "model, optimizer"
     else:

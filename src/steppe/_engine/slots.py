@@ -6,12 +6,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import Any, TypeVar, cast
 
 from torch import Tensor
+from torch.optim import Optimizer
 
 from steppe._engine.shared import Shared
 from steppe._engine.state_dict import parameters_of
-from steppe.rules import ParameterSubset, Perturbation, ScaledDirection
+from steppe.rules import Cadence, ParameterSubset, Perturbation, ScaledDirection, needs_gradient
 
 _T = TypeVar("_T")
+
+SLOTS = ("perturbation", "combination", "cadence")
+"""The attributes of an optimizer that hold its rules."""
 
 
 class Rule(Shared[_T]):
@@ -23,10 +27,23 @@ class Rule(Shared[_T]):
                 raise TypeError(
                     f"{type(optimizer).__name__} has a {self._name} of its own: make a steppe.SAM for another one"
                 )
-            check_slots(**{self._name: value})
-            if self._name == "perturbation":
-                check_parameters(cast(Perturbation, value), list(parameters_of(optimizer.base)))
+            rules = {slot: getattr(optimizer, slot) for slot in SLOTS} | {self._name: value}
+            value = accepted_rules(optimizer, optimizer.base, per_rank=optimizer.per_rank, **rules)[self._name]
         super().__set__(optimizer, value)
+
+
+def accepted_rules(optimizer: Any, base: Optimizer, *, per_rank: bool, **rules: Any) -> dict[str, Any]:
+    """Return the rules in the form in which the optimizer uses them, by their slots.
+
+    Raises:
+        TypeError: A rule in the wrong slot.
+        ValueError: A rule that does not fit the optimizer, its parameters, or the other rules.
+    """
+    check_slots(**rules)
+    if per_rank:
+        check_per_rank(rules["perturbation"], rules["cadence"])
+    check_parameters(rules["perturbation"], list(parameters_of(base)))
+    return {**rules, "perturbation": optimizer.accept_perturbation(rules["perturbation"])}
 
 
 def check_slots(**rules: Any) -> None:
@@ -85,6 +102,24 @@ def with_parameters(perturbation: Perturbation, replaced: Mapping[Tensor, Tensor
             object.__setattr__(rule, "rule", changed)  # rules are frozen dataclasses, or classes of the user's own
     follow: Callable[[Mapping[Tensor, Tensor]], Perturbation] | None = getattr(rule, "with_parameters", None)
     return cast(Perturbation, rule) if follow is None else follow(replaced)
+
+
+def check_per_rank(perturbation: Perturbation, cadence: Cadence) -> None:
+    """Refuse ``per_rank=True`` with rules that cannot differ between the ranks, or that must not.
+
+    Raises:
+        ValueError: Names the rule.
+    """
+    if not needs_gradient(perturbation):
+        why = (
+            f"{perturbation} does not use the gradient, so that all ranks are perturbed alike (GaussianNoise: give "
+            "each rank a seed)"
+        )
+    elif needs_gradient(cadence):
+        why = f"{cadence} decides by the gradient at w, which differs between the ranks: only some would perturb"
+    else:
+        return
+    raise ValueError(f"per_rank=True: {why}. Leave per_rank out, or take other rules")
 
 
 def check_subset(perturbation: Perturbation, owned: Iterable[Tensor]) -> str | None:

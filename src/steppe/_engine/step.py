@@ -45,6 +45,14 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     scaler = Shared[torch.amp.GradScaler | None](None)
     _scaler_target: ScalerTarget
 
+    def accept_perturbation(self, perturbation: Perturbation) -> Perturbation:
+        """Return the perturbation in the form in which this optimizer uses it, at the constructor and when assigned.
+
+        A method may override this to refuse one that does not fit, with a ValueError, or to build its own upon it. It
+        also gets what it returned before, and returns that.
+        """
+        return perturbation
+
     @abstractmethod
     def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
         """Yield the passes of one step."""

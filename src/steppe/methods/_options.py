@@ -4,9 +4,10 @@ from collections.abc import Iterable
 from typing import TypedDict
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from steppe._checks import check_count
+from steppe._engine.constructor import Model
 from steppe._engine.joint_base import Base as Base
 from steppe.rules import Perturbation
 from steppe.rules.ascent_steps import AscentSteps
@@ -27,7 +28,7 @@ class PassOptions(TypedDict, total=False):
 class Options(PassOptions, total=False):
     """Arguments of :class:`steppe.SAM` that every named function passes on."""
 
-    model: nn.Module | None
+    model: Model | None
 
 
 def repeated_on_subset(rule: Perturbation, ascent_steps: int, only: Iterable[Tensor] | None) -> Perturbation:

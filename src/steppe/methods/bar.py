@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from steppe._checks import check_count, check_nonnegative
+from steppe._engine.slots import SLOTS
 from steppe._tensors.dtensor import is_sharded, local
 from steppe.methods._adapters import Factors, trained_factors
 from steppe.methods._base import OwnStepMethod
@@ -17,7 +18,7 @@ from steppe.methods._card import TOTAL_STEPS, Comparison, MethodCard
 from steppe.methods._options import Base, Options
 from steppe.papers import NEURIPS, Paper, cites
 from steppe.rules import Point
-from steppe.rules.ops import accumulator, all_finite, norm
+from steppe.rules.ops import accumulator, all_finite, norm, widen
 
 BAR_PAPER = Paper(
     "li2024bar",
@@ -67,7 +68,7 @@ class BAR(OwnStepMethod):
     paper: ClassVar[Paper] = BAR_PAPER
     perturbs: ClassVar[bool] = False
     hyperparameters: ClassVar[tuple[str, ...]] = ("alpha", "compare", "total_steps")
-    own_rules: ClassVar[tuple[str, ...]] = ("perturbation", "combination", "cadence")
+    own_rules: ClassVar[tuple[str, ...]] = SLOTS
     why_no_first_step: ClassVar[str] = "there is one pass, and no perturbation"
 
     def __init__(
@@ -117,7 +118,10 @@ class BAR(OwnStepMethod):
                 positions = [i for i, own in enumerate(groups) if own is group]
                 rate = self._rate(alpha, group, factors[positions[0]].dtype)
                 scales = (1 + signs * rate).unbind()
-                torch._foreach_mul_([here[i] for i in positions], [scales[i].to(here[i]) for i in positions])
+                own = [here[i] for i in positions]
+                wide = [widen(p) for p in own]  # in half precision, 1 + alpha lr is often 1
+                torch._foreach_mul_(wide, [scales[i].to(p) for i, p in zip(positions, wide, strict=True)])
+                torch._foreach_copy_(own, wide)
             yield
         except BaseException:
             torch._foreach_copy_(here, before)

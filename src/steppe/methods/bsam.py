@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from steppe._checks import check_nonnegative
 from steppe._engine.gradients import unless_skipped
 from steppe._engine.hints import checked
+from steppe._engine.slots import SLOTS
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Rho
@@ -159,6 +160,7 @@ class BSAM(OwnStepMethod):
     base: Posterior
     seed: int
     hyperparameters: ClassVar[tuple[str, ...]] = ("seed",)
+    own_rules: ClassVar[tuple[str, ...]] = SLOTS  # its base steps with all three
     why_no_scaler: ClassVar[str] = (
         "e = rho g / s has no norm to divide the scale by, so that the perturbation is 65536 times too large"
     )

@@ -5,7 +5,7 @@ from typing import ClassVar, Unpack
 
 import torch
 
-from steppe._checks import check_nonnegative
+from steppe._checks import check_nonnegative, check_open_unit_interval
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import CVPR, Paper
@@ -58,10 +58,7 @@ class Friendly:
 
     def __post_init__(self) -> None:
         check_nonnegative("sigma", self.sigma, "the share of the mean that is subtracted")
-        if not 0 < self.lmbda < 1:
-            raise ValueError(
-                f"lmbda must be between 0 and 1, got {self.lmbda}: it is the share of the old mean in the new one"
-            )
+        check_open_unit_interval("lmbda", self.lmbda, "the share of the old mean in the new one")
 
     def __call__(self, point: Point) -> ScaledDirection:
         memory = point.memory_of(self)

@@ -61,7 +61,7 @@ class SurrogateGap:
     scale_free: ClassVar[bool] = True
 
     alpha: float = 0.2
-    """alpha, the weight of g_orth; 0 is SAM, and the authors' CIFAR-10 example has 0.2."""
+    """alpha, the weight of g_orth; 0 is SAM; the authors' CIFAR-10 example has 0.4, and had 0.2 earlier."""
 
     def __post_init__(self) -> None:
         check_nonnegative("alpha", self.alpha, "the weight of the part of g orthogonal to g_s")
@@ -85,7 +85,8 @@ def gsam(base_optimizer: Base, rho: Rho = 0.05, *, alpha: float = 0.2, **options
         base_optimizer: The optimizer that takes the steps.
         rho: rho, the radius; the paper makes it proportional to the learning rate, with
             :class:`steppe.rho_schedule.ProportionalRho`.
-        alpha: alpha, the weight of g_orth; 0.2 in the authors' CIFAR-10 example, and 0 is SAM.
+        alpha: alpha, the weight of g_orth; 0.4 in the authors' CIFAR-10 example, 0.2 in an earlier version of it, and
+            0 is SAM.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
 
     Raises:

@@ -2,22 +2,24 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Unpack
+from typing import Any, ClassVar, Unpack, cast
 
 import torch
 from torch import Tensor
 
-from steppe._checks import check_count
+from steppe._checks import check_count, check_unit_interval
 from steppe._engine.gradients import skip_unless
+from steppe._engine.slots import check_slots
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
-from steppe.rules import Perturbation, Point, ScaledDirection, needs_gradient
+from steppe.rules import Modifier, Perturbation, Point, ScaledDirection, needs_gradient
 from steppe.rules import ascent_steps as ascent_steps_of
+from steppe.rules.ascent_steps import extended_ascent
 from steppe.rules.l2 import L2
-from steppe.rules.ops import accumulator, add_scaled_, as_real, norm
-from steppe.sam import SAM, Pass
+from steppe.rules.ops import accumulator, as_real, norm
+from steppe.sam import Pass
 
 LOOKBEHIND_PAPER = Paper(
     "mordido2024lookbehind",
@@ -33,26 +35,17 @@ _DEFAULT_PERTURBATION = L2()
 
 
 @dataclass(frozen=True)
-class LookbehindAscent:
+class LookbehindAscent(Modifier):
     """Make k ascent steps of the full radius, e_i = e_{i-1} + d(g(w + e_{i-1})); |e_k| may reach k rho."""
 
     rule: Perturbation
     """The perturbation to repeat."""
-    ascent_steps: int
+    ascent_steps: int = 2
     """k, the number of ascent steps."""
 
     def __call__(self, point: Point) -> ScaledDirection:
-        direction, scale = self.rule(point)
-        if self.ascent_steps == 1:
-            return ScaledDirection(direction, scale)
-        before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
-        e = [
-            None if d is None else torch.zeros_like(d) if old is None else old.clone()
-            for d, old in zip(direction, before, strict=True)
-        ]
-        alpha = scale if isinstance(scale, Tensor) else point.gradient_norm.new_full((), scale)
-        add_scaled_([t for t in e if t is not None], alpha, [d for d in direction if d is not None])
-        return ScaledDirection(e)
+        ascent_step = self.rule(point)
+        return ascent_step if self.ascent_steps == 1 else ScaledDirection(extended_ascent(point, ascent_step))
 
 
 class Lookbehind(OwnStepMethod):
@@ -127,19 +120,24 @@ class Lookbehind(OwnStepMethod):
         perturbation: Perturbation = _DEFAULT_PERTURBATION,
         **kwargs: Any,
     ) -> None:
-        check_count("ascent_steps", ascent_steps, "their number in a step")
-        if alpha is not None and not 0 <= alpha <= 1:
-            raise ValueError(
-                f"alpha must be between 0 and 1, or None to choose it at each step, got {alpha}: it is the share of "
-                "the way from the slow to the fast weights"
-            )
-        if not needs_gradient(perturbation) or ascent_steps_of(perturbation) > 1:
-            raise ValueError(
-                f"Lookbehind makes {ascent_steps} ascent steps, each along a gradient, and {perturbation} "
-                "does not fit. Give a perturbation that makes one ascent step along the gradient"
-            )
+        check_count("ascent_steps", ascent_steps, "the number of ascent steps in a step")
+        if alpha is not None:
+            meaning = "the share of the way from the slow to the fast weights, and None chooses it at each step"
+            check_unit_interval("alpha", alpha, meaning)
         self.alpha = alpha
         super().__init__(*args, perturbation=LookbehindAscent(perturbation, ascent_steps), **kwargs)
+
+    def accept_perturbation(self, perturbation: Perturbation) -> Perturbation:
+        """Return the ascent by a perturbation; refuse one that uses no gradient, or makes several ascent steps."""
+        if not isinstance(perturbation, LookbehindAscent):
+            perturbation = LookbehindAscent(perturbation, cast(LookbehindAscent, self.perturbation).ascent_steps)
+        check_slots(perturbation=perturbation.rule)
+        if not needs_gradient(perturbation.rule) or ascent_steps_of(perturbation.rule) > 1:
+            raise ValueError(
+                f"Lookbehind makes {perturbation.ascent_steps} ascent steps, each along a gradient, and "
+                f"{perturbation.rule} does not fit. Give a perturbation that makes one ascent step along the gradient"
+            )
+        return perturbation
 
     def reset(self) -> None:
         """Discard the gradients of the step."""
@@ -209,7 +207,7 @@ def lookbehind_sam(
     ascent_steps: int = 2,
     alpha: float | None = 0.5,
     **options: Unpack[Options],
-) -> SAM:
+) -> Lookbehind:
     """Lookbehind: K ascent steps, a step of the base for each, and a share alpha of the way. 1 + K passes per step.
 
     w <- w + alpha (w_K - w), where w_i is a step of the base from w_{i-1} with the gradient after i ascent steps.

@@ -6,7 +6,7 @@ from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.arwp import AdaptiveNoise, RunningSquares
 from steppe.methods.mixed_rwp import MIXED_RWP_PAPER
-from steppe.methods.pgn import PenalizedNorm
+from steppe.rules.mixed_gradient import MixedGradient
 from steppe.sam import SAM
 
 
@@ -45,7 +45,7 @@ def mixed_arwp(
     References:
         Li et al., Revisiting Random Weight Perturbation for Efficiently Improving Generalization, arXiv 2404.00357.
     """
-    noise, combination = AdaptiveNoise(eta, seed), RunningSquares(PenalizedNorm(alpha), beta)
+    noise, combination = AdaptiveNoise(eta, seed), RunningSquares(MixedGradient(alpha), beta)
     return SAM(base_optimizer, rho, **options, perturbation=noise, combination=combination)
 
 

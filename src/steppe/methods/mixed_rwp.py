@@ -4,9 +4,9 @@ from typing import Unpack
 
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
-from steppe.methods.pgn import PenalizedNorm
 from steppe.methods.rwp import GaussianNoise
 from steppe.papers import Paper
+from steppe.rules.mixed_gradient import MixedGradient
 from steppe.sam import SAM
 
 MIXED_RWP_PAPER = Paper(
@@ -48,13 +48,13 @@ def mixed_rwp(
     Example:
         >>> import torch
         >>> mixed_rwp(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).combination
-        PenalizedNorm(alpha=0.5)
+        MixedGradient(alpha=0.5)
 
     References:
         Li et al., Revisiting Random Weight Perturbation for Efficiently Improving Generalization, arXiv 2404.00357.
     """
     noise = GaussianNoise(filterwise=True, seed=seed, paper=MIXED_RWP_PAPER)
-    return SAM(base_optimizer, rho, **options, perturbation=noise, combination=PenalizedNorm(alpha))
+    return SAM(base_optimizer, rho, **options, perturbation=noise, combination=MixedGradient(alpha))
 
 
 CARD = MethodCard(

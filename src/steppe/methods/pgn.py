@@ -1,18 +1,13 @@
 """PGN: penalize the gradient norm."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
-
-import torch
-from torch import Tensor
 
 from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY_AND_G, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import ICML, Paper
-from steppe.rules import Point
-from steppe.rules.ops import foreach
+from steppe.rules.mixed_gradient import MixedGradient
 from steppe.sam import SAM
 
 PGN_PAPER = Paper(
@@ -26,7 +21,7 @@ PGN_PAPER = Paper(
 
 
 @dataclass(frozen=True)
-class PenalizedNorm:
+class PenalizedNorm(MixedGradient):
     """Penalize the gradient norm, L(w) + lambda |g(w)| (PGN): (1 - alpha) g + alpha g_s.
 
     With the radius rho as the paper's r, alpha = lambda / r; alpha = 1 is SAM. At a step without perturbation, the
@@ -36,6 +31,8 @@ class PenalizedNorm:
     paper's formula, it is g.
 
     Example:
+        >>> import torch
+        >>> from steppe.rules import Point
         >>> point = Point([torch.zeros(1)], [torch.tensor([1.0])], rho=[0.05], base_state=[{}], step=0)
         >>> PenalizedNorm(alpha=0.75)(point, [torch.tensor([2.0])])
         [tensor([1.7500])]
@@ -46,19 +43,12 @@ class PenalizedNorm:
     """
 
     paper: ClassVar[Paper] = PGN_PAPER
-    needs_unperturbed_gradient: ClassVar[bool] = True
-    scale_free: ClassVar[bool] = True
 
     alpha: float = 0.8
     """alpha = lambda / r, the share of g_s; the authors train with 0.8 and r = 0.1."""
 
     def __post_init__(self) -> None:
         check_nonnegative("alpha", self.alpha, "lambda / r, the share of g_s")
-
-    def __call__(self, point: Point, perturbed: Sequence[Tensor] | None) -> Sequence[Tensor]:
-        if not perturbed:
-            return point.gradients
-        return foreach(torch._foreach_lerp, point.gradients, perturbed, weight=self.alpha)
 
 
 def pgn(base_optimizer: Base, rho: Rho = 0.1, *, alpha: float = 0.8, **options: Unpack[Options]) -> SAM:
@@ -76,6 +66,7 @@ def pgn(base_optimizer: Base, rho: Rho = 0.1, *, alpha: float = 0.8, **options: 
         ValueError: alpha is negative or not finite.
 
     Example:
+        >>> import torch
         >>> pgn(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).combination
         PenalizedNorm(alpha=0.8)
 

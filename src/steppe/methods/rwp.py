@@ -35,7 +35,7 @@ class GaussianNoise:
 
     The authors' code has the filter-wise form, with rho = 0.01 on CIFAR and 0.005 on ImageNet. It updates with the
     mean of two gradients: at w + e, and at w for another batch on another device (m-RWP). The same on one batch, in two
-    passes, is this rule with :class:`~steppe.PenalizedNorm` (alpha=0.5).
+    passes, is this rule with :class:`~steppe.MixedGradient` (alpha=0.5).
 
     Example:
         >>> point = Point([torch.zeros(100)], [], rho=[0.05], base_state=[{}], step=7)

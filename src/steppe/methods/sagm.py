@@ -6,9 +6,9 @@ from typing import ClassVar, Unpack
 from steppe._checks import check_nonnegative
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
-from steppe.methods.pgn import PenalizedNorm
 from steppe.papers import CVPR, Paper
 from steppe.rules import Point, ScaledDirection
+from steppe.rules.mixed_gradient import MixedGradient
 from steppe.rules.ops import reciprocal
 from steppe.sam import SAM
 
@@ -75,7 +75,7 @@ def sagm(base_optimizer: Base, rho: Rho = 0.05, *, alpha: float = 0.02, **option
     References:
         Wang et al., Sharpness-Aware Gradient Matching for Domain Generalization, arXiv 2303.10353.
     """
-    return SAM(base_optimizer, rho, **options, perturbation=GradientMatching(alpha), combination=PenalizedNorm(0.5))
+    return SAM(base_optimizer, rho, **options, perturbation=GradientMatching(alpha), combination=MixedGradient(0.5))
 
 
 CARD = MethodCard(

@@ -2,8 +2,7 @@
 
 from typing import Unpack
 
-from torch import nn
-
+from steppe._engine.constructor import Model, one_module
 from steppe.methods._card import FIRST_GUESS, Comparison, MethodCard
 from steppe.methods._options import Base, PassOptions, Rho
 from steppe.papers import NEURIPS, Paper
@@ -21,7 +20,7 @@ SAM_ON_PAPER = Paper(
 )
 
 
-def sam_on(base_optimizer: Base, rho: Rho, *, model: nn.Module, **options: Unpack[PassOptions]) -> SAM:
+def sam_on(base_optimizer: Base, rho: Rho, *, model: Model, **options: Unpack[PassOptions]) -> SAM:
     """SAM-ON: SAM that perturbs the normalization layers only. Two passes per step.
 
     e = rho g / |g| on the parameters of normalization layers, 0 elsewhere.
@@ -33,6 +32,7 @@ def sam_on(base_optimizer: Base, rho: Rho, *, model: nn.Module, **options: Unpac
         **options: The other options of :class:`steppe.SAM`.
 
     Raises:
+        TypeError: ``model`` is not a module, or several.
         ValueError: The model has no normalization layers.
 
     Example:
@@ -45,7 +45,10 @@ def sam_on(base_optimizer: Base, rho: Rho, *, model: nn.Module, **options: Unpac
     References:
         Mueller et al., Normalization Layers Are All That Sharpness-Aware Minimization Needs, arXiv 2306.04226.
     """
-    perturbation = ParameterSubset(L2(), norm_layers(model), SAM_ON_PAPER)
+    module = one_module(model)
+    if module is None:
+        raise TypeError("sam_on perturbs the normalization layers of model=, which is None: give the trained module")
+    perturbation = ParameterSubset(L2(), norm_layers(module), SAM_ON_PAPER)
     return SAM(base_optimizer, rho, model=model, **options, perturbation=perturbation)
 
 

@@ -16,7 +16,7 @@ from steppe.papers import NEURIPS, Paper
 from steppe.rules import Memory, Perturbation, Point, ascent_steps, needs_gradient
 from steppe.rules.l2 import L2
 from steppe.rules.ops import accumulator, as_real, foreach, norm
-from steppe.sam import SAM, Pass
+from steppe.sam import Pass
 
 SAMPA_PAPER = Paper(
     "xie2024sampa",
@@ -114,11 +114,6 @@ class SAMPa(OwnStepMethod):
         **kwargs: Any,
     ) -> None:
         check_unit_interval("lmbda", lmbda, "the share of the gradient at y")
-        if not needs_gradient(perturbation) or ascent_steps(perturbation) > 1:
-            raise ValueError(
-                f"SAMPa perturbs once a step along the gradient at y, and {perturbation} does not fit. Give a "
-                "perturbation that makes one ascent step along the gradient"
-            )
         if group is not None and dist.get_world_size(group) != 2:
             raise ValueError(
                 f"the group has {dist.get_world_size(group)} processes, and SAMPa computes two gradients, one in "
@@ -133,6 +128,15 @@ class SAMPa(OwnStepMethod):
                     f"group {index} of {names_of(self.base)} has no 'lr', and y is one step of that length away "
                     "from x: take a base with a learning rate"
                 )
+
+    def accept_perturbation(self, perturbation: Perturbation) -> Perturbation:
+        """Refuse a perturbation that does not use the gradient, or makes several ascent steps."""
+        if not needs_gradient(perturbation) or ascent_steps(perturbation) > 1:
+            raise ValueError(
+                f"SAMPa perturbs once a step along the gradient at y, and {perturbation} does not fit. Give a "
+                "perturbation that makes one ascent step along the gradient"
+            )
+        return perturbation
 
     def reset(self) -> None:
         """Reset the state of a step. A process group cannot be copied: a copy has none."""
@@ -311,7 +315,7 @@ def sampa(
     lmbda: float = 0.2,
     group: dist.ProcessGroup | None = None,
     **options: Unpack[Options],
-) -> SAM:
+) -> SAMPa:
     """SAMPa: two independent passes per step. On two devices they take the time of one.
 
     x~ = x + rho g(y) / |g(y)|,   y' = x - lr g(y),   x' = Base(x, (1 - lambda) g(x~) + lambda g(y')).

@@ -1,12 +1,12 @@
 """SAM along the gradient of the step before, in a single pass."""
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
 from torch import Tensor
 
+from steppe._engine.callers import warn
 from steppe.methods._card import COPY, NO_CODE, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
@@ -68,16 +68,16 @@ class StaleGradient:
 
     paper: ClassVar[Paper] = STALE_SAM_PAPER
     needs_gradient: ClassVar[bool] = False
+    follows_gradient: ClassVar[bool] = True
     scale_free: ClassVar[bool] = True
 
     def __call__(self, point: Point) -> ScaledDirection:
         kept = [own.get("g") for own in point.memory_of(KeptGradient())]
         if point.step and all(g is None for g in kept):
-            warnings.warn(
-                f"StaleGradient has no gradient of the step before, so that step {point.step} is not perturbed. Give "
-                "the optimizer combination=steppe.KeptGradient(), which keeps it, or use steppe.variants.stale_sam "
-                "(after loading the checkpoint of another method, only the first step lacks it)",
-                stacklevel=2,
+            warn(
+                "StaleGradient has no gradient of the step before, so that this step is not perturbed. Give the "
+                "optimizer combination=steppe.KeptGradient(), which keeps it, or use steppe.variants.stale_sam (after "
+                "loading the checkpoint of another method, only the first step lacks it)"
             )
         return ScaledDirection(kept, reciprocal(norm([g for g in kept if g is not None])))
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe._checks import check_below_one
+from steppe._engine.gradients import skip_unless
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
@@ -81,8 +82,8 @@ class UnperturbedIfFinite(WeightedSharpness):
             return point.gradients
         g, g_s = list(point.gradients), list(perturbed)
         smallest = min(range(len(g)), key=lambda i: g[i].numel())
-        not_finite = norm(g_s).isfinite().logical_not()
-        g[smallest] = g[smallest].masked_fill(not_finite.to(g[smallest].device), float("nan"))
+        g[smallest] = g[smallest].clone()
+        skip_unless(norm(g_s).isfinite(), [g[smallest]])
         return g
 
 

@@ -43,7 +43,7 @@ class ZScore:
                 [-0.1000,  0.0000]])
 
     References:
-        Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering for Neural Networks, arXiv 2505.02369.
+        Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, arXiv 2505.02369.
     """
 
     paper: ClassVar[Paper] = ZSHARP_PAPER
@@ -89,7 +89,7 @@ def zsharp(base_optimizer: Base, rho: Rho = 0.05, *, percentile: float = 0.95, *
         ZScore(percentile=0.95)
 
     References:
-        Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering for Neural Networks, arXiv 2505.02369.
+        Yun, Sharpness-Aware Minimization with Z-Score Gradient Filtering, arXiv 2505.02369.
     """
     return SAM(base_optimizer, rho, **options, perturbation=ZScore(percentile))
 

@@ -5,6 +5,7 @@ from steppe.rules.ascent_steps import AscentSteps
 from steppe.rules.l2 import L2
 from steppe.rules.linf import LInf
 from steppe.rules.masks import Masked
+from steppe.rules.mixed_gradient import MixedGradient
 from steppe.rules.modifier import Modifier
 from steppe.rules.periodic import Periodic
 from steppe.rules.perturbed_gradient import PerturbedGradient
@@ -17,6 +18,7 @@ from steppe.rules.protocols import (
     ScaledDirection,
     ascent_steps,
     averages_memory,
+    follows_gradient,
     needs_gradient,
     scale_free,
 )
@@ -30,6 +32,7 @@ __all__ = [
     "LInf",
     "Masked",
     "Memory",
+    "MixedGradient",
     "Modifier",
     "ParameterSubset",
     "Periodic",
@@ -39,6 +42,7 @@ __all__ = [
     "ScaledDirection",
     "ascent_steps",
     "averages_memory",
+    "follows_gradient",
     "last_layers",
     "layers",
     "needs_gradient",

@@ -10,12 +10,13 @@ from steppe import papers
 from steppe._checks import check_count, check_positive
 from steppe.papers import Paper
 from steppe.rules.l2 import L2
+from steppe.rules.modifier import Modifier
 from steppe.rules.ops import add_scaled_, norm, reciprocal
 from steppe.rules.protocols import Perturbation, Point, ScaledDirection, ascent_steps, needs_gradient
 
 
 @dataclass(frozen=True)
-class AscentSteps:
+class AscentSteps(Modifier):
     """Make K ascent steps, each along the rule at the point reached: e_k = P(e_{k-1} + alpha rho d(g(w + e_{k-1}))).
 
     d is the rule's perturbation for rho = 1, and P the projection onto the ball |e| <= rho. A perturbed step costs
@@ -48,6 +49,7 @@ class AscentSteps:
     """
 
     paper: ClassVar[Paper] = papers.SAM
+    averages_memory: ClassVar[bool] = False  # the rule updates its memory at each ascent step, at points of its own
 
     rule: Perturbation
     """The perturbation to repeat."""
@@ -81,18 +83,24 @@ class AscentSteps:
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the whole perturbation from w, in units of rho."""
         direction, scale = self.rule(point)
-        before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
-        e = [
-            None if d is None else torch.zeros_like(d) if old is None else old.clone()
-            for d, old in zip(direction, before, strict=True)
-        ]
         length = (1 / self.ascent_steps if self.alpha is None else self.alpha) * scale
-        pairs = [(t, d) for t, d in zip(e, direction, strict=True) if t is not None and d is not None]
-        moved = [t for t, _ in pairs]
-        alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
-        add_scaled_(moved, alpha, [d for _, d in pairs])
+        e = extended_ascent(point, ScaledDirection(direction, length))
         if self._projects:
+            moved = [t for t in e if t is not None]
             inside = reciprocal(norm(moved)).clamp(max=1.0)
             for t in moved:
                 t.mul_(inside.to(t.device))
         return ScaledDirection(e)
+
+
+def extended_ascent(point: Point, ascent_step: ScaledDirection) -> list[Tensor | None]:
+    """Return the sum of the ascent so far and one more ascent step, in new tensors; None where nothing is perturbed."""
+    direction, length = ascent_step
+    before = point.ascent_so_far.direction if point.ascent_so_far is not None else [None] * len(direction)
+    e = [
+        None if d is None else torch.zeros_like(d) if old is None else old.clone()
+        for d, old in zip(direction, before, strict=True)
+    ]
+    alpha = length if isinstance(length, Tensor) else point.gradient_norm.new_full((), length)
+    add_scaled_([t for t in e if t is not None], alpha, [d for d in direction if d is not None])
+    return e

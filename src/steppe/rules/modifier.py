@@ -1,6 +1,13 @@
 """The base class of perturbations that change another perturbation."""
 
-from steppe.rules.protocols import Perturbation, ascent_steps, averages_memory, needs_gradient, scale_free
+from steppe.rules.protocols import (
+    Perturbation,
+    ascent_steps,
+    averages_memory,
+    follows_gradient,
+    needs_gradient,
+    scale_free,
+)
 
 
 class Modifier:
@@ -12,6 +19,11 @@ class Modifier:
     def needs_gradient(self) -> bool:
         """True if the modified rule needs the gradient at w."""
         return needs_gradient(self.rule)
+
+    @property
+    def follows_gradient(self) -> bool:
+        """True if the modified rule is made of gradients."""
+        return follows_gradient(self.rule)
 
     @property
     def ascent_steps(self) -> int:

@@ -91,6 +91,7 @@ class Perturbation(Protocol):
 
     - ``needs_gradient = False``: e does not depend on the gradient. A perturbed step is then a single pass, at w + e,
       unless the combination needs g; the point has every trainable parameter, and no gradients.
+    - ``follows_gradient = True``: e follows gradients of earlier steps, see :func:`~steppe.rules.follows_gradient`.
     - ``ascent_steps = K``: the rule makes K ascent steps. It is called K times, each time with the gradient at the
       perturbation so far, which is ``point.ascent_so_far``, and returns the whole perturbation from w.
     - ``scale_free = True``: the rule works alike on gradients times a loss scale, see :func:`~steppe.rules.scale_free`.
@@ -104,6 +105,14 @@ class Perturbation(Protocol):
 def needs_gradient(rule: "Perturbation | Combination | Cadence") -> bool:
     """Return True if the rule needs a gradient: a perturbation or a cadence, and so a pass at w before it is called."""
     return bool(getattr(rule, "needs_gradient", True))
+
+
+def follows_gradient(perturbation: Perturbation) -> bool:
+    """Return True if e is made of gradients of the loss: ``maximize=True`` then changes its sign.
+
+    By default, if the rule needs the gradient. Noise has no sign, and the momentum of the base has the changed one.
+    """
+    return bool(getattr(perturbation, "follows_gradient", needs_gradient(perturbation)))
 
 
 def ascent_steps(perturbation: Perturbation) -> int:
