@@ -1,5 +1,7 @@
 """Contract C17: loss scaling and autocast change nothing but the precision, in each of the three APIs."""
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,6 +72,18 @@ def test_changing_loss_scale_changes_no_bit(name, drive):
 @pytest.mark.parametrize("name", ["sam", "asam", "gsam", "wsam", "looksam", "friendly_sam", "aesam"])
 def test_changing_loss_scale_changes_no_bit_in_the_classic_api(name):
     assert trained(name, scaler=growing_scaler(), drive="classic") == trained(name, drive="classic")
+
+
+def test_step_after_one_that_the_scaler_has_skipped_needs_no_zero_grad():
+    """The shortest loop: the closure returns the loss, and the scaler begins with a scale that is too large."""
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**10)
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), rho=0.5, scaler=scaler)
+    for factor in (1.0, math.inf, math.inf, 1.0):
+        optimizer.step(lambda factor=factor: factor * w.sum())
+        scaler.update()
+    torch.testing.assert_close(w.detach(), torch.tensor([2.8, 3.8]))
+    assert scaler.get_scale() == 2.0**8
 
 
 @pytest.mark.parametrize("name", ["sam", "asam", "gsam", "zsharp", "looksam", "sam_on"])

@@ -83,6 +83,42 @@ def test_c7_exception_in_second_pass_restores_weights(drive, error):
     assert model_bits(model) == model_bits(twin)
 
 
+@pytest.mark.parametrize("fail_in", [1, 2])
+@pytest.mark.parametrize("calls_backward", [False, True])
+def test_c7_step_after_a_backward_that_failed_half_way_is_as_if_there_had_been_none(calls_backward, fail_in):
+    """The guard that many loops have: a batch that does not fit into the memory is left out."""
+    model, twin = net(dropout=0.0), net(dropout=0.0)
+    backwards = []
+
+    def fail(gradient):
+        backwards.append(1)
+        if len(backwards) == fail_in:
+            raise torch.OutOfMemoryError("in the middle of a backward")
+
+    def step(model, optimizer, number):
+        x, y = batch(number)
+
+        def closure():
+            loss = F.cross_entropy(model(x), y)
+            if calls_backward:
+                loss.backward()
+            return loss
+
+        optimizer.step(closure)
+
+    optimizer, other = (SAM(BASES["momentum"](m.parameters()), rho=0.5, model=m) for m in (model, twin))
+    next(iter(model.parameters())).register_hook(fail)
+    buffers = copy.deepcopy(dict(model.named_buffers()))
+    with pytest.raises(torch.OutOfMemoryError):
+        step(model, optimizer, 0)
+    for name, value in model.named_buffers():
+        value.copy_(buffers[name])
+    for number in (1, 2):
+        step(model, optimizer, number)
+        step(twin, other, number)
+    assert model_bits(model) == model_bits(twin)
+
+
 def test_c7_interrupt_between_perturbation_and_second_pass_restores_weights(monkeypatch):
     w = parameter(3.0)
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)

@@ -1,5 +1,7 @@
 """Second derivatives of attention, compiled models and custom functions."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,6 +11,12 @@ from torch import nn
 
 from steppe.flatness import Hessian, Objective
 from steppe.flatness._kernels import twice_differentiable
+
+
+def old_weight_norm(module, dim):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return torch.nn.utils.weight_norm(module, dim=dim)
 
 
 class Attention(nn.Module):
@@ -48,6 +56,17 @@ def test_once_differentiable_function_raises():
     o.gradient()
     with pytest.raises(RuntimeError, match="has no second derivative"):
         Hessian(o)(torch.ones(1, o.n))
+
+
+@pytest.mark.parametrize("norm", [torch.nn.utils.parametrizations.weight_norm, old_weight_norm])
+@pytest.mark.parametrize("dim", [0, 1, None])
+def test_hessian_of_weight_norm_is_the_derivative_of_its_gradient(norm, dim):
+    torch.manual_seed(0)
+    net = nn.Sequential(norm(nn.Linear(3, 4), dim=dim), nn.Tanh(), norm(nn.Linear(4, 2), dim=dim)).double()
+    o = Objective(net, (torch.randn(16, 3).double(), torch.randint(2, (16,))), loss=F.cross_entropy)
+    steps = 1e-5 * torch.eye(o.n, dtype=DOUBLE)
+    differences = torch.stack([(o.gradient(e)[1] - o.gradient(-e)[1]) / 2e-5 for e in steps])
+    torch.testing.assert_close(Hessian(o)(torch.eye(o.n, dtype=DOUBLE)), differences, rtol=1e-6, atol=1e-7)
 
 
 def test_compiled_model_has_a_hessian():

@@ -10,7 +10,7 @@ from own_step_problem import STABLE_BASES, assert_close, base_step, flat, gradie
 import steppe
 from checks import split
 from peer_copies import load
-from steppe import closures, variants
+from steppe import closures, flatness, variants
 from steppe.rules.ops import normal
 from support import batch, bits, by_closure, model_bits, net, saved_and_loaded
 
@@ -167,3 +167,16 @@ def test_eigenvector_and_perturbation_are_those_of_the_official_code():
         p.grad = g
     official.modify_gradient_with_projection(model, theirs, alpha=ALPHA)
     torch.testing.assert_close(found, [RHO * p.grad for p in model.parameters()], rtol=1e-9, atol=1e-9)
+
+
+def test_eigenvector_of_a_model_with_weight_norm_is_that_of_its_exact_hessian():
+    torch.manual_seed(0)
+    model = torch.nn.utils.parametrizations.weight_norm(torch.nn.Linear(3, 2).double())
+    x, y = torch.randn(8, 3).double(), torch.randint(2, (8,))
+    optimizer = variants.eigen_sam(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    found = closures.update_eigenvector(optimizer, lambda: F.cross_entropy(model(x), y), iterations=200)
+    objective = flatness.Objective(model, (x, y), loss=F.cross_entropy)
+    steps = 1e-5 * torch.eye(objective.n).double()
+    hessian = torch.stack([(objective.gradient(e)[1] - objective.gradient(-e)[1]) / 2e-5 for e in steps])
+    values = torch.linalg.eigvalsh((hessian + hessian.T) / 2)
+    assert found.item() == pytest.approx(values[values.abs().argmax()].item(), rel=1e-4)

@@ -388,3 +388,12 @@ def test_plain_step_uses_the_present_gradient_and_the_last_estimate():
     with pytest.raises(RuntimeError, match=r"give the closure to SASSHA\.step"):
         optimizer.base.step(lambda: None)
     assert isinstance(optimizer.base, Preconditioned)
+
+
+def test_operation_with_a_wrong_second_derivative_is_an_error():
+    """The fused weight norm of torch holds the norm constant when it is differentiated twice."""
+    model = torch.nn.utils.parametrizations.weight_norm(nn.Linear(3, 2))
+    optimizer = variants.sassha(model.parameters(), model=model)
+    criterion = closures.hessian_diagonal(optimizer, F.cross_entropy)
+    with pytest.raises(RuntimeError, match="torch's weight_norm has a wrong second derivative"):
+        optimizer.step(lambda: criterion(model(torch.ones(4, 3)), torch.tensor([0, 1, 0, 1])))

@@ -8,10 +8,10 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
-from steppe._engine.dependence import graph
 from steppe._engine.engine import Engine
 from steppe._engine.losses import find_loss
 from steppe._engine.passes import Pass
+from steppe._tensors.graph import graph
 
 Closure: TypeAlias = Callable[[], Any]
 
@@ -25,9 +25,23 @@ def run_closure(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
         engine: The engine of the optimizer.
         backward: Runs the backward of a loss, scaled if there is a loss scaler.
     """
+    outside = engine.gradients.accumulated_outside()
+    try:
+        return _run_passes(closure, passes, engine, backward, outside)
+    except BaseException:
+        engine.gradients.mark_left(but=outside)  # half a backward is no gradient of the user's
+        raise
+
+
+def _run_passes(
+    closure: Closure,
+    passes: Iterable[Pass],
+    engine: Engine,
+    backward: Callable[[Tensor], None],
+    outside: dict[Tensor, Tensor],
+) -> Any:
     first: Any = None
     reuse = GraphReuse(engine)
-    outside = engine.gradients.accumulated_outside()
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
             if sam_pass.is_first:

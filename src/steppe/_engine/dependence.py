@@ -1,10 +1,12 @@
 """Follow the graph of a loss to the parameters on which it depends."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
 from torch.autograd.function import BackwardCFunction
+
+from steppe._tensors.graph import graph
 
 
 def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
@@ -18,18 +20,6 @@ def depends_on(loss: Tensor, parameters: Iterable[Tensor]) -> bool:
     ids = set(map(id, parameters))
     # A function in Python (activation checkpointing, ...) may use parameters that are not among its inputs.
     return any(isinstance(node, BackwardCFunction) or _is_leaf(node, ids) for node in graph(loss.grad_fn))
-
-
-def graph(*roots: Any) -> Iterator[Any]:
-    """Yield the nodes of the graph below some nodes, each once, depth first."""
-    todo = [node for node in roots if node is not None]
-    seen = set(todo)
-    while todo:
-        node = todo.pop()
-        yield node
-        new = [following for following, _ in node.next_functions if following is not None and following not in seen]
-        seen.update(new)
-        todo += new
 
 
 def uses_again(loss: Tensor, earlier: set[Any], parameters: Iterable[Tensor]) -> bool:

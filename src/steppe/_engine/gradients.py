@@ -1,7 +1,8 @@
 """Read, write and validate the gradients of an optimizer's parameters."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from operator import attrgetter
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from steppe._tensors.reductions import all_finite
 # this mark, a gradient that was accumulated before step(closure) could not be told from the one that a step has left.
 _LEFT = "_steppe_left"
 
+_NONE: Mapping[Tensor, Tensor] = MappingProxyType({})
 _STRIDED = frozenset({torch.strided})
 _layout = attrgetter("layout")
 
@@ -167,7 +169,7 @@ class Gradients:
     def mark_cleared(self) -> None:
         """Record that the gradients were cleared through the optimizer."""
         self._was_cleared = True
-        self._mark(by_step=False)  # zeros, if they were not set to None
+        self.mark_left(by_step=False)  # zeros, if they were not set to None
 
     def put_back(self, outside: dict[Tensor, Tensor]) -> None:
         """Restore gradients of :meth:`accumulated_outside` for a closure, and observe if it makes them zero."""
@@ -210,9 +212,15 @@ class Gradients:
                 "closure, or use passes(); if the old gradients are not wanted, call zero_grad() in the closure"
             )
 
-    def _mark(self, *, by_step: bool) -> None:
+    def mark_left(self, *, by_step: bool = True, but: Mapping[Tensor, Tensor] = _NONE) -> None:
+        """Record that the gradients are what a step has left, also one that was skipped or has failed.
+
+        Args:
+            by_step: False for what zero_grad() has left.
+            but: Gradients by parameter that were there before the step, and are not its own.
+        """
         for p in parameters_of(self._base):
-            if (gradient := p.grad) is not None:
+            if (gradient := p.grad) is not None and gradient is not but.get(p):
                 setattr(gradient, _LEFT, (gradient._version, by_step))
 
     # The base optimizer's step.
@@ -236,12 +244,12 @@ class Gradients:
                     "have made the weights NaN. They and the optimizer state are unchanged; see skipped_steps",
                     RuntimeWarning,
                 )
-                self._mark(by_step=True)
+                self.mark_left()
                 return False
             self._step()
         else:
             self._step_on_device(finite, gradients)
-        self._mark(by_step=True)
+        self.mark_left()
         return True
 
     def _step(self) -> None:

@@ -182,6 +182,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
                 self._scaler_target.param_groups = self.param_groups
                 self.scaler.step(self._scaler_target)  # type: ignore[arg-type]
                 self._engine.stage = Stage.IDLE
+                self._engine.gradients.mark_left()  # also if the scaler has skipped the step
         except BaseException:
             self._scaler_target = ScalerTarget(self._take_step)  # the scaler may have unscaled for the old one only
             self.restore()

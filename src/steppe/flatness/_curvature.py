@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import Tensor
 
-from steppe.flatness._kernels import check_twice_differentiable
+from steppe._tensors.graph import check_twice_differentiable
 from steppe.flatness.objective import Objective
 
 Product = Callable[[Tensor], Tensor]

@@ -37,26 +37,6 @@ class Evaluated(NamedTuple):
     outputs: Any = None
 
 
-def derivatives(
-    outputs: Tensor | Sequence[Tensor],
-    inputs: Sequence[Tensor],
-    along: Sequence[Tensor] | None = None,
-    *,
-    create_graph: bool = False,
-    retain_graph: bool | None = None,
-) -> tuple[Tensor, ...]:
-    """Return ``torch.autograd.grad``, in which an input that is not used has the derivative 0."""
-    return torch.autograd.grad(
-        outputs,
-        inputs,
-        along,
-        retain_graph=retain_graph,
-        create_graph=create_graph,
-        allow_unused=True,
-        materialize_grads=True,
-    )
-
-
 class PlacedLoss:
     """The mean loss of one batch, with other weights and buffers in the model and in one set of modes.
 

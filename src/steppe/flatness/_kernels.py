@@ -8,17 +8,33 @@ import torch
 from torch import Tensor, nn
 from torch.backends import cudnn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 from torch.utils import checkpoint
+
+from steppe._tensors.graph import NoSecondDerivativeError
 
 # Parts of the messages that torch raises for a derivative that is itself not differentiable.
 _MESSAGES = ("derivative for", "double backward", "differentiate twice", "not differentiable twice")
 
-_NO_SECOND_DERIVATIVE = (
-    "An operation of this model has no second derivative ({}), but the Hessian needs it: for this measurement use an "
-    "implementation in plain torch operations (attention: F.scaled_dot_product_attention, "
-    "attn_implementation='eager'), or FiniteDifferenceHessian, whose products have an error. Sharpness, landscapes and "
-    "gradients need first derivatives only"
+_OR_DIFFERENCES = (
+    "; or FiniteDifferenceHessian, whose products have an error. Sharpness, landscapes and gradients need first "
+    "derivatives only"
 )
+
+
+class _PlainWeightNorm(TorchFunctionMode):
+    """Stands for torch's fused weight norm, whose second derivative takes the norm for a constant."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if func is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 class _NonReentrant:
@@ -44,13 +60,18 @@ def differentiable_checkpoints() -> Iterator[None]:
 
 
 @contextmanager
-def twice_differentiable(model: nn.Module) -> Iterator[None]:
+def twice_differentiable(model: nn.Module, *, instead: str = _OR_DIFFERENCES) -> Iterator[None]:
     """Run the ``with`` block in kernels that have a second derivative, where torch offers a choice.
 
     Fused attention (flash, memory-efficient, cuDNN), cuDNN's recurrent layers, the fast path of
     ``nn.MultiheadAttention`` and graphs compiled by ``torch.compile`` have no double backward, so the plain kernels
-    replace them. They compute the same function with more time and memory. TensorFloat-32 is switched off in
-    convolutions: its three decimal digits are too few for the difference of two losses.
+    replace them. They compute the same function with more time and memory. So does a plain ``weight_norm``: the second
+    derivative of torch's fused one is wrong. TensorFloat-32 is switched off in convolutions: its three decimal digits
+    are too few for the difference of two losses.
+
+    Args:
+        model: The model that is run in the block.
+        instead: What else to do, the end of the error's message.
 
     Raises:
         RuntimeError: An operation without a second derivative was differentiated twice.
@@ -69,6 +90,7 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(differentiable_checkpoints())
+        stack.enter_context(_PlainWeightNorm())
         if torch.cuda.is_available():
             flags = {"benchmark": cudnn.benchmark, "deterministic": cudnn.deterministic, "allow_tf32": False}
             stack.enter_context(cudnn.flags(enabled=cudnn.enabled and not recurrent, **flags))
@@ -76,23 +98,9 @@ def twice_differentiable(model: nn.Module) -> Iterator[None]:
         torch.backends.mha.set_fastpath_enabled(False)
         try:
             yield
+        except NoSecondDerivativeError as error:
+            raise RuntimeError(f"{error}{instead}") from error
         except RuntimeError as error:
             if not any(part in str(error) for part in _MESSAGES):
                 raise
-            raise RuntimeError(_NO_SECOND_DERIVATIVE.format(error)) from error
-
-
-def check_twice_differentiable(gradient: Sequence[Tensor]) -> None:
-    """Raise RuntimeError if the graph of a gradient contains a function marked ``once_differentiable``.
-
-    Without this check torch returns zeros for its second derivative, and the Hessian is silently wrong.
-    """
-    nodes = [g.grad_fn for g in gradient if g.grad_fn is not None]
-    visited = set(nodes)
-    while nodes:
-        node = nodes.pop()
-        if node.name() == "torch::autograd::Error":  # the node that `once_differentiable` puts into the graph
-            raise RuntimeError(_NO_SECOND_DERIVATIVE.format("it is marked once_differentiable"))
-        inputs = {n for n, _ in node.next_functions if n is not None} - visited
-        visited |= inputs
-        nodes += inputs
+            raise RuntimeError(f"{NoSecondDerivativeError(error)}{instead}") from error

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
+from steppe._tensors.graph import derivatives
 from steppe.flatness._batches import list_tensors
-from steppe.flatness._forward import Evaluated, derivatives
+from steppe.flatness._forward import Evaluated
 from steppe.flatness.objective import Objective
 
 _Edge: TypeAlias = tuple[Any, int]

@@ -5,8 +5,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from steppe._tensors.graph import derivatives
 from steppe.flatness._curvature import Curvature, Product
-from steppe.flatness._forward import Evaluated, derivatives
+from steppe.flatness._forward import Evaluated
 from steppe.flatness._outputs import Jacobian, loss_inputs, zero_product
 
 

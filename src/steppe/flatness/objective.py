@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steppe._checks import check_count
+from steppe._tensors.graph import derivatives
 from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, num_samples, split_rows
 from steppe.flatness._forward import (
@@ -22,7 +23,6 @@ from steppe.flatness._forward import (
     Loss,
     PlacedLoss,
     check_not_sharded,
-    derivatives,
     loss_of_batches,
     loss_of_outputs,
     select_parameters,

@@ -5,8 +5,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from steppe._tensors.graph import derivatives
 from steppe.flatness._curvature import Curvature, Product
-from steppe.flatness._forward import derivatives
 
 
 class Operator(Protocol):

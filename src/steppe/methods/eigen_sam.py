@@ -15,6 +15,7 @@ from steppe._engine.distributed import average_over_
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import parameters_of
 from steppe._tensors.dtensor import sharded_part
+from steppe._tensors.graph import check_twice_differentiable, derivatives
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import one_number
 from steppe.methods._options import Base, Options, Rho
@@ -96,7 +97,8 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     Raises:
         TypeError: The optimizer has no perturbation ``EigenvectorAligned``.
         ValueError: The loss is not one number, ``iterations`` is below 1, or parameters are complex.
-        RuntimeError: Called in the middle of a step, or with sharded weights, frozen ones included.
+        RuntimeError: Called in the middle of a step, with sharded weights, frozen ones included, or with an operation
+            that has no second derivative.
 
     Example:
         >>> w = nn.Parameter(torch.ones(2))
@@ -109,8 +111,8 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
         Luo et al., Explicit Eigenvalue Regularization Improves Sharpness-Aware Minimization, arXiv 2501.12666.
     """
     # not above: the measures of flatness are much to import, and the perturbation needs none of them
-    from steppe.flatness._forward import derivatives
     from steppe.flatness._isolation import evaluation_mode
+    from steppe.flatness._kernels import twice_differentiable
 
     check_count("iterations", iterations, "the number of products with the Hessian")
     rule, engine = optimizer.perturbation, optimizer._engine
@@ -136,8 +138,10 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
     is_new = norm(v) == 0
     v = [torch.where(is_new.to(old.device), new, old) for old, new in zip(v, drawn, strict=True)]
     evaluation = nullcontext() if model is None else evaluation_mode(model, train_norms=False)
-    with torch.enable_grad(), evaluation, _unsynchronized(model):
+    kernels = twice_differentiable(nn.Identity() if model is None else model, instead="")
+    with torch.enable_grad(), evaluation, kernels, _unsynchronized(model):
         gradient = derivatives(one_number(loss()), parameters, create_graph=True)
+        check_twice_differentiable(gradient)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]
         for _ in range(iterations):
             outputs, along = [gradient[i] for i in curved], [v[i] for i in curved]

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from steppe._engine.dependence import graph
+from steppe._tensors.graph import graph
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import is_between_classic_passes, one_number
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction

@@ -16,6 +16,7 @@ from steppe._engine.distributed import average_over_
 from steppe._engine.gradients import skip_unless, unless_skipped
 from steppe._engine.hints import checked
 from steppe._tensors.dtensor import sharded_part
+from steppe._tensors.graph import check_twice_differentiable
 from steppe._tensors.random import integers
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
@@ -236,7 +237,7 @@ class SASSHA(OwnStepMethod):
         with the factor that this backward gives the loss (the share of a micro-batch).
 
         Raises:
-            RuntimeError: Sharded parameters.
+            RuntimeError: Sharded parameters, or an operation without a (right) second derivative.
         """
         sam_pass = self.current_pass
         if sam_pass is None or not sam_pass.is_last or not self.estimates_next:
@@ -255,6 +256,7 @@ class SASSHA(OwnStepMethod):
                 "DistributedDataParallel, or another method",
             )
         gradients = torch.autograd.grad(loss, parameters, create_graph=True, allow_unused=True)
+        check_twice_differentiable(gradients)
         used = [
             (p, g, z) for p, g, z in zip(parameters, gradients, self._signs(parameters), strict=True) if g is not None
         ]
