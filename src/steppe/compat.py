@@ -25,7 +25,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim import Optimizer
 
 from steppe import sam
-from steppe._engine.state_dict import RHO, parameters_of
+from steppe._engine.groups import RHO, parameters_of
 from steppe.methods.asam import ASAM_PAPER, Adaptive
 from steppe.papers import Paper
 from steppe.rules import Perturbation, Point, ScaledDirection

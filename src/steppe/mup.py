@@ -11,7 +11,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from steppe._engine.state_dict import RHO
+from steppe._engine.groups import RHO
 from steppe.papers import NEURIPS, Paper, cites
 
 MUP2_PAPER = Paper(

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._checks import check_count, check_nonnegative
-from steppe._engine.state_dict import RHO
+from steppe._engine.groups import RHO
 
 Radius: TypeAlias = float | Tensor
 

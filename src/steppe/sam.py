@@ -24,13 +24,13 @@ from steppe._engine.constructor import (
 )
 from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
+from steppe._engine.groups import RHO
 from steppe._engine.joint_base import Base, option_names
 from steppe._engine.loss_scale import ScalerTarget
 from steppe._engine.passes import Pass
 from steppe._engine.signatures import show_signature
 from steppe._engine.slots import SLOTS, accepted_rules
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO
 from steppe._engine.step import SAMStep
 from steppe.rules import Cadence, Combination, Perturbation
 from steppe.rules.l2 import L2
@@ -166,7 +166,7 @@ class SAM(SAMStep):
         group = {RHO: self._default_rho, **param_group}
         check_group(len(self.param_groups), group, option_names(self.base))
         self.base.add_param_group(group)
-        self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
+        self._engine.protect(self.model)
 
     @property
     def current_pass(self) -> Pass | None:

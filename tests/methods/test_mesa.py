@@ -10,6 +10,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from trajectory_problem import BETA, LAMBDA, START, TAU, data, distance, kl, model64, order, softmax
 
+import steppe
 from steppe import SAM
 from steppe.methods.mesa import MESA
 from support import DRIVES, batch, bits, model_bits, net
@@ -264,3 +265,21 @@ def test_outputs_of_another_shape_are_an_error():
 def test_hyperparameter_or_model_that_does_not_fit_is_an_error(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+def test_step_that_was_skipped_is_no_update():
+    model = torch.nn.Linear(2, 3)
+    optimizer = steppe.SAM(torch.optim.SGD(model.parameters(), lr=0.1), model=model)
+    mesa = MESA(model, optimizer, start=0)
+    with pytest.warns(RuntimeWarning, match="a step was skipped"):
+        optimizer.step(lambda: model(torch.full((4, 2), float("inf"))).sum())
+    assert mesa.updates == 0
+
+
+def test_base_of_sam_is_an_error():
+    """Lookbehind and others step their base several times a step."""
+    model = torch.nn.Linear(2, 3)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    steppe.variants.lookbehind_sam(base, model=model)
+    with pytest.raises(TypeError, match="give the average the SAM itself"):
+        MESA(model, base)

@@ -10,8 +10,8 @@ from torch.optim import Optimizer
 from steppe._engine.base_hook import BeforeStep
 from steppe._engine.cuda_graphs import is_capturing
 from steppe._engine.eager import eager
+from steppe._engine.groups import parameters_of
 from steppe._engine.stage import Stage
-from steppe._engine.state_dict import parameters_of
 from steppe._engine.wrapper import Wrapper
 
 _MAY_BE_PERTURBED = (Stage.IN_PASS, Stage.BETWEEN_PASSES, Stage.AFTER_FIRST_STEP)
@@ -57,7 +57,7 @@ class CompletedSteps:
         if any(map(is_capturing, parameters_of(optimizer))):
             raise RuntimeError(
                 "the step is being captured in a CUDA graph, whose replays call no hooks, so the average would miss "
-                "them. Build the average without an optimizer, and call update_parameters() after each replay"
+                "them. Build it without an optimizer, and update it yourself after each replay"
             )
         self._before = _counters(optimizer)
 
@@ -96,8 +96,7 @@ def with_hooks(optimizer: Any) -> Optimizer:
     if not isinstance(optimizer, Optimizer) or not hasattr(optimizer, "_optimizer_step_post_hooks"):
         raise TypeError(
             f"expected a torch.optim.Optimizer whose step() runs hooks, got {type(optimizer).__name__}: its steps "
-            "would not be averaged. Build the average without an optimizer, and call update_parameters() after each "
-            "step"
+            "would not be averaged. Build the average without an optimizer, and update it yourself after each step"
         )
     return optimizer
 

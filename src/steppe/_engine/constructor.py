@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.groups import RHO, parameters_of
 from steppe._engine.hints import check_positional, refuse_foreign_options, refuse_unknown
 from steppe._engine.joint_base import as_one, optimizers_of
-from steppe._engine.state_dict import RHO, holds_sam_state, parameters_of
+from steppe._engine.state_dict import holds_sam_state
 from steppe.rules import Cadence, Combination, Perturbation, ascent_steps
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]

@@ -17,6 +17,7 @@ from steppe._engine.dependence import depends_on, uses_again
 from steppe._engine.displacement import Displacement, write
 from steppe._engine.distributed import Ranks
 from steppe._engine.gradients import Gradients
+from steppe._engine.groups import RHO, parameters_of, trained_parameters
 from steppe._engine.lazy_sequence import LazySequence
 from steppe._engine.micro_batches import MicroBatches
 from steppe._engine.pass_gradients import PassGradients
@@ -25,7 +26,7 @@ from steppe._engine.registrations import same_objects
 from steppe._engine.rounding import MIN_SURVIVING_SHARE, add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
-from steppe._engine.state_dict import RHO, parameters_of, take_from_base
+from steppe._engine.state_dict import take_from_base
 from steppe._tensors.dtensor import all_plain, local
 from steppe.rules import (
     Cadence,
@@ -53,10 +54,10 @@ class Engine:
         model: nn.Module | None,
         *,
         replay_rng: bool,
-        per_rank: bool = False,
-        stochastic_rounding: bool = False,
+        per_rank: bool,
+        stochastic_rounding: bool,
     ) -> None:
-        self._base = base
+        self._base, self._replay_rng, self._per_rank = base, replay_rng, per_rank
         self._displacement = Displacement()
         self.recorder = Recorder(base)
         self._perturbed_parameters: list[Tensor] | None = None
@@ -67,7 +68,7 @@ class Engine:
         self.stage = Stage.IDLE
         self.gradients = Gradients(base)
         self.pass_gradients = PassGradients(self.gradients)
-        self.protect(model, replay_rng=replay_rng, per_rank=per_rank)
+        self.protect(model)
         self.memory: Memory = {}
         """Tensors that the rules keep from step to step."""
         self.micro_batches = MicroBatches()
@@ -86,12 +87,12 @@ class Engine:
         self.load_from_base()
         call_before_step(base, self._refuse_foreign_step)
 
-    def protect(self, model: nn.Module | None, *, replay_rng: bool, per_rank: bool = False) -> None:
+    def protect(self, model: nn.Module | None) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""
         self._owned = owned = list(parameters_of(self._base))
         self.recorder.watch(model)
-        self.ranks = Ranks(model, owned, per_rank=per_rank)
-        self.side_effects = SideEffects(model, owned, replay_rng=replay_rng)
+        self.ranks = Ranks(model, owned, per_rank=self._per_rank)
+        self.side_effects = SideEffects(model, owned, replay_rng=self._replay_rng)
 
     def replaced_parameters(self) -> dict[Tensor, Tensor]:
         """Return the parameters that are no longer in the base's groups, each with the one in its place."""
@@ -155,8 +156,7 @@ class Engine:
 
     def point_before_passes(self) -> Point:
         """Return the point before any pass: every trainable parameter, without gradients."""
-        parameters = dict.fromkeys(p for p in parameters_of(self._base) if p.requires_grad)
-        return self.point(list(parameters), [])
+        return self.point(trained_parameters(self._base), [])
 
     def point_of_step(self) -> Point:
         """Return a point for a cadence that reads only the step's number."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._engine.callers import warn
-from steppe._engine.state_dict import parameters_of
+from steppe._engine.groups import parameters_of
 from steppe._tensors.dtensor import all_plain, foreach, local, reduced
 from steppe._tensors.in_place import copy_, real_views
 from steppe._tensors.reductions import all_finite

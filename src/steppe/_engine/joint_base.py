@@ -8,7 +8,7 @@ from typing import Any, NoReturn, TypeAlias, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._engine.state_dict import parameters_of
+from steppe._engine.groups import parameters_of
 
 Base: TypeAlias = Optimizer | Sequence[Optimizer]
 """One base optimizer, or several that share one perturbation."""

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from steppe._engine.cuda_graphs import is_capturing
+from steppe._engine.groups import RHO, parameters_of
 from steppe._engine.losses import find_loss
-from steppe._engine.state_dict import RHO, parameters_of
 from steppe._tensors.dtensor import by_placement, foreach, local, sum_over_ranks
 from steppe._tensors.in_place import as_real
 from steppe._tensors.reductions import accumulator, norm

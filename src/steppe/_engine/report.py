@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any, ClassVar
 
@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from steppe._engine.engine import Engine
+from steppe._engine.groups import RHO
 from steppe._engine.joint_base import names_of
 from steppe._engine.recorder import Sample
 from steppe._engine.rounding import is_half
-from steppe._engine.state_dict import RHO
 from steppe.rules import Cadence
 
 # Measured on small networks with rho = 0.05 and a hundred times less or more (tests/engine/test_report.py): the
@@ -145,7 +145,7 @@ class Reporting:
         losses = [(s.loss, s.perturbed_loss) for s in samples if s.loss is not None and s.perturbed_loss is not None]
         losses = [pair for pair in losses if all(map(math.isfinite, pair))]
         groups = tuple(_measured(samples, [i]) for i in range(count))
-        fields: dict[str, Any] = dict(
+        report = Report(
             **vars(everything),
             optimizer=f"{type(self).__name__} around {names_of(self.base)}",
             steps=recorder.steps + recorder.plain_steps,
@@ -156,9 +156,9 @@ class Reporting:
             perturbed_loss=_median(perturbed for _, perturbed in losses),
             loss_difference=_median(perturbed - at_w for at_w, perturbed in losses),
             groups=groups,
+            hints=(),
         )
-        report = Report(**fields, hints=())
-        return Report(**fields, hints=tuple(self._hints(report, relative_rise=_relative_rise(losses))))
+        return replace(report, hints=tuple(self._hints(report, relative_rise=_relative_rise(losses))))
 
     def _hints(self, report: Report, *, relative_rise: float | None) -> list[str]:
         hints = [*self._hints_of_activity(report), *self._hints_of_radius(report, relative_rise)]

@@ -8,8 +8,8 @@ from typing import Any, TypeVar, cast
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._engine.groups import parameters_of
 from steppe._engine.shared import Shared
-from steppe._engine.state_dict import parameters_of
 from steppe.rules import Cadence, ParameterSubset, Perturbation, ScaledDirection, needs_gradient
 
 _T = TypeVar("_T")

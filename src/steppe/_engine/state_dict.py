@@ -1,18 +1,17 @@
 """SAM's part of a checkpoint, stored inside the base optimizer's, so that either can load the other's."""
 
-from collections.abc import Iterator, Mapping
-from itertools import chain
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._engine.groups import RHO, parameters_of
 from steppe.rules import Memory
 
-# SAM's own keys in the base's groups and in checkpoints. "rho" is Adadelta's, and most bases have an "eps".
-RHO = "sam_rho"
 STEP = "sam_step"
+"""The key of SAM's step counter in the groups of a checkpoint."""
 _MEMORY_BEFORE_STEPS = "sam_memory_before_steps"
 """In the groups of a checkpoint at step 0 whose memory a rule has made, such as an eigenvector, and is no template."""
 _OF_GROUPS = (STEP, _MEMORY_BEFORE_STEPS)
@@ -20,11 +19,6 @@ _MEMORY = "sam."
 """Prefix of a rule's tensors in the state of a parameter: ``sam.<rule>.<key>``."""
 _MEMORY_APART = "sam.memory"
 """The rules' tensors by parameter, in a checkpoint that has no such state."""
-
-
-def parameters_of(optimizer: Optimizer) -> Iterator[Tensor]:
-    """Return every parameter of an optimizer, in the order in which checkpoints number them."""
-    return chain.from_iterable(group["params"] for group in optimizer.param_groups)
 
 
 class MemoryTemplate(dict[str, dict[Tensor, dict[str, Tensor]]]):

@@ -17,6 +17,7 @@ from steppe._engine.callers import called_by_trainer
 from steppe._engine.capture import GraphCapture
 from steppe._engine.closure import Closure, run_closure
 from steppe._engine.constructor import check_groups
+from steppe._engine.groups import parameters_of
 from steppe._engine.joint_base import names_of
 from steppe._engine.loss_scale import ScalerTarget, check_scale, loss_scale, refuse_closure_of_scaler
 from steppe._engine.losses import backward
@@ -25,7 +26,7 @@ from steppe._engine.report import Reporting
 from steppe._engine.shared import Shared
 from steppe._engine.slots import Rule, check_subset, with_parameters
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import holds_sam_state, parameters_of
+from steppe._engine.state_dict import holds_sam_state
 from steppe._engine.wrapper import Wrapper
 from steppe._tensors.reductions import norm
 from steppe.rules import Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient
@@ -86,7 +87,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         """
         replaced = self._engine.replaced_parameters()
         if replaced:
-            self._engine.protect(self.model, replay_rng=self.replay_rng, per_rank=self.per_rank)
+            self._engine.protect(self.model)
             followed = with_parameters(self.perturbation, replaced)
             if followed is not self.perturbation:  # else it is that of a method which may refuse another one
                 self.perturbation = followed

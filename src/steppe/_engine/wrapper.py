@@ -9,9 +9,10 @@ from torch.optim import Optimizer
 
 from steppe._engine.constructor import check_rho
 from steppe._engine.engine import Engine
+from steppe._engine.groups import RHO
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import RHO, MemoryTemplate, pack, saved_radii, unpack
+from steppe._engine.state_dict import MemoryTemplate, pack, saved_radii, unpack
 from steppe.rules import Memory
 
 

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.utils import parametrize
 
 from steppe._tensors.dtensor import all_plain, fsdp_modules, local
@@ -16,25 +15,6 @@ from steppe._tensors.in_place import copy_
 
 _STATISTICS = ("running_mean", "running_var")
 _HALF = (torch.float16, torch.bfloat16)
-
-
-def whole_module(model: nn.Module) -> nn.Module:
-    """Return the module inside of ``DistributedDataParallel`` and of ``torch.compile``.
-
-    Raises:
-        TypeError: A model of FSDP1.
-    """
-    if fsdp_modules(model, version=1):
-        raise TypeError(
-            "FullyShardedDataParallel (FSDP1) replaces the parameters by flat shards for every forward, so they cannot "
-            "be averaged: shard the model with torch.distributed.fsdp.fully_shard (FSDP2)"
-        )
-    while True:
-        inner = model.module if isinstance(model, DistributedDataParallel | DataParallel) else None
-        inner = getattr(model, "_orig_mod", None) if inner is None else inner  # a private name, torch.compile's
-        if not isinstance(inner, nn.Module):
-            return model
-        model = inner
 
 
 def copy_of(model: nn.Module, device: torch.device | str | int | None) -> nn.Module:

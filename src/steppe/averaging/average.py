@@ -14,8 +14,9 @@ from torch.utils.hooks import RemovableHandle
 from steppe._checks import check_count
 from steppe._engine.completed_steps import CompletedSteps, require_completed_step, with_hooks
 from steppe._engine.eager import eager
+from steppe._engine.whole_module import whole_module
 from steppe.averaging._applied import Applied
-from steppe.averaging._pairs import Pairs, copy_of, whole_module
+from steppe.averaging._pairs import Pairs, copy_of
 from steppe.averaging._statistics import batch_norms, refresh_statistics
 
 

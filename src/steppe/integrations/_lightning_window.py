@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from steppe._engine.generators import Generators
+from steppe._engine.groups import parameters_of
 from steppe._engine.model_state import ModelState
-from steppe._engine.state_dict import parameters_of
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._pass_losses import StepLosses
 from steppe.sam import SAM, Pass

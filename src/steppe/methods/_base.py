@@ -8,9 +8,9 @@ from torch import Tensor
 
 from steppe._engine.callers import called_by_scaler
 from steppe._engine.gradients import Gradients
+from steppe._engine.groups import trained_parameters
 from steppe._engine.shared import share
 from steppe._engine.signatures import show_constructor
-from steppe._engine.state_dict import parameters_of
 from steppe.rules import Memory, Point
 from steppe.sam import SAM, Pass
 
@@ -141,7 +141,7 @@ class OwnStepMethod(SAM):
 
     def trained_parameters(self) -> list[Tensor]:
         """Return the trainable parameters, each once."""
-        return list(dict.fromkeys(p for p in parameters_of(self.base) if p.requires_grad))
+        return trained_parameters(self.base)
 
     def point(self, parameters: list[Tensor] | None = None, gradients: list[Tensor] | None = None) -> Point:
         """Return the point at the current weights; by default, with every parameter that has a gradient."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from steppe._checks import check_positive
-from steppe._engine.state_dict import parameters_of
+from steppe._engine.groups import trained_parameters
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import is_between_classic_passes, is_last, one_number
 from steppe.methods._step_function import CountedForward, LabeledBatch, StepFunction
@@ -210,7 +210,7 @@ class _LossOfThePass:
         return one_number(loss()) + at_w
 
     def _parameters(self) -> list[Tensor]:
-        return list(dict.fromkeys(p for p in parameters_of(self._optimizer.base) if p.requires_grad))
+        return trained_parameters(self._optimizer.base)
 
     def _refuse_classic_passes(self) -> None:
         if is_between_classic_passes(self._optimizer):

@@ -12,8 +12,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steppe._checks import check_count, check_nonnegative
 from steppe._engine.distributed import average_over_
+from steppe._engine.groups import trained_parameters
 from steppe._engine.stage import Stage
-from steppe._engine.state_dict import parameters_of
 from steppe._tensors.dtensor import sharded_part
 from steppe._tensors.graph import check_twice_differentiable, derivatives
 from steppe.methods._card import COPY, Comparison, MethodCard
@@ -123,7 +123,7 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
         )
     if engine.stage not in (Stage.IDLE, Stage.INCOMPLETE):
         raise RuntimeError(f"update_eigenvector was called {engine.stage.value}: call it between two steps, at w")
-    parameters = list(dict.fromkeys(p for p in parameters_of(optimizer.base) if p.requires_grad))
+    parameters = trained_parameters(optimizer.base)
     model = optimizer.model
     # frozen weights as well: FSDP frees them after a derivative, and a product with the Hessian takes several
     if any(map(is_sharded, parameters)) or (model is not None and sharded_part(model) is not None):

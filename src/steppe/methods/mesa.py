@@ -1,7 +1,6 @@
 """MESA: sharpness-aware training by a term in the loss, with averaged weights."""
 
 import copy
-import weakref
 from typing import Any, ClassVar
 
 import torch
@@ -11,7 +10,9 @@ from torch.optim import Optimizer
 
 from steppe._checks import check_below_one
 from steppe._engine.callers import warn
+from steppe._engine.completed_steps import CompletedSteps, with_hooks
 from steppe._engine.eager import eager
+from steppe._engine.whole_module import whole_module
 from steppe.methods._card import Comparison, MethodCard, plain_base
 from steppe.methods._step_function import CountedForward, LabeledBatch
 from steppe.methods._trajectory import (
@@ -54,6 +55,7 @@ class MESA(nn.Module):
     Raises:
         ValueError: A hyperparameter is out of range, the model cannot be averaged, or the optimizer has another
             model's parameters; (when called) outputs have another shape.
+        TypeError: The optimizer is the base of a SAM, and not the SAM itself; a model of FSDP1.
         RuntimeError: (when called) An epoch passed without a single update, or the model was changed or moved.
 
     Example:
@@ -91,16 +93,14 @@ class MESA(nn.Module):
         super().__init__()
         check_hyperparameters(lmbda, tau, start)
         check_below_one("beta", beta, "the share of the old average, which never changes with 1")
-        model = _unwrapped(model)
+        model = whole_module(model)
         _check_model(model)
         self.lmbda, self.tau, self.beta, self.start = lmbda, tau, beta, start
         self.updates = 0
         """The number of steps that were averaged."""
         self._epoch: int | None = None
         self._updates_before, self._warned_initial_weights = 0, False
-        self._model = (
-            model,
-        )  # in a tuple, so that it does not become a submodule, with parameters and state of its own
+        self._model = (model,)  # in a tuple: it must not become a submodule, with parameters and state of its own
         self.ema = copy.deepcopy(model).requires_grad_(False).eval()
         self.ema.zero_grad(set_to_none=True)
         self._automatic = optimizer is not None
@@ -188,14 +188,7 @@ class MESA(nn.Module):
                 "the optimizer holds none of the model's parameters, so the average would be updated at the wrong "
                 "times: give the optimizer that trains this model"
             )
-        # weak: the hook must not keep a MESA alive, and update it, that is no longer used
-        reference = weakref.ref(self)
-
-        def after_step(*_: Any) -> None:
-            if (mesa := reference()) is not None:
-                mesa._update_average()
-
-        optimizer.register_step_post_hook(after_step)
+        CompletedSteps(with_hooks(optimizer), self._update_average)
 
     def _check_updates(self, epoch: int) -> None:
         """Raise RuntimeError if update() was forgotten in the epoch before."""
@@ -228,14 +221,6 @@ class MESA(nn.Module):
 
 def _layout(tensor: Tensor) -> tuple[torch.Size, torch.dtype, torch.device]:
     return tensor.shape, tensor.dtype, tensor.device
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """Return the module inside DistributedDataParallel, DataParallel and torch.compile."""
-    # _orig_mod is a private name of torch: the module that torch.compile(model) holds; there is no public one
-    while isinstance(model, (nn.parallel.DistributedDataParallel, nn.DataParallel)) or hasattr(model, "_orig_mod"):
-        model = model._orig_mod if hasattr(model, "_orig_mod") else model.module  # type: ignore[assignment]
-    return model
 
 
 def _check_model(model: nn.Module) -> None:
