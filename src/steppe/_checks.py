@@ -71,6 +71,11 @@ def check_whole(name: str, value: Any, meaning: str) -> None:
         raise ValueError(f"{name} must be a whole number, an int, got {value!r}: it is {meaning}")
 
 
+def check_seed(seed: int) -> None:
+    """Raise ValueError unless the seed is a whole number: None would be a seed as well, the same in every run."""
+    check_whole("seed", seed, "the seed of the random numbers")
+
+
 def _check_number(name: str, value: Any, meaning: str) -> None:
     """Raise TypeError unless the value is a real number; True is none."""
     if isinstance(value, bool) or not isinstance(value, Real):

@@ -32,9 +32,9 @@ def gam_update(w, t, rho=RHO, ratio=0.3, beta1=0.8, beta2=0.5, beta3=0.6, gamma=
     return u - gamma * (m - cosine * m.norm() * u / u.norm())
 
 
-def c_flat_update(w, t, rho=RHO, lamb=0.4):
+def c_flat_update(w, t, rho=RHO, lmbda=0.4):
     _, g_1, g_2, g_3 = gradients(w, t, rho, rho)
-    return g_1 + lamb * (g_3 - g_2)
+    return g_1 + lmbda * (g_3 - g_2)
 
 
 def reference(base, update, **arguments):
@@ -49,8 +49,8 @@ def gam(base, **arguments):
     return trained(lambda ps: GAM(STABLE_BASES[base](ps), RHO, **{"ratio": 0.3, **BETAS, **arguments}))
 
 
-def c_flat(base, rho=RHO, lamb=0.4):
-    return trained(lambda ps: CFlat(STABLE_BASES[base](ps), rho, lamb=lamb))
+def c_flat(base, rho=RHO, lmbda=0.4):
+    return trained(lambda ps: CFlat(STABLE_BASES[base](ps), rho, lmbda=lmbda))
 
 
 @pytest.mark.parametrize("drive", ["closure", "passes"])
@@ -58,7 +58,7 @@ def c_flat(base, rho=RHO, lamb=0.4):
 def test_method_matches_its_slow_reference(base, drive):
     for make, update in (
         (lambda ps: GAM(STABLE_BASES[base](ps), RHO, ratio=0.3, **BETAS), gam_update),
-        (lambda ps: CFlat(STABLE_BASES[base](ps), RHO, lamb=0.4), c_flat_update),
+        (lambda ps: CFlat(STABLE_BASES[base](ps), RHO, lmbda=0.4), c_flat_update),
     ):
         assert_close(trained(make, drive), reference(base, update))
 
@@ -71,7 +71,7 @@ def test_mutant_other_hyperparameter_is_killed(base, name):
         assert_close(gam(base), reference(base, gam_update, **{name: value}))
 
 
-@pytest.mark.parametrize("arguments", [{"lamb": 0.399}, {"lamb": -0.4}, {"rho": 0.199}, {"rho": -RHO}])
+@pytest.mark.parametrize("arguments", [{"lmbda": 0.399}, {"lmbda": -0.4}, {"rho": 0.199}, {"rho": -RHO}])
 def test_mutant_other_c_flat_is_killed(arguments):
     with pytest.raises(AssertionError):
         assert_close(c_flat("sgd"), reference("sgd", c_flat_update, **arguments))
@@ -80,7 +80,7 @@ def test_mutant_other_c_flat_is_killed(arguments):
 @pytest.mark.parametrize("base", BASES)
 def test_c_flat_without_its_term_is_sam(base):
     model, twin = net(), net()
-    one = CFlat(BASES[base](model.parameters()), 0.1, lamb=0.0, model=model)
+    one = CFlat(BASES[base](model.parameters()), 0.1, lmbda=0.0, model=model)
     two = steppe.SAM(BASES[base](twin.parameters()), 0.1, model=twin)
     for m, o in ((model, one), (twin, two)):
         torch.manual_seed(7)
@@ -127,7 +127,7 @@ def test_maximize_mirrors_minimization():
 
 def test_each_micro_batch_has_its_own_perturbations():
     w = torch.nn.Parameter(start())
-    optimizer = CFlat(torch.optim.SGD([w], lr=0.02), RHO, lamb=0.4)
+    optimizer = CFlat(torch.optim.SGD([w], lr=0.02), RHO, lmbda=0.4)
     for _ in range(3):
         closures.micro_batches(optimizer, lambda t: loss(w, int(t)), (torch.arange(2),), m=1)
     want = start()
@@ -151,7 +151,7 @@ def test_gradient_is_that_of_a_step_without_a_loss_scaler():
         (lambda base: GAM(base, ratio=0.0), ValueError, "ratio must be finite and more than 0"),
         (lambda base: GAM(base, beta1=-1.0), ValueError, "beta1 must be finite and not negative"),
         (lambda base: GAM(base, gamma=float("inf")), ValueError, "gamma must be finite"),
-        (lambda base: CFlat(base, lamb=-0.1), ValueError, "lamb must be finite and not negative"),
+        (lambda base: CFlat(base, lmbda=-0.1), ValueError, "lmbda must be finite and not negative"),
         (lambda base: GAM(base, perturbation=steppe.LInf()), TypeError, "leave perturbation= out"),
         (lambda base: GAM(base).first_step(), RuntimeError, r"it makes four passes. Use step\(closure\) or passes"),
     ],

@@ -8,8 +8,8 @@ import torch
 from named_methods import RULE_METHODS, WRAPPERS, build, passes_per_step
 
 from steppe import papers, testing
-from steppe.methods.registry import FUNCTIONS
-from support import batch, by_closure, each_in_turn, in_turn, model_bits, net, rest_is_slow
+from steppe.methods.registry import CARDS, FUNCTIONS
+from support import BASES, batch, by_closure, each_in_turn, in_turn, model_bits, net, rest_is_slow
 
 OTHER_BASES = ["sgd", "adamw"]
 
@@ -68,3 +68,12 @@ def test_maximize_mirrors_minimization(name):
             x, y = batch(step)
             by_closure(optimizer, lambda m=model, s=sign, x=x, y=y: s * torch.nn.functional.cross_entropy(m(x), y))
     assert model_bits(down) == model_bits(up)
+
+
+@pytest.mark.parametrize("name", [name for name, f in FUNCTIONS.items() if "seed" in inspect.signature(f).parameters])
+@pytest.mark.parametrize("seed", [None, 1.5, "3"])
+def test_seed_that_is_no_whole_number_is_an_error(name, seed):
+    model = net()
+    first = BASES["sgd"](model.parameters()) if name in WRAPPERS else model.parameters()
+    with pytest.raises(ValueError, match="seed must be a whole number"):
+        FUNCTIONS[name](first, seed=seed, **CARDS[name].short_arguments(total_steps=20, n_data=8))

@@ -14,12 +14,13 @@ from checks import bumpy, resumes, split
 from reference import loss_and_gradient
 from steppe import SAM
 from steppe._tensors import random as random_tensors
+from steppe.methods.arwp import AdaptiveNoise
 from steppe.methods.esam import Stochastic
 from steppe.methods.rwp import GaussianNoise
 from steppe.rules import Point
 from steppe.rules.masks import Masked
 from steppe.rules.subsets import ParameterSubset
-from support import DRIVES, bits, by_passes, net, plain, train
+from support import DRIVES, bits, by_closure, by_passes, net, plain, train
 
 single_pass = pytest.mark.parametrize("drive", ["closure", "passes"])
 
@@ -262,3 +263,12 @@ def test_cosine_schedule_gives_the_deviation_of_the_authors_recipe():
         assert schedule.get_last_rho() == pytest.approx([0.001 * (factor * 10 + 1)])
         optimizer.base.step()
         schedule.step()
+
+
+def test_steps_of_adaptive_noise_without_the_combination_that_keeps_squares_warn():
+    model = net(dropout=0.0)
+    base = torch.optim.SGD(model.parameters(), lr=0.1)
+    optimizer = steppe.SAM(base, 0.01, perturbation=AdaptiveNoise(), model=model)
+    train(model, optimizer, by_closure, 1)  # the first step has no squares in any case
+    with pytest.warns(UserWarning, match=r"it is GaussianNoise.*RunningSquares\(\)"):
+        train(model, optimizer, by_closure, 1)

@@ -7,7 +7,8 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from steppe._checks import check_below_one, check_nonnegative
+from steppe._checks import check_below_one, check_nonnegative, check_seed
+from steppe._engine.callers import warn
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.mixed_rwp import MIXED_RWP_PAPER
@@ -81,10 +82,17 @@ class AdaptiveNoise:
 
     def __post_init__(self) -> None:
         check_nonnegative("eta", self.eta, "the weight of the squared gradients in 1 + eta v")
+        check_seed(self.seed)
 
     def __call__(self, point: Point) -> ScaledDirection:
         noise, scale = GaussianNoise(filterwise=True, seed=self.seed)(point)
         memory = point.memory.get(RunningSquares.__name__, {})
+        if point.step and not memory:
+            warn(
+                "AdaptiveNoise has no squared gradients of the steps before, so that it is GaussianNoise. "
+                "Give the optimizer combination=steppe.methods.arwp.RunningSquares(), which keeps them, or use "
+                "steppe.variants.arwp (after loading the checkpoint of another method, only the first step lacks them)"
+            )
         sums = [memory.get(p, {}).get("v") for p in point.parameters]
         return ScaledDirection([self._reduced(r, v) for r, v in zip(noise, sums, strict=True)], scale)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._checks import check_nonnegative
+from steppe._checks import check_nonnegative, check_seed
 from steppe._engine.gradients import unless_skipped
 from steppe._engine.hints import checked
 from steppe._engine.slots import SLOTS
@@ -184,6 +184,7 @@ class BSAM(OwnStepMethod):
         model: nn.Module | None = None,
         replay_rng: bool = True,
     ) -> None:
+        check_seed(seed)
         self.seed = seed
         own = {"lr": lr, "n_data": n_data, "betas": betas, "weight_decay": weight_decay, "damping": damping}
         base = Posterior(params, scale=scale, **own)

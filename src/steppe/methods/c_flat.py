@@ -45,7 +45,7 @@ class CFlat(FirstOrderFlatness):
 
     Args:
         *args: The base optimizer and rho, or the class form, as for :class:`steppe.SAM`.
-        lamb: lambda, the weight of the gradient of the gradient norm; 0.2 in the authors' code.
+        lmbda: lambda, the weight of the gradient of the gradient norm; 0.2 in the authors' code.
         **kwargs: ``model``, ``cadence``, ``replay_rng`` as for :class:`steppe.SAM`.
 
     Raises:
@@ -53,7 +53,7 @@ class CFlat(FirstOrderFlatness):
 
     Example:
         >>> w = torch.nn.Parameter(torch.tensor([3.0]))
-        >>> optimizer = CFlat(torch.optim.SGD([w], lr=0.1), rho=0.5, lamb=0.1)
+        >>> optimizer = CFlat(torch.optim.SGD([w], lr=0.1), rho=0.5, lmbda=0.1)
         >>> for sam_pass in optimizer.passes():
         ...     with sam_pass:
         ...         w.square().sum().backward()
@@ -65,24 +65,24 @@ class CFlat(FirstOrderFlatness):
     """
 
     paper: ClassVar[Paper] = C_FLAT_PAPER
-    lamb: float
-    hyperparameters: ClassVar[tuple[str, ...]] = ("lamb",)
+    lmbda: float
+    hyperparameters: ClassVar[tuple[str, ...]] = ("lmbda",)
 
-    def __init__(self, *args: Any, lamb: float = 0.2, **kwargs: Any) -> None:
-        check_nonnegative("lamb", lamb, "the weight of the gradient of the gradient norm")
-        self.lamb = lamb
+    def __init__(self, *args: Any, lmbda: float = 0.2, **kwargs: Any) -> None:
+        check_nonnegative("lmbda", lmbda, "the weight of the gradient of the gradient norm")
+        self.lmbda = lmbda
         super().__init__(*args, ratio=1.0, **kwargs)
 
     def update(self, gradients: Sequence[Sequence[Tensor]]) -> Sequence[Tensor]:
         """Return g_1 + lambda (g_3 - g_2)."""
         _, g_1, g_2, g_3 = gradients
         update = foreach(torch._foreach_sub, g_3, g_2)
-        foreach(torch._foreach_mul_, update, scalar=self.lamb)
+        foreach(torch._foreach_mul_, update, scalar=self.lmbda)
         foreach(torch._foreach_add_, update, g_1)
         return update
 
 
-def c_flat(base_optimizer: Base, rho: Rho = 0.2, *, lamb: float = 0.2, **options: Unpack[Options]) -> CFlat:
+def c_flat(base_optimizer: Base, rho: Rho = 0.2, *, lmbda: float = 0.2, **options: Unpack[Options]) -> CFlat:
     """C-Flat: SAM and the largest gradient norm in the neighborhood, for continual learning. Four passes per step.
 
     w <- Base(w, g_1 + lambda (g_3 - g_2)), gradients at three perturbed weights; g_1 is SAM's.
@@ -90,20 +90,20 @@ def c_flat(base_optimizer: Base, rho: Rho = 0.2, *, lamb: float = 0.2, **options
     Args:
         base_optimizer: The optimizer that takes the steps.
         rho: rho, the radius of each perturbation; 0.2 in the official code.
-        lamb: lambda, the weight of the gradient of the gradient norm; 0.2 in the official code, and 0 is SAM.
+        lmbda: lambda, the weight of the gradient of the gradient norm; 0.2 in the official code, and 0 is SAM.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
 
     Raises:
         ValueError: lambda is negative or not finite.
 
     Example:
-        >>> c_flat(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).lamb
+        >>> c_flat(torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)).lmbda
         0.2
 
     References:
         Bian et al., Make Continual Learning Stronger via C-Flat, arXiv 2404.00986.
     """
-    return CFlat(base_optimizer, rho, lamb=lamb, **options)
+    return CFlat(base_optimizer, rho, lmbda=lmbda, **options)
 
 
 CARD = MethodCard(
@@ -122,7 +122,7 @@ CARD = MethodCard(
     memory=f"{COPY}; within a step three gradients and the perturbation",
     when="In continual learning, to measure what first-order flatness adds to SAM.",
     when_not="At equal compute without a measurement: a step costs twice that of SAM.",
-    usual={"rho": "0.2 (official code)", "lamb": "0.2 (official code); 0 is SAM"},
+    usual={"rho": "0.2 (official code)", "lmbda": "0.2 (official code); 0 is SAM"},
     verified="official code, same steps",
     checked="https://github.com/WanNaa/C-Flat: 20 steps in float64 agree. With several workers, it perturbs each "
     "along its own gradient. Its passes are those of `gam` with rho' = rho; the update is not GAM's.",

@@ -8,7 +8,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from steppe._checks import check_count, check_unit_interval
+from steppe._checks import check_count, check_seed, check_unit_interval
 from steppe.methods._card import COPY, TOTAL_STEPS, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.sparse_sam import SSAM_PAPER
@@ -67,6 +67,7 @@ class DynamicSparse(Modifier):
         check_sparse(self.rule, self.sparsity, self.interval, type(self).__name__)
         check_unit_interval("drop", self.drop, "the share of the mask that is exchanged at first")
         check_count("total_steps", self.total_steps, TOTAL_STEPS)
+        check_seed(self.seed)
 
     @property
     def averages_memory(self) -> bool:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from steppe._checks import check_positive_share, check_whole
+from steppe._checks import check_positive_share, check_seed
 from steppe._engine.losses import backward
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._closures import Loss, count_samples
@@ -79,7 +79,7 @@ class Stochastic(Modifier):
     def __post_init__(self) -> None:
         check_single_ascent_step(self.rule, "Stochastic")
         check_positive_share("beta", self.beta, "the probability of each weight to be perturbed")
-        check_whole("seed", self.seed, "the seed of the draws")
+        check_seed(self.seed)
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Return the rule's perturbation of a random share of the weights."""

@@ -8,7 +8,7 @@ from typing import ClassVar, Unpack
 import torch
 from torch import Tensor
 
-from steppe._checks import check_count
+from steppe._checks import check_count, check_seed
 from steppe._tensors.random import generator, key
 from steppe.methods._adapters import AdaptedLayer
 from steppe.methods._card import FIRST_GUESS, TOTAL_STEPS, Comparison, MethodCard
@@ -51,6 +51,7 @@ class MergedNoise:
     def __post_init__(self) -> None:
         if self.total_steps is not None:
             check_count("total_steps", self.total_steps, "the number of steps in which the radius grows")
+        check_seed(self.seed)
 
     def __call__(self, point: Point) -> ScaledDirection:
         """Perturb the merged weights, and no parameter."""

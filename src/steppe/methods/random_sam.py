@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from steppe._checks import check_unit_interval, check_whole
+from steppe._checks import check_seed, check_unit_interval
 from steppe.methods._card import COPY, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
@@ -50,7 +50,7 @@ class Bernoulli:
 
     def __post_init__(self) -> None:
         check_unit_interval("p", self.p, "the probability of a perturbed step")
-        check_whole("seed", self.seed, "the seed of the draws")
+        check_seed(self.seed)
 
     def __call__(self, point: Point) -> bool:
         # A string is hashed with SHA-512: neighboring steps get independent draws, the same on every machine.

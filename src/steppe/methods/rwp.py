@@ -5,6 +5,7 @@ from typing import ClassVar, Unpack
 
 import torch
 
+from steppe._checks import check_seed
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
@@ -58,6 +59,9 @@ class GaussianNoise:
     """The seed of the noise."""
     paper: Paper = field(default=RWP_PAPER, repr=False)
     """The paper of the method that uses the noise, for :func:`steppe.citation`."""
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
 
     def __call__(self, point: Point) -> ScaledDirection:
         # "Random" is the name under which the draws of all earlier runs were made.

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from steppe._checks import check_below_one, check_count, check_nonnegative, check_positive
+from steppe._checks import check_below_one, check_count, check_nonnegative, check_positive, check_seed
 from steppe._engine.distributed import average_over_
 from steppe._engine.gradients import skip_unless, unless_skipped
 from steppe._engine.hints import checked
@@ -187,6 +187,7 @@ class SASSHA(OwnStepMethod):
         replay_rng: bool = True,
     ) -> None:
         check_count("interval", interval, "the number of steps from one estimate of the Hessian to the next")
+        check_seed(seed)
         self.interval, self.seed = interval, seed
         base = Preconditioned(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay)
         super().__init__(base, rho, model=model, replay_rng=replay_rng)
