@@ -192,7 +192,7 @@ class SAM(sam.SAM):
 
         If there is no gradient yet, or only zeros, the closure runs both passes, as in ``steppe.SAM``.
         """
-        if not any(bool(gradient.any()) for gradient in self._engine.gradients.accumulated_outside().values()):
+        if not any(bool(gradient.any()) for gradient in self._engine.gradients.accumulated_earlier().values()):
             return super()._run(closure)
         self.first_step(zero_grad=True)
         try:

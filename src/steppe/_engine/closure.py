@@ -25,11 +25,11 @@ def run_closure(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
         engine: The engine of the optimizer.
         backward: Runs the backward of a loss, scaled if there is a loss scaler.
     """
-    outside = engine.gradients.accumulated_outside()
+    earlier = engine.gradients.accumulated_earlier()
     try:
-        return _run_passes(closure, passes, engine, backward, outside)
+        return _run_passes(closure, passes, engine, backward, earlier)
     except BaseException:
-        engine.gradients.mark_left(but=outside)  # half a backward is no gradient of the user's
+        engine.gradients.mark_left(but=earlier)  # half a backward is no gradient of the user's
         raise
 
 
@@ -38,28 +38,28 @@ def _run_passes(
     passes: Iterable[Pass],
     engine: Engine,
     backward: Callable[[Tensor], None],
-    outside: dict[Tensor, Tensor],
+    earlier: dict[Tensor, Tensor],
 ) -> Any:
     first: Any = None
     reuse = GraphReuse(engine)
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
             if sam_pass.is_first:
-                engine.gradients.put_back(outside)  # for the closure to clear, as with any optimizer
+                engine.gradients.restore_earlier(earlier)  # for the closure to clear, as with any optimizer
             watched = {} if sam_pass.is_first or engine.closure_watched else _versions(closure)
             value = closure()
             loss = differentiable_loss(value)
             reuse.check(loss)
-            if loss is not None and not engine.gradients.changed_since(outside) and engine.trains(loss):
-                engine.gradients.refuse_if_kept(outside, left_by_step=False)
+            if loss is not None and not engine.gradients.changed_since(earlier) and engine.trains(loss):
+                engine.gradients.refuse_if_kept(earlier, left_by_step=False)
                 engine.gradients.clear()
                 _check_scalar(loss)
                 backward(loss)
                 if value is loss:
                     value = loss.detach()
             else:
-                engine.gradients.refuse_if_kept(outside)
-            outside = {}
+                engine.gradients.refuse_if_kept(earlier)
+            earlier = {}
             sam_pass.record_loss(value)
             if sam_pass.is_first:
                 first = value

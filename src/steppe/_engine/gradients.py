@@ -24,7 +24,7 @@ _STRIDED = frozenset({torch.strided})
 _layout = attrgetter("layout")
 
 
-class Outside:
+class EarlierGradient:
     """Observes the gradient of one parameter through a closure: zeros count as cleared, however they were made."""
 
     def __init__(self, parameter: Tensor) -> None:
@@ -58,7 +58,7 @@ class Gradients:
         self._base = base
         self._so_far_finite: Tensor | None = None
         self._was_cleared = False
-        self._outside: dict[Tensor, Outside] = {}
+        self._earlier: dict[Tensor, EarlierGradient] = {}
         self.skipped: Tensor | int = 0
         """Number of steps skipped because a gradient was not finite; a tensor on an accelerator."""
         self.base_steps = 0
@@ -157,7 +157,7 @@ class Gradients:
 
     # Gradients that were accumulated before step(closure): the second pass would lose them.
 
-    def accumulated_outside(self) -> dict[Tensor, Tensor]:
+    def accumulated_earlier(self) -> dict[Tensor, Tensor]:
         """Return the gradients that were written since the last step, or since zero_grad() made them zero."""
         self._was_cleared = False
         return {
@@ -171,33 +171,33 @@ class Gradients:
         self._was_cleared = True
         self.mark_left(by_step=False)  # zeros, if they were not set to None
 
-    def put_back(self, outside: dict[Tensor, Tensor]) -> None:
-        """Restore gradients of :meth:`accumulated_outside` for a closure, and observe if it makes them zero."""
-        self.replace(outside)
-        self._outside = {p: Outside(p) for p in outside}
+    def restore_earlier(self, earlier: dict[Tensor, Tensor]) -> None:
+        """Restore gradients of :meth:`accumulated_earlier` for a closure, and observe if it makes them zero."""
+        self.replace(earlier)
+        self._earlier = {p: EarlierGradient(p) for p in earlier}
 
-    def changed_since(self, outside: dict[Tensor, Tensor]) -> bool:
-        """True if there are gradients other than those that :meth:`put_back` has restored, zeros aside."""
+    def changed_since(self, earlier: dict[Tensor, Tensor]) -> bool:
+        """True if there are gradients other than those that :meth:`restore_earlier` has restored, zeros aside."""
         kept: list[Tensor] = []
         for p in parameters_of(self._base):
-            if p.grad is not None and p.grad is not outside.get(p):
+            if p.grad is not None and p.grad is not earlier.get(p):
                 return True
-            if p.grad is not None and p.grad._version != self._outside[p].version:
+            if p.grad is not None and p.grad._version != self._earlier[p].version:
                 kept.append(p.grad)
         return bool(kept) and any(map(is_nonzero, kept))
 
-    def refuse_if_kept(self, outside: dict[Tensor, Tensor], *, left_by_step: bool = True) -> None:
+    def refuse_if_kept(self, earlier: dict[Tensor, Tensor], *, left_by_step: bool = True) -> None:
         """Refuse a closure that adds to gradients accumulated before it.
 
         Args:
-            outside: The gradients of :meth:`accumulated_outside`, which were put back before the closure.
+            earlier: The gradients of :meth:`accumulated_earlier`, which were restored before the closure.
             left_by_step: Refuse those that the last step has left and that were changed since, too.
 
         Raises:
             RuntimeError: The closure did not clear them, and they were not zero.
         """
-        observed, self._outside = self._outside, {}
-        kept = [p for p, gradient in outside.items() if p.grad is gradient]
+        observed, self._earlier = self._earlier, {}
+        kept = [p for p, gradient in earlier.items() if p.grad is gradient]
         for one in observed.values():
             if one.handle is not None:
                 one.handle.remove()

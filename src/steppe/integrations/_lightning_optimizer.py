@@ -84,7 +84,7 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
     def _run_passes(self, closure: Callable[[], Any]) -> Any:
         """Run all passes of a step; return the loss of the first."""
         gradients, window = self._sam._engine.gradients, self.window
-        outside = gradients.accumulated_outside()
+        earlier = gradients.accumulated_earlier()
         has_earlier = window is not None and window.has_earlier()
         loss = None
         for sam_pass in self.passes():
@@ -93,15 +93,15 @@ class SAMLightningOptimizer(pl.core.optimizer.LightningOptimizer):
                     closure() if window is None else window.repeat_all(sam_pass)
                     continue
                 if window is not None and has_earlier and not sam_pass.is_at_w:
-                    with self._muted():  # `outside` has gradients at w, and this pass is at w + e
+                    with self._muted():  # `earlier` has gradients at w, and this pass is at w + e
                         window.repeat_earlier()
                 else:
-                    gradients.replace(outside)
+                    gradients.replace(earlier)
                 loss = closure()
                 if window is not None:
                     window.end_first_pass(sam_pass)
                 if not has_earlier:
-                    gradients.refuse_if_kept(outside)
+                    gradients.refuse_if_kept(earlier)
         if window is not None:
             window.clear()
         return loss
