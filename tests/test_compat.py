@@ -266,3 +266,19 @@ def test_gradient_of_zeros_is_no_first_pass(clear, when):
         assert len(calls) == 2
         by_classic(reference, lambda: twin(x).square().sum())
     assert model_bits(model) == model_bits(twin)
+
+
+def test_group_is_read_and_written_under_both_names_of_the_radius_in_every_way_of_a_dict():
+    optimizer = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=0.05, lr=0.1)
+    group = optimizer.param_groups[0]
+    group.update(rho=5.0)
+    assert (group["rho"], group["sam_rho"], optimizer.rho) == (5.0, 5.0, 5.0)
+    group.update({"rho": 4.0}, lr=0.2)
+    assert (group["sam_rho"], group["lr"]) == (4.0, 0.2)
+    group |= {"rho": 3.0}
+    assert group["sam_rho"] == 3.0
+    assert group.pop("rho") == 3.0
+    assert "sam_rho" not in group
+    group["rho"] = 2.0
+    del group["rho"]
+    assert group.pop("rho", None) is None

@@ -17,7 +17,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Self
 
 import torch
 from torch import Tensor, nn
@@ -61,6 +61,19 @@ class _Group(dict[str, Any]):
 
     def setdefault(self, key: str, default: Any = None) -> Any:
         return super().setdefault(RHO if key == _CLASSIC_RHO else key, default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        super().update({RHO if key == _CLASSIC_RHO else key: value for key, value in dict(*args, **kwargs).items()})
+
+    def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
+        self.update(other)
+        return self
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return super().pop(RHO if key == _CLASSIC_RHO else key, *default)
+
+    def __delitem__(self, key: str) -> None:
+        super().__delitem__(RHO if key == _CLASSIC_RHO else key)
 
 
 def _group(group: dict[str, Any]) -> _Group:

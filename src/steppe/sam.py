@@ -130,6 +130,7 @@ class SAM(SAMStep):
         drop_earlier_radii(base)
         options = {"replay_rng": replay_rng, "per_rank": per_rank, "stochastic_rounding": stochastic_rounding}
         self.__setstate__({"base": base, "_default_rho": rho, "model": model, "scaler": scaler, **options, **rules})
+        self._engine.gradients.mark_left()  # the base may have trained without SAM before
         for group in base.param_groups:
             group.setdefault(RHO, rho)
         check_groups(base)
@@ -229,6 +230,7 @@ class SAM(SAMStep):
         except BaseException:
             if engine.loop is loop:  # else a later step has begun before Python closed this loop
                 engine.abort()
+                engine.gradients.mark_left_by_failure()
                 engine.stage = Stage.INCOMPLETE
             raise
 

@@ -1,5 +1,6 @@
 """Contract C1 and C5: parameter groups and state are those of the base, and names do not collide."""
 
+import copy
 import inspect
 import math
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 
 from steppe import SAM
-from support import BASES, bits, by_closure, by_passes, every_base, net, parameter, train
+from support import BASES, batch, bits, by_closure, by_passes, every_base, net, parameter, train
 
 
 @every_base
@@ -75,3 +76,48 @@ def test_c5_wrapping_a_base_again_sets_the_new_radius():
     base = torch.optim.SGD([parameter(1.0)], lr=0.1)
     SAM(base, rho=0.05)
     assert SAM(base, rho=0.2).param_groups[0]["sam_rho"] == 0.2
+
+
+@pytest.mark.parametrize("how", ["added to the base", "appended to a group", "moved from the first group to a new one"])
+def test_c1_parameters_that_are_added_past_the_wrapper_are_trained_like_the_others(how):
+    found = []
+    for past in (False, True):
+        model = net(dropout=0.0)
+        first, *others = model.parameters()
+        base = torch.optim.SGD([first] if "moved" not in how else [first, *others], lr=0.1)
+        optimizer = SAM(base, rho=0.5, model=model)
+        if not past:
+            if "moved" not in how:
+                optimizer.add_param_group({"params": others})
+        elif how == "appended to a group":
+            optimizer.param_groups[0]["params"] += others
+        else:
+            del base.param_groups[0]["params"][1:]
+            train(model, optimizer, by_closure, 0)
+            base.add_param_group({"params": others, "sam_rho": 0.5})
+        train(model, optimizer, by_closure, 3)
+        found.append(bits(model.parameters()))
+    assert found[0] == found[1]
+
+
+def test_c1_group_that_is_removed_is_no_longer_moved_or_changed():
+    model = net(dropout=0.0)
+    first, *others = model.parameters()
+    optimizer = SAM(torch.optim.SGD([{"params": [first]}, {"params": others}], lr=0.1), rho=0.5, model=model)
+    train(model, optimizer, by_closure, 1)
+    del optimizer.param_groups[1]
+    before = bits(others)
+    train(model, optimizer, by_closure, 1, start=1)
+    optimizer.zero_grad()
+    for p in others:
+        p.grad = None
+    x, y = batch(2)
+    torch.nn.functional.cross_entropy(copy.deepcopy(model)(x), y).backward()
+    gradients = [torch.zeros_like(p) for p in others]
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            torch.nn.functional.cross_entropy(model(x), y).backward()
+            if sam_pass.is_first:
+                gradients = [p.grad.clone() for p in others]
+    assert bits(p.grad for p in others) == bits(gradients), "those of the pass at w, as without SAM"
+    assert bits(others) == before

@@ -119,6 +119,30 @@ def test_c7_step_after_a_backward_that_failed_half_way_is_as_if_there_had_been_n
     assert model_bits(model) == model_bits(twin)
 
 
+def test_c7_closure_after_a_loop_over_the_passes_that_was_left_needs_no_zero_grad():
+    w = parameter(3.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            w.square().sum().backward()
+        break
+    optimizer.step(lambda: w.square().sum())
+    assert w.item() == pytest.approx(3.0 - 0.1 * 2 * 3.5)
+
+
+def test_c7_closure_after_steps_without_sam_needs_no_zero_grad():
+    w = parameter(3.0)
+    base = torch.optim.SGD([w], lr=0.1)
+    w.sum().backward()
+    base.step()
+    optimizer = SAM(base, rho=0.5)
+    optimizer.step(lambda: w.sum())
+    w.grad = torch.ones(1)
+    base.step()
+    optimizer.step(lambda: w.sum())
+    assert w.item() == pytest.approx(3.0 - 4 * 0.1)
+
+
 def test_c7_interrupt_between_perturbation_and_second_pass_restores_weights(monkeypatch):
     w = parameter(3.0)
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)

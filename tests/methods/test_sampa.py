@@ -263,3 +263,13 @@ def test_perturbation_that_is_assigned_later_is_checked_like_the_constructors():
     with pytest.raises(ValueError, match="SAMPa perturbs once a step along the gradient at y"):
         optimizer.perturbation = steppe.GaussianNoise()
     assert optimizer.perturbation == steppe.Adaptive()
+
+
+def test_layer_that_is_frozen_does_not_move_any_more():
+    model = net(dropout=0.0)
+    optimizer = SAMPa(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+    train(model, optimizer, by_closure, 2)
+    first = next(iter(model.parameters())).requires_grad_(False)
+    before = first.detach().clone()
+    train(model, optimizer, by_closure, 2, start=2)
+    assert torch.equal(first, before)

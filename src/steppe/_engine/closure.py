@@ -25,23 +25,17 @@ def run_closure(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
         engine: The engine of the optimizer.
         backward: Runs the backward of a loss, scaled if there is a loss scaler.
     """
-    earlier = engine.gradients.accumulated_earlier()
     try:
-        return _run_passes(closure, passes, engine, backward, earlier)
+        return _run_passes(closure, passes, engine, backward)
     except BaseException:
-        engine.gradients.mark_left(but=earlier)  # half a backward is no gradient of the user's
+        engine.gradients.mark_left_by_failure()
         raise
 
 
-def _run_passes(
-    closure: Closure,
-    passes: Iterable[Pass],
-    engine: Engine,
-    backward: Callable[[Tensor], None],
-    earlier: dict[Tensor, Tensor],
-) -> Any:
+def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backward: Callable[[Tensor], None]) -> Any:
     first: Any = None
     reuse = GraphReuse(engine)
+    earlier = engine.gradients.accumulated_earlier()
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
             if sam_pass.is_first:

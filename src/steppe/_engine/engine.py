@@ -94,12 +94,19 @@ class Engine:
         self.ranks = Ranks(model, owned, per_rank=self._per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=self._replay_rng)
 
-    def replaced_parameters(self) -> dict[Tensor, Tensor]:
-        """Return the parameters that are no longer in the base's groups, each with the one in its place."""
-        now = list(parameters_of(self._base))
-        if len(now) != len(self._owned) or same_objects(now, self._owned):
+    def follow_parameters(self, model: nn.Module | None) -> dict[Tensor, Tensor]:
+        """Protect the model as :meth:`protect` does if the base's groups have other parameters than before.
+
+        Returns:
+            The parameters that others have replaced one by one, each with the one in its place.
+        """
+        before, now = self._owned, list(parameters_of(self._base))
+        if same_objects(now, before):
             return {}
-        return {old: new for old, new in zip(self._owned, now, strict=True) if old is not new}
+        self.protect(model)
+        pairs = zip(before, now, strict=True) if len(before) == len(now) else ()
+        known, kept = set(map(id, before)), set(map(id, now))
+        return {old: new for old, new in pairs if id(old) not in kept and id(new) not in known}
 
     def load_from_base(self) -> None:
         """Load memory and step counter from a checkpoint that was loaded into the base."""
@@ -366,6 +373,7 @@ class Engine:
         if self.gradients.stepping:
             return
         self.recorder.plain_steps += 1
+        self.gradients.mark_left()
         if self.stage not in (Stage.IDLE, Stage.INCOMPLETE):
             raise RuntimeError(
                 f"the base optimizer's step() was called {self.stage.value}: SAM would not restore the weights, count "

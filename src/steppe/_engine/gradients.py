@@ -1,8 +1,7 @@
 """Read, write and validate the gradients of an optimizer's parameters."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from operator import attrgetter
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -19,7 +18,6 @@ from steppe._tensors.reductions import all_finite
 # this mark, a gradient that was accumulated before step(closure) could not be told from the one that a step has left.
 _LEFT = "_steppe_left"
 
-_NONE: Mapping[Tensor, Tensor] = MappingProxyType({})
 _STRIDED = frozenset({torch.strided})
 _layout = attrgetter("layout")
 
@@ -59,6 +57,7 @@ class Gradients:
         self._so_far_finite: Tensor | None = None
         self._was_cleared = False
         self._earlier: dict[Tensor, EarlierGradient] = {}
+        self._restored: dict[Tensor, Tensor] = {}
         self.skipped: Tensor | int = 0
         """Number of steps skipped because a gradient was not finite; a tensor on an accelerator."""
         self.base_steps = 0
@@ -159,7 +158,7 @@ class Gradients:
 
     def accumulated_earlier(self) -> dict[Tensor, Tensor]:
         """Return the gradients that were written since the last step, or since zero_grad() made them zero."""
-        self._was_cleared = False
+        self._was_cleared, self._restored = False, {}
         return {
             p: p.grad
             for p in parameters_of(self._base)
@@ -174,6 +173,7 @@ class Gradients:
     def restore_earlier(self, earlier: dict[Tensor, Tensor]) -> None:
         """Restore gradients of :meth:`accumulated_earlier` for a closure, and observe if it makes them zero."""
         self.replace(earlier)
+        self._restored = earlier
         self._earlier = {p: EarlierGradient(p) for p in earlier}
 
     def changed_since(self, earlier: dict[Tensor, Tensor]) -> bool:
@@ -212,16 +212,20 @@ class Gradients:
                 "closure, or use passes(); if the old gradients are not wanted, call zero_grad() in the closure"
             )
 
-    def mark_left(self, *, by_step: bool = True, but: Mapping[Tensor, Tensor] = _NONE) -> None:
-        """Record that the gradients are what a step has left, also one that was skipped or has failed.
+    def mark_left(self, *, by_step: bool = True) -> None:
+        """Record that the gradients are what a step has left, also a skipped one; or what zero_grad() has left."""
+        for p in parameters_of(self._base):
+            if (gradient := p.grad) is not None:
+                setattr(gradient, _LEFT, (gradient._version, by_step))
 
-        Args:
-            by_step: False for what zero_grad() has left.
-            but: Gradients by parameter that were there before the step, and are not its own.
+    def mark_left_by_failure(self) -> None:
+        """Record that the gradients are those of passes that failed, except those that were there before the closure.
+
+        Half a backward is no gradient that the user has accumulated.
         """
         for p in parameters_of(self._base):
-            if (gradient := p.grad) is not None and gradient is not but.get(p):
-                setattr(gradient, _LEFT, (gradient._version, by_step))
+            if (gradient := p.grad) is not None and gradient is not self._restored.get(p):
+                setattr(gradient, _LEFT, (gradient._version, True))
 
     # The base optimizer's step.
 

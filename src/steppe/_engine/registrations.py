@@ -1,6 +1,7 @@
 """The modules, buffers and parameters that a model registers."""
 
 from collections.abc import Iterable, Mapping
+from functools import cache
 from itertools import chain
 from operator import is_
 from typing import Any
@@ -21,8 +22,9 @@ class Registrations:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self.buffer_tables: list[Any] = [m._buffers for m in self.modules if m._buffers]
-        """The dicts that hold buffers; of TorchScript's modules, wrappers in their place."""
+        self.buffer_tables: list[Any] = [m._buffers for m in self.modules if m._buffers or not _is_torchs(type(m))]
+        """The dicts that hold buffers; of TorchScript's modules, wrappers in their place. A module that is not torch's
+        own may make its first one in a forward."""
         self.parameter_tables: list[Any] = [m._parameters for m in self.modules if m._parameters]
         """The dicts that hold parameters."""
         self.buffers = tensors_in(self.buffer_tables)
@@ -64,6 +66,11 @@ def same_objects(a: list[Any], b: list[Any]) -> bool:
 def tensors_in(tables: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
     """Return the tensors in some tables of buffers or parameters."""
     return [tensor for table in tables for tensor in table.values() if tensor is not None]
+
+
+@cache
+def _is_torchs(kind: type[nn.Module]) -> bool:
+    return kind.__module__.partition(".")[0] == "torch"
 
 
 def _lists_registered(kind: type[nn.Module]) -> bool:

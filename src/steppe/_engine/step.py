@@ -80,17 +80,15 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         self._check_passes()
 
     def _follow_parameters(self) -> None:
-        """Adopt parameters that a framework has put in the place of those that the base was made with.
+        """Adopt parameters that were added to the base's groups, or removed, past :meth:`add_param_group`.
 
-        Accelerate does so in ``prepare()`` under FSDP2. Otherwise the new ones would count as parameters of another
-        optimizer, whose gradients in the second pass are undone.
+        Otherwise new ones would count as parameters of another optimizer, whose gradients in the second pass are
+        undone. Accelerate replaces them all in ``prepare()`` under FSDP2; rules that name parameters follow there.
         """
-        replaced = self._engine.replaced_parameters()
-        if replaced:
-            self._engine.protect(self.model)
-            followed = with_parameters(self.perturbation, replaced)
-            if followed is not self.perturbation:  # else it is that of a method which may refuse another one
-                self.perturbation = followed
+        replaced = self._engine.follow_parameters(self.model)
+        followed = with_parameters(self.perturbation, replaced) if replaced else self.perturbation
+        if followed is not self.perturbation:  # else it is that of a method which may refuse another one
+            self.perturbation = followed
 
     def _begin_micro_batch(self, loss_weight: float | None, *, accumulate: bool, is_first: bool) -> None:
         """Begin a loop over the passes, which may be that of one of several micro-batches."""

@@ -166,7 +166,7 @@ class SAMPa(OwnStepMethod):
     def _step_between_passes(self) -> Point:
         """Step the base from x_t to x_{t+1}; return the point there, with g(y_{t+1})."""
         gradients = self.gradients
-        pending = {p: own[_G_X] for p, own in self.memory.items() if _G_X in own}
+        pending = {p: own[_G_X] for p, own in self.memory.items() if _G_X in own and p.requires_grad}
         self.memory.clear()  # before the base steps: if an interrupt comes after it, no step uses g(x~) twice
         parameters, found = gradients.parameters_and_gradients()
         g_y = {p: g.clone() for p, g in zip(parameters, found, strict=True)}
@@ -245,11 +245,14 @@ class SAMPa(OwnStepMethod):
     @torch.no_grad()
     def _displace_to_y(self) -> None:
         for group in self.param_groups:
-            parameters = [p for p in group["params"] if _G_Y in self.memory.get(p, {})]
+            parameters = [p for p in group["params"] if self._has_g_y(p)]
             if parameters:
                 device = parameters[0].device
                 length = torch.full((), -1.0, dtype=accumulator(device), device=device) * group["lr"]
                 self.displace(parameters, length, [self._step_direction(p, group) for p in parameters])
+
+    def _has_g_y(self, p: Tensor) -> bool:
+        return p.requires_grad and _G_Y in self.memory.get(p, {})
 
     def _step_direction(self, p: Tensor, group: dict[str, Any]) -> Tensor:
         """Return the direction of the base's step with g(y), for one parameter."""
@@ -264,8 +267,7 @@ class SAMPa(OwnStepMethod):
 
     @torch.no_grad()
     def _perturb_from_w(self) -> None:
-        parameters = [p for group in self.param_groups for p in group["params"] if _G_Y in self.memory.get(p, {})]
-        parameters = list(dict.fromkeys(parameters))
+        parameters = [p for p in self.trained_parameters() if self._has_g_y(p)]
         if parameters:
             self.perturb(self.point(parameters, [self.memory[p][_G_Y] for p in parameters]))
 
