@@ -1,5 +1,6 @@
 """Contract C28 and C32: the second pass leaves no trace in ``model=``, and what it changes elsewhere is named."""
 
+import collections
 import copy
 import gc
 import random
@@ -92,12 +93,88 @@ class ActNorm(nn.Module):
         return self.linear(x * self.scale)
 
 
+class Nested(nn.Module):
+    """State in attributes: hidden states of several layers, values of NumPy, a deque, a long list; and in a hook."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+        self.linear.mean = 0.0
+        self.linear.register_forward_hook(self.center)
+        self.hidden = [(torch.zeros(3), torch.zeros(3)), (torch.zeros(3), {"cell": torch.zeros(3)})]
+        self.number, self.array = np.float32(0), np.zeros(2)
+        self.recent, self.many = collections.deque([0.0, 0.0], maxlen=3), [0.0] * 200
+
+    @staticmethod
+    def center(linear, inputs, output):
+        before = linear.mean
+        linear.mean = 0.9 * linear.mean + 0.1 * float(output.detach().mean())
+        return output - before
+
+    def forward(self, x):
+        out = self.linear(x)
+        mean = out.detach().mean(0) + 1
+        shift = self.hidden[0][1] + self.hidden[1][1]["cell"] + float(self.number) + self.array[0]
+        shift = shift + self.recent[-1] + self.many[7]
+        self.hidden = [(h + mean, mean) for h, _ in self.hidden[:1]] + [
+            (mean, {"cell": self.hidden[1][1]["cell"] + mean})
+        ]
+        self.number = np.float32(self.number + 0.1)
+        self.array += 0.1
+        self.recent.append(float(mean[0]))
+        self.many[7] += 0.1
+        return out + 0.1 * shift
+
+
+class FirstBuffer(nn.Module):
+    """A buffer that the first forward registers, the only one of its module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 3)
+
+    def forward(self, x):
+        out = self.linear(x)
+        if not hasattr(self, "mean"):
+            self.register_buffer("mean", out.detach().mean(0))
+        out = out - self.mean
+        self.mean = 0.9 * self.mean + 0.1 * out.detach().mean(0)
+        return out
+
+
+class Codebook(nn.Module):
+    """Codes of ``nn.Embedding``, which need a gradient by default and never have one: the forward moves them."""
+
+    def __init__(self, *, by_data: bool) -> None:
+        super().__init__()
+        self.by_data = by_data
+        self.encoder, self.codes, self.decoder = nn.Linear(6, 2), nn.Embedding(5, 2), nn.Linear(2, 3)
+
+    def forward(self, x):
+        z = self.encoder(x)
+        codes = self.codes.weight.detach()
+        nearest = torch.cdist(z.detach(), codes).argmin(1)
+        quantized = codes[nearest]
+        counts = F.one_hot(nearest, 5).to(z.dtype)
+        means = counts.T @ z.detach() / (counts.sum(0)[:, None] + 1e-3)
+        if self.by_data:
+            self.codes.weight.data.lerp_(means, 0.1)
+        else:
+            with torch.no_grad():
+                self.codes.weight.lerp_(means, 0.1)
+        return self.decoder(z + (quantized - z).detach())
+
+
 MODELS = {
     "parameters assigned by data": lambda: MomentumEncoder("data"),
     "parameters changed in place by data": lambda: MomentumEncoder("data in place"),
     "parameters changed in place": lambda: MomentumEncoder("in place"),
     "resized buffer": Observer,
     "attributes": Recurrent,
+    "nested attributes": Nested,
+    "first buffer": FirstBuffer,
+    "codebook": lambda: Codebook(by_data=False),
+    "codebook, by data": lambda: Codebook(by_data=True),
     "initialization, attribute": lambda: ActNorm("attribute"),
     "initialization, buffer": lambda: ActNorm("buffer"),
     "spectral norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 3)),
@@ -191,7 +268,7 @@ def test_c28_generators_in_modules_are_replayed(kind, drive):
 def test_c28_frozen_parameters_that_outnumber_the_trained_ones_are_copied_once_written(monkeypatch):
     from steppe._engine import model_state
 
-    monkeypatch.setattr(model_state, "_LARGE", 0)
+    monkeypatch.setattr(model_state, "LARGE", 0)
     model, twin = MomentumEncoder("in place"), MomentumEncoder("in place")
     twin.load_state_dict(model.state_dict())
     optimizer = SAM(torch.optim.SGD(model.head.parameters(), lr=0.1), rho=0.0, model=model)

@@ -1,7 +1,6 @@
 """A snapshot of what a forward can change in a model, apart from the parameters that the optimizer trains."""
 
 from collections.abc import Iterable
-from functools import cache
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -9,29 +8,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steppe._engine.generators import get_state, is_generator, set_state
-from steppe._engine.registrations import Registrations, same_objects, tensors_in
+from steppe._engine.attributes import Attributes, storage_of
+from steppe._engine.generators import get_state, set_state
+from steppe._engine.registrations import Registrations, is_torchs, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
-_LARGE = 2**24
+LARGE = 2**24
 """Number of elements up to which untrained parameters are always copied, however few the optimizer trains."""
-_LONG = 64
-"""Length of a list or dict from which on it is data, and not a state."""
-_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 _kind = attrgetter("shape", "dtype", "device")
 _requires_grad = attrgetter("requires_grad")
-_VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 
 
 class ModelState:
     """A snapshot of a model, of which :meth:`restore` puts back what a forward has changed.
 
     It holds which tensors the buffers and parameters are, and the values of the buffers and of the parameters that
-    are not the optimizer's (momentum encoders, codebooks); attributes that the forward of a module assigns, if they
-    are numbers, strings, tensors without a graph, or short lists, tuples and dicts of these; and generators of random
-    numbers in attributes. A list or dict that grows is a log, and stays. Nothing in the model is switched off, so that
-    a module that is saved midway, or an exception, leaves the model as it is.
+    are not the optimizer's (momentum encoders, codebooks); attributes that the forward of a module, or a hook, assigns
+    (:class:`~steppe._engine.attributes.Attributes` says which); and generators of random numbers in attributes. Nothing
+    in the model is switched off, so that a module that is saved midway, or an exception, leaves the model as it is.
 
     Parameters that the optimizer does not train may be many times those that it trains (LoRA). Then they are not
     copied, until a forward is seen to write one of them (:meth:`find_writes`).
@@ -48,8 +43,8 @@ class ModelState:
         self._with_generators = generators
         owned = list(owned)
         self._owned = set(map(id, owned))
-        self._limit = max(_LARGE, sum(p.numel() for p in owned if p.requires_grad and not is_lazy(p)))
-        self._storages = {_storage(p) for p in owned} - {0}
+        self._limit = max(LARGE, sum(p.numel() for p in owned if p.requires_grad and not is_lazy(p)))
+        self._storages = {storage_of(p) for p in owned} - {0}
         self._written: set[int] = set()
         self._saved = False
         self._registered: Registrations | None = None
@@ -58,7 +53,7 @@ class ModelState:
         self._owned_parameters: list[Tensor] = []
         self._not_owned: list[Tensor] = []
         self._entries: list[tuple[Any, dict[str, Any]]] = []
-        self._attributes: dict[int, _Attributes] = {}
+        self._attributes: dict[int, Attributes] = {}
         self._copies = _Copies()
         self._uncopied: list[_Uncopied] = []
         self._trained_by_others: list[tuple[Tensor, int]] = []
@@ -68,16 +63,17 @@ class ModelState:
         """Parameters of the model that the optimizer does not train: not its own, or without gradients."""
 
     @torch.no_grad()
-    def save(self, *, like: "ModelState | None" = None) -> None:
+    def save(self, *, like: "ModelState | None" = None, states: Iterable[Tensor] = ()) -> None:
         """Save the state; the storage of an earlier snapshot is reused.
 
         Args:
             like: Another snapshot of the model, which often has the same modules, buffers and parameters.
+            states: Parameters of the optimizer whose values are states of the model, too.
         """
         registered = Registrations.of(self._model, (like and like._registered) or self._registered)
         self._list(registered)
         self._attributes = {
-            id(m): _Attributes.of(m, self._attributes.get(id(m)), self._storages) for m in self._own_modules
+            id(m): Attributes.of(m, self._attributes.get(id(m)), self._storages) for m in self._own_modules
         }
         self._own_buffers = [(b, _version(b)) for b in tensors_in([m._buffers for m in self._own_modules])]
         self.untrained = self._not_owned
@@ -86,7 +82,7 @@ class ModelState:
             self.untrained = [*self._not_owned, *frozen]
         self._trained_by_others = [(p, _version(p)) for p in self.untrained if p.requires_grad]
         held = [t for attributes in self._attributes.values() for t in attributes.tensors]
-        self._save_values([*registered.buffers, *held])
+        self._save_values([*registered.buffers, *held, *states])
         if self._with_generators:
             generators = [g for attributes in self._attributes.values() for g in attributes.generators]
             self._generators = [(g, get_state(g)) for g in generators]
@@ -101,7 +97,7 @@ class ModelState:
         tables = [*registered.buffer_tables, *(registered.parameter_tables if plain else [])]
         self._registered, self._plain = registered, plain
         self._entries = [(table, dict(table.items())) for table in tables]
-        self._own_modules = [m for m in registered.modules if _has_own_attributes(type(m))]  # type: ignore[arg-type]  # a class is hashable
+        self._own_modules = [m for m in registered.modules if _may_assign_attributes(m)]
         self._owned_parameters = [p for p in registered.parameters if id(p) in self._owned]
         self._not_owned = [p for p in registered.parameters if id(p) not in self._owned]
 
@@ -219,87 +215,13 @@ class _Copies:
         copy_(tensors, copies)
 
 
-class _Attributes:
-    """The attributes of one module that its forward may assign, and the generators among them."""
-
-    def __init__(self, module: nn.Module, excluded_storages: set[int]) -> None:
-        self._module = module
-        # a tensor with a graph is not kept: its activations would stay in memory
-        self._all = {k: None if _has_graph(v) else v for k, v in vars(module).items()}
-        own = {k: v for k, v in vars(module).items() if k not in _TORCH_ATTRIBUTES}
-        self._values = {k: v for k, v in own.items() if _is_state(v)}
-        self._contents = [(v, v.copy()) for v in self._values.values() if isinstance(v, list | dict)]
-        leaves = [v for value in self._values.values() for v in _elements(value)]
-        self.tensors = [t for t in leaves if isinstance(t, Tensor) and _storage(t) not in excluded_storages]
-        self.generators = [v for value in own.values() for v in _elements(value) if is_generator(v)]
-
-    @classmethod
-    def of(cls, module: nn.Module, earlier: "_Attributes | None", excluded_storages: set[int]) -> "_Attributes":
-        """Return the attributes of the module: the earlier ones if none was assigned since."""
-        if earlier is not None and not earlier._contents and earlier._are_current():
-            return earlier
-        return cls(module, excluded_storages)
-
-    def _are_current(self) -> bool:
-        now = vars(self._module)
-        return now.keys() == self._all.keys() and all(map(is_, now.values(), self._all.values()))
-
-    def are_changed(self) -> bool:
-        """True if an attribute was assigned, or a list or dict changed."""
-        return not self._are_current() or any(
-            len(a) != len(b) or not all(map(is_, _elements(a), _elements(b))) for a, b in self._contents
-        )
-
-    def restore(self) -> None:
-        """Assign the saved values to the attributes."""
-        now = vars(self._module)
-        if not self._are_current():
-            for name in [k for k, v in now.items() if k not in self._all and _is_state(v)]:
-                del now[name]
-            for name, value in self._values.items():
-                if name not in now or (now[name] is not value and (_is_state(now[name]) or _has_graph(now[name]))):
-                    now[name] = value
-        for container, content in self._contents:
-            if isinstance(container, list) and len(container) == len(content):
-                container[:] = content
-            elif isinstance(container, dict) and isinstance(content, dict) and container.keys() == content.keys():
-                container.update(content)
-
-
-@cache
-def _has_own_attributes(kind: type) -> bool:
-    """True if a class of modules is not torch's own: torch's modules keep what a forward changes in buffers."""
-    return any(issubclass(c, nn.Module) and c.__module__.partition(".")[0] != "torch" for c in kind.__mro__)
-
-
-def _elements(value: Any) -> Iterable[Any]:
-    """Return the elements of a short list, tuple or dict; of anything else, the value itself."""
-    if isinstance(value, list | tuple | dict) and len(value) < _LONG:
-        return value.values() if isinstance(value, dict) else value
-    return (value,)
-
-
-def _is_state(value: Any) -> bool:
-    if isinstance(value, list | tuple | dict):
-        return len(value) < _LONG and all(map(_is_plain_value, _elements(value)))
-    return _is_plain_value(value)
-
-
-def _is_plain_value(value: Any) -> bool:
-    return isinstance(value, _VALUES) or (isinstance(value, Tensor) and value.grad_fn is None)
-
-
-def _has_graph(value: Any) -> bool:
-    return any(isinstance(v, Tensor) and v.grad_fn is not None for v in _elements(value))
+def _may_assign_attributes(module: nn.Module) -> bool:
+    """True for a module that is not torch's own, which keeps in buffers what a forward changes, or that has hooks."""
+    return not is_torchs(module) or bool(module._forward_hooks or module._forward_pre_hooks)
 
 
 def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
     return list(map(_kind, tensors))
-
-
-def _storage(tensor: Tensor) -> int:
-    """Return the address of the tensor's storage; 0 if it has none of its own (lazy, sharded, fake)."""
-    return tensor.untyped_storage().data_ptr() if all_plain([tensor]) else 0
 
 
 def _version(tensor: Tensor) -> int:

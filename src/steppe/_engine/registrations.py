@@ -22,7 +22,7 @@ class Registrations:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(model.modules())
-        self.buffer_tables: list[Any] = [m._buffers for m in self.modules if m._buffers or not _is_torchs(type(m))]
+        self.buffer_tables: list[Any] = [m._buffers for m in self.modules if m._buffers or not is_torchs(m)]
         """The dicts that hold buffers; of TorchScript's modules, wrappers in their place. A module that is not torch's
         own may make its first one in a forward."""
         self.parameter_tables: list[Any] = [m._parameters for m in self.modules if m._parameters]
@@ -34,6 +34,8 @@ class Registrations:
         # another class of tables, or a module with a method of its own, may list what these tables do not show
         self._shows_changes = all(type(t) is dict for t in self._tables) and all(map(_lists_registered, self._kinds))
         self._sizes = list(map(len, self._tables))
+        self._hooks: list[Any] = [hooks for m in self.modules for hooks in (m._forward_pre_hooks, m._forward_hooks)]
+        self._hooks_sizes = list(map(len, self._hooks))
         self._filled = [t for t in self._tables if t] if self._shows_changes else []
         self._names = list(chain.from_iterable(self._filled))
         self._values = [value for t in self._filled for value in t.values()]
@@ -44,12 +46,16 @@ class Registrations:
         return earlier if earlier is not None and earlier.is_current() else cls(model)
 
     def is_current(self) -> bool:
-        """True if no module, buffer or parameter was added, removed, exchanged or renamed, as far as that shows."""
+        """True if no module, buffer or parameter was added, removed, exchanged or renamed, as far as that shows.
+
+        A hook that was added counts, too: it may assign attributes of its module.
+        """
         return (
             self._shows_changes
             and list(map(type, self.modules)) == self._kinds
             and same_objects(self._tables_now(), self._tables)
             and list(map(len, self._tables)) == self._sizes
+            and list(map(len, self._hooks)) == self._hooks_sizes
             and list(chain.from_iterable(self._filled)) == self._names
             and same_objects(list(chain.from_iterable(map(dict.values, self._filled))), self._values)
         )
@@ -68,9 +74,15 @@ def tensors_in(tables: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
     return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
 
+def is_torchs(module: nn.Module) -> bool:
+    """True if the class of a module and those that it is made of are torch's own."""
+    kind: Any = type(module)
+    return _is_torchs(kind)
+
+
 @cache
-def _is_torchs(kind: type[nn.Module]) -> bool:
-    return kind.__module__.partition(".")[0] == "torch"
+def _is_torchs(kind: Any) -> bool:
+    return all(c.__module__.partition(".")[0] == "torch" for c in kind.__mro__ if issubclass(c, nn.Module))
 
 
 def _lists_registered(kind: type[nn.Module]) -> bool:

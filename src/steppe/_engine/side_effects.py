@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from steppe._engine.callers import warn
 from steppe._engine.forwards import may_watch_forwards, watch_forwards
 from steppe._engine.generators import Generators
-from steppe._engine.model_state import ModelState
+from steppe._engine.model_state import LARGE, ModelState
 from steppe._engine.outside import OutsideWatch
 from steppe._tensors.dtensor import all_plain
 
@@ -69,47 +69,76 @@ class UntrainedGradients:
         self._gradients = []
 
 
-class Initialization:
-    """Notices a first pass that writes the optimizer's own parameters: it initializes them from its data.
+class ForwardWrites:
+    """Notices a first pass that writes the optimizer's own parameters.
 
-    Such a pass cannot be repeated from the state in which it started: it would initialize the weights again, over
-    w + e.
+    If these have a gradient, the pass initializes them from its data. It cannot be repeated from the state in which it
+    started: it would initialize the weights again, over w + e. If they have none, they are a state of the model (a
+    codebook), though ``nn.Embedding`` makes them like weights.
     """
 
     def __init__(self, owned: Iterable[Tensor]) -> None:
         self._owned = list(owned)
         self._trained = self._owned
         self._marks: list[tuple[int, int]] = []
-        self._norms: list[Tensor] = []
+        self._values: list[Tensor] = []
+        self._few = False
         self._first = True
         self._ever_written: set[int] = set()
+        self.states: list[Tensor] = []
+        """The parameters without a gradient that a first pass has written."""
+        self.new_states: list[tuple[Tensor, Tensor]] = []
+        """Those that were found in this step, with their values before it."""
 
     @torch.no_grad()
     def begin(self) -> None:
         """Begin the first pass."""
         self._trained = [p for p in self._owned if p.requires_grad]  # the others are a part of the model's state
         self._marks = self._current_marks()
-        # `p.data.copy_(...)` leaves no mark. An initialization comes in the first step, so only that one pays for norms
-        self._norms = self._current_norms() if self._first else []
+        # `p.data.copy_(...)` leaves no mark; it is searched for in the first step only, which pays for it
+        self._values = []
+        if self._first and all_plain(self._trained):
+            self._few = sum(map(Tensor.numel, self._trained)) <= LARGE
+            self._values = self._current_values()
+        self.new_states = []
 
+    @torch.no_grad()
     def end(self, *, may_initialize: Callable[[], bool]) -> bool:
         """End the first pass; return True if it has initialized parameters."""
         marks = zip(self._trained, self._marks, self._current_marks(), strict=True) if self._marks else ()
-        written = {id(p) for p, before, now in marks if before != now} - self._ever_written
-        self._ever_written |= written
-        norms, self._norms, self._marks, self._first = self._norms, [], [], False
-        if not written and norms and may_initialize():
-            return any(not torch.equal(a, b) for a, b in zip(norms, self._current_norms(), strict=True))
-        return bool(written)
+        marked = {id(p) for p, before, now in marks if before != now}
+        trained = {id(p) for p in self._trained if p.grad is not None}
+        written = (marked & trained) - self._ever_written
+        searched = set() if written or not self._values or not may_initialize() else trained
+        changed = marked | self._changed(searched | (set(map(id, self._trained)) - trained))
+        self._find_states(changed - trained - set(map(id, self.states)))
+        self._ever_written |= marked
+        self._values, self._marks, self._first = [], [], False
+        return bool(written or changed & searched)
+
+    def _changed(self, searched: set[int]) -> set[int]:
+        """Return those of the parameters whose values have changed, as far as they are known."""
+        if not self._values or not searched:
+            return set()
+        compared = zip(self._trained, self._values, self._current_values(), strict=True)
+        return {id(p) for p, before, now in compared if id(p) in searched and not torch.equal(before, now)}
+
+    def _find_states(self, found: set[int]) -> None:
+        values = self._values if self._few and self._values else repeat(None)
+        pairs = [(p, value) for p, value in zip(self._trained, values, strict=False) if id(p) in found]
+        self.states += [p for p, _ in pairs]
+        self.new_states = [(p, value) for p, value in pairs if value is not None and value.shape == p.shape]
 
     def _current_marks(self) -> list[tuple[int, int]]:
         trained = self._trained
         addresses = map(Tensor.data_ptr, trained) if all_plain(trained) else repeat(0)
         return list(zip(map(_version, trained), addresses, strict=False))
 
-    @torch.no_grad()
-    def _current_norms(self) -> list[Tensor]:
-        return list(torch._foreach_norm(self._trained)) if self._trained and all_plain(self._trained) else []
+    def _current_values(self) -> list[Tensor]:
+        """Return copies of the parameters, or only their norms if these are large."""
+        if self._few:
+            return [p.detach().clone() for p in self._trained]
+        return list(torch._foreach_norm(self._trained)) if self._trained else []
 
 
 _live_instances: "WeakSet[SideEffects]" = WeakSet()
@@ -227,7 +256,7 @@ class _ModelProtection:
         self._owned, self._generators = owned, generators
         self._save_states_of(model)
         self._untrained_gradients = UntrainedGradients()
-        self._initialization = Initialization(owned)
+        self._writes = ForwardWrites(owned)
         self._initialized = False
         self._in_first_pass = False
         self._has_passes = False  # set by passes(); before, the first pass may be one of the classic API
@@ -270,19 +299,19 @@ class _ModelProtection:
             self._begin()
 
     def _begin(self) -> None:
-        self._before.save()
-        self._initialization.begin()
+        self._before.save(states=self._writes.states)
+        self._writes.begin()
         self._initialized, self._in_first_pass = False, True
 
     def end_first_pass(self) -> None:
         self._stop()
         if self._in_first_pass:
             self._in_first_pass = False
-            self._initialized = self._initialization.end(may_initialize=self._before.own_modules_changed)
+            self._initialized = self._writes.end(may_initialize=self._before.own_modules_changed)
 
     def save_after(self) -> None:
         self._written_late += self._before.find_writes()
-        self._after.save(like=self._before)
+        self._after.save(like=self._before, states=self._writes.states)
         self._untrained_gradients.save(self._after.untrained)
 
     def restore_before(self) -> None:
@@ -290,6 +319,8 @@ class _ModelProtection:
         outdated = not self._has_passes and self._before.another_optimizer_stepped()
         if not self._initialized and not outdated:
             self._before.restore(now=self._after)
+            for p, value in self._writes.new_states:
+                p.copy_(value)
         self._untrained_gradients.clear()
 
     def restore_after(self) -> None:

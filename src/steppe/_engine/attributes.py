@@ -1,0 +1,155 @@
+"""The attributes of a module that its forward may assign or change."""
+
+import sys
+from collections import deque
+from collections.abc import Iterator
+from operator import is_
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from steppe._engine.generators import is_generator
+from steppe._tensors.dtensor import all_plain
+
+_MANY = 1024
+"""Number of values from which on a list or dict is data, and not a state."""
+_LARGE_ARRAY = 2**20
+"""Number of elements from which on an array of NumPy is data."""
+_TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
+_VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+
+
+class Attributes:
+    """The attributes of one module, with the values that can be restored, and the generators among them.
+
+    Restored are numbers, strings, tensors without a graph, values of NumPy, and lists, tuples, dicts and deques of
+    these, nested ones included. A list or dict that grows is a log, and stays.
+
+    Args:
+        module: The module.
+        excluded_storages: Addresses of storages whose tensors are not listed in :attr:`tensors`.
+    """
+
+    def __init__(self, module: nn.Module, excluded_storages: set[int]) -> None:
+        self._module = module
+        own = {k: _Parts.of(v) for k, v in vars(module).items() if k not in _TORCH_ATTRIBUTES}
+        # a tensor with a graph is not kept: its activations would stay in memory
+        self._all = {k: None if k in own and own[k].has_graph() else v for k, v in vars(module).items()}
+        self._values = {k: self._all[k] for k, parts in own.items() if parts.is_state()}
+        states = [own[k] for k in self._values]
+        self._contents = [(c, c.copy()) for parts in states for c in parts.containers]
+        tensors = [v for parts in states for v in parts.leaves if isinstance(v, Tensor)]
+        self.tensors = [t for t in tensors if storage_of(t) not in excluded_storages]
+        """The tensors among the values that can be restored; their contents are not kept here."""
+        self.generators = [v for parts in own.values() for v in parts.leaves if is_generator(v)]
+
+    @classmethod
+    def of(cls, module: nn.Module, earlier: "Attributes | None", excluded_storages: set[int]) -> "Attributes":
+        """Return the attributes of the module: the earlier ones if none was assigned since."""
+        if earlier is not None and not earlier._contents and earlier._are_current():
+            return earlier
+        return cls(module, excluded_storages)
+
+    def _are_current(self) -> bool:
+        now = vars(self._module)
+        return now.keys() == self._all.keys() and all(map(is_, now.values(), self._all.values()))
+
+    def are_changed(self) -> bool:
+        """True if an attribute was assigned, or a list, dict or array changed."""
+        return not self._are_current() or any(_differ(now, saved) for now, saved in self._contents)
+
+    def restore(self) -> None:
+        """Assign the saved values to the attributes."""
+        now = vars(self._module)
+        if not self._are_current():
+            for name in [k for k, v in now.items() if k not in self._all and _Parts.of(v).is_state()]:
+                del now[name]
+            for name, value in self._values.items():
+                if name not in now or (now[name] is not value and _Parts.of(now[name]).may_replace_state()):
+                    now[name] = value
+        for container, content in self._contents:
+            _restore(container, content)
+
+
+class _Parts(NamedTuple):
+    """The parts of a value: what is in nested lists, tuples, dicts and deques, and these themselves."""
+
+    leaves: list[Any]
+    containers: list[Any]
+    """Those that can be changed in place, arrays of NumPy included."""
+    complete: bool
+    """False if there are too many: the value is data, and not a state."""
+
+    @classmethod
+    def of(cls, value: Any) -> "_Parts":
+        parts = cls([], [], True)
+        return parts if parts._add(value) else cls([value], [], False)
+
+    def _add(self, value: Any) -> bool:
+        """Add a value; return False if the limit is passed, as it is by a list that contains itself."""
+        if isinstance(value, list | tuple | dict | deque):
+            if not isinstance(value, tuple):
+                self.containers.append(value)
+            few = len(self.leaves) + len(value) <= _MANY and len(self.containers) <= _MANY
+            return few and all(map(self._add, value.values() if isinstance(value, dict) else value))
+        if _is_array(value):
+            self.containers.append(value)
+            return bool(value.size <= _LARGE_ARRAY and not value.dtype.hasobject)
+        self.leaves.append(value)
+        return True
+
+    def is_state(self) -> bool:
+        """True if the value can be restored."""
+        return self.complete and all(map(_is_plain, self.leaves))
+
+    def has_graph(self) -> bool:
+        """True if a tensor among the parts has a graph."""
+        return any(isinstance(v, Tensor) and v.grad_fn is not None for v in self.leaves)
+
+    def may_replace_state(self) -> bool:
+        """True if a forward may have assigned it in the place of a state."""
+        return self.is_state() or self.has_graph()
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Return the address of the tensor's storage; 0 if it has none of its own (lazy, sharded, fake)."""
+    return tensor.untyped_storage().data_ptr() if all_plain([tensor]) else 0
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, Tensor):
+        return value.grad_fn is None
+    numpy = sys.modules.get("numpy")  # not imported: a program without NumPy has no such values
+    return isinstance(value, _VALUES) or (numpy is not None and isinstance(value, numpy.generic))
+
+
+def _is_array(value: Any) -> bool:
+    numpy = sys.modules.get("numpy")
+    return numpy is not None and isinstance(value, numpy.ndarray)
+
+
+def _elements(container: Any) -> Iterator[Any]:
+    return iter(container.values() if isinstance(container, dict) else container)
+
+
+def _differ(now: Any, saved: Any) -> bool:
+    if _is_array(now):
+        return bool(now.shape != saved.shape or now.tobytes() != saved.tobytes())
+    return len(now) != len(saved) or not all(map(is_, _elements(now), _elements(saved)))
+
+
+def _restore(container: Any, content: Any) -> None:
+    """Write the content back in place; a list or dict that has grown is a log, and stays."""
+    if _is_array(container):
+        if container.shape == content.shape:
+            container[...] = content
+    elif isinstance(container, list):
+        if len(container) == len(content):
+            container[:] = content
+    elif isinstance(container, dict):
+        if container.keys() == content.keys():
+            container.update(content)
+    elif container.maxlen is not None or len(container) == len(content):
+        container.clear()
+        container.extend(content)
