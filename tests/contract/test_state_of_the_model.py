@@ -356,6 +356,63 @@ def test_c32_modules_outside_of_model_are_named_once_and_protected(drive):
     assert not nn.modules.module._global_forward_pre_hooks
 
 
+class LossWithState(nn.Module):
+    """A running number and a center, which are assigned, and the last outputs, which are kept with their graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.center, self.last = 1.0, torch.zeros(3), None
+
+    def forward(self, outputs, y):
+        loss = F.cross_entropy(outputs - self.center, y)
+        self.scale = 0.9 * self.scale + 0.1 * loss.item()
+        self.center.lerp_(outputs.detach().mean(0), 0.1)
+        self.last = outputs
+        return loss / self.scale
+
+
+@every_drive
+def test_c32_attributes_of_a_loss_outside_of_model_are_protected_from_the_first_step_on(drive):
+    a, c = (nn.Linear(6, 3) for _ in range(2))
+    c.load_state_dict(a.state_dict())
+    loss, other = LossWithState(), LossWithState()
+    optimizer = SAM(torch.optim.SGD(a.parameters(), lr=0.1), rho=0.0, model=a)
+    base = torch.optim.SGD(c.parameters(), lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: loss(a(x), y))
+        plain(base, lambda x=x, y=y: other(c(x), y))
+        assert model_bits(a) == model_bits(c)
+    assert loss.scale == other.scale
+    assert torch.equal(loss.center, other.center)
+
+
+class LossWithTeacher(nn.Module):
+    def __init__(self, student) -> None:
+        super().__init__()
+        self.teacher = copy.deepcopy(student).requires_grad_(False)
+        self._student = (student,)
+
+    def forward(self, x, outputs):
+        with torch.no_grad():
+            for t, p in zip(self.teacher.parameters(), self._student[0].parameters(), strict=True):
+                t.lerp_(p, 0.1)
+        return F.mse_loss(outputs, self.teacher(x) + 1)
+
+
+@every_drive
+def test_c32_teacher_that_a_loss_outside_of_model_moves_is_named_and_moved_once_a_step_afterwards(drive):
+    model = nn.Linear(6, 3)
+    loss = LossWithTeacher(model)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.5, model=model)
+    x, _ = pair()
+    with pytest.warns(UserWarning, match=r"parameters without gradients of LossWithTeacher \('teacher'\)"):
+        DRIVES[drive](optimizer, lambda: loss(x, model(x)))
+    before, w = loss.teacher.weight.clone(), model.weight.detach().clone()
+    DRIVES[drive](optimizer, lambda: loss(x, model(x)))
+    torch.testing.assert_close(loss.teacher.weight, before.lerp(w, 0.1))
+
+
 def test_c32_two_optimizers_in_step_at_once_leave_each_others_models():
     a, b = parts()[0], parts()[0]
     first = SAM(torch.optim.SGD(a.parameters(), lr=0.1), rho=0.1, model=a)

@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
+from steppe._engine.attributes import Attributes
 from steppe._engine.callers import warn
 from steppe._engine.forwards import may_watch_forwards, watch_forwards
 from steppe._engine.model_state import is_writable
+from steppe._engine.registrations import is_torchs
 from steppe._tensors.dtensor import all_plain
 
 _COUNTER = "num_batches_tracked"
@@ -82,7 +84,10 @@ class OutsideWatch:
         if id(module) in self._inside:
             self._model_ran = True
         elif id(module) not in self._seen:
-            self._seen[id(module)] = OutsideModule(module, self._tensors_inside)
+            # all of its modules: it may change them before it runs them, or without running them
+            for part in module.modules():
+                if id(part) not in self._inside and id(part) not in self._seen:
+                    self._seen[id(part)] = OutsideModule(part, self._tensors_inside)
 
     def end(self, excluded: set[int]) -> None:
         """End the second pass, also after an exception, and keep what was found for :meth:`warn`."""
@@ -122,8 +127,11 @@ class OutsideWatch:
     def _outside(self, touched: Sequence["OutsideModule"]) -> str:
         """Return a message that names modules outside of ``model=`` that the second pass has changed."""
         changed = [o.module for o in touched if o.has_changed_buffers()]
+        moved = [o.module for o in touched if o.has_written_parameters()]
         trained = [o.module for o in touched if o.has_new_gradients()]
         what = [f"the buffers (running statistics, ...) of {self._names(changed)}"] if changed else []
+        if moved:
+            what.append(f"parameters without gradients of {self._names(moved)}")
         if trained:
             what.append(f"gradients of {self._names(trained)}, which this optimizer does not train")
         if not what:
@@ -154,7 +162,10 @@ class OutsideWatch:
 
 
 class OutsideModule:
-    """A module that is not in ``model=``: its own buffers and gradients before it ran in a pass.
+    """A module that is not in ``model=``: its own buffers, attributes and gradients before it ran in a pass.
+
+    Attributes are restored in this step already. So no warning names them: one that is only assigned again in each pass
+    (the last loss) would be named, too.
 
     Args:
         module: The module.
@@ -168,6 +179,14 @@ class OutsideModule:
             for name, b in module.named_buffers(recurse=False)
             if id(b) not in inside and is_writable(b)
         }
+        self._attributes = None if is_torchs(module) else Attributes(module, set())
+        self._attributes_after = self._attributes
+        self._tensors = [(t, t.clone()) for t in self._attributes.tensors if is_writable(t)] if self._attributes else []
+        self._untrained = [
+            (p, p._version, p.data_ptr())
+            for p in module.parameters(recurse=False)
+            if not p.requires_grad and id(p) not in inside and is_writable(p) and all_plain([p])
+        ]
         self._gradients = [
             (p, p.grad, None if p.grad is None else p.grad._version)
             for p in module.parameters(recurse=False)
@@ -177,8 +196,17 @@ class OutsideModule:
         self._gradients_after: list[tuple[Tensor, Tensor | None]] = []
 
     def is_touched(self) -> bool:
-        """True if a pass has changed a buffer or a gradient."""
-        return self.has_changed_buffers() or self.has_new_gradients()
+        """True if a pass has changed a buffer, an attribute, an untrained parameter or a gradient."""
+        return (
+            self.has_changed_buffers()
+            or self.has_new_gradients()
+            or self.has_written_parameters()
+            or (self._attributes is not None and self._attributes.are_changed())
+        )
+
+    def has_written_parameters(self) -> bool:
+        """True if a parameter without a gradient was written."""
+        return any((p._version, p.data_ptr()) != (version, address) for p, version, address in self._untrained)
 
     def has_changed_buffers(self) -> bool:
         """True if a buffer has another value. On an accelerator, values are read only if the buffer was written."""
@@ -201,15 +229,21 @@ class OutsideModule:
     @torch.no_grad()
     def begin_second_pass(self) -> None:
         """Save the state after the first pass, and restore the buffers from before it."""
-        own = [(b, before) for b, before, _ in self._buffers.values() if b.shape == before.shape]
+        own = [(b, before) for b, before, _ in self._buffers.values()]
+        own = [(t, before) for t, before in (*own, *self._tensors) if t.shape == before.shape]
         self._after = [(b, b.clone()) for b, _ in own]
         self._gradients_after = [(p, None if p.grad is None else p.grad.clone()) for p, _, _ in self._gradients]
+        if self._attributes is not None:
+            self._attributes_after = Attributes(self.module, set())
+            self._attributes.restore()
         for buffer, before in own:
             buffer.copy_(before)
 
     @torch.no_grad()
     def end_second_pass(self, *, gradients: bool) -> None:
         """Restore the buffers after the first pass; with ``gradients``, its gradients too."""
+        if self._attributes_after is not None:
+            self._attributes_after.restore()
         for buffer, after in self._after:
             buffer.copy_(after)
         if gradients:
