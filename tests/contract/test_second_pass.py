@@ -220,3 +220,35 @@ def test_c16_open_autocast_region_does_not_reuse_weights_cast_at_w(drive):
     at_w, perturbed, again = (v.item() for v in losses)
     assert perturbed > at_w * 1.05, "the second pass ran with casts of w"
     assert again == at_w, "the pass after the step ran with casts of w + e"
+
+
+@pytest.mark.parametrize("name_of_the_input", ["x", "in a list"])
+def test_c14_gradients_of_inputs_are_those_of_the_first_pass_in_each_pass(name_of_the_input):
+    """Adversarial training (FGM): the batch is new in each step, and nobody clears its gradient."""
+    ends = []
+    for clears in (False, True):
+        model = net(dropout=0.0)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.3, model=model)
+        for step in range(3):
+            x, y = batch(step)
+            inputs = [x]
+
+            def closure(inputs=inputs, y=y, clears=clears, model=model, optimizer=optimizer):
+                x = inputs[0]
+                if clears:
+                    x.grad = None
+                x.requires_grad_(True)
+                F.cross_entropy(model(x), y).backward()
+                adversarial = x.detach() + 0.5 * x.grad / x.grad.norm()
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(adversarial), y)
+                loss.backward()
+                return loss
+
+            if name_of_the_input == "x":
+                optimizer.step(lambda x=x, y=y: closure([x], y))
+            else:
+                optimizer.step(closure)
+            assert clears or x.grad is not None
+        ends.append(model_bits(model))
+    assert ends[0] == ends[1]

@@ -199,3 +199,37 @@ def test_progress_is_called_after_every_pass():
     o.gradient()
     o.gradient()
     assert calls == [("gradient", 1), ("gradient", 2)]
+
+
+def of_sum(outputs, targets):
+    return F.cross_entropy(outputs, targets, reduction="sum")
+
+
+def of_classes(outputs, targets):
+    return F.cross_entropy(outputs, targets, weight=torch.tensor([0.1, 1.0, 5.0], dtype=DOUBLE))
+
+
+def of_noise(outputs, targets):
+    return F.cross_entropy(outputs + torch.randn_like(outputs), targets)
+
+
+@pytest.mark.parametrize("loss", [of_sum, of_classes])
+@pytest.mark.parametrize("batches", ["tensors", "list"])
+def test_loss_of_several_batches_that_is_no_mean_over_the_samples_warns_once(loss, batches):
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 4, dtype=DOUBLE), torch.arange(24) // 8  # sorted, as data sets on disks are
+    net = torch.nn.Linear(4, 3).double()
+    data = (x, y) if batches == "tensors" else [[x[:8], y[:8]], [x[8:], y[8:]]]
+    objective = Objective(net, data, loss=loss, batch_size=8)
+    with pytest.warns(UserWarning, match="it is no mean over the samples"):
+        objective.loss()
+    objective.loss()  # warnings are errors
+    Objective(net, (x, y), loss=loss).loss()  # one batch is what it is
+    Objective(net, data, loss=loss, batch_size=8, size=lambda batch: 1).loss()
+
+
+@pytest.mark.parametrize("loss", [F.cross_entropy, of_noise])
+def test_loss_that_is_a_mean_or_random_does_not_warn(loss):
+    torch.manual_seed(0)
+    x, y = torch.randn(21, 4), torch.arange(21) % 3
+    assert Objective(torch.nn.Linear(4, 3), (x, y), loss=loss, batch_size=8).loss() > 0

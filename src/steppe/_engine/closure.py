@@ -36,8 +36,11 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
     first: Any = None
     reuse = GraphReuse(engine)
     earlier = engine.gradients.accumulated_earlier()
+    inputs = InputGradients(closure, engine)
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
+            if not sam_pass.is_first:
+                inputs.begin_further_pass()
             if sam_pass.is_first:
                 engine.gradients.restore_earlier(earlier)  # for the closure to clear, as with any optimizer
             watched = {} if sam_pass.is_first or engine.closure_watched else _versions(closure)
@@ -59,7 +62,37 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
                 first = value
             else:
                 _check_unchanged(watched, engine)
+    inputs.end()
     return first
+
+
+class InputGradients:
+    """Gives each pass the gradients of the closure's inputs with which the first one began.
+
+    Adversarial training steps along them. In a loop with one pass a step the inputs are new in each, so nobody clears
+    their gradients. They are looked for in the first step, and in later ones if it has found any.
+    """
+
+    def __init__(self, closure: Closure, engine: Engine) -> None:
+        self._engine = engine
+        self._before: list[tuple[Tensor, Tensor | None]] = []
+        self._after: list[tuple[Tensor, Tensor | None]] | None = None
+        if engine.inputs_have_gradients or not engine.closure_watched:
+            inputs = {id(t): t for _, t in _outer_tensors(closure) if t.is_leaf and not isinstance(t, nn.Parameter)}
+            self._before = [(t, None if t.grad is None else t.grad.clone()) for t in inputs.values()]
+
+    def begin_further_pass(self) -> None:
+        """Restore the gradients with which the first pass began."""
+        if self._after is None:
+            self._after = [(t, t.grad) for t, _ in self._before]
+            self._engine.inputs_have_gradients |= any(gradient is not None for _, gradient in self._after)
+        for t, gradient in self._before:
+            t.grad = None if gradient is None else gradient.clone()
+
+    def end(self) -> None:
+        """Restore the gradients that the first pass has left."""
+        for t, gradient in self._after or ():
+            t.grad = gradient
 
 
 class GraphReuse:

@@ -83,6 +83,8 @@ class Engine:
         """Identifies the loop over passes() that is running; None if none is."""
         self.closure_watched = False
         """True if the tensors around a closure have been checked for changes in place."""
+        self.inputs_have_gradients = False
+        """True if a pass was seen to make gradients of the inputs of a closure."""
         self._warned: set[str] = set()
         self.load_from_base()
         call_before_step(base, self._refuse_foreign_step)

@@ -115,6 +115,19 @@ def split_rows(batch: Any, m: int) -> Iterator[Any]:
         yield map_tensors(batch, part)
 
 
+def join_rows(a: Any, b: Any) -> Any:
+    """Return two batches as one; None if their tensors do not fit, or have not one row for each sample."""
+    others = list_tensors(b)
+    pairs = list(zip(list_tensors(a), others, strict=False))
+    if len(pairs) != len(others) or not all(
+        s.dim() and s.shape[1:] == t.shape[1:] and len(s) == num_samples(a) and len(t) == num_samples(b)
+        for s, t in pairs
+    ):
+        return None
+    rest = iter(others)
+    return map_tensors(a, lambda tensor: torch.cat([tensor, next(rest)]))
+
+
 def num_samples(batch: Any) -> int:
     """Return the number of samples of a batch: the length of its first tensor.
 

@@ -1,6 +1,8 @@
 """The mean loss of a model over data, as a function of its weights."""
 
 import copy
+import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
@@ -15,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from steppe._checks import check_count
 from steppe._tensors.graph import derivatives
 from steppe._tensors.reductions import accumulator
-from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, num_samples, split_rows
+from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, join_rows, num_samples, split_rows
 from steppe.flatness._forward import (
     BatchLoss,
     Evaluate,
@@ -67,7 +69,8 @@ class Objective:
         parameters: Names of the parameters that form w; by default all that require a gradient.
         size: Batch -> number of samples that its loss averages over; by default the length of its first tensor, or as
             above for a model that returns its loss. A ``loss`` that is a mean over the tokens that are not padding
-            needs it.
+            needs it; without it, a loss of several batches that is no mean over the samples
+            gives a warning.
         dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
         seed: Seed of the model's own random draws, which are the same in every pass.
         progress: (stage, passes) -> None, called after each pass over the data.
@@ -114,6 +117,7 @@ class Objective:
         """Passes over the data so far."""
         self._progress = progress
         self._size = size
+        self._unchecked_mean = size is None and batch_norm == "eval" and (loss is not None or evaluate is not None)
         self._batch_loss = BatchLoss(self.model, self._choose_loss(data, loss, evaluate))
         self._batches = Batches(data, batch_size, self._size)
         self._fingerprint: Fingerprint | None = None
@@ -313,6 +317,10 @@ class Objective:
         for index, (batch, size) in enumerate(self._iterate_batches()):
             if size == 0:  # the mean over no tokens is NaN
                 continue
+            if index == 0 and self._unchecked_mean:
+                first = batch
+            elif index == 1 and self._unchecked_mean:
+                self._check_mean(first, batch)
             with self._pass_context(index):
                 parts = [part.mul_(size) for part in function(batch)]
             totals = [t.add_(p) for t, p in zip(totals, parts, strict=True)] if totals else parts
@@ -368,10 +376,31 @@ class Objective:
         dist.all_gather_object(by_rank, values, group=self.group)
         return [value for rank in by_rank for value in rank]
 
-    def _loss_of_batch(self, batch: Any) -> float:
+    def _check_mean(self, first: Any, second: Any) -> None:
+        """Warn if the loss is no mean over the samples, by a half of each of two batches."""
+        self._unchecked_mean = False
+        parts = [next(split_rows(batch, -(-num_samples(batch) // 2))) for batch in (first, second)]
+        together = join_rows(*parts)
+        if together is None:
+            return
+        whole, with_other_draws = self._loss_of_batch(together), self._loss_of_batch(together, seed=1)
+        if whole != with_other_draws:
+            return  # the loss is random, and the parts have draws of their own
+        of_parts = sum(self._loss_of_batch(part) * num_samples(part) for part in parts) / num_samples(together)
+        if math.isfinite(whole) and not math.isclose(whole, of_parts, rel_tol=1e-3, abs_tol=1e-5):
+            warnings.warn(
+                f"the loss is {whole:.6g} over samples of two batches together and {of_parts:.6g} over them apart, so it "
+                "is no mean over the samples (class weights, ignored labels, a sum, a loss of the whole batch), and the mean over the "
+                "batches depends on how the data are split: give one that is, such as "
+                "F.cross_entropy(..., reduction='none').mean(), or size=, batch -> number of terms that the loss "
+                "averages over (lambda batch: 1 for a loss of the whole batch)",
+                stacklevel=4,
+            )
+
+    def _loss_of_batch(self, batch: Any, *, seed: int = 0) -> float:
         """Return the mean loss of one batch at w."""
         batch = cast(batch, device=self.device)
-        with self._pass_context(0), torch.no_grad():
+        with self._pass_context(seed), torch.no_grad():
             return float(self._placed(self._perturbed_weights(None), batch).run(lambda loss: loss()))
 
     def _perturbed_weights(self, e: Tensor | None) -> list[Tensor]:
