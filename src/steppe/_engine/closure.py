@@ -150,7 +150,8 @@ def _versions(closure: Callable[[], Any]) -> dict[str, tuple[Tensor, int]]:
 def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
     """Yield the tensors in the variables of a closure, one level of lists, tuples and dicts deep."""
     while isinstance(closure, functools.partial):
-        yield from _tensors_in("an argument", [*closure.args, *closure.keywords.values()])
+        for value in (*closure.args, *closure.keywords.values()):
+            yield from _tensors_in("an argument", value)
         closure = closure.func
     if not inspect.isfunction(closure):
         return
@@ -160,7 +161,8 @@ def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
         return
     for name, value in {**outer.globals, **outer.nonlocals}.items():
         yield from _tensors_in(name, value)
-    yield from _tensors_in("an argument", [*(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values()])
+    for value in (*(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values()):
+        yield from _tensors_in("an argument", value)
 
 
 def _tensors_in(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:

@@ -389,9 +389,9 @@ class Objective:
         of_parts = sum(self._loss_of_batch(part) * num_samples(part) for part in parts) / num_samples(together)
         if math.isfinite(whole) and not math.isclose(whole, of_parts, rel_tol=1e-3, abs_tol=1e-5):
             warnings.warn(
-                f"the loss is {whole:.6g} over samples of two batches together and {of_parts:.6g} over them apart, so it "
-                "is no mean over the samples (class weights, ignored labels, a sum, a loss of the whole batch), and the mean over the "
-                "batches depends on how the data are split: give one that is, such as "
+                f"the loss is {whole:.6g} over samples of two batches together and {of_parts:.6g} over them apart, so "
+                "it is no mean over the samples (class weights, ignored labels, a sum, a loss of the whole batch), and "
+                "the mean over the batches depends on how the data are split: give one that is, such as "
                 "F.cross_entropy(..., reduction='none').mean(), or size=, batch -> number of terms that the loss "
                 "averages over (lambda batch: 1 for a loss of the whole batch)",
                 stacklevel=4,
