@@ -36,7 +36,7 @@ from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
 from steppe.experiments.training.evaluation import (
     as_number,
     evaluate,
-    evaluation_mode,
+    evaluating,
     flatness_sample,
     measure_flatness,
 )
@@ -224,7 +224,7 @@ class Training:
         """Return further measures of the network as it is: the task's own, and what it forgets in a second task."""
         final: dict[str, float] = {}
         if self.task.final_measures is not None:
-            with evaluation_mode(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
+            with evaluating(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
                 final |= _final_numbers(self.task.final_measures(self.network, raise_if_stopped))
         if self.task.then is not None:
             state = (self.network, self.samples["test"], measures, self.world.device, self.autocast)
