@@ -206,7 +206,7 @@ def whole_passes(fastest: Mapping[str, Any], work: Workload, device: str) -> dic
         for method in METHODS
     }
     spent = training.spent
-    training.spent = work.recipe.evaluation.eval_every * training.images  # so that an evaluation is due
+    training.spent = work.recipe.evaluation.eval_every * training.samples_per_epoch  # so that an evaluation is due
     training.measure(lambda: None)  # the first one may compile
     evaluation = seconds(lambda: training.measure(lambda: None), device=device)
     training.spent = spent

@@ -13,8 +13,9 @@ from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.data.accuracy import accuracy
 from steppe.experiments.storage.run_folder import CHECKPOINT
-from steppe.experiments.tasks.task import Metric, Task, accuracy
+from steppe.experiments.tasks.task import Metric, Task
 from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter

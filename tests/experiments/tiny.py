@@ -91,7 +91,7 @@ class RecordingReporter(Reporter):
     steps: list[float] = field(default_factory=list)
     records: list[Record] = field(default_factory=list)
 
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, samples_per_second: float) -> None:
         self.steps.append(loss)
 
     def measured(self, run: Run, record: Record) -> None:

@@ -27,7 +27,7 @@ def same(a: Flatness, b: Flatness) -> None:
         if mine is not None and theirs is not None:
             torch.testing.assert_close(mine.losses, theirs.losses, rtol=0, atol=0, equal_nan=True)
             assert mine.what == theirs.what
-            assert mine.center == pytest.approx(theirs.center, rel=1e-6)
+            assert mine.center_loss == pytest.approx(theirs.center_loss, rel=1e-6)
 
 
 @pytest.mark.parametrize("points", [0, 3])

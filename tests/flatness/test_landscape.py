@@ -50,7 +50,7 @@ def test_entries_are_the_losses_at_their_grid_points():
         assert profile.losses[i] == objective.loss(a * d2)
         for j, b in enumerate(surface.axis.tolist()):
             assert surface.losses[i][j] == objective.loss(center + (a * d1 + b * d2))
-    assert surface.center == objective.loss(center) == surface.losses[2, 2]
+    assert surface.center_loss == objective.loss(center) == surface.losses[2, 2]
     assert surface.losses.unique().numel() == 25
 
 
@@ -63,12 +63,12 @@ def test_center_is_bitwise_the_loss_of_the_model():
                 found = landscape(objective, d, points=p, radius=0.3)
                 middle = (p // 2,) * len(d)
                 assert found.axis[p // 2] == 0
-                assert found.losses[middle] == found.center == float(objective.loss())
+                assert found.losses[middle] == found.center_loss == float(objective.loss())
                 assert torch.equal(found.axis, -found.axis.flip(0))
                 assert found.axis[-1] == 0.3
     even = landscape(objective, random_directions(objective, 1), points=4, radius=3.0)
     torch.testing.assert_close(even.axis, torch.tensor([-3.0, -1.0, 1.0, 3.0], dtype=DOUBLE))
-    assert even.center == float(objective.loss())
+    assert even.center_loss == float(objective.loss())
 
 
 def test_each_point_costs_one_pass():
@@ -165,7 +165,7 @@ def test_statistics_are_reestimated_at_each_point():
         nn.utils.vector_to_parameters(objective.weights + t * d, there.parameters())
         torch.testing.assert_close(loss, estimated(there), rtol=1e-12, atol=0)
     assert found.statistics
-    assert found.center == found.losses[1] != objective.loss()
+    assert found.center_loss == found.losses[1] != objective.loss()
     assert not landscape(point_objective(relu_net()), torch.ones(1, 51), points=3, statistics=True).statistics
 
 

@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from known_hessians import DOUBLE, objective, samples, tanh_net
 from torch import nn
+from torch.nn.utils import parametrize
 
-from steppe.flatness import Hessian, Objective
+from steppe.flatness import Hessian, Objective, after_rounding
 
 
 def normed(seed=0):
@@ -41,6 +42,19 @@ def test_loss_and_gradient_at_perturbed_weights():
     there, expected = objective(moved).gradient()
     torch.testing.assert_close((loss, gradient), (there, expected), rtol=1e-12, atol=1e-15)
     torch.testing.assert_close(objective(net).loss(e), there, rtol=1e-12, atol=0)
+
+
+def test_weights_cached_by_parametrize_are_not_used_at_other_weights():
+    net, (x, _) = tanh_net(), samples()
+    nn.utils.parametrizations.weight_norm(net[0])
+    o = objective(net)
+    e = torch.ones(o.n, dtype=DOUBLE)
+    expected = o.gradient(), o.gradient(e), o.loss(e), after_rounding(o, 4).after
+    with parametrize.cached():
+        outputs = net(x)
+        found = o.gradient(), o.gradient(e), o.loss(e), after_rounding(o, 4).after
+        assert torch.equal(net(x), outputs)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0)
 
 
 @pytest.mark.parametrize("batch_norm", ["eval", "train"])

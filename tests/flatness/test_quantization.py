@@ -2,6 +2,8 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import parametrize
+from torch.nn.utils.parametrizations import weight_norm
 
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.flatness.quantization import round_weights, rounded
@@ -141,3 +143,17 @@ def test_autocast_computes_with_the_weights_of_the_moment() -> None:
     torch.testing.assert_close(within.float(), rounded(exact, 2).T, rtol=1e-2, atol=0)
     assert not torch.equal(before, within)
     assert torch.equal(before, after)
+
+
+def test_a_parametrization_cached_before_is_computed_again_within_and_after() -> None:
+    model, inputs = weight_norm(nn.Linear(16, 4, bias=False)), torch.eye(16)
+    with torch.no_grad():
+        exact = model(inputs)
+        with round_weights(model, 2):
+            expected = model(inputs)
+        assert not torch.equal(exact, expected)
+        with parametrize.cached():
+            assert torch.equal(model(inputs), exact)
+            with round_weights(model, 2):
+                assert torch.equal(model(inputs), expected)
+            assert torch.equal(model(inputs), exact)

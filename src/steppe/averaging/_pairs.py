@@ -8,8 +8,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 
+from steppe._tensors.cached_weights import drop_cached_weights
 from steppe._tensors.dtensor import all_plain, fsdp_modules, local
 from steppe._tensors.in_place import copy_
 
@@ -156,8 +156,7 @@ def _buffer_like(average: nn.Module, name: str, live: Tensor) -> Tensor:
 
 def drop_cached(module: nn.Module) -> None:
     """Drop copies of the weights that torch has cached: a forward would run on stale weights."""
-    torch.clear_autocast_cache()  # low-precision casts in an open autocast region
-    parametrize._cache.clear()  # of parametrize.cached(), a private name of torch that nothing else clears
+    drop_cached_weights()
     reshard(module)
 
 

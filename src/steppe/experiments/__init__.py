@@ -4,10 +4,11 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from steppe.experiments.data.accuracy import accuracy
     from steppe.experiments.execution.logs import Log, LoggedRun
     from steppe.experiments.measuring.flatness_result import FlatnessResult
     from steppe.experiments.report.comparison_result import ComparisonResult
-    from steppe.experiments.tasks.task import Metric, Task, accuracy
+    from steppe.experiments.tasks.task import Metric, Task
     from steppe.experiments.tuning.search_result import SearchResult
     from steppe.experiments.user_api import compare, measure, tune
 
@@ -27,9 +28,10 @@ __all__ = [
 
 _HOMES = {
     **dict.fromkeys(("Log", "LoggedRun"), "steppe.experiments.execution.logs"),
-    **dict.fromkeys(("Metric", "Task", "accuracy"), "steppe.experiments.tasks.task"),
+    **dict.fromkeys(("Metric", "Task"), "steppe.experiments.tasks.task"),
     **dict.fromkeys(("compare", "measure", "tune"), "steppe.experiments.user_api"),
     "ComparisonResult": "steppe.experiments.report.comparison_result",
+    "accuracy": "steppe.experiments.data.accuracy",
     "FlatnessResult": "steppe.experiments.measuring.flatness_result",
     "SearchResult": "steppe.experiments.tuning.search_result",
 }

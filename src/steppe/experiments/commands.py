@@ -40,7 +40,7 @@ by its name, or a folder of one: --backbone timm:resnet18.a1_in1k, --backbone hf
 _MEASURE = "Measure how flat the minima of a run folder are, or those of any model, and compare the methods."
 
 _MEASURE_DETAILS = """
-`steppe measure runs/demo` measures every run that is not measured yet, on a sample of its training images: sharpness,
+`steppe measure runs/demo` measures every run that is not measured yet, on a sample of its training data: sharpness,
 the Hessian's largest eigenvalues, trace and spectral density, adaptive measures that rescaling the network does not
 change, landscapes, and the loss between solutions. It adds a verdict with error bars to summary.md and report.html.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from steppe._tensors.cached_weights import drop_cached_weights
 from steppe._tensors.dtensor import is_sharded, sharded_part
 from steppe.flatness._batches import cast
 from steppe.flatness._isolation import evaluation_mode
@@ -59,8 +60,12 @@ class PlacedLoss:
         return self._run(lambda: function(self._checked()))
 
     def _run(self, function: Callable[[], _T]) -> _T:
-        with evaluation_mode(self._holder.model, train_norms=self._train_norms):
-            result: _T = functional_call(self._holder, self._state, (function,))
+        drop_cached_weights()  # parametrize.cached() goes by the module, so it would return those of other weights
+        try:
+            with evaluation_mode(self._holder.model, train_norms=self._train_norms):
+                result: _T = functional_call(self._holder, self._state, (function,))
+        finally:
+            drop_cached_weights()
         return result
 
     def _checked(self) -> Evaluated:

@@ -19,9 +19,9 @@ class Landscape:
     axis: Tensor
     """Coordinates along each direction, in units of its length, (p,), float64."""
     losses: Tensor
-    """losses[i][j] = L(center + axis[i] d_1 + axis[j] d_2), (p,) or (p, p), float64."""
-    center: float
-    """L at the center, where both coordinates are 0."""
+    """losses[i][j] = L(w + center + axis[i] d_1 + axis[j] d_2), (p,) or (p, p), float64."""
+    center_loss: float
+    """L(w + center), where all coordinates are 0; "center" in JSON."""
     statistics: bool
     """True if BatchNorm's statistics were re-estimated at each point."""
     what: str
@@ -37,7 +37,7 @@ class Landscape:
         return {
             "axis": self.axis.tolist(),
             "losses": to_lists(self.losses),
-            "center": to_lists(torch.tensor(self.center, dtype=torch.float64)),
+            "center": to_lists(torch.tensor(self.center_loss, dtype=torch.float64)),
             "statistics": self.statistics,
             "what": self.what,
         }
@@ -45,9 +45,9 @@ class Landscape:
     @classmethod
     def from_json(cls, written: Mapping[str, Any]) -> "Landscape":
         """Read the result of :meth:`to_json`; None becomes NaN."""
-        center = float(from_lists(written["center"]))
+        center_loss = float(from_lists(written["center"]))
         axis, losses = from_lists(written["axis"]), from_lists(written["losses"])
-        return cls(axis, losses, center, written["statistics"], written["what"])
+        return cls(axis, losses, center_loss, written["statistics"], written["what"])
 
 
 def landscape(

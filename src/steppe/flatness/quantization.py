@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from steppe._checks import check_count
+from steppe._tensors.cached_weights import drop_cached_weights
 from steppe.flatness._forward import check_not_sharded
 
 
@@ -50,9 +51,9 @@ def round_weights(model: nn.Module, bits: int, *, per_channel: bool = False) -> 
         for p in matrices:
             # .data: a graph that was recorded before is right again afterwards, so autograd must not count the writes
             p.data.copy_(rounded(p, bits, per_channel=per_channel))
-        torch.clear_autocast_cache()  # within torch.autocast: its copies in half precision are of the weights before
+        drop_cached_weights()
         yield
     finally:
         for p, before in saved:
             p.data.copy_(before)
-        torch.clear_autocast_cache()
+        drop_cached_weights()

@@ -107,7 +107,7 @@ def test_noise_leaves_initial_weights_unchanged_and_training_is_measured_on_nois
     (plain,) = recipe(methods=("sgd",)).runs()
     noisy, clean = training_of(run), training_of(plain)
     assert all(map(torch.equal, noisy.network.state_dict().values(), clean.network.state_dict().values()))
-    noisy.epoch, noisy.spent = 2, noisy.spent + 2 * noisy.images  # as if: a measurement is due
+    noisy.epoch, noisy.spent = 2, noisy.spent + 2 * noisy.samples_per_epoch  # as if: a measurement is due
     (record,) = noisy.measure(lambda: None)
     fitted = samples(mislabeled(dataset().train, 0.5, 0))
     score = evaluate(noisy.task, noisy.network, fitted, 500, CPU, noisy.autocast, lambda: None)

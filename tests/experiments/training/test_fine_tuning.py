@@ -29,7 +29,7 @@ def test_methods_of_a_seed_share_images_and_head_and_seeds_differ() -> None:
     runs = list(recipe(shots=2, seeds=2).runs())
     runs = [training_of(run, dataset()) for run in runs]
     sgd, sam, other = runs[:3]
-    assert sgd.images == 20
+    assert sgd.samples_per_epoch == 20
     assert torch.equal(sgd.samples["train"].tensors[0], sam.samples["train"].tensors[0])
     assert not torch.equal(sgd.samples["train"].tensors[0], other.samples["train"].tensors[0])
     heads = [run.network.state_dict()["body.head.weight"] for run in runs]

@@ -11,6 +11,7 @@ from tiny import CPU, dataset, recipe, untimed
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.config.recipe import Recipe, Run
+from steppe.experiments.data.accuracy import accuracy
 from steppe.experiments.data.batches import order
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution.prepared_task import OneTask
@@ -20,7 +21,7 @@ from steppe.experiments.storage.records import AFTER, AVERAGED, FORGOTTEN, ON_SE
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.tasks.images import images_task, second_dataset
 from steppe.experiments.tasks.load import with_task
-from steppe.experiments.tasks.task import Task, accuracy
+from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.run import train
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter

@@ -124,7 +124,7 @@ class MethodSpec:
 
     @property
     def passes(self) -> Fraction:
-        """The planned gradient evaluations for an image in a step."""
+        """The planned gradient evaluations for a sample in a step."""
         return self.definition.cost(dict(self.overrides))
 
     def rho(self, recipe_rho: float) -> float:

@@ -85,7 +85,7 @@ class Method(Comparison):
         return steps is not None and _is_filled(steps)
 
     def cost(self, overrides: Mapping[str, Value]) -> Fraction:
-        """Return the planned gradient evaluations for an image in a step, with the arguments of a spec."""
+        """Return the planned gradient evaluations for a sample in a step, with the arguments of a spec."""
         cost = self.passes
         if callable(cost):
             values = {name: parameter.default for name, parameter in self.parameters.items()} | dict(overrides)

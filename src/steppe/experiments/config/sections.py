@@ -169,7 +169,7 @@ class ComparisonConfig:
     """The methods, each as NAME or NAME:KEY=VALUE,... (looksam:interval=2). The others are compared with the first."""
     epochs: Annotated[int, Minimum(1, "the compute that each method gets")] = 20
     """Standardized epochs: the compute of each method. One is as many gradient evaluations as there are training
-    images, so an epoch of SAM (two passes) counts as 2."""
+    samples, so an epoch of SAM (two passes) counts as 2."""
     extra_epochs: Annotated[int, Minimum(0, "further compute for the methods with more than one pass a step")] = 0
     """Further standardized epochs for methods with more than one pass a step; they have rows of their own."""
     widths: tuple[int, ...] = ()
@@ -177,7 +177,7 @@ class ComparisonConfig:
     seeds: Annotated[int, Minimum(1, "runs of each method")] = 3
     """Runs of each method. Raise it later to add runs to the same folder; one run gives no verdict."""
     first_seed: Annotated[int, Minimum(0, "the first run's seed")] = 0
-    """Seed of the first run. Methods of one seed share initial weights and the order of the images."""
+    """Seed of the first run. Methods of one seed share initial weights and the order of the samples."""
 
     def epochs_of_as_many_steps(self, method: MethodSpec, other: MethodSpec) -> int:
         """Return the standardized epochs after which `method` has made as many steps as `other` at equal compute.
@@ -206,8 +206,8 @@ class EvaluationConfig:
     ] = None
     """Measure sharpness S(w) at `rho`, the largest eigenvalue of the Hessian and the gradient norm as well: every so
     many standardized epochs, a multiple of `eval_every`, and at the end. By default not."""
-    flatness_samples: Annotated[int, Minimum(1, "training images that flatness is measured on")] = 256
-    """Training images for these measurements, drawn by the run's seed, in evaluation mode."""
+    flatness_samples: Annotated[int, Minimum(1, "training samples that flatness is measured on")] = 256
+    """Training samples for these measurements, drawn by the run's seed, in evaluation mode."""
 
 
 _SECOND_TASKS = {

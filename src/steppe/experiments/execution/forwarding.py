@@ -24,8 +24,8 @@ class EventWriter(Reporter):
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         self._write("begin", standardized_epoch, records, host=platform.node(), pid=os.getpid())
 
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        self._write("step", standardized_epoch, loss, images_per_second)
+    def step(self, run: Run, standardized_epoch: float, loss: float, samples_per_second: float) -> None:
+        self._write("step", standardized_epoch, loss, samples_per_second)
 
     def measured(self, run: Run, record: Record) -> None:
         self._write("measured", record)

@@ -208,8 +208,8 @@ class Logging(Reporter):
         self._add(run, records)
         self._reporter.begin(run, standardized_epoch, records)
 
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        self._reporter.step(run, standardized_epoch, loss, images_per_second)
+    def step(self, run: Run, standardized_epoch: float, loss: float, samples_per_second: float) -> None:
+        self._reporter.step(run, standardized_epoch, loss, samples_per_second)
 
     def measured(self, run: Run, record: Record) -> None:
         self._add(run, [record])

@@ -105,8 +105,8 @@ class RunProgress(ProgressDisplay, Reporter):
             state = "is finished" if standardized_epoch >= run.standardized_epochs else "resumes"
             self.print(f"{_title(run)}: {state} at standardized epoch {standardized_epoch:.2f}")
 
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
-        detail = f"loss {loss:.3f}  {self._scores.get(run, '')}  {images_per_second:,.0f} {self._samples}/s"
+    def step(self, run: Run, standardized_epoch: float, loss: float, samples_per_second: float) -> None:
+        detail = f"loss {loss:.3f}  {self._scores.get(run, '')}  {samples_per_second:,.0f} {self._samples}/s"
         self._move(run, standardized_epoch, detail)
 
     def measured(self, run: Run, record: Record) -> None:

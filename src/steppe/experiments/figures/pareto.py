@@ -96,7 +96,7 @@ def _costs(recipe: Recipe, results: Results) -> tuple[list[_Cost], list[MethodSp
     by_epochs = f"Same number of epochs ({epochs:.3g})"
     by_compute = f"Same compute ({recipe.comparison.epochs} standardized epochs)"
     return [
-        _Cost(by_epochs, "gradient evaluations per image and epoch (passes)", lambda r: r.passes, same_epochs),
+        _Cost(by_epochs, "gradient evaluations per sample and epoch (passes)", lambda r: r.passes, same_epochs),
         _Cost(by_epochs, relative, lambda r: r.seconds / seconds, same_epochs),
         _Cost(by_compute, "training time, seconds", lambda r: r.seconds, same_compute),
     ], scheduled
@@ -175,8 +175,8 @@ def after_epochs(records: Sequence[Record], epochs: float) -> Record | None:
             both = before.to_json().keys() & after.to_json().keys()
             mixed = {k: (1 - part) * before[k] + part * after[k] for k in both}
             # gradient evaluations add up and can be interpolated; passes are their average over the run so far
-            images = before.gradient_evaluations / before.passes / before.epoch
-            mixed |= {"epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * images)}
+            samples = before.gradient_evaluations / before.passes / before.epoch
+            mixed |= {"epoch": epochs, "passes": mixed["gradient_evaluations"] / (epochs * samples)}
             return Record.from_json(mixed)
     return None
 

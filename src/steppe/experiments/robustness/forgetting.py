@@ -10,8 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe.experiments.data.accuracy import accuracy
 from steppe.experiments.data.batches import count, order, start
-from steppe.experiments.robustness.isolation import device_of, evaluation, restored_generators, seed_generators
+from steppe.experiments.robustness.isolation import (
+    device_of,
+    evaluation,
+    restored_generators,
+    seed_generators_with_device,
+)
 
 _Batch = TypeVar("_Batch")
 _CHUNK = 500  # samples in one forward pass of an evaluation
@@ -33,11 +39,6 @@ class Forgetting:
     def forgotten(self) -> float:
         """The loss of the metric on the first task."""
         return self.old_before - self.old_after
-
-
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Return the accuracy in percent."""
-    return 100.0 * float((outputs.argmax(1) == targets).sum()) / targets.numel()
 
 
 def forgetting(
@@ -89,7 +90,7 @@ def forgetting(
         raise ValueError(f"steps={steps}, batch_size={batch_size}: they must be at least 0 and 1")
     device = device_of(model)
     with restored_generators(device):
-        seed_generators(seed, device)
+        seed_generators_with_device(seed, device)
         trained = copy.deepcopy(model)
         before = [_measure(trained, data, metric, prepare) for data in (old, new_test)]
         inputs, targets = (tensor.to(device) for tensor in new)

@@ -41,8 +41,8 @@ def restored_generators(device: torch.device) -> Iterator[None]:
         generators.restore(before)
 
 
-def seed_generators(seed: int, device: torch.device) -> None:
-    """Seed these generators."""
+def seed_generators_with_device(seed: int, device: torch.device) -> None:
+    """Seed the global generators of torch (the CPU's and the device's), Python and NumPy."""
     torch.default_generator.manual_seed(seed)
     if device.type == "cuda":
         torch.cuda.default_generators[device.index or 0].manual_seed(seed)

@@ -8,13 +8,18 @@ from types import MappingProxyType
 import torch
 from torch import Tensor, nn
 
+from steppe.experiments.data.accuracy import accuracy
 from steppe.experiments.data.sampling import seed_of
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.robustness.calibration import calibration
 from steppe.experiments.robustness.corruptions import BLOCK, CORRUPTIONS, SEVERITY, ImageFunction, find, generators
 from steppe.experiments.robustness.corruptions import check_images as check_images_in_range
-from steppe.experiments.robustness.forgetting import accuracy
-from steppe.experiments.robustness.isolation import device_of, evaluation, restored_generators, seed_generators
+from steppe.experiments.robustness.isolation import (
+    device_of,
+    evaluation,
+    restored_generators,
+    seed_generators_with_device,
+)
 from steppe.flatness.quantization import round_weights
 
 BITS = (8, 4, 3, 2)
@@ -137,7 +142,7 @@ def _corrupted(images: Tensor, name: str, function: ImageFunction, seed: int, de
     base = name.partition(":")[0]  # all severities have the same draws
     for block, draws, number in zip(_blocks(images, device), generators(base, seed), count(), strict=False):
         # for functions of a user's own that draw from the global generators
-        seed_generators(seed_of(seed, number), device)
+        seed_generators_with_device(seed_of(seed, number), device)
         corrupted = function(block, draws)
         if not isinstance(corrupted, Tensor) or corrupted.shape != block.shape:
             got = f"shape {tuple(corrupted.shape)}" if isinstance(corrupted, Tensor) else type(corrupted).__name__

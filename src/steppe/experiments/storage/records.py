@@ -27,7 +27,7 @@ class Record:
     seconds: float
     """Time spent on training, without measuring and saving."""
     images_per_second: float
-    """Samples seen by that time."""
+    """Samples seen by that time, of any data: the public key in metrics.jsonl is older than tasks of other data."""
     sharpness: float | None = None
     """S(w) at the recipe's rho; this and the following fields are None where flatness was not measured."""
     lambda_max: float | None = None

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 
 from steppe.experiments.config.methods import BASES
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.data.accuracy import accuracy
 from steppe.experiments.data.datasets import CLASSES, MEAN, STD, Dataset, DatasetName, Split, load, normalize
 from steppe.experiments.data.sampling import few_shot, mislabeled
 from steppe.experiments.models.backbones import FineTuned
@@ -21,7 +22,7 @@ from steppe.experiments.models.networks import new_network
 from steppe.experiments.robustness.records import final_measures
 from steppe.experiments.robustness.second_tasks import inverted, rotated
 from steppe.experiments.tasks.samples import Samples, TensorSamples
-from steppe.experiments.tasks.task import Metric, Task, accuracy
+from steppe.experiments.tasks.task import Metric, Task
 
 # Images in one forward pass of an evaluation; the number changes memory, speed and the last bits of a result.
 _CHUNK, _CHUNK_ON_A_GPU = 500, 5000

@@ -54,15 +54,6 @@ class Metric:
     """Written beside the values in tables and figures, for example "%"."""
 
 
-def accuracy(outputs: Tensor, targets: Tensor) -> float:
-    """Return the accuracy in percent, for logits (n, classes, ...) and targets (n, ...).
-
-    >>> accuracy(torch.eye(4), torch.tensor([0, 1, 2, 0]))
-    75.0
-    """
-    return 100.0 * float((outputs.argmax(1) == targets).sum()) / targets.numel()
-
-
 @_with_suggestions
 @dataclass(frozen=True, eq=False)
 class Task:
@@ -102,6 +93,7 @@ class Task:
             the base alone, and measured by the metrics above on the test data of both tasks.
 
     Example:
+        >>> from steppe.experiments import accuracy
         >>> inputs, targets = torch.randn(64, 5), torch.randint(3, (64,))
         >>> task = Task(
         ...     model=lambda: nn.Linear(5, 3),

@@ -22,10 +22,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from steppe.experiments.data.accuracy import accuracy
 from steppe.experiments.data.sampling import wrong_labels
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.models.backbones import without_reports
-from steppe.experiments.tasks.task import Metric, Task, accuracy
+from steppe.experiments.tasks.task import Metric, Task
 
 LIBRARIES = {"numpy": "[lm]*/*.py", "sklearn": "[cm]*/*.py", "torch": "nn/*/*.py", "asyncio": "../[b-d]*.py"}
 """Each library, and the files whose docstrings are read."""

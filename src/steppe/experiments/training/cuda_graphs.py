@@ -25,7 +25,7 @@ from steppe.experiments.world import World
 
 T = TypeVar("T")
 _Kind = tuple[int, bool | None]
-"""The images of a batch, and whether the step perturbs the weights: steps of one kind launch the same kernels."""
+"""The samples of a batch, and whether the step perturbs the weights: steps of one kind launch the same kernels."""
 
 # Steps before a recording, in which everything is allocated, compiled and chosen that is so once.
 _WARM_UP = 3
@@ -95,7 +95,7 @@ class _Graph(NamedTuple):
     """A step of one kind."""
 
     indices: Tensor
-    """The tensor from which it reads the positions of its images; its only input."""
+    """The tensor from which it reads the positions of its samples; its only input."""
     step: Step
     replay: Callable[[], None]
 

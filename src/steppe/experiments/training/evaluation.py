@@ -46,7 +46,7 @@ def evaluate(
     kept: list[tuple[Any, Any] | None] = []
     losses: list[tuple[float, int]] = []
     metrics = task.all_metrics()
-    with evaluation_mode(model), torch.no_grad():
+    with evaluating(model), torch.no_grad():
         for batch in share_out(samples, _chunks(samples, batch_size), world):
             raise_if_stopped()
             if not len(batch):
@@ -82,8 +82,12 @@ def _halves(batches: list[T]) -> dict[str, list[T]]:
 
 
 @contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Switch a model to evaluation mode, and each of its modules back to its own."""
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Switch a model to evaluation mode, and each of its modules back to its own.
+
+    Unlike ``steppe.flatness._isolation.evaluation_mode``, which sets the mode of each module itself, it calls
+    ``model.eval()``: a model that overrides it or ``train()`` is evaluated as its author evaluates it.
+    """
     before = [(module, module.training) for module in model.modules()]
     model.eval()
     try:

@@ -21,7 +21,7 @@ class Reporter:
     def begin(self, run: Run, standardized_epoch: float, records: Sequence[Record]) -> None:
         """Report that a run starts, or resumes at its checkpoint."""
 
-    def step(self, run: Run, standardized_epoch: float, loss: float, images_per_second: float) -> None:
+    def step(self, run: Run, standardized_epoch: float, loss: float, samples_per_second: float) -> None:
         """Report the state of the training."""
 
     def measured(self, run: Run, record: Record) -> None:

@@ -36,7 +36,7 @@ from steppe.experiments.training.cuda_graphs import Step, Stepper, recorder
 from steppe.experiments.training.evaluation import (
     as_number,
     evaluate,
-    evaluation_mode,
+    evaluating,
     flatness_sample,
     measure_flatness,
 )
@@ -76,7 +76,7 @@ class Training:
             rho=run.method.rho(recipe.training.rho),
             model=self.network,
             total_steps=run.steps(self.batches),
-            samples=self.images,
+            samples=self.samples_per_epoch,
             classes=task.classes or 0,
             seed=run.seed,
             replay_rng=self._recorder is None,
@@ -103,7 +103,7 @@ class Training:
         self._grid = run.grid
 
     @property
-    def images(self) -> int:
+    def samples_per_epoch(self) -> int:
         """Samples in an epoch."""
         return self._epochs.samples
 
@@ -124,23 +124,23 @@ class Training:
         return self._epochs.batches(self.epoch, self.batch)
 
     @property
-    def images_seen(self) -> int:
+    def samples_seen(self) -> int:
         """Samples in all steps so far; a sample counts once for each step that it is part of."""
-        return self.epoch * self.images + self._epochs.seen(self.batch)
+        return self.epoch * self.samples_per_epoch + self._epochs.seen(self.batch)
 
     @property
     def finished(self) -> bool:
-        return self.spent >= self.run.standardized_epochs * self.images
+        return self.spent >= self.run.standardized_epochs * self.samples_per_epoch
 
     @property
     def standardized_epoch(self) -> float:
-        return float(self.spent / self.images)
+        return float(self.spent / self.samples_per_epoch)
 
     @property
     def due(self) -> list[int]:
         """The points of the grid that the compute has reached since the last measurement."""
         last = self.records[-1].standardized_epoch if self.records else 0
-        reached = self.spent // self.images
+        reached = self.spent // self.samples_per_epoch
         return [point for point in self._grid if last < point <= reached]
 
     def autocast(self) -> AbstractContextManager[object]:
@@ -208,13 +208,13 @@ class Training:
         return [
             Record(
                 standardized_epoch=point,
-                epoch=_number(Fraction(self.images_seen, self.images)),
+                epoch=_number(Fraction(self.samples_seen, self.samples_per_epoch)),
                 steps=self.steps,
                 gradient_evaluations=_number(self.spent),
-                passes=float(self.spent / self.images_seen),
+                passes=float(self.spent / self.samples_seen),
                 measures={**measures, **(final if point in self.run.ends else {})},
                 seconds=round(self.seconds, 3),
-                images_per_second=round(self.images_seen / max(self.seconds, 1e-9), 1),
+                images_per_second=round(self.samples_seen / max(self.seconds, 1e-9), 1),
                 **(flatness if point in self.run.flatness_grid else {}),
             )
             for point in self.due
@@ -224,7 +224,7 @@ class Training:
         """Return further measures of the network as it is: the task's own, and what it forgets in a second task."""
         final: dict[str, float] = {}
         if self.task.final_measures is not None:
-            with evaluation_mode(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
+            with evaluating(self.network), RandomStream(0, 0, 0).active(), torch.no_grad(), self.autocast():
                 final |= _final_numbers(self.task.final_measures(self.network, raise_if_stopped))
         if self.task.then is not None:
             state = (self.network, self.samples["test"], measures, self.world.device, self.autocast)
@@ -334,7 +334,7 @@ def train(
 def _train_epoch(training: Training, manager: CheckpointManager, reporter: Reporter, stop: Stop) -> None:
     """Train to the end of the epoch in progress, or to a measurement within it."""
     run, world = training.run, training.world
-    epoch, steps, seen, before = training.epoch, training.steps, training.images_seen, training.seconds
+    epoch, steps, seen, before = training.epoch, training.steps, training.samples_seen, training.seconds
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     begun = reported = time.perf_counter()
     for batch in training.rest_of_epoch():
@@ -344,7 +344,7 @@ def _train_epoch(training: Training, manager: CheckpointManager, reporter: Repor
         training.seconds = before + now - begun
         if now - reported > reporter.interval:
             reported = now
-            speed = (training.images_seen - seen) / (now - begun)
+            speed = (training.samples_seen - seen) / (now - begun)
             reporter.step(run, training.standardized_epoch, float(loss), speed)
         if (world.size == 1 or training.batch % _STOP_INTERVAL == 0) and world.any(bool(stop)):
             raise Stopped(stop.signal or signal.SIGINT)  # 0 if only another process got the signal

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.robustness.forgetting import train_on
-from steppe.experiments.robustness.isolation import restored_generators, seed_generators
+from steppe.experiments.robustness.isolation import restored_generators, seed_generators_with_device
 from steppe.experiments.storage.records import AFTER, FORGOTTEN, ON_SECOND
 from steppe.experiments.tasks.batches import Batch, Epochs
 from steppe.experiments.tasks.samples import Samples
@@ -51,7 +51,7 @@ def measure_forgetting(
     train, new = (second.samples(name, run.seed).to(device) for name in ("train", "test"))
     size = run.recipe.training.batch_size or task.usual_batch_size(train)
     with restored_generators(device):
-        seed_generators(run.seed, device)
+        seed_generators_with_device(run.seed, device)
         copy = task.model().to(device)
         copy.load_state_dict(network.state_dict())
         base, _ = build_base(run, task, copy)
@@ -72,7 +72,7 @@ def measure_forgetting(
             return second.mean_loss(in_float32(outputs), targets)
 
         train_on(copy, base, batches(), mean_loss)
-        seed_generators(run.seed, device)  # of a model or metric that draws
+        seed_generators_with_device(run.seed, device)  # of a model or metric that draws
         chunk = task.evaluation_batch_size or test.batch_size or size
         alike = replace(second, metrics=task.metrics)
         after = evaluate(task, copy, test, chunk, world, autocast, raise_if_stopped)
