@@ -8,7 +8,6 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.optim import Optimizer
 
 from steppe._engine.base_hook import call_before_step
@@ -27,6 +26,7 @@ from steppe._engine.rounding import MIN_SURVIVING_SHARE, add_scaled_stochastical
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
 from steppe._engine.state_dict import take_from_base
+from steppe._tensors.cached_weights import drop_cached_weights
 from steppe._tensors.dtensor import all_plain, local
 from steppe.rules import (
     Cadence,
@@ -332,8 +332,7 @@ class Engine:
 
     def drop_cached_weights(self) -> None:
         """Drop copies of the weights that torch has cached; the next pass would run on stale weights."""
-        torch.clear_autocast_cache()  # low-precision casts in an open autocast region
-        parametrize._cache.clear()  # of parametrize.cached(), a private name of torch that nothing else clears
+        drop_cached_weights()
         self.ranks.drop_gathered_weights()
 
     def abort(self) -> None:
