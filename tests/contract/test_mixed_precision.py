@@ -1,5 +1,6 @@
 """Contract C17: loss scaling and autocast change nothing but the precision, in each of the three APIs."""
 
+import dataclasses
 import math
 
 import pytest
@@ -115,8 +116,9 @@ def test_scale_free_attribute_is_true_exactly_for_scale_free_rules(name):
             point = steppe.Point(parameters, scaled, [0.1] * 2, state, step=t, memory=memory)
             direction, scale = rule(point)
             perturbations.append(torch.cat([torch.zeros(0) if d is None else (scale * d).flatten() for d in direction]))
-            if name == "stale_sam":
-                optimizer.combination(point, scaled)  # it keeps the gradient for the perturbation of the next step
+            if name in ("stale_sam", "arwp", "mixed_arwp"):  # the combination keeps something for the next perturbation
+                kept = scaled if getattr(optimizer.combination, "scale_free", False) else g  # as the engine gives it
+                optimizer.combination(dataclasses.replace(point, gradients=kept), kept)
     same = torch.allclose(*perturbations, rtol=1e-6)
     assert same == getattr(rule, "scale_free", False)
 
