@@ -66,9 +66,6 @@ def model_bits(model: nn.Module) -> dict[str, bytes]:
     return dict(zip(state, bits(state.values()), strict=True))
 
 
-# One step by each of the three APIs; loss() is the forward alone.
-
-
 def saved_and_loaded(state: Any, *, weights_only: bool = True) -> Any:
     """Return what a file holds to which the state was saved."""
     file = io.BytesIO()
@@ -80,6 +77,9 @@ def saved_and_loaded(state: Any, *, weights_only: bool = True) -> Any:
 def observed(optimizer: Optimizer, loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return the loss as the optimizer needs it: for SASSHA, one that estimates the Hessian."""
     return closures.hessian_diagonal(optimizer, loss) if isinstance(optimizer, SASSHA) else loss
+
+
+# One step by each of the three APIs; loss() is the forward alone.
 
 
 def by_closure(optimizer: Optimizer, loss: Callable[[], Tensor]):
@@ -118,6 +118,7 @@ def plain(optimizer: Optimizer, loss: Callable[[], Tensor]):
 
 DRIVES = {"closure": by_closure, "passes": by_passes, "classic": by_classic}
 
+every_base = pytest.mark.parametrize("base", BASES)
 every_drive = pytest.mark.parametrize("drive", DRIVES)
 
 
@@ -146,9 +147,6 @@ def rest_is_slow(cases: Iterable[Any], fast: Callable[..., bool]) -> list[Any]:
     """Return cases for pytest, tuples or values: `make test` has those that are fast, `make test-slow` the others."""
     tuples = (case if isinstance(case, tuple) else (case,) for case in cases)
     return [pytest.param(*case, marks=[] if fast(*case) else pytest.mark.slow) for case in tuples]
-
-
-every_base = pytest.mark.parametrize("base", BASES)
 
 
 def train(model: nn.Module, optimizer: Optimizer, drive, steps: int, *, start: int = 0) -> None:

@@ -23,6 +23,8 @@ def refresh_statistics(
 ) -> None:
     """Compute the statistics of the BatchNorm layers by ``update_bn``; on an exception, keep the old ones.
 
+    ``steppe.flatness.Objective.statistics`` estimates them without a change of the module.
+
     Args:
         module: The module.
         batches: The batches.

@@ -44,6 +44,15 @@ def orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     return vector, coefficients
 
 
+def check_finite_product(coefficients: Tensor, result: str) -> None:
+    """Raise ValueError unless the projection of a product with an operator, from :func:`orthogonalize`, is finite."""
+    if not bool(coefficients.isfinite().all()):
+        raise ValueError(
+            f"a product with the operator is not finite, so it has no {result}: the loss or one of its derivatives "
+            "overflows at these weights"
+        )
+
+
 def unit_vector(vector: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
     """Return a vector (n,) divided by its norm, and the norm; both are 0 if the norm is rounding error of ``scale``."""
     length = norm([vector])

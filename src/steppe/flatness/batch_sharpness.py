@@ -6,7 +6,7 @@ import torch
 
 from steppe._checks import check_count
 from steppe._tensors.reductions import dot
-from steppe.flatness.estimate import Estimate
+from steppe.flatness.estimate import Estimate, weighted_standard_error
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Hessian
 
@@ -57,9 +57,8 @@ def batch_sharpness(objective: Objective, m: int, *, parts: int | None = None) -
     if not any(squared > 0 for _, _, squared in measured):
         raise ValueError("the gradients of all batches are zero (or there are none): there is no direction to measure")
     sizes, curvatures, squares = (torch.tensor(column, dtype=torch.float64) for column in zip(*measured, strict=True))
-    weights, n = sizes / sizes.sum(), len(sizes)
+    weights = sizes / sizes.sum()
     mean_square = (weights * squares).sum()
     quotient = (weights * curvatures).sum() / mean_square
     residuals = weights * (curvatures - quotient * squares) / mean_square
-    error = (residuals.square().sum() * n / (n - 1)).sqrt() if n > 1 else torch.tensor(torch.nan)
-    return Estimate(float(quotient), float(error), n)
+    return Estimate(float(quotient), weighted_standard_error(residuals), len(sizes))

@@ -9,7 +9,7 @@ from torch import Tensor
 from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors.reductions import dot, norm
-from steppe.flatness._orthogonal import orthogonalize, row_norms, unit_vector
+from steppe.flatness._orthogonal import check_finite_product, orthogonalize, row_norms, unit_vector
 from steppe.flatness.operators import Operator
 
 Which: TypeAlias = Literal["largest", "smallest", "magnitude"]
@@ -132,11 +132,7 @@ class _KrylovSpace:
         j = self.size
         product = self._operator(self._q[j : j + 1])[0]
         remainder, column = orthogonalize(product, self._q[: j + 1])
-        if not bool(column.isfinite().all()):
-            raise ValueError(
-                "a product with the operator is not finite, so it has no eigenvalues: the loss or one of its "
-                "derivatives overflows at these weights"
-            )
+        check_finite_product(column, "eigenvalues")
         self._s[: j + 1, j] = self._s[j, : j + 1] = column.cpu().double()
         self._q[j + 1], length = unit_vector(remainder, norm([product]))
         self._last = float(length)

@@ -30,3 +30,16 @@ class Estimate:
         x = torch.as_tensor(samples, dtype=torch.float64)
         error = float(x.std()) / math.sqrt(len(x)) if len(x) > 1 else math.nan
         return cls(float(x.mean()), error, len(x))
+
+
+def weighted_standard_error(residuals: Tensor) -> float:
+    """Return the standard error of a weighted mean of n samples; NaN for a single one.
+
+    For weights that sum to 1 and are equal it is that of :meth:`Estimate.of`.
+
+    Args:
+        residuals: weights * (samples - mean), (n,); of a quotient of means a / b, to first order,
+            weights * (a_i - quotient * b_i) / b.
+    """
+    n = len(residuals)
+    return float((residuals.square().sum() * n / (n - 1)).sqrt()) if n > 1 else math.nan

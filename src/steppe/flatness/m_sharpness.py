@@ -1,6 +1,5 @@
 """m-sharpness: the mean of the sharpness of parts of m samples."""
 
-import math
 from dataclasses import dataclass
 from itertools import islice
 from typing import Any
@@ -10,7 +9,7 @@ from torch import Tensor
 
 from steppe._checks import check_count
 from steppe.flatness._ascent import Norm
-from steppe.flatness.estimate import Estimate
+from steppe.flatness.estimate import Estimate, weighted_standard_error
 from steppe.flatness.objective import Objective
 from steppe.flatness.sharpness import sharpness
 
@@ -100,7 +99,6 @@ def m_sharpness(
 
 def _weighted_mean(values: Tensor, sizes: Tensor) -> Estimate:
     """Return the mean over samples with its standard error over parts: :meth:`Estimate.of` for parts of equal size."""
-    weights, n = sizes / sizes.sum(), len(values)
+    weights = sizes / sizes.sum()
     mean = (weights * values).sum()
-    error = ((weights * (values - mean)).square().sum() * n / (n - 1)).sqrt() if n > 1 else math.nan
-    return Estimate(float(mean), float(error), n)
+    return Estimate(float(mean), weighted_standard_error(weights * (values - mean)), len(values))

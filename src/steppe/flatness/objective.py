@@ -333,6 +333,7 @@ class Objective:
         """Estimate BatchNorm's running statistics at w + e as the mean of the batch statistics, in one pass.
 
         Between two trained models, the running statistics of neither are right, so a loss that uses them is wrong.
+        The model's own are left as they are; ``Average.refresh_statistics`` of :mod:`steppe.averaging` replaces them.
 
         References:
             Izmailov et al. 2018, Averaging Weights Leads to Wider Optima and Better Generalization,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
-from steppe.flatness._orthogonal import orthogonalize, row_norms, unit_vector
+from steppe.flatness._orthogonal import check_finite_product, orthogonalize, row_norms, unit_vector
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.operators import Operator
 
@@ -127,11 +127,7 @@ def _quadrature(operator: Operator, starts: Tensor, num_iterations: int) -> tupl
         q[:, j] = newest
         products = operator(newest)
         remainders, columns = orthogonalize(products, q[:, : j + 1])
-        if not bool(columns.isfinite().all()):
-            raise ValueError(
-                "a product with the operator is not finite, so it has no spectrum: the loss or one of its derivatives "
-                "overflows at these weights"
-            )
+        check_finite_product(columns, "spectrum")
         t[:, j, j] = columns[:, j].cpu().double()
         if j + 1 < num_iterations:
             # once a Krylov space is exhausted the next vector is 0: it decouples, and its nodes have weight 0

@@ -131,19 +131,19 @@ def expect_skips() -> Iterator[None]:
         yield
 
 
-def bits(tensors: Iterable[Tensor]) -> list[tuple[int, bytes]]:
+def bits_in_place(tensors: Iterable[Tensor]) -> list[tuple[int, bytes]]:
     """Return the address and the exact contents of each tensor."""
     return [(t.data_ptr(), t.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()) for t in tensors]
 
 
-def values(tensors: Iterable[Tensor]) -> list[bytes]:
+def bits(tensors: Iterable[Tensor]) -> list[bytes]:
     """Return the exact contents of each tensor."""
-    return [value for _, value in bits(tensors)]
+    return [value for _, value in bits_in_place(tensors)]
 
 
 def expect_same_bits(one: nn.Module, other: nn.Module, why_not: str) -> None:
     """Raise AssertionError unless two modules have the same bits."""
-    expect(values(one.state_dict().values()) == values(other.state_dict().values()), why_not)
+    expect(bits(one.state_dict().values()) == bits(other.state_dict().values()), why_not)
 
 
 def expect(holds: bool, why_not: str) -> None:
