@@ -252,3 +252,16 @@ def test_c14_gradients_of_inputs_are_those_of_the_first_pass_in_each_pass(name_o
             assert clears or x.grad is not None
         ends.append(model_bits(model))
     assert ends[0] == ends[1]
+
+
+def test_c14_plain_tensors_may_be_parameters_and_others_have_the_gradient_of_one_pass():
+    """Such as SAC's temperature, which has an optimizer of its own."""
+    w, temperature = (torch.tensor([3.0], requires_grad=True) for _ in range(2))
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+    gradient = 0.0
+    for _ in range(2):
+        before = w.item()
+        optimizer.step(lambda: (w.square() * temperature).sum())
+        assert w.item() == pytest.approx(before - 0.1 * 2 * (before + 0.5) * 3)
+        gradient += before**2
+        assert temperature.grad.item() == pytest.approx(gradient)

@@ -78,8 +78,9 @@ class InputGradients:
         self._before: list[tuple[Tensor, Tensor | None]] = []
         self._after: list[tuple[Tensor, Tensor | None]] | None = None
         if engine.inputs_have_gradients or not engine.closure_watched:
-            inputs = {id(t): t for _, t in _outer_tensors(closure) if t.is_leaf and not isinstance(t, nn.Parameter)}
-            self._before = [(t, None if t.grad is None else t.grad.clone()) for t in inputs.values()]
+            found = {id(t): t for _, t in _outer_tensors(closure) if t.is_leaf and not isinstance(t, nn.Parameter)}
+            inputs = [t for t in found.values() if not engine.owns(t)]
+            self._before = [(t, None if t.grad is None else t.grad.clone()) for t in inputs]
 
     def begin_further_pass(self) -> None:
         """Restore the gradients with which the first pass began."""
