@@ -14,7 +14,7 @@ from steppe._tensors.dtensor import all_plain
 
 _MANY = 1024
 """Number of values from which on a list or dict is data, and not a state."""
-_LARGE_ARRAY = 2**20
+_LARGE_ARRAY = 2**16
 """Number of elements from which on an array of NumPy is data."""
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
 _VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -216,8 +216,12 @@ class _Copies:
 
 
 def _may_assign_attributes(module: nn.Module) -> bool:
-    """True for a module that is not torch's own, which keeps in buffers what a forward changes, or that has hooks."""
-    return not is_torchs(module) or bool(module._forward_hooks or module._forward_pre_hooks)
+    """True for a module that is not torch's own, which keeps in buffers what a forward changes, and for a hooked layer.
+
+    Not for wrappers of torch with hooks (``DistributedDataParallel``), whose attributes belong to no pass.
+    """
+    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
+    return not is_torchs(module) or (has_hooks and type(module).__module__.startswith("torch.nn.modules."))
 
 
 def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
