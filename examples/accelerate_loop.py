@@ -1,6 +1,6 @@
 """A plain loop with Accelerate and SAM: accumulation, clipping and a scheduler, on handwritten digits.
 
-pip install 'steppe[transformers]' scikit-learn
+pip install '.[transformers]' scikit-learn
 On two processes: ACCELERATE_USE_CPU=true torchrun --nproc-per-node 2 examples/accelerate_loop.py
 """
 

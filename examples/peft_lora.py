@@ -1,6 +1,6 @@
 """Fine-tuning with LoRA: PEFT, the Hugging Face Trainer, and SAM on the merged weights W = W0 + s B A.
 
-pip install 'steppe[transformers,peft]'
+pip install '.[transformers,peft]'
 """
 
 import argparse

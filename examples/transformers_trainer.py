@@ -1,6 +1,6 @@
 """A small vision transformer under the Hugging Face Trainer with SAM: handwritten digits, in patches of 2 x 2.
 
-pip install 'steppe[transformers]' scikit-learn
+pip install '.[transformers]' scikit-learn
 """
 
 import tempfile

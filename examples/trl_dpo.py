@@ -1,6 +1,6 @@
 """Preference tuning with TRL: DPO with LoRA, and SAM on the merged weights W = W0 + s B A.
 
-pip install 'steppe[transformers,peft]' trl
+pip install '.[transformers,peft]' trl
 """
 
 import torch

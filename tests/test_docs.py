@@ -9,13 +9,22 @@ import pytest
 import torch
 
 import make_contract
+import steppe
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(str(p.relative_to(ROOT)) for p in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md")))
 
 
 @pytest.mark.parametrize(
-    "page", ["CONTRIBUTING.md", "docs/limits.md", "docs/extending.md", "docs/flatness.md", "docs/averaging.md"]
+    "page",
+    [
+        "CONTRIBUTING.md",
+        "docs/limits.md",
+        "docs/extending.md",
+        "docs/flatness.md",
+        "docs/averaging.md",
+        "docs/tuning.md",
+    ],
 )
 def test_python_blocks_run(page):
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), flags=re.DOTALL | re.MULTILINE)
@@ -27,6 +36,14 @@ def test_python_blocks_run(page):
         exec(compile(block, page, "exec"), names)
     result = names["everything"].measures if page == "docs/flatness.md" else names["optimizer"].perturbation
     assert result is not None
+
+
+def test_float16_block_of_the_integrations_page_runs():
+    page = (ROOT / "docs/integrations.md").read_text()
+    (block,) = re.findall(r"^```python\n([^`]*GradScaler[^`]*)^```", page, flags=re.MULTILINE)
+    names = {"torch": torch, "steppe": steppe}
+    exec(compile(block, "docs/integrations.md", "exec"), names)
+    assert names["optimizer"].report().steps == 10
 
 
 def test_links_to_files_and_headings_have_targets():

@@ -45,6 +45,12 @@ def test_closures_and_rules_of_a_user_are_cited():
     assert "@misc{me2026," in citation(optimizer)
 
 
+@pytest.mark.parametrize("method", ["gsam", steppe.variants.gsam])
+def test_method_without_its_optimizer_raises(method):
+    with pytest.raises(TypeError, match=r"the method 'gsam': give the optimizer that steppe.variants.gsam"):
+        citation(method)
+
+
 @pytest.mark.parametrize("key", ALL)
 def test_bibtex_entry_is_valid_and_agrees_with_the_arxiv_number(key):
     paper = ALL[key]

@@ -106,7 +106,7 @@ REMARKS = {
     "can catch the exception, but the next step can notice it.",
     "C30": "Five steps with momentum through an object of a derived class with the same `__dict__`, whose `step` calls "
     "the optimizer's.",
-    "C32": "The second network is in training mode and has BatchNorm; SAM was not told about it.",
+    "C32": "The second network is in training mode and has BatchNorm; it is not in `model=`.",
     "C31": "The calls that reach the base are counted; for HeavyBall, with its own schedule-free optimizer.",
     "C33a": "`step(closure)` with nothing before it.",
     "C33b": "The loss is computed once and its graph retained, so both gradients are those of w, and SAM is silently "

@@ -4,6 +4,7 @@ import dataclasses
 import textwrap
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from types import FunctionType
 from typing import Any, TypeVar
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -81,6 +82,9 @@ def citation(*used: object) -> str:
     Returns:
         The entries, separated by empty lines; an empty string for a plain optimizer.
 
+    Raises:
+        TypeError: The name or the function of a method is given, not the optimizer that the function returns.
+
     Example:
         >>> import steppe, torch
         >>> base = torch.optim.SGD([torch.nn.Parameter(torch.zeros(2))], lr=0.1)
@@ -88,8 +92,20 @@ def citation(*used: object) -> str:
         >>> [entry.split(",")[0] for entry in citation(optimizer).split("\n\n")]
         ['@inproceedings{foret2021sam', '@inproceedings{zhuang2022gsam']
     """
+    for name in filter(None, map(_name_of_method, used)):
+        raise TypeError(
+            f"citation() takes an optimizer, its rules or a closure, got the method {name!r}: give the optimizer that "
+            f"steppe.variants.{name}(...) returns, or run `steppe methods {name} --bibtex`"
+        )
     papers = dict.fromkeys(paper for part in used for paper in papers_of(part))
     return "\n\n".join(paper.bibtex() for paper in papers)
+
+
+def _name_of_method(part: object) -> str | None:
+    """Return the name if it is one, or a function of steppe.variants: its rules are known only when it is called."""
+    if isinstance(part, FunctionType) and part.__module__.startswith("steppe.methods.") and "paper" not in vars(part):
+        return part.__name__
+    return part if isinstance(part, str) else None
 
 
 def cites(paper: Paper) -> Callable[[_F], _F]:

@@ -147,6 +147,10 @@ CARD = MethodCard(
         "Embeddings have no filters, and are an error.",
     ),
     short_run={"total_steps": 10},
+    measured_elsewhere=(
+        "[LoRA on few sentences](../evidence/adapters.md), ten seeds: not distinguishable from AdamW, also with 40 "
+        "% wrong labels.",
+    ),
     needs_adapters=True,
     comparison=Comparison(
         summary=f"perturbs the merged weights of LoRA adapters by growing noise, at 2 x rho ({FIRST_GUESS})",

@@ -114,6 +114,10 @@ CARD = MethodCard(
     build_example=sam_with(fraction),
     usage_code="optimizer = steppe.variants.sam(base, model=model)\n"
     "optimizer.step(steppe.closures.fraction(optimizer, loss, (x, y), fraction=0.25))",
+    measured_elsewhere=(
+        "[Cosine schedule, momentum and 40 % wrong labels](../evidence/price.md), 20 seeds, a tenth of the batch: "
+        "7.3 points better than SGD at 1.1 passes a step, where SAM is 25.0 better.",
+    ),
     comparison=Comparison(
         summary="SAM with a perturbation computed on a fraction of the batch, at SAM's rho",
         build=sam,

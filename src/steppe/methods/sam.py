@@ -62,7 +62,7 @@ CARD = MethodCard(
     label="SAM",
     paper=papers.SAM,
     summary="Perturb the weights along the gradient, and update them with the gradient at the perturbed weights. This "
-    "leads to flat minima, which generalize better.",
+    "aims at a flat minimum, which is said to generalize better.",
     equation="e = rho g / |g|              g = gradient at w, |.| over all perturbed parameters\n"
     "w <- Base(w, g_s)            g_s = gradient at w + e",
     cost="1 + ascent_steps",
@@ -86,6 +86,14 @@ CARD = MethodCard(
         "A step costs two passes: compare at equal compute, as `steppe compare` does.",
         "rho depends on model and data.",
         "Without `model=`, BatchNorm and other buffers are not protected from the second pass.",
+    ),
+    measured_elsewhere=(
+        "[Wrong labels](../evidence/noisy-labels.md), ten seeds: 8, 24 and 38 points more accurate than SGD with "
+        "20, 40 and 60 % of them, and worse calibrated. [Cosine schedule](../evidence/annealed.md): no accuracy, "
+        "better calibrated.",
+        "Fine-tuning a sentence encoder on few sentences, ten seeds: 1.3 points worse [with two layers "
+        "trained](../evidence/text.md), 7.8 with LoRA and 3.4 with the whole encoder "
+        "([adapters](../evidence/adapters.md)).",
     ),
     comparison=Comparison(summary="SAM around the base optimizer", capturable=True),
 )
