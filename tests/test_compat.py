@@ -282,3 +282,13 @@ def test_group_is_read_and_written_under_both_names_of_the_radius_in_every_way_o
     group["rho"] = 2.0
     del group["rho"]
     assert group.pop("rho", None) is None
+
+
+def test_checkpoint_of_asam_does_not_load_as_sam():
+    classic = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=2.0, adaptive=True, lr=0.1)
+    plain = SAM([torch.nn.Parameter(torch.ones(2))], torch.optim.SGD, rho=2.0, lr=0.1)
+    optimizer = steppe.SAM(torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1))
+    with pytest.raises(ValueError, match="of ASAM in the classic implementation"):
+        optimizer.load_state_dict(classic.state_dict())
+    optimizer.load_state_dict(plain.state_dict())
+    assert optimizer.rho == 2.0

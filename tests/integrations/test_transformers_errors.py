@@ -70,3 +70,13 @@ def test_plain_trainer_with_sam_raises(tmp_path, form):
     ):
         warnings.simplefilter("ignore")
         plain.train()
+
+
+def test_gradient_of_a_callback_warns_once_that_it_is_cleared(tmp_path):
+    class Penalty(transformers.TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            sum(p.square().sum() for p in model.parameters()).backward()
+
+    with pytest.warns(UserWarning, match="SAM's passes clear it: add the term to the loss, in compute_loss") as found:
+        trainer(tmp_path, gpt(), callbacks=[Penalty()], rho=0.1).train()
+    assert len([w for w in found if "SAM's passes clear it" in str(w.message)]) == 1

@@ -112,7 +112,22 @@ def check_group(index: int, group: dict[str, Any], names: Container[str]) -> Non
             f"group {index} has a 'rho', which has no effect: the radius of a group is {RHO!r} (Adadelta has a "
             f"'rho' of its own). Write it under that name"
         )
+    check_not_adaptive(index, group, names)
     check_rho(group[RHO])
+
+
+def check_not_adaptive(index: int, group: Mapping[str, Any], names: Container[str]) -> None:
+    """Refuse a group of the classic implementation that asks for ASAM; arguments as for :func:`check_group`.
+
+    Raises:
+        ValueError: Names the group and the remedy.
+    """
+    if group.get("adaptive") is True and "adaptive" not in names:
+        raise ValueError(
+            f"group {index} has 'adaptive': True, of a checkpoint of ASAM in the classic implementation, and it has no "
+            "effect here: load the checkpoint into steppe.compat.SAM, or give perturbation=steppe.Adaptive() and "
+            "delete 'adaptive' from the groups"
+        )
 
 
 def one_module(model: Model | None) -> nn.Module | None:

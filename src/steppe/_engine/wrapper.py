@@ -7,9 +7,10 @@ from typing import Any, Self
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._engine.constructor import check_rho
+from steppe._engine.constructor import check_not_adaptive, check_rho
 from steppe._engine.engine import Engine
 from steppe._engine.groups import RHO
+from steppe._engine.joint_base import option_names
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import MemoryTemplate, pack, saved_radii, unpack
@@ -132,7 +133,7 @@ class Wrapper(Optimizer):
 
         Raises:
             RuntimeError: A step is pending.
-            ValueError: The groups do not fit (from the base).
+            ValueError: The groups do not fit (from the base), or are those of ASAM in the classic implementation.
         """
         if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order("load_state_dict()", self._engine.stage)
@@ -140,6 +141,8 @@ class Wrapper(Optimizer):
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
         radii = [group.get(RHO, self._default_rho) for group in self.param_groups]
         base_state, memory, steps = unpack(state_dict, self.base)
+        for index, group in enumerate(base_state.get("param_groups", ())):
+            check_not_adaptive(index, group, option_names(self.base))
         self.base.load_state_dict(base_state)
         self._engine.memory, self._engine.steps = memory, steps
         for group, radius in zip(self.param_groups, radii, strict=True):

@@ -38,7 +38,8 @@ class SharpnessAware:
     ``load_model`` work as usual. A pass changes averages of BatchNorm, seeds of dropout and metrics; after a step they
     are what one ordinary pass leaves. Loss and metrics are those of the step's first pass.
 
-    The options are class attributes, because Keras constructs a new model when it loads or clones one.
+    The options are class attributes, because Keras constructs a new model when it loads one. ``clone_model`` of a
+    ``Sequential`` makes a plain one, without SAM: clone it by ``Net.from_config(model.get_config())``.
 
     For a method with neither a memory nor a cadence, ``model.save`` is enough to resume. For any other, save
     ``model.sam.state_dict()`` too, and load it after ``model.make_train_function()``.

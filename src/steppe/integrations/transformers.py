@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.gradients import is_nonzero
 from steppe._engine.report import Report
 from steppe.integrations._method_options import MethodOptions, set_model_if_missing
 from steppe.integrations._module_attributes import PlainAttributes
@@ -144,6 +145,7 @@ class SAMTrainerMixin(_Trainer):
         sam = unwrap_optimizer(self.optimizer)
         if hasattr(sam, "train"):
             sam.train()  # a schedule-free base; the Trainer calls it inside of the first pass, which may be at w + e
+        _warn_of_gradients_made_before(sam)
         losses, step_losses = [], StepLosses()
         for sam_pass in sam.passes():
             with contextlib.nullcontext() if sam_pass.is_first else self._unrecorded(model), sam_pass:
@@ -189,6 +191,18 @@ class SAMTrainerMixin(_Trainer):
             logs = {**logs, **{name: value.item() for name, value in metrics.items()}}
             self._mean_losses = MeanLosses()
         super().log(logs, *args, **kwargs)
+
+
+def _warn_of_gradients_made_before(sam: SAM) -> None:
+    """Warn once of gradients that the passes clear: those of a callback's own backward."""
+    engine = sam._engine
+    earlier = engine.gradients.accumulated_earlier()
+    if earlier and not engine.has_warned("earlier gradient") and any(map(is_nonzero, earlier.values())):
+        engine.warn_once(
+            "earlier gradient",
+            "a gradient was made before the passes of a step, by a backward outside of training_step (of a callback), "
+            "and SAM's passes clear it: add the term to the loss, in compute_loss",
+        )
 
 
 class SAMTrainer(SAMTrainerMixin, Trainer):

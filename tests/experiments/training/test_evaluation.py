@@ -1,9 +1,12 @@
 from contextlib import nullcontext
 
 import pytest
+import torch
 from tiny import CPU, dataset, make_task, recipe, samples
 from torch import nn
 
+from steppe.experiments.errors import ExperimentError
+from steppe.experiments.training import evaluation
 from steppe.experiments.training.evaluation import evaluate
 
 
@@ -25,3 +28,9 @@ def test_halves_of_a_split_have_the_metric_of_their_samples() -> None:
     assert sum(halves) / 2 == pytest.approx(found["accuracy"])
     images, labels = test.gather(test.tensors[1].new_tensor(range(0, 50, 2)))
     assert halves[0] == pytest.approx(100 * float((network(images).argmax(1) == labels).float().mean()))
+
+
+def test_outputs_of_different_lengths_are_no_error_of_the_metric() -> None:
+    parts = [(torch.zeros(2, 3, 5), torch.zeros(2, 3)), (torch.zeros(1, 4, 5), torch.zeros(1, 4))]
+    with pytest.raises(ExperimentError, match=r"differ in shape: \(n, 3, 5\), \(n, 4, 5\). Pad all batches"):
+        evaluation._concatenated(parts)

@@ -1,7 +1,7 @@
 """Measure a model: loss and metrics over a whole split, and flatness on a sample of the training data."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
@@ -67,8 +67,9 @@ def evaluate(
     for i, (name, metric) in enumerate(metrics.items()):
         parts = {"": whole} | (_halves(whole) if i == 0 and len(whole) > 1 else {})
         for suffix, part in parts.items():
+            outputs, targets = _concatenated(part)
             with explained(f"the metric {name!r}", "raised an error", metric.function):
-                value = metric.function(*_concatenated(part))
+                value = metric.function(outputs, targets)
             found[name + suffix] = as_number(f"the metric {name}", value)
     if not metrics and len(losses) > 1:
         summed = world.total(torch.tensor(losses, dtype=torch.float64, device=world.device)).tolist()
@@ -123,9 +124,22 @@ def _concatenated(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
         leaves: list[Tensor] = []
         map_tensors(part, lambda t, leaves=leaves: (leaves.append(t), t)[1])  # type: ignore[misc]
         columns.append(leaves)
-    joined = iter([torch.cat([t.reshape(1) if t.dim() == 0 else t for t in row]) for row in zip(*columns, strict=True)])
+    joined = iter([_joined(row) for row in zip(*columns, strict=True)])
     whole: tuple[Any, Any] = map_tensors(parts[0], lambda _: next(joined))
     return whole
+
+
+def _joined(tensors: Sequence[Tensor]) -> Tensor:
+    rows = [t.reshape(1) if t.dim() == 0 else t for t in tensors]
+    shapes = {tuple(row.shape[1:]) for row in rows}
+    if len(shapes) > 1:
+        named = ", ".join(f"(n, {str(shape)[1:]}" for shape in sorted(shapes)[:3])
+        raise ExperimentError(
+            "a metric is computed from the outputs and targets of all samples together, and those of batches differ in "
+            f"shape: {named}{', ...' if len(shapes) > 3 else ''}. Pad all batches to one length, in the data; or leave "
+            "metrics= out, and the loss is compared"
+        )
+    return torch.cat(rows)
 
 
 def as_number(what: str, value: Any) -> float:
