@@ -11,9 +11,12 @@ from evidence.recipes import EVIDENCE
 from evidence.table import label, verdicts
 from steppe.experiments.analysis.metric_verdicts import CONTROLS
 from steppe.experiments.analysis.statistics import estimate
-from steppe.experiments.figures.controls import Row, draw_rows, improvement, new_figure
+from steppe.experiments.figures.controls import Row, controls_of, draw_rows, improvement, new_figure
 from steppe.experiments.figures.drawing import plot_mean
 from steppe.experiments.figures.style import styles_of, use_style
+
+_PANEL, _TITLE, _ENTRY, _POINT = 3.2, 0.9, 0.22, 0.11
+"""In inches: the width of a panel, and the heights of its title, of an entry of the legend and of a point."""
 
 Place = tuple[str, str, str]
 """Setting, method and measure."""
@@ -29,7 +32,10 @@ def draw(measured: Measured, path: Path) -> None:
         for method in dict.fromkeys(method for method, _ in by_name):
             found |= {(setting, method, m): by_name[method, m] for m in measures if (method, m) in by_name}
     with use_style():
-        figure = new_figure([_row(text, found[place]) for place, text in _labels(list(found)).items()])
+        if all(_varies(list(found))):
+            figure = _grid(found)
+        else:
+            figure = new_figure([_row(text, found[place]) for place, text in _labels(list(found)).items()])
         figure.supxlabel("better than the base by, percentage points; bars are 95 % intervals", fontsize="medium")
         figure.savefig(path)
 
@@ -62,9 +68,35 @@ def draw_headline(measured: Measured, path: Path, setting: str) -> None:
         figure.savefig(path)
 
 
+def _grid(found: Mapping[Place, Mapping[str, Any]]) -> Figure:
+    """Return a figure with a panel for each setting and measure, and in it a row for each method."""
+    settings, measures = (list(dict.fromkeys(place[i] for place in found)) for i in (0, 2))
+    methods = {setting: list(dict.fromkeys(m for of, m, _ in found if of == setting)) for setting in settings}
+    controls = controls_of([_row("", verdict) for verdict in found.values()])
+    heights = [_TITLE + _POINT * len(methods[setting]) * (len(controls) + 1) for setting in settings]
+    size = (_PANEL * (len(measures) + 1), _ENTRY * len(controls) + sum(heights))
+    figure = Figure(figsize=size, layout="constrained")
+    panels = figure.subplots(len(settings), len(measures), squeeze=False, height_ratios=heights)
+    for of_setting, setting in zip(panels, settings, strict=True):
+        for axes, measure in zip(of_setting, measures, strict=True):
+            draw_rows(axes, [_row(label(m), found[setting, m, measure]) for m in methods[setting]], controls)
+            axes.set_title(f"{setting}\n{measure.replace('_', ' ')}")
+            if axes is not of_setting[0]:
+                axes.set_yticklabels([])
+    entries = (entry for axes in panels.flat for entry in zip(*axes.get_legend_handles_labels(), strict=True))
+    points = {phrase: point for point, phrase in entries}
+    figure.legend([points[c.phrase] for c in controls], [c.phrase for c in controls], loc="outside upper right")
+    return figure
+
+
+def _varies(places: Sequence[Place]) -> list[bool]:
+    """Return for settings, methods and measures if there are several."""
+    return [len({place[i] for place in places}) > 1 for i in range(3)]
+
+
 def _labels(places: Sequence[Place]) -> dict[Place, str]:
     """Return the labels of rows: what all of them have in common is left out."""
-    varies = [len({place[i] for place in places}) > 1 for i in range(3)]
+    varies = _varies(places)
     labels = {}
     for setting, method, measure in places:
         parts = [part for part, shown in zip((setting, label(method), measure), varies, strict=True) if shown and part]

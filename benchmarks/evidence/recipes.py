@@ -152,6 +152,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         tuned_there=[("msam", *chain(*CHEAPER)), "sam"],
         confirmed_by=20,
         measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
+        drawn=["accuracy", "accuracy under gaussian_noise", "calibration error"],
     ),
     "family": Evidence(
         FAMILY,

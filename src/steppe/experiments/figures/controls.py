@@ -33,7 +33,7 @@ def drawings(recipe: Recipe, summary: Summary) -> Iterator[Drawing]:
 
 def legend(verdicts: Sequence[MetricVerdict]) -> list[tuple[str, str]]:
     """Return the phrase and the color of each control in the figure of these verdicts."""
-    controls = _controls([_row(verdict, "") for verdict in verdicts])
+    controls = controls_of([_row(verdict, "") for verdict in verdicts])
     return [(control.phrase, color) for control, color in zip(controls, COLORS, strict=False)]
 
 
@@ -53,7 +53,7 @@ def plot_controls(recipe: Recipe, verdicts: Sequence[MetricVerdict]) -> Figure:
 
 def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
     """Return a figure of the rows, with a legend of the controls that they have."""
-    controls = len(_controls(rows))
+    controls = len(controls_of(rows))
     height = _AXIS + _ENTRY * controls + _POINT * len(rows) * (controls + 1)
     figure = Figure(figsize=(width, height), layout="constrained")
     draw_rows(figure.subplots(), rows)
@@ -61,19 +61,22 @@ def new_figure(rows: Sequence[Row], width: float = 9.0) -> Figure:
     return figure
 
 
-def draw_rows(axes: Axes, rows: Sequence[Row]) -> None:
-    """Draw rows from top to bottom, with a color for each control that they have."""
-    controls = _controls(rows)
+def draw_rows(axes: Axes, rows: Sequence[Row], controls: Sequence[Control] = ()) -> None:
+    """Draw rows from top to bottom, with a color for each control: by default, for those that the rows have."""
+    controls = controls or controls_of(rows)
     axes.axvline(0.0, color=GREY, linewidth=1.0, zorder=1)
     for i, (control, color) in enumerate(zip(controls, COLORS, strict=False)):
         place = ((i + 0.5) / len(controls) - 0.5) * len(controls) / (len(controls) + 1)
-        _plot_control(axes, control, color, [(y + place, row.found[control]) for y, row in _having(rows, control)])
+        points = [(y + place, row.found[control]) for y, row in _having(rows, control)]
+        if points:
+            _plot_control(axes, control, color, points)
     axes.set_yticks(range(len(rows)), [row.label for row in rows])
     axes.set_ylim(len(rows) - 0.5, -0.5)
     axes.tick_params(axis="y", length=0)
 
 
-def _controls(rows: Sequence[Row]) -> list[Control]:
+def controls_of(rows: Sequence[Row]) -> list[Control]:
+    """Return the controls that some of the rows have."""
     return [control for control in CONTROLS.values() if any(control in row.found for row in rows)]
 
 

@@ -136,8 +136,8 @@ def _joined(tensors: Sequence[Tensor]) -> Tensor:
         named = ", ".join(f"(n, {str(shape)[1:]}" for shape in sorted(shapes)[:3])
         raise ExperimentError(
             "a metric is computed from the outputs and targets of all samples together, and those of batches differ in "
-            f"shape: {named}{', ...' if len(shapes) > 3 else ''}. Pad all batches to one length, in the data; or leave "
-            "metrics= out, and the loss is compared"
+            f"shape: {named}{', ...' if len(shapes) > 3 else ''}. Pad all batches to one length, in the data; or "
+            "return the tokens in one dimension from predict=, (logits[mask], targets[mask])"
         )
     return torch.cat(rows)
 
