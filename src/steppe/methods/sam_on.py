@@ -37,7 +37,7 @@ def sam_on(base_optimizer: Base, rho: Rho, *, model: Model, **options: Unpack[Pa
 
     Example:
         >>> import torch
-        >>> model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
         >>> optimizer = sam_on(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
         >>> len(optimizer.perturbation.parameters)
         2
