@@ -39,6 +39,7 @@ _INSTEAD = {
     "only": f"{_RULE} steppe.variants.sam(base, only=parameters)",
     "optimizer": "write base_optimizer=, or give the base as the first argument",
     "params": "give either a base optimizer, or parameters and base_class=",
+    "per_rank": "leave it out: the passes of this method are its own, and all ranks share one perturbation",
     "perturb_eps": "leave it out: a zero gradient gives e = 0 without one",
     "radius": "write rho=",
     "rho_scheduler": "make the schedule around the optimizer: steppe.rho_schedule.LinearRho(optimizer, total_steps)",

@@ -207,7 +207,7 @@ def test_flatness_options_are_no_part_of_the_result(tmp_path: Path) -> None:
     [
         ({"flatness_every": 3, "epochs": 8}, "flatness_every=3: .* multiple of eval_every=2, or at least 8"),
         ({"flatness_every": 0}, "flatness_every=0: standardized epochs"),
-        ({"flatness_samples": 0}, "flatness_samples=0: training images"),
+        ({"flatness_samples": 0}, "flatness_samples=0: training samples"),
         ({"flatness_every": 2, "rho": 0.0}, "rho=0: sharpness is a maximum"),
     ],
 )
