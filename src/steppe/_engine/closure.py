@@ -69,8 +69,8 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
 class InputGradients:
     """Gives each pass the gradients of the closure's inputs with which the first one began.
 
-    Adversarial training steps along them. In a loop with one pass a step the inputs are new in each, so nobody clears
-    their gradients. They are looked for in the first step, and in later ones if it has found any.
+    Adversarial training steps along them. Where a step is one pass, the inputs are new in each, so that loops do not
+    clear their gradients. They are searched for in the first step, and in later ones if it has found any.
     """
 
     def __init__(self, closure: Closure, engine: Engine) -> None:

@@ -121,7 +121,7 @@ class MethodCard:
     """Lines of code that use it; empty for one call of ``function``."""
     comparison: Comparison | None = None
     """How `steppe compare` runs it; None for a method that is an argument of another one."""
-    measured_elsewhere: Sequence[str] = ()
+    other_measurements: Sequence[str] = ()
     """Results on the pages of docs/evidence: Markdown, with links as in docs/methods, one sentence or two each."""
     needs_adapters: bool = False
     """True if it trains LoRA adapters of PEFT and nothing else; :mod:`steppe.integrations.peft` exports it."""

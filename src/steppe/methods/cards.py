@@ -209,9 +209,9 @@ def _results(method: MethodCard) -> Iterator[str]:
         )
     elif not found:
         yield "Not yet measured on Fashion-MNIST."
-    if method.measured_elsewhere:
-        yield from ("", "Elsewhere, with more seeds and other data:", "")
-        yield from (line for result in method.measured_elsewhere for line in _item(result))
+    if method.other_measurements:
+        yield from ("", "In other experiments, with more seeds or other data:", "")
+        yield from (line for result in method.other_measurements for line in _item(result))
 
 
 def _comparison(run: Mapping[str, Any]) -> Iterator[str]:

@@ -147,7 +147,7 @@ CARD = MethodCard(
         "Embeddings have no filters, and are an error.",
     ),
     short_run={"total_steps": 10},
-    measured_elsewhere=(
+    other_measurements=(
         "[LoRA on few sentences](../evidence/adapters.md), ten seeds: not distinguishable from AdamW, also with 40 "
         "% wrong labels.",
     ),

@@ -119,7 +119,7 @@ CARD = MethodCard(
         "that paper, the abstract was read.",
     ),
     required={"total_steps": 10_000},
-    measured_elsewhere=(
+    other_measurements=(
         "[Cosine schedule and momentum](../evidence/annealed.md), ten seeds: not distinguishable from SGD in "
         "accuracy; calibration error 1.1 points smaller.",
         "[LoRA with 40 % wrong labels](../evidence/adapters.md), ten seeds: 3.6 points better than AdamW, and no "

@@ -143,7 +143,7 @@ CARD = MethodCard(
         "A g_v that is not finite is not stored: the previous one is kept.",
         "A perturbation for each micro-batch (`closures.micro_batches`) is an error: they would exchange one g_v.",
     ),
-    measured_elsewhere=(
+    other_measurements=(
         "[Cosine schedule and momentum](../evidence/annealed.md), ten seeds: 3.6 points worse than SGD.",
         "[The same with 40 % wrong labels](../evidence/price.md), 20 seeds: 20.1 points better than SGD at 1.25 "
         "passes a step (interval 4), where SAM is 25.0 better; worse calibrated by 14.",

@@ -110,7 +110,7 @@ CARD = MethodCard(
         "training the whole weights, once a step.",
         "`first_step()` and `second_step()` are an error: W has no `.grad`.",
     ),
-    measured_elsewhere=(
+    other_measurements=(
         "[LoRA on few sentences](../evidence/adapters.md), ten seeds: 6.6 points worse than AdamW at equal "
         "compute, not distinguishable at equal steps; with 40 % wrong labels not distinguishable.",
     ),

@@ -102,7 +102,7 @@ CARD = MethodCard(
         "The first step has no momentum yet, and is not perturbed.",
         "The only pass is at w + e: the reported loss and BatchNorm's statistics are those of that point.",
     ),
-    measured_elsewhere=(
+    other_measurements=(
         "[Cosine schedule, momentum and 40 % wrong labels](../evidence/price.md), 20 seeds: 3.6 points better than "
         "SGD, where SAM is 25.0 better. With right labels it cannot be told from SGD.",
     ),

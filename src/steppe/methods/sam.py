@@ -87,7 +87,7 @@ CARD = MethodCard(
         "rho depends on model and data.",
         "Without `model=`, BatchNorm and other buffers are not protected from the second pass.",
     ),
-    measured_elsewhere=(
+    other_measurements=(
         "[Wrong labels](../evidence/noisy-labels.md), ten seeds: 8, 24 and 38 points more accurate than SGD with "
         "20, 40 and 60 % of them, and worse calibrated. [Cosine schedule](../evidence/annealed.md): no accuracy, "
         "better calibrated.",
