@@ -51,29 +51,34 @@ class _Group(dict[str, Any]):
         raise KeyError(key)
 
     def __setitem__(self, key: str, value: Any) -> None:
-        super().__setitem__(RHO if key == _CLASSIC_RHO else key, value)
+        super().__setitem__(_own_name(key), value)
 
     def __contains__(self, key: object) -> bool:
-        return super().__contains__(RHO if key == _CLASSIC_RHO else key)
+        return super().__contains__(_own_name(key))
 
     def get(self, key: str, default: Any = None) -> Any:
-        return super().get(RHO if key == _CLASSIC_RHO else key, default)
+        return super().get(_own_name(key), default)
 
     def setdefault(self, key: str, default: Any = None) -> Any:
-        return super().setdefault(RHO if key == _CLASSIC_RHO else key, default)
+        return super().setdefault(_own_name(key), default)
 
     def update(self, *args: Any, **kwargs: Any) -> None:
-        super().update({RHO if key == _CLASSIC_RHO else key: value for key, value in dict(*args, **kwargs).items()})
+        super().update({_own_name(key): value for key, value in dict(*args, **kwargs).items()})
 
     def __ior__(self, other: Any) -> Self:  # type: ignore[override,misc]
         self.update(other)
         return self
 
     def pop(self, key: str, *default: Any) -> Any:
-        return super().pop(RHO if key == _CLASSIC_RHO else key, *default)
+        return super().pop(_own_name(key), *default)
 
     def __delitem__(self, key: str) -> None:
-        super().__delitem__(RHO if key == _CLASSIC_RHO else key)
+        super().__delitem__(_own_name(key))
+
+
+def _own_name(key: Any) -> Any:
+    """Return the key under which a group holds a value: the classic name of the radius stands for its own."""
+    return RHO if key == _CLASSIC_RHO else key
 
 
 def _group(group: dict[str, Any]) -> _Group:

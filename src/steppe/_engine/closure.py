@@ -39,10 +39,10 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
     inputs = InputGradients(closure, engine)
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
-            if not sam_pass.is_first:
-                inputs.begin_further_pass()
             if sam_pass.is_first:
                 engine.gradients.restore_earlier(earlier)  # for the closure to clear, as with any optimizer
+            else:
+                inputs.begin_further_pass()
             watched = {} if sam_pass.is_first or engine.closure_watched else _versions(closure)
             value = closure()
             loss = differentiable_loss(value)

@@ -120,8 +120,9 @@ class ForwardWrites:
         """Return those of the parameters whose values have changed, as far as they are known."""
         if not self._values or not searched:
             return set()
-        compared = zip(self._trained, self._values, self._current_values(), strict=True)
-        return {id(p) for p, before, now in compared if id(p) in searched and not torch.equal(before, now)}
+        now = self._trained if self._few else self._current_values()  # the values before are copies, or norms
+        compared = zip(self._trained, self._values, now, strict=True)
+        return {id(p) for p, before, value in compared if id(p) in searched and not torch.equal(before, value)}
 
     def _find_states(self, found: set[int]) -> None:
         values = self._values if self._few and self._values else repeat(None)

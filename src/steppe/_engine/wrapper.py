@@ -141,8 +141,9 @@ class Wrapper(Optimizer):
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
         radii = [group.get(RHO, self._default_rho) for group in self.param_groups]
         base_state, memory, steps = unpack(state_dict, self.base)
+        names = option_names(self.base)
         for index, group in enumerate(base_state.get("param_groups", ())):
-            check_not_adaptive(index, group, option_names(self.base))
+            check_not_adaptive(index, group, names)
         self.base.load_state_dict(base_state)
         self._engine.memory, self._engine.steps = memory, steps
         for group, radius in zip(self.param_groups, radii, strict=True):

@@ -69,8 +69,7 @@ class Objective:
         parameters: Names of the parameters that form w; by default all that require a gradient.
         size: Batch -> number of samples that its loss averages over; by default the length of its first tensor, or as
             above for a model that returns its loss. A ``loss`` that is a mean over the tokens that are not padding
-            needs it; without it, a loss of several batches that is no mean over the samples
-            gives a warning.
+            needs it. Without it, a loss of several batches that is no mean over the samples gives a warning.
         dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
         seed: Seed of the model's own random draws, which are the same in every pass.
         progress: (stage, passes) -> None, called after each pass over the data.
@@ -314,12 +313,13 @@ class Objective:
             ValueError: No samples, or other samples than in the previous pass.
         """
         totals: list[Tensor] = []
+        first: Any = None
         for index, (batch, size) in enumerate(self._iterate_batches()):
             if size == 0:  # the mean over no tokens is NaN
                 continue
-            if index == 0 and self._unchecked_mean:
+            if self._unchecked_mean and first is None:
                 first = batch
-            elif index == 1 and self._unchecked_mean:
+            elif self._unchecked_mean:
                 self._check_mean(first, batch)
             with self._pass_context(index):
                 parts = [part.mul_(size) for part in function(batch)]

@@ -196,8 +196,9 @@ class SAMTrainerMixin(_Trainer):
 def _warn_of_gradients_made_before(sam: SAM) -> None:
     """Warn once of gradients that the passes clear: those of a callback's own backward."""
     engine = sam._engine
-    earlier = engine.gradients.accumulated_earlier()
-    if earlier and not engine.has_warned("earlier gradient") and any(map(is_nonzero, earlier.values())):
+    if engine.has_warned("earlier gradient"):
+        return
+    if any(map(is_nonzero, engine.gradients.accumulated_earlier().values())):
         engine.warn_once(
             "earlier gradient",
             "a gradient was made before the passes of a step, by a backward outside of training_step (of a callback), "
