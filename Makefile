@@ -2,7 +2,7 @@
 # make check  lint, types, import layers                  make clean   remove what these made
 # make test-slow  tests that take one and a half seconds and more, and the rest of large products of cases; CI runs them too
 # make release  build the wheel and the source distribution, and check both in new environments
-# make pages  write the generated pages and the stub of steppe.variants again
+# make pages  write the generated pages, the figures of results/ and the stub of steppe.variants again
 # make docs   build the site of the documentation in build/docs; make docs-links also checks the links to other sites
 # make conformance  run the contract over Steppe and its peers, and write docs/conformance.md
 # make test TORCH=2.8.0 PYTHON=python3.12  the tests with that torch and Python, in an environment of their own
@@ -48,6 +48,8 @@ pages: $(READY)
 	$(BIN)/python scripts/make_command_line.py
 	$(BIN)/python scripts/make_contract.py
 	$(BIN)/python scripts/make_performance.py
+	$(BIN)/python scripts/make_evidence.py
+	$(BIN)/python scripts/make_verdicts.py
 
 # A warning is an error: a link without a target, a name that is not documented, a docstring that is not read right.
 docs: $(READY_DOCS)

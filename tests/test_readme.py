@@ -236,7 +236,7 @@ def test_without_an_address_no_link_is_broken_on_a_package_index(description):
 def test_commands_install_the_released_package_on_a_package_index(description):
     text = description(TEXT, "9.8.7", None)
     assert "\npip install steppe  " in text
-    assert "pip install 'steppe[experiments]'" in text
+    assert "pip install 'steppe[tune]'" in text
     assert "# pip install 'steppe[lightning]'\n" in text
     assert "pip install ." not in text
     assert "pip install '." not in text

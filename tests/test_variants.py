@@ -29,6 +29,13 @@ def test_unknown_name_is_an_error_that_lists_the_methods():
         _ = variants.samm
 
 
+@pytest.mark.parametrize("name", ["fraction_sam", "bisam", "merged_sam"])
+def test_method_that_is_no_function_here_is_an_error_that_shows_its_use(name):
+    with pytest.raises(AttributeError, match=f"{name!r} is no function of steppe.variants. It is used so:") as error:
+        getattr(variants, name)
+    assert CARDS[name].usage in str(error.value)
+
+
 def test_stub_is_current():
     assert make_variants.main(["--check"]) == 0, "run python scripts/make_variants.py"
 

@@ -47,8 +47,9 @@ _OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
 class SAM(SAMStep):
     """Sharpness-aware minimization around any base optimizer.
 
-    min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e(g) gives g_s, and the base
-    optimizer steps from w with a combination of the two. ``param_groups``, ``state`` and ``defaults`` *are* the
+    min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e gives g_s, and the base optimizer
+    steps from w with a combination of the two. By default e = rho g / |g| over all parameters (:class:`L2`), and the
+    combination is g_s. ``param_groups``, ``state`` and ``defaults`` *are* the
     base's, so that learning-rate schedules, clipping, checkpoints and hooks work on either object.
 
     A step has three APIs: ``step(closure)``, the explicit :meth:`passes`, and the classic
@@ -58,7 +59,8 @@ class SAM(SAMStep):
     Args:
         base_optimizer: An instance of any optimizer that does not need a closure of its own; or a list of several, such
             as Muon for the matrices and AdamW for the rest, which then share one perturbation and one checkpoint.
-        rho: The radius of the neighborhood, at least 0; the default of every group. A group may have its own
+        rho: The radius of the neighborhood, at least 0: a length in the space of all weights, or what the perturbation
+            takes it for. The default of every group. A group may have its own
             ``sam_rho``.
         model: The module that the passes run; several in a list, tuple or dict. With it, the second pass leaves no
             trace in it: buffers (BatchNorm's running statistics, ...), parameters that belong to other optimizers or to
@@ -80,8 +82,8 @@ class SAM(SAMStep):
     Raises:
         ValueError: A rho that is negative or not finite, no parameters, a model that does not hold them; ``per_rank``
             with a model or rules that do not support it.
-        TypeError: A base that is not an optimizer, or that needs its own closure (LBFGS); an engine under which SAM
-            would be silently wrong (FSDP1, DeepSpeed).
+        TypeError: A rho that is no number; a base that is not an optimizer, or that needs its own closure (LBFGS); an
+            engine under which SAM would be silently wrong (FSDP1, DeepSpeed).
 
     A step whose gradient is not finite in either pass is skipped, and counted in :attr:`skipped_steps`. On an
     accelerator this is decided without synchronization: exactly by a base that takes ``found_inf`` (``fused=True``);
@@ -244,7 +246,9 @@ class SAM(SAMStep):
         nor closure, this is a plain step of the base, with a warning the first time.
 
         Args:
-            closure: The closure of ``torch.optim``: zero_grad, forward, backward, return the loss.
+            closure: A function that only returns the loss, a mean over the batch: the gradients are cleared and the
+                backward is run for it. Or the closure of ``torch.optim``, which does both: zero_grad, forward,
+                backward, return the loss.
 
         Returns:
             The loss of the first pass: at w, or at w + e where that is the only pass. None without a closure.

@@ -27,7 +27,7 @@ each = pytest.mark.parametrize("name", CARDS)
 NOT_TUNED = {
     *("base_optimizer", "params", "model", "optimizer", "group", "dtype", "seed", "replay_rng"),
     *("per_rank", "scaler", "stochastic_rounding"),
-    *("loss", "losses", "perturbation_loss", "loss_at_w", "batch", "rule", "samples", "classes"),
+    *("loss", "losses", "perturbation_loss", "loss_at_w", "logits", "targets", "batch", "rule", "samples", "classes"),
 }
 
 

@@ -97,9 +97,11 @@ class SWA(Average):
 class LastPart(SWA):
     """The equal mean over the last part of a known number of steps: Polyak-Ruppert averaging of the tail.
 
+    a = mean of w_t over the last max(1, round(share T)) of T steps.
+
     Args:
         model, optimizer: As for :class:`Average`.
-        total_steps: The number of steps of the whole training.
+        total_steps: T, the number of steps of the whole training.
         share: The share of the steps to average, above 0 and at most 1.
         **options: ``every``, ``device`` and ``module`` of :class:`Average`.
 

@@ -41,9 +41,9 @@ class TrainingChange(LossChange):
 
 
 def after_rounding(objective: Objective, bits: int, *, per_channel: bool = False) -> LossChange:
-    """Measure the loss with weight matrices rounded to n bits: the flatness that quantization after training needs.
+    """Measure the loss with weight matrices rounded to few bits: the flatness that quantization after training needs.
 
-    Weights are rounded to the nearest of 2^n - 1 equidistant values up to the largest in absolute value, as by
+    Weights are rounded to the nearest of 2^bits - 1 equidistant values up to the largest in absolute value, as by
     :func:`~steppe.flatness.round_weights`. Parameters of fewer than two dimensions (biases, normalization layers) and
     those that are not among the weights of the objective are not rounded.
 
@@ -86,7 +86,9 @@ def after_training(
     steps: int,
     batch_size: int = 64,
 ) -> TrainingChange:
-    """Measure the loss after k steps on another task: the flatness on which forgetting depends.
+    """Measure the loss after training on another task: the flatness on which forgetting depends.
+
+    increase = L(w_steps) - L(w), for the weights w_steps after that many steps from w.
 
     The steps start at w, and use the batches of ``other`` in their order. The model is left unchanged. The loss is the
     function of the weights that the objectives define: in evaluation mode, with the running statistics of BatchNorm.

@@ -93,6 +93,7 @@ def by_layer(
 
     Raises:
         ValueError: An empty group, or a name that is not among the weights of the objective.
+        RuntimeError: The model contains an operation without a second derivative.
 
     Example:
         >>> import torch

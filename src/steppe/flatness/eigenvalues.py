@@ -63,6 +63,7 @@ def eigenvalues(
 
     Raises:
         ValueError: ``k`` is below 1 or above n, ``basis_size`` is too small, or a product is not finite.
+        RuntimeError: The operator's model contains an operation without a second derivative.
 
     Example:
         >>> class Diagonal:

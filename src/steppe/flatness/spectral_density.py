@@ -80,6 +80,7 @@ def density(operator: Operator, *, probes: int = 8, num_iterations: int = 64, se
 
     Raises:
         ValueError: ``probes`` or ``num_iterations`` is below 1, or a product is not finite.
+        RuntimeError: The operator's model contains an operation without a second derivative.
 
     Example:
         >>> class Diagonal:

@@ -31,6 +31,7 @@ def trace(operator: Operator, *, probes: int = 32, top: Eigenpairs | None = None
 
     Raises:
         ValueError: ``probes`` is below 1.
+        RuntimeError: The operator's model contains an operation without a second derivative.
 
     Example:
         >>> class Diagonal:

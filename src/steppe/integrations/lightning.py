@@ -197,7 +197,8 @@ class ConfiguredSAM(SAM):
           class_path: steppe.integrations.lightning.ConfiguredSAM
           init_args:
             base: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
-            perturbation: {class_path: steppe.Adaptive, init_args: {eta: 0.5}}
+            rho: 0.5
+            perturbation: {class_path: steppe.Adaptive, init_args: {eta: 0.01}}
 
     Args:
         params: The parameters, or their groups.

@@ -278,13 +278,13 @@ CARD = MethodCard(
     when="BiSAM: for classification. DISAM: with batches of several domains. Focal-SAM, ImbSAM: with rare classes.",
     when_not="With a combination that needs g (`gsam`, `pgn`, `looksam`), or a method without a pass at w (`msam`, "
     "`rwp`, `sampa`): all are errors.",
-    usual={},
+    arguments_of=(bisam_loss,),
+    usual={"mu": "10 (paper, official code)", "alpha": "0.1 (paper, official code)"},
     verified="official code, read",
-    checked="https://github.com/LIONS-EPFL/BiSAM (mu = 10, alpha = 0.1; without 1 / mu, which does not change e), "
+    checked="https://github.com/LIONS-EPFL/BiSAM (without 1 / mu, which does not change e), "
     "https://github.com/MediaBrain-SJTU/DISAM, https://github.com/scongl/Focal-SAM, "
     "https://github.com/cool-xuan/Imbalanced_SAM (which doubles the terms of rare classes). BiSAM's loss agrees with "
-    "the authors'. CC-SAM (https://github.com/zzpustc/CC-SAM) is not this method: it perturbs the classifier for each "
-    "class by itself, with a radius for each class.",
+    "the authors'. CC-SAM (https://github.com/zzpustc/CC-SAM) is another method: it has a radius for each class.",
     caveats=(
         "It is a loss in place of your own: with a plain loss, the same optimizer is SAM.",
         "The value is that of the update's loss, in the pass at w too; the backward there is that of P.",

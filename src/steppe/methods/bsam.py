@@ -252,6 +252,9 @@ def bsam(
 ) -> BSAM:
     """bSAM: SAM as variational inference, with a mean and a variance for each weight. Two passes per step.
 
+    w <- w - lr g_m / s, with g_m the mean of g_e + delta w, g_e the gradient at w + rho g / s, g that at a draw from
+    N(w, 1 / (n_data s)), and s the mean of sqrt(s) |g| + delta + gamma.
+
     This is an optimizer of its own: it has no base, and takes the parameters.
 
     Args:

@@ -85,7 +85,8 @@ class CFlat(FirstOrderFlatness):
 def c_flat(base_optimizer: Base, rho: Rho = 0.2, *, lmbda: float = 0.2, **options: Unpack[Options]) -> CFlat:
     """C-Flat: SAM and the largest gradient norm in the neighborhood, for continual learning. Four passes per step.
 
-    w <- Base(w, g_1 + lambda (g_3 - g_2)), gradients at three perturbed weights; g_1 is SAM's.
+    w <- Base(w, g_1 + lambda (g_3 - g_2)), with the gradients g_0 at w, g_1 at w + rho g_0 / |g_0|, which is SAM's,
+    g_2 at w + e_1, e_1 = rho (g_1 - g_0) / |g_1 - g_0|, and g_3 at w + e_1 + rho g_2 / |g_2|.
 
     Args:
         base_optimizer: The optimizer that takes the steps.

@@ -211,7 +211,9 @@ def gam(
 ) -> GAM:
     """GAM: minimize the largest gradient norm in the neighborhood, too. Four passes per step.
 
-    w <- Base(w, u - gamma v), u = beta1 g_1 + beta3 g_3 of gradients at three perturbed weights.
+    w <- Base(w, u - gamma v), u = beta1 g_1 + beta3 g_3, v = the part of g_0 + beta2 g_2 orthogonal to u, with the
+    gradients g_0 at w, g_1 at w + rho' g_0 / |g_0|, g_2 at w + e_1, e_1 = rho (g_1 - g_0) / |g_1 - g_0|, and g_3 at
+    w + e_1 + rho' g_2 / |g_2|.
 
     Args:
         base_optimizer: The optimizer that takes the steps.
@@ -220,7 +222,7 @@ def gam(
         beta1: beta1, the weight of g_1.
         beta2: beta2, the weight of g_2 in v.
         beta3: beta3, the weight of g_3.
-        gamma: gamma, the weight of v, the part of g_0 + beta2 g_2 orthogonal to u.
+        gamma: gamma, the weight of v.
         **options: ``model`` and the other options of :class:`steppe.SAM`.
 
     Raises:

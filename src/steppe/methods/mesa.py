@@ -240,6 +240,9 @@ def _check_model(model: nn.Module) -> None:
 def mesa(model: nn.Module, optimizer: Optimizer | None = None, **kwargs: Any) -> MESA:
     """MESA: a term in the loss that keeps the outputs near those of averaged weights. 4/3 passes per step.
 
+    The term is lambda tau^2 / |B| sum_{i in B} KL(softmax(f(v, x_i) / tau) || softmax(f(w, x_i) / tau)), where v is the
+    average of w over the steps, v <- beta v + (1 - beta) w.
+
     This is not an optimizer, but a module whose result the closure adds to the loss; there is no perturbation.
 
     Args:

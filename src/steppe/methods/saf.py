@@ -254,6 +254,9 @@ class SAF(nn.Module):
 def saf(samples: int, classes: int | Sequence[int], **kwargs: Any) -> SAF:
     """SAF: a term in the loss that keeps the outputs near those of E epochs ago. One pass per step, no perturbation.
 
+    The term is lambda tau^2 / |B| sum_{i in B} KL(softmax(y_i / tau) || softmax(f(w, x_i) / tau)), where y_i are the
+    logits of sample i, E epochs ago.
+
     This is not an optimizer, but a module whose result the closure adds to the loss.
 
     Args:

@@ -114,7 +114,7 @@ CARD = MethodCard(
     passes=2,
     memory=COPY_AND_G,
     when="To learn a part of wrong labels more slowly than SAM does.",
-    when_not="With right labels: the reduced entries are then a part of the signal.",
+    when_not="With correct labels: the reduced entries are then a part of the signal.",
     usual={
         "rho": "0.1 (official code)",
         "alpha": "0.5 (official code), 0.25 to 0.75 in its scripts; 0 is SAM",

@@ -405,7 +405,8 @@ def _check(group: dict[str, Any]) -> None:
 def sassha(params: Any, lr: Rho = 0.15, rho: Rho = 0.2, *, model: nn.Module | None = None, **kwargs: Any) -> SASSHA:
     """SASSHA: SAM's gradient, divided by the root of the size of the Hessian's diagonal. Two passes per step.
 
-    w <- (1 - lr weight_decay) w - lr m / (sqrt(D) + eps), D a mean of |diagonal of the Hessian at w + e|.
+    w <- (1 - lr weight_decay) w - lr m / (sqrt(D) + eps), e = rho g / |g|, m a mean of the gradients at w + e, and D
+    one of |diagonal of the Hessian there|.
 
     This is an optimizer of its own: it has no base, and takes the parameters. The closure needs the loss that
     :func:`steppe.closures.hessian_diagonal` returns.
