@@ -4,15 +4,17 @@ import collections
 import copy
 import gc
 import random
+import warnings
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.func import functional_call
 from torch.nn.utils import parametrize
 
-from steppe import SAM
+from steppe import SAM, variants
 from support import DRIVES, every_drive, model_bits, plain
 
 
@@ -145,9 +147,10 @@ class FirstBuffer(nn.Module):
 class Codebook(nn.Module):
     """Codes of ``nn.Embedding``, which need a gradient by default and never have one: the forward moves them."""
 
-    def __init__(self, *, by_data: bool) -> None:
+    def __init__(self, *, by_data: bool, begin: int = 0) -> None:
         super().__init__()
-        self.by_data = by_data
+        self.by_data, self.begin = by_data, begin
+        self.register_buffer("calls", torch.tensor(0))
         self.encoder, self.codes, self.decoder = nn.Linear(6, 2), nn.Embedding(5, 2), nn.Linear(2, 3)
 
     def forward(self, x):
@@ -157,11 +160,12 @@ class Codebook(nn.Module):
         quantized = codes[nearest]
         counts = F.one_hot(nearest, 5).to(z.dtype)
         means = counts.T @ z.detach() / (counts.sum(0)[:, None] + 1e-3)
-        if self.by_data:
+        if self.calls >= self.begin and self.by_data:
             self.codes.weight.data.lerp_(means, 0.1)
-        else:
+        elif self.calls >= self.begin:
             with torch.no_grad():
                 self.codes.weight.lerp_(means, 0.1)
+        self.calls += 1
         return self.decoder(z + (quantized - z).detach())
 
 
@@ -175,6 +179,8 @@ MODELS = {
     "first buffer": FirstBuffer,
     "codebook": lambda: Codebook(by_data=False),
     "codebook, by data": lambda: Codebook(by_data=True),
+    "codebook, from the third step on": lambda: Codebook(by_data=False, begin=2),
+    "codebook, by data, from the third step on": lambda: Codebook(by_data=True, begin=2),
     "initialization, attribute": lambda: ActNorm("attribute"),
     "initialization, buffer": lambda: ActNorm("buffer"),
     "spectral norm": lambda: nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(6, 8)), nn.Linear(8, 3)),
@@ -282,6 +288,54 @@ def test_c28_frozen_parameters_that_outnumber_the_trained_ones_are_copied_once_w
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
         plain(base, lambda: F.cross_entropy(twin(x), y))
     assert model_bits(model) == model_bits(twin)
+
+
+def test_c28_classic_step_after_one_by_passes_does_not_begin_in_the_state_before_that():
+    model = Recurrent()
+    optimizer = SAM(torch.optim.SGD(trained(model), lr=0.1), rho=0.0, model=model)
+    for step, drive in enumerate(["passes", "passes", "classic", "classic"]):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
+    assert model.log == [1, 1, 2, 2, 3, 4, 4, 4], "the first classic step has no forward before it that is expected"
+
+
+def test_c28_classic_passes_of_a_model_whose_parameters_functional_call_replaces():
+    def loss(model, x, y):  # rounded weights, with the gradient of those that are not
+        rounded = {name: p + ((p * 4).round() / 4 - p).detach() for name, p in model.named_parameters()}
+        return F.cross_entropy(functional_call(model, rounded, (x,)), y)
+
+    results = []
+    for drive in ("closure", "classic"):
+        torch.manual_seed(0)
+        model = nn.Linear(6, 3)
+        optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.3), rho=0.5, model=model)
+        for step in range(4):
+            x, y = pair(step)
+            DRIVES[drive](optimizer, lambda x=x, y=y, model=model: loss(model, x, y))
+        assert isinstance(model.weight, nn.Parameter)
+        results.append(model_bits(model))
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("method", ["rwp", "arwp", "bsam", "msam", "sampa"])
+@pytest.mark.parametrize("model", ["initialization", "limited norm"])
+def test_c28_write_that_a_first_pass_away_from_w_loses_warns_once(method, model):
+    first = ActNorm("buffer") if model == "initialization" else nn.Embedding(6, 3, max_norm=0.5)
+    x, y = pair()
+    x = x if model == "initialization" else torch.arange(len(y)) % 6
+    if method == "bsam":
+        optimizer = variants.bsam(first.parameters(), lr=0.1, n_data=len(y), model=first)
+    else:
+        base = torch.optim.SGD(first.parameters(), lr=0.1, momentum=0.9)
+        optimizer = getattr(variants, method)(base, rho=0.01, model=first)
+
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        for _ in range(3):
+            optimizer.step(lambda: F.cross_entropy(first(x), y))
+    begins_at_w = model == "initialization" and method in ("msam", "sampa")  # which have no perturbation then
+    assert len(found) == (0 if begins_at_w else 1)
+    assert all("the forward writes to 1 of the weights that this optimizer trains" in str(w.message) for w in found)
 
 
 @every_drive

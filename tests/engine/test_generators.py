@@ -1,10 +1,12 @@
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
 from steppe._engine.generators import Generators
+from steppe._engine.side_effects import SideEffects
 
 DRAWS = {
     "uniform": lambda: np.random.rand(),
@@ -19,6 +21,28 @@ DRAWS = {
 
 def draws():
     return [np.random.randn(), np.random.randn(), np.random.rand(), random.random(), torch.rand(()).item()]
+
+
+def test_generators_are_those_of_the_devices_to_which_the_model_was_moved(monkeypatch):
+    read = []
+    cuda = SimpleNamespace(
+        is_available=lambda: True,
+        get_rng_state=lambda device: read.append(device) or torch.zeros(1),
+        set_rng_state=lambda state, device: None,
+    )
+    of_torch = torch.get_device_module
+    monkeypatch.setattr(torch, "get_device_module", lambda d: cuda if d.type == "cuda" else of_torch(d))
+    device = torch.device("cpu")
+
+    class Movable(torch.nn.Parameter):
+        device = property(lambda self: device)
+
+    side_effects = SideEffects(None, [Movable(torch.ones(2))], replay_rng=True)
+    side_effects.begin_first_pass()
+    assert read == []
+    device = torch.device("cuda:0")
+    side_effects.begin_first_pass()
+    assert read == [device]
 
 
 @pytest.mark.parametrize("before", DRAWS)

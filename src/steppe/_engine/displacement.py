@@ -7,7 +7,7 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-from steppe._tensors.dtensor import locals_of
+from steppe._tensors.dtensor import all_plain, locals_of
 from steppe._tensors.in_place import add_scaled_, copy_, real_views, reuse
 
 Add: TypeAlias = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], None]
@@ -33,6 +33,8 @@ class Displacement:
         self._displaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.latest_copies: dict[int, tuple[Tensor, Tensor]] = {}
         """The weights of the latest displacement, by id, with the copies from which they were restored."""
+        self._watched: list[tuple[Tensor, tuple[int, int]]] = []
+        self._norms: Sequence[Tensor] = []
 
     @property
     def active(self) -> bool:
@@ -73,6 +75,27 @@ class Displacement:
         """Return each displaced weight with this rank's copy of w."""
         return list(self._displaced.values())
 
+    @torch.no_grad()
+    def watch(self, *, values: bool) -> None:
+        """Watch for writes to the displaced weights, which :meth:`restore` will lose.
+
+        Args:
+            values: Compare the norms of the weights, too: ``w.data.copy_(...)`` leaves no mark.
+        """
+        weights = [w for w, _ in self._displaced.values()]
+        self._watched = [(w, _mark(w)) for w in weights] if all_plain(weights) else []
+        self._norms = torch._foreach_norm(weights) if values and self._watched else []
+
+    @torch.no_grad()
+    def written(self) -> int:
+        """Return how many weights were written since :meth:`watch`, and end the watch."""
+        watched, before, self._watched, self._norms = self._watched, self._norms, [], []
+        marked = sum(_mark(w) != mark for w, mark in watched)
+        if marked or not before:
+            return marked
+        now = torch._foreach_norm([w for w, _ in watched])
+        return sum(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
+
     def restore(self) -> None:
         """Restore every displaced weight to w; without a displacement, do nothing."""
         if self._displaced:
@@ -88,6 +111,11 @@ class Displacement:
             yield
         finally:
             self.restore()
+
+
+def _mark(weight: Tensor) -> tuple[int, int]:
+    """Return what a write in place changes, or an assignment to ``.data``."""
+    return weight._version, weight.data_ptr()
 
 
 @torch.no_grad()

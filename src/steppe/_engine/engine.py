@@ -246,6 +246,12 @@ class Engine:
             self.restore()
             raise
         self.drop_cached_weights()
+        if single_pass:
+            self.watch_displaced()
+
+    def watch_displaced(self) -> None:
+        """Watch for what the forward of this step's first pass writes to the displaced weights."""
+        self._displacement.watch(values=self.steps == 0)
 
     def perturb(self, point: Point, perturbation: Perturbation) -> None:
         """Displace the weights by e(point), until :meth:`restore`."""
@@ -308,6 +314,14 @@ class Engine:
             raise
 
     def _restore(self) -> None:
+        if written := self._displacement.written():
+            self.warn_once(
+                "lost write",
+                f"the forward writes to {written} of the weights that this optimizer trains (initialization from data, "
+                "a norm that it limits, a codebook). With this method the first pass of a step is not at w, and the "
+                "writes are lost when w is restored. Run one forward before the training, if the forward writes only "
+                "once; write after the step instead; or take a method whose first pass is at w, such as steppe.SAM",
+            )
         self.side_effects.end_first_pass()
         self._displacement.restore()
         self.side_effects.end_second_pass()

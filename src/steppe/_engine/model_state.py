@@ -63,14 +63,21 @@ class ModelState:
         """Parameters of the model that the optimizer does not train: not its own, or without gradients."""
 
     @torch.no_grad()
-    def save(self, *, like: "ModelState | None" = None, states: Iterable[Tensor] = ()) -> None:
+    def save(
+        self,
+        *,
+        registered: Registrations | None = None,
+        like: "ModelState | None" = None,
+        states: Iterable[Tensor] = (),
+    ) -> None:
         """Save the state; the storage of an earlier snapshot is reused.
 
         Args:
+            registered: What the model registers, from :meth:`registered_now`; by default, what it does now.
             like: Another snapshot of the model, which often has the same modules, buffers and parameters.
             states: Parameters of the optimizer whose values are states of the model, too.
         """
-        registered = Registrations.of(self._model, (like and like._registered) or self._registered)
+        registered = registered or self.registered_now(like)
         self._list(registered)
         self._attributes = {
             id(m): Attributes.of(m, self._attributes.get(id(m)), self._storages) for m in self._own_modules
@@ -87,6 +94,10 @@ class ModelState:
             generators = [g for attributes in self._attributes.values() for g in attributes.generators]
             self._generators = [(g, get_state(g)) for g in generators]
         self._saved = True
+
+    def registered_now(self, like: "ModelState | None" = None) -> Registrations:
+        """Return what the model registers now."""
+        return Registrations.of(self._model, (like and like._registered) or self._registered)
 
     def _list(self, registered: Registrations) -> None:
         """Make the lists that depend only on what the model registers."""

@@ -15,9 +15,10 @@ from steppe._engine.forwards import may_watch_forwards, watch_forwards
 from steppe._engine.generators import Generators
 from steppe._engine.model_state import LARGE, ModelState
 from steppe._engine.outside import OutsideWatch
+from steppe._engine.registrations import Registrations
 from steppe._tensors.dtensor import all_plain
 
-_version = attrgetter("_version")
+_version, _device = attrgetter("_version"), attrgetter("device")
 
 
 @contextmanager
@@ -85,10 +86,17 @@ class ForwardWrites:
         self._few = False
         self._first = True
         self._ever_written: set[int] = set()
-        self.states: list[Tensor] = []
+        self._found: list[Tensor] = []
         """The parameters without a gradient that a first pass has written."""
+        self._without_gradient: list[Tensor] = []
+        """Those that never had a gradient: a later pass may write them, and `p.data.copy_(...)` would leave no mark."""
         self.new_states: list[tuple[Tensor, Tensor]] = []
         """Those that were found in this step, with their values before it."""
+
+    @property
+    def states(self) -> list[Tensor]:
+        """The parameters that are, or may be, states of the model."""
+        return [*self._found, *self._without_gradient]
 
     @torch.no_grad()
     def begin(self) -> None:
@@ -112,6 +120,7 @@ class ForwardWrites:
         searched = set() if written or not self._values or not may_initialize() else trained
         changed = marked | self._changed(searched | (set(map(id, self._trained)) - trained))
         self._find_states(changed - trained - set(map(id, self.states)))
+        self._follow_gradients()
         self._ever_written |= marked
         self._values, self._marks, self._first = [], [], False
         return bool(written or changed & searched)
@@ -127,8 +136,18 @@ class ForwardWrites:
     def _find_states(self, found: set[int]) -> None:
         values = self._values if self._few and self._values else repeat(None)
         pairs = [(p, value) for p, value in zip(self._trained, values, strict=False) if id(p) in found]
-        self.states += [p for p, _ in pairs]
+        self._found += [p for p, _ in pairs]
         self.new_states = [(p, value) for p, value in pairs if value is not None and value.shape == p.shape]
+
+    def _follow_gradients(self) -> None:
+        """Drop the parameters that have a gradient now from those that never had one."""
+        if not self._first and not self._without_gradient:
+            return
+        found = set(map(id, self._found))
+        candidates = self._trained if self._first else self._without_gradient
+        without = [p for p in candidates if p.grad is None and id(p) not in found]
+        few = all_plain(without) and sum(map(Tensor.numel, without)) <= LARGE
+        self._without_gradient = without if few else []
 
     def _current_marks(self) -> list[tuple[int, int]]:
         trained = self._trained
@@ -140,6 +159,15 @@ class ForwardWrites:
         if self._few:
             return [p.detach().clone() for p in self._trained]
         return list(torch._foreach_norm(self._trained)) if self._trained else []
+
+
+def _devices_of(model: nn.Module | None) -> set[torch.device]:
+    """Return the devices on which the forward of a model may draw random numbers."""
+    if model is None:
+        return set()
+    replicas = (m for m in model.modules() if isinstance(m, nn.DataParallel))
+    replicated = {torch.device(m.src_device_obj.type, i) for m in replicas for i in m.device_ids}
+    return replicated | set(map(_device, (*model.parameters(), *model.buffers())))
 
 
 _live_instances: "WeakSet[SideEffects]" = WeakSet()
@@ -159,7 +187,9 @@ class SideEffects:
 
     def __init__(self, model: nn.Module | None, owned: Iterable[Tensor], *, replay_rng: bool) -> None:
         owned = list(owned)
-        self._generators = Generators(p.device for p in owned) if replay_rng else None
+        self._module, self._owned, self._replay_rng = model, owned, replay_rng
+        self._generators: Generators | None = None
+        self._devices: set[torch.device] = set()
         self._states_before: dict[str | torch.device, Any] | None = None
         self._states_after: dict[str | torch.device, Any] | None = None
         self._model = _ModelProtection(model, owned, generators=replay_rng) if model is not None else None
@@ -190,7 +220,12 @@ class SideEffects:
             self._watch.begin_first_pass()
 
     def _save_generators(self) -> None:
-        self._states_before = self._generators.save() if self._generators is not None else None
+        if not self._replay_rng:
+            return
+        devices = set(map(_device, self._owned))
+        if self._generators is None or devices != self._devices:  # the model may be moved after the optimizer is made
+            self._devices, self._generators = devices, Generators(devices | _devices_of(self._module))
+        self._states_before = self._generators.save()
 
     def end_first_pass(self) -> None:
         """End the first pass, before its weights change; without one, do nothing."""
@@ -239,7 +274,7 @@ class SideEffects:
                 self._model.protect_also(watch.found)
             watch.warn()
         if self._model is not None:
-            self._model.warn()
+            self._model.end_step()
 
     def _modules_of_other_optimizers(self) -> set[int]:
         """Return the modules of other optimizers of this package that are in a step at this time."""
@@ -260,7 +295,9 @@ class _ModelProtection:
         self._writes = ForwardWrites(owned)
         self._initialized = False
         self._in_first_pass = False
-        self._has_passes = False  # set by passes(); before, the first pass may be one of the classic API
+        self._by_passes = False
+        """True if this step, or the one before, is made by passes(); False in the classic API."""
+        self._registered: Registrations | None = None
         self._stop_expecting: Callable[[], None] | None = None
         self._module_ids: set[int] = set()
         self._written_late: list[Tensor] = []
@@ -277,19 +314,23 @@ class _ModelProtection:
 
     def begin_first_pass(self) -> None:
         self._stop()
-        self._has_passes = True
+        self._by_passes = True
         self._begin()
 
     def expect_first_pass(self, *, in_step: bool) -> bool:
-        """Begin the first pass at the next forward; return False if this optimizer is stepped by passes()."""
+        """Begin the first pass at the next forward; return False if none is expected.
+
+        None is after a step by passes(), which probably is followed by another one.
+        """
         self._stop()
-        if self._has_passes:
-            return False
         self._before.discard()
-        if not in_step:
+        by_passes, self._by_passes = self._by_passes, False
+        if by_passes or not in_step:
             return False
         if may_watch_forwards():
-            self._module_ids = set(map(id, self.model.modules()))
+            # listed now: functional_call() replaces the parameters before it calls the module
+            self._registered = self._before.registered_now()
+            self._module_ids = set(map(id, self._registered.modules))
             self._stop_expecting = watch_forwards(self._before_forward)
         return True
 
@@ -297,10 +338,10 @@ class _ModelProtection:
         # without a graph, it is no pass: an evaluation between two steps
         if torch.is_grad_enabled() and id(module) in self._module_ids:
             self._stop()
-            self._begin()
+            self._begin(self._registered)
 
-    def _begin(self) -> None:
-        self._before.save(states=self._writes.states)
+    def _begin(self, registered: Registrations | None = None) -> None:
+        self._before.save(registered=registered, states=self._writes.states)
         self._writes.begin()
         self._initialized, self._in_first_pass = False, True
 
@@ -317,7 +358,7 @@ class _ModelProtection:
 
     def restore_before(self) -> None:
         # In the classic API, the forward that was taken for the first pass may belong to a step of another optimizer.
-        outdated = not self._has_passes and self._before.another_optimizer_stepped()
+        outdated = not self._by_passes and self._before.another_optimizer_stepped()
         if not self._initialized and not outdated:
             self._before.restore(now=self._after)
             for p, value in self._writes.new_states:
@@ -328,7 +369,9 @@ class _ModelProtection:
         self._after.restore()
         self._untrained_gradients.restore()
 
-    def warn(self) -> None:
+    def end_step(self) -> None:
+        """Forget the state before the step, which is no other step's; warn of what was found in it."""
+        self._before.discard()
         written, self._written_late = self._written_late, []
         if written:
             warn(

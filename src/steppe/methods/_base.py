@@ -136,6 +136,7 @@ class OwnStepMethod(SAM):
         displace()
         self._engine.drop_cached_weights()
         self._engine.side_effects.begin_first_pass()
+        self._engine.watch_displaced()
 
     # Tools: points and displacements.
 
