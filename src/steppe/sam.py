@@ -193,7 +193,8 @@ class SAM(SAMStep):
         Args:
             accumulate: Add the update gradient to the earlier ``.grad``. One loop for each micro-batch then gives
                 each its own perturbation (m-sharpness with a smaller m). For one perturbation of all micro-batches,
-                run all of them inside each pass instead.
+                run all of them inside each pass instead. A micro-batch whose loop is left by an exception or a break
+                is left out of the step.
             loss_weight: The micro-batch's share of the samples, by which its loss is multiplied. Give it in each loop
                 if a rule depends on the size of the gradients or has a memory (F-SAM, VaSSO, Fisher SAM, bSAM).
 
@@ -218,22 +219,25 @@ class SAM(SAMStep):
             refuse_accumulation()
             self._warn_of_lost_gradient()
         engine, loop = self._engine, object()  # a new object, to recognize this loop below
+        if engine.stage is Stage.BETWEEN_PASSES:
+            engine.leave_loop()  # Python has not closed that loop yet
+        if accumulate and engine.stage is Stage.INCOMPLETE:
+            engine.gradients.clear_left()
         is_first = not accumulate or engine.stage is not Stage.READY
         self._begin("passes()")
         self._begin_micro_batch(loss_weight, accumulate=accumulate, is_first=is_first)
         try:
             engine.loop = loop
+            engine.gradients.before_loop = engine.gradients.copies() if accumulate else None
             for sam_pass in self._step_passes(accumulate=accumulate):
                 engine.current_pass = sam_pass
                 yield sam_pass
                 sam_pass.check()
             engine.micro_batches.end(engine.memory)
-            engine.stage = Stage.READY
+            engine.stage, engine.gradients.before_loop = Stage.READY, None
         except BaseException:
-            if engine.loop is loop:  # else a later step has begun before Python closed this loop
-                engine.abort()
-                engine.gradients.mark_left_by_failure()
-                engine.stage = Stage.INCOMPLETE
+            if engine.loop is loop:  # else a pass has left it, or a later step has begun before Python closed it
+                engine.leave_loop()
             raise
 
     @eager

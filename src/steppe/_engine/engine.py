@@ -339,9 +339,18 @@ class Engine:
         drop_cached_weights()
         self.ranks.drop_gathered_weights()
 
+    def leave_loop(self) -> None:
+        """Leave a loop over passes() before its end; of several micro-batches, the step goes on with the others."""
+        self.abort()
+        self.gradients.leave_loop()
+        self.stage = Stage.READY if self.micro_batches.number else Stage.INCOMPLETE
+        self.micro_batches.leave_out(self.memory)
+        self.gradients.before_loop = None
+
     def abort(self) -> None:
         """Restore the weights and discard the step; a step that the base has taken already counts."""
         self.restore()
+        self.gradients.end_observation()
         self.forget_perturbation()
         self.loop = None
         self.count_step()

@@ -58,6 +58,8 @@ class Gradients:
         self._was_cleared = False
         self._earlier: dict[Tensor, EarlierGradient] = {}
         self._restored: dict[Tensor, Tensor] = {}
+        self.before_loop: dict[Tensor, Tensor] | None = None
+        """Copies of the gradients to which the running loop over passes() adds; None if it adds to none."""
         self.skipped: Tensor | int = 0
         """Number of steps skipped because a gradient was not finite; a tensor on an accelerator."""
         self.base_steps = 0
@@ -154,6 +156,20 @@ class Gradients:
         for p, value in values.items():
             p.grad = value
 
+    def leave_loop(self) -> None:
+        """Leave a loop over passes() before its end: restore the gradients to which it adds."""
+        if self.before_loop is None:
+            self.mark_left_by_failure()
+        else:
+            self.clear()
+            self.replace(self.before_loop)
+
+    def clear_left(self) -> None:
+        """Clear the gradients that nothing has changed since a step or a failure has left them."""
+        for p in parameters_of(self._base):
+            if p.grad is not None and getattr(p.grad, _LEFT, (None,))[0] == p.grad._version:
+                p.grad = None
+
     # Gradients that were accumulated before step(closure): the second pass would lose them.
 
     def accumulated_earlier(self) -> dict[Tensor, Tensor]:
@@ -174,7 +190,16 @@ class Gradients:
         """Restore gradients of :meth:`accumulated_earlier` for a closure, and observe if it makes them zero."""
         self.replace(earlier)
         self._restored = earlier
-        self._earlier = {p: EarlierGradient(p) for p in earlier}
+        for p in earlier:
+            self._earlier[p] = EarlierGradient(p)
+
+    def end_observation(self) -> dict[Tensor, EarlierGradient]:
+        """Stop observing gradients, also those of a closure that has failed; return what was observed."""
+        observed, self._earlier = self._earlier, {}
+        for one in observed.values():
+            if one.handle is not None:
+                one.handle.remove()
+        return observed
 
     def changed_since(self, earlier: dict[Tensor, Tensor]) -> bool:
         """True if there are gradients other than those that :meth:`restore_earlier` has restored, zeros aside."""
@@ -196,11 +221,8 @@ class Gradients:
         Raises:
             RuntimeError: The closure did not clear them, and they were not zero.
         """
-        observed, self._earlier = self._earlier, {}
+        observed = self.end_observation()
         kept = [p for p, gradient in earlier.items() if p.grad is gradient]
-        for one in observed.values():
-            if one.handle is not None:
-                one.handle.remove()
         if not left_by_step:
             kept = [p for p in kept if not getattr(p.grad, _LEFT, (None, False))[1]]
         if self._was_cleared or not kept:
@@ -284,9 +306,15 @@ class Gradients:
 
 def skip_unless(finite: Tensor, gradients: Sequence[Tensor]) -> None:
     """Write NaN to one gradient where a 0-dim bool tensor is false, so that the step is skipped without a host read."""
-    if gradients:
-        smallest = local(min(gradients, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
-        smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
+    index = smallest(gradients)
+    if index is not None:
+        shard = local(gradients[index])  # sharded tensors of torch 2.6 cannot be filled
+        shard.masked_fill_(finite.logical_not().to(shard.device), float("nan"))
+
+
+def smallest(gradients: Sequence[Tensor]) -> int | None:
+    """Return the index of the smallest gradient that can hold a NaN: an empty one cannot. None if there is none."""
+    return min((i for i, g in enumerate(gradients) if g.numel()), key=lambda i: gradients[i].numel(), default=None)
 
 
 def unless_skipped(base: Optimizer, new: Sequence[Tensor], old: Sequence[Tensor]) -> Sequence[Tensor]:

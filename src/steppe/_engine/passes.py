@@ -82,12 +82,15 @@ class Pass(ExitStack[bool | None]):
             raise
 
     def _end(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
-        if self.done and kind is None:
+        if self.done and (self._failed or kind is None):
             return
         self._failed = kind is not None
-        self._engine.restore()
-        self._engine.stage = Stage.INCOMPLETE if self._failed else Stage.BETWEEN_PASSES
-        self._made_gradient = self._engine.gradients.any()
+        if self._failed:
+            self._engine.leave_loop()
+        else:
+            self._engine.restore()
+            self._engine.stage = Stage.BETWEEN_PASSES
+            self._made_gradient = self._engine.gradients.any()
         self.done = True
 
     def record_loss(self, loss: Any) -> None:

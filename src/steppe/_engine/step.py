@@ -120,11 +120,10 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
 
     def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield the passes of one step, then write the update gradient to ``.grad``."""
-        before = self._engine.gradients.copies() if accumulate else {}
         self._engine.pass_gradients.begin_step(accumulate=accumulate)
         yield from self._single_pass() if self._has_single_pass() else self._passes_from_w()
         self._combine()
-        if before:
+        if before := self._engine.gradients.before_loop:
             self._engine.gradients.accumulate(before)
 
     def _single_pass(self) -> Iterator[Pass]:
@@ -221,6 +220,8 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     def _warn_of_lost_gradient(self) -> None:
         """Warn once if the update gradient of earlier passes is about to be lost without a step."""
         engine = self._engine
+        if engine.micro_batches.left_out:
+            return  # one of its micro-batches has failed, and the whole batch is given up
         if engine.stage is Stage.READY and engine.pass_gradients.any and not engine.has_warned("lost gradient"):
             size = norm(engine.gradients.parameters_and_gradients()[1])
             if 0.0 < float(size) < math.inf:  # after an overflow, a loss scaler takes no step
