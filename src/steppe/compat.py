@@ -223,11 +223,6 @@ class SAM(sam.SAM):
         self._finish_classic()
         return None
 
-    @property
-    def base_optimizer(self) -> Optimizer:
-        """The base optimizer, under its classic name."""
-        return self.base
-
 
 @dataclass(frozen=True)
 class _AdaptiveByGroup:

@@ -48,27 +48,17 @@ Combine: TypeAlias = Callable[[Point, Sequence[Tensor] | None], Sequence[Tensor]
 class Engine:
     """Weights, gradients and side effects within one step. The optimizer decides which operation comes when."""
 
-    def __init__(
-        self,
-        base: Optimizer,
-        model: nn.Module | None,
-        *,
-        replay_rng: bool,
-        per_rank: bool,
-        stochastic_rounding: bool,
-    ) -> None:
-        self._base, self._replay_rng, self._per_rank = base, replay_rng, per_rank
+    def __init__(self, base: Optimizer, **options: Any) -> None:
+        self._base = base
         self._displacement = Displacement()
         self.recorder = Recorder(base)
         self._perturbed_parameters: list[Tensor] | None = None
         self._ascent: ScaledDirection | None = None
         self._unperturbed_gradients: list[Tensor] = []
-        self._rounding_checked = False
-        self._stochastic_rounding = stochastic_rounding
         self.stage = Stage.IDLE
         self.gradients = Gradients(base)
         self.pass_gradients = PassGradients(self.gradients)
-        self.protect(model)
+        self.take_options(**options)
         self.memory: Memory = {}
         """Tensors that the rules keep from step to step."""
         self.micro_batches = MicroBatches()
@@ -83,11 +73,26 @@ class Engine:
         """Identifies the loop over passes() that is running; None if none is."""
         self.closure_watched = False
         """True if the tensors around a closure have been checked for changes in place."""
+        self.clearing_watched = False
+        """True if a step of the classic API was checked for gradients that were not cleared between its passes."""
         self.inputs_have_gradients = False
         """True if a pass was seen to make gradients of the inputs of a closure."""
         self._warned: set[str] = set()
         self.load_from_base()
         call_before_step(base, self._refuse_foreign_step)
+
+    def take_options(
+        self, *, model: nn.Module | None, replay_rng: bool, per_rank: bool, stochastic_rounding: bool
+    ) -> None:
+        """Take the options of the optimizer, in the constructor and when one of them is assigned.
+
+        Raises:
+            TypeError, ValueError: As :class:`Ranks`; then nothing has changed.
+        """
+        self.ranks = Ranks(model, list(parameters_of(self._base)), per_rank=per_rank)
+        self._replay_rng, self._per_rank = replay_rng, per_rank
+        self._stochastic_rounding, self._rounding_checked = stochastic_rounding, False
+        self.protect(model)
 
     def protect(self, model: nn.Module | None) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""

@@ -18,19 +18,22 @@ from steppe._tensors.reductions import all_finite
 # this mark, a gradient that was accumulated before step(closure) could not be told from the one that a step has left.
 _LEFT = "_steppe_left"
 
+# Attribute of a gradient that is observed through a second pass. To hold the gradient itself would keep its memory.
+_OBSERVED = "_steppe_observed"
+
 _STRIDED = frozenset({torch.strided})
 _layout = attrgetter("layout")
 
 
 class EarlierGradient:
-    """Observes the gradient of one parameter through a closure: zeros count as cleared, however they were made."""
+    """Observes the gradient of one parameter until the next backward: zeros count as cleared, however made."""
 
     def __init__(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.version = parameter.grad._version
         self._parameter = parameter
         self._nonzero = [is_nonzero(parameter.grad)]
-        # called before the first backward of the closure adds to the gradient: the closure may have set it to zero
+        # called before the next backward adds to the gradient: the user's code may have set it to zero
         register: Any = parameter.register_hook
         self.handle = register(self._before_backward) if parameter.requires_grad else None
 
@@ -40,8 +43,13 @@ class EarlierGradient:
             self._nonzero.append(is_nonzero(gradient))
 
     def was_nonzero(self) -> bool:
-        """True if the gradient was not zero, neither before the closure nor before its backward; read on the host."""
+        """True if the gradient was not zero, neither at first nor before the backward; read on the host."""
         return all(map(bool, self._nonzero))
+
+    def was_added_to(self) -> bool:
+        """True if a backward has added to the gradient that :meth:`Gradients.observe` has marked, but not to zeros."""
+        is_same = getattr(self._parameter.grad, _OBSERVED, False)
+        return is_same and len(self._nonzero) > 1 and self.was_nonzero()
 
 
 def is_nonzero(tensor: Tensor) -> Tensor:
@@ -192,6 +200,17 @@ class Gradients:
         self._restored = earlier
         for p in earlier:
             self._earlier[p] = EarlierGradient(p)
+
+    def observe(self) -> None:
+        """Observe if the next backward adds to these gradients; for :meth:`were_added_to`."""
+        for p in parameters_of(self._base):
+            if p.grad is not None:
+                self._earlier[p] = EarlierGradient(p)
+                setattr(p.grad, _OBSERVED, True)
+
+    def were_added_to(self) -> bool:
+        """End the observation; return True if a backward has added to a gradient that nothing had cleared."""
+        return any(one.was_added_to() for one in self.end_observation().values())
 
     def end_observation(self) -> dict[Tensor, EarlierGradient]:
         """Stop observing gradients, also those of a closure that has failed; return what was observed."""

@@ -7,7 +7,7 @@ from typing import Any, Self
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._engine.constructor import check_not_adaptive, check_rho
+from steppe._engine.constructor import as_radius, check_not_adaptive
 from steppe._engine.engine import Engine
 from steppe._engine.groups import RHO
 from steppe._engine.joint_base import option_names
@@ -23,7 +23,7 @@ class Wrapper(Optimizer):
     The base's objects are looked up at every use, because ``load_state_dict`` of either optimizer replaces them.
     """
 
-    base: Optimizer
+    _base: Optimizer
     _default_rho = Shared[float | Tensor](0.05)
     """Radius of a group that brings none: the constructor's, or the last one written to :attr:`rho`."""
     _engine: Engine
@@ -31,6 +31,21 @@ class Wrapper(Optimizer):
     """The last of ``train`` and ``eval`` that was called."""
     _memory_template = Shared[Memory]({})
     """Zero-filled memory of the rules, for a checkpoint before the first step."""
+
+    @property
+    def base(self) -> Optimizer:
+        """The base optimizer. It cannot be replaced."""
+        return self._base
+
+    @base.setter
+    def base(self, base: Optimizer) -> None:
+        raise AttributeError(
+            "the base optimizer cannot be replaced: radii, memory and hooks belong to the base that this optimizer has, "
+            "and it would go on stepping. Make a new one around the other base, SAM(base, rho=..., model=...)"
+        )
+
+    base_optimizer = base
+    """The base optimizer, under the name that it has in the constructor and in the classic implementation."""
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:
@@ -70,8 +85,7 @@ class Wrapper(Optimizer):
 
     @rho.setter
     def rho(self, rho: float | Tensor) -> None:
-        check_rho(rho)
-        self._default_rho = rho
+        self._default_rho = rho = as_radius(rho)
         for group in self.param_groups:
             group[RHO] = rho
 
