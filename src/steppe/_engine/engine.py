@@ -64,6 +64,8 @@ class Engine:
         self.micro_batches = MicroBatches()
         self.scale: Tensor | None = None
         """Loss scale by which the gradients of this step are multiplied; None without a loss scaler."""
+        self.unscaled_by: tuple[Any, int] | None = None
+        """The scaler that has unscaled the gradients last, and the number under which it knows the optimizer."""
         self.steps = 0
         """Number of steps taken."""
         self._counted = 0

@@ -19,7 +19,13 @@ from steppe._engine.closure import Closure, check_closure, run_closure
 from steppe._engine.constructor import check_groups, check_model, one_module
 from steppe._engine.groups import parameters_of
 from steppe._engine.joint_base import names_of
-from steppe._engine.loss_scale import ScalerTarget, check_scale, loss_scale, refuse_closure_of_scaler
+from steppe._engine.loss_scale import (
+    ScalerTarget,
+    check_scale,
+    check_unscaled,
+    loss_scale,
+    refuse_closure_of_scaler,
+)
 from steppe._engine.losses import backward
 from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
 from steppe._engine.report import Reporting
@@ -89,6 +95,8 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         """Begin a step: check everything on which it depends."""
         if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order(caller, self._engine.stage)
+        check_unscaled(self._engine.unscaled_by, caller)
+        self._engine.unscaled_by = None
         self.restore()  # an interrupt may have hit restore() itself
         self._follow_parameters()
         if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base

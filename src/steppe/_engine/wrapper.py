@@ -4,13 +4,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from steppe._engine.callers import unscaling_scaler
 from steppe._engine.constructor import as_radius, check_not_adaptive
 from steppe._engine.engine import Engine
 from steppe._engine.groups import RHO
 from steppe._engine.joint_base import option_names
+from steppe._engine.loss_scale import unscaled_too_early
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import MemoryTemplate, pack, saved_radii, unpack
@@ -40,8 +43,8 @@ class Wrapper(Optimizer):
     @base.setter
     def base(self, base: Optimizer) -> None:
         raise AttributeError(
-            "the base optimizer cannot be replaced: radii, memory and hooks belong to the base that this optimizer has, "
-            "and it would go on stepping. Make a new one around the other base, SAM(base, rho=..., model=...)"
+            "the base optimizer cannot be replaced: radii, memory and hooks belong to the one that is wrapped, which "
+            "would go on stepping. Make a new optimizer around the other base, SAM(base, rho=..., model=...)"
         )
 
     base_optimizer = base
@@ -50,11 +53,24 @@ class Wrapper(Optimizer):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups, each with its radius ``sam_rho``."""
+        if not torch.compiler.is_compiling() and (unscaling := unscaling_scaler()) is not None:
+            self._note_unscaling(*unscaling)
         return self.base.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
+
+    def _note_unscaling(self, scaler: Any, key: int) -> None:
+        """Refuse ``scaler.unscale_(optimizer)`` before the last pass has ended; before a first pass, only note it.
+
+        Raises:
+            RuntimeError: It is called in a loop over the passes.
+        """
+        stage = self._engine.stage
+        if stage in (Stage.IN_PASS, Stage.BETWEEN_PASSES):
+            raise unscaled_too_early(stage.value)
+        self._engine.unscaled_by = scaler, key
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
