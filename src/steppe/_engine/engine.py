@@ -348,10 +348,15 @@ class Engine:
 
     def leave_loop(self) -> None:
         """Leave a loop over passes() before its end; of several micro-batches, the step goes on with the others."""
+        is_running, is_left = self.micro_batches.is_running, self.loop is None
         self.abort()
-        self.gradients.leave_loop()
-        self.stage = Stage.READY if self.micro_batches.number else Stage.INCOMPLETE
-        self.micro_batches.leave_out(self.memory)
+        if is_running:
+            self.gradients.leave_loop()
+            self.stage = Stage.READY if self.micro_batches.number else Stage.INCOMPLETE
+            self.micro_batches.leave_out(self.memory)
+        elif not is_left:  # an interrupt came when the last pass was over
+            self.gradients.mark_left_by_failure()
+            self.stage = Stage.INCOMPLETE
         self.gradients.before_loop = None
 
     def abort(self) -> None:

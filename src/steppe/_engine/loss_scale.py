@@ -64,8 +64,8 @@ def check_unscaled(unscaled_by: tuple[Any, int] | None, caller: str) -> None:
 def unscaled_too_early(when: str) -> RuntimeError:
     """Return the error for ``scaler.unscale_(optimizer)`` before the last pass has ended."""
     return RuntimeError(
-        f"scaler.unscale_(optimizer) was called {when}: a scaler unscales the gradients of an optimizer once a step, so "
-        "that those of later passes would stay multiplied by its scale (65536 at first), or be divided by it twice. "
+        f"scaler.unscale_(optimizer) was called {when}: a scaler unscales the gradients of an optimizer once a step, "
+        "and those of later passes would stay multiplied by its scale (65536 at first), or be divided by it twice. "
         "Call it after the last pass: between the loop over passes() and scaler.step(optimizer), or in the classic API "
         "after the second backward. step(closure) unscales by itself: leave it out there, or use passes() to clip"
     )
