@@ -133,7 +133,7 @@ class SAM(sam.SAM):
     @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups, each with its radius as ``rho`` (and ``sam_rho``), and ``adaptive``."""
-        groups = self.base.param_groups
+        groups = super().param_groups
         for index, group in enumerate(groups):
             if not isinstance(group, _Group):  # new, or replaced by load_state_dict
                 groups[index] = _group(group)
@@ -222,11 +222,6 @@ class SAM(sam.SAM):
         self._engine.pass_gradients.end_pass(made=self._engine.gradients.any())
         self._finish_classic()
         return None
-
-    @property
-    def base_optimizer(self) -> Optimizer:
-        """The base optimizer, under its classic name."""
-        return self.base
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """The optimizer, with three APIs of a step: a closure, explicit passes, and the classic two calls."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from typing import Any, ClassVar, Unpack, cast, get_overloads, overload
 
 import torch
@@ -25,11 +25,11 @@ from steppe._engine.constructor import (
 from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
 from steppe._engine.groups import RHO
-from steppe._engine.joint_base import Base, option_names
+from steppe._engine.joint_base import Base, optimizers_of, option_names
 from steppe._engine.loss_scale import ScalerTarget
-from steppe._engine.passes import Pass
+from steppe._engine.passes import Pass, Passes
 from steppe._engine.signatures import show_signature
-from steppe._engine.slots import SLOTS, accepted_rules
+from steppe._engine.slots import OPTIONS, SLOTS, accepted_rules
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.step import SAMStep
 from steppe.rules import Cadence, Combination, Perturbation
@@ -40,8 +40,7 @@ from steppe.rules.perturbed_gradient import PerturbedGradient
 __all__ = ["SAM", "Closure", "Params", "Pass", "Stage"]
 
 _DEFAULT_PERTURBATION, _DEFAULT_COMBINATION, _DEFAULT_CADENCE = L2(), PerturbedGradient(), Periodic()
-_OF_ENGINE = ("memory", "steps", "displaced")
-_OPTIONS = ("replay_rng", "per_rank", "stochastic_rounding")
+_NO_ATTRIBUTES = ("base", "memory", "steps", "displaced")  # of a copied state, which are set otherwise
 
 
 class SAM(SAMStep):
@@ -130,26 +129,26 @@ class SAM(SAMStep):
         rules = {"perturbation": perturbation, "combination": combination, "cadence": cadence}
         rules = accepted_rules(self, base, per_rank=per_rank, **rules)
         drop_earlier_radii(base)
-        options = {"replay_rng": replay_rng, "per_rank": per_rank, "stochastic_rounding": stochastic_rounding}
-        self.__setstate__({"base": base, "_default_rho": rho, "model": model, "scaler": scaler, **options, **rules})
+        options = dict(zip(OPTIONS, (model, replay_rng, per_rank, stochastic_rounding), strict=True))
+        self.__setstate__({"base": base, "_default_rho": rho, "scaler": scaler, **options, **rules})
         self._engine.gradients.mark_left()  # the base may have trained without SAM before
         for group in base.param_groups:
             group.setdefault(RHO, rho)
         check_groups(base)
 
     def __getstate__(self) -> dict[str, Any]:
-        own = {name: getattr(self, name) for name in ("base", "_default_rho", "model", *_OPTIONS, *SLOTS)}
+        own = {name: getattr(self, name) for name in ("base", "_default_rho", *OPTIONS, *SLOTS)}
         engine = self._engine
         return {**own, "memory": engine.memory, "steps": engine.steps, "displaced": engine.displaced()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.base = state["base"]  # first: torch's __setstate__ reads our defaults, which are the base's
+        self._base = state["base"]  # first: torch's __setstate__ reads our defaults, which are the base's
         super().__setstate__({})
         for name, value in state.items():
-            if name not in _OF_ENGINE:
+            if name not in _NO_ATTRIBUTES:
                 setattr(self, name, value)
         self._scaler_target = ScalerTarget(self._take_step)
-        self._engine = Engine(self.base, self.model, **{name: state[name] for name in _OPTIONS})
+        self._engine = Engine(self.base, **{name: state[name] for name in OPTIONS})
         self._engine.memory = state.get("memory", self._engine.memory)
         self._engine.steps = state.get("steps", self._engine.steps)
         self._engine.write_unperturbed(state.get("displaced", []))  # copied in the middle of a step
@@ -193,7 +192,8 @@ class SAM(SAMStep):
         Args:
             accumulate: Add the update gradient to the earlier ``.grad``. One loop for each micro-batch then gives
                 each its own perturbation (m-sharpness with a smaller m). For one perturbation of all micro-batches,
-                run all of them inside each pass instead.
+                run all of them inside each pass instead. A micro-batch whose loop is left by an exception or a break
+                is left out of the step.
             loss_weight: The micro-batch's share of the samples, by which its loss is multiplied. Give it in each loop
                 if a rule depends on the size of the gradients or has a memory (F-SAM, VaSSO, Fisher SAM, bSAM).
 
@@ -214,26 +214,33 @@ class SAM(SAMStep):
             tensor([3.3000, 4.4000])
             >>> optimizer.step()
         """
+        return Passes(self._loop(loss_weight, accumulate=accumulate))
+
+    def _loop(self, loss_weight: float | None, *, accumulate: bool) -> Generator[Pass]:
+        """Yield the passes of one step; :meth:`passes` describes it."""
         if not accumulate:
             refuse_accumulation()
             self._warn_of_lost_gradient()
         engine, loop = self._engine, object()  # a new object, to recognize this loop below
+        if engine.stage is Stage.BETWEEN_PASSES:
+            engine.leave_loop()  # Python has not closed that loop yet
+        if accumulate and engine.stage is Stage.INCOMPLETE:
+            engine.gradients.clear_left()
         is_first = not accumulate or engine.stage is not Stage.READY
         self._begin("passes()")
         self._begin_micro_batch(loss_weight, accumulate=accumulate, is_first=is_first)
         try:
             engine.loop = loop
+            engine.gradients.before_loop = engine.gradients.copies() if accumulate else None
             for sam_pass in self._step_passes(accumulate=accumulate):
                 engine.current_pass = sam_pass
                 yield sam_pass
                 sam_pass.check()
             engine.micro_batches.end(engine.memory)
-            engine.stage = Stage.READY
+            engine.stage, engine.gradients.before_loop = Stage.READY, None
         except BaseException:
-            if engine.loop is loop:  # else a later step has begun before Python closed this loop
-                engine.abort()
-                engine.gradients.mark_left_by_failure()
-                engine.stage = Stage.INCOMPLETE
+            if engine.loop is loop:  # else a pass has left it, or a later step has begun before Python closed it
+                engine.leave_loop()
             raise
 
     @eager
@@ -267,6 +274,7 @@ class SAM(SAMStep):
         self._check_scale()
         if stage is Stage.AFTER_FIRST_STEP:
             self._engine.pass_gradients.end_pass(made=self._engine.gradients.any())
+            self._check_cleared()
         self._check_gradients()
         try:
             if stage is Stage.AFTER_FIRST_STEP:
@@ -293,7 +301,7 @@ class SAM(SAMStep):
         :meth:`passes` needs no such care.
 
         Args:
-            zero_grad: Clear the gradients for the second backward.
+            zero_grad: Clear the gradients for the second backward. Without it, clear them yourself.
 
         Raises:
             RuntimeError: Called twice, or inside a pass; or the method's passes do not fit the classic API.
@@ -311,6 +319,8 @@ class SAM(SAMStep):
             engine.stage = Stage.AFTER_FIRST_STEP
             if zero_grad:
                 self.zero_grad()
+            elif not engine.clearing_watched:
+                engine.gradients.observe()
         except BaseException:
             self.restore()
             raise
@@ -339,6 +349,9 @@ class SAM(SAMStep):
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Clear the gradients, and discard passes that no step has followed (a loss scaler may skip it)."""
         super().zero_grad(set_to_none)
+        for base in optimizers_of(self.base):
+            if type(base).zero_grad is not Optimizer.zero_grad:  # it may clear more (gradients of each sample, ...)
+                base.zero_grad(**({} if set_to_none else {"set_to_none": False}))  # some take no argument
         self._engine.gradients.mark_cleared()
         if self._engine.stage in (Stage.READY, Stage.INCOMPLETE, Stage.IDLE):
             self._engine.stage = Stage.IDLE

@@ -1,5 +1,6 @@
 """Contract C19 and C20: gradient accumulation and clipping."""
 
+import contextlib
 import copy
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from steppe import SAM
+from steppe import SAM, closures, variants
 from support import BASES, batch, bits, by_closure
 
 
@@ -140,3 +141,80 @@ def test_c20_clipping_by_norm_in_the_closure_does_not_change_the_perturbation():
 
         optimizer.step(closure)
     torch.testing.assert_close(visited[1], visited[3])
+
+
+METHODS_WITH_MICRO_BATCHES = {
+    "sam": SAM,
+    "asam": variants.asam,
+    "friendly_sam": variants.friendly_sam,
+    "wsam": lambda base, **options: variants.wsam(base, decoupled=True, **options),
+}
+
+
+@pytest.mark.parametrize("name", METHODS_WITH_MICRO_BATCHES)
+@pytest.mark.parametrize("fail_in", ["first pass", "second pass", "between"])
+@pytest.mark.parametrize("failing", [0, 1, 2])
+def test_c19_micro_batch_that_has_failed_is_left_out_of_the_step(name, fail_in, failing):
+    """The guard of many loops: a micro-batch that does not fit into the memory is left out, and the step is taken."""
+    kept = []  # tracebacks, as by a logger: Python then closes a loop late
+    weights = []
+    for fails in (True, False):
+        model = linear()
+        optimizer = METHODS_WITH_MICRO_BATCHES[name](BASES["momentum"](model.parameters()), rho=0.2)
+
+        def loop(x, y, *, fail, accumulate=True, model=model, optimizer=optimizer):
+            for sam_pass in optimizer.passes(accumulate=accumulate, loss_weight=1 / 3):
+                with sam_pass:
+                    (F.cross_entropy(model(x.double()), y) / 3).backward()
+                    if fail and fail_in == ("first pass" if sam_pass.is_first else "second pass"):
+                        raise MemoryError
+                if fail and fail_in == "between":
+                    raise MemoryError
+
+        for number in range(2):
+            optimizer.zero_grad()
+            begun = False
+            for index, (x, y) in enumerate(micro_batches()):
+                fail = number == 1 and index == failing
+                if fail and not fails:
+                    continue
+                try:
+                    loop(x, y, fail=fail, accumulate=begun or index != 0 or not fails)
+                except MemoryError as error:
+                    kept.append(error)
+                    continue
+                begun = True
+            optimizer.step()
+        weights.append(bits(model.parameters()))
+    assert weights[0] == weights[1]
+
+
+def test_c19_batch_given_up_after_a_micro_batch_has_failed_is_no_part_of_the_next_step():
+    models = linear(), linear()
+    optimizers = [SAM(BASES["momentum"](model.parameters()), rho=0.2) for model in models]
+
+    def loss(x, y, *, model, fail_at=None):
+        if len(x) == fail_at:
+            raise MemoryError
+        return F.cross_entropy(model(x.double()), y)
+
+    with pytest.raises(MemoryError):
+        closures.micro_batches(optimizers[0], lambda *b: loss(*b, model=models[0], fail_at=2), batch(n=12), m=5)
+    for model, optimizer in zip(models, optimizers, strict=True):
+        optimizer.step(lambda model=model: loss(*batch(1), model=model))
+    assert bits(models[0].parameters()) == bits(models[1].parameters())
+
+
+def test_c19_micro_batches_given_up_by_an_exception_are_dropped_without_a_warning():
+    w = nn.Parameter(torch.tensor([3.0, 4.0]))
+    optimizer = SAM(torch.optim.SGD([w], lr=1.0), rho=1.0)
+    for fail in (True, False):
+        with contextlib.suppress(MemoryError):
+            for index in range(2):
+                for sam_pass in optimizer.passes(accumulate=index > 0):
+                    with sam_pass:
+                        (w.square().sum() / 2).backward()
+                        if fail and index:
+                            raise MemoryError
+            optimizer.step()
+    torch.testing.assert_close(w.detach(), torch.tensor([3.0, 4.0]) - 2 * torch.tensor([3.6, 4.8]))

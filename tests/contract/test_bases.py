@@ -24,6 +24,7 @@ from support import (
     every_drive,
     model_bits,
     net,
+    parameter,
     saved_and_loaded,
     train,
 )
@@ -406,3 +407,26 @@ def test_c31_wrapper_whose_groups_are_copies_is_refused_at_construction():
     base.groups = inner.param_groups
     with pytest.raises(TypeError, match="param_groups are copies"):
         SAM(base, rho=0.1)
+
+
+class KeepsPerSample(torch.optim.SGD):
+    """A base that clears more than ``.grad``, with the signature of some wrappers."""
+
+    cleared = 0
+
+    def zero_grad(self):
+        self.cleared += 1
+        super().zero_grad()
+
+
+@pytest.mark.parametrize("several", [False, True])
+def test_c31_zero_grad_reaches_a_base_with_one_of_its_own(several):
+    w, v = parameter(1.0), parameter(1.0)
+    base = KeepsPerSample([w] if several else [w, v], lr=0.1)
+    optimizer = SAM([base, torch.optim.SGD([v], lr=0.1)] if several else base, rho=0.1)
+    by_closure(optimizer, lambda: (w * v).sum())
+    assert base.cleared == 2, "once a pass, in the closure"
+    optimizer.zero_grad()
+    assert base.cleared == 3
+    assert w.grad is None
+    assert v.grad is None

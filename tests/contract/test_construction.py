@@ -3,6 +3,7 @@
 import copy
 import inspect
 
+import numpy
 import pytest
 import torch
 
@@ -10,7 +11,7 @@ import steppe
 from steppe import SAM, rho_schedule, variants
 from steppe._engine.constructor import Options
 from steppe.methods.registry import FUNCTIONS
-from support import by_closure, by_passes, model_bits, net, parameter, train
+from support import by_closure, by_passes, model_bits, net, parameter, saved_and_loaded, train
 
 
 @pytest.mark.parametrize("rho", [-0.1, float("nan"), float("inf")])
@@ -143,6 +144,20 @@ def test_c35_tensor_that_is_no_radius_raises(rho):
         SAM(torch.optim.SGD([parameter(1.0)], lr=0.1), rho=rho)
 
 
+def test_c35_rho_may_be_a_scalar_of_numpy():
+    w, v = parameter(3.0), parameter(4.0)
+    groups = [{"params": [w]}, {"params": [v], "sam_rho": numpy.float64(0.25)}]
+    optimizer = SAM(torch.optim.SGD(groups, lr=0.1), rho=numpy.float32(0.5))
+    by_closure(optimizer, lambda: (w * v).sum())
+    radii = [group["sam_rho"] for group in saved_and_loaded(optimizer.state_dict())["param_groups"]]
+    assert radii == [0.5, 0.25]
+    assert [type(rho) for rho in radii] == [float, float]
+    optimizer.rho = numpy.int64(2)
+    assert optimizer.rho == 2.0
+    with pytest.raises(TypeError, match="rho must be a number"):
+        optimizer.rho = numpy.bool_(True)
+
+
 def test_c35_rho_of_the_optimizer_is_the_radius():
     w, v = parameter(3.0), parameter(4.0)
     optimizer = SAM(torch.optim.SGD([{"params": [w]}, {"params": [v], "sam_rho": 0.1}], lr=0.0), rho=0.5)
@@ -161,6 +176,81 @@ def test_c35_rho_of_the_optimizer_is_the_radius():
     with pytest.raises(ValueError, match="at least 0"):
         optimizer.rho = -1.0
     assert optimizer.rho == 1.0
+
+
+def test_c35_model_that_is_assigned_later_is_protected():
+    model = net()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    with pytest.raises(ValueError, match="holds none of the optimizer's parameters"):
+        optimizer.model = net()
+    with pytest.raises(TypeError, match="model= is a int"):
+        optimizer.model = 3
+    assert optimizer.model is None
+    optimizer.model = [model]
+    train(model, optimizer, by_closure, 2)
+    assert model.layers[1].num_batches_tracked == 2
+    twin, twin_optimizer = copy.deepcopy((model, optimizer))
+    for m, o in ((model, optimizer), (twin, twin_optimizer)):
+        torch.manual_seed(0)
+        train(m, o, by_closure, 1, start=2)
+        assert m.layers[1].num_batches_tracked == 3
+    assert model_bits(model) == model_bits(twin)
+
+
+@pytest.mark.parametrize("proxy", [lambda optimizer: optimizer, copy.copy, copy.deepcopy])
+def test_c35_options_that_are_assigned_later_take_effect(proxy):
+    w = torch.nn.Parameter(torch.ones(64, dtype=torch.bfloat16))
+    optimizer = proxy(SAM(torch.optim.SGD([w], lr=0.0), rho=1e-3))
+    (w,) = optimizer.param_groups[0]["params"]
+    drawn, moved = [], []
+
+    def loss():
+        drawn.append(torch.rand(()).item())
+        moved.append(bool((w != 1).any()))
+        return w.square().sum()
+
+    optimizer.stochastic_rounding = True  # rounding to nearest loses all of this perturbation, with a warning
+    by_closure(optimizer, loss)
+    assert drawn[0] == drawn[1]
+    assert moved == [False, True]
+    optimizer.replay_rng = False
+    by_closure(optimizer, loss)
+    assert drawn[2] != drawn[3]
+
+
+def test_c35_per_rank_that_is_assigned_later_is_checked():
+    w = parameter(3.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+    with pytest.raises(ValueError, match="DistributedDataParallel"):
+        optimizer.per_rank = True
+    with pytest.raises(ValueError, match="whose passes are its own"):
+        variants.lookbehind_sam(torch.optim.SGD([w], lr=0.1)).per_rank = True
+    assert optimizer.per_rank is False
+    by_closure(optimizer, lambda: w.square().sum())
+    assert w.item() == pytest.approx(3.0 - 0.1 * 2 * 3.5)
+
+
+def test_c35_option_that_is_assigned_in_a_step_raises():
+    w = parameter(3.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+    for sam_pass in optimizer.passes():
+        with sam_pass, pytest.raises(RuntimeError, match="replay_rng = .*inside a pass"):
+            optimizer.replay_rng = False
+        break
+    assert optimizer.replay_rng is True
+
+
+@pytest.mark.parametrize(
+    "make", [SAM, variants.gam, lambda base: steppe.compat.SAM(base.param_groups, torch.optim.SGD)]
+)
+@pytest.mark.parametrize("name", ["base", "base_optimizer"])
+def test_c35_another_base_is_refused(make, name):
+    w = parameter(3.0)
+    optimizer = make(torch.optim.SGD([w], lr=0.1))
+    base = optimizer.base
+    with pytest.raises(AttributeError, match=r"cannot be replaced.*SAM\(base, rho=\.\.\., model=\.\.\.\)"):
+        setattr(optimizer, name, torch.optim.Adam([w]))
+    assert optimizer.base is optimizer.base_optimizer is base
 
 
 def test_c37_signature_of_the_optimizer_has_its_options():

@@ -1,5 +1,6 @@
 """Contract C17: loss scaling and autocast change nothing but the precision, in each of the three APIs."""
 
+import contextlib
 import dataclasses
 import math
 
@@ -335,3 +336,110 @@ def test_closures_that_choose_data_scale_their_losses(which):
             _ = scaler and scaler.update()
         results.append(model_bits(model))
     assert results[0] == results[1]
+
+
+def classic_step(optimizer, scaler, loss, *, proxy):
+    scaler.scale(loss()).backward()
+    scaler.unscale_(proxy)
+    optimizer.first_step(zero_grad=True)
+
+
+def loop_over_passes(optimizer, scaler, loss, *, proxy):
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            scaler.scale(loss()).backward()
+            if sam_pass.is_first:
+                scaler.unscale_(proxy)
+
+
+def loop_with_one_indentation_too_many(optimizer, scaler, loss, *, proxy):
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            scaler.scale(loss()).backward()
+        scaler.unscale_(proxy)
+
+
+def micro_batches_unscaled_one_by_one(optimizer, scaler, loss, *, proxy):
+    for _ in range(2):
+        for sam_pass in optimizer.passes(accumulate=True):
+            with sam_pass:
+                scaler.scale(loss()).backward()
+        scaler.unscale_(proxy)
+
+
+def step_by_closure(optimizer, scaler, loss, *, proxy):
+    def closure():
+        optimizer.zero_grad()
+        value = loss()
+        scaler.scale(value).backward()
+        scaler.unscale_(proxy)
+        return value
+
+    optimizer.step(closure)
+
+
+class Delegates:
+    """Looks everything up in the optimizer, as Accelerate's wrapper does."""
+
+    def __init__(self, optimizer):
+        self._optimizer = optimizer
+
+    def __getattr__(self, name):
+        return getattr(self._optimizer, name)
+
+
+@pytest.mark.parametrize("proxy", [lambda optimizer: optimizer, Delegates])
+@pytest.mark.parametrize("with_scaler", [False, True])
+@pytest.mark.parametrize(
+    "drive",
+    [
+        classic_step,
+        loop_over_passes,
+        loop_with_one_indentation_too_many,
+        micro_batches_unscaled_one_by_one,
+        step_by_closure,
+    ],
+)
+@pytest.mark.parametrize("kind", ["sam", "late_sam", "compat"])
+def test_unscaling_before_the_last_pass_raises(kind, drive, with_scaler, proxy):
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    scaler = growing_scaler()
+    options = {"scaler": scaler} if with_scaler else {}
+    if kind == "compat":
+        optimizer = steppe.compat.SAM([w], torch.optim.SGD, lr=0.1, **options)
+    elif kind == "late_sam":  # a single pass in the first steps
+        optimizer = steppe.variants.late_sam(torch.optim.SGD([w], lr=0.1), total_steps=100, **options)
+    else:
+        optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1), **options)
+    proxied = proxy(optimizer)
+    with pytest.raises(RuntimeError, match=r"unscale_\(optimizer\) was called .*once a step.*after the last pass"):
+        drive(optimizer, scaler, lambda: w.square().sum(), proxy=proxied)
+    assert w.tolist() == [3.0, 4.0]
+    with contextlib.suppress(AssertionError):  # where the call that was refused has not unscaled anything
+        scaler.update()
+    optimizer.zero_grad()
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            scaler.scale(w.sum()).backward()
+    scaler.unscale_(proxied)
+    take_step(proxied, scaler)
+    torch.testing.assert_close(w.detach(), torch.tensor([2.9, 3.9]))
+
+
+def test_step_whose_gradients_were_unscaled_and_skipped_does_not_affect_the_next_one():
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    scaler = growing_scaler()
+    optimizer = steppe.SAM(torch.optim.SGD([w], lr=0.1))
+    for _ in range(2):
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                scaler.scale(w.sum()).backward()
+        scaler.unscale_(optimizer)  # and no step
+        scaler.update()
+        optimizer.zero_grad()
+    scaler.scale(w.sum()).backward()
+    optimizer.first_step(zero_grad=True)
+    scaler.scale(w.sum()).backward()
+    scaler.unscale_(optimizer)
+    take_step(optimizer, scaler)
+    torch.testing.assert_close(w.detach(), torch.tensor([2.9, 3.9]))

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from checks import build_with_memory
-from steppe import SAM
+from steppe import SAM, variants
 from support import BASES, DRIVES, batch, bits, every_drive, net, train
 
 
@@ -121,4 +121,18 @@ def test_c18_non_finite_first_pass_skips_the_step_after_a_finite_second_pass():
     assert not torch.isfinite(w.grad).all(), "a scaler reads .grad, so .grad must show the first pass"
     with pytest.warns(RuntimeWarning, match="skipped"):
         optimizer.step()
+    assert w.tolist() == [1.0, 2.0]
+
+
+@pytest.mark.parametrize("decoupled", [None, False, True])
+def test_c18_empty_parameter_does_not_hide_a_gradient_that_is_not_finite(decoupled):
+    w, empty = nn.Parameter(torch.tensor([1.0, 2.0])), nn.Parameter(torch.empty(0))
+    base = torch.optim.SGD([w, empty], lr=0.1)
+    optimizer = SAM(base, rho=0.1) if decoupled is None else variants.wsam(base, rho=0.1, decoupled=decoupled)
+    for bad in (0, 1):
+        for number, sam_pass in enumerate(optimizer.passes()):
+            with sam_pass:
+                (w.sum() * (float("inf") if number == bad else 1.0) + empty.sum()).backward()
+        with pytest.warns(RuntimeWarning, match="skipped"):
+            optimizer.step()
     assert w.tolist() == [1.0, 2.0]

@@ -180,3 +180,18 @@ def test_c7_restore_aborts_a_pending_first_step():
     optimizer.restore()
     assert model_bits(model) == after_pass
     train(model, optimizer, DRIVES["classic"], 1)
+
+
+def test_c7_closure_that_fails_leaves_no_hooks_on_the_parameters():
+    w = parameter(3.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+
+    def closure():
+        w.square().sum().backward()
+        raise MemoryError
+
+    for _ in range(3):
+        w.grad = torch.ones(1)  # accumulated before the closure, and observed through it
+        with pytest.raises(MemoryError):
+            optimizer.step(closure)
+    assert not w._backward_hooks

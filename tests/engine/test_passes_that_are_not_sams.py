@@ -283,3 +283,118 @@ def test_ordinary_loops_do_not_warn():
         for _ in range(3):
             by_passes(optimizer, lambda: F.cross_entropy(model(X), Y))
             optimizer.step(lambda: F.cross_entropy(model(X), Y))
+
+
+# The classic API.
+
+
+CLEARED = {
+    "zero_grad=True": lambda optimizer, w: None,
+    "zero_grad()": lambda optimizer, w: optimizer.zero_grad(),
+    "zero_grad() in place": lambda optimizer, w: optimizer.zero_grad(set_to_none=False),
+    "zero_grad() of the base": lambda optimizer, w: optimizer.base.zero_grad(set_to_none=False),
+    "None": lambda optimizer, w: setattr(w, "grad", None),
+    "new zeros": lambda optimizer, w: setattr(w, "grad", torch.zeros(2)),
+    "zero_()": lambda optimizer, w: w.grad.zero_(),
+    "zero_() of the data": lambda optimizer, w: w.grad.data.zero_(),
+}
+
+
+@pytest.mark.parametrize("how", [*CLEARED, "not at all"])
+def test_c33_gradients_that_are_not_cleared_between_the_classic_passes_warn_once(how):
+    w, unused = parameter(3.0, 4.0), parameter(1.0)
+    optimizer = SAM(torch.optim.SGD([w, unused], lr=0.1), rho=0.5)
+    for step in range(2):
+        optimizer.zero_grad()
+        w.square().sum().backward()
+        optimizer.first_step(zero_grad=how == "zero_grad=True")
+        CLEARED.get(how, lambda *_: None)(optimizer, w)
+        for _ in range(2):  # micro-batches
+            w.square().sum().div(2).backward()
+        if how == "not at all" and step == 0:
+            with pytest.warns(UserWarning, match=r"the update is g \+ g_s.*first_step\(zero_grad=True\)"):
+                optimizer.second_step()
+        else:
+            optimizer.second_step()
+    assert not w._backward_hooks
+
+
+def test_c33_classic_step_that_is_aborted_leaves_no_hooks():
+    w = parameter(3.0, 4.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
+    w.square().sum().backward()
+    optimizer.first_step()
+    optimizer.restore()
+    assert not w._backward_hooks
+
+
+# Arguments that are no closure, and loops that are none.
+
+
+def test_c33_step_with_a_loss_in_the_place_of_a_closure_raises():
+    for make in (SAM, lambda base, rho: steppe.compat.SAM(base.param_groups, torch.optim.SGD, rho=rho, lr=0.1)):
+        w = parameter(3.0)
+        optimizer = make(torch.optim.SGD([w], lr=0.1), rho=0.5)
+        loss = w.square().sum()
+        loss.backward()
+        with pytest.raises(TypeError, match=r"step\(\) got a Tensor, and needs a closure.*step\(lambda: "):
+            optimizer.step(loss)
+        assert w.item() == 3.0
+
+
+@pytest.mark.parametrize("name", ["sam", "lookbehind_sam"])
+def test_c33_passes_in_a_with_statement_raise(name):
+    optimizer = getattr(steppe.variants, name)(torch.optim.SGD([parameter(3.0)], lr=0.1), rho=0.5)
+    with pytest.raises(TypeError, match=r"for sam_pass in optimizer\.passes\(\).*with sam_pass"), optimizer.passes():
+        pass
+
+
+def test_c33_zip_of_two_loops_needs_strict():
+    v, w = parameter(3.0), parameter(4.0)
+    a, b = (SAM(torch.optim.SGD([p], lr=0.1), rho=0.5) for p in (v, w))
+    for strict in (False, True):
+        for of_v, of_w in zip(a.passes(), b.passes(), strict=strict):
+            with of_v, of_w:
+                (v.square() + w.square()).sum().backward()
+        a.step()
+        if strict:
+            b.step()
+        else:
+            with pytest.raises(RuntimeError, match=r"strict=True.*SAM\(\[base_a, base_b\]\)"):
+                b.step()
+    assert w.item() == pytest.approx(4.0 - 0.1 * 2 * 4.5)
+
+
+# A list of losses.
+
+
+@pytest.mark.parametrize("form", [list, tuple])
+def test_c33_closure_that_returns_several_losses_raises(form):
+    v, w = parameter(3.0), parameter(4.0)
+    optimizer = SAM(torch.optim.SGD([v, w], lr=0.1), rho=0.5)
+    with pytest.raises(RuntimeError, match="returned 2 losses.*return their sum"):
+        optimizer.step(lambda: form([v.square().sum(), w.square().sum()]))
+    assert (v.item(), w.item()) == (3.0, 4.0)
+
+
+def test_c33_closure_may_return_more_than_the_loss():
+    w = parameter(3.0)
+
+    def with_terms():
+        a, b = w.square().sum(), w.abs().sum()
+        return a + b, a, b  # for a log
+
+    def after_backward():
+        w.grad = None
+        losses = [w.square().sum(), w.abs().sum()]
+        sum(losses).backward()
+        return losses
+
+    def with_logits():
+        logits = 2 * w
+        return logits.square().sum(), logits, logits.detach().sum(), "text"
+
+    for closure in (with_terms, after_backward, with_logits, lambda: {"loss": w.sum(), "other": w.abs().sum()}):
+        before = w.item()
+        SAM(torch.optim.SGD([w], lr=0.01), rho=0.5).step(closure)
+        assert w.item() != before

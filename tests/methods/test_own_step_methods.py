@@ -315,7 +315,7 @@ def test_step_reads_no_value_on_the_host(name, monkeypatch):
             for p in model.parameters():
                 p.grad = torch.ones_like(p)
                 if name == "sassha":  # what its loss adds in the backward
-                    optimizer._pending[p] = torch.ones_like(p)
+                    optimizer._latest[p] = torch.ones_like(p)
 
         for _ in range(5):
             optimizer.step(set_gradients)

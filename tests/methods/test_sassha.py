@@ -1,5 +1,6 @@
 """SASSHA: against its slow reference with exact Hessians and the same signs; its estimate, errors and special cases."""
 
+import contextlib
 import math
 
 import pytest
@@ -203,6 +204,24 @@ def test_micro_batches_with_perturbations_of_their_own_add_up():
     curvature = 0.5 * (6 * 1.2 - 24 * 0.8)
     assert optimizer.state[w]["hessian"].item() == pytest.approx(abs(curvature), rel=1e-12)
     assert w.item() == pytest.approx(1 - 0.1 * g_s / (abs(curvature) ** 0.5 + 1e-3), rel=1e-12)
+
+
+def test_micro_batch_that_has_failed_is_no_part_of_the_estimate():
+    ends = []
+    for parts in ((1.0, None, 3.0), (1.0, 3.0)):
+        w = parameter(1.0, 2.0)
+        optimizer = SASSHA([w], 0.1)
+        criterion = closures.hessian_diagonal(optimizer, lambda factor, w=w: factor * w.pow(4).sum())
+        for i, factor in enumerate(parts):
+            with contextlib.suppress(MemoryError):
+                for sam_pass in optimizer.passes(accumulate=i > 0, loss_weight=0.25):
+                    with sam_pass:
+                        criterion(factor or 100.0).backward()
+                        if factor is None and sam_pass.is_last:
+                            raise MemoryError
+        optimizer.step()
+        ends.append(w.tolist())
+    assert ends[0] == ends[1]
 
 
 def test_complex_parameters_equal_real_ones_with_a_hessian_that_is_not_diagonal():

@@ -6,10 +6,13 @@ No argument carries this information, so that it is read from the call stack.
 import sys
 import warnings
 from types import FrameType
+from typing import Any
 
 _INTERNAL_PACKAGES = ("torch", "steppe", "accelerate")
 _SCALER_FUNCTION = "_maybe_opt_step"
 """The function in which an enabled ``GradScaler`` calls ``optimizer.step()``; a private name of torch."""
+_UNSCALE_FUNCTION = "_unscale_grads_"
+"""The function in which an enabled ``GradScaler`` reads ``optimizer.param_groups`` and unscales; likewise."""
 
 
 def _caller() -> tuple[FrameType, int]:
@@ -47,6 +50,22 @@ def called_by_scaler() -> bool:
             return True
         frame = frame.f_back
     return False
+
+
+def unscaling_scaler() -> tuple[Any, int] | None:
+    """Return the scaler that reads the groups of an optimizer to unscale its gradients; None if none does.
+
+    Returns:
+        The scaler, and the number under which it keeps the state of the optimizer, or of a proxy of it.
+    """
+    frame: FrameType | None = sys._getframe(2)
+    for _ in range(4):
+        if frame is None:
+            return None
+        if frame.f_code.co_name == _UNSCALE_FUNCTION:
+            return frame.f_locals["self"], id(frame.f_locals["optimizer"])
+        frame = frame.f_back
+    return None
 
 
 def called_by_trainer() -> bool:

@@ -8,7 +8,7 @@ from torch import Tensor
 from steppe._engine.cuda_graphs import is_capturing
 from steppe._engine.engine import Engine
 from steppe._engine.shared import Shared
-from steppe._engine.slots import Rule
+from steppe._engine.slots import Option, Rule
 from steppe.rules import Cadence, needs_gradient
 from steppe.rules.periodic import Periodic
 
@@ -19,7 +19,7 @@ class GraphCapture:
     """The methods of :class:`steppe.SAM` for CUDA graphs."""
 
     cadence = Rule[Cadence](_EVERY_STEP)
-    replay_rng: bool
+    replay_rng = Option(True)
     _engine: Engine
     _recording = Shared(False)
 

@@ -16,6 +16,20 @@ from steppe._tensors.graph import graph
 Closure: TypeAlias = Callable[[], Any]
 
 
+def check_closure(closure: object) -> None:
+    """Refuse a loss, or anything else that cannot be run once a pass.
+
+    Raises:
+        TypeError: Says what to write.
+    """
+    if not callable(closure):
+        raise TypeError(
+            f"step() got a {type(closure).__name__}, and needs a closure: a function that runs the forward and returns "
+            "the loss. SAM calls it once a pass, with other weights, and runs the backward. Write "
+            "optimizer.step(lambda: criterion(model(x), y))"
+        )
+
+
 def run_closure(closure: Closure, passes: Iterable[Pass], engine: Engine, backward: Callable[[Tensor], None]) -> Any:
     """Call the closure once a pass; return the loss of the first, detached where the backward was run here.
 
@@ -51,6 +65,7 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
                 engine.gradients.refuse_if_kept(earlier, left_by_step=False)
                 engine.gradients.clear()
                 _check_scalar(loss)
+                _check_alone(loss, value)
                 backward(loss)
                 if value is loss:
                     value = loss.detach()
@@ -133,6 +148,19 @@ def _check_scalar(loss: Tensor) -> None:
         raise RuntimeError(
             f"the closure made no gradient and returned a tensor of shape {tuple(loss.shape)}, which is no loss: "
             "return the mean loss, and SAM runs its backward; or call backward in the closure"
+        )
+
+
+def _check_alone(loss: Tensor, value: Any) -> None:
+    """Refuse several losses in a list or tuple; terms of the first one may follow it, such as for a log."""
+    if not isinstance(value, tuple | list):
+        return
+    others = [t for t in value[1:] if isinstance(t, Tensor) and t.dim() == 0 and t.grad_fn is not None]
+    if others and not {t.grad_fn for t in others} <= {loss.grad_fn, *graph(loss.grad_fn)}:
+        raise RuntimeError(
+            f"the closure made no gradient and returned {1 + len(others)} losses, and SAM would train the first one "
+            "only: return their sum, or call backward in the closure; where the others are values for a log, return "
+            "them detached"
         )
 
 

@@ -3,6 +3,7 @@
 import inspect
 import math
 from collections.abc import Callable, Container, Iterable, Mapping
+from numbers import Real
 from typing import Any, TypeAlias, TypedDict
 from weakref import WeakSet
 
@@ -58,8 +59,8 @@ def base_and_rho(*args: Any, **kwargs: Any) -> tuple[Optimizer, float | Tensor]:
     return _from_class(*args, **kwargs)
 
 
-def check_rho(rho: float | Tensor) -> None:
-    """Refuse a value that is not a radius.
+def as_radius(rho: Any) -> float | Tensor:
+    """Return rho as a number of Python's or a tensor: a checkpoint with a scalar of NumPy could not be loaded safely.
 
     Raises:
         ValueError: rho is negative or not finite. A tensor is read on the CPU only, because that would synchronize.
@@ -71,12 +72,14 @@ def check_rho(rho: float | Tensor) -> None:
         if rho.is_complex() or rho.dtype == torch.bool:
             raise TypeError(f"rho must be a real number, got a tensor of {rho.dtype}: it is a radius")
         if rho.device.type != "cpu":
-            return
-    elif not isinstance(rho, int | float) or isinstance(rho, bool):
+            return rho
+    elif not isinstance(rho, int | float | Real) or isinstance(rho, bool):
         hint = ". Options are given by name, as in model=model" if callable(rho) else ""
         raise TypeError(f"rho must be a number or a 0-dim tensor, got {type(rho).__name__}: it is a radius{hint}")
     if not 0 <= float(rho) < math.inf:
         raise ValueError(f"rho must be finite and at least 0, got {rho}: it is the radius of the neighborhood")
+    radius: float | Tensor = rho if isinstance(rho, Tensor) or type(rho) in (int, float) else float(rho)
+    return radius
 
 
 def check_groups(base: Optimizer) -> None:
@@ -113,7 +116,8 @@ def check_group(index: int, group: dict[str, Any], names: Container[str]) -> Non
             f"'rho' of its own). Write it under that name"
         )
     check_not_adaptive(index, group, names)
-    check_rho(group[RHO])
+    if (radius := as_radius(group[RHO])) is not group[RHO]:
+        group[RHO] = radius
 
 
 def check_not_adaptive(index: int, group: Mapping[str, Any], names: Container[str]) -> None:
@@ -203,7 +207,7 @@ def _from_instance(
 ) -> tuple[Optimizer, float | Tensor]:
     if kwargs:
         refuse_unknown(kwargs, "SAM(base_optimizer, rho)", list(Options.__annotations__))
-    check_rho(rho)
+    rho = as_radius(rho)
     for optimizer in optimizers_of(base_optimizer):
         _check_base(optimizer)
     return base_optimizer, rho
@@ -293,7 +297,7 @@ def _from_class(
             f"SAM needs a base optimizer: SAM(torch.optim.SGD(params, lr=0.1), rho=0.05), or the class form "
             f"SAM(params, torch.optim.SGD, rho=0.05, lr=0.1); got {type(params).__name__} and {base_class!r}"
         )
-    check_rho(rho)
+    rho = as_radius(rho)
     if isinstance(params, torch.Tensor):
         raise TypeError("params must be an iterable of tensors or dicts, got one tensor: put it into a list")
     params = list(params)

@@ -48,32 +48,24 @@ Combine: TypeAlias = Callable[[Point, Sequence[Tensor] | None], Sequence[Tensor]
 class Engine:
     """Weights, gradients and side effects within one step. The optimizer decides which operation comes when."""
 
-    def __init__(
-        self,
-        base: Optimizer,
-        model: nn.Module | None,
-        *,
-        replay_rng: bool,
-        per_rank: bool,
-        stochastic_rounding: bool,
-    ) -> None:
-        self._base, self._replay_rng, self._per_rank = base, replay_rng, per_rank
+    def __init__(self, base: Optimizer, **options: Any) -> None:
+        self._base = base
         self._displacement = Displacement()
         self.recorder = Recorder(base)
         self._perturbed_parameters: list[Tensor] | None = None
         self._ascent: ScaledDirection | None = None
         self._unperturbed_gradients: list[Tensor] = []
-        self._rounding_checked = False
-        self._stochastic_rounding = stochastic_rounding
         self.stage = Stage.IDLE
         self.gradients = Gradients(base)
         self.pass_gradients = PassGradients(self.gradients)
-        self.protect(model)
+        self.take_options(**options)
         self.memory: Memory = {}
         """Tensors that the rules keep from step to step."""
         self.micro_batches = MicroBatches()
         self.scale: Tensor | None = None
         """Loss scale by which the gradients of this step are multiplied; None without a loss scaler."""
+        self.unscaled_by: tuple[Any, int] | None = None
+        """The scaler that has unscaled the gradients last, and the number under which it knows the optimizer."""
         self.steps = 0
         """Number of steps taken."""
         self._counted = 0
@@ -83,11 +75,26 @@ class Engine:
         """Identifies the loop over passes() that is running; None if none is."""
         self.closure_watched = False
         """True if the tensors around a closure have been checked for changes in place."""
+        self.clearing_watched = False
+        """True if a step of the classic API was checked for gradients that were not cleared between its passes."""
         self.inputs_have_gradients = False
         """True if a pass was seen to make gradients of the inputs of a closure."""
         self._warned: set[str] = set()
         self.load_from_base()
         call_before_step(base, self._refuse_foreign_step)
+
+    def take_options(
+        self, *, model: nn.Module | None, replay_rng: bool, per_rank: bool, stochastic_rounding: bool
+    ) -> None:
+        """Take the options of the optimizer, in the constructor and when one of them is assigned.
+
+        Raises:
+            TypeError, ValueError: As :class:`Ranks`; then nothing has changed.
+        """
+        self.ranks = Ranks(model, list(parameters_of(self._base)), per_rank=per_rank)
+        self._replay_rng, self._per_rank = replay_rng, per_rank
+        self._stochastic_rounding, self._rounding_checked = stochastic_rounding, False
+        self.protect(model)
 
     def protect(self, model: nn.Module | None) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""
@@ -353,9 +360,23 @@ class Engine:
         drop_cached_weights()
         self.ranks.drop_gathered_weights()
 
+    def leave_loop(self) -> None:
+        """Leave a loop over passes() before its end; of several micro-batches, the step goes on with the others."""
+        is_running, is_left = self.micro_batches.is_running, self.loop is None
+        self.abort()
+        if is_running:
+            self.gradients.leave_loop()
+            self.stage = Stage.READY if self.micro_batches.number else Stage.INCOMPLETE
+            self.micro_batches.leave_out(self.memory)
+        elif not is_left:  # an interrupt came when the last pass was over
+            self.gradients.mark_left_by_failure()
+            self.stage = Stage.INCOMPLETE
+        self.gradients.before_loop = None
+
     def abort(self) -> None:
         """Restore the weights and discard the step; a step that the base has taken already counts."""
         self.restore()
+        self.gradients.end_observation()
         self.forget_perturbation()
         self.loop = None
         self.count_step()

@@ -18,19 +18,22 @@ from steppe._tensors.reductions import all_finite
 # this mark, a gradient that was accumulated before step(closure) could not be told from the one that a step has left.
 _LEFT = "_steppe_left"
 
+# Attribute of a gradient that is observed through a second pass. To hold the gradient itself would keep its memory.
+_OBSERVED = "_steppe_observed"
+
 _STRIDED = frozenset({torch.strided})
 _layout = attrgetter("layout")
 
 
 class EarlierGradient:
-    """Observes the gradient of one parameter through a closure: zeros count as cleared, however they were made."""
+    """Observes the gradient of one parameter until the next backward: zeros count as cleared, however made."""
 
     def __init__(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.version = parameter.grad._version
         self._parameter = parameter
         self._nonzero = [is_nonzero(parameter.grad)]
-        # called before the first backward of the closure adds to the gradient: the closure may have set it to zero
+        # called before the next backward adds to the gradient: the user's code may have set it to zero
         register: Any = parameter.register_hook
         self.handle = register(self._before_backward) if parameter.requires_grad else None
 
@@ -40,8 +43,13 @@ class EarlierGradient:
             self._nonzero.append(is_nonzero(gradient))
 
     def was_nonzero(self) -> bool:
-        """True if the gradient was not zero, neither before the closure nor before its backward; read on the host."""
+        """True if the gradient was not zero, neither at first nor before the backward; read on the host."""
         return all(map(bool, self._nonzero))
+
+    def was_added_to(self) -> bool:
+        """True if a backward has added to the gradient that :meth:`Gradients.observe` has marked, but not to zeros."""
+        is_same = getattr(self._parameter.grad, _OBSERVED, False)
+        return is_same and len(self._nonzero) > 1 and self.was_nonzero()
 
 
 def is_nonzero(tensor: Tensor) -> Tensor:
@@ -58,6 +66,8 @@ class Gradients:
         self._was_cleared = False
         self._earlier: dict[Tensor, EarlierGradient] = {}
         self._restored: dict[Tensor, Tensor] = {}
+        self.before_loop: dict[Tensor, Tensor] | None = None
+        """Copies of the gradients to which the running loop over passes() adds; None if it adds to none."""
         self.skipped: Tensor | int = 0
         """Number of steps skipped because a gradient was not finite; a tensor on an accelerator."""
         self.base_steps = 0
@@ -154,6 +164,20 @@ class Gradients:
         for p, value in values.items():
             p.grad = value
 
+    def leave_loop(self) -> None:
+        """Leave a loop over passes() before its end: restore the gradients to which it adds."""
+        if self.before_loop is None:
+            self.mark_left_by_failure()
+        else:
+            self.clear()
+            self.replace(self.before_loop)
+
+    def clear_left(self) -> None:
+        """Clear the gradients that nothing has changed since a step or a failure has left them."""
+        for p in parameters_of(self._base):
+            if p.grad is not None and getattr(p.grad, _LEFT, (None,))[0] == p.grad._version:
+                p.grad = None
+
     # Gradients that were accumulated before step(closure): the second pass would lose them.
 
     def accumulated_earlier(self) -> dict[Tensor, Tensor]:
@@ -174,7 +198,27 @@ class Gradients:
         """Restore gradients of :meth:`accumulated_earlier` for a closure, and observe if it makes them zero."""
         self.replace(earlier)
         self._restored = earlier
-        self._earlier = {p: EarlierGradient(p) for p in earlier}
+        for p in earlier:
+            self._earlier[p] = EarlierGradient(p)
+
+    def observe(self) -> None:
+        """Observe if the next backward adds to these gradients; for :meth:`were_added_to`."""
+        for p in parameters_of(self._base):
+            if p.grad is not None:
+                self._earlier[p] = EarlierGradient(p)
+                setattr(p.grad, _OBSERVED, True)
+
+    def were_added_to(self) -> bool:
+        """End the observation; return True if a backward has added to a gradient that nothing had cleared."""
+        return any(one.was_added_to() for one in self.end_observation().values())
+
+    def end_observation(self) -> dict[Tensor, EarlierGradient]:
+        """Stop observing gradients, also those of a closure that has failed; return what was observed."""
+        observed, self._earlier = self._earlier, {}
+        for one in observed.values():
+            if one.handle is not None:
+                one.handle.remove()
+        return observed
 
     def changed_since(self, earlier: dict[Tensor, Tensor]) -> bool:
         """True if there are gradients other than those that :meth:`restore_earlier` has restored, zeros aside."""
@@ -196,11 +240,8 @@ class Gradients:
         Raises:
             RuntimeError: The closure did not clear them, and they were not zero.
         """
-        observed, self._earlier = self._earlier, {}
+        observed = self.end_observation()
         kept = [p for p, gradient in earlier.items() if p.grad is gradient]
-        for one in observed.values():
-            if one.handle is not None:
-                one.handle.remove()
         if not left_by_step:
             kept = [p for p in kept if not getattr(p.grad, _LEFT, (None, False))[1]]
         if self._was_cleared or not kept:
@@ -284,9 +325,15 @@ class Gradients:
 
 def skip_unless(finite: Tensor, gradients: Sequence[Tensor]) -> None:
     """Write NaN to one gradient where a 0-dim bool tensor is false, so that the step is skipped without a host read."""
-    if gradients:
-        smallest = local(min(gradients, key=Tensor.numel))  # sharded tensors of torch 2.6 cannot be filled
-        smallest.masked_fill_(finite.logical_not().to(smallest.device), float("nan"))
+    index = smallest(gradients)
+    if index is not None:
+        shard = local(gradients[index])  # sharded tensors of torch 2.6 cannot be filled
+        shard.masked_fill_(finite.logical_not().to(shard.device), float("nan"))
+
+
+def smallest(gradients: Sequence[Tensor]) -> int | None:
+    """Return the index of the smallest gradient that can hold a NaN: an empty one cannot. None if there is none."""
+    return min((i for i, g in enumerate(gradients) if g.numel()), key=lambda i: gradients[i].numel(), default=None)
 
 
 def unless_skipped(base: Optimizer, new: Sequence[Tensor], old: Sequence[Tensor]) -> Sequence[Tensor]:

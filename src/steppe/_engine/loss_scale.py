@@ -43,6 +43,34 @@ def refuse_closure_of_scaler() -> None:
         )
 
 
+def check_unscaled(unscaled_by: tuple[Any, int] | None, caller: str) -> None:
+    """Refuse to begin a step with gradients for which a scaler has spent its only unscaling of this step.
+
+    Args:
+        unscaled_by: The scaler, and the number under which it keeps the state of the optimizer; None if there is none.
+        caller: The call that begins the step.
+
+    Raises:
+        RuntimeError: The scaler would not unscale the gradients of the later passes.
+    """
+    if unscaled_by is not None:
+        scaler, key = unscaled_by
+        # Private names of torch: nothing else shows that update() has not come since.
+        stage = scaler._per_optimizer_states.get(key, {}).get("stage")
+        if getattr(stage, "name", "") == "UNSCALED":
+            raise unscaled_too_early(f"before {caller}")
+
+
+def unscaled_too_early(when: str) -> RuntimeError:
+    """Return the error for ``scaler.unscale_(optimizer)`` before the last pass has ended."""
+    return RuntimeError(
+        f"scaler.unscale_(optimizer) was called {when}: a scaler unscales the gradients of an optimizer once a step, "
+        "and those of later passes would stay multiplied by its scale (65536 at first), or be divided by it twice. "
+        "Call it after the last pass: between the loop over passes() and scaler.step(optimizer), or in the classic API "
+        "after the second backward. step(closure) unscales by itself: leave it out there, or use passes() to clip"
+    )
+
+
 def check_scale(
     scale: Tensor | None, rules: tuple[Perturbation, Combination, Cadence], mixed: Combination | None
 ) -> None:

@@ -33,6 +33,10 @@ class MicroBatches:
         """The number of micro-batches of this step before the present one."""
         self.loss_weight: float | None = None
         """The factor of the losses of the present one; None if it was not given."""
+        self.is_running = False
+        """True until the present one has ended or failed."""
+        self.left_out = False
+        """True if a micro-batch of this step has failed."""
         self._total_weight = 0.0
         self._before_step: Memory = {}
         self._mean: Memory = {}
@@ -61,9 +65,9 @@ class MicroBatches:
                 "the first one included: the share of the micro-batch by which its loss is multiplied"
             )
         self.number = 0 if is_first else self.number + 1
-        self.loss_weight = loss_weight
+        self.loss_weight, self.is_running = loss_weight, True
         if is_first:
-            self._total_weight = 0.0
+            self.left_out, self._total_weight = False, 0.0
             self._before_step = {} if loss_weight is None else _copy(memory)
         elif self._before_step or memory:
             self._mean = _copy(memory)
@@ -72,6 +76,7 @@ class MicroBatches:
     @torch.no_grad()
     def end(self, memory: Memory) -> None:
         """End a micro-batch: make the memory the mean over the micro-batches so far."""
+        self.is_running = False
         if self.loss_weight is None:
             return
         before, self._total_weight = self._total_weight, self._total_weight + self.loss_weight
@@ -80,8 +85,18 @@ class MicroBatches:
             earlier = mean.get(rule, {}).get(p, {}).get(key)
             if earlier is not None:  # else this parameter had no gradient in the micro-batches before
                 value.lerp_(earlier, before / self._total_weight)
-        for rule, p, key, value in _tensors(mean):
-            memory.setdefault(rule, {}).setdefault(p, {}).setdefault(key, value)
+        _add_missing(memory, mean)
+
+    @torch.no_grad()
+    def leave_out(self, memory: Memory) -> None:
+        """Leave out a micro-batch that has failed: the memory is again that before it."""
+        if self.number == 0 and self.loss_weight is None:  # no micro-batch, and no copy of the memory
+            self.is_running = False
+            return
+        before, number = self._mean if self.number else self._before_step, max(self.number - 1, 0)
+        _write(memory, before)
+        _add_missing(memory, before)
+        self.number, self._mean, self.left_out, self.is_running = number, {}, True, False  # no interrupt comes between
 
     def check(self, rules: Rules, zero_point: Callable[[], Point], loss_weight: float | None) -> None:
         """Refuse rules that cannot have a perturbation for each micro-batch.
@@ -144,6 +159,11 @@ def _copy(memory: Memory) -> Memory:
     for rule, p, key, value in _tensors(memory):
         copy.setdefault(rule, {}).setdefault(p, {})[key] = value.clone()
     return copy
+
+
+def _add_missing(memory: Memory, values: Memory) -> None:
+    for rule, p, key, value in _tensors(values):
+        memory.setdefault(rule, {}).setdefault(p, {}).setdefault(key, value)
 
 
 def _write(memory: Memory, values: Memory) -> None:

@@ -1,10 +1,10 @@
 """The context manager of one pass."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage
@@ -82,12 +82,15 @@ class Pass(ExitStack[bool | None]):
             raise
 
     def _end(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
-        if self.done and kind is None:
+        if self.done and (self._failed or kind is None):
             return
         self._failed = kind is not None
-        self._engine.restore()
-        self._engine.stage = Stage.INCOMPLETE if self._failed else Stage.BETWEEN_PASSES
-        self._made_gradient = self._engine.gradients.any()
+        if self._failed:
+            self._engine.leave_loop()
+        else:
+            self._engine.restore()
+            self._engine.stage = Stage.BETWEEN_PASSES
+            self._made_gradient = self._engine.gradients.any()
         self.done = True
 
     def record_loss(self, loss: Any) -> None:
@@ -116,6 +119,31 @@ class Pass(ExitStack[bool | None]):
         if not self._made_gradient and engine.gradients.any():
             raise RuntimeError(BACKWARD_OUTSIDE)
         engine.pass_gradients.end_pass(made=self._made_gradient)
+
+
+class Passes(Iterator[Pass]):
+    """The passes of a step, for a loop: a generator that names the remedy where it is taken for a context manager."""
+
+    def __init__(self, passes: Generator[Pass]) -> None:
+        self._passes = passes
+
+    def __iter__(self) -> Iterator[Pass]:
+        return self._passes  # a loop then holds the generator alone, which Python closes where the loop is left
+
+    def __next__(self) -> Pass:
+        return next(self._passes)
+
+    def close(self) -> None:
+        """Leave the loop before its end."""
+        self._passes.close()
+
+    def __enter__(self) -> NoReturn:
+        raise TypeError(
+            "passes() is no context manager, because a step has several passes: write `for sam_pass in "
+            "optimizer.passes():` and, inside, `with sam_pass:` around forward and backward"
+        )
+
+    def __exit__(self, *_: object) -> None: ...
 
 
 BACKWARD_OUTSIDE = (

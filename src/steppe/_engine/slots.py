@@ -1,4 +1,4 @@
-"""Checks that each rule is in its slot, and fits the optimizer."""
+"""Rules and options of an optimizer: checks that each rule is in its slot, and fits the optimizer."""
 
 import copy
 import inspect
@@ -16,6 +16,17 @@ _T = TypeVar("_T")
 
 SLOTS = ("perturbation", "combination", "cadence")
 """The attributes of an optimizer that hold its rules."""
+OPTIONS = ("model", "replay_rng", "per_rank", "stochastic_rounding")
+"""The attributes of an optimizer that hold its options; each is an :class:`Option`."""
+
+
+class Option(Shared[_T]):
+    """An option of the constructor. One that is assigned later is checked as there, and takes effect."""
+
+    def __set__(self, optimizer: Any, value: _T) -> None:
+        if self.is_set(optimizer):
+            value = optimizer.change_option(self._name, value)
+        super().__set__(optimizer, value)
 
 
 class Rule(Shared[_T]):

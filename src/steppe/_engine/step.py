@@ -15,16 +15,22 @@ from torch import Tensor, nn
 
 from steppe._engine.callers import called_by_trainer
 from steppe._engine.capture import GraphCapture
-from steppe._engine.closure import Closure, run_closure
-from steppe._engine.constructor import check_groups
+from steppe._engine.closure import Closure, check_closure, run_closure
+from steppe._engine.constructor import check_groups, check_model, one_module
 from steppe._engine.groups import parameters_of
 from steppe._engine.joint_base import names_of
-from steppe._engine.loss_scale import ScalerTarget, check_scale, loss_scale, refuse_closure_of_scaler
+from steppe._engine.loss_scale import (
+    ScalerTarget,
+    check_scale,
+    check_unscaled,
+    loss_scale,
+    refuse_closure_of_scaler,
+)
 from steppe._engine.losses import backward
 from steppe._engine.passes import BACKWARD_OUTSIDE, Pass
 from steppe._engine.report import Reporting
 from steppe._engine.shared import Shared
-from steppe._engine.slots import Rule, check_subset, with_parameters
+from steppe._engine.slots import OPTIONS, Option, Rule, check_per_rank, check_subset, with_parameters
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import holds_sam_state
 from steppe._engine.wrapper import Wrapper
@@ -37,12 +43,11 @@ from steppe.rules.perturbed_gradient import PerturbedGradient
 class SAMStep(GraphCapture, Reporting, Wrapper):
     """The parts of a step of :class:`steppe.SAM`, in their order."""
 
-    model: nn.Module | None
+    model = Option[nn.Module | None](None)
     perturbation = Rule[Perturbation](L2())
     combination = Rule[Combination](PerturbedGradient())
-    replay_rng: bool
-    per_rank: bool
-    stochastic_rounding: bool
+    per_rank = Option(False)
+    stochastic_rounding = Option(False)
     scaler = Shared[torch.amp.GradScaler | None](None)
     _scaler_target: ScalerTarget
 
@@ -53,6 +58,27 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         also gets what it returned before, and returns that.
         """
         return perturbation
+
+    def change_option(self, name: str, value: Any) -> Any:
+        """Let an option that is assigned take effect; return the value to keep.
+
+        Raises:
+            RuntimeError: A step is pending, which has begun with the other value.
+            TypeError, ValueError: As in the constructor.
+        """
+        if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS, Stage.BETWEEN_PASSES):
+            raise out_of_order(f"optimizer.{name} = ...", self._engine.stage)
+        if name == "model":
+            value = one_module(value)
+            check_model(value, self.base)
+        if name == "per_rank" and value:
+            self._check_per_rank()
+        self._engine.take_options(**{option: getattr(self, option) for option in OPTIONS} | {name: value})
+        return value
+
+    def _check_per_rank(self) -> None:
+        """Refuse ``per_rank=True`` with the rules of this optimizer."""
+        check_per_rank(self.perturbation, self.cadence)
 
     @abstractmethod
     def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
@@ -69,6 +95,8 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         """Begin a step: check everything on which it depends."""
         if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order(caller, self._engine.stage)
+        check_unscaled(self._engine.unscaled_by, caller)
+        self._engine.unscaled_by = None
         self.restore()  # an interrupt may have hit restore() itself
         self._follow_parameters()
         if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
@@ -120,11 +148,10 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
 
     def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         """Yield the passes of one step, then write the update gradient to ``.grad``."""
-        before = self._engine.gradients.copies() if accumulate else {}
         self._engine.pass_gradients.begin_step(accumulate=accumulate)
         yield from self._single_pass() if self._has_single_pass() else self._passes_from_w()
         self._combine()
-        if before:
+        if before := self._engine.gradients.before_loop:
             self._engine.gradients.accumulate(before)
 
     def _single_pass(self) -> Iterator[Pass]:
@@ -172,6 +199,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
     def _step_by(self, closure: Closure) -> Any:
         """Run the passes by a closure and step, through the loss scaler if there is one."""
         refuse_closure_of_scaler()
+        check_closure(closure)
         try:
             loss = self._run(closure)
             if self._engine.scale is None or self.scaler is None:
@@ -218,9 +246,22 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         if problem := engine.pass_gradients.problem():
             engine.warn_once("no gradient", problem)
 
+    def _check_cleared(self) -> None:
+        """Warn once if the second backward of the classic API has added to the first gradient; in the first step."""
+        self._engine.clearing_watched = True
+        if self._engine.gradients.were_added_to():
+            self._engine.warn_once(
+                "not cleared",
+                "the second backward has added to the gradient g of the first one, so the update is g + g_s, and only "
+                "half of it is SAM's. Call first_step(zero_grad=True), or zero_grad() between first_step() and the "
+                "second backward",
+            )
+
     def _warn_of_lost_gradient(self) -> None:
         """Warn once if the update gradient of earlier passes is about to be lost without a step."""
         engine = self._engine
+        if engine.micro_batches.left_out:
+            return  # one of its micro-batches has failed, and the whole batch is given up
         if engine.stage is Stage.READY and engine.pass_gradients.any and not engine.has_warned("lost gradient"):
             size = norm(engine.gradients.parameters_and_gradients()[1])
             if 0.0 < float(size) < math.inf:  # after an overflow, a loss scaler takes no step

@@ -4,13 +4,16 @@ from collections import defaultdict
 from collections.abc import Callable
 from typing import Any, Self
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._engine.constructor import check_not_adaptive, check_rho
+from steppe._engine.callers import unscaling_scaler
+from steppe._engine.constructor import as_radius, check_not_adaptive
 from steppe._engine.engine import Engine
 from steppe._engine.groups import RHO
 from steppe._engine.joint_base import option_names
+from steppe._engine.loss_scale import unscaled_too_early
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
 from steppe._engine.state_dict import MemoryTemplate, pack, saved_radii, unpack
@@ -23,7 +26,7 @@ class Wrapper(Optimizer):
     The base's objects are looked up at every use, because ``load_state_dict`` of either optimizer replaces them.
     """
 
-    base: Optimizer
+    _base: Optimizer
     _default_rho = Shared[float | Tensor](0.05)
     """Radius of a group that brings none: the constructor's, or the last one written to :attr:`rho`."""
     _engine: Engine
@@ -33,13 +36,41 @@ class Wrapper(Optimizer):
     """Zero-filled memory of the rules, for a checkpoint before the first step."""
 
     @property
+    def base(self) -> Optimizer:
+        """The base optimizer. It cannot be replaced."""
+        return self._base
+
+    @base.setter
+    def base(self, base: Optimizer) -> None:
+        raise AttributeError(
+            "the base optimizer cannot be replaced: radii, memory and hooks belong to the one that is wrapped, which "
+            "would go on stepping. Make a new optimizer around the other base, SAM(base, rho=..., model=...)"
+        )
+
+    base_optimizer = base
+    """The base optimizer, under the name that it has in the constructor and in the classic implementation."""
+
+    @property
     def param_groups(self) -> list[dict[str, Any]]:
         """The base optimizer's groups, each with its radius ``sam_rho``."""
+        if not torch.compiler.is_compiling() and (unscaling := unscaling_scaler()) is not None:
+            self._note_unscaling(*unscaling)
         return self.base.param_groups
 
     @param_groups.setter
     def param_groups(self, groups: list[dict[str, Any]]) -> None:
         self.base.param_groups = groups
+
+    def _note_unscaling(self, scaler: Any, key: int) -> None:
+        """Refuse ``scaler.unscale_(optimizer)`` before the last pass has ended; before a first pass, only note it.
+
+        Raises:
+            RuntimeError: It is called in a loop over the passes.
+        """
+        stage = self._engine.stage
+        if stage in (Stage.IN_PASS, Stage.BETWEEN_PASSES):
+            raise unscaled_too_early(stage.value)
+        self._engine.unscaled_by = scaler, key
 
     @property
     def state(self) -> defaultdict[Tensor, Any]:
@@ -70,8 +101,7 @@ class Wrapper(Optimizer):
 
     @rho.setter
     def rho(self, rho: float | Tensor) -> None:
-        check_rho(rho)
-        self._default_rho = rho
+        self._default_rho = rho = as_radius(rho)
         for group in self.param_groups:
             group[RHO] = rho
 

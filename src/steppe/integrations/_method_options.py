@@ -81,4 +81,3 @@ def set_model_if_missing(sam: SAM, model: nn.Module) -> None:
     """Set the model of a SAM that was made without ``model=``, so that the buffers of the model are protected."""
     if sam.model is None:
         sam.model = model
-        sam._engine.protect(model)

@@ -51,10 +51,7 @@ class OwnStepMethod(SAM):
 
     def __init__(self, *args: Any, per_rank: bool = False, **kwargs: Any) -> None:
         if per_rank:
-            raise ValueError(
-                f"per_rank=True with {type(self).__name__}, whose passes are its own. Leave it out, and all ranks "
-                "share one perturbation, as one process would"
-            )
+            self._check_per_rank()
         super().__init__(*args, **kwargs)
 
     @classmethod
@@ -234,7 +231,7 @@ class OwnStepMethod(SAM):
         super().first_step(zero_grad)
 
     def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
-        """Yield the passes of a step, as :meth:`steppe.SAM.passes` does.
+        """Return the passes of a step, as :meth:`steppe.SAM.passes` does.
 
         Raises:
             RuntimeError: ``accumulate`` with a method that does not support it.
@@ -244,7 +241,7 @@ class OwnStepMethod(SAM):
                 "passes(accumulate=True)" if accumulate else "a perturbation for each micro-batch",
                 f"{self.why_no_accumulation}. Run all micro-batches inside each pass",
             )
-        yield from super().passes(accumulate=accumulate, loss_weight=loss_weight)
+        return super().passes(accumulate=accumulate, loss_weight=loss_weight)
 
     def _step_passes(self, *, accumulate: bool) -> Iterator[Pass]:
         return self.step_passes(accumulate=accumulate)
@@ -259,6 +256,12 @@ class OwnStepMethod(SAM):
     def _step_base(self) -> bool:
         with self._engine.weights_restored_on_exception():
             return self.step_base()
+
+    def _check_per_rank(self) -> None:
+        raise ValueError(
+            f"per_rank=True with {type(self).__name__}, whose passes are its own. Leave it out, and all ranks "
+            "share one perturbation, as one process would"
+        )
 
     def _make_memory_template(self) -> Memory:
         return self.memory_template()

@@ -196,7 +196,6 @@ class BSAM(OwnStepMethod):
         Args:
             accumulate: Add g_e to the earlier ``.grad``, and |g| to that of the earlier micro-batches of the step.
         """
-        before = self.gradients.copies() if accumulate else {}
         sizes = self.base.sizes
         if not self.micro_batch:
             sizes.clear()
@@ -209,7 +208,7 @@ class BSAM(OwnStepMethod):
         self.gradients.fill_missing(parameters)
         self.combine()
         sizes.update({p: sizes[p] + size if p in sizes else size for p, size in zip(parameters, g, strict=True)})
-        self.gradients.accumulate(before)
+        self.gradients.accumulate(self.gradients.before_loop or {})
 
     def step_base(self) -> bool:
         """Step mean and scale, and clear |g|."""

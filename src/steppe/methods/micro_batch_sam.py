@@ -67,12 +67,17 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
     for start in range(0, samples, m):
         part = [t[start : start + m] for t in batch]
         weight = len(part[0]) / samples
-        for sam_pass in optimizer.passes(accumulate=start > 0, loss_weight=weight):
-            with sam_pass, torch.enable_grad():
-                value = weight * loss(*part)
-                backward(value, optimizer.scaler)
-                if sam_pass.is_first:
-                    losses_at_w.append(value.detach())
+        try:
+            for sam_pass in optimizer.passes(accumulate=start > 0, loss_weight=weight):
+                with sam_pass, torch.enable_grad():
+                    value = weight * loss(*part)
+                    backward(value, optimizer.scaler)
+                    if sam_pass.is_first:
+                        losses_at_w.append(value.detach())
+        except BaseException:
+            if start > 0:
+                optimizer.zero_grad()  # the whole batch is given up, and no step shall begin with a part of it
+            raise
     if optimizer.scaler is None:
         optimizer.step()
     else:

@@ -196,6 +196,8 @@ class SASSHA(OwnStepMethod):
         """Discard the estimate of a step."""
         self._pending: dict[Tensor, Tensor] = {}
         """z (H z) by parameter, summed over the losses of a step; of complex parameters, as real tensors."""
+        self._latest: dict[Tensor, Tensor] = {}
+        """That of the running loop over passes(); it counts when the loop has ended."""
 
     @property
     def estimates_next(self) -> bool:
@@ -213,10 +215,13 @@ class SASSHA(OwnStepMethod):
         """
         if not self.micro_batch:
             self._pending.clear()
+        self._latest = {}
         for sam_pass in self.sam_passes(accumulate=accumulate):
             yield sam_pass
             if sam_pass.is_last:
                 self._check_complete()
+        latest, self._latest = self._latest, {}
+        self._pending.update({p: self._pending[p] + z if p in self._pending else z for p, z in latest.items()})
 
     def step_base(self) -> bool:
         """Update m, D and w, and clear the estimate.
@@ -245,7 +250,7 @@ class SASSHA(OwnStepMethod):
             return
         if loss.requires_grad and torch.is_grad_enabled():
             register: Any = loss.register_hook
-            register(partial(_add, self._pending, self._products(loss)))
+            register(partial(_add, self._latest, self._products(loss)))
 
     def _products(self, loss: Tensor) -> dict[Tensor, Tensor]:
         """Return z (H z) of a loss, by the parameters on which it depends."""
@@ -301,12 +306,12 @@ class SASSHA(OwnStepMethod):
 
     def _check_complete(self) -> None:
         """Refuse gradients of the last pass without an estimate: their parameters would never move."""
-        if not self._pending:
+        if not self._latest:
             return  # none is due, or there is an error in step_base()
         replica = self._replica()
         if replica is not None and replica.find_unused_parameters:
             return  # .grad may be that of other ranks
-        missing = [p for p in self.trained_parameters() if p.grad is not None and p not in self._pending]
+        missing = [p for p in self.trained_parameters() if p.grad is not None and p not in self._latest]
         if missing:
             self.refuse(
                 f"{len(missing)} parameters with a gradient and without an estimate of the Hessian",
@@ -334,11 +339,11 @@ class SASSHA(OwnStepMethod):
 
 
 @torch.no_grad()
-def _add(pending: dict[Tensor, Tensor], products: dict[Tensor, Tensor], factor: Tensor) -> None:
+def _add(estimate: dict[Tensor, Tensor], products: dict[Tensor, Tensor], factor: Tensor) -> None:
     """Add the products of a loss, times the derivative of what is minimized with respect to this loss."""
     for p, product in products.items():
         weighted = (product * factor.reshape(()).to(product)).contiguous()
-        pending[p] = pending[p] + weighted if p in pending else weighted
+        estimate[p] = estimate[p] + weighted if p in estimate else weighted
 
 
 @cites(SASSHA_PAPER)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe._checks import check_below_one
-from steppe._engine.gradients import skip_unless
+from steppe._engine.gradients import skip_unless, smallest
 from steppe.methods._base import OwnStepMethod
 from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
@@ -81,9 +81,10 @@ class UnperturbedIfFinite(WeightedSharpness):
         if not perturbed:
             return point.gradients
         g, g_s = list(point.gradients), list(perturbed)
-        smallest = min(range(len(g)), key=lambda i: g[i].numel())
-        g[smallest] = g[smallest].clone()
-        skip_unless(norm(g_s).isfinite(), [g[smallest]])
+        index = smallest(g)
+        if index is not None:
+            g[index] = g[index].clone()
+            skip_unless(norm(g_s).isfinite(), [g[index]])
         return g
 
 
