@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -142,12 +142,14 @@ class Objective:
         return evaluate_model_loss
 
     def _set_parameters(self, names: Sequence[str] | None) -> None:
-        self._parameters = select_parameters(self.model, names)
-        first, *others = (p.dtype for p in self._parameters.values())
+        selected = select_parameters(self.model, names)
+        self._names, self._shapes = list(selected), [p.shape for p in selected.values()]
+        self._other_weights: dict[str, Tensor] | None = None
+        first, *others = (p.dtype for p in selected.values())
         widest = reduce(torch.promote_types, others, first)
         self.dtype = self._dtype or (widest if widest.itemsize > 2 else torch.float32)
-        self.device = next(iter(self._parameters.values())).device
-        self._sizes = [p.numel() for p in self._parameters.values()]
+        self.device = next(iter(selected.values())).device
+        self._sizes = [p.numel() for p in selected.values()]
         self.n = sum(self._sizes)
 
     def restrict_to(self, names: Sequence[str]) -> "Objective":
@@ -155,6 +157,13 @@ class Objective:
         objective = copy.copy(self)
         objective._set_parameters(names)
         return objective
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        """The tensors that form w, by name: those of the model now, which ``load_state_dict(assign=True)`` replaces."""
+        if self._other_weights is not None:
+            return self._other_weights
+        return {name: self.model.get_parameter(name) for name in self._names}
+
 
     @contextmanager
     def at_weights(self, weights: Tensor) -> Iterator["Objective"]:
@@ -163,7 +172,7 @@ class Objective:
         The weights are used as they are: w + (w' - w) would differ from w' by rounding.
         """
         other = copy.copy(self)
-        other._parameters = dict(zip(self.names, self.unflatten(weights), strict=True))
+        other._other_weights = dict(zip(self.names, self.unflatten(weights), strict=True))
         try:
             yield other
         finally:
@@ -189,12 +198,12 @@ class Objective:
     @property
     def names(self) -> list[str]:
         """Names of the parameters that form w."""
-        return list(self._parameters)
+        return list(self._names)
 
     @property
     def shapes(self) -> list[torch.Size]:
         """Shape of each parameter."""
-        return [p.shape for p in self._parameters.values()]
+        return list(self._shapes)
 
     @property
     def weights(self) -> Tensor:
@@ -202,9 +211,11 @@ class Objective:
         return self.flatten([p.detach() for p in self._parameters.values()])
 
     @property
-    def version(self) -> tuple[int, ...]:
-        """Torch's version counters of the parameters; they change when a weight is written in place."""
-        return tuple(p._version for p in self._parameters.values())
+    def state(self) -> list[Tensor]:
+        """All that the loss depends on beside the data: w, and the model's other parameters and buffers, not copied."""
+        weights = self._parameters
+        named = chain(self.model.named_parameters(), self.model.named_buffers())
+        return [*weights.values(), *(t for name, t in named if name not in weights)]
 
     @property
     def samples(self) -> int:
@@ -263,7 +274,7 @@ class Objective:
                 "make it with flatten(), from one tensor per parameter"
             )
         parts = torch.split(vector.to(self.device, self.dtype), self._sizes)
-        return [part.view(p.shape) for part, p in zip(parts, self._parameters.values(), strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def loss(self, e: Tensor | None = None, *, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return L(w + e), a 0-dim float64 tensor, in one pass.
@@ -418,7 +429,7 @@ class Objective:
         train_norms: bool = False,
         update_buffers: bool = False,
     ) -> PlacedLoss:
-        named = dict(zip(self._parameters, weights, strict=True))
+        named = dict(zip(self._names, weights, strict=True))
         train_norms = train_norms or self.batch_norm == "train"
         options: dict[str, Any] = {"train_norms": train_norms, "update_buffers": update_buffers}
         return self._batch_loss.place(named, batch, self.dtype, buffers=buffers, **options)
