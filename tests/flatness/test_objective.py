@@ -10,7 +10,19 @@ from torch import nn
 from torch.nn.utils import parametrize
 from torch.utils.data import DataLoader, TensorDataset
 
-from steppe.flatness import EmpiricalFisher, Hessian, Objective, after_rounding, batch_sharpness, m_sharpness
+from steppe.flatness import (
+    EmpiricalFisher,
+    Hessian,
+    Objective,
+    after_rounding,
+    batch_sharpness,
+    density,
+    eigenvalues,
+    m_sharpness,
+    relative_flatness,
+    sharpness,
+    trace,
+)
 
 
 def normed(seed=0):
@@ -182,6 +194,61 @@ def test_parameters_that_were_exchanged_are_measured():
     assert torch.equal(o.weights, objective(other).weights)
 
 
+def test_autocast_around_a_measurement_has_no_effect():
+    def measured():
+        net, (x, y) = normed().float(), samples()
+        o = objective(net, (x.float(), y))
+        hessian = Hessian(o)
+        flat = relative_flatness(hessian, "4.weight", probes=2).value
+        values = eigenvalues(hessian).values, trace(hessian, probes=2).value, density(hessian, probes=1).nodes
+        return o.loss(), o.gradient(), values, flat, sharpness(o, 0.1, restarts=2).value
+
+    expected = measured()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(measured(), expected, rtol=0, atol=0)
+
+
+def test_autocast_of_the_loss_itself_has_its_effect():
+    def evaluate(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(batch[0])
+        assert outputs.dtype == torch.bfloat16
+        return F.cross_entropy(outputs, batch[1])
+
+    net, (x, y) = normed().float(), samples()
+    exact = objective(net, (x.float(), y)).loss()
+    assert 0 < abs(Objective(net, (x.float(), y), evaluate=evaluate).loss() - exact) < 0.1
+
+
+class Caching(nn.Module):
+    """Keeps what it has computed in its attributes, as rotary embeddings and torch's old weight_norm do."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.length, self.table = nn.Parameter(torch.ones(3, dtype=DOUBLE)), 0, None
+
+    def forward(self, x):
+        if self.length < len(x):
+            self.length, self.table = len(x), torch.ones(len(x), 3, dtype=DOUBLE)
+        self.last = x * self.scale * self.table[: len(x)]
+        return self.last
+
+
+def test_attributes_that_a_forward_assigns_are_those_of_the_model_itself():
+    net, (x, _) = tanh_net(), samples()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net[0])
+    net.append(Caching())
+    net[0](x)
+    weight = net[0].weight
+    o = objective(net)
+    o.loss(torch.ones(o.n))
+    Hessian(o)(torch.ones(1, o.n, dtype=DOUBLE))
+    assert net[0].weight is weight
+    assert (net[5].length, net[5].table, hasattr(net[5], "last")) == (0, None, False)
+    net(x)
+
+
 def test_half_precision_weights_are_measured_in_float32():
     net = normed().to(torch.bfloat16)
     o = objective(net, (samples()[0].bfloat16(), samples()[1]))
@@ -219,6 +286,7 @@ def test_tied_parameters_are_perturbed_once():
     [
         (lambda: Objective(tanh_net(), samples()), ValueError, "exactly one of two"),
         (lambda: objective(tanh_net(), iter([samples()])), TypeError, "only once"),
+        (lambda: objective(tanh_net(), TensorDataset(*samples())), TypeError, "wrap it in a DataLoader"),
         (lambda: objective(tanh_net(), (samples()[0], samples(19)[1])), ValueError, "the same length"),
         (lambda: objective(tanh_net(), batch_norm="off"), ValueError, "choose 'eval'"),
         (

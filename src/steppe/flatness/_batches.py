@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from steppe._checks import check_count
 from steppe._tensors.in_place import as_real
@@ -24,6 +25,11 @@ class Batches:
                 listed = ", ".join(str(length) for length in lengths)
                 raise ValueError(f"data: tensors of {listed} entries, but inputs and targets must have the same length")
             self._batches: Any = _TensorBatches(data, batch_size)
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            raise TypeError(
+                f"data is {type(data).__name__}, a data set of single samples, each of which would be taken for a "
+                "batch: wrap it in a DataLoader, with shuffle=False and no augmentation"
+            )
         elif isinstance(data, Iterator):
             raise TypeError(
                 f"data is {type(data).__name__}, an iterator that can be consumed only once, but a measurement needs "

@@ -73,12 +73,14 @@ class Objective:
             above for a model that returns its loss. A ``loss`` that is a mean over the tokens that are not padding
             needs it. Without it, a loss that is no mean over the samples gives a warning where it is averaged over
             several batches, parts or samples.
-        dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
+        dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights. An
+            autocast region around a measurement has no effect on it; one within the model or the loss does.
         seed: Seed of the model's own random draws, which are the same in every pass.
         progress: (stage, passes) -> None, called after each pass over the data.
 
     Raises:
-        TypeError: A model of which a part is sharded, complex parameters, or ``data`` is an iterator.
+        TypeError: A model of which a part is sharded, complex parameters, or ``data`` is an iterator or a data set of
+            single samples.
         ValueError: No parameters or an unknown name; both ``loss`` and ``evaluate``, or neither for a pair of tensors.
 
     Example:
@@ -469,10 +471,11 @@ class Objective:
 
     @contextmanager
     def _pass_context(self, index: int) -> Iterator[None]:
-        """Enable gradients, whatever the caller's mode, with twice differentiable kernels and seeded generators."""
+        """Enable gradients and switch autocast off, whatever the caller's modes; seed generators and select kernels."""
         with (
             torch.inference_mode(mode=False),
             torch.enable_grad(),
+            torch.autocast(self.device.type, enabled=False),
             seeded_generators(self.device, self.seed + index),
             twice_differentiable(self.model),
         ):
