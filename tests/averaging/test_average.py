@@ -63,6 +63,32 @@ def test_training_within_applied_raises_and_the_step_is_not_taken():
     assert int(averaged.n_steps) == 3
 
 
+def test_other_averages_do_not_take_applied_weights_for_those_of_the_model():
+    model = net()
+    optimizer = sgd(model)
+    averaged, other, of_part = SWA(model, optimizer), EMA(model), SWA(model.layers[0])
+    list(steps(model, optimizer, plain, range(2)))
+    with averaged.applied():
+        for call in (other.update_parameters, of_part.update_parameters):
+            with pytest.raises(RuntimeError, match=r"update_parameters\(\) was called within applied\(\)"):
+                call()
+        with pytest.raises(RuntimeError, match=r"EMA was called within applied\(\)"):
+            EMA(model, optimizer)
+        with other.applied():
+            assert model_bits(model) == model_bits(other.module)
+        assert model_bits(model) == model_bits(averaged.module)
+        SWA(net()).update_parameters()  # of another model
+    other.update_parameters()
+
+
+def test_optimizer_of_another_model_is_refused():
+    with pytest.raises(ValueError, match="the optimizer of this EMA has no parameter of its model"):
+        EMA(net(), sgd(net()))
+    model = net()
+    EMA(model, sgd(model.layers[0]))  # a part of it
+    EMA(model.layers[0], sgd(model))
+
+
 def test_interrupt_at_any_line_within_applied_restores_the_model():
     model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
     optimizer = sgd(model)
@@ -233,4 +259,4 @@ def test_model_and_optimizer_are_no_part_of_the_average():
     model = net()
     averaged = EMA(model, sgd(model))
     assert len(list(averaged.parameters())) == len(list(model.parameters()))
-    assert {name.partition(".")[0] for name in averaged.state_dict()} == {"module", "n_averaged", "n_steps"}
+    assert {name.partition(".")[0] for name in averaged.state_dict()} == {"module", "n_averaged", "n_steps", "frozen"}

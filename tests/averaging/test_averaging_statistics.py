@@ -3,11 +3,12 @@
 import pytest
 import torch
 from torch import nn
-from torch.optim.swa_utils import update_bn
+from torch.optim.swa_utils import AveragedModel, update_bn
 from torch.utils.data import DataLoader, TensorDataset
 
+from averaged_training import sgd
 from steppe.averaging import SWA
-from support import bits, model_bits
+from support import bits, model_bits, plain, saved_and_loaded
 
 
 class DictNet(nn.Module):
@@ -97,6 +98,61 @@ def test_layers_frozen_in_training_keep_their_statistics_and_use_them():
     torch.testing.assert_close(first.running_mean, averaged.module.layers[0](X).mean(0))
 
 
+def test_batches_are_weighted_by_their_samples():
+    model = nn.Sequential(nn.BatchNorm1d(3))
+    averaged = SWA(model)
+    averaged.refresh_statistics([X[:10], X[10:]])
+    torch.testing.assert_close(averaged.module[0].running_mean, X.mean(0))
+    variance = (10 * X[:10].var(0) + 2 * X[10:].var(0)) / 12
+    torch.testing.assert_close(averaged.module[0].running_var, variance)
+
+
+def head_in_training(model):
+    model.eval()
+    model.layers[3:].train()
+
+
+def all_in_evaluation(model):
+    model.eval()
+
+
+def first_in_evaluation(model):
+    model.layers[1].eval()
+
+
+@pytest.mark.parametrize("freeze", [head_in_training, all_in_evaluation, first_in_evaluation])
+@pytest.mark.parametrize("script", ["training", "another"])
+def test_frozen_layers_keep_their_statistics_also_after_a_checkpoint(freeze, script):
+    model = DictNet()
+    freeze(model)
+    optimizer = sgd(model)
+    averaged = SWA(model, optimizer)
+    plain(optimizer, lambda: model(X).square().mean())
+    if script == "another":
+        checkpoint = saved_and_loaded(averaged.state_dict())
+        averaged = SWA(DictNet().eval())
+        averaged.load_state_dict(checkpoint)
+    frozen = [not model.layers[i].training for i in (1, 4)]
+    averaged.refresh_statistics([3.0 + X])
+    kept = [torch.equal(averaged.module.layers[i].running_mean, model.layers[i].running_mean) for i in (1, 4)]
+    assert frozen[0]
+    assert kept == frozen
+
+
+def test_checkpoint_from_before_frozen_layers_were_in_it_loads():
+    model = DictNet()
+    model.layers[1].eval()
+    averaged = SWA(model)
+    checkpoint = averaged.state_dict()
+    assert checkpoint.pop("frozen").tolist() == [True, False]
+    averaged.load_state_dict(checkpoint)
+    assert averaged.frozen.tolist() == [True, False]
+    assert "frozen" not in checkpoint
+    torchs = AveragedModel(model)
+    torchs.load_state_dict(averaged.state_dict(), strict=False)
+    averaged.load_state_dict({**torchs.state_dict(), "n_steps": averaged.n_steps})
+
+
 def test_buffers_that_are_no_batch_norm_statistics_stay():
     model = nn.Sequential(nn.utils.parametrizations.spectral_norm(nn.Linear(3, 3)), nn.BatchNorm1d(3))
     averaged = SWA(model)
@@ -112,8 +168,9 @@ def test_buffers_that_are_no_batch_norm_statistics_stay():
         ([], None, ValueError, "got no batch"),
         ([{"x": X}], None, TypeError, r"a batch of refresh_statistics\(\) is a dict"),
         ([X[:4], X[:, :2]], None, RuntimeError, "shapes cannot be multiplied"),
+        ([X[:11], X[11:]], None, ValueError, "batch 1, counted from 0, has a single value per channel"),
     ],
-    ids=["none", "dict", "second fails"],
+    ids=["none", "dict", "second fails", "one sample"],
 )
 def test_error_leaves_statistics_momenta_and_modes(batches, forward, error, message):
     _, averaged = averaged_net()

@@ -79,16 +79,18 @@ def evaluated(net: nn.Module) -> Tensor:
 
 
 def estimated(net: nn.Module) -> Tensor:
-    """Return the same with BatchNorm's statistics as the mean of those of the three batches."""
+    """Return the same with BatchNorm's statistics as the mean of those of the three batches, weighted by samples."""
     net.train()
     for m in net.modules():
-        if isinstance(m, nn.BatchNorm2d):
-            m.reset_running_stats()
-            m.momentum = None
         if isinstance(m, nn.Dropout):
             m.eval()
+    seen = 0
     with torch.no_grad():
         for x in images()[0].split(4):
+            seen += len(x)
+            for m in net.modules():
+                if isinstance(m, nn.BatchNorm2d):
+                    m.momentum = len(x) / seen  # 1 for the first batch, which replaces what was there
             net(x)
     return evaluated(net)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from known_hessians import objective, samples, tanh_net
+from torch.utils.data import DataLoader, TensorDataset
 
 from steppe.flatness import Objective
 
@@ -58,3 +59,27 @@ def test_shuffled_batches_count_as_the_same_data():
     o = objective(tanh_net(), Shuffled([samples()]))
     first, second = o.loss(), o.loss()
     torch.testing.assert_close(first, second, rtol=1e-12, atol=0)
+
+
+def shuffled_loader():
+    data, generator = TensorDataset(*samples()), torch.Generator().manual_seed(0)
+    return DataLoader(data, batch_size=8, shuffle=True, generator=generator)
+
+
+def test_other_batches_of_the_same_samples_raise_where_the_loss_depends_on_them():
+    objective(tanh_net(), shuffled_loader()).loss()
+    o = objective(tanh_net(), shuffled_loader(), batch_norm="train")
+    o.loss()
+    with pytest.raises(ValueError, match="the same samples in other batches, but with batch_norm='train'"):
+        o.loss()
+
+
+def test_order_of_the_batches_does_not_matter():
+    class Turned(list):
+        def __iter__(self):
+            self.reverse()
+            return list.__iter__(self)
+
+    x, y = samples()
+    o = objective(tanh_net(), Turned([(x[:9], y[:9]), (x[9:], y[9:])]), batch_norm="train")
+    torch.testing.assert_close(o.loss(), o.loss(), rtol=1e-12, atol=0)

@@ -66,3 +66,19 @@ def test_parameters_of_the_model_itself_are_a_layer():
 def test_groups_that_are_not_of_the_weights_raise(groups, message):
     with pytest.raises(ValueError, match=message):
         by_layer(objective(tanh_net()), groups=groups)
+
+
+def test_parametrized_layer_is_one_row():
+    net = tanh_net()
+    nn.utils.parametrizations.weight_norm(net[0])
+    nn.utils.parametrizations.orthogonal(net[4])
+    table = by_layer(objective(net), probes=1, tol=0.1)
+    assert [row.layer for row in table] == ["0", "2", "4"]
+    assert table["0"].parameters == (
+        "0.bias",
+        "0.parametrizations.weight.original0",
+        "0.parametrizations.weight.original1",
+    )
+    assert [row.relative_flatness is None for row in table] == [True, False, True]
+    (row,) = by_layer(objective(nn.utils.parametrizations.weight_norm(nn.Linear(4, 3).double())), probes=1, tol=0.1)
+    assert row.layer == "ParametrizedLinear"

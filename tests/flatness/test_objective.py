@@ -8,8 +8,21 @@ import torch.nn.functional as F
 from known_hessians import DOUBLE, objective, samples, tanh_net
 from torch import nn
 from torch.nn.utils import parametrize
+from torch.utils.data import DataLoader, TensorDataset
 
-from steppe.flatness import Hessian, Objective, after_rounding
+from steppe.flatness import (
+    EmpiricalFisher,
+    Hessian,
+    Objective,
+    after_rounding,
+    batch_sharpness,
+    density,
+    eigenvalues,
+    m_sharpness,
+    relative_flatness,
+    sharpness,
+    trace,
+)
 
 
 def normed(seed=0):
@@ -81,7 +94,7 @@ def test_objective_leaves_the_model_unchanged(batch_norm):
 
 
 def test_loader_shuffles_alike_and_leaves_generators_unchanged():
-    loader = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(*samples()), batch_size=8, shuffle=True)
+    loader = DataLoader(TensorDataset(*samples()), batch_size=8, shuffle=True)
     o = objective(tanh_net(), loader)
     torch.manual_seed(5)
     expected = torch.rand(1)
@@ -110,19 +123,51 @@ def test_batch_norm_in_both_modes():
     torch.testing.assert_close(u @ hessian(v[None])[0], v @ hessian(u[None])[0], rtol=1e-10, atol=1e-13)
 
 
-def test_statistics_are_the_mean_over_batches():
-    net, (x, _) = normed(), samples()
-    found = objective(net, batch_size=10).statistics()
-    inputs = net[0](x).detach()
-    means = torch.stack([part.mean(0) for part in inputs.split(10)]).mean(0)
+@pytest.mark.parametrize("sizes", [(10, 10), (18, 2), (3, 15, 2)], ids=str)
+def test_statistics_are_the_mean_over_batches_weighted_by_their_samples(sizes):
+    net, (x, y) = normed(), samples()
+    found = objective(net, list(zip(x.split(sizes), y.split(sizes), strict=True))).statistics()
+    parts, weights = net[0](x).detach().split(sizes), torch.tensor(sizes, dtype=DOUBLE)[:, None] / 20
+    means = (torch.stack([part.mean(0) for part in parts]) * weights).sum(0)
     torch.testing.assert_close(found["1.running_mean"], means, rtol=1e-12, atol=1e-14)
-    variances = torch.stack([part.var(0) for part in inputs.split(10)]).mean(0)
+    variances = (torch.stack([part.var(0) for part in parts]) * weights).sum(0)
     torch.testing.assert_close(found["1.running_var"], variances, rtol=1e-12, atol=1e-14)
     o = objective(net)
     net[1].running_mean.copy_(found["1.running_mean"])
     net[1].running_var.copy_(found["1.running_var"])
     with_theirs = objective(normed()).loss(buffers=found)
     torch.testing.assert_close(with_theirs, o.loss(), rtol=1e-12, atol=0)
+
+
+def test_statistics_of_a_layer_that_runs_twice_are_those_of_both_inputs():
+    net, (x, y) = normed(), samples()
+
+    def evaluate(model, batch):
+        return F.cross_entropy(model(torch.cat([batch[0][:1]] * 2)) + model(3.0 + batch[0]).sum(0), batch[1][:2])
+
+    found = Objective(net, (x, y), evaluate=evaluate, size=len).statistics()["1.running_mean"]
+    expected = (2 * net[0](x[:1]).mean(0) + 20 * net[0](3.0 + x).mean(0)) / 22
+    torch.testing.assert_close(found, expected.detach(), rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "train"])
+def test_single_last_sample_joins_the_batch_before_it(batch_norm):
+    net, data = normed(), samples(21)
+    found = objective(net, data, batch_size=10, batch_norm=batch_norm)
+    batches = [tuple(t[:10] for t in data), tuple(t[10:] for t in data)]
+    expected = objective(net, batches, batch_norm=batch_norm)
+    assert torch.equal(found.loss(), expected.loss())
+    assert torch.equal(found.statistics()["1.running_var"], expected.statistics()["1.running_var"])
+    assert objective(net, samples(1), batch_size=10).samples == 1
+
+
+@pytest.mark.parametrize("of", [lambda o: o.statistics(), lambda o: o.loss()], ids=["statistics", "loss"])
+def test_batch_of_one_sample_is_named_where_its_statistics_are_needed(of):
+    x, y = samples(11)
+    batches = [(x[:10], y[:10]), (x[10:], y[10:])]
+    with pytest.raises(ValueError, match="batch 1, counted from 0, has a single value per channel"):
+        of(objective(normed(), batches, batch_norm="train"))
+    objective(normed(), batches).loss()  # running statistics are those of any batch
 
 
 def test_passed_buffers_are_unchanged():
@@ -138,6 +183,70 @@ def test_objective_works_inside_inference_mode():
     with torch.inference_mode():
         o = objective(net)
         torch.testing.assert_close((o.gradient(), o.statistics()), expected)
+
+
+def test_parameters_that_were_exchanged_are_measured():
+    net, other = normed(), normed(seed=1)
+    o = objective(net)
+    net.load_state_dict(other.state_dict(), assign=True)
+    assert torch.equal(o.loss(), objective(other).loss())
+    assert torch.equal(o.gradient()[1], objective(other).gradient()[1])
+    assert torch.equal(o.weights, objective(other).weights)
+
+
+def test_autocast_around_a_measurement_has_no_effect():
+    def measured():
+        net, (x, y) = normed().float(), samples()
+        o = objective(net, (x.float(), y))
+        hessian = Hessian(o)
+        flat = relative_flatness(hessian, "4.weight", probes=2).value
+        values = eigenvalues(hessian).values, trace(hessian, probes=2).value, density(hessian, probes=1).nodes
+        return o.loss(), o.gradient(), values, flat, sharpness(o, 0.1, restarts=2).value
+
+    expected = measured()
+    with torch.autocast("cpu", torch.bfloat16):
+        torch.testing.assert_close(measured(), expected, rtol=0, atol=0)
+
+
+def test_autocast_of_the_loss_itself_has_its_effect():
+    def evaluate(model, batch):
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = model(batch[0])
+        assert outputs.dtype == torch.bfloat16
+        return F.cross_entropy(outputs, batch[1])
+
+    net, (x, y) = normed().float(), samples()
+    exact = objective(net, (x.float(), y)).loss()
+    assert 0 < abs(Objective(net, (x.float(), y), evaluate=evaluate).loss() - exact) < 0.1
+
+
+class Caching(nn.Module):
+    """Keeps what it has computed in its attributes, as rotary embeddings and torch's old weight_norm do."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.length, self.table = nn.Parameter(torch.ones(3, dtype=DOUBLE)), 0, None
+
+    def forward(self, x):
+        if self.length < len(x):
+            self.length, self.table = len(x), torch.ones(len(x), 3, dtype=DOUBLE)
+        self.last = x * self.scale * self.table[: len(x)]
+        return self.last
+
+
+def test_attributes_that_a_forward_assigns_are_those_of_the_model_itself():
+    net, (x, _) = tanh_net(), samples()
+    with pytest.warns(FutureWarning, match="weight_norm"):
+        nn.utils.weight_norm(net[0])
+    net.append(Caching())
+    net[0](x)
+    weight = net[0].weight
+    o = objective(net)
+    o.loss(torch.ones(o.n))
+    Hessian(o)(torch.ones(1, o.n, dtype=DOUBLE))
+    assert net[0].weight is weight
+    assert (net[5].length, net[5].table, hasattr(net[5], "last")) == (0, None, False)
+    net(x)
 
 
 def test_half_precision_weights_are_measured_in_float32():
@@ -177,6 +286,7 @@ def test_tied_parameters_are_perturbed_once():
     [
         (lambda: Objective(tanh_net(), samples()), ValueError, "exactly one of two"),
         (lambda: objective(tanh_net(), iter([samples()])), TypeError, "only once"),
+        (lambda: objective(tanh_net(), TensorDataset(*samples())), TypeError, "wrap it in a DataLoader"),
         (lambda: objective(tanh_net(), (samples()[0], samples(19)[1])), ValueError, "the same length"),
         (lambda: objective(tanh_net(), batch_norm="off"), ValueError, "choose 'eval'"),
         (
@@ -238,7 +348,7 @@ def test_loss_of_several_batches_that_is_no_mean_over_the_samples_warns_once(los
     with pytest.warns(UserWarning, match="it is no mean over the samples"):
         objective.loss()
     objective.loss()  # warnings are errors
-    Objective(net, (x, y), loss=loss).loss()  # one batch is what it is
+    Objective(net, (x, y), loss=loss).loss()  # the loss of one batch is what it is
     Objective(net, data, loss=loss, batch_size=8, size=lambda batch: 1).loss()
 
 
@@ -247,3 +357,44 @@ def test_loss_that_is_a_mean_or_random_does_not_warn(loss):
     torch.manual_seed(0)
     x, y = torch.randn(21, 4), torch.arange(21) % 3
     assert Objective(torch.nn.Linear(4, 3), (x, y), loss=loss, batch_size=8).loss() > 0
+
+
+def of_labels_that_count(outputs, targets):
+    return F.cross_entropy(outputs, targets, ignore_index=1)
+
+
+TAKERS = {
+    "m-sharpness": lambda o, m=8: m_sharpness(o, 0.1, m, ascent_steps=1, restarts=1),
+    "batch sharpness": lambda o, m=8: batch_sharpness(o, m),
+    "empirical Fisher": lambda o, m=8: EmpiricalFisher(o)(torch.ones(1, o.n, dtype=DOUBLE)),
+}
+
+
+@pytest.mark.parametrize("loss", [of_sum, of_classes, of_labels_that_count])
+@pytest.mark.parametrize("taker", TAKERS)
+def test_loss_of_one_batch_that_is_no_mean_warns_once_where_parts_or_samples_of_it_are_taken(loss, taker):
+    torch.manual_seed(0)
+    x, y = torch.randn(24, 4, dtype=DOUBLE), torch.tensor([0, 1, 2, 0, 0, 2] * 2 + [0, 1, 1, 1, 2, 1] * 2)
+    o = Objective(torch.nn.Linear(4, 3).double(), (x, y), loss=loss)
+    with pytest.warns(UserWarning, match="it is no mean over the samples") as warned:
+        TAKERS[taker](o)
+    assert len(warned) == 1
+    TAKERS[taker](o)  # warnings are errors
+    TAKERS[taker](Objective(o.model, (x, y), loss=F.cross_entropy))
+
+
+def test_loss_that_is_no_mean_does_not_warn_if_all_samples_are_one_part():
+    x, y = samples()
+    TAKERS["m-sharpness"](objective(tanh_net(), (x, y), size=len), 20)
+    TAKERS["m-sharpness"](Objective(tanh_net(), (x, y), loss=of_sum), 20)
+
+
+@pytest.mark.parametrize("taker", ["m-sharpness", "batch sharpness"])
+def test_part_without_a_label_that_counts_is_named_and_left_out_by_its_size(taker):
+    x, y = samples(24)
+    y[:8] = -100
+    message = "In a part of 8 samples.*the loss ignores all labels.*pass size="
+    with pytest.warns(UserWarning, match="ignored labels"), pytest.raises(FloatingPointError, match=message):
+        TAKERS[taker](objective(tanh_net(), (x, y)))
+    counted = objective(tanh_net(), (x, y), size=lambda batch: int((batch[1] != -100).sum()))
+    assert TAKERS[taker](counted).n == 2

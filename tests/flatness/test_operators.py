@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from known_hessians import (
     DOUBLE,
     Quadratic,
@@ -16,7 +17,17 @@ from known_hessians import (
 )
 from torch import nn
 
-from steppe.flatness import Block, Hessian, Objective, Scaled, eigenvalues
+from steppe.flatness import (
+    Block,
+    EmpiricalFisher,
+    GaussNewton,
+    Hessian,
+    Objective,
+    Scaled,
+    eigenvalues,
+    round_weights,
+    trace,
+)
 
 
 def test_products_equal_those_of_the_dense_hessian():
@@ -37,14 +48,78 @@ def test_hessian_of_a_quadratic_is_its_matrix():
     assert torch.equal(Hessian(o)(torch.eye(2, dtype=DOUBLE)), a)
 
 
-def test_kept_graph_is_rebuilt_after_a_change_of_weights():
-    net, (x, y) = tanh_net(), samples()
-    hessian = Hessian(objective(net))
-    v = torch.randn(1, hessian.n, dtype=DOUBLE)
-    hessian(v)
+def fused_step(net):
+    optimizer = torch.optim.AdamW(net.parameters(), lr=0.1, fused=True)
+    F.cross_entropy(net(samples()[0]), samples()[1]).backward()
+    optimizer.step()
+
+
+def multiply_in_place(net):
     with torch.no_grad():
-        net[0].weight.mul_(2.0)
-    torch.testing.assert_close(hessian(v), v @ dense_hessian(net, x, y), rtol=1e-10, atol=1e-13)
+        net[3].weight.mul_(1.5)
+
+
+def write_data(net):
+    net[3].weight.data.mul_(1.5)
+
+
+def write_vector(net):
+    nn.utils.vector_to_parameters(1.5 * nn.utils.parameters_to_vector(net.parameters()), net.parameters())
+
+
+def round_within_a_block(net):
+    block = round_weights(net, 2)
+    block.__enter__()
+    return block
+
+
+def update_statistics(net):
+    net.train()(3.0 + samples()[0])
+
+
+def change_another_parameter(net):
+    net[0].weight.data.add_(0.5)
+
+
+def exchange_parameters(net):
+    other = {name: tensor + 0.5 for name, tensor in net.state_dict().items()}
+    net.load_state_dict(other, assign=True)
+
+
+CHANGES = [
+    *(fused_step, multiply_in_place, write_data, write_vector, round_within_a_block, update_statistics),
+    *(change_another_parameter, exchange_parameters),
+]
+
+
+@pytest.mark.parametrize("change", CHANGES, ids=lambda change: change.__name__)
+@pytest.mark.parametrize("matrix", [Hessian, GaussNewton, EmpiricalFisher])
+def test_kept_matrix_is_that_of_the_model_now_whatever_has_changed_it(change, matrix):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 6), nn.BatchNorm1d(6), nn.Tanh(), nn.Linear(6, 3)).double().eval()
+    o = objective(net, parameters=["1.weight", "3.weight", "3.bias"])
+    kept, identity = matrix(o), torch.eye(o.n, dtype=DOUBLE)
+    before = kept(identity)
+    block = change(net)
+    found = kept(identity)
+    assert not torch.allclose(found, before)
+    torch.testing.assert_close(found, matrix(objective(net, parameters=o.names))(identity), rtol=1e-12, atol=1e-15)
+    if block is not None:
+        block.__exit__(None, None, None)
+        torch.testing.assert_close(kept(identity), before, rtol=1e-12, atol=1e-15)
+
+
+def test_graph_of_a_single_batch_is_built_once_for_all_products_at_the_same_weights(monkeypatch):
+    built = []
+    build = Hessian._build_product
+    monkeypatch.setattr(Hessian, "_build_product", lambda self, batch: built.append(batch) or build(self, batch))
+    hessian = Hessian(objective(tanh_net()))
+    eigenvalues(hessian)
+    trace(hessian, probes=2)
+    assert len(built) == 1
+    hessian.free_graph()
+    hessian(torch.zeros(1, hessian.n, dtype=DOUBLE))
+    assert len(built) == 2
 
 
 def test_hessian_of_a_linear_loss_is_zero():

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.swa_utils import update_bn
 
+from steppe._tensors.batch_norm import mean_statistics, naming_batch
+
 
 def batch_norms(module: nn.Module) -> dict[str, nn.Module]:
     """Return the layers that ``update_bn`` computes the statistics of, by name."""
@@ -23,6 +25,7 @@ def refresh_statistics(
 ) -> None:
     """Compute the statistics of the BatchNorm layers by ``update_bn``; on an exception, keep the old ones.
 
+    They are the mean over the batches, which are weighted by their samples.
     ``steppe.flatness.Objective.statistics`` estimates them without a change of the module.
 
     Args:
@@ -32,14 +35,13 @@ def refresh_statistics(
         frozen: Names of layers that keep their statistics and run in evaluation mode.
 
     Raises:
-        ValueError: There is no batch.
+        ValueError: There is no batch, or a batch of one sample.
     """
     layers = batch_norms(module)
     refreshed = [m for name, m in layers.items() if name not in frozen]
     if not refreshed:
         return
     modes = {m: m.training for m in module.modules()}
-    momenta = {m: m.momentum for m in refreshed}
     buffers = [(buffer, buffer.clone()) for buffer in module.buffers()]
     own = {id(buffer) for m in refreshed for buffer in m.buffers()}
     kept = [(buffer, old) for buffer, old in buffers if id(buffer) not in own]
@@ -47,10 +49,10 @@ def refresh_statistics(
     devices = {t.device for t in itertools.chain(module.parameters(), module.buffers()) if t.device.type != "cpu"}
     kinds = {device.type for device in devices}
     try:
-        with torch.random.fork_rng(devices, device_type=kinds.pop() if kinds else "cuda"):
+        with torch.random.fork_rng(devices, device_type=kinds.pop() if kinds else "cuda"), mean_statistics(refreshed):
             # A tuple of one: update_bn passes the first element on, whatever it is.
             update_bn(((batch,) for batch in batches), wrapper)
-        if not wrapper.has_run:
+        if not wrapper.batches:
             raise ValueError("refresh_statistics() got no batch: BatchNorm layers would have no statistics")
     except BaseException:
         kept = buffers
@@ -58,8 +60,6 @@ def refresh_statistics(
     finally:
         for buffer, value in kept:
             buffer.copy_(value)
-        for m, momentum in momenta.items():
-            m.momentum = momentum
         for m, training in modes.items():
             m.training = training
 
@@ -89,7 +89,7 @@ class _Refreshed(nn.Module):
     ) -> None:
         super().__init__()
         self._run, self._refreshed, self._frozen = forward, refreshed, frozen
-        self.module, self.has_run = module, False
+        self.module, self.batches = module, 0
 
     def modules(self, remove_duplicate: bool = True) -> Iterator[nn.Module]:
         yield from self._refreshed
@@ -101,5 +101,6 @@ class _Refreshed(nn.Module):
         return self
 
     def forward(self, batch: Any) -> Any:
-        self.has_run = True
-        return self._run(self.module, batch)
+        self.batches += 1
+        with naming_batch(self.batches - 1):
+            return self._run(self.module, batch)

@@ -4,6 +4,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from typing import Any, Self
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -51,17 +52,17 @@ class Average(AveragedModel):
 
     Raises:
         TypeError: The optimizer runs no step hooks, or is the base of a SAM; or a model of FSDP1.
-        ValueError: ``start`` or ``every`` out of range; a model that cannot be copied.
-        RuntimeError: A step of the optimizer is pending, so that the weights may be perturbed.
+        ValueError: ``start`` or ``every`` out of range; a model that cannot be copied, or an optimizer of another one.
+        RuntimeError: A step of the optimizer is pending, so that the weights may be perturbed; or the model has the
+            weights of another average, within its :meth:`applied`.
     """
 
     n_steps: Tensor
+    frozen: Tensor | None
+    """For each BatchNorm layer: is it in evaluation mode in training? None without such layers."""
     _live: nn.Module
     _optimizer: Optimizer | None
     _steps: CompletedSteps | None
-    is_applied: bool
-    """True within :meth:`applied`."""
-    _frozen: list[str]
     _refusal: RemovableHandle | None
 
     def __init__(
@@ -79,15 +80,19 @@ class Average(AveragedModel):
         optimizer = None if optimizer is None else with_hooks(optimizer)
         require_completed_step(optimizer, type(self).__name__)
         live = whole_module(model)
+        _refuse_if_applied_to(live, type(self).__name__)
         super().__init__(nn.Identity())
         self.module = copy_of(live, device) if module is None else whole_module(module)
         self.use_buffers = True
         self.start, self.every = start, every
         self.register_buffer("n_steps", torch.tensor(0, dtype=torch.long, device="cpu"))
         self.n_averaged = self.n_averaged.cpu()
+        norms = batch_norms(live)
+        self.register_buffer("frozen", torch.zeros(len(norms), dtype=torch.bool, device="cpu") if norms else None)
         # not as attributes: a module in one would be a part of this module
-        self.__dict__.update(_live=live, _optimizer=optimizer, is_applied=False, _frozen=[], _refusal=None)
+        self.__dict__.update(_live=live, _optimizer=optimizer, _refusal=None)
         self._pairs().copy()
+        self._check_optimizer()
         self._note_frozen_layers()
         self._follow()
 
@@ -102,7 +107,7 @@ class Average(AveragedModel):
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_steps"}
-        return {**state, "is_applied": False, "_refusal": None}
+        return {**state, "_refusal": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -110,24 +115,49 @@ class Average(AveragedModel):
 
     def _apply(self, *args: Any, **kwargs: Any) -> Self:
         """Move or convert the average; its counters stay on the CPU, where reading them does not synchronize."""
-        counters = self.n_averaged, self.n_steps
+        counters = self.n_averaged, self.n_steps, self.frozen
         super()._apply(*args, **kwargs)  # type: ignore[no-untyped-call]
-        self.n_averaged, self.n_steps = counters
+        self.n_averaged, self.n_steps, self.frozen = counters
         return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Load a checkpoint, also one from before it said which layers are frozen: then those of the model are."""
+        if self.frozen is not None:
+            state_dict.setdefault(f"{prefix}frozen", self.frozen)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    @property
+    def is_applied(self) -> bool:
+        """True within :meth:`applied`."""
+        return self in _APPLIED
+
+    def _check_optimizer(self) -> None:
+        """Raise ValueError if the optimizer has no parameter of the model."""
+        if self._optimizer is None:
+            return
+        stepped = {id(p) for group in self._optimizer.param_groups for p in group["params"]}
+        if stepped.isdisjoint(map(id, self._live.parameters())):
+            raise ValueError(
+                f"the optimizer of this {type(self).__name__} has no parameter of its model, so the average would be "
+                "of weights that its steps never move: pass the optimizer of this model, made from its "
+                "model.parameters(). If it steps copies of them, pass none, and call update_parameters() after each "
+                "step"
+            )
 
     def _pairs(self, model: nn.Module | None = None) -> Pairs:
         return Pairs(self.module, self._live if model is None else whole_module(model))
 
-    def _note_frozen_layers(self) -> None:
-        """Note which BatchNorm layers are in evaluation mode in training; in an evaluation, all are."""
-        if self._live.training:
-            self._frozen = [name for name, layer in batch_norms(self._live).items() if not layer.training]
+    def _note_frozen_layers(self, *, in_training: bool = False) -> None:
+        """Note which BatchNorm layers are in evaluation mode in training; in an evaluation, all modules are."""
+        if self.frozen is not None and (in_training or any(m.training for m in self._live.modules())):
+            self.frozen = torch.tensor([not layer.training for layer in batch_norms(self._live).values()])
 
     def _after_step(self) -> None:
         self.n_steps += 1
         steps = int(self.n_steps) - self.start
         if steps > 0 and steps % self.every == 0:
             self.update_parameters()
+            self._note_frozen_layers(in_training=True)  # also of a model that is trained in evaluation mode
         elif self.n_averaged == 0:
             self._pairs().copy()
 
@@ -140,11 +170,12 @@ class Average(AveragedModel):
             model: Another model of the same form; by default that of the constructor.
 
         Raises:
-            RuntimeError: Called in the middle of a step of SAM, or within :meth:`applied`.
+            RuntimeError: Called in the middle of a step of SAM, or within :meth:`applied` of any average of the model.
             ValueError: The model has other parameters than it had when the average was made.
         """
         require_completed_step(self._optimizer, "update_parameters()")
         self._refuse_if_applied("update_parameters()")
+        _refuse_if_applied_to(self._live if model is None else whole_module(model), "update_parameters()")
         pairs = self._pairs(model)
         if self.n_averaged == 0:
             pairs.copy()
@@ -179,12 +210,12 @@ class Average(AveragedModel):
 
     def _begin_applied(self) -> None:
         """Refuse steps and updates until :meth:`_end_applied`."""
-        self.__dict__["is_applied"] = True
+        _APPLIED.add(self)
         if self._optimizer is not None:
             self._refusal = self._optimizer.register_step_pre_hook(self._refuse_step)
 
     def _end_applied(self) -> None:
-        self.__dict__["is_applied"] = False
+        _APPLIED.discard(self)
         if self._refusal is not None:
             self._refusal.remove()
 
@@ -201,8 +232,8 @@ class Average(AveragedModel):
         """Compute the statistics of BatchNorm layers for the averaged weights, by ``swa_utils.update_bn``.
 
         Call it before an evaluation, with a few dozen batches of the training data. The model and the random generators
-        do not change. BatchNorm layers that were in evaluation mode in training keep
-        their statistics. With several ranks, give all of them the same batches.
+        do not change. Batches are weighted by their samples. BatchNorm layers that were in evaluation mode in training
+        keep their statistics. With several ranks, give all of them the same batches.
 
         Args:
             batches: The batches, such as a data loader.
@@ -211,7 +242,7 @@ class Average(AveragedModel):
 
         Raises:
             TypeError: A batch that is no tensor, without ``forward``.
-            ValueError: There is no batch.
+            ValueError: There is no batch, or a batch of one sample.
 
         Example:
             >>> from steppe.averaging import SWA
@@ -219,10 +250,22 @@ class Average(AveragedModel):
             >>> averaged = SWA(model, torch.optim.SGD(model.parameters(), lr=0.1))
             >>> averaged.refresh_statistics([{"x": torch.ones(4, 2)}], lambda module, batch: module(batch["x"]))
         """
-        refresh_statistics(self.module, batches, forward, self._frozen)
+        frozen = [] if self.frozen is None else self.frozen.tolist()
+        names = [name for name, is_frozen in zip(batch_norms(self.module), frozen, strict=True) if is_frozen]
+        refresh_statistics(self.module, batches, forward, names)
 
 
 _REFUSAL = (
     "{} was called within applied(): the model has the averaged weights there, and its own are restored at the end of "
     "the block. Leave the block first"
 )
+
+_APPLIED: WeakSet[Average] = WeakSet()
+"""The averages that are within :meth:`Average.applied`."""
+
+
+def _refuse_if_applied_to(model: nn.Module, caller: str) -> None:
+    """Raise RuntimeError if any of the model's weights are those of an average at the moment."""
+    own = set(map(id, model.parameters()))
+    if any(not own.isdisjoint(map(id, average._live.parameters())) for average in _APPLIED):
+        raise RuntimeError(_REFUSAL.format(caller))

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, TypeAlias
 
@@ -42,7 +43,7 @@ def finite_loss(loss: Tensor) -> float:
     if not math.isfinite(value):
         raise FloatingPointError(
             f"The loss at the weights themselves is {value}, so an increase over it is undefined: the run has "
-            "diverged, or the data contain values that are not finite"
+            "diverged, the data contain values that are not finite, or the loss ignores all labels"
         )
     return value
 
@@ -60,6 +61,19 @@ def loss_increase(loss: Tensor, reference: float) -> float:
             "rho or sigma, or compute in Objective(dtype=torch.float64) if the loss only overflows"
         )
     return value - reference
+
+
+@contextmanager
+def naming_part(part: Objective) -> Iterator[None]:
+    """Say in the error for a loss that is not finite which part of the data it is that of."""
+    try:
+        yield
+    except FloatingPointError as error:
+        raise FloatingPointError(
+            f"In a part of {part.rows} samples: {error}. A loss that ignores some labels (-100 in F.cross_entropy) is "
+            "NaN for a part without others: choose a larger m, or pass size=, batch -> number of labels that count, "
+            "which leaves such parts out"
+        ) from error
 
 
 @dataclass(frozen=True)

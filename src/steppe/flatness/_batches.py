@@ -1,10 +1,12 @@
 """Iterate over the same batches many times, and check that each pass yields the same samples."""
 
 from collections.abc import Callable, Iterator, Mapping
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset, IterableDataset
 
 from steppe._checks import check_count
 from steppe._tensors.in_place import as_real
@@ -23,6 +25,11 @@ class Batches:
                 listed = ", ".join(str(length) for length in lengths)
                 raise ValueError(f"data: tensors of {listed} entries, but inputs and targets must have the same length")
             self._batches: Any = _TensorBatches(data, batch_size)
+        elif isinstance(data, Dataset) and not isinstance(data, IterableDataset):
+            raise TypeError(
+                f"data is {type(data).__name__}, a data set of single samples, each of which would be taken for a "
+                "batch: wrap it in a DataLoader, with shuffle=False and no augmentation"
+            )
         elif isinstance(data, Iterator):
             raise TypeError(
                 f"data is {type(data).__name__}, an iterator that can be consumed only once, but a measurement needs "
@@ -49,44 +56,63 @@ class Batches:
 
 
 class _TensorBatches:
-    """Split a tuple or dictionary of tensors of equal length into views of ``batch_size`` rows."""
+    """Split a tuple or dictionary of tensors of equal length into views of ``batch_size`` rows.
+
+    A single last row joins the batch before it: BatchNorm has no statistics of one sample.
+    """
 
     def __init__(self, tensors: tuple[Tensor, ...] | Mapping[str, Tensor], batch_size: int) -> None:
         self._tensors, self._batch_size = tensors, batch_size
 
     def __len__(self) -> int:
-        return -(-num_samples(self._tensors) // self._batch_size)
+        whole, rest = divmod(num_samples(self._tensors), self._batch_size)
+        return whole + (rest > 1 or (rest == 1 and whole == 0))
 
     def __iter__(self) -> Iterator[Any]:
-        return split_rows(self._tensors, self._batch_size)
+        begins = [i * self._batch_size for i in range(len(self))]
+        for begin, end in pairwise([*begins, num_samples(self._tensors)]):
+            yield rows(self._tensors, begin, end)
 
 
 class Fingerprint:
     """A checksum of the samples of one pass: their number, and a weighted sum over all entries.
 
     It does not depend on the order of the samples. Augmentation or another selection of samples changes it.
+
+    Args:
+        by_batch: Compare also which samples are in a batch together.
     """
 
-    def __init__(self) -> None:
-        self.samples = 0
-        self._sums: list[Tensor] = []
+    def __init__(self, *, by_batch: bool = False) -> None:
+        self.samples, self._by_batch = 0, by_batch
+        self._sums: list[Tensor] = []  # of each batch
 
     def add(self, batch: Any, size: int) -> None:
         """Add a batch."""
         self.samples += size
-        self._sums += [_weighted_sums(t.detach()) for t in list_tensors(batch) if t.numel() > 0]
+        sums = [_weighted_sums(t.detach()) for t in list_tensors(batch) if t.numel() > 0]
+        self._sums += [torch.stack(sums).sum(0)] if sums else []
 
     def compare(self, previous: "Fingerprint") -> None:
-        """Raise ValueError if this pass had other samples than the previous one."""
-        (now, _), (then, scale) = self._sum(), previous._sum()
-        if self.samples != previous.samples or abs(now - then) > 1e-9 * scale:
+        """Raise ValueError if this pass had other samples than the previous one, or had them in other batches."""
+        (now, _), (then, scales) = self._table(), previous._table()
+        allowed = 1e-9 * float(scales.sum())
+        if self.samples != previous.samples or abs(float(now.sum() - then.sum())) > allowed:
             raise ValueError(
                 f"data: two passes had different samples ({previous.samples} and {self.samples} of them), so their "
                 "losses cannot be compared. Switch augmentation off, and draw the samples once"
             )
+        if self._by_batch and (len(now) != len(then) or bool(((now - then).abs() > allowed).any())):
+            raise ValueError(
+                "data: two passes had the same samples in other batches, but with batch_norm='train' the loss depends "
+                "on which samples share a batch, so the losses cannot be compared. Pass a list of batches, or a "
+                "DataLoader with shuffle=False, or one without generator=, which is shuffled alike in all passes"
+            )
 
-    def _sum(self) -> list[float]:
-        return torch.stack([s.cpu() for s in self._sums]).sum(0).tolist() if self._sums else [0.0, 0.0]
+    def _table(self) -> tuple[Tensor, Tensor]:
+        """Return the sums of each batch in ascending order, whatever that of the batches, with their scales."""
+        sums = torch.stack([s.cpu() for s in self._sums]) if self._sums else torch.zeros(0, 2)
+        return sums[:, 0].sort().values, sums[:, 1]
 
 
 def _weighted_sums(tensor: Tensor) -> Tensor:
@@ -108,11 +134,13 @@ def split_rows(batch: Any, m: int) -> Iterator[Any]:
     """Split a batch into parts of m samples along the first dimension of its tensors; the last may be smaller."""
     length = num_samples(batch)  # rows of the tensors; `size` may count something else, such as tokens
     for begin in range(0, length, m):
+        yield rows(batch, begin, begin + m)
 
-        def part(tensor: Tensor, begin: int = begin) -> Tensor:
-            return tensor[begin : begin + m] if tensor.dim() > 0 and len(tensor) == length else tensor
 
-        yield map_tensors(batch, part)
+def rows(batch: Any, begin: int, end: int) -> Any:
+    """Return the samples from ``begin`` to ``end`` of a batch, along the first dimension of its tensors."""
+    length = num_samples(batch)
+    return map_tensors(batch, lambda t: t[begin:end] if t.dim() > 0 and len(t) == length else t)
 
 
 def join_rows(a: Any, b: Any) -> Any:

@@ -11,7 +11,7 @@ from torch.func import functional_call
 from steppe._tensors.cached_weights import drop_cached_weights
 from steppe._tensors.dtensor import is_sharded, sharded_part
 from steppe.flatness._batches import cast
-from steppe.flatness._isolation import evaluation_mode
+from steppe.flatness._isolation import evaluation_mode, own_attributes
 
 Loss: TypeAlias = Callable[..., Tensor]
 """(outputs, targets) -> the mean loss of a batch, a 0-dim tensor."""
@@ -62,7 +62,8 @@ class PlacedLoss:
     def _run(self, function: Callable[[], _T]) -> _T:
         drop_cached_weights()  # parametrize.cached() goes by the module, so it would return those of other weights
         try:
-            with evaluation_mode(self._holder.model, train_norms=self._train_norms):
+            model = self._holder.model
+            with own_attributes(model), evaluation_mode(model, train_norms=self._train_norms):
                 result: _T = functional_call(self._holder, self._state, (function,))
         finally:
             drop_cached_weights()

@@ -1,4 +1,4 @@
-"""Context managers that restore the model's modes and torch's random generators after a pass."""
+"""Context managers that restore the model's modes and attributes and torch's random generators after a pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -28,6 +28,25 @@ def evaluation_mode(model: nn.Module, *, train_norms: bool) -> Iterator[None]:
     finally:
         for m, training in before.items():
             m.training = training
+
+
+@contextmanager
+def own_attributes(model: nn.Module) -> Iterator[None]:
+    """Restore on exit what a forward assigns to the attributes of modules.
+
+    The weight of torch's old ``weight_norm`` is such an attribute, and would stay that of the perturbed parameters. All
+    are restored, because a cached tensor belongs to the numbers that are assigned with it.
+    """
+    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    try:
+        yield
+    finally:
+        for attributes, own in before:
+            for name in [name for name, value in attributes.items() if name not in own or value is not own[name]]:
+                if name in own:
+                    attributes[name] = own[name]
+                else:
+                    del attributes[name]
 
 
 def _checkpoints_in_training_only(module: nn.Module) -> bool:

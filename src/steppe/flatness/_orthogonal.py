@@ -11,6 +11,12 @@ _PIECE = 1 << 16
 _ROUNDING = 1e-6
 
 
+def matmul(a: Tensor, b: Tensor) -> Tensor:
+    """Return a @ b in the dtype of the factors, also in an autocast region of the caller."""
+    with torch.autocast(a.device.type, enabled=False):
+        return a @ b
+
+
 def dots(basis: Tensor, vector: Tensor) -> Tensor:
     """Return the inner products of rows (..., k, n) with a vector (..., n): (..., k), float64.
 
@@ -19,7 +25,7 @@ def dots(basis: Tensor, vector: Tensor) -> Tensor:
     total = basis.new_zeros(basis.shape[:-1], dtype=accumulator(basis.device))
     for begin in range(0, basis.shape[-1], _PIECE):
         piece = slice(begin, begin + _PIECE)
-        total += (basis[..., piece] @ vector[..., piece, None])[..., 0]
+        total += matmul(basis[..., piece], vector[..., piece, None])[..., 0]
     return total
 
 
@@ -39,7 +45,7 @@ def orthogonalize(vector: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:
     coefficients = torch.zeros_like(basis[..., 0], dtype=accumulator(basis.device))
     for _ in range(2):
         projection = dots(basis, vector)
-        vector = vector - (projection.to(basis.dtype)[..., None, :] @ basis)[..., 0, :]
+        vector = vector - matmul(projection.to(basis.dtype)[..., None, :], basis)[..., 0, :]
         coefficients += projection
     return vector, coefficients
 

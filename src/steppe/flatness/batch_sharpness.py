@@ -6,6 +6,7 @@ import torch
 
 from steppe._checks import check_count
 from steppe._tensors.reductions import dot
+from steppe.flatness._ascent import finite_loss, naming_part
 from steppe.flatness.estimate import Estimate, weighted_standard_error
 from steppe.flatness.objective import Objective
 from steppe.flatness.operators import Hessian
@@ -29,6 +30,7 @@ def batch_sharpness(objective: Objective, m: int, *, parts: int | None = None) -
 
     Raises:
         ValueError: ``m`` or ``parts`` is below 1, or all gradients are zero.
+        FloatingPointError: The loss of a part is not finite.
         RuntimeError: The model contains an operation without a second derivative.
 
     Example:
@@ -49,7 +51,9 @@ def batch_sharpness(objective: Objective, m: int, *, parts: int | None = None) -
     objective.stage = "batch sharpness"
     measured: list[tuple[int, float, float]] = []
     for part in islice(objective.split(m), parts):
-        _, g = part.gradient()
+        loss, g = part.gradient()
+        with naming_part(part):
+            finite_loss(loss)
         hessian = Hessian(part)
         (product,) = hessian(g[None])
         measured.append((part.samples, float(dot([g], [product])), float(dot([g], [g]))))

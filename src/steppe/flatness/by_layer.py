@@ -29,7 +29,8 @@ class LayerCurvature:
     trace: Estimate
     """The trace of its block."""
     relative_flatness: Estimate | None
-    """Of its linear layer; None if it has none, or several."""
+    """Of its linear layer; None if it has none, or several, or one whose matrix is computed from other parameters
+    (``weight_norm``, ``orthogonal``), so that no Hessian in its entries is known."""
 
 
 @dataclass(frozen=True)
@@ -141,9 +142,18 @@ def _modules(objective: Objective) -> dict[str, list[str]]:
     """Return the parameters of each module that has some of its own, by its name."""
     groups: dict[str, list[str]] = {}
     for name in objective.names:
-        module = name.rpartition(".")[0] or type(objective.model).__name__
-        groups.setdefault(module, []).append(name)
+        groups.setdefault(_module(name) or type(objective.model).__name__, []).append(name)
     return groups
+
+
+def _module(parameter: str) -> str:
+    """Return the name of the module that a parameter belongs to, also as the original of a parametrization.
+
+    >>> _module("0.bias"), _module("0.parametrizations.weight.original0"), _module("weight")
+    ('0', '0', '')
+    """
+    module, parametrized, _ = f".{parameter}".partition(".parametrizations.")
+    return (module if parametrized else module.rpartition(".")[0]).removeprefix(".")
 
 
 def _with_error(estimate: Estimate) -> str:

@@ -9,7 +9,7 @@ from torch import Tensor
 from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors.reductions import dot, norm
-from steppe.flatness._orthogonal import check_finite_product, orthogonalize, row_norms, unit_vector
+from steppe.flatness._orthogonal import check_finite_product, matmul, orthogonalize, row_norms, unit_vector
 from steppe.flatness.operators import Operator
 
 Which: TypeAlias = Literal["largest", "smallest", "magnitude"]
@@ -161,7 +161,7 @@ class _KrylovSpace:
 
     def combine(self, vectors: Tensor) -> Tensor:
         """Turn coefficients in the basis, (size, k) in columns, into vectors (k, n)."""
-        return vectors.T.to(self._q) @ self._q[: self.size]
+        return matmul(vectors.T.to(self._q), self._q[: self.size])
 
     def _random_vector(self) -> Tensor:
         """Draw a unit vector orthogonal to the basis."""

@@ -50,6 +50,7 @@ class EmpiricalFisher(Curvature):
         self.per = per
 
     def _build_product(self, batch: Any) -> Product:
+        self.objective.check_mean(batch)
         weights, placed = self.objective.differentiable(batch)
         size = self.objective.size(batch)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe._checks import check_count
-from steppe.flatness._ascent import Norm
+from steppe.flatness._ascent import Norm, naming_part
 from steppe.flatness.estimate import Estimate, weighted_standard_error
 from steppe.flatness.objective import Objective
 from steppe.flatness.sharpness import sharpness
@@ -87,7 +87,8 @@ def m_sharpness(
                 f"m={m}, but a batch has {part.rows} samples and a part lies within one batch: choose a smaller m "
                 "or larger batches (batch_size=)"
             )
-        own = sharpness(part, rho, **options)
+        with naming_part(part):
+            own = sharpness(part, rho, **options)
         measured.append((part.samples, own.value, own.one_step))
     measured = objective.gather(measured)
     if not measured:

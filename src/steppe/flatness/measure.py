@@ -49,7 +49,8 @@ def measure(
         optimizer: The Adam or AdamW that has trained the model, or a SAM around it, for ``adam_sharpness``.
 
     Returns:
-        A :class:`Flatness`. Relative flatness is included if the last linear layer is among the weights.
+        A :class:`Flatness`. Relative flatness is included if the matrix of the last linear layer is among the weights,
+        and not if it is computed from them (``weight_norm``, ``orthogonal``).
 
     Raises:
         FloatingPointError: The loss is not finite at w, or NaN at a perturbed point.

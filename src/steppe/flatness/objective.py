@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import reduce
-from itertools import count
+from itertools import chain, count
 from typing import Any, Literal, TypeAlias, TypeVar
 
 import torch
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from steppe._checks import check_count
+from steppe._tensors.batch_norm import mean_statistics, naming_batch
 from steppe._tensors.graph import derivatives
 from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, join_rows, num_samples, split_rows
@@ -60,22 +61,26 @@ class Objective:
         model: Any module. In ``DistributedDataParallel`` the loss is the mean over the data of all ranks: each rank
             passes its share, all make the same calls, and all get the same numbers.
         data: A pair of tensors (inputs, targets) or a dictionary of tensors, which is split into batches; or an
-            iterable that yields the same batches each time (a list, a ``DataLoader``).
+            iterable that yields the same batches each time (a list, a ``DataLoader``), in any order.
         loss: (outputs, targets) -> mean loss, a 0-dim tensor; a batch is then ``(*inputs, targets)``.
         evaluate: In place of ``loss``, (model, batch) -> mean loss, for batches of any form; or -> (mean loss, outputs)
             with all outputs that the loss is computed from, for the Gauss-Newton and Fisher matrices.
-        batch_size: Samples per batch, if ``data`` is a pair or a dictionary of tensors.
+        batch_size: Samples per batch, if ``data`` is a pair or a dictionary of tensors; a single last sample joins the
+            batch before it.
         batch_norm: "eval" or "train".
         parameters: Names of the parameters that form w; by default all that require a gradient.
         size: Batch -> number of samples that its loss averages over; by default the length of its first tensor, or as
             above for a model that returns its loss. A ``loss`` that is a mean over the tokens that are not padding
-            needs it. Without it, a loss of several batches that is no mean over the samples gives a warning.
-        dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights.
+            needs it. Without it, a loss that is no mean over the samples gives a warning where it is averaged over
+            several batches, parts or samples.
+        dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights. An
+            autocast region around a measurement has no effect on it; one within the model or the loss does.
         seed: Seed of the model's own random draws, which are the same in every pass.
         progress: (stage, passes) -> None, called after each pass over the data.
 
     Raises:
-        TypeError: A model of which a part is sharded, complex parameters, or ``data`` is an iterator.
+        TypeError: A model of which a part is sharded, complex parameters, or ``data`` is an iterator or a data set of
+            single samples.
         ValueError: No parameters or an unknown name; both ``loss`` and ``evaluate``, or neither for a pair of tensors.
 
     Example:
@@ -142,13 +147,22 @@ class Objective:
         return evaluate_model_loss
 
     def _set_parameters(self, names: Sequence[str] | None) -> None:
-        self._parameters = select_parameters(self.model, names)
-        first, *others = (p.dtype for p in self._parameters.values())
+        selected = select_parameters(self.model, names)
+        self._names, self._shapes = list(selected), [p.shape for p in selected.values()]
+        self._other_weights: dict[str, Tensor] | None = None
+        first, *others = (p.dtype for p in selected.values())
         widest = reduce(torch.promote_types, others, first)
         self.dtype = self._dtype or (widest if widest.itemsize > 2 else torch.float32)
-        self.device = next(iter(self._parameters.values())).device
-        self._sizes = [p.numel() for p in self._parameters.values()]
+        self.device = next(iter(selected.values())).device
+        self._sizes = [p.numel() for p in selected.values()]
         self.n = sum(self._sizes)
+
+    @property
+    def _parameters(self) -> dict[str, Tensor]:
+        """The tensors that form w, by name: those of the model now, which ``load_state_dict(assign=True)`` replaces."""
+        if self._other_weights is not None:
+            return self._other_weights
+        return {name: self.model.get_parameter(name) for name in self._names}
 
     def restrict_to(self, names: Sequence[str]) -> "Objective":
         """Return the same loss as a function of the named parameters only; the others are constants."""
@@ -163,7 +177,7 @@ class Objective:
         The weights are used as they are: w + (w' - w) would differ from w' by rounding.
         """
         other = copy.copy(self)
-        other._parameters = dict(zip(self.names, self.unflatten(weights), strict=True))
+        other._other_weights = dict(zip(self.names, self.unflatten(weights), strict=True))
         try:
             yield other
         finally:
@@ -178,23 +192,26 @@ class Objective:
             ValueError: m is no whole number of at least 1.
         """
         check_count("m", m, "the number of samples of a part")
-        for batch, _ in self._iterate_batches():
+        for index, (batch, _) in enumerate(self._iterate_batches()):
+            if index == 0 and m < num_samples(batch):
+                self.check_mean(batch)
             for part in split_rows(batch, m):
                 if self.size(part) == 0:  # no token of these samples has a label
                     continue
                 objective = copy.copy(self)
                 objective.group, objective._fingerprint, objective._batches = None, None, self._batches.single(part)
+                objective._unchecked_mean = False
                 yield objective
 
     @property
     def names(self) -> list[str]:
         """Names of the parameters that form w."""
-        return list(self._parameters)
+        return list(self._names)
 
     @property
     def shapes(self) -> list[torch.Size]:
         """Shape of each parameter."""
-        return [p.shape for p in self._parameters.values()]
+        return list(self._shapes)
 
     @property
     def weights(self) -> Tensor:
@@ -202,9 +219,11 @@ class Objective:
         return self.flatten([p.detach() for p in self._parameters.values()])
 
     @property
-    def version(self) -> tuple[int, ...]:
-        """Torch's version counters of the parameters; they change when a weight is written in place."""
-        return tuple(p._version for p in self._parameters.values())
+    def state(self) -> list[Tensor]:
+        """All that the loss depends on beside the data: w, and the model's other parameters and buffers, not copied."""
+        weights = self._parameters
+        named = chain(self.model.named_parameters(), self.model.named_buffers())
+        return [*weights.values(), *(t for name, t in named if name not in weights)]
 
     @property
     def samples(self) -> int:
@@ -263,7 +282,7 @@ class Objective:
                 "make it with flatten(), from one tensor per parameter"
             )
         parts = torch.split(vector.to(self.device, self.dtype), self._sizes)
-        return [part.view(p.shape) for part, p in zip(parts, self._parameters.values(), strict=True)]
+        return [part.view(shape) for part, shape in zip(parts, self._shapes, strict=True)]
 
     def loss(self, e: Tensor | None = None, *, buffers: Mapping[str, Tensor] | None = None) -> Tensor:
         """Return L(w + e), a 0-dim float64 tensor, in one pass.
@@ -320,8 +339,8 @@ class Objective:
             if self._unchecked_mean and first is None:
                 first = batch
             elif self._unchecked_mean:
-                self._check_mean(first, batch)
-            with self._pass_context(index):
+                self.check_mean(first, batch)
+            with self._pass_context(index), naming_batch(index):
                 parts = [part.mul_(size) for part in function(batch)]
             totals = [t.add_(p) for t, p in zip(totals, parts, strict=True)] if totals else parts
         samples = self.samples
@@ -332,6 +351,7 @@ class Objective:
     def statistics(self, e: Tensor | None = None) -> dict[str, Tensor]:
         """Estimate BatchNorm's running statistics at w + e as the mean of the batch statistics, in one pass.
 
+        Batches are weighted by their samples.
         Between two trained models, the running statistics of neither are right, so a loss that uses them is wrong.
         The model's own are left as they are; ``Average.refresh_statistics`` of :mod:`steppe.averaging` replaces them.
 
@@ -343,7 +363,7 @@ class Objective:
         own = [(k, b) for k, b in self.model.named_buffers() if k.rpartition(".")[0] in norms]
         with torch.inference_mode(mode=False):
             buffers = {k: cast(torch.full_like(b, k.endswith("running_var")), self.dtype) for k, b in own}
-        weights, momenta = self._perturbed_weights(e), {m: m.momentum for m in norms.values()}
+        weights = self._perturbed_weights(e)
 
         @torch.no_grad()
         def update_statistics(batch: Any) -> list[Tensor]:
@@ -352,14 +372,17 @@ class Objective:
             )
             return []
 
-        try:
-            for m in momenta:
-                m.momentum = None  # a cumulative mean over all batches in place of an exponential one
+        with mean_statistics(norms.values()) as seen:
             self.average(update_statistics)
-        finally:
-            for m, momentum in momenta.items():
-                m.momentum = momentum
-        return {k: self.sum_over_ranks(b.double()).div(self.world_size).to(b.dtype) for k, b in buffers.items()}
+        return {k: self._mean_over_ranks(b, seen[norms[k.rpartition(".")[0]]]) for k, b in buffers.items()}
+
+    def _mean_over_ranks(self, tensor: Tensor, weight: int) -> Tensor:
+        """Return the mean of a tensor over all ranks, each of which has its weight."""
+        if self.group is None:
+            return tensor
+        total = self.sum_over_ranks(torch.tensor(float(weight), dtype=torch.float64))
+        mean = self.sum_over_ranks(tensor.double() * weight) / total
+        return mean.to(tensor.dtype) if total > 0 else tensor
 
     def sum_over_ranks(self, tensor: Tensor) -> Tensor:
         """Return the sum of a tensor over all ranks, on its own device."""
@@ -377,11 +400,14 @@ class Objective:
         dist.all_gather_object(by_rank, values, group=self.group)
         return [value for rank in by_rank for value in rank]
 
-    def _check_mean(self, first: Any, second: Any) -> None:
-        """Warn if the loss is no mean over the samples, by a half of each of two batches."""
-        self._unchecked_mean = False
-        parts = [next(split_rows(batch, -(-num_samples(batch) // 2))) for batch in (first, second)]
-        together = join_rows(*parts)
+    def check_mean(self, *batches: Any) -> None:
+        """Warn once if the loss is no mean over the samples, by both halves of a batch or a half of each of two."""
+        if not self._unchecked_mean or not all(map(num_samples, batches)):
+            return
+        self._unchecked_mean = len(batches) == 1 and not self.is_single_batch  # two batches show more than one
+        halves = [list(split_rows(batch, -(-num_samples(batch) // 2))) for batch in batches]
+        parts = halves[0] if len(batches) == 1 else [first for first, *_ in halves]
+        together = join_rows(*parts) if len(parts) == 2 else None
         if together is None:
             return
         whole, with_other_draws = self._loss_of_batch(together), self._loss_of_batch(together, seed=1)
@@ -389,10 +415,11 @@ class Objective:
             return  # the loss is random, and the parts have draws of their own
         of_parts = sum(self._loss_of_batch(part) * num_samples(part) for part in parts) / num_samples(together)
         if math.isfinite(whole) and not math.isclose(whole, of_parts, rel_tol=1e-3, abs_tol=1e-5):
+            self._unchecked_mean = False
             warnings.warn(
-                f"the loss is {whole:.6g} over samples of two batches together and {of_parts:.6g} over them apart, so "
+                f"the loss is {whole:.6g} over two parts of the data together and {of_parts:.6g} over them apart, so "
                 "it is no mean over the samples (class weights, ignored labels, a sum, a loss of the whole batch), and "
-                "the mean over the batches depends on how the data are split: give one that is, such as "
+                "a mean over batches, parts or samples depends on how the data are split: give one that is, such as "
                 "F.cross_entropy(..., reduction='none').mean(), or size=, batch -> number of terms that the loss "
                 "averages over (lambda batch: 1 for a loss of the whole batch)",
                 stacklevel=4,
@@ -418,14 +445,14 @@ class Objective:
         train_norms: bool = False,
         update_buffers: bool = False,
     ) -> PlacedLoss:
-        named = dict(zip(self._parameters, weights, strict=True))
+        named = dict(zip(self._names, weights, strict=True))
         train_norms = train_norms or self.batch_norm == "train"
         options: dict[str, Any] = {"train_norms": train_norms, "update_buffers": update_buffers}
         return self._batch_loss.place(named, batch, self.dtype, buffers=buffers, **options)
 
     def _iterate_batches(self) -> Iterator[tuple[Any, int]]:
         """Yield each batch, on the device of the weights, with its size; count the pass and check its samples."""
-        fingerprint, batches = Fingerprint(), None
+        fingerprint, batches = Fingerprint(by_batch=self.batch_norm == "train"), None
         for index in count():
             with seeded_generators(self.device, self.seed + index):  # a DataLoader draws random numbers, too
                 batches = iter(self._batches) if batches is None else batches
@@ -444,10 +471,11 @@ class Objective:
 
     @contextmanager
     def _pass_context(self, index: int) -> Iterator[None]:
-        """Enable gradients, whatever the caller's mode, with twice differentiable kernels and seeded generators."""
+        """Enable gradients and switch autocast off, whatever the caller's modes; seed generators and select kernels."""
         with (
             torch.inference_mode(mode=False),
             torch.enable_grad(),
+            torch.autocast(self.device.type, enabled=False),
             seeded_generators(self.device, self.seed + index),
             twice_differentiable(self.model),
         ):

@@ -37,7 +37,7 @@ class Hessian(Curvature):
 
     Products are exact derivatives of the gradient, not finite differences. One pass over the data multiplies all given
     vectors and builds the graph of each batch's gradient once. If the data are a single batch, the graph is kept for
-    further products until the weights change.
+    further products, until the weights or anything else in the model changes.
 
     In a ReLU network the second derivative is that of the linear pieces: the kinks do not contribute.
 

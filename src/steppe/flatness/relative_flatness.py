@@ -9,6 +9,7 @@ from torch import Tensor
 from steppe._checks import check_count
 from steppe._tensors import random as random_tensors
 from steppe._tensors import reductions
+from steppe.flatness._orthogonal import matmul
 from steppe.flatness.estimate import Estimate
 from steppe.flatness.operators import Hessian
 
@@ -81,7 +82,7 @@ def _random_vectors(W: Tensor, probes: int, seed: int) -> Iterator[Tensor]:
     for probe in range(probes):
         bits = random_tensors.integers("steppe.relative_flatness", seed, probe, [W[0], W[0]], below=2)
         a, z = (bit.to(W.dtype) * 2 - 1 for bit in bits)
-        yield torch.outer(W @ a, z)
+        yield torch.outer(matmul(W, a), z)
 
 
 def _all_vectors(W: Tensor) -> Iterator[Tensor]:
