@@ -94,6 +94,20 @@ def test_advice_keeps_the_base_where_its_averaged_weights_are_better() -> None:
     assert controls.advice(of, found, judged)[0].startswith("Take SGD with averaged weights")
 
 
+def test_advice_names_the_seeds_whose_averaged_weights_were_not_measured() -> None:
+    of = recipe(epochs=4, seeds=SEEDS)
+    with_average = record(4, 60.0, **{"test_accuracy (ema)": 66.0})
+    found = results(of, [with_average], [record(4, 65.0)])
+    missing = "The averaged weights of SGD were not measured for "
+    assert not any(missing in line for line in controls.advice(of, found, controls.verdicts(of, found)))
+    for run in found:
+        if run.method.name == "sgd" and run.seed < 2:
+            found[run] = [record(4, 60.0)]
+    lines = controls.advice(of, found, controls.verdicts(of, found))
+    assert lines[-1].startswith(f"{missing}seeds 0, 1, which were trained before others were compared with it: add ")
+    assert lines[-1].endswith(" add sgd+ema to the methods for that control.")
+
+
 @pytest.mark.parametrize("methods", [("sgd",), ("sam",)])
 def test_one_method_has_no_verdict_and_no_advice(methods: tuple[str, ...]) -> None:
     of = recipe(methods=methods, epochs=4)

@@ -1,6 +1,6 @@
 """The numbers of every method and of the base's controls: at equal compute, at equal steps, at its best, averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from steppe.experiments.analysis.advice import Candidate, advise
@@ -52,7 +52,25 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
                 seconds=estimate([record.seconds for record in found]).mean,
                 rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
             )
-    return advise(judged, candidates)
+    return [*advise(judged, candidates), *_without_average(recipe, results)]
+
+
+def _without_average(recipe: Recipe, results: Results) -> Iterator[str]:
+    """Name the seeds of the base without averaged weights, as they were trained before others were compared with it."""
+    base, *others = recipe.comparison.methods
+    averaged = replace(base, average=AVERAGE)
+    # a CUDA graph updates no average
+    if not others or base.average or base.passes != 1 or recipe.hardware.cuda_graphs or averaged in others:
+        return
+    ends = {run.seed: record_at(of, recipe.comparison.epochs) for run, of in results.items() if run.method == base}
+    name = f"test_{recipe.task.deciding.name}{AVERAGED_SUFFIX}"
+    seeds = [str(seed) for seed, end in ends.items() if end is not None and name not in end.measures]
+    if seeds:
+        yield (
+            f"The averaged weights of {base.label} were not measured for seed{'s'[: len(seeds) > 1]} "
+            f"{', '.join(seeds)}, which {'were' if len(seeds) > 1 else 'was'} trained before others were compared with "
+            f"it: add {averaged} to the methods for that control."
+        )
 
 
 def pairs(recipe: Recipe, results: Results, control: Control, name: str = "") -> dict[str, BySeed]:
