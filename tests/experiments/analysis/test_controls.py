@@ -63,6 +63,16 @@ def test_best_moment_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     assert found["best_held_out"] == 65.0 - 55.0
 
 
+def test_half_without_a_value_is_no_control() -> None:
+    halves = "test_accuracy (half 1)", "test_accuracy (half 2)"
+    ends = [record(4, 60.0, **{halves[0]: 50.0, halves[1]: 70.0})]
+    undefined = record(2, 70.0, **{halves[0]: float("nan"), halves[1]: 60.0})
+    of = recipe(epochs=4, seeds=SEEDS)
+    assert "best_held_out" not in differences(of, [undefined, *ends], [record(4, 65.0)])
+    diverged = record(2, float("nan"), **{halves[0]: float("nan"), halves[1]: 60.0})
+    assert "best_held_out" in differences(of, [diverged, *ends], [record(4, 65.0)])
+
+
 def test_with_validation_data_the_best_moment_is_chosen_on_them() -> None:
     base = [record(2, 64.0, validation_accuracy=90.0), record(4, 60.0, validation_accuracy=80.0)]
     assert differences(recipe(epochs=4, seeds=SEEDS), base, [record(4, 65.0)])["best_held_out"] == 1.0

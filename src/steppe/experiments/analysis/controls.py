@@ -16,7 +16,7 @@ from steppe.experiments.analysis.metric_verdicts import (
     MetricVerdict,
     judge,
 )
-from steppe.experiments.analysis.statistics import estimate, rank
+from steppe.experiments.analysis.statistics import estimate, is_usable, rank
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.config.task_info import MetricInfo
 from steppe.experiments.storage.records import AVERAGE, HALVES, Record, record_at
@@ -120,7 +120,8 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, n
 def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
     """Return the test metric at the moment that is best on held-out data.
 
-    Without validation data, the moment is chosen on one half of the test data and judged on the other, both ways.
+    Without validation data, the moment is chosen on one half of the test data and judged on the other, both ways; None
+    if a half has no value where the whole has one, as that of a metric of few positive samples.
     """
     metric = recipe.task.deciding
     test, held_out = f"test_{metric.name}", f"validation_{metric.name}"
@@ -131,6 +132,8 @@ def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
         return best
     halves = [test + half for half in HALVES]
     if len(records) < 2 or not all(half in record.measures for record in records for half in halves):
+        return None
+    if any(is_usable(record[test]) and not is_usable(record[half]) for record in records for half in halves):
         return None
     first, second = halves
     by_first = max(records, key=lambda record: rank(metric.better * record[first]))
