@@ -39,7 +39,7 @@ def gap_verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
 
 def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) -> list[str]:
     """Say which method and rho to take on this task, at what price, how sure that is, and what to try next."""
-    candidates = {}
+    candidates, test = {}, f"test_{recipe.task.deciding.name}"
     for method in recipe.comparison.methods:
         of_method = [records for run, records in results.items() if run.method == method]
         ends = [record_at(records, recipe.comparison.epochs) for records in of_method]
@@ -51,6 +51,7 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
                 passes=estimate([record.passes for record in found]).mean,
                 seconds=estimate([record.seconds for record in found]).mean,
                 rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
+                metric_fails=any(not is_usable(record[test]) and is_usable(record["test_loss"]) for record in found),
             )
     return [*advise(judged, candidates), *_without_average(recipe, results)]
 
