@@ -15,6 +15,13 @@ class ExperimentError(RuntimeError):
     """States the cause, the consequence and the remedy; the command line prints it and exits with 1."""
 
 
+class OptionError(ExperimentError, ValueError):
+    """An option that is found to be wrong only after the command line is read, as one that does not fit the task.
+
+    In Python it is a ValueError, as every wrong option.
+    """
+
+
 class DataError(ExperimentError):
     """A data set is missing or damaged; the message names the file and the remedies."""
 
