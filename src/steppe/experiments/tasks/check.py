@@ -48,14 +48,16 @@ def check(task: Task, device: torch.device) -> TaskInfo:
                 splits[split] = samples
                 if not len(samples):
                     raise ExperimentError(f"{split} is empty: at least one sample is needed")
-                batches[split] = _first(samples.to(device), world)
+                batches[split] = few_samples(samples.to(device), world)
                 if task.predict is None and task.metrics and _is_sample(batches[split]):
                     raise ExperimentError(
                         f"a batch of {split}= is {describe(batches[split])}, whose target has no dimension of samples: "
                         "a list is taken for a list of batches. If it holds samples, give DataLoader(samples, "
                         "batch_size=...)"
                     )
-                if not isinstance(samples, TensorSamples) and not _same(batches[split], _first(samples, world)):
+                if not isinstance(samples, TensorSamples) and not same_tensors(
+                    batches[split], few_samples(samples, world)
+                ):
                     warnings.warn(_OWN_NUMBERS.format(split), stacklevel=2)
         with explained("model=", "raised an error", task.model):
             model = task.model()
@@ -112,7 +114,7 @@ def _some(samples: Samples) -> Tensor:
     return torch.linspace(0, n - 1, min(_SAMPLES, n), dtype=torch.float64).long()
 
 
-def _first(samples: Samples, world: World) -> Any:
+def few_samples(samples: Samples, world: World) -> Any:
     """Return the first batch of a seed, or one of a few samples."""
     return next(share_out(samples, [_some(samples)], world, seed=0)).data
 
@@ -124,7 +126,8 @@ def _is_sample(batch: Any) -> bool:
     return isinstance(batch[-1], int | float) or (isinstance(batch[-1], Tensor) and not batch[-1].dim())
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_tensors(one: Any, other: Any) -> bool:
+    """True if two batches have equal tensors, as far as they are numbers."""
     pairs = zip(list_tensors(one), list_tensors(other), strict=True)
     return all(a.shape == b.shape and torch.equal(a.cpu().nan_to_num(), b.cpu().nan_to_num()) for a, b in pairs)
 
