@@ -155,7 +155,7 @@ class _Digest:
 
     def _add_object(self, thing: Any) -> None:
         """Add the class of an object, and its numbers and names that no method of it assigns."""
-        of = type(thing)
+        of: type = type(thing)
         if self._is_known(thing):
             return
         self.add(of)
