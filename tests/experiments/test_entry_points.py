@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from steppe.experiments import compare
 from steppe.experiments.config.methods import find
 from steppe.experiments.entry_points import load_entry_point
 from steppe.experiments.errors import ExperimentError
@@ -55,3 +56,8 @@ def test_object_of_another_type_names_the_option() -> None:
 def test_function_of_a_method_that_is_misspelt_has_the_same_error() -> None:
     with pytest.raises(ValueError, match=r"--methods spelling:tsk: .* has no tsk; did you mean 'task'\?$"):
         find("spelling:tsk")
+
+
+def test_what_cannot_be_a_name_is_a_value_error_in_python() -> None:
+    with pytest.raises(ValueError, match=r"^task='spelling\.py:task': name the module as in an import, spelling:task"):
+        compare("spelling.py:task")

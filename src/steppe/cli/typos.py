@@ -30,7 +30,8 @@ def check(words: Sequence[str]) -> str | None:
         name = rest[0]
         if name not in known.recipes and ":" not in name:  # package.module:function is a task of the user's own
             close = closest(name, known.recipes)
-            return f"there is no recipe {name!r}{close} `steppe {first} --help` lists the recipes"
+            own = "" if "?" in close else " A task of your own is package.module:name."
+            return f"there is no recipe {name!r}{close}{own} `steppe {first} --help` lists the recipes"
     elif command.name in LIGHT:
         for word in rest:
             if not word.startswith("-") and word not in command.values:

@@ -2,27 +2,39 @@
 
 import importlib.util
 import pkgutil
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from steppe.experiments.errors import ExperimentError, closest, place, typed
+from steppe.experiments.errors import ExperimentError, OptionError, closest, place, typed
 
 
 def check_name(option: str, name: str) -> None:
-    """Raise ValueError where it cannot be a name.
+    """Raise OptionError, which says how to write it, where it cannot be a name.
 
     >>> check_name("model", "nets.py:resnet")
     Traceback (most recent call last):
         ...
-    ValueError: model='nets.py:resnet': write package.module:name, as in an import and without .py
+    steppe.experiments.errors.OptionError: model='nets.py:resnet': name the module as in an import, nets:resnet
     """
     module, _, attribute = name.partition(":")
-    parts = [*module.split("."), *attribute.split(".")]
-    if not all(part.isidentifier() for part in parts) or module.endswith(".py"):
-        raise ValueError(f"{option}={name!r}: write package.module:name, as in an import and without .py")
+    imported = re.sub(r"[/\\]", ".", module.removesuffix(".py").removeprefix("./"))
+    wrong = next((part for part in imported.split(".") if not part.isidentifier()), None)
+    if not module or not all(part.isidentifier() for part in attribute.split(".")):
+        reason = "write package.module:name, a module and the name of an object in it, as flowers:task"
+    elif wrong is not None:
+        reason = (
+            f"a module that is called {wrong!r} cannot be imported, as names of Python have letters, digits and _ only "
+            "and do not begin with a digit: rename the file or folder"
+        )
+    elif imported != module:
+        reason = f"name the module as in an import, {imported}:{attribute}"
+    else:
+        return
+    raise OptionError(f"{option}={name!r}: {reason}")
 
 
 def load_entry_point(option: str, name: str) -> Any:

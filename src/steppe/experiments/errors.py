@@ -15,6 +15,13 @@ class ExperimentError(RuntimeError):
     """States the cause, the consequence and the remedy; the command line prints it and exits with 1."""
 
 
+class OptionError(ExperimentError, ValueError):
+    """An option that is found to be wrong only after the command line is read, as one that does not fit the task.
+
+    In Python it is a ValueError, as every wrong option.
+    """
+
+
 class DataError(ExperimentError):
     """A data set is missing or damaged; the message names the file and the remedies."""
 
@@ -86,7 +93,7 @@ def place(error: BaseException) -> str:
     if _WORKER in str(error):
         found += re.findall(r'File "([^"]+)", line (\d+), in .*\n +(.*)', str(error))
     for filename, number, line in reversed(found):
-        if _is_users(filename):
+        if is_users(filename):
             return f", at {filename}:{number}: {line}"
     return ""
 
@@ -100,12 +107,13 @@ def from_task(error: BaseException) -> bool:
 def place_of(function: Any) -> str:
     """Return where a user's function is written; nothing if it is none of theirs."""
     code = getattr(function, "__code__", None)
-    if code is None or not _is_users(code.co_filename):
+    if code is None or not is_users(code.co_filename):
         return ""
     return f"; it is at {code.co_filename}:{code.co_firstlineno}"
 
 
-def _is_users(filename: str) -> bool:
+def is_users(filename: str) -> bool:
+    """True for a file of the user's own: neither of Python or an installed package nor of Steppe."""
     return filename[0] != "<" and not any(Path(filename).is_relative_to(folder) for folder in _NOT_THE_USERS)
 
 

@@ -11,6 +11,7 @@ from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.storage.records import Record
 
 SEEDS = 3
+NAN = float("nan")
 
 
 def record(epoch: int, test: float, **measures: float) -> Record:
@@ -63,6 +64,16 @@ def test_best_moment_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     assert found["best_held_out"] == 65.0 - 55.0
 
 
+def test_half_without_a_value_is_no_control() -> None:
+    halves = "test_accuracy (half 1)", "test_accuracy (half 2)"
+    ends = [record(4, 60.0, **{halves[0]: 50.0, halves[1]: 70.0})]
+    undefined = record(2, 70.0, **{halves[0]: NAN, halves[1]: 60.0})
+    of = recipe(epochs=4, seeds=SEEDS)
+    assert "best_held_out" not in differences(of, [undefined, *ends], [record(4, 65.0)])
+    diverged = record(2, NAN, **{halves[0]: NAN, halves[1]: 60.0})
+    assert "best_held_out" in differences(of, [diverged, *ends], [record(4, 65.0)])
+
+
 def test_with_validation_data_the_best_moment_is_chosen_on_them() -> None:
     base = [record(2, 64.0, validation_accuracy=90.0), record(4, 60.0, validation_accuracy=80.0)]
     assert differences(recipe(epochs=4, seeds=SEEDS), base, [record(4, 65.0)])["best_held_out"] == 1.0
@@ -92,6 +103,42 @@ def test_advice_keeps_the_base_where_its_averaged_weights_are_better() -> None:
     judged = controls.verdicts(of, found)
     assert judged[0].word == "better"
     assert controls.advice(of, found, judged)[0].startswith("Take SGD with averaged weights")
+
+
+def test_advice_names_the_seeds_whose_averaged_weights_were_not_measured() -> None:
+    of = recipe(epochs=4, seeds=SEEDS)
+    with_average = record(4, 60.0, **{"test_accuracy (ema)": 66.0})
+    found = results(of, [with_average], [record(4, 65.0)])
+    missing = "The averaged weights of SGD were not measured for "
+    assert not any(missing in line for line in controls.advice(of, found, controls.verdicts(of, found)))
+    for run in found:
+        if run.method.name == "sgd" and run.seed < 2:
+            found[run] = [record(4, 60.0)]
+    lines = controls.advice(of, found, controls.verdicts(of, found))
+    assert lines[-1].startswith(f"{missing}seeds 0, 1, which were trained before others were compared with it: add ")
+    assert lines[-1].endswith(" add sgd+ema to the methods for that control.")
+
+
+@pytest.mark.parametrize(
+    ("loss", "reason"), [(1.0, "test accuracy is not finite where the loss is."), (NAN, "runs ended")]
+)
+@pytest.mark.parametrize(
+    ("methods", "failing", "whose"),
+    [
+        (("sgd", "sam"), ("sgd", "sam"), "Keep SGD for now: "),
+        (("sgd", "sam", "gsam"), ("sam",), "Nothing is said of SAM: "),
+    ],
+)
+def test_advice_blames_the_metric_where_the_loss_is_finite(
+    methods: tuple[str, ...], failing: tuple[str, ...], whose: str, loss: float, reason: str
+) -> None:
+    of = recipe(methods=methods, epochs=4, seeds=SEEDS)
+    found = {
+        run: [record(4, 0.0, test_loss=loss, test_accuracy=NAN if run.method.name in failing else 65.0)]
+        for run in of.runs()
+    }
+    (line,) = (line for line in controls.advice(of, found, controls.verdicts(of, found)) if whose in line)
+    assert line.startswith(whose + reason)
 
 
 @pytest.mark.parametrize("methods", [("sgd",), ("sam",)])

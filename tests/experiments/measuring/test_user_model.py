@@ -214,7 +214,10 @@ def test_equal_files_raise() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"model": "user_module.py:net"}, "model='user_module.py:net': write package.module:name"),
+        (
+            {"model": "user_module.py:net"},
+            "model='user_module.py:net': name the module as in an import, user_module:net",
+        ),
         ({"data": "user_module"}, "data='user_module': write package.module:name"),
         ({"evaluate": "a:b", "loss": "c:d"}, "give one of them"),
         ({"against": (Path("a"),)}, "1 files, and 0 are given with --weights.*pairs"),

@@ -21,13 +21,13 @@ INPUTS, LABELS = data()
 
 
 class Broken(Dataset[Any]):
-    """Raises an error for its second item."""
+    """Raises an error for its last item."""
 
     def __len__(self) -> int:
         return 8
 
     def __getitem__(self, i: int) -> tuple[Tensor, Tensor]:
-        if i == 1:
+        if i == 7:
             raise OSError("picture-1.png is damaged")
         return INPUTS[i], LABELS[i]
 
@@ -58,7 +58,7 @@ def failing_metric(outputs: Tensor, targets: Tensor) -> float:
 
 def with_nan() -> tuple[Tensor, Tensor]:
     inputs = INPUTS.clone()
-    inputs[1, 2] = torch.nan
+    inputs[-1, 2] = torch.nan
     return inputs, LABELS
 
 
@@ -233,6 +233,27 @@ def test_an_argument_of_another_kind_raises(fields: dict[str, Any], wanted: str)
 )
 def test_a_function_that_makes_the_shapes_equal_itself_is_no_error(loss: Any) -> None:
     check(classifier(model=lambda: nn.Linear(5, 1), loss=loss, metrics={"mine": loss}), CPU)
+
+
+def of_both(outputs: Tensor, targets: Tensor) -> float:
+    """A metric as the area under the ROC curve: of one class, there is none."""
+    if targets.min() == targets.max():
+        raise ValueError("only one class is present")
+    return 0.5
+
+
+@pytest.mark.parametrize("positives", [range(16, 32), [31], [5]])
+def test_a_metric_that_a_few_samples_are_too_few_for_is_no_error(positives: Any) -> None:
+    inputs, labels = data(32)
+    labels = labels.new_zeros(32)
+    labels[list(positives)] = 1
+    check(classifier(test=(inputs, labels), metrics={"auc": of_both}), CPU)
+
+
+def test_a_metric_that_the_whole_split_is_not_enough_for_is_an_error_of_the_few_samples() -> None:
+    inputs, labels = data(32)
+    with pytest.raises(ExperimentError, match=rf"'auc' raised an error on outputs .* \(4, 3\).*one class.*{HERE}raise"):
+        check(classifier(test=(inputs, labels.new_zeros(32)), metrics={"auc": of_both}), CPU)
 
 
 @pytest.mark.parametrize("name", ["loss", " ", ""])

@@ -7,6 +7,8 @@ import torch
 from tiny import recipe, run_of, train_run, training_of, untimed
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
+from steppe.experiments.config.method_spec import MethodSpec
+from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.run_folder import CHECKPOINT
 from steppe.experiments.training.stopping import Stopped
 from stops import StopAfter
@@ -64,6 +66,42 @@ def test_plain_base_has_its_averaged_weights_measured_at_the_end(tmp_path: Path)
     assert "test_accuracy (ema)" in last.measures
     assert all("test_accuracy (ema)" not in other.measures for other in others)
     assert "test_accuracy (ema)" not in train_run(sam, tmp_path / "sam")[-1].measures
+
+
+def reordered(before: tuple[str, ...], after: tuple[str, ...], method: str) -> tuple[Run, Run]:
+    """The run of a method as it was begun, and as it is when other methods are compared."""
+    began, goes_on = (recipe(methods=methods, seeds=1) for methods in (before, after))
+    return Run(began, MethodSpec.parse(method), 0), Run(goes_on, MethodSpec.parse(method), 0)
+
+
+ORDERS = [
+    (("sgd",), ("sgd", "sam")),
+    (("sam", "sgd"), ("sgd", "sam")),
+    (("sgd", "sam"), ("sam", "sgd")),
+    (("sgd", "sam"), ("sgd",)),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), ORDERS)
+def test_finished_run_is_kept_when_methods_are_added_or_reordered(
+    before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path
+) -> None:
+    began, goes_on = reordered(before, after, "sgd")
+    whole = train_run(began, tmp_path / "run")
+    saved = (tmp_path / "run" / CHECKPOINT).read_bytes()
+    assert train_run(goes_on, tmp_path / "run") == whole
+    assert (tmp_path / "run" / CHECKPOINT).read_bytes() == saved
+
+
+@pytest.mark.parametrize(("before", "after"), ORDERS)
+def test_stopped_run_goes_on_as_it_began_when_methods_are_added_or_reordered(
+    before: tuple[str, ...], after: tuple[str, ...], tmp_path: Path
+) -> None:
+    began, goes_on = reordered(before, after, "sgd")
+    whole = train_run(began, tmp_path / "whole")
+    with pytest.raises(Stopped):
+        train_run(began, tmp_path / "parts", stop=StopAfter(13))  # after all points of the grid but the last
+    assert untimed(train_run(goes_on, tmp_path / "parts"))[-1] == untimed(whole)[-1]
 
 
 def test_first_method_is_measured_in_every_way_after_as_many_steps_and_with_averaged_weights(tmp_path: Path) -> None:

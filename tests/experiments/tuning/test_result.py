@@ -1,7 +1,9 @@
+import io
 import json
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from tiny import recipe
 from tuning_results import result, tuning_result
 
@@ -102,9 +104,19 @@ def test_methods_with_different_options_are_confirmed_separately() -> None:
         TrialResult("sgd", 0, {"lr": 0.1}, "complete", runs),
         TrialResult("sam", 0, {"lr": 0.01}, "complete", runs),
     ]
-    one, two = TuningResult(given, TuningOptions(), found, Path("runs/x"), results).commands()
+    tuned = TuningResult(given, TuningOptions(), found, Path("runs/x"), results)
+    one, two = tuned.commands()
     assert "--methods sgd " in one
     assert "--lr 0.1" in one
     assert "--methods sam " in two
     assert "--lr 0.01" in two
     assert one.split()[-1] != two.split()[-1]
+    (limit,) = tuned.limits()
+    assert limit.startswith("These 2 comparisons have folders of their own, as the best lr of methods differ, and no")
+    assert tuned.markdown().rstrip().endswith(limit)
+    assert tuned.json()["limits"] == [limit]
+    console = Console(file=io.StringIO(), width=10_000)
+    tuned.show(console)
+    assert console.file.getvalue().rstrip().endswith(limit)  # type: ignore[attr-defined]
+    same = [*results[:1], TrialResult("sam", 0, {"lr": 0.1}, "complete", runs)]
+    assert not [*TuningResult(given, TuningOptions(), found, Path("runs/x"), same).limits()]

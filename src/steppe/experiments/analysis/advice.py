@@ -27,6 +27,12 @@ _INSTEAD: Mapping[Control, str] = {
     AVERAGED: "With averaged weights, {base} is {relation} {ours}: they {may} do as well, and need no further pass.",
 }
 
+_NOT_FINITE = "runs ended with numbers that are not finite. Try a smaller rho or learning rate."
+_NO_METRIC = (
+    "test {} is not finite where the loss is. So the metric has no value there, whichever the method: let its function "
+    "return a number for such outputs, or give other test data."
+)
+
 
 @dataclass(frozen=True)
 class Candidate:
@@ -40,6 +46,8 @@ class Candidate:
     seconds: float
     """Training time of a run at equal compute."""
     rho: float | None = None
+    metric_fails: bool = False
+    """True if the deciding metric of a run is not finite where its loss is: then the training is not the reason."""
 
 
 Candidates = Mapping[str, Candidate]
@@ -74,21 +82,28 @@ def _without_verdicts(verdicts: Sequence[MetricVerdict], candidates: Candidates)
     if not verdicts:
         return
     base = candidates[verdicts[0].base].label
-    if any(verdict.first.difference.lost for verdict in verdicts):
-        yield f"Keep {base} for now: runs ended with numbers that are not finite. Try a smaller rho or learning rate."
+    if lost := _lost(verdicts, candidates):
+        yield f"Keep {base} for now: {' '.join(lost)}"
     else:
         yield f"Keep {base} for now: one seed cannot tell a difference from chance. Take --seeds {_USUAL_SEEDS}."
 
 
 def _diverged(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:
     """Name the methods without a verdict because numbers of their runs, or of the base's, are not finite."""
-    labels = [_label(verdict, candidates) for verdict in verdicts if verdict.first.difference.lost]
-    if labels:
+    for reason, labels in _lost(verdicts, candidates).items():
         names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
-        yield (
-            f"Nothing is said of {names}: runs ended with numbers that are not finite. Try a smaller rho or learning "
-            "rate."
-        )
+        yield f"Nothing is said of {names}: {reason}"
+
+
+def _lost(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> dict[str, list[str]]:
+    """Return the methods for which numbers are not finite, by the reason and what to do about it."""
+    found: dict[str, list[str]] = {}
+    for verdict in verdicts:
+        if verdict.first.difference.lost:
+            metric_fails = any(candidates[name].metric_fails for name in (verdict.method, verdict.base))
+            reason = _NO_METRIC.format(verdict.metric.name) if metric_fails else _NOT_FINITE
+            found.setdefault(reason, []).append(_label(verdict, candidates))
+    return found
 
 
 def _keep_base(judged: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:

@@ -1,6 +1,6 @@
 """The numbers of every method and of the base's controls: at equal compute, at equal steps, at its best, averaged."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 from steppe.experiments.analysis.advice import Candidate, advise
@@ -16,7 +16,7 @@ from steppe.experiments.analysis.metric_verdicts import (
     MetricVerdict,
     judge,
 )
-from steppe.experiments.analysis.statistics import estimate, rank
+from steppe.experiments.analysis.statistics import estimate, is_usable, rank
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.config.task_info import MetricInfo
 from steppe.experiments.storage.records import AVERAGE, HALVES, Record, record_at
@@ -39,7 +39,7 @@ def gap_verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
 
 def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) -> list[str]:
     """Say which method and rho to take on this task, at what price, how sure that is, and what to try next."""
-    candidates = {}
+    candidates, test = {}, f"test_{recipe.task.deciding.name}"
     for method in recipe.comparison.methods:
         of_method = [records for run, records in results.items() if run.method == method]
         ends = [record_at(records, recipe.comparison.epochs) for records in of_method]
@@ -51,8 +51,27 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
                 passes=estimate([record.passes for record in found]).mean,
                 seconds=estimate([record.seconds for record in found]).mean,
                 rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
+                metric_fails=any(not is_usable(record[test]) and is_usable(record["test_loss"]) for record in found),
             )
-    return advise(judged, candidates)
+    return [*advise(judged, candidates), *_without_average(recipe, results)]
+
+
+def _without_average(recipe: Recipe, results: Results) -> Iterator[str]:
+    """Name the seeds of the base without averaged weights, as they were trained before others were compared with it."""
+    base, *others = recipe.comparison.methods
+    averaged = replace(base, average=AVERAGE)
+    # a CUDA graph updates no average
+    if not others or base.average or base.passes != 1 or recipe.hardware.cuda_graphs or averaged in others:
+        return
+    ends = {run.seed: record_at(of, recipe.comparison.epochs) for run, of in results.items() if run.method == base}
+    name = f"test_{recipe.task.deciding.name}{AVERAGED_SUFFIX}"
+    seeds = [str(seed) for seed, end in ends.items() if end is not None and name not in end.measures]
+    if seeds:
+        yield (
+            f"The averaged weights of {base.label} were not measured for seed{'s'[: len(seeds) > 1]} "
+            f"{', '.join(seeds)}, which {'were' if len(seeds) > 1 else 'was'} trained before others were compared with "
+            f"it: add {averaged} to the methods for that control."
+        )
 
 
 def pairs(recipe: Recipe, results: Results, control: Control, name: str = "") -> dict[str, BySeed]:
@@ -102,7 +121,8 @@ def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, n
 def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
     """Return the test metric at the moment that is best on held-out data.
 
-    Without validation data, the moment is chosen on one half of the test data and judged on the other, both ways.
+    Without validation data, the moment is chosen on one half of the test data and judged on the other, both ways; None
+    if a half has no value where the whole has one, as that of a metric of few positive samples.
     """
     metric = recipe.task.deciding
     test, held_out = f"test_{metric.name}", f"validation_{metric.name}"
@@ -113,6 +133,8 @@ def _best_held_out(recipe: Recipe, records: Sequence[Record]) -> float | None:
         return best
     halves = [test + half for half in HALVES]
     if len(records) < 2 or not all(half in record.measures for record in records for half in halves):
+        return None
+    if any(is_usable(record[test]) and not is_usable(record[half]) for record in records for half in halves):
         return None
     first, second = halves
     by_first = max(records, key=lambda record: rank(metric.better * record[first]))

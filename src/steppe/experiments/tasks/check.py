@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -16,12 +17,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from steppe.experiments.config.task_info import TaskInfo
 from steppe.experiments.errors import ExperimentError, explained, place_of
 from steppe.experiments.tasks.batches import share_out
+from steppe.experiments.tasks.outputs import in_order, spread_out
 from steppe.experiments.tasks.samples import RandomStream, Samples, TensorSamples
-from steppe.experiments.tasks.task import Task, describe, logits_of
+from steppe.experiments.tasks.task import Metric, Task, describe, logits_of
 from steppe.experiments.world import World, launched
 from steppe.flatness._batches import cast, list_tensors
 
 _SAMPLES = 4
+_ON_ANY_NUMBER = (TypeError, NameError, AttributeError, ImportError)  # errors of a function, whatever its samples
 
 
 def check(task: Task, device: torch.device) -> TaskInfo:
@@ -34,7 +37,7 @@ def check(task: Task, device: torch.device) -> TaskInfo:
     """
     world = World(device)
     with RandomStream(0, 0, 0).active():
-        batches, sizes = {}, {}
+        batches, splits = {}, dict[str, Samples]()
         for split in task.splits:
             with explained(f"{split}=", "could not be read"):
                 try:
@@ -42,17 +45,19 @@ def check(task: Task, device: torch.device) -> TaskInfo:
                 except ExperimentError as error:
                     named = str(error).startswith(split)
                     raise ExperimentError(str(error) if named else f"{split}: {error}") from error
-                sizes[split] = len(samples)
+                splits[split] = samples
                 if not len(samples):
                     raise ExperimentError(f"{split} is empty: at least one sample is needed")
-                batches[split] = _first(samples.to(device), world)
+                batches[split] = few_samples(samples.to(device), world)
                 if task.predict is None and task.metrics and _is_sample(batches[split]):
                     raise ExperimentError(
                         f"a batch of {split}= is {describe(batches[split])}, whose target has no dimension of samples: "
                         "a list is taken for a list of batches. If it holds samples, give DataLoader(samples, "
                         "batch_size=...)"
                     )
-                if not isinstance(samples, TensorSamples) and not _same(batches[split], _first(samples, world)):
+                if not isinstance(samples, TensorSamples) and not same_tensors(
+                    batches[split], few_samples(samples, world)
+                ):
                     warnings.warn(_OWN_NUMBERS.format(split), stacklevel=2)
         with explained("model=", "raised an error", task.model):
             model = task.model()
@@ -78,9 +83,9 @@ def check(task: Task, device: torch.device) -> TaskInfo:
         with torch.no_grad():
             for split, batch in batches.items():
                 if split != "train":
-                    _check_metrics(task, *_outputs(task, model, batch))
+                    _check_metrics(task, model, batch, splits[split], world)
     parameters = sum(p.numel() for p in model.parameters())
-    data = " + ".join(f"{number:,}" for number in sizes.values())
+    data = " + ".join(f"{len(samples):,}" for samples in splits.values())
     return replace(task.info, description=f"{type(model).__name__} ({parameters:,} parameters), {data} samples")
 
 
@@ -102,11 +107,15 @@ def _naming_types(model: nn.Module, batch: Any) -> Iterator[None]:
 
 
 def _some(samples: Samples) -> Tensor:
-    return torch.arange(min(_SAMPLES, len(samples)) if samples.sizes is None else samples.sizes[0])
+    """Return the positions of a few samples, from the first to the last: data may be sorted by their class."""
+    if samples.sizes is not None:
+        return torch.arange(samples.sizes[0])
+    n = len(samples)
+    return torch.linspace(0, n - 1, min(_SAMPLES, n), dtype=torch.float64).long()
 
 
-def _first(samples: Samples, world: World) -> Any:
-    """Return the first batch of a seed, or of its first samples."""
+def few_samples(samples: Samples, world: World) -> Any:
+    """Return the first batch of a seed, or one of a few samples."""
     return next(share_out(samples, [_some(samples)], world, seed=0)).data
 
 
@@ -117,7 +126,8 @@ def _is_sample(batch: Any) -> bool:
     return isinstance(batch[-1], int | float) or (isinstance(batch[-1], Tensor) and not batch[-1].dim())
 
 
-def _same(one: Any, other: Any) -> bool:
+def same_tensors(one: Any, other: Any) -> bool:
+    """True if two batches have equal tensors, as far as they are numbers."""
     pairs = zip(list_tensors(one), list_tensors(other), strict=True)
     return all(a.shape == b.shape and torch.equal(a.cpu().nan_to_num(), b.cpu().nan_to_num()) for a, b in pairs)
 
@@ -181,12 +191,12 @@ def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> Non
     model.zero_grad()
 
 
-def _check_metrics(task: Task, outputs: Any, targets: Any) -> None:
-    outputs, targets = cast((logits_of(outputs), targets), device=torch.device("cpu"))
+def _check_metrics(task: Task, model: nn.Module, batch: Any, samples: Samples, world: World) -> None:
+    outputs, targets = few = _for_metrics(_outputs(task, model, batch))
     for name, metric in task.all_metrics().items():
         shapes = f"outputs {describe(outputs)} and targets {describe(targets)}"
         with explained(f"the metric {name!r}", f"raised an error on {shapes}", metric.function):
-            value = metric.function(outputs, targets)
+            value = _value(metric, few, partial(_whole, task, model, samples, world))
         with explained(
             f"the metric {name!r}", f"returned {describe(value)} for {shapes}, and a number is needed", metric.function
         ):
@@ -195,6 +205,32 @@ def _check_metrics(task: Task, outputs: Any, targets: Any) -> None:
             float(value.item() if hasattr(value, "item") else value)
         if _broadcasts(metric.function, outputs, targets):
             raise ExperimentError(f"the metric {name!r} {_BROADCASTS.format(shapes)}{place_of(metric.function)}")
+
+
+def _value(metric: Metric, few: tuple[Any, Any], whole: Callable[[], tuple[Any, Any]]) -> Any:
+    """Return a metric of a few samples, or of the whole split where they may be too few for it, as of one class."""
+    try:
+        return metric.function(*few)
+    except _ON_ANY_NUMBER:
+        raise
+    except Exception as error:
+        try:
+            return metric.function(*whole())
+        except Exception:  # so their number is not the reason
+            raise error from None
+
+
+def _whole(task: Task, model: nn.Module, samples: Samples, world: World) -> tuple[Any, Any]:
+    """Return the outputs and targets of a split, as a run's evaluation gives them to metrics."""
+    positions = spread_out(samples, task.evaluation_batch_size or task.usual_batch_size(samples))
+    batches = share_out(samples.to(world.device), positions, world)
+    return in_order([_for_metrics(task.outputs(model, batch.data)) for batch in batches], positions)
+
+
+def _for_metrics(found: tuple[Any, Any]) -> tuple[Any, Any]:
+    outputs, targets = found
+    moved: tuple[Any, Any] = cast((logits_of(outputs), targets), device=torch.device("cpu"))
+    return moved
 
 
 def _broadcasts(function: Any, outputs: Any, targets: Any) -> bool:

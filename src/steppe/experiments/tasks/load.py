@@ -8,7 +8,7 @@ from torch.utils.data import Subset
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.entry_points import call_factory, check_name, load_entry_point
-from steppe.experiments.errors import ExperimentError
+from steppe.experiments.errors import ExperimentError, OptionError
 from steppe.experiments.tasks.check import check
 from steppe.experiments.tasks.samples import DatasetSamples, RandomStream, Samples, TensorSamples
 from steppe.experiments.tasks.task import Task
@@ -64,7 +64,10 @@ def with_task(recipe: Recipe, given: Task | None = None) -> tuple[Recipe, Task |
     if recipe.training.batch_size is None:
         recipe = recipe.replace(batch_size=task.usual_batch_size(task.samples("train", recipe.comparison.first_seed)))
     if recipe.training.schedule == "own" and not callable(task.schedule):
-        recipe = recipe.replace(schedule=task.schedule or "constant")
+        try:
+            recipe = recipe.replace(schedule=task.schedule or "constant")
+        except ValueError as error:
+            raise OptionError(f"with the schedule of the task, {error}") from error
     return replace(recipe, task=info), task
 
 

@@ -45,7 +45,11 @@ def _with_suggestions(made: type[T]) -> type[T]:
 @_with_suggestions
 @dataclass(frozen=True)
 class Metric:
-    """A measure of a split: a function of all outputs and targets, in the order of the samples."""
+    """A measure of a split: a function of all outputs and targets, in the order of the samples.
+
+    Where they are of others than the samples, as of the tokens of texts, they come batch by batch, and the batches of
+    an evaluation are spread over the split.
+    """
 
     function: Callable[[Any, Any], Any]
     """(outputs, targets) -> a number; both are on the CPU, concatenated over the whole split."""

@@ -1,13 +1,13 @@
 """Measure a model: loss and metrics over a whole split, and flatness on a sample of the training data."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from steppe import flatness
 from steppe.experiments.data.sampling import FLATNESS_SAMPLE, generator
@@ -15,11 +15,12 @@ from steppe.experiments.errors import ExperimentError, explained
 from steppe.experiments.storage.records import HALVES
 from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.failing import naming_samples
+from steppe.experiments.tasks.outputs import concatenated, in_order, spread_out
 from steppe.experiments.tasks.samples import Samples
-from steppe.experiments.tasks.task import Task, logits_of
+from steppe.experiments.tasks.task import Metric, Task, logits_of
 from steppe.experiments.training.forward import in_float32
 from steppe.experiments.world import World
-from steppe.flatness._batches import cast, map_tensors
+from steppe.flatness._batches import cast
 
 T = TypeVar("T")
 
@@ -38,16 +39,16 @@ def evaluate(
 ) -> dict[str, float]:
     """Measure the loss and the metrics of a split, `batch_size` samples at a time, shared out over the processes.
 
-    The deciding metric is measured on two halves of the split as well, under its name with each of
-    `HALVES`, so that a moment can be chosen on one and judged on the other. `raise_if_stopped` is called before each
-    batch.
+    Metrics get the samples in their order. The deciding one is measured on two halves of the split as well, under its
+    name with each of `HALVES`, so that a moment can be chosen on one and judged on the other; NaN where a half has no
+    value. `raise_if_stopped` is called before each batch.
     """
     total = torch.zeros((), dtype=torch.float64, device=world.device)
     kept: list[tuple[Any, Any] | None] = []
     losses: list[tuple[float, int]] = []
-    metrics = task.all_metrics()
+    metrics, chunks = task.all_metrics(), spread_out(samples, batch_size)
     with evaluating(model), torch.no_grad():
-        for batch in share_out(samples, _chunks(samples, batch_size), world):
+        for batch in share_out(samples, chunks, world):
             raise_if_stopped()
             if not len(batch):
                 kept.append(None)
@@ -63,14 +64,15 @@ def evaluate(
             else:
                 losses.append((float(loss), len(batch)))
     found = {"loss": float(world.total(total) / len(samples))}
-    whole = _of_all_processes(kept, world)
+    batches = _of_all_processes(kept, world)
+    whole = in_order(batches, chunks) if metrics else (None, None)
     for i, (name, metric) in enumerate(metrics.items()):
-        parts = {"": whole} | (_halves(whole) if i == 0 and len(whole) > 1 else {})
-        for suffix, part in parts.items():
-            outputs, targets = _concatenated(part)
-            with explained(f"the metric {name!r}", "raised an error", metric.function):
-                value = metric.function(outputs, targets)
-            found[name + suffix] = as_number(f"the metric {name}", value)
+        with explained(f"the metric {name!r}", "raised an error", metric.function):
+            value = metric.function(*whole)
+        found[name] = as_number(f"the metric {name}", value)
+        if i == 0 and len(batches) > 1:
+            for suffix, half in _halves(batches).items():
+                found[name + suffix] = _of_a_half(name, metric, half)
     if not metrics and len(losses) > 1:
         summed = world.total(torch.tensor(losses, dtype=torch.float64, device=world.device)).tolist()
         for suffix, half in _halves(summed).items():
@@ -80,6 +82,14 @@ def evaluate(
 
 def _halves(batches: list[T]) -> dict[str, list[T]]:
     return {suffix: batches[i::2] for i, suffix in enumerate(HALVES)}
+
+
+def _of_a_half(name: str, metric: Metric, half: list[tuple[Any, Any]]) -> float:
+    """Return a metric of a half, which nobody asked for: NaN where it has none, as with too few positive samples."""
+    try:
+        return as_number(f"the metric {name}", metric.function(*concatenated(half)))
+    except Exception:  # of any kind, from the user's own function, which has a value for the whole
+        return math.nan
 
 
 @contextmanager
@@ -98,15 +108,6 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = mode
 
 
-def _chunks(samples: Samples, batch_size: int) -> list[Tensor]:
-    """Return the positions of the batches of an evaluation; each is spread over the split, so the halves are alike."""
-    n = len(samples)
-    if samples.sizes is not None:
-        return list(torch.split(torch.arange(n), samples.sizes))
-    number = max(min(2, n), -(-n // batch_size))
-    return [torch.arange(i, n, number) for i in range(number)]
-
-
 def _of_all_processes(kept: list[tuple[Any, Any] | None], world: World) -> list[tuple[Any, Any]]:
     """Return the outputs and targets of all processes, each batch of theirs in one piece."""
     gathered: list[Any] = [kept]
@@ -114,32 +115,7 @@ def _of_all_processes(kept: list[tuple[Any, Any] | None], world: World) -> list[
         gathered *= world.size
         dist.all_gather_object(gathered, kept)
     shares = ([share for share in shares if share is not None] for shares in zip(*gathered, strict=True))
-    return [parts[0] if len(parts) == 1 else _concatenated(parts) for parts in shares]
-
-
-def _concatenated(parts: list[tuple[Any, Any]]) -> tuple[Any, Any]:
-    """Concatenate outputs and targets, trees of tensors, along their first dimension."""
-    columns: list[list[Tensor]] = []
-    for part in parts:
-        leaves: list[Tensor] = []
-        map_tensors(part, lambda t, leaves=leaves: (leaves.append(t), t)[1])  # type: ignore[misc]
-        columns.append(leaves)
-    joined = iter([_joined(row) for row in zip(*columns, strict=True)])
-    whole: tuple[Any, Any] = map_tensors(parts[0], lambda _: next(joined))
-    return whole
-
-
-def _joined(tensors: Sequence[Tensor]) -> Tensor:
-    rows = [t.reshape(1) if t.dim() == 0 else t for t in tensors]
-    shapes = {tuple(row.shape[1:]) for row in rows}
-    if len(shapes) > 1:
-        named = ", ".join(f"(n, {str(shape)[1:]}" for shape in sorted(shapes)[:3])
-        raise ExperimentError(
-            "a metric is computed from the outputs and targets of all samples together, and those of batches differ in "
-            f"shape: {named}{', ...' if len(shapes) > 3 else ''}. Pad all batches to one length, in the data; or "
-            "return the tokens in one dimension from predict=, (logits[mask], targets[mask])"
-        )
-    return torch.cat(rows)
+    return [parts[0] if len(parts) == 1 else concatenated(parts) for parts in shares]
 
 
 def as_number(what: str, value: Any) -> float:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from steppe.averaging import from_name
+from steppe.averaging import Average, from_name
 from steppe.experiments.config.methods import RunContext
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.data.sampling import seed_of
@@ -84,12 +84,11 @@ class Training:
         self._planned_steps = context.total_steps
         self.optimizer, self.scheduler, self._clipping = build_optimizer(run, task, self.network, context)
         self.step_function = run.method.step_function(self.optimizer, context)
-        self.average = None
+        self.average: Average | None = None
         """An average of the weights: that of the method, or the control beside a plain method."""
         # a step that is replayed as a CUDA graph does not update it
-        if run.method.average or (self._is_control and self._recorder is None):
-            average = run.method.average or AVERAGE
-            self.average = from_name(average, self.network, self.optimizer, total_steps=context.total_steps)
+        if run.method.average or (self._begins_as_control and self._recorder is None):
+            self.average = self._new_average()
         self._take_step = Stepper(self._eager_step, self.optimizer, self._recorder)
         self.epoch = 0
         """Finished epochs."""
@@ -113,11 +112,15 @@ class Training:
         return self._epochs.number
 
     @property
-    def _is_control(self) -> bool:
-        """True if averaged weights are measured beside the run's own, as a free rival of other methods."""
+    def _begins_as_control(self) -> bool:
+        """True if averaged weights are to be measured beside the run's own, as a free rival of other methods."""
         comparison = self.run.recipe.comparison
         is_reference = self.run.method == comparison.methods[0] and not self.run.method.average
         return is_reference and self.run.method.passes == 1 and len(comparison.methods) > 1
+
+    def _new_average(self) -> Average:
+        name = self.run.method.average or AVERAGE
+        return from_name(name, self.network, self.optimizer, total_steps=self._planned_steps)
 
     def rest_of_epoch(self) -> Iterator[Batch]:
         """Yield the batches of the epoch in progress that are not finished."""
@@ -191,7 +194,7 @@ class Training:
                 measures |= {f"{name}_{key}": value for key, value in found.items() if not key.endswith(dropped)}
             if is_end:
                 final |= self._final_measures(measures, raise_if_stopped)
-        if self.average is not None and self._is_control and recipe.comparison.epochs in self.due:
+        if self.average is not None and not self.run.method.average and recipe.comparison.epochs in self.due:
             with self.averaged_weights():
                 found = self._evaluate(self.samples["test"], raise_if_stopped)
                 averaged = {f"test_{deciding.name}": found[deciding.name]}
@@ -271,6 +274,9 @@ class Training:
         self.step_function.load_state_dict(state["step_function"])
         if self.scheduler is not None:
             self.scheduler.load_state_dict(state["scheduler"])
+        if not self.run.method.average:
+            # a run goes on as it began, whichever methods it is compared with by now
+            self.average = None if state["average"] is None else self.average or self._new_average()
         if self.average is not None:
             self.average.load_state_dict(state["average"])
         self._take_step.reset()  # graphs captured before would write to the old tensors

@@ -5,7 +5,7 @@ from typing import Literal, get_args
 
 from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.config.task_info import LOSS, MetricInfo
-from steppe.experiments.errors import unknown
+from steppe.experiments.errors import OptionError, unknown
 from steppe.experiments.robustness.records import IMAGE_MEASURES
 from steppe.experiments.storage.records import AFTER
 
@@ -51,7 +51,7 @@ class TuningOptions:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 
     def metric(self, recipe: Recipe) -> MetricInfo:
-        """Return what the trials of a recipe are judged by; ValueError if it is not measured."""
+        """Return what the trials of a recipe are judged by; OptionError if it is not measured."""
         measured = [*recipe.task.metrics, LOSS]
         if not recipe.data.task:
             measured += [MetricInfo(one.name, one.higher_is_better, one.unit) for one in IMAGE_MEASURES]
@@ -59,7 +59,7 @@ class TuningOptions:
             measured += [replace(metric, name=metric.name + AFTER) for metric in recipe.task.measured]
         known = {"metric": recipe.task.deciding} | {metric.name: metric for metric in measured}
         if self.objective not in known:
-            raise ValueError(unknown("objective", str(self.objective), known))
+            raise OptionError(unknown("objective", str(self.objective), known))
         return known[self.objective]
 
 

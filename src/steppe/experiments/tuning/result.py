@@ -312,18 +312,35 @@ class TuningResult(SummaryFiles):
                     text += f" Search there, in another --out: --search {dimension.name}={low:g}..{high:g}"
                 yield text
 
+    @cached_property
+    def _groups(self) -> Mapping[tuple[tuple[str, object], ...], Sequence[MethodSpec]]:
+        """The methods at their best, by the best options of the recipe: only those of a group are compared."""
+        groups: dict[tuple[tuple[str, object], ...], list[MethodSpec]] = {}
+        for best in self.best:
+            options = tuple(best.space.options(best.result.values).items())
+            groups.setdefault(options, []).append(best.recipe.comparison.methods[0])
+        return groups
+
+    def limits(self) -> Iterator[str]:
+        """Yield what the commands do not do, where they are several."""
+        if len(self._groups) < 2:
+            return
+        names = list(dict.fromkeys(name for options in self._groups for name, _ in options))
+        yield (
+            f"These {len(self._groups)} comparisons have folders of their own, as the best {' and '.join(names)} of "
+            f"methods differ, and no verdict compares them. Read the test {self.metric.name} in their tables: runs of "
+            "a seed are pairs, with the same initial weights and batches. For a verdict, give all methods the same "
+            f"{' and '.join(names)}, or compare a function of your own that sets the values of its base."
+        )
+
     def commands(self) -> Iterator[str]:
         """Yield the commands that compare the methods at their best on the test set, with fresh seeds.
 
         There is one for all methods that have the same best options of the recipe.
         """
-        groups: dict[tuple[tuple[str, object], ...], list[MethodSpec]] = {}
-        for best in self.best:
-            options = tuple(best.space.options(best.result.values).items())
-            groups.setdefault(options, []).append(best.recipe.comparison.methods[0])
         comparison = self.recipe.comparison
-        for number, (options, methods) in enumerate(groups.items(), 1):
-            suffix = "confirmed" if len(groups) == 1 else f"confirmed-{number}"
+        for number, (options, methods) in enumerate(self._groups.items(), 1):
+            suffix = "confirmed" if len(self._groups) == 1 else f"confirmed-{number}"
             confirmed = self.recipe.replace(
                 methods=tuple(dict.fromkeys(methods)),
                 out=self.path.with_name(f"{self.path.name}-{suffix}"),
@@ -341,7 +358,8 @@ class TuningResult(SummaryFiles):
         notes = bullets([*self.notes(), *(f"**{warning}**" for warning in self.warnings())])
         commands = [*self.commands()]
         confirm = ["", "To confirm on the test set:", "", "```", *commands, "```"] if commands else []
-        return "\n".join([f"# {self.title}", "", *self.table().markdown(), "", *notes, *confirm, ""])
+        limits = ["", *self.limits()] if len(commands) > 1 else []
+        return "\n".join([f"# {self.title}", "", *self.table().markdown(), "", *notes, *confirm, *limits, ""])
 
     def json(self) -> dict[str, Any]:
         return {
@@ -364,6 +382,7 @@ class TuningResult(SummaryFiles):
             "notes": [*self.notes()],
             "warnings": [*self.warnings()],
             "confirm": [*self.commands()],
+            "limits": [*self.limits()],
         }
 
     def show(self, console: Console) -> None:
@@ -373,6 +392,8 @@ class TuningResult(SummaryFiles):
             print_line(console, "To confirm on the test set:")
         for command in commands:
             print_line(console, f"  {command}")
+        for sentence in self.limits():
+            print_line(console, sentence)
 
 
 def _cell(values: Sequence[float], form: str) -> str:

@@ -45,7 +45,10 @@ class SearchResult:
 
     @property
     def commands(self) -> Sequence[str]:
-        """The commands, or calls of Python, that compare the methods at their best on the test data, by fresh seeds."""
+        """The commands, or calls of Python, that compare the methods at their best on the test data, by fresh seeds.
+
+        Where the best lr or the like of the methods differ, there are several, and none compares one with another.
+        """
         return [*self.summary.commands()]
 
     def figures(self) -> dict[str, Figure]:
@@ -58,5 +61,5 @@ class SearchResult:
     def _repr_html_(self) -> str:
         """Return what a notebook shows."""
         confirm = [f"To confirm on the test data: {command}" for command in self.commands]
-        notes = [*self.summary.notes(), *self.summary.warnings(), *confirm]
+        notes = [*self.summary.notes(), *self.summary.warnings(), *confirm, *self.summary.limits()]
         return as_html(self.summary.table(), notes, self.figures())
