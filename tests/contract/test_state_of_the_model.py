@@ -2,8 +2,10 @@
 
 import collections
 import copy
+import enum
 import gc
 import random
+import weakref
 
 import numpy as np
 import pytest
@@ -93,6 +95,27 @@ class ActNorm(nn.Module):
         return self.linear(x * self.scale)
 
 
+class Hidden(nn.Module):
+    """Hidden states that keep their graph: the next forward detaches them where it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.rnn, self.mean = nn.LSTMCell(6, 4), nn.RNNCell(4, 3), None
+        self.memory, self.layers = (torch.zeros(16, 4), torch.zeros(16, 4)), [torch.zeros(16, 3)]
+
+    def forward(self, x):
+        h, c = self.memory
+        self.memory = self.lstm(x, (h.detach(), c.detach()))
+        self.layers[0] = self.rnn(self.memory[0], self.layers[0].detach())
+        before = 0.0 if self.mean is None else self.mean.detach()
+        self.mean = 0.9 * before + 0.1 * self.layers[0].mean(0)
+        return self.layers[0] - self.mean
+
+
+class Phase(enum.Enum):
+    EVEN, ODD = 0, 1
+
+
 class Nested(nn.Module):
     """State in attributes: hidden states of several layers, values of NumPy, a deque, a long list; and in a hook."""
 
@@ -104,6 +127,7 @@ class Nested(nn.Module):
         self.hidden = [(torch.zeros(3), torch.zeros(3)), (torch.zeros(3), {"cell": torch.zeros(3)})]
         self.number, self.array = np.float32(0), np.zeros(2)
         self.recent, self.many = collections.deque([0.0, 0.0], maxlen=3), [0.0] * 200
+        self.phase, self.counts = Phase.EVEN, collections.Counter(calls=1)
 
     @staticmethod
     def center(linear, inputs, output):
@@ -115,7 +139,7 @@ class Nested(nn.Module):
         out = self.linear(x)
         mean = out.detach().mean(0) + 1
         shift = self.hidden[0][1] + self.hidden[1][1]["cell"] + float(self.number) + self.array[0]
-        shift = shift + self.recent[-1] + self.many[7]
+        shift = shift + self.recent[-1] + self.many[7] + self.phase.value + 0.1 * self.counts["calls"]
         self.hidden = [(h + mean, mean) for h, _ in self.hidden[:1]] + [
             (mean, {"cell": self.hidden[1][1]["cell"] + mean})
         ]
@@ -123,6 +147,8 @@ class Nested(nn.Module):
         self.array += 0.1
         self.recent.append(float(mean[0]))
         self.many[7] += 0.1
+        self.phase = Phase(1 - self.phase.value)
+        self.counts["calls"] += 1
         return out + 0.1 * shift
 
 
@@ -172,6 +198,7 @@ MODELS = {
     "resized buffer": Observer,
     "attributes": Recurrent,
     "nested attributes": Nested,
+    "hidden states with graphs": Hidden,
     "first buffer": FirstBuffer,
     "codebook": lambda: Codebook(by_data=False),
     "codebook, by data": lambda: Codebook(by_data=True),
@@ -207,6 +234,24 @@ def test_c28_radius_zero_is_the_base_whatever_the_forward_changes(kind, drive):
     if kind == "attributes":
         assert torch.equal(model.mean, twin.mean)
         assert len(model.log) == 8, "a list that grows is a log"
+
+
+@every_drive
+def test_c28_hidden_state_of_the_first_pass_is_the_only_one_that_is_alive_after_a_step(drive):
+    model = Hidden()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    left = []  # by each forward
+
+    def loss():
+        value = F.cross_entropy(model(x), y)
+        left.append(weakref.ref(model.memory[0]))
+        return value
+
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, loss)
+        assert [state() is model.memory[0] for state in left[-2:]] == [True, False]
+        assert all(state() is None for i, state in enumerate(left) if i != len(left) - 2)
 
 
 @every_drive

@@ -18,6 +18,7 @@ LARGE = 2**24
 """Number of elements up to which untrained parameters are always copied, however few the optimizer trains."""
 _kind = attrgetter("shape", "dtype", "device")
 _requires_grad = attrgetter("requires_grad")
+_hold_graphs = attrgetter("hold_graphs")
 
 
 class ModelState:
@@ -138,6 +139,11 @@ class ModelState:
     def discard(self) -> None:
         """Make :meth:`restore` do nothing until the next :meth:`save`."""
         self._saved = False
+
+    def release_graphs(self) -> None:
+        """Let go of the attributes that hold a graph: after a step, the module alone decides how long it lives."""
+        if any(map(_hold_graphs, self._attributes.values())):
+            self._attributes = {key: a for key, a in self._attributes.items() if not a.hold_graphs}
 
     def find_writes(self) -> list[Tensor]:
         """Return the parameters that were not copied and were written since :meth:`save`; copy them from now on."""

@@ -239,7 +239,7 @@ class SideEffects:
                 self._model.protect_also(watch.found)
             watch.warn()
         if self._model is not None:
-            self._model.warn()
+            self._model.end_step()
 
     def _modules_of_other_optimizers(self) -> set[int]:
         """Return the modules of other optimizers of this package that are in a step at this time."""
@@ -328,7 +328,9 @@ class _ModelProtection:
         self._after.restore()
         self._untrained_gradients.restore()
 
-    def warn(self) -> None:
+    def end_step(self) -> None:
+        self._before.release_graphs()
+        self._after.release_graphs()
         written, self._written_late = self._written_late, []
         if written:
             warn(
