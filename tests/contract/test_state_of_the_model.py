@@ -254,6 +254,49 @@ def test_c28_hidden_state_of_the_first_pass_is_the_only_one_that_is_alive_after_
         assert all(state() is None for i, state in enumerate(left) if i != len(left) - 2)
 
 
+class Graph(nn.Module):
+    """A tensor without a storage in an attribute and in a buffer, both assigned anew by each forward."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.linear, self.adjacency = form, nn.Linear(6, 3), form(torch.eye(16))
+        self.register_buffer("neighbors", form(torch.eye(16)))
+
+    def forward(self, x):
+        out = dense(self.adjacency) @ self.linear(x) + dense(self.neighbors)[:, :3]
+        self.adjacency = self.form(0.9 * dense(self.adjacency))
+        self.neighbors = self.form(0.8 * dense(self.neighbors))
+        return out
+
+
+def dense(t):
+    return t if t.layout is torch.strided else t.to_dense()
+
+
+FORMS = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr}
+if torch.backends.mkldnn.is_available():
+    FORMS["mkldnn"] = torch.Tensor.to_mkldnn
+
+
+@every_drive
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:both passes changed")
+def test_c28_tensors_without_a_storage_are_kept_as_objects(form, drive):
+    inside, outside, twin = (Graph(FORMS[form]) for _ in range(3))
+    a = SAM(torch.optim.SGD(inside.parameters(), lr=0.1), rho=0.0, model=inside)
+    b = SAM(torch.optim.SGD(outside.parameters(), lr=0.1), rho=0.0)
+    base = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](a, lambda x=x, y=y: F.cross_entropy(inside(x), y))
+        DRIVES[drive](b, lambda x=x, y=y: F.cross_entropy(outside(x), y))
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        assert torch.equal(inside.linear.weight, twin.linear.weight)
+        assert torch.equal(dense(inside.adjacency), dense(twin.adjacency))
+        assert torch.equal(dense(inside.neighbors), dense(twin.neighbors))
+
+
 @every_drive
 @pytest.mark.parametrize("kind", [kind for kind in MODELS if kind.startswith("parameters")])
 def test_c28_parameters_without_gradients_may_be_in_the_optimizer(kind, drive):

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from steppe._engine.generators import is_generator
 from steppe._tensors.dtensor import all_plain
@@ -115,9 +116,20 @@ class _Parts(NamedTuple):
         return self.is_state() or self.has_graph()
 
 
+def has_storage(tensor: Tensor) -> bool:
+    """True if the tensor has memory that can be copied: it is not lazy, sparse, nested, or wrapped by ``torch.vmap``."""
+    if is_lazy(tensor) or tensor.is_nested:
+        return False
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 def storage_of(tensor: Tensor) -> int:
-    """Return the address of the tensor's storage; 0 if it has none of its own (lazy, sharded, fake)."""
-    return tensor.untyped_storage().data_ptr() if all_plain([tensor]) else 0
+    """Return the address of the tensor's storage; 0 if it has none of its own (lazy, sharded, sparse, fake)."""
+    return tensor.untyped_storage().data_ptr() if all_plain([tensor]) and has_storage(tensor) else 0
 
 
 def _is_plain(value: Any) -> bool:

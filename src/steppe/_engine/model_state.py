@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steppe._engine.attributes import Attributes, storage_of
+from steppe._engine.attributes import Attributes, has_storage, storage_of
 from steppe._engine.generators import get_state, set_state
 from steppe._engine.registrations import Registrations, is_torchs, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
@@ -112,7 +112,9 @@ class ModelState:
             uncopied = [p for p in copied if id(p) not in self._written and all_plain([p])]
             copied = [p for p in copied if id(p) in self._written]
         self._copies.update([*own, *copied], all_of=[*own, *self.untrained])
-        self._uncopied = [_Uncopied(p, p.detach(), _version(p)) for p in uncopied if is_writable(p)]
+        known = {id(before.parameter) for before in self._uncopied}
+        uncopied = [p for p in uncopied if id(p) in known or is_writable(p)]
+        self._uncopied = [_Uncopied(p, p.detach(), _version(p)) for p in uncopied]
 
     @torch.no_grad()
     def restore(self, *, now: "ModelState | None" = None) -> None:
@@ -239,8 +241,11 @@ def _version(tensor: Tensor) -> int:
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """True if a pass could have written into the tensor: it is not uninitialized (lazy), expanded or for inference."""
-    if is_lazy(tensor) or tensor.is_inference():
+    """True if a pass could have written into the tensor, in a way that can be undone.
+
+    Not one without a storage (uninitialized, sparse), expanded, or for inference.
+    """
+    if not has_storage(tensor) or tensor.is_inference():
         return False
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
