@@ -537,3 +537,59 @@ def test_c32_module_outside_of_model_may_be_initialized_by_its_first_pass(drive)
     assert b[0].num_batches_tracked == 1
     DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
     assert b[0].num_batches_tracked == 2
+
+
+class Ensemble(nn.Module):
+    """Three networks whose forward is one, as in torch's tutorial; their stacked buffers lie in an attribute."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        networks = [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3) if norm else nn.Tanh()) for _ in range(3)]
+        stacked, self.buffers_of_networks = torch.func.stack_module_state(networks)
+        self.names, self.weights = list(stacked), nn.ParameterList(stacked.values())
+        self.network = (copy.deepcopy(networks[0]).to("meta"),)
+
+    def forward(self, x):
+        def forward(parameters, buffers):
+            return torch.func.functional_call(self.network[0], (parameters, buffers), (x,))
+
+        return torch.vmap(forward)(dict(zip(self.names, self.weights, strict=True)), self.buffers_of_networks).mean(0)
+
+
+@every_drive
+@pytest.mark.parametrize("norm", [False, True])
+def test_c32_ensemble_under_vmap_is_trained_and_protected_by_a_module_that_holds_its_tensors(norm, drive):
+    model, alone, twin = (Ensemble(norm=norm) for _ in range(3))
+    optimizer = SAM(torch.optim.SGD(model.weights, lr=0.1), rho=0.0, model=model)
+    without_model = SAM(torch.optim.SGD(alone.weights, lr=0.1), rho=0.0)
+    base = torch.optim.SGD(twin.weights, lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
+        DRIVES[drive](without_model, lambda x=x, y=y: F.cross_entropy(alone(x), y))
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        for a, b, c in zip(model.weights, alone.weights, twin.weights, strict=True):
+            assert torch.equal(a, c)
+            assert torch.equal(b, c)
+    for name, buffer in twin.buffers_of_networks.items():
+        assert torch.equal(model.buffers_of_networks[name], buffer)
+
+
+def test_c32_module_that_runs_with_parameters_of_others_names_what_model_must_hold():
+    network = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    parameters = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    x, y = pair()
+    with pytest.raises(ValueError, match="functional_call, one that holds"):
+        SAM(torch.optim.SGD(parameters.values(), lr=0.1), rho=0.1, model=network)
+    optimizer = SAM(torch.optim.SGD(parameters.values(), lr=0.1), rho=0.1)
+
+    def loss():
+        halves = {name: 0.5 * p for name, p in parameters.items()}  # no leaves: torch warns where their .grad is read
+        return F.cross_entropy(torch.func.functional_call(network, (halves, buffers), (x,)), y)
+
+    with pytest.warns(UserWarning) as w:
+        DRIVES["passes"](optimizer, loss)
+    assert len(w) == 1, [str(one.message)+one.filename+str(one.lineno) for one in w]
+    assert "for torch.func.functional_call, a module that holds" in str(w[0].message)
