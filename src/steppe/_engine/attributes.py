@@ -1,17 +1,21 @@
 """The attributes of a module that its forward may assign or change."""
 
+import inspect
 import sys
 from collections import deque
 from collections.abc import Iterator
 from enum import Enum
+from functools import cache
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
 from steppe._engine.generators import is_generator
+from steppe._engine.registrations import is_layer, is_torchs
 from steppe._tensors.dtensor import all_plain
 
 _MANY = 1024
@@ -76,6 +80,37 @@ class Attributes:
             _restore(container, content)
 
 
+def may_assign_attributes(module: nn.Module) -> bool:
+    """True if a forward may assign attributes of the module.
+
+    Layers of torch keep in buffers what a forward changes. But a hook may assign their attributes, and so may the
+    forward of the module around a layer, which has then an attribute that its own class does not know. Wrappers of
+    torch (``DistributedDataParallel``) have attributes that belong to no pass; a lazy layer becomes another one.
+    """
+    if not is_torchs(module):
+        return True
+    if not is_layer(module) or isinstance(module, LazyModuleMixin):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    kind: Any = type(module)
+    others = [(name, vars(module)[name]) for name in _unknown_to(kind, tuple(vars(module)))]
+    return any(_Parts.of(value).is_state() and not _is_mark(name, value) for name, value in others)
+
+
+@cache
+def _unknown_to(kind: Any, names: tuple[str, ...]) -> list[str]:
+    """Return those of some attributes that no method of a class mentions: code outside of the class has set them."""
+    functions = [inspect.unwrap(f) for c in kind.__mro__ for f in vars(c).values() if inspect.isfunction(f)]
+    known = _TORCH_ATTRIBUTES.union(*(f.__code__.co_names for f in functions))
+    return [name for name in names if name not in known]
+
+
+def _is_mark(name: str, value: Any) -> bool:
+    """True for what frameworks set on all layers: ``_is_hf_initialized``."""
+    return name.startswith("_") and isinstance(value, bool)
+
+
 class _Parts(NamedTuple):
     """The parts of a value: what is in nested lists, tuples, dicts and deques, and these themselves."""
 
@@ -117,7 +152,7 @@ class _Parts(NamedTuple):
 
 
 def has_storage(tensor: Tensor) -> bool:
-    """True if the tensor has memory that can be copied: it is not lazy, sparse, nested, or wrapped by ``torch.vmap``."""
+    """True if the tensor has memory to copy: it is not lazy, sparse, nested, or wrapped by ``torch.vmap``."""
     if is_lazy(tensor) or tensor.is_nested:
         return False
     try:

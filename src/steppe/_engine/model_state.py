@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steppe._engine.attributes import Attributes, has_storage, storage_of
+from steppe._engine.attributes import Attributes, has_storage, may_assign_attributes, storage_of
 from steppe._engine.generators import get_state, set_state
-from steppe._engine.registrations import Registrations, is_torchs, same_objects, tensors_in
+from steppe._engine.registrations import Registrations, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
@@ -49,7 +49,7 @@ class ModelState:
         self._written: set[int] = set()
         self._saved = False
         self._registered: Registrations | None = None
-        self._plain = True
+        self._plain, self._listed_twice = True, False
         self._own_modules: list[nn.Module] = []
         self._owned_parameters: list[Tensor] = []
         self._not_owned: list[Tensor] = []
@@ -90,15 +90,17 @@ class ModelState:
         self._saved = True
 
     def _list(self, registered: Registrations) -> None:
-        """Make the lists that depend only on what the model registers."""
+        """Make the lists that depend only on what the model registers, once before and once after its first forward."""
         # FSDP2 exchanges the parameters of a module for gathered ones in the forward: these entries are not ours to set
         plain = all_plain(registered.parameters)
-        if registered is self._registered and plain == self._plain:
+        is_same = registered is self._registered and plain == self._plain
+        if is_same and self._listed_twice:
             return
+        self._listed_twice = is_same  # the second time, also layers of torch to which the first forward gave attributes
         tables = [*registered.buffer_tables, *(registered.parameter_tables if plain else [])]
         self._registered, self._plain = registered, plain
         self._entries = [(table, dict(table.items())) for table in tables]
-        self._own_modules = [m for m in registered.modules if _may_assign_attributes(m)]
+        self._own_modules = [m for m in registered.modules if may_assign_attributes(m)]
         self._owned_parameters = [p for p in registered.parameters if id(p) in self._owned]
         self._not_owned = [p for p in registered.parameters if id(p) not in self._owned]
 
@@ -158,7 +160,7 @@ class ModelState:
         self._written = other._written
 
     def own_modules_changed(self) -> bool:
-        """True if a module that is not torch's own has changed an attribute or a buffer since :meth:`save`."""
+        """True if a module whose attributes a forward may assign has changed one, or a buffer, since :meth:`save`."""
         return self._saved and (
             any(a.are_changed() for a in self._attributes.values())
             or any(_version(b) != version for b, version in self._own_buffers)
@@ -221,15 +223,6 @@ class _Copies:
             tensors = [t for i, t in enumerate(tensors) if i not in resized]
             copies = [c for i, c in enumerate(copies) if i not in resized]
         copy_(tensors, copies)
-
-
-def _may_assign_attributes(module: nn.Module) -> bool:
-    """True for a module that is not torch's own, which keeps in buffers what a forward changes, and for a hooked layer.
-
-    Not for wrappers of torch with hooks (``DistributedDataParallel``), whose attributes belong to no pass.
-    """
-    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
-    return not is_torchs(module) or (has_hooks and type(module).__module__.startswith("torch.nn.modules."))
 
 
 def _kinds(tensors: Iterable[Tensor]) -> list[Any]:

@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from steppe._engine.attributes import Attributes
+from steppe._engine.attributes import Attributes, may_assign_attributes
 from steppe._engine.callers import warn
 from steppe._engine.forwards import may_watch_forwards, watch_forwards
 from steppe._engine.model_state import is_writable
-from steppe._engine.registrations import is_torchs
 from steppe._tensors.dtensor import all_plain
 
 _FUNCTIONAL = "for torch.func.functional_call, a module that holds the parameters and buffers that it is given"
@@ -180,7 +179,7 @@ class OutsideModule:
             for name, b in module.named_buffers(recurse=False)
             if id(b) not in inside and is_writable(b)
         }
-        self._attributes = None if is_torchs(module) else Attributes(module, set())
+        self._attributes = Attributes(module, set()) if may_assign_attributes(module) else None
         self._attributes_after = self._attributes
         self._tensors = [(t, t.clone()) for t in self._attributes.tensors if is_writable(t)] if self._attributes else []
         self._untrained = [
