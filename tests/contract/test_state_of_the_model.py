@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.nn.utils import parametrize
 
-from steppe import SAM
+from steppe import SAM, variants
 from support import DRIVES, every_drive, model_bits, plain
 
 
@@ -427,6 +427,39 @@ def test_c32_model_may_be_several_modules(form, drive):
         plain(base, lambda: F.cross_entropy(d(c(x)), y))
     assert model_bits(a) == model_bits(c)
     assert model_bits(b) == model_bits(d)
+
+
+@every_drive
+@pytest.mark.parametrize("trained", ["all", "body"])
+def test_c28_lazy_modules_are_initialized_by_the_first_pass(trained, drive):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 4), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+
+    lazy, twin = model(), model()
+    parameters = {"all": lambda m: m.parameters(), "body": lambda m: m[0].parameters()}[trained]
+    optimizer = SAM(torch.optim.SGD(parameters(lazy), lr=0.1), rho=0.0, model=lazy)
+    base = torch.optim.SGD(parameters(twin), lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        torch.manual_seed(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(lazy(x), y))
+        torch.manual_seed(step)
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        assert model_bits(lazy) == model_bits(twin)
+    assert lazy[2].in_features == 4
+    assert lazy[1].num_features == 4
+
+
+def test_c28_method_that_perturbs_before_the_first_forward_says_what_lazy_modules_need():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    optimizer = variants.rwp(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
+    x, y = pair()
+    with pytest.raises(ValueError, match="run one forward before the first step"):
+        DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
+    optimizer.restore()
+    model(x)
+    DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
 
 
 def test_c32_model_that_is_no_module_raises():

@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from steppe._engine.base_hook import call_before_step
@@ -227,6 +228,11 @@ class Engine:
             keep_unperturbed: Keep the gradient at w for the combination.
             single_pass: This is the step's only pass, so that no first pass has to be protected from it.
         """
+        if single_pass and self.steps == 0 and any(map(is_lazy, point.parameters)):
+            raise ValueError(
+                "a lazy module has parameters without values, and this method perturbs the weights before the first "
+                "forward: run one forward before the first step"
+            )
         is_further_ascent = self._perturbed_parameters is not None
         if not is_further_ascent:
             self._perturbed_parameters, self._ascent = list(point.parameters), None

@@ -230,7 +230,7 @@ def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def is_writable(tensor: Tensor) -> bool:
