@@ -95,6 +95,24 @@ class ActNorm(nn.Module):
         return self.linear(x * self.scale)
 
 
+class Center(nn.Parameter):
+    """A parameter that tells others what it is."""
+
+
+class Centered(nn.Module):
+    """An untrained parameter of a class of its own, which the forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.center = nn.Linear(6, 3), Center(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x):
+        out = self.linear(x)
+        with torch.no_grad():
+            self.center.lerp_(out.mean(0), 0.1)
+        return out - self.center
+
+
 class Hidden(nn.Module):
     """Hidden states that keep their graph: the next forward detaches them where it begins."""
 
@@ -213,6 +231,7 @@ MODELS = {
     "parameters assigned by data": lambda: MomentumEncoder("data"),
     "parameters changed in place by data": lambda: MomentumEncoder("data in place"),
     "parameters changed in place": lambda: MomentumEncoder("in place"),
+    "parameters of a class of their own": Centered,
     "resized buffer": Observer,
     "attributes": Recurrent,
     "nested attributes": Nested,

@@ -108,7 +108,7 @@ class ModelState:
         """Copy the values of buffers and attributes, and of the parameters that the optimizer does not train."""
         if not self._uncopied and self._copies.update_if_same([*own, *self.untrained]):
             return
-        # subclasses (quantized weights) may not support a copy in place
+        # tensors with operations of their own (quantized weights) may not support a copy in place
         copied, uncopied = [p for p in self.untrained if all_plain([p]) or is_sharded(p)], []
         if sum(map(Tensor.numel, copied)) > self._limit:
             uncopied = [p for p in copied if id(p) not in self._written and all_plain([p])]
