@@ -202,9 +202,9 @@ class Engine:
         point = self.point_before_passes()
         return replace(point, gradients=[torch.zeros_like(w) for w in point.weights], step=0, memory={})
 
-    def owns(self, tensor: Tensor) -> bool:
-        """True if the tensor is one of the base's parameters, which need not be an ``nn.Parameter``."""
-        return any(tensor is p for p in parameters_of(self._base))
+    def owned_ids(self) -> set[int]:
+        """Return the ids of the base's parameters, which need not be an ``nn.Parameter``."""
+        return set(map(id, parameters_of(self._base)))
 
     def trains(self, loss: Tensor) -> bool:
         """True if the loss depends on a parameter of the optimizer, or if that cannot be told (sharded parameters)."""
