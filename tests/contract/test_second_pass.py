@@ -1,6 +1,7 @@
 """Contract C14 to C16: the second pass leaves buffers, generators, casts and other gradients as one pass does."""
 
 import copy
+import functools
 import random
 
 import numpy as np
@@ -254,9 +255,10 @@ def test_c14_gradients_of_inputs_are_those_of_the_first_pass_in_each_pass(name_o
     assert ends[0] == ends[1]
 
 
-def test_c14_plain_tensors_may_be_parameters_and_others_have_the_gradient_of_one_pass():
+@pytest.mark.parametrize("kind", [lambda value: value.requires_grad_(), nn.Parameter])
+def test_c14_plain_tensors_may_be_parameters_and_others_have_the_gradient_of_one_pass(kind):
     """Such as SAC's temperature, which has an optimizer of its own."""
-    w, temperature = (torch.tensor([3.0], requires_grad=True) for _ in range(2))
+    w, temperature = torch.tensor([3.0], requires_grad=True), kind(torch.tensor([3.0]))
     optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.5)
     gradient = 0.0
     for _ in range(2):
@@ -265,3 +267,58 @@ def test_c14_plain_tensors_may_be_parameters_and_others_have_the_gradient_of_one
         assert w.item() == pytest.approx(before - 0.1 * 2 * (before + 0.5) * 3)
         gradient += before**2
         assert temperature.grad.item() == pytest.approx(gradient)
+
+
+class Trainer:
+    """Holds an input with a gradient, and is a closure itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([3.0]))
+        self.delta, self.steps = torch.tensor([2.0], requires_grad=True), torch.tensor(0)
+
+    def __call__(self) -> torch.Tensor:
+        return (self.w.square() * self.delta).sum()
+
+
+class TrainedModule(Trainer, nn.Module):
+    """Both, as in Lightning."""
+
+
+CLOSURES = {
+    "function": lambda trainer: lambda: trainer(),
+    "method": lambda trainer: trainer.__call__,
+    "partial": lambda trainer: functools.partial(Trainer.__call__, trainer),
+    "object": lambda trainer: trainer,
+}
+
+
+@pytest.mark.parametrize("form", CLOSURES)
+@pytest.mark.parametrize("kind", [Trainer, TrainedModule])
+def test_c14_inputs_that_an_object_holds_have_the_gradient_of_one_pass(kind, form):
+    trainer = kind()
+    optimizer = SAM(torch.optim.SGD([trainer.w], lr=0.1), rho=0.5)
+    gradient = 0.0
+    for _ in range(2):
+        gradient += trainer.w.item() ** 2
+        optimizer.step(CLOSURES[form](trainer))
+        assert trainer.delta.grad.item() == pytest.approx(gradient)
+
+
+def test_c14_gradients_of_untrained_parameters_that_the_closure_names_are_those_of_one_pass():
+    """They are protected as parameters of the model, and as inputs of the closure."""
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 3))
+    twin, x = copy.deepcopy(model), torch.randn(8, 4)
+    frozen, other = list(model[0].parameters()), twin[0]
+    optimizer = SAM(torch.optim.SGD(model[1].parameters(), lr=0.1), rho=0.5, model=model)
+    base = torch.optim.SGD(twin[1].parameters(), lr=0.0)
+    for _ in range(2):
+        twin.load_state_dict(model.state_dict())
+
+        def closure():
+            assert len(frozen) == 2
+            return model(x).square().mean()
+
+        optimizer.step(closure)
+        plain(base, lambda: twin(x).square().mean())
+        assert bits(p.grad for p in frozen) == bits(p.grad for p in other.parameters())

@@ -2,9 +2,11 @@
 
 import collections
 import copy
+import enum
 import gc
 import random
 import warnings
+import weakref
 
 import numpy as np
 import pytest
@@ -95,6 +97,63 @@ class ActNorm(nn.Module):
         return self.linear(x * self.scale)
 
 
+class Center(nn.Parameter):
+    """A parameter that tells others what it is."""
+
+
+class Centered(nn.Module):
+    """An untrained parameter of a class of its own, which the forward moves."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.center = nn.Linear(6, 3), Center(torch.zeros(3), requires_grad=False)
+
+    def forward(self, x):
+        out = self.linear(x)
+        with torch.no_grad():
+            self.center.lerp_(out.mean(0), 0.1)
+        return out - self.center
+
+
+class Hidden(nn.Module):
+    """Hidden states that keep their graph: the next forward detaches them where it begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.rnn, self.mean = nn.LSTMCell(6, 4), nn.RNNCell(4, 3), None
+        self.memory, self.layers = (torch.zeros(16, 4), torch.zeros(16, 4)), [torch.zeros(16, 3)]
+
+    def forward(self, x):
+        h, c = self.memory
+        self.memory = self.lstm(x, (h.detach(), c.detach()))
+        self.layers[0] = self.rnn(self.memory[0], self.layers[0].detach())
+        before = 0.0 if self.mean is None else self.mean.detach()
+        self.mean = 0.9 * before + 0.1 * self.layers[0].mean(0)
+        return self.layers[0] - self.mean
+
+
+class Layers(nn.Module):
+    """State in attributes of torch's own layers, which have no hooks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.body, self.head = nn.Linear(6, 4), nn.utils.parametrizations.weight_norm(nn.Linear(4, 3))
+        self.body.calls, self.body.mean, self.head.shift = 0, torch.zeros(4), 0.0
+        self.body._is_hf_initialized = True  # what a framework sets
+
+    def forward(self, x):
+        hidden = self.body(x) - self.body.mean
+        self.body.calls += 1
+        self.body.mean = 0.9 * self.body.mean + 0.1 * hidden.detach().mean(0)
+        self.head.shift += 0.1 * self.body.calls
+        self.head.seen = getattr(self.head, "seen", 0) + 1  # the first forward makes it
+        return self.head(hidden) * (1 + self.head.shift)
+
+
+class Phase(enum.Enum):
+    EVEN, ODD = 0, 1
+
+
 class Nested(nn.Module):
     """State in attributes: hidden states of several layers, values of NumPy, a deque, a long list; and in a hook."""
 
@@ -106,6 +165,7 @@ class Nested(nn.Module):
         self.hidden = [(torch.zeros(3), torch.zeros(3)), (torch.zeros(3), {"cell": torch.zeros(3)})]
         self.number, self.array = np.float32(0), np.zeros(2)
         self.recent, self.many = collections.deque([0.0, 0.0], maxlen=3), [0.0] * 200
+        self.phase, self.counts = Phase.EVEN, collections.Counter(calls=1)
 
     @staticmethod
     def center(linear, inputs, output):
@@ -117,7 +177,7 @@ class Nested(nn.Module):
         out = self.linear(x)
         mean = out.detach().mean(0) + 1
         shift = self.hidden[0][1] + self.hidden[1][1]["cell"] + float(self.number) + self.array[0]
-        shift = shift + self.recent[-1] + self.many[7]
+        shift = shift + self.recent[-1] + self.many[7] + self.phase.value + 0.1 * self.counts["calls"]
         self.hidden = [(h + mean, mean) for h, _ in self.hidden[:1]] + [
             (mean, {"cell": self.hidden[1][1]["cell"] + mean})
         ]
@@ -125,6 +185,8 @@ class Nested(nn.Module):
         self.array += 0.1
         self.recent.append(float(mean[0]))
         self.many[7] += 0.1
+        self.phase = Phase(1 - self.phase.value)
+        self.counts["calls"] += 1
         return out + 0.1 * shift
 
 
@@ -173,9 +235,12 @@ MODELS = {
     "parameters assigned by data": lambda: MomentumEncoder("data"),
     "parameters changed in place by data": lambda: MomentumEncoder("data in place"),
     "parameters changed in place": lambda: MomentumEncoder("in place"),
+    "parameters of a class of their own": Centered,
     "resized buffer": Observer,
     "attributes": Recurrent,
     "nested attributes": Nested,
+    "hidden states with graphs": Hidden,
+    "attributes of layers": Layers,
     "first buffer": FirstBuffer,
     "codebook": lambda: Codebook(by_data=False),
     "codebook, by data": lambda: Codebook(by_data=True),
@@ -213,6 +278,69 @@ def test_c28_radius_zero_is_the_base_whatever_the_forward_changes(kind, drive):
     if kind == "attributes":
         assert torch.equal(model.mean, twin.mean)
         assert len(model.log) == 8, "a list that grows is a log"
+    if kind == "attributes of layers":
+        assert model.head.seen == twin.head.seen
+
+
+@every_drive
+def test_c28_hidden_state_of_the_first_pass_is_the_only_one_that_is_alive_after_a_step(drive):
+    model = Hidden()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    left = []  # by each forward
+
+    def loss():
+        value = F.cross_entropy(model(x), y)
+        left.append(weakref.ref(model.memory[0]))
+        return value
+
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, loss)
+        assert [state() is model.memory[0] for state in left[-2:]] == [True, False]
+        assert all(state() is None for i, state in enumerate(left) if i != len(left) - 2)
+
+
+class Graph(nn.Module):
+    """A tensor without a storage in an attribute and in a buffer, both assigned anew by each forward."""
+
+    def __init__(self, form) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.form, self.linear, self.adjacency = form, nn.Linear(6, 3), form(torch.eye(16))
+        self.register_buffer("neighbors", form(torch.eye(16)))
+
+    def forward(self, x):
+        out = dense(self.adjacency) @ self.linear(x) + dense(self.neighbors)[:, :3]
+        self.adjacency = self.form(0.9 * dense(self.adjacency))
+        self.neighbors = self.form(0.8 * dense(self.neighbors))
+        return out
+
+
+def dense(t):
+    return t if t.layout is torch.strided else t.to_dense()
+
+
+FORMS = {"coo": torch.Tensor.to_sparse, "csr": torch.Tensor.to_sparse_csr}
+if torch.backends.mkldnn.is_available():
+    FORMS["mkldnn"] = torch.Tensor.to_mkldnn
+
+
+@every_drive
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor support", "ignore:both passes changed")
+def test_c28_tensors_without_a_storage_are_kept_as_objects(form, drive):
+    inside, outside, twin = (Graph(FORMS[form]) for _ in range(3))
+    a = SAM(torch.optim.SGD(inside.parameters(), lr=0.1), rho=0.0, model=inside)
+    b = SAM(torch.optim.SGD(outside.parameters(), lr=0.1), rho=0.0)
+    base = torch.optim.SGD(twin.parameters(), lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](a, lambda x=x, y=y: F.cross_entropy(inside(x), y))
+        DRIVES[drive](b, lambda x=x, y=y: F.cross_entropy(outside(x), y))
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        assert torch.equal(inside.linear.weight, twin.linear.weight)
+        assert torch.equal(dense(inside.adjacency), dense(twin.adjacency))
+        assert torch.equal(dense(inside.neighbors), dense(twin.neighbors))
 
 
 @every_drive
@@ -374,6 +502,39 @@ def test_c32_model_may_be_several_modules(form, drive):
     assert model_bits(b) == model_bits(d)
 
 
+@every_drive
+@pytest.mark.parametrize("trained", ["all", "body"])
+def test_c28_lazy_modules_are_initialized_by_the_first_pass(trained, drive):
+    def model():
+        torch.manual_seed(0)
+        return nn.Sequential(nn.Linear(6, 4), nn.LazyBatchNorm1d(), nn.LazyLinear(3))
+
+    lazy, twin = model(), model()
+    parameters = {"all": lambda m: m.parameters(), "body": lambda m: m[0].parameters()}[trained]
+    optimizer = SAM(torch.optim.SGD(parameters(lazy), lr=0.1), rho=0.0, model=lazy)
+    base = torch.optim.SGD(parameters(twin), lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        torch.manual_seed(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(lazy(x), y))
+        torch.manual_seed(step)
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        assert model_bits(lazy) == model_bits(twin)
+    assert lazy[2].in_features == 4
+    assert lazy[1].num_features == 4
+
+
+def test_c28_method_that_perturbs_before_the_first_forward_says_what_lazy_modules_need():
+    model = nn.Sequential(nn.LazyLinear(4), nn.Linear(4, 3))
+    optimizer = variants.rwp(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.05, model=model)
+    x, y = pair()
+    with pytest.raises(ValueError, match="run one forward before the first step"):
+        DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
+    optimizer.restore()
+    model(x)
+    DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
+
+
 def test_c32_model_that_is_no_module_raises():
     a, b = parts()
     base = torch.optim.SGD(a.parameters(), lr=0.1)
@@ -503,3 +664,58 @@ def test_c32_module_outside_of_model_may_be_initialized_by_its_first_pass(drive)
     assert b[0].num_batches_tracked == 1
     DRIVES[drive](optimizer, lambda: F.cross_entropy(b(a(x)), y))
     assert b[0].num_batches_tracked == 2
+
+
+class Ensemble(nn.Module):
+    """Three networks whose forward is one, as in torch's tutorial; their stacked buffers lie in an attribute."""
+
+    def __init__(self, *, norm: bool) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        networks = [nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3) if norm else nn.Tanh()) for _ in range(3)]
+        stacked, self.buffers_of_networks = torch.func.stack_module_state(networks)
+        self.names, self.weights = list(stacked), nn.ParameterList(stacked.values())
+        self.network = (copy.deepcopy(networks[0]).to("meta"),)
+
+    def forward(self, x):
+        def forward(parameters, buffers):
+            return torch.func.functional_call(self.network[0], (parameters, buffers), (x,))
+
+        return torch.vmap(forward)(dict(zip(self.names, self.weights, strict=True)), self.buffers_of_networks).mean(0)
+
+
+@every_drive
+@pytest.mark.parametrize("norm", [False, True])
+def test_c32_ensemble_under_vmap_is_trained_and_protected_by_a_module_that_holds_its_tensors(norm, drive):
+    model, alone, twin = (Ensemble(norm=norm) for _ in range(3))
+    optimizer = SAM(torch.optim.SGD(model.weights, lr=0.1), rho=0.0, model=model)
+    without_model = SAM(torch.optim.SGD(alone.weights, lr=0.1), rho=0.0)
+    base = torch.optim.SGD(twin.weights, lr=0.1)
+    for step in range(3):
+        x, y = pair(step)
+        DRIVES[drive](optimizer, lambda x=x, y=y: F.cross_entropy(model(x), y))
+        DRIVES[drive](without_model, lambda x=x, y=y: F.cross_entropy(alone(x), y))
+        plain(base, lambda x=x, y=y: F.cross_entropy(twin(x), y))
+        for a, b, c in zip(model.weights, alone.weights, twin.weights, strict=True):
+            assert torch.equal(a, c)
+            assert torch.equal(b, c)
+    for name, buffer in twin.buffers_of_networks.items():
+        assert torch.equal(model.buffers_of_networks[name], buffer)
+
+
+def test_c32_module_that_runs_with_parameters_of_others_names_what_model_must_hold():
+    network = nn.Sequential(nn.Linear(6, 3), nn.BatchNorm1d(3))
+    parameters = {name: nn.Parameter(p.detach().clone()) for name, p in network.named_parameters()}
+    buffers = {name: b.clone() for name, b in network.named_buffers()}
+    x, y = pair()
+    with pytest.raises(ValueError, match="functional_call, one that holds"):
+        SAM(torch.optim.SGD(parameters.values(), lr=0.1), rho=0.1, model=network)
+    optimizer = SAM(torch.optim.SGD(parameters.values(), lr=0.1), rho=0.1)
+
+    def loss():
+        halves = {name: 0.5 * p for name, p in parameters.items()}  # no leaves: torch warns where their .grad is read
+        return F.cross_entropy(torch.func.functional_call(network, (halves, buffers), (x,)), y)
+
+    with pytest.warns(UserWarning, match="for torch.func.functional_call, a module that holds") as w:
+        DRIVES["passes"](optimizer, loss)
+    assert len(w) == 1

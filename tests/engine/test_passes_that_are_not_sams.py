@@ -185,6 +185,21 @@ def test_c33_closure_that_changes_its_input_in_place_warns():
         other.step(augmenting)
 
 
+def test_object_whose_tensor_the_closure_changes_in_place_is_named():
+    class Loop:
+        def __init__(self):
+            self.seen = torch.zeros(())
+
+        def closure(self):
+            self.seen += len(X)
+            return F.cross_entropy(model(X), Y)
+
+    model = linear()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    with pytest.warns(UserWarning, match=r"changes a tensor in place \(self.seen\)"):
+        optimizer.step(Loop().closure)
+
+
 # Closures that only return the loss.
 
 

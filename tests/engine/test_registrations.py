@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from steppe._engine.attributes import may_assign_attributes
 from steppe._engine.registrations import Registrations
 
 
@@ -73,3 +74,24 @@ def test_lists_of_torchscript_modules_are_made_each_time():
     net = torch.jit.script(model())
     assert not Registrations(net).is_current()
     assert len(Registrations(net).buffers) == 3
+
+
+LAYERS = {
+    "linear": lambda: nn.Linear(2, 2),
+    "recurrent": lambda: nn.LSTM(2, 2, 2, bidirectional=True),
+    "norm": lambda: nn.BatchNorm1d(2),
+    "transformer": lambda: nn.TransformerDecoderLayer(4, 2, 4),
+    "parametrized": lambda: nn.utils.parametrizations.weight_norm(nn.Linear(2, 2)),
+    "pooling": lambda: nn.FractionalMaxPool2d(2, output_size=2),
+    "lazy": lambda: nn.LazyLinear(2),
+    "softmax": lambda: nn.AdaptiveLogSoftmaxWithLoss(4, 9, [3]),
+    "container": lambda: nn.ParameterList([nn.Parameter(torch.ones(2))]),
+}
+
+
+@pytest.mark.parametrize("kind", LAYERS)
+def test_layers_of_torch_cost_no_work_unless_they_have_attributes_of_others(kind):
+    layer = LAYERS[kind]()
+    assert not any(map(may_assign_attributes, layer.modules()))
+    layer.last = [torch.zeros(2)]
+    assert may_assign_attributes(layer) == (kind != "lazy")

@@ -1,15 +1,21 @@
 """The attributes of a module that its forward may assign or change."""
 
+import inspect
 import sys
 from collections import deque
 from collections.abc import Iterator
+from enum import Enum
+from functools import cache
 from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import is_lazy
 
 from steppe._engine.generators import is_generator
+from steppe._engine.registrations import is_layer, is_torchs
 from steppe._tensors.dtensor import all_plain
 
 _MANY = 1024
@@ -17,13 +23,13 @@ _MANY = 1024
 _LARGE_ARRAY = 2**16
 """Number of elements from which on an array of NumPy is data."""
 _TORCH_ATTRIBUTES = frozenset(vars(nn.Module()))
-_VALUES = (int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
+_VALUES = (int, float, complex, str, bytes, type(None), Enum, torch.dtype, torch.device)
 
 
 class Attributes:
     """The attributes of one module, with the values that can be restored, and the generators among them.
 
-    Restored are numbers, strings, tensors without a graph, values of NumPy, and lists, tuples, dicts and deques of
+    Restored are numbers, strings, members of enums, tensors, values of NumPy, and lists, tuples, dicts and deques of
     these, nested ones included. A list or dict that grows is a log, and stays.
 
     Args:
@@ -34,14 +40,16 @@ class Attributes:
     def __init__(self, module: nn.Module, excluded_storages: set[int]) -> None:
         self._module = module
         own = {k: _Parts.of(v) for k, v in vars(module).items() if k not in _TORCH_ATTRIBUTES}
-        # a tensor with a graph is not kept: its activations would stay in memory
-        self._all = {k: None if k in own and own[k].has_graph() else v for k, v in vars(module).items()}
+        self._all = dict(vars(module))
         self._values = {k: self._all[k] for k, parts in own.items() if parts.is_state()}
         states = [own[k] for k in self._values]
-        self._contents = [(c, c.copy()) for parts in states for c in parts.containers]
-        tensors = [v for parts in states for v in parts.leaves if isinstance(v, Tensor)]
+        self._contents = [(c, _copy(c)) for parts in states for c in parts.containers]
+        # a forward assigns another tensor in the place of one with a graph (a hidden state), and does not write it
+        tensors = [v for parts in states for v in parts.leaves if isinstance(v, Tensor) and v.grad_fn is None]
         self.tensors = [t for t in tensors if storage_of(t) not in excluded_storages]
-        """The tensors among the values that can be restored; their contents are not kept here."""
+        """The tensors without a graph among the values that can be restored; their contents are not kept here."""
+        self.hold_graphs = any(parts.has_graph() for parts in own.values())
+        """True if a tensor among the values has a graph, which lives for as long as these attributes are kept."""
         self.generators = [v for parts in own.values() for v in parts.leaves if is_generator(v)]
 
     @classmethod
@@ -70,6 +78,37 @@ class Attributes:
                     now[name] = value
         for container, content in self._contents:
             _restore(container, content)
+
+
+def may_assign_attributes(module: nn.Module) -> bool:
+    """True if a forward may assign attributes of the module.
+
+    Layers of torch keep in buffers what a forward changes. But a hook may assign their attributes, and so may the
+    forward of the module around a layer, which has then an attribute that its own class does not know. Wrappers of
+    torch (``DistributedDataParallel``) have attributes that belong to no pass; a lazy layer becomes another one.
+    """
+    if not is_torchs(module):
+        return True
+    if not is_layer(module) or isinstance(module, LazyModuleMixin):
+        return False
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    kind: Any = type(module)
+    others = [(name, vars(module)[name]) for name in _unknown_to(kind, tuple(vars(module)))]
+    return any(_Parts.of(value).is_state() and not _is_mark(name, value) for name, value in others)
+
+
+@cache
+def _unknown_to(kind: Any, names: tuple[str, ...]) -> list[str]:
+    """Return those of some attributes that no method of a class mentions: code outside of the class has set them."""
+    functions = [inspect.unwrap(f) for c in kind.__mro__ for f in vars(c).values() if inspect.isfunction(f)]
+    known = _TORCH_ATTRIBUTES.union(*(f.__code__.co_names for f in functions))
+    return [name for name in names if name not in known]
+
+
+def _is_mark(name: str, value: Any) -> bool:
+    """True for what frameworks set on all layers: ``_is_hf_initialized``."""
+    return name.startswith("_") and isinstance(value, bool)
 
 
 class _Parts(NamedTuple):
@@ -112,16 +151,25 @@ class _Parts(NamedTuple):
         return self.is_state() or self.has_graph()
 
 
+def has_storage(tensor: Tensor) -> bool:
+    """True if the tensor has memory to copy: it is not lazy, sparse, nested, or wrapped by ``torch.vmap``."""
+    if is_lazy(tensor) or tensor.is_nested:
+        return False
+    try:
+        tensor.untyped_storage()
+    except (NotImplementedError, RuntimeError):
+        return False
+    return True
+
+
 def storage_of(tensor: Tensor) -> int:
-    """Return the address of the tensor's storage; 0 if it has none of its own (lazy, sharded, fake)."""
-    return tensor.untyped_storage().data_ptr() if all_plain([tensor]) else 0
+    """Return the address of the tensor's storage; 0 if it has none of its own (lazy, sharded, sparse, fake)."""
+    return tensor.untyped_storage().data_ptr() if all_plain([tensor]) and has_storage(tensor) else 0
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, Tensor):
-        return value.grad_fn is None
     numpy = sys.modules.get("numpy")  # not imported: a program without NumPy has no such values
-    return isinstance(value, _VALUES) or (numpy is not None and isinstance(value, numpy.generic))
+    return isinstance(value, (Tensor, *_VALUES)) or (numpy is not None and isinstance(value, numpy.generic))
 
 
 def _is_array(value: Any) -> bool:
@@ -131,6 +179,13 @@ def _is_array(value: Any) -> bool:
 
 def _elements(container: Any) -> Iterator[Any]:
     return iter(container.values() if isinstance(container, dict) else container)
+
+
+def _copy(container: Any) -> Any:
+    """Return the content of a container; not by a method, which in a subclass may do anything (``Counter.update``)."""
+    if _is_array(container):
+        return container.copy()
+    return dict(container) if isinstance(container, dict) else list(container)
 
 
 def _differ(now: Any, saved: Any) -> bool:
@@ -149,7 +204,7 @@ def _restore(container: Any, content: Any) -> None:
             container[:] = content
     elif isinstance(container, dict):
         if container.keys() == content.keys():
-            container.update(content)
+            dict.update(container, content)
     elif container.maxlen is not None or len(container) == len(content):
         container.clear()
         container.extend(content)

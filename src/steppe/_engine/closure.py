@@ -3,10 +3,12 @@
 import functools
 import inspect
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from steppe._engine.engine import Engine
 from steppe._engine.losses import find_loss
@@ -75,6 +77,7 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
             sam_pass.record_loss(value)
             if sam_pass.is_first:
                 first = value
+                inputs.end_first_pass()
             else:
                 _check_unchanged(watched, engine)
     inputs.end()
@@ -84,30 +87,33 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
 class InputGradients:
     """Gives each pass the gradients of the closure's inputs with which the first one began.
 
-    Adversarial training steps along them. Where a step is one pass, the inputs are new in each, so that loops do not
-    clear their gradients. They are searched for in the first step, and in later ones if it has found any.
+    Inputs are all tensors around it that the optimizer does not train. Adversarial training steps along their
+    gradients; where a step is one pass, the inputs are new in each, so that loops do not clear these. They are searched
+    for in the first step, and in later ones if it has found any.
     """
 
     def __init__(self, closure: Closure, engine: Engine) -> None:
         self._engine = engine
         self._before: list[tuple[Tensor, Tensor | None]] = []
-        self._after: list[tuple[Tensor, Tensor | None]] | None = None
+        self._after: list[tuple[Tensor, Tensor | None]] = []
         if engine.inputs_have_gradients or not engine.closure_watched:
-            found = {id(t): t for _, t in _outer_tensors(closure) if t.is_leaf and not isinstance(t, nn.Parameter)}
-            inputs = [t for t in found.values() if not engine.owns(t)]
+            found = {id(t): t for _, t in _outer_tensors(closure) if t.is_leaf}
+            inputs = [found[key] for key in found.keys() - engine.owned_ids()]
             self._before = [(t, None if t.grad is None else t.grad.clone()) for t in inputs]
+
+    def end_first_pass(self) -> None:
+        """Keep the gradients that the first pass has left."""
+        self._after = [(t, t.grad) for t, _ in self._before]
+        self._engine.inputs_have_gradients |= any(gradient is not None for _, gradient in self._after)
 
     def begin_further_pass(self) -> None:
         """Restore the gradients with which the first pass began."""
-        if self._after is None:
-            self._after = [(t, t.grad) for t, _ in self._before]
-            self._engine.inputs_have_gradients |= any(gradient is not None for _, gradient in self._after)
         for t, gradient in self._before:
             t.grad = None if gradient is None else gradient.clone()
 
     def end(self) -> None:
         """Restore the gradients that the first pass has left."""
-        for t, gradient in self._after or ():
+        for t, gradient in self._after:
             t.grad = gradient
 
 
@@ -172,16 +178,25 @@ def _versions(closure: Callable[[], Any]) -> dict[str, tuple[Tensor, int]]:
     return {
         name: (tensor, tensor._version)
         for name, tensor in _outer_tensors(closure)
-        if not tensor.requires_grad and not isinstance(tensor, nn.Parameter) and not tensor.is_inference()
+        if not (tensor.requires_grad or isinstance(tensor, nn.Parameter) or is_lazy(tensor) or tensor.is_inference())
     }
 
 
 def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
-    """Yield the tensors in the variables of a closure, one level of lists, tuples and dicts deep."""
+    """Yield the tensors in the variables of a closure, and in attributes of objects in these (``self``).
+
+    Both one level of lists, tuples and dicts deep. A closure may be a method, or an object that is called.
+    """
     while isinstance(closure, functools.partial):
         for value in (*closure.args, *closure.keywords.values()):
             yield from _tensors_in("an argument", value)
         closure = closure.func
+    if not inspect.isroutine(closure):
+        yield from _tensors_in("self", closure)
+        closure = type(closure).__call__
+    if inspect.ismethod(closure):
+        yield from _tensors_in("self", closure.__self__)
+        closure = closure.__func__
     if not inspect.isfunction(closure):
         return
     try:
@@ -195,11 +210,26 @@ def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
 
 
 def _tensors_in(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
+    """Yield the tensors in a variable; of an object, those in its attributes."""
     if isinstance(value, Tensor):
         yield name, value
     elif isinstance(value, list | tuple | dict):
+        yield from _items(name, value)
+    elif not isinstance(value, ModuleType | type | torch.optim.Optimizer) and not inspect.isroutine(value):
+        for attribute, held in getattr(value, "__dict__", {}).items():
+            found = [(f"{name}.{attribute}", held)] if isinstance(held, Tensor) else _items(f"{name}.{attribute}", held)
+            # of a module, only inputs: SAM protects the rest of it
+            yield from ((k, t) for k, t in found if not isinstance(value, nn.Module) or _may_be_input(t))
+
+
+def _items(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
+    if isinstance(value, list | tuple | dict):
         items = value.values() if isinstance(value, dict) else value
         yield from ((f"{name}, number {i}", item) for i, item in enumerate(items) if isinstance(item, Tensor))
+
+
+def _may_be_input(tensor: Tensor) -> bool:
+    return tensor.requires_grad and not isinstance(tensor, nn.Parameter)
 
 
 def _check_unchanged(watched: dict[str, tuple[Tensor, int]], engine: Engine) -> None:

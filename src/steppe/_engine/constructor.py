@@ -166,7 +166,8 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
     if model is not None and set(model.parameters()).isdisjoint(parameters_of(base)):
         raise ValueError(
             "model= holds none of the optimizer's parameters, so its running statistics would be protected and "
-            "those of the trained model would not: pass the module whose parameters the base optimizer got"
+            "those of the trained model would not: pass the module whose parameters the base optimizer got; for "
+            "torch.func.functional_call, one that holds the parameters and buffers that it is given"
         )
 
 

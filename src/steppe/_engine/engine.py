@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from steppe._engine.base_hook import call_before_step
@@ -208,9 +209,9 @@ class Engine:
         point = self.point_before_passes()
         return replace(point, gradients=[torch.zeros_like(w) for w in point.weights], step=0, memory={})
 
-    def owns(self, tensor: Tensor) -> bool:
-        """True if the tensor is one of the base's parameters, which need not be an ``nn.Parameter``."""
-        return any(tensor is p for p in parameters_of(self._base))
+    def owned_ids(self) -> set[int]:
+        """Return the ids of the base's parameters, which need not be an ``nn.Parameter``."""
+        return set(map(id, parameters_of(self._base)))
 
     def trains(self, loss: Tensor) -> bool:
         """True if the loss depends on a parameter of the optimizer, or if that cannot be told (sharded parameters)."""
@@ -234,6 +235,11 @@ class Engine:
             keep_unperturbed: Keep the gradient at w for the combination.
             single_pass: This is the step's only pass, so that no first pass has to be protected from it.
         """
+        if single_pass and self.steps == 0 and any(map(is_lazy, point.parameters)):
+            raise ValueError(
+                "a lazy module has parameters without values, and this method perturbs the weights before the first "
+                "forward: run one forward before the first step"
+            )
         is_further_ascent = self._perturbed_parameters is not None
         if not is_further_ascent:
             self._perturbed_parameters, self._ascent = list(point.parameters), None

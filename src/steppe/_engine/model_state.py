@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
-from steppe._engine.attributes import Attributes, storage_of
+from steppe._engine.attributes import Attributes, has_storage, may_assign_attributes, storage_of
 from steppe._engine.generators import get_state, set_state
-from steppe._engine.registrations import Registrations, is_torchs, same_objects, tensors_in
+from steppe._engine.registrations import Registrations, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
@@ -18,6 +18,7 @@ LARGE = 2**24
 """Number of elements up to which untrained parameters are always copied, however few the optimizer trains."""
 _kind = attrgetter("shape", "dtype", "device")
 _requires_grad = attrgetter("requires_grad")
+_hold_graphs = attrgetter("hold_graphs")
 
 
 class ModelState:
@@ -48,7 +49,7 @@ class ModelState:
         self._written: set[int] = set()
         self._saved = False
         self._registered: Registrations | None = None
-        self._plain = True
+        self._plain, self._listed_twice = True, False
         self._own_modules: list[nn.Module] = []
         self._owned_parameters: list[Tensor] = []
         self._not_owned: list[Tensor] = []
@@ -100,15 +101,17 @@ class ModelState:
         return Registrations.of(self._model, (like and like._registered) or self._registered)
 
     def _list(self, registered: Registrations) -> None:
-        """Make the lists that depend only on what the model registers."""
+        """Make the lists that depend only on what the model registers, once before and once after its first forward."""
         # FSDP2 exchanges the parameters of a module for gathered ones in the forward: these entries are not ours to set
         plain = all_plain(registered.parameters)
-        if registered is self._registered and plain == self._plain:
+        is_same = registered is self._registered and plain == self._plain
+        if is_same and self._listed_twice:
             return
+        self._listed_twice = is_same  # the second time, also layers of torch to which the first forward gave attributes
         tables = [*registered.buffer_tables, *(registered.parameter_tables if plain else [])]
         self._registered, self._plain = registered, plain
         self._entries = [(table, dict(table.items())) for table in tables]
-        self._own_modules = [m for m in registered.modules if _may_assign_attributes(m)]
+        self._own_modules = [m for m in registered.modules if may_assign_attributes(m)]
         self._owned_parameters = [p for p in registered.parameters if id(p) in self._owned]
         self._not_owned = [p for p in registered.parameters if id(p) not in self._owned]
 
@@ -116,13 +119,15 @@ class ModelState:
         """Copy the values of buffers and attributes, and of the parameters that the optimizer does not train."""
         if not self._uncopied and self._copies.update_if_same([*own, *self.untrained]):
             return
-        # subclasses (quantized weights) may not support a copy in place
+        # tensors with operations of their own (quantized weights) may not support a copy in place
         copied, uncopied = [p for p in self.untrained if all_plain([p]) or is_sharded(p)], []
         if sum(map(Tensor.numel, copied)) > self._limit:
             uncopied = [p for p in copied if id(p) not in self._written and all_plain([p])]
             copied = [p for p in copied if id(p) in self._written]
         self._copies.update([*own, *copied], all_of=[*own, *self.untrained])
-        self._uncopied = [_Uncopied(p, p.detach(), _version(p)) for p in uncopied if is_writable(p)]
+        known = {id(before.parameter) for before in self._uncopied}
+        uncopied = [p for p in uncopied if id(p) in known or is_writable(p)]
+        self._uncopied = [_Uncopied(p, p.detach(), _version(p)) for p in uncopied]
 
     @torch.no_grad()
     def restore(self, *, now: "ModelState | None" = None) -> None:
@@ -150,6 +155,11 @@ class ModelState:
         """Make :meth:`restore` do nothing until the next :meth:`save`."""
         self._saved = False
 
+    def release_graphs(self) -> None:
+        """Let go of the attributes that hold a graph: after a step, the module alone decides how long it lives."""
+        if any(map(_hold_graphs, self._attributes.values())):
+            self._attributes = {key: a for key, a in self._attributes.items() if not a.hold_graphs}
+
     def find_writes(self) -> list[Tensor]:
         """Return the parameters that were not copied and were written since :meth:`save`; copy them from now on."""
         written = [p for p, _, version in self._uncopied if _version(p) != version]
@@ -161,7 +171,7 @@ class ModelState:
         self._written = other._written
 
     def own_modules_changed(self) -> bool:
-        """True if a module that is not torch's own has changed an attribute or a buffer since :meth:`save`."""
+        """True if a module whose attributes a forward may assign has changed one, or a buffer, since :meth:`save`."""
         return self._saved and (
             any(a.are_changed() for a in self._attributes.values())
             or any(_version(b) != version for b, version in self._own_buffers)
@@ -226,26 +236,20 @@ class _Copies:
         copy_(tensors, copies)
 
 
-def _may_assign_attributes(module: nn.Module) -> bool:
-    """True for a module that is not torch's own, which keeps in buffers what a forward changes, and for a hooked layer.
-
-    Not for wrappers of torch with hooks (``DistributedDataParallel``), whose attributes belong to no pass.
-    """
-    has_hooks = bool(module._forward_hooks or module._forward_pre_hooks)
-    return not is_torchs(module) or (has_hooks and type(module).__module__.startswith("torch.nn.modules."))
-
-
 def _kinds(tensors: Iterable[Tensor]) -> list[Any]:
     return list(map(_kind, tensors))
 
 
 def _version(tensor: Tensor) -> int:
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if is_lazy(tensor) or tensor.is_inference() else tensor._version
 
 
 def is_writable(tensor: Tensor) -> bool:
-    """True if a pass could have written into the tensor: it is not uninitialized (lazy), expanded or for inference."""
-    if is_lazy(tensor) or tensor.is_inference():
+    """True if a pass could have written into the tensor, in a way that can be undone.
+
+    Not one without a storage (uninitialized, sparse), expanded, or for inference.
+    """
+    if not has_storage(tensor) or tensor.is_inference():
         return False
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 

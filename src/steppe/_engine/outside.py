@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor, nn
 
-from steppe._engine.attributes import Attributes
+from steppe._engine.attributes import Attributes, may_assign_attributes
 from steppe._engine.callers import warn
 from steppe._engine.forwards import may_watch_forwards, watch_forwards
 from steppe._engine.model_state import is_writable
-from steppe._engine.registrations import is_torchs
 from steppe._tensors.dtensor import all_plain
 
+_FUNCTIONAL = "for torch.func.functional_call, a module that holds the parameters and buffers that it is given"
 _COUNTER = "num_batches_tracked"
 """BatchNorm's counter of batches: it has an effect only if the running mean is cumulative (momentum=None)."""
 
@@ -139,13 +139,13 @@ class OutsideWatch:
         if self._model is None:
             return (
                 f"both passes changed {' and '.join(what)}: without model=, SAM does not undo what the second pass, at "
-                "w + e, changes beside its own parameters. Give SAM the module that the passes run, model=model; "
-                "several in a list"
+                "w + e, changes beside its own parameters. Give SAM the module that the passes run, model=model, "
+                f"several in a list; {_FUNCTIONAL}"
             )
         return (
             f"both passes changed {' and '.join(what)}, but model= does not hold these modules. They are protected "
-            "from now on, as far as this step has shown them; give model= all modules that the passes run, in a list: "
-            "model=[model, ...]"
+            "from now on, as far as this step has shown them; give model= all modules that the passes run, in a list, "
+            f"model=[model, ...]; {_FUNCTIONAL}"
         )
 
     def _names(self, modules: Iterable[nn.Module]) -> str:
@@ -179,7 +179,7 @@ class OutsideModule:
             for name, b in module.named_buffers(recurse=False)
             if id(b) not in inside and is_writable(b)
         }
-        self._attributes = None if is_torchs(module) else Attributes(module, set())
+        self._attributes = Attributes(module, set()) if may_assign_attributes(module) else None
         self._attributes_after = self._attributes
         self._tensors = [(t, t.clone()) for t in self._attributes.tensors if is_writable(t)] if self._attributes else []
         self._untrained = [
@@ -190,7 +190,7 @@ class OutsideModule:
         self._gradients = [
             (p, p.grad, None if p.grad is None else p.grad._version)
             for p in module.parameters(recurse=False)
-            if p.requires_grad and id(p) not in inside
+            if p.requires_grad and p.is_leaf and id(p) not in inside  # functional_call may run it with others
         ]
         self._after: list[tuple[Tensor, Tensor]] = []
         self._gradients_after: list[tuple[Tensor, Tensor | None]] = []

@@ -80,6 +80,17 @@ def is_torchs(module: nn.Module) -> bool:
     return _is_torchs(kind)
 
 
+def is_layer(module: nn.Module) -> bool:
+    """True for a layer of torch, also a parametrized one, and not for a wrapper (``DistributedDataParallel``)."""
+    kind: Any = type(module)
+    return _is_torchs(kind) and _is_layer(kind)
+
+
+@cache
+def _is_layer(kind: Any) -> bool:
+    return any(c.__module__.startswith("torch.nn.modules.") for c in kind.__mro__ if c is not nn.Module)
+
+
 @cache
 def _is_torchs(kind: Any) -> bool:
     return all(c.__module__.partition(".")[0] == "torch" for c in kind.__mro__ if issubclass(c, nn.Module))

@@ -372,6 +372,8 @@ class _ModelProtection:
     def end_step(self) -> None:
         """Forget the state before the step, which is no other step's; warn of what was found in it."""
         self._before.discard()
+        self._before.release_graphs()
+        self._after.release_graphs()
         written, self._written_late = self._written_late, []
         if written:
             warn(

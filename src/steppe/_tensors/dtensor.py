@@ -6,6 +6,7 @@ tensor: without sharding nothing costs time, not even an import.
 
 import sys
 from collections.abc import Callable, Sequence
+from functools import cache
 from itertools import chain
 from typing import Any, Literal, TypeAlias
 
@@ -20,8 +21,18 @@ _FSDP = {1: "FullyShardedDataParallel", 2: "FSDPModule"}
 
 
 def all_plain(*lists: Sequence[Tensor]) -> bool:
-    """True if no tensor is of a subclass. One set operation: a check of each tensor outlasts a GPU's step."""
-    return _PLAIN.issuperset(map(type, chain.from_iterable(lists)))
+    """True if every tensor behaves as an ordinary one. One set operation: a check of each outlasts a GPU's step."""
+    return _PLAIN.issuperset(map(type, chain.from_iterable(lists))) or all(
+        map(_is_plain, map(type, chain.from_iterable(lists)))
+    )
+
+
+@cache
+def _is_plain(kind: type[Tensor]) -> bool:
+    """True for a class that leaves all operations to torch, such as one that only adds methods to ``nn.Parameter``."""
+    functions = (Tensor.__torch_function__.__func__, nn.Parameter.__torch_function__)  # type: ignore[attr-defined]
+    function: Any = getattr(kind, "__torch_function__", None)
+    return kind.__torch_dispatch__ is Tensor.__torch_dispatch__ and getattr(function, "__func__", function) in functions
 
 
 def is_sharded(tensor: Tensor) -> bool:
