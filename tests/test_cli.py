@@ -52,7 +52,10 @@ def test_version(option: str, capsys: pytest.CaptureFixture[str]) -> None:
         (["tune", "article", "--serch", "rho"], "has no option --serch; did you mean '--search'? `steppe tune article"),
         (["compare", "--tensorboard"], "has no option --tensorboard; it is now --log tensorboard."),
         (["compare", "artcle"], "there is no recipe 'artcle'; did you mean 'article'? `steppe compare --help` lists"),
-        (["tune", "xyz"], "there is no recipe 'xyz'. A task of your own is package.module:name. `steppe tune --help` lists"),
+        (
+            ["tune", "xyz"],
+            "there is no recipe 'xyz'. A task of your own is package.module:name. `steppe tune --help` lists",
+        ),
         (["compare", "--methods", "samm"], "'samm' is unknown; did you mean 'sam'?"),
         (["compare", "--dataset", "fashion-mnst"], "'fashion-mnst' is unknown; did you mean 'fashion-mnist'? Known:"),
         (["compare", "--device=gpu"], "--device: 'gpu' is unknown; did you mean 'cpu'? Known: auto, cpu, cuda"),
