@@ -53,8 +53,8 @@ class Damaged(Dataset):
         return 400
 
     def __getitem__(self, i):
-        if i == 399:
-            raise OSError("file 399 is damaged")
+        if i == 301:
+            raise OSError("file 301 is damaged")
         return torch.zeros(5), 1
 
 def damaged():
@@ -130,7 +130,7 @@ def test_error_in_one_process_is_one_line_in_each(tmp_path: Path) -> None:
     assert done.returncode != 0
     lines = sorted(line for line in done.stderr.splitlines() if line.startswith("steppe: "))
     assert len(lines) == 2, done.stderr
-    assert "(OSError: file 399 is damaged), at " in lines[0]
+    assert "(OSError: file 301 is damaged), at " in lines[0]
     assert "own.py" in lines[0]
     assert re.search(r"process [01] of 2 lost the connection.*and its own message names the reason", lines[1])
     assert "[rank" not in done.stderr  # no traceback

@@ -94,7 +94,7 @@ class Displacement:
         if marked or not before:
             return marked
         now = torch._foreach_norm([w for w, _ in watched])
-        return sum(not torch.equal(a, b) for a, b in zip(before, now, strict=True))
+        return sum(bool(a.ne(b)) for a, b in zip(before, now, strict=True))
 
     def restore(self) -> None:
         """Restore every displaced weight to w; without a displacement, do nothing."""
