@@ -59,7 +59,7 @@ def compare(
         epochs: Standardized epochs: the compute of each method, in gradient evaluations by training samples. An epoch
             of SAM counts as 2.
         seeds: Runs of each method. One gives no verdict.
-        out: The run folder; by default runs/NAME. It holds the runs of one task: another object is refused there.
+        out: The run folder; by default runs/NAME. It holds the runs of one task: another object is an error there.
         runs_at_once: Runs at a time, each in a process of its own. Above 1, a script needs its calls under
             `if __name__ == "__main__":`.
         log: Where to log the measurements as well: "tensorboard", "wandb", "mlflow", a :class:`Log` of your own, or

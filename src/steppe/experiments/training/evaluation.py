@@ -85,7 +85,7 @@ def _halves(batches: list[T]) -> dict[str, list[T]]:
 
 
 def _of_a_half(name: str, metric: Metric, half: list[tuple[Any, Any]]) -> float:
-    """Return a metric of a half, which nobody asked for: NaN where it has none, as with too few positive samples."""
+    """Return a metric of a half: NaN where it has none, as with too few positive samples."""
     try:
         return as_number(f"the metric {name}", metric.function(*concatenated(half)))
     except Exception:  # of any kind, from the user's own function, which has a value for the whole
