@@ -48,8 +48,8 @@ class SAM(SAMStep):
 
     min_w max_{|e| <= rho} L(w + e): a first pass at w gives g, a second one at w + e gives g_s, and the base optimizer
     steps from w with a combination of the two. By default e = rho g / |g| over all parameters (:class:`L2`), and the
-    combination is g_s. ``param_groups``, ``state`` and ``defaults`` *are* the
-    base's, so that learning-rate schedules, clipping, checkpoints and hooks work on either object.
+    combination is g_s. ``param_groups``, ``state`` and ``defaults`` *are* the base's, so that learning-rate schedules,
+    clipping, checkpoints and hooks work on either object.
 
     A step has three APIs: ``step(closure)``, the explicit :meth:`passes`, and the classic
     :meth:`first_step` / :meth:`second_step`. Each leaves weights, buffers and random generators as one ordinary pass
@@ -59,8 +59,7 @@ class SAM(SAMStep):
         base_optimizer: An instance of any optimizer that does not need a closure of its own; or a list of several, such
             as Muon for the matrices and AdamW for the rest, which then share one perturbation and one checkpoint.
         rho: The radius of the neighborhood, at least 0: a length in the space of all weights, or what the perturbation
-            takes it for. The default of every group. A group may have its own
-            ``sam_rho``.
+            takes it for. It is the default of every group; a group may have its own ``sam_rho``.
         model: The module that the passes run; several in a list, tuple or dict. With it, the second pass leaves no
             trace in it: buffers (BatchNorm's running statistics, ...), parameters that belong to other optimizers or to
             none, their gradients, and numbers, tensors and random generators in attributes of modules. It starts from

@@ -42,14 +42,7 @@ def called_by_scaler() -> bool:
 
     A scaler leaves no other trace: without this, gradients that were unscaled could not be told from scaled ones.
     """
-    frame = sys._getframe(1).f_back
-    for _ in range(14):
-        if frame is None:
-            return False
-        if frame.f_code.co_name == _SCALER_FUNCTION:
-            return True
-        frame = frame.f_back
-    return False
+    return _frame_of(_SCALER_FUNCTION, within=14) is not None
 
 
 def unscaling_scaler() -> tuple[Any, int] | None:
@@ -58,12 +51,16 @@ def unscaling_scaler() -> tuple[Any, int] | None:
     Returns:
         The scaler, and the number under which it keeps the state of the optimizer, or of a proxy of it.
     """
-    frame: FrameType | None = sys._getframe(2)
-    for _ in range(4):
-        if frame is None:
-            return None
-        if frame.f_code.co_name == _UNSCALE_FUNCTION:
-            return frame.f_locals["self"], id(frame.f_locals["optimizer"])
+    frame = _frame_of(_UNSCALE_FUNCTION, within=4)
+    return None if frame is None else (frame.f_locals["self"], id(frame.f_locals["optimizer"]))
+
+
+def _frame_of(function: str, *, within: int) -> FrameType | None:
+    """Return the frame of a function that called the caller of this module, through a few others; None if none did."""
+    frame = sys._getframe(2).f_back
+    for _ in range(within):
+        if frame is None or frame.f_code.co_name == function:
+            return frame
         frame = frame.f_back
     return None
 

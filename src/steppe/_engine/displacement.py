@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from steppe._tensors.dtensor import all_plain, locals_of
-from steppe._tensors.in_place import add_scaled_, copy_, real_views, reuse
+from steppe._tensors.in_place import add_scaled_, copy_, real_views, reuse, write_marks
 
 Add: TypeAlias = Callable[[Sequence[Tensor], Tensor, Sequence[Tensor]], None]
 
@@ -33,7 +33,8 @@ class Displacement:
         self._displaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.latest_copies: dict[int, tuple[Tensor, Tensor]] = {}
         """The weights of the latest displacement, by id, with the copies from which they were restored."""
-        self._watched: list[tuple[Tensor, tuple[int, int]]] = []
+        self._watched: list[Tensor] = []
+        self._marks: list[tuple[int, int]] = []
         self._norms: Sequence[Tensor] = []
 
     @property
@@ -83,17 +84,19 @@ class Displacement:
             values: Compare the norms of the weights, too: ``w.data.copy_(...)`` leaves no mark.
         """
         weights = [w for w, _ in self._displaced.values()]
-        self._watched = [(w, _mark(w)) for w in weights] if all_plain(weights) else []
+        self._watched = weights if all_plain(weights) else []
+        self._marks = write_marks(self._watched)
         self._norms = torch._foreach_norm(weights) if values and self._watched else []
 
     @torch.no_grad()
     def written(self) -> int:
         """Return how many weights were written since :meth:`watch`, and end the watch."""
-        watched, before, self._watched, self._norms = self._watched, self._norms, [], []
-        marked = sum(_mark(w) != mark for w, mark in watched)
+        watched, marks, before = self._watched, self._marks, self._norms
+        self._watched, self._marks, self._norms = [], [], []
+        marked = sum(now != mark for now, mark in zip(write_marks(watched), marks, strict=True))
         if marked or not before:
             return marked
-        now = torch._foreach_norm([w for w, _ in watched])
+        now = torch._foreach_norm(watched)
         return sum(bool(a.ne(b)) for a, b in zip(before, now, strict=True))
 
     def restore(self) -> None:
@@ -111,11 +114,6 @@ class Displacement:
             yield
         finally:
             self.restore()
-
-
-def _mark(weight: Tensor) -> tuple[int, int]:
-    """Return what a write in place changes, or an assignment to ``.data``."""
-    return weight._version, weight.data_ptr()
 
 
 @torch.no_grad()

@@ -92,16 +92,16 @@ class Engine:
         Raises:
             TypeError, ValueError: As :class:`Ranks`; then nothing has changed.
         """
-        self.ranks = Ranks(model, list(parameters_of(self._base)), per_rank=per_rank)
+        ranks = Ranks(model, list(parameters_of(self._base)), per_rank=per_rank)  # first: it may raise
         self._replay_rng, self._per_rank = replay_rng, per_rank
         self._stochastic_rounding, self._rounding_checked = stochastic_rounding, False
-        self.protect(model)
+        self.protect(model, ranks)
 
-    def protect(self, model: nn.Module | None) -> None:
+    def protect(self, model: nn.Module | None, ranks: Ranks | None = None) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""
         self._owned = owned = list(parameters_of(self._base))
         self.recorder.watch(model)
-        self.ranks = Ranks(model, owned, per_rank=self._per_rank)
+        self.ranks = ranks or Ranks(model, owned, per_rank=self._per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=self._replay_rng)
 
     def follow_parameters(self, model: nn.Module | None) -> dict[Tensor, Tensor]:

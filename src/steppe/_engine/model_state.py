@@ -22,7 +22,7 @@ _hold_graphs = attrgetter("hold_graphs")
 
 
 class ModelState:
-    """A snapshot of a model, of which :meth:`restore` puts back what a forward has changed.
+    """A snapshot of a model, of which :meth:`restore` restores what a forward has changed.
 
     It holds which tensors the buffers and parameters are, and the values of the buffers and of the parameters that
     are not the optimizer's (momentum encoders, codebooks); attributes that the forward of a module, or a hook, assigns

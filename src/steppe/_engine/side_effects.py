@@ -17,8 +17,9 @@ from steppe._engine.model_state import LARGE, ModelState
 from steppe._engine.outside import OutsideWatch
 from steppe._engine.registrations import Registrations
 from steppe._tensors.dtensor import all_plain
+from steppe._tensors.in_place import write_marks
 
-_version, _device = attrgetter("_version"), attrgetter("device")
+_device = attrgetter("device")
 
 
 @contextmanager
@@ -102,7 +103,7 @@ class ForwardWrites:
     def begin(self) -> None:
         """Begin the first pass."""
         self._trained = [p for p in self._owned if p.requires_grad]  # the others are a part of the model's state
-        self._marks = self._current_marks()
+        self._marks = write_marks(self._trained)
         # `p.data.copy_(...)` leaves no mark; it is searched for in the first step only, which pays for it
         self._values = []
         if self._first and all_plain(self._trained):
@@ -113,7 +114,7 @@ class ForwardWrites:
     @torch.no_grad()
     def end(self, *, may_initialize: Callable[[], bool]) -> bool:
         """End the first pass; return True if it has initialized parameters."""
-        marks = zip(self._trained, self._marks, self._current_marks(), strict=True) if self._marks else ()
+        marks = zip(self._trained, self._marks, write_marks(self._trained), strict=True) if self._marks else ()
         marked = {id(p) for p, before, now in marks if before != now}
         trained = {id(p) for p in self._trained if p.grad is not None}
         written = (marked & trained) - self._ever_written
@@ -148,11 +149,6 @@ class ForwardWrites:
         without = [p for p in candidates if p.grad is None and id(p) not in found]
         few = all_plain(without) and sum(map(Tensor.numel, without)) <= LARGE
         self._without_gradient = without if few else []
-
-    def _current_marks(self) -> list[tuple[int, int]]:
-        trained = self._trained
-        addresses = map(Tensor.data_ptr, trained) if all_plain(trained) else repeat(0)
-        return list(zip(map(_version, trained), addresses, strict=False))
 
     def _current_values(self) -> list[Tensor]:
         """Return copies of the parameters, or only their norms if these are large."""

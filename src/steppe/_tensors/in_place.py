@@ -1,6 +1,7 @@
 """Operations in place on lists of tensors, in few kernels, and views and storage for them."""
 
 from collections.abc import Iterator, Sequence
+from itertools import repeat
 from operator import attrgetter
 
 import torch
@@ -10,10 +11,27 @@ from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, sha
 
 _device, _dtype, _shape = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
 _KIND = (_shape, _dtype, _device)
+_version = attrgetter("_version")
 _HOST = "cpu"
 """The type of device whose values are read at no cost; tests that record steps on a CPU, for a GPU, replace it."""
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
 _PIECE = 1 << 21  # entries: 8 MiB in float32, enough to keep a kernel busy
+
+
+def write_marks(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return for each tensor what a write in place changes, or an assignment to its ``.data``.
+
+    ``t.data.copy_(...)`` changes neither. Of shards only the count of writes is known.
+
+    Example:
+        >>> w = [torch.ones(2)]
+        >>> before = write_marks(w)
+        >>> _ = w[0].mul_(2)
+        >>> write_marks(w) == before
+        False
+    """
+    addresses = map(Tensor.data_ptr, tensors) if all_plain(tensors) else repeat(0)
+    return list(zip(map(_version, tensors), addresses, strict=False))
 
 
 def add_scaled_(targets: Sequence[Tensor], alpha: Tensor, directions: Sequence[Tensor]) -> None:

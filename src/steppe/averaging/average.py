@@ -156,7 +156,7 @@ class Average(AveragedModel):
         self.n_steps += 1
         steps = int(self.n_steps) - self.start
         if steps > 0 and steps % self.every == 0:
-            self.update_parameters()
+            self._update()
             self._note_frozen_layers(in_training=True)  # also of a model that is trained in evaluation mode
         elif self.n_averaged == 0:
             self._pairs().copy()
@@ -173,6 +173,10 @@ class Average(AveragedModel):
             RuntimeError: Called in the middle of a step of SAM, or within :meth:`applied` of any average of the model.
             ValueError: The model has other parameters than it had when the average was made.
         """
+        self._update(model)
+        self._note_frozen_layers()
+
+    def _update(self, model: nn.Module | None = None) -> None:
         require_completed_step(self._optimizer, "update_parameters()")
         self._refuse_if_applied("update_parameters()")
         _refuse_if_applied_to(self._live if model is None else whole_module(model), "update_parameters()")
@@ -182,7 +186,6 @@ class Average(AveragedModel):
         else:
             pairs.average(self._average_function(), int(self.n_averaged))
         self.n_averaged += 1
-        self._note_frozen_layers()
 
     def applied(self) -> AbstractContextManager[nn.Module]:
         """Give the model the averaged weights and buffers in a ``with`` block, and restore its own to the same bits.

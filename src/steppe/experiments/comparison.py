@@ -24,7 +24,7 @@ from steppe.experiments.figures import double_descent as double_descent_figure
 from steppe.experiments.report import page
 from steppe.experiments.storage.environment import record_session
 from steppe.experiments.storage.run_folder import Results, RunFolder
-from steppe.experiments.tasks.digests import digests
+from steppe.experiments.tasks.digests import digests_of_object
 from steppe.experiments.tasks.load import with_task
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.trial import try_methods
@@ -119,8 +119,9 @@ def _train_and_report(
     with folder.locked() if world.rank == 0 else nullcontext():
         if world.rank == 0:
             folder.claim(recipe, world.size)
-            parts = None if task is None or task.entry_point else digests(task)
-            record_session(folder.path / "environment.json", command, console, recipe.data.task, parts)
+            record_session(
+                folder.path / "environment.json", command, console, recipe.data.task, digests_of_object(task)
+            )
         world.barrier()
         failed: list[str] = []
         for member in recipe.members():

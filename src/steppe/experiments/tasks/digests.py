@@ -39,6 +39,11 @@ _CHANGING = frozenset(
 """Methods by which a function changes a list or the like."""
 
 
+def digests_of_object(task: Task | None) -> dict[str, str] | None:
+    """Return the digests of a task that is an object; None without a task, or for one that is named by its file."""
+    return None if task is None or task.entry_point else digests(task)
+
+
 def digests(task: Task) -> dict[str, str]:
     """Return the digest of each part of a task, by its name, without parts that cannot be read through."""
     found = {}

@@ -29,7 +29,7 @@ from steppe.experiments.storage.files import (
 )
 from steppe.experiments.storage.records import AFTER
 from steppe.experiments.storage.run_folder import RunFolder, check_same, check_unused
-from steppe.experiments.tasks.digests import digests
+from steppe.experiments.tasks.digests import digests_of_object
 from steppe.experiments.tasks.load import held_out, with_task
 from steppe.experiments.tasks.samples import RandomStream
 from steppe.experiments.tasks.task import Task
@@ -111,8 +111,7 @@ def tune(
         with RunFolder(path).locked(timeout=-1):
             folder_id = _claim(path, recipe, options, depends_on, has_validation=has_validation)
             words = [_without_password(word) for word in command]
-            parts = None if task is None or task.entry_point else digests(task)
-            record_session(path / "environment.json", words, console, recipe.data.task, parts)
+            record_session(path / "environment.json", words, console, recipe.data.task, digests_of_object(task))
             inputs, shared = json.dumps(depends_on, sort_keys=True), None if options.storage is None else folder_id
             studies = [
                 Study(space, storage, path, options, depends_on=inputs, folder_id=shared, own=own) for space in found
