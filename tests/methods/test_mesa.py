@@ -280,6 +280,7 @@ def test_base_of_sam_is_an_error():
     """Lookbehind and others step their base several times a step."""
     model = torch.nn.Linear(2, 3)
     base = torch.optim.SGD(model.parameters(), lr=0.1)
-    steppe.variants.lookbehind_sam(base, model=model)
+    sam = steppe.variants.lookbehind_sam(base, model=model)
     with pytest.raises(TypeError, match="give the average the SAM itself"):
         MESA(model, base)
+    del sam  # alive until here: the base of a SAM that is gone is an optimizer like any other
