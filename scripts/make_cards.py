@@ -36,7 +36,7 @@ PAGES = ROOT / "docs" / "methods"
 
 _ENVIRONMENT = ("date", "steppe", "commit", "python", "torch", "cpu", "gpu", "threads")
 _CORRUPTED = "test_accuracy under corruptions"
-_VALUES = ("passes", "train_accuracy", "test_accuracy", "gap", "train_loss", "seconds")
+_VALUES = ("passes", "train_accuracy", "test_accuracy", "gap")
 
 
 def pages() -> Mapping[str, str]:
@@ -66,8 +66,8 @@ def comparison(path: Path) -> dict[str, Any]:
     sessions = json.loads((path / "environment.json").read_text(encoding="utf-8"))
     clean = recipe.replace(out=None, data_dir=None, log=(), checkpoint_seconds=60.0)
     return {
-        "title": recipe.name,
         "setting": setting(recipe),
+        "labels": f"{100 * recipe.data.label_noise:g} % wrong labels" if recipe.data.label_noise else "correct labels",
         "standardized_epochs": recipe.comparison.epochs,
         "command": command_line(clean),
         "environment": {name: sessions[-1].get(name) for name in _ENVIRONMENT},

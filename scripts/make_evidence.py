@@ -34,6 +34,8 @@ def part(recipe: str, folder: Path = results.RESULTS) -> str:
     measured = Measured.load(recipe, folder)
     if not measured:
         return f"Not yet measured: `python benchmarks/evidence/run.py {recipe}`."
+    if not measured.others:
+        return render(measured).strip()
     image = f"![Differences to the base, with 95 % intervals, beside every control](../images/{_image(recipe)})"
     return f"{render(measured).strip()}\n\n{image}"
 
@@ -46,7 +48,7 @@ def page(recipe: str, text: str, folder: Path = results.RESULTS) -> str:
 def draw_all(images: Path = IMAGES) -> Iterator[Path]:
     """Draw the figures of the recipes that have been measured, and that of the README; yield their files."""
     for recipe in EVIDENCE:
-        if measured := Measured.load(recipe):
+        if (measured := Measured.load(recipe)).others:
             draw(measured, path := images / _image(recipe))
             yield path
             if recipe == HEADLINE[0]:

@@ -165,7 +165,7 @@ EVIDENCE: Mapping[str, Evidence] = {
             "40 % wrong, ten seeds": _WRONG,
         },
         chosen_in={"correct labels, ten seeds": "correct labels", "40 % wrong, ten seeds": "40 % wrong"},
-        tuned_there=["sam", "asam", "gsam", "friendly_sam", "looksam", "fraction_sam", "msam"],
+        tuned_there=["sam", "asam", "gsam", "friendly_sam"],  # twenty seeds of the cheaper ones are in price
         seeds=1,
         confirmed_by=3,
         confirmed_there_by=10,

@@ -76,8 +76,8 @@ def _commands(settings: Mapping[str, Any]) -> Iterator[str]:
 
 def _trials(settings: Mapping[str, Any]) -> Iterator[str]:
     """Yield what was found on the held-out data at each radius."""
-    runs = {len(trial["found"]) for found in settings.values() for trial in found["trials"]}
-    yield f"Held-out data, mean of {max(runs)} runs at each radius:"
+    runs = max(len(trial["found"]) for found in settings.values() for trial in found["trials"])
+    yield f"Held-out data, {'one run' if runs == 1 else f'mean of {runs} runs'} at each radius:"
     yield ""
     for setting, found in settings.items():
         for method in dict.fromkeys(trial["method"] for trial in found["trials"]):

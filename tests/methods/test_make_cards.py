@@ -81,14 +81,14 @@ def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
     assert (one["base"], one["sam"], one["standardized_epochs"]) == ("sgd", "sam", 4)
     assert str(tmp_path) not in measured.read_text()
     text = card("gsam")
-    assert "| SGD |  | 1.50 | 99.00±0.00 | 81.00±1.00 | 18.00±1.00 | 120 | 3 |" in text
+    assert "| SGD |  | 1.50 | 99.00±0.00 | 81.00±1.00 | 18.00±1.00 | 3 |" in text
     assert "| GSAM (rho 0.1) | 0.1 | 1.50 | 99.00±0.00 | 80.07±1.05 |" in text
     flat = " ".join(text.split())
     assert "against SGD, 3 paired runs: test accuracy -0.93 points, 95 % interval [-1.19, -0.68]: worse;" in flat
     assert "against SAM, 3 paired runs: test accuracy -2.00 points, 95 % interval [-2.10, -1.90]: worse;" in flat
     assert "not yet measured on fashion-mnist" in card("looksam").lower()
     index = cards.index()
-    assert "| 3 runs: accuracy worse than the base, accuracy worse than SAM" in index
+    assert "| correct labels, 3 runs: accuracy worse than the base, accuracy worse than SAM" in index
     assert "| GSAM (rho 0.1) | -0.93 [-1.19, -0.68] worse |" in index
     assert "--methods sgd sam gsam:rho=0.1" in index
 
@@ -133,14 +133,14 @@ def test_stale_pages_are_found(tmp_path, monkeypatch, capsys):
 def test_one_run_has_no_verdict_and_several_specs_share_a_card():
     value = {"n": 1, "mean": 0.5, "sd": None, "interval_95": None, "verdict": "no verdict"}
     row = {"method": "sgd", "label": "SGD", "rho": None}
-    row |= dict.fromkeys(("passes", "train_accuracy", "test_accuracy", "gap", "seconds"), value)
+    row |= dict.fromkeys(("passes", "train_accuracy", "test_accuracy", "gap"), value)
     rows = [row, row | {"method": "gsam", "label": "GSAM"}, row | {"method": "gsam:rho=0.1", "label": "GSAM (rho 0.1)"}]
     differences = [
         {"method": m, "reference": "sgd", "test_accuracy": value, "gap": value} for m in ("gsam", "gsam:rho=0.1")
     ]
     environment = {"date": "2026-11-22", "steppe": "0.1.0", "torch": "2.13.0", "gpu": "A GPU"}
     run = {"rows": rows, "differences": differences, "base": "sgd", "sam": None, "environment": environment}
-    run |= {"setting": "a network", "standardized_epochs": 2, "command": "steppe compare"}
+    run |= {"setting": "a network", "labels": "correct labels", "standardized_epochs": 2, "command": "steppe compare"}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(cards, "measured", lambda: {"memory": None, "comparisons": [run, run]})
         text = card("gsam")

@@ -62,8 +62,8 @@ A task of your own: `steppe tune package.module:task`. Its first metric decides,
 
 Trials are judged by data that are held out of the training set; the test set is not used. At the end, a command is
 printed that evaluates the best values on the test set. The same command in the same folder resumes a search that was
-stopped or killed; a larger --trials adds trials. Several processes with the same folder or the same --storage share
-the trials.
+stopped or killed; a larger --trials adds trials, and further --methods add theirs. Several processes with the same
+folder or the same --storage share the trials.
 """
 
 _DETAILS = """

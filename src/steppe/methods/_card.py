@@ -22,6 +22,7 @@ TOTAL_STEPS = "the number of optimizer steps in the training"
 NO_CODE = "No code by the authors was found to compare with."
 USUAL_RATIO = "the ratio of the usual values"
 FIRST_GUESS = "a first guess, not measured"
+SEARCHED = "found by a search: more costs accuracy"
 
 Verified = Literal[
     "official code, same steps",

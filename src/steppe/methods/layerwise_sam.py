@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import ClassVar, Unpack
 
-from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
+from steppe.methods._card import COPY, SEARCHED, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.looksam import LOOKSAM_PAPER
 from steppe.papers import Paper
@@ -93,6 +93,6 @@ CARD = MethodCard(
         "With relative=False, e has length rho sqrt(L) for L layers.",
     ),
     comparison=Comparison(
-        summary=f"perturbs each tensor by its own norm, at rho / 5 ({USUAL_RATIO})", rho_factor=0.2, capturable=True
+        summary=f"perturbs each tensor by its own norm, at rho / 20 ({SEARCHED})", rho_factor=0.05, capturable=True
     ),
 )

@@ -10,7 +10,7 @@ from torch import Tensor
 from steppe._checks import check_below_one
 from steppe._engine.gradients import skip_unless, smallest
 from steppe.methods._base import OwnStepMethod
-from steppe.methods._card import COPY_AND_G, Comparison, MethodCard
+from steppe.methods._card import COPY_AND_G, SEARCHED, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point
@@ -270,5 +270,7 @@ CARD = MethodCard(
     "float64 agree. It adds 1e-12 to the norm, and with several workers perturbs along each worker's own gradient. "
     "One published copy has gamma = 0.88 and clips both gradients to norm 1; the repository and the paper do not.",
     caveats=("Coupled and decoupled differ around a base that does more than subtract lr times its gradient.",),
-    comparison=Comparison(summary="weights the sharpness against the loss, at SAM's rho", capturable=True),
+    comparison=Comparison(
+        summary=f"weights the sharpness against the loss, at rho / 10 ({SEARCHED})", rho_factor=0.1, capturable=True
+    ),
 )

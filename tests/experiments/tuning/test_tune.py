@@ -86,6 +86,19 @@ def test_killed_search_resumes_to_the_same_trials(undisturbed: Path, tmp_path: P
 
 
 @pytest.mark.slow
+def test_methods_can_be_added(tmp_path: Path) -> None:
+    fields = {"sampler": "grid", "search": "rho=0.02,0.2", "seeds": 1}
+    assert tuned(command(tmp_path / "run", **fields, methods="sam"), draws=False) == 0
+    before, study = trials(tmp_path / "run"), tmp_path / "run" / "trials" / "sam-001" / "runs"
+    written = {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")}
+    assert tuned(command(tmp_path / "run", **fields, methods="sam late_sam"), draws=False) == 0
+    after = trials(tmp_path / "run")
+    assert [t for t in after if t["method"] != "late_sam"] == before
+    assert [t["values"] for t in after if t["method"] == "late_sam"] == [{"rho": 0.02}, {"rho": 0.2}]
+    assert {path: path.stat().st_mtime_ns for path in study.rglob("*.jsonl")} == written
+
+
+@pytest.mark.slow
 def test_trials_can_be_added_but_no_other_option_changed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"sampler": "grid", "search": "rho=0.02,0.2,2", "seeds": 1}
     assert tuned(command(tmp_path / "run", **fields, trials=2), draws=False) == 0

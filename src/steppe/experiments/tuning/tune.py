@@ -220,9 +220,9 @@ def _configuration(values: dict[str, Any]) -> tuple[Recipe, TuningOptions, list[
 
 
 def _depends_on(recipe: Recipe, options: TuningOptions, *, has_validation: bool) -> dict[str, Any]:
-    """Return all values that the trials depend on, as JSON has them, for the comparison with a file."""
+    """Return all values that the trials of a method depend on, as JSON has them, for the comparison with a file."""
     comparison = recipe.to_json()["comparison"]
-    runs = {name: comparison[name] for name in ("methods", "seeds", "first_seed")}
+    runs = {name: comparison[name] for name in ("seeds", "first_seed")}
     search = {name: value for name, value in asdict(options).items() if name not in ("trials", "storage")}
     judged = {"metrics": asdict(recipe.task)["metrics"], "has_validation": has_validation}
     values: dict[str, Any] = json.loads(json.dumps(recipe.result_options() | runs | search | judged))
