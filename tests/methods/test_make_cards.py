@@ -101,7 +101,7 @@ def test_accuracy_under_corruptions_is_a_column_where_it_was_measured(tmp_path):
         records[-1].measures["test_accuracy under corruptions"] = 70.0
         write_json_lines(metrics, [record.to_json() for record in records])
     head, _, line = cards._table(make_cards.comparison(path)["rows"])
-    assert "| test accuracy % | under corruptions % | gap, points |" in head
+    assert "| test accuracy % | corrupted images % | gap, points |" in head
     assert "| 81.00±1.00 | 70.00±0.00 | 18.00±1.00 |" in line
 
 

@@ -254,7 +254,7 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     columns = {
         "train_accuracy": "train accuracy %",
         "test_accuracy": "test accuracy %",
-        "corrupted_accuracy": "under corruptions %",
+        "corrupted_accuracy": "corrupted images %",
         "gap": "gap, points",
     }
     shown = [name for name in columns if any(name in row for row in rows)]
