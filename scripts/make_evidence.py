@@ -34,10 +34,10 @@ def part(recipe: str, folder: Path = results.RESULTS) -> str:
     measured = Measured.load(recipe, folder)
     if not measured:
         return f"Not yet measured: `python benchmarks/evidence/run.py {recipe}`."
-    if not measured.others:
-        return render(measured).strip()
-    image = f"![Differences to the base, with 95 % intervals, beside every control](../images/{_image(recipe)})"
-    return f"{render(measured).strip()}\n\n{image}"
+    text = render(measured).strip()
+    if measured.others:
+        text += f"\n\n![Differences to the base, with 95 % intervals, beside every control](../images/{_image(recipe)})"
+    return text
 
 
 def page(recipe: str, text: str, folder: Path = results.RESULTS) -> str:
