@@ -33,9 +33,8 @@ class Displacement:
         self._displaced: dict[int, tuple[Tensor, Tensor]] = {}
         self.latest_copies: dict[int, tuple[Tensor, Tensor]] = {}
         """The weights of the latest displacement, by id, with the copies from which they were restored."""
-        self._watched: list[Tensor] = []
-        self._marks: list[tuple[int, int]] = []
-        self._norms: Sequence[Tensor] = []
+        self._watch: tuple[list[Tensor], list[tuple[int, int]], Sequence[Tensor]] = ([], [], [])
+        """Weights that are watched for writes, with their marks and (when values are compared) their norms."""
 
     @property
     def active(self) -> bool:
@@ -84,15 +83,16 @@ class Displacement:
             values: Compare the norms of the weights, too: ``w.data.copy_(...)`` leaves no mark.
         """
         weights = [w for w, _ in self._displaced.values()]
-        self._watched = weights if all_plain(weights) else []
-        self._marks = write_marks(self._watched)
-        self._norms = torch._foreach_norm(weights) if values and self._watched else []
+        if not all_plain(weights):
+            weights = []
+        norms = torch._foreach_norm(weights) if values and weights else []
+        self._watch = weights, write_marks(weights), norms  # assigned as one: an interrupt leaves no half of a watch
 
     @torch.no_grad()
     def written(self) -> int:
         """Return how many weights were written since :meth:`watch`, and end the watch."""
-        watched, marks, before = self._watched, self._marks, self._norms
-        self._watched, self._marks, self._norms = [], [], []
+        watched, marks, before = self._watch
+        self._watch = [], [], []
         marked = sum(now != mark for now, mark in zip(write_marks(watched), marks, strict=True))
         if marked or not before:
             return marked
