@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
+from typing import Any
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.robustness.corruptions import CORRUPTIONS
@@ -37,6 +38,8 @@ class Evidence:
     base: str = "sgd"
     radii: Sequence[float] = RADII
     """The radii that are searched, in units of the method's usual one where SAM's is 1."""
+    wider: int = 0
+    """How often a search goes on, at two smaller or two larger radii, while its best one is the smallest or largest."""
     objective: str = "metric"
     """What decides on the held-out data, see `steppe tune --objective`."""
     seeds: int = 2
@@ -48,11 +51,17 @@ class Evidence:
     side_by_side: Sequence[str] = ()
     """Settings of many methods, which one table shows side by side, without controls and figure."""
 
-    def searches(self, setting: str = "") -> Mapping[float, Sequence[str]]:
-        """Return the methods that a setting searches, by the factor of their radii; each factor is a `steppe tune`."""
-        found: dict[float, list[str]] = {}
+    def searches(self, setting: str, searched: Mapping[str, Any]) -> Mapping[tuple[float, ...], Sequence[str]]:
+        """Return the methods to search next, by their radii; each entry is a `steppe tune`.
+
+        Args:
+            setting: The setting that is searched.
+            searched: Its `trials` so far, and the `best` of each method: its value on the held-out data, and its spec.
+        """
+        found: dict[tuple[float, ...], list[str]] = {}
         for method in (method for group in _groups(self._tuned(setting)) for method in group):
-            found.setdefault(method.definition.rho_factor, []).append(str(method))
+            if radii := self._next_radii(method, searched):
+                found.setdefault(radii, []).append(str(method))
         return found
 
     def best(self, setting: str, searched: Mapping[str, tuple[float, str]]) -> list[str]:
@@ -68,6 +77,19 @@ class Evidence:
         """Return the run folder of a setting: that of the first one that is trained alike, whose runs it shares."""
         alike = next(other for other, options in self.settings.items() if options == self.settings[setting])
         return "-".join([name, *alike.replace("%", "").replace(",", "").split()])
+
+    def _next_radii(self, method: MethodSpec, searched: Mapping[str, Any]) -> tuple[float, ...]:
+        """Return the radii at which a method is searched next; none if its search is at its end."""
+        usual = [method.definition.rho_factor * radius for radius in self.radii]
+        tried = [trial["values"]["rho"] for trial in searched["trials"] if trial["method"] == str(method)]
+        if not tried:
+            return tuple(usual)
+        best = dict(MethodSpec.parse(searched["best"][str(method)][1]).overrides)["rho"]
+        if best == max(tried) < 0.99 * max(usual) * 4**self.wider:
+            return (2 * best, 4 * best)
+        if best == min(tried) > 1.01 * min(usual) / 4**self.wider:
+            return (best / 4, best / 2)
+        return ()
 
     def _tuned(self, setting: str) -> Sequence[str | tuple[str, ...]]:
         """Return the methods whose best radii a setting confirms."""
@@ -85,6 +107,9 @@ FAMILY = (
     *("mixed_rwp", "mixed_arwp"),
 )
 """Every method that has a radius."""
+
+ONE_PASS = ("msam", "stale_sam", "rwp", "arwp")
+"""Methods of one pass for a step, with a radius."""
 
 CHEAPER = (
     ("late_sam:start=0.9", "looksam:interval=10", "random_sam:p=0.1", "fraction_sam:fraction=0.1"),
@@ -139,9 +164,10 @@ EVIDENCE: Mapping[str, Evidence] = {
     ),
     "text": Evidence(["sam"], base="base", seeds=3, measures=["accuracy"]),
     "price": Evidence(
-        ["msam", *CHEAPER, "sam"],
+        [ONE_PASS, *CHEAPER, "sam"],
         ["sgd+ema"],
         recipe="annealed",
+        wider=2,
         settings={
             "3,000 images, 40 % wrong": _WRONG,
             "3,000 images": (),
@@ -149,7 +175,7 @@ EVIDENCE: Mapping[str, Evidence] = {
             "12,000 images": _LARGER,
         },
         chosen_in={"12,000 images, 40 % wrong": "3,000 images, 40 % wrong", "12,000 images": "3,000 images"},
-        tuned_there=[("msam", *chain(*CHEAPER)), "sam"],
+        tuned_there=[(*ONE_PASS, *chain(*CHEAPER)), "sam"],
         confirmed_by=20,
         measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
         drawn=["accuracy", "accuracy under gaussian_noise", "calibration error"],
@@ -165,7 +191,7 @@ EVIDENCE: Mapping[str, Evidence] = {
             "40 % wrong, ten seeds": _WRONG,
         },
         chosen_in={"correct labels, ten seeds": "correct labels", "40 % wrong, ten seeds": "40 % wrong"},
-        tuned_there=["sam", "asam", "gsam", "friendly_sam"],  # twenty seeds of the cheaper ones are in price
+        tuned_there=["sam", "asam", "gsam", "friendly_sam", "rwp", "arwp"],  # twenty seeds of the cheaper ones: price
         seeds=1,
         confirmed_by=3,
         confirmed_there_by=10,

@@ -15,6 +15,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,9 @@ from evidence.recipes import EVIDENCE, Evidence  # noqa: E402
 from steppe.experiments.storage.run_folder import RunFolder  # noqa: E402
 
 FIRST_SEARCH_SEED = 100
+NOTHING: Mapping[str, Any] = {"search": "", "trials": [], "best": {}}
+"""What a search has found before it begins."""
+
 _TINY = ["--epochs", "2", "--eval-every", "1", "--seeds", "2"]
 
 
@@ -61,11 +65,11 @@ def measure(name: str, args: argparse.Namespace) -> None:
         if (searched_in := evidence.chosen_in.get(setting)) is not None:
             found = {**settings[searched_in], "search": None, "trials": []}
         else:
-            if setting not in searches:
-                searches[setting] = search(folder, setting, shared, how_many, evidence, args)
-                data["searches"][setting] = searches[setting]
+            found = searches.get(setting, NOTHING)
+            while evidence.searches(setting, found):
+                found = search(folder, setting, shared, how_many, evidence, found, args)
+                data["searches"][setting] = found
                 results.save(file_name(name), data, args)
-            found = searches[setting]
         settings[setting] = confirm(folder, setting, shared, how_many, evidence, found, args)
         data["settings"][setting] = settings[setting]
         data["searches"].pop(setting, None)
@@ -105,23 +109,25 @@ def search(
     shared: Sequence[str],
     how_many: Sequence[str],
     evidence: Evidence,
+    found: Mapping[str, Any],
     args: argparse.Namespace,
 ) -> dict[str, Any]:
-    """Search the radius of each tuned method on held-out data; return the commands, the trials and the best ones."""
-    commands, trials, best = list[str](), list[dict[str, Any]](), dict[str, tuple[float, str]]()
+    """Try the next radii on held-out data, with one command; return what was `found` before and by it."""
+    radii, methods = next(iter(evidence.searches(setting, found).items()))
+    numbers = [f"{radius:g}" for radius in radii]
     seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
-    how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline", "--search"]
-    for factor, methods in evidence.searches(setting).items():
-        searched = folder.with_name(f"{folder.name}-tune" + (f"-{factor:g}" if factor != 1 else ""))
-        radii = "rho=" + ",".join(f"{factor * radius:g}" for radius in evidence.radii)
-        words = ["tune", *shared, "--methods", *methods, *seeds, *how, radii]
-        _steppe([*words, *how_many, "--out", str(searched)])
-        commands.append(shlex.join(["steppe", *words]))
-        trials += _trials(searched / "trials.jsonl", evidence.objective)
-        summary = json.loads((searched / "summary.json").read_text("utf-8"))
-        sign = 1 if summary["higher_is_better"] else -1
-        best |= {one["method"]: (sign * one["validation"]["mean"], one["spec"]) for one in summary["best"]}
-    return {"search": "\n".join(commands), "trials": trials, "best": best}
+    how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline"]
+    words = ["tune", *shared, "--methods", *methods, *seeds, *how, "--search", f"rho={','.join(numbers)}"]
+    searched = folder.with_name("-".join([folder.name, "tune", *numbers]))
+    _steppe([*words, *how_many, "--out", str(searched)])
+    summary = json.loads((searched / "summary.json").read_text("utf-8"))
+    sign = 1 if summary["higher_is_better"] else -1
+    best = {one["method"]: [sign * one["validation"]["mean"], one["spec"]] for one in summary["best"]}
+    return {
+        "search": "\n".join([*found["search"].splitlines(), shlex.join(["steppe", *words])]),
+        "trials": [*found["trials"], *_trials(searched / "trials.jsonl", methods, evidence.objective)],
+        "best": found["best"] | {m: max(found["best"].get(m, best[m]), best[m], key=itemgetter(0)) for m in methods},
+    }
 
 
 def _steppe(words: Sequence[str]) -> None:
@@ -129,14 +135,14 @@ def _steppe(words: Sequence[str]) -> None:
     subprocess.run([sys.executable, "-m", "steppe", *words], check=True)
 
 
-def _trials(path: Path, objective: str) -> list[dict[str, Any]]:
-    """Return the value of each run of each trial on the held-out data."""
+def _trials(path: Path, methods: Sequence[str], objective: str) -> list[dict[str, Any]]:
+    """Return the value of each run of each trial of these methods on the held-out data."""
     field = f"test_{'accuracy' if objective == 'metric' else objective}"
     trials = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
     return [
         {"method": trial["method"], "values": trial["values"], "found": [run[field] for run in trial["runs"]]}
         for trial in trials
-        if trial.get("state") == "complete"
+        if trial.get("state") == "complete" and trial["method"] in methods
     ]
 
 

@@ -14,7 +14,7 @@ import make_evidence
 import results
 from evidence import run
 from evidence.measured import Measured
-from evidence.recipes import EVIDENCE, Evidence
+from evidence.recipes import EVIDENCE, RADII, Evidence
 from evidence.table import render
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
@@ -80,6 +80,20 @@ def result(device: str = "a machine", *, date: str = "2026-11-29", **settings: f
     return results.Result("evidence_made_up", device, False, "2026-12-31", "c", "2.13", {}, {"settings": found})
 
 
+def searched_so_far(**of_methods: dict[float, float]) -> dict[str, Any]:
+    """Return what searches have found: for each method, the value at each radius."""
+    best = {method: max((value, rho) for rho, value in found.items()) for method, found in of_methods.items()}
+    return {
+        "search": "steppe tune x",
+        "trials": [
+            {"method": method, "values": {"rho": rho}, "found": [value]}
+            for method, found in of_methods.items()
+            for rho, value in found.items()
+        ],
+        "best": {method: [value, f"{method}:rho={rho}"] for method, (value, rho) in best.items()},
+    }
+
+
 @pytest.fixture
 def evidence(monkeypatch: pytest.MonkeyPatch) -> Evidence:
     """A recipe with three settings, of which no table shows two side by side."""
@@ -142,8 +156,9 @@ def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("optuna")
-    evidence = Evidence(["sam"], settings={"tiny": TINY}, radii=(0.05, 0.4))
+    evidence = Evidence(["sam"], settings={"tiny": TINY}, radii=(0.05, 0.1), wider=1)
     found = settings_found("corruptions", evidence, tmp_path, monkeypatch)["tiny"]
+    assert len(found["trials"]) > 2  # one of two radii is at an end
     best = max(found["trials"], key=lambda trial: sum(trial["found"]))
     assert found["chosen"] == [f"sam:rho={best['values']['rho']}"]
     assert [row["method"] for row in found["summary"]["rows"]] == ["sgd", *found["chosen"]]
@@ -152,7 +167,7 @@ def test_the_radius_is_chosen_on_held_out_data_and_confirmed_by_other_seeds(
         for name in ("corruptions-tiny",)
     }
     assert seeds == {"corruptions-tiny": [0, 1]}
-    assert {path.name.partition("seed")[2] for path in tmp_path.glob("runs/evidence/*-tune/trials/*/runs/*")} == {
+    assert {path.name.partition("seed")[2] for path in tmp_path.glob("runs/evidence/*-tune-*/trials/*/runs/*")} == {
         "100",
         "101",
     }
@@ -173,7 +188,7 @@ def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_a
         tuned_there=["asam"],
         seeds=1,
     )
-    assert evidence.searches() == {1: ["sam", "late_sam:start=0.5"], 10: ["asam"]}
+    assert evidence.searches("first", run.NOTHING) == {(0.05, 0.1): ["sam", "late_sam:start=0.5"], (0.5, 1.0): ["asam"]}
     settings = settings_found("price", evidence, tmp_path, monkeypatch)
     found = {
         method: max(
@@ -201,7 +216,7 @@ def test_what_is_saved_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 
     def search(folder: Path, setting: str, *_: object) -> dict[str, Any]:
         searched.append(setting)
-        return {"search": f"steppe tune {setting}", "trials": [], "best": {"sam": [70.0, "sam:rho=0.1"]}}
+        return searched_so_far(sam={0.05: 60.0, 0.1: 70.0, 0.2: 65.0})
 
     def compare(words: Sequence[str]) -> None:
         compared.append(words[-1])
@@ -234,12 +249,27 @@ def test_what_is_saved_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 
 def test_a_setting_may_search_other_methods() -> None:
     evidence = Evidence(["sam", ("asam", "looksam")], tuned_in={"few": ["late_sam"]}, chosen_in={"more": "few"})
-    assert evidence.searches("few") == {1: ["late_sam"]}
-    assert evidence.searches("all") == {1: ["sam", "looksam"], 10: ["asam"]}
+    assert evidence.searches("few", run.NOTHING) == {RADII: ["late_sam"]}
+    assert evidence.searches("all", run.NOTHING) == {RADII: ["sam", "looksam"], (0.5, 1.0, 2.0): ["asam"]}
     found = {"sam": (1.0, "sam:rho=1"), "asam": (3.0, "asam:rho=2"), "looksam": (2.0, "looksam:rho=3")}
     assert evidence.best("few", {"late_sam": (1.0, "late_sam:rho=4")}) == ["late_sam:rho=4"]
     assert evidence.best("all", found) == ["sam:rho=1", "asam:rho=2"]
     assert evidence.best("more", found) == []  # tuned_there
+
+
+def test_a_search_goes_on_where_the_best_radius_is_the_smallest_or_the_largest() -> None:
+    evidence = Evidence(["sam", "looksam", "asam"], wider=2)
+    sam, looksam = {0.05: 1.0, 0.1: 2.0, 0.2: 3.0}, {0.05: 2.0, 0.1: 1.0, 0.2: 1.0}
+    found = searched_so_far(sam=sam, looksam=looksam, asam={0.5: 1.0, 1.0: 3.0, 2.0: 2.0})
+    assert evidence.searches("", found) == {(0.4, 0.8): ["sam"], (0.0125, 0.025): ["looksam"]}
+    assert replace(evidence, wider=0).searches("", found) == {}
+    found = searched_so_far(sam={**sam, 0.4: 4.0, 0.8: 5.0}, looksam={**looksam, 0.025: 3.0, 0.0125: 1.0})
+    assert evidence.searches("", found) == {(1.6, 3.2): ["sam"], (0.5, 1.0, 2.0): ["asam"]}
+    found = searched_so_far(sam={**sam, 3.2: 6.0}, looksam={**looksam, 0.003125: 4.0}, asam={1.0: 2.0})
+    assert evidence.searches("", found) == {(2.0, 4.0): ["asam"]}
+    assert replace(evidence, wider=1).searches(
+        "", searched_so_far(sam={**sam, 0.8: 5.0}, looksam={**looksam, 0.0125: 3.0})
+    ) == {(0.5, 1.0, 2.0): ["asam"]}
 
 
 def test_settings_that_are_trained_alike_share_their_runs() -> None:
