@@ -67,7 +67,9 @@ def comparison(path: Path) -> dict[str, Any]:
     clean = recipe.replace(out=None, data_dir=None, log=(), checkpoint_seconds=60.0)
     return {
         "setting": setting(recipe),
-        "labels": f"{100 * recipe.data.label_noise:g} % wrong labels" if recipe.data.label_noise else "correct labels",
+        "labels": f"{100 * recipe.data.label_noise:g} % wrong labels"
+        if recipe.data.label_noise
+        else cards.CORRECT_LABELS,
         "standardized_epochs": recipe.comparison.epochs,
         "command": command_line(clean),
         "environment": {name: sessions[-1].get(name) for name in _ENVIRONMENT},

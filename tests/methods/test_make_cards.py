@@ -88,19 +88,30 @@ def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
     assert "against SAM, 3 paired runs: test accuracy -2.00 points, 95 % interval [-2.10, -1.90]: worse;" in flat
     assert "not yet measured on fashion-mnist" in card("looksam").lower()
     index = cards.index()
-    assert "| correct labels, 3 runs: accuracy worse than the base, accuracy worse than SAM" in index
+    assert "| correct labels, 3 runs: test accuracy worse than the base and worse than SAM, gap" in index
     assert "| GSAM (rho 0.1) | -0.93 [-1.19, -0.68] worse |" in index
     assert "--methods sgd sam gsam:rho=0.1" in index
 
 
+def test_no_card_has_a_gap_between_wrong_labels_and_correct_ones(tmp_path, monkeypatch):
+    tests = {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1], "gsam:rho=0.1": [79.0, 80.1, 81.1]}
+    found = make_cards.comparison(run_folder(tmp_path / "run", tests, label_noise=0.4))
+    monkeypatch.setattr(cards, "measured", lambda: {"memory": None, "comparisons": [found]})
+    of_method, _, _ = card("gsam").partition("## Checked against")
+    assert "40 % wrong training labels" in of_method
+    assert "| 81.00±1.00 | 3 |" in of_method
+    assert "gap" not in of_method.partition("## Measured")[2]
+    assert "| 40 % wrong labels, 3 runs: test accuracy worse than the base and worse than SAM |" in cards.index()
+
+
 def test_accuracy_under_corruptions_is_a_column_where_it_was_measured(tmp_path):
     path = run_folder(tmp_path / "run", {"sgd": [80.0, 81.0, 82.0]})
-    assert "corruptions" not in "".join(cards._table(make_cards.comparison(path)["rows"]))
+    assert "corruptions" not in "".join(cards._table(make_cards.comparison(path)["rows"], with_gap=True))
     for metrics in path.rglob(METRICS):
         records = [Record.from_json(json.loads(line)) for line in metrics.read_text().splitlines()]
         records[-1].measures["test_accuracy under corruptions"] = 70.0
         write_json_lines(metrics, [record.to_json() for record in records])
-    head, _, line = cards._table(make_cards.comparison(path)["rows"])
+    head, _, line = cards._table(make_cards.comparison(path)["rows"], with_gap=True)
     assert "| test accuracy % | corrupted images % | gap, points |" in head
     assert "| 81.00±1.00 | 70.00±0.00 | 18.00±1.00 |" in line
 
