@@ -16,6 +16,7 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,7 @@ PAGES = ROOT / "docs" / "methods"
 
 _ENVIRONMENT = ("date", "steppe", "commit", "python", "torch", "cpu", "gpu", "threads")
 _CORRUPTED = "test_accuracy under corruptions"
-_VALUES = ("passes", "train_accuracy", "test_accuracy", "gap")
+_VALUES = ("passes", "train_accuracy", "test_accuracy")
 
 
 def pages() -> Mapping[str, str]:
@@ -67,9 +68,7 @@ def comparison(path: Path) -> dict[str, Any]:
     clean = recipe.replace(out=None, data_dir=None, log=(), checkpoint_seconds=60.0)
     return {
         "setting": setting(recipe),
-        "labels": f"{100 * recipe.data.label_noise:g} % wrong labels"
-        if recipe.data.label_noise
-        else cards.CORRECT_LABELS,
+        "labels": f"{100 * recipe.data.label_noise:g} % wrong labels" if recipe.data.label_noise else "correct labels",
         "standardized_epochs": recipe.comparison.epochs,
         "command": command_line(clean),
         "environment": {name: sessions[-1].get(name) for name in _ENVIRONMENT},
@@ -81,6 +80,7 @@ def comparison(path: Path) -> dict[str, Any]:
                 "label": row.method.label,
                 "rho": _rho(row.method, recipe),
                 **{name: _estimate(_value(row, name)) for name in _VALUES},
+                **({} if recipe.data.label_noise else {"gap": _estimate(row.measures["gap"])}),
                 **({"corrupted_accuracy": _estimate(row.measures[_CORRUPTED])} if _CORRUPTED in row.measures else {}),
             }
             for row in rows
@@ -100,8 +100,8 @@ def _rho(spec: MethodSpec, recipe: Recipe) -> float | None:
 
 
 def _differences(summary: Summary) -> Iterator[dict[str, Any]]:
-    for test, gap in zip(summary.verdicts, summary.gaps, strict=True):
-        values = {"test_accuracy": _decided(test), "gap": _decided(gap)}
+    for test, gap in zip_longest(summary.verdicts, summary.gaps):
+        values = {"test_accuracy": _decided(test), **({} if gap is None else {"gap": _decided(gap)})}
         yield {"method": test.method, "reference": test.base, **values}
 
 

@@ -106,12 +106,12 @@ def test_no_card_has_a_gap_between_wrong_labels_and_correct_ones(tmp_path, monke
 
 def test_accuracy_under_corruptions_is_a_column_where_it_was_measured(tmp_path):
     path = run_folder(tmp_path / "run", {"sgd": [80.0, 81.0, 82.0]})
-    assert "corruptions" not in "".join(cards._table(make_cards.comparison(path)["rows"], with_gap=True))
+    assert "corruptions" not in "".join(cards._table(make_cards.comparison(path)["rows"]))
     for metrics in path.rglob(METRICS):
         records = [Record.from_json(json.loads(line)) for line in metrics.read_text().splitlines()]
         records[-1].measures["test_accuracy under corruptions"] = 70.0
         write_json_lines(metrics, [record.to_json() for record in records])
-    head, _, line = cards._table(make_cards.comparison(path)["rows"], with_gap=True)
+    head, _, line = cards._table(make_cards.comparison(path)["rows"])
     assert "| test accuracy % | corrupted images % | gap, points |" in head
     assert "| 81.00±1.00 | 70.00±0.00 | 18.00±1.00 |" in line
 

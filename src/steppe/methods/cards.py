@@ -19,9 +19,6 @@ from steppe.papers import Paper
 
 __all__ = ["card", "index", "measured", "memory"]
 
-CORRECT_LABELS = "correct labels"
-"""What a comparison's `labels` are called where none is wrong."""
-
 _WIDTH = 120
 _BATCH_NORM = (
     "With `model=`, BatchNorm's running statistics see one pass per step. Most authors' code lets them see every pass, "
@@ -134,7 +131,7 @@ def evidence(method: MethodCard) -> str:
             against = [f"{one[value]['verdict']} than {references[one['reference']]}" for one in decided]
             verdicts += [f"{words} {' and '.join(against)}"] * bool(against)
         if own:
-            runs = min(one["gap"]["n"] for one in own)
+            runs = min(one["test_accuracy"]["n"] for one in own)
             none = "no verdict" if runs == 1 else "no difference beyond chance"
             found.append(f"{run['labels']}, {runs} run{'s'[: runs > 1]}: {', '.join(verdicts) or none}")
     return "; ".join(found) or "not measured"
@@ -199,7 +196,7 @@ def _results(method: MethodCard) -> Iterator[str]:
         found = True
         others = [row for row in run["rows"] if row["method"] in (run["base"], run["sam"]) and row not in own]
         yield from _wrap(f"{_conditions(run)} [All methods, and the command.](README.md#measured-on-fashion-mnist)")
-        yield from ("", *_table([*others, *own], with_gap="gap" in _compared(run)), "")
+        yield from ("", *_table([*others, *own]), "")
         for difference in run["differences"]:
             if method.covers(difference["method"]):
                 yield from _item(_sentence(run, difference))
@@ -218,14 +215,14 @@ def _results(method: MethodCard) -> Iterator[str]:
 
 def _comparison(run: Mapping[str, Any]) -> Iterator[str]:
     yield from _wrap(_conditions(run))
-    compared = _compared(run)
-    yield from ("", "```", run["command"], "```", "", *_table(run["rows"], with_gap="gap" in compared))
+    yield from ("", "```", run["command"], "```", "", *_table(run["rows"]))
     labels = {row["method"]: row["label"] for row in run["rows"]}
     references = [one for one in dict.fromkeys((run["base"], run["sam"])) if one is not None]
     differences = {(d["method"], d["reference"]): d for d in run["differences"]}
     if not differences:
         return
     yield from ("", *_wrap("The differences, paired by seed, in points with 95 % intervals:"), "")
+    compared = _compared(run)
     heads = [f"{words} against {labels[one]}" for one in references for words in compared.values()]
     yield "| method | " + " | ".join(heads) + " |"
     yield "|---" * (len(heads) + 1) + "|"
@@ -243,12 +240,9 @@ def _comparison(run: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _compared(run: Mapping[str, Any]) -> Mapping[str, str]:
-    """Return what the verdicts of a comparison are about, and its name.
-
-    Of wrong labels there is no gap: accuracy on them says nothing about that on correct ones.
-    """
-    accuracy = {"test_accuracy": "test accuracy"}
-    return accuracy if run["labels"] != CORRECT_LABELS else {**accuracy, "gap": "gap"}
+    """Return what the verdicts of a comparison are about, and its name: with wrong labels there is none on the gap."""
+    names = {"test_accuracy": "test accuracy", "gap": "gap"}
+    return {of: name for of, name in names.items() if all(of in difference for difference in run["differences"])}
 
 
 def _conditions(run: Mapping[str, Any]) -> str:
@@ -261,21 +255,21 @@ def _conditions(run: Mapping[str, Any]) -> str:
     )
 
 
-def _table(rows: Sequence[Mapping[str, Any]], *, with_gap: bool) -> Iterator[str]:
+def _table(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     columns = {
         "train_accuracy": "train accuracy %",
         "test_accuracy": "test accuracy %",
         "corrupted_accuracy": "corrupted images %",
         "gap": "gap, points",
     }
-    shown = [name for name in columns if any(name in row for row in rows) and (name != "gap" or with_gap)]
+    shown = [name for name in columns if any(name in row for row in rows)]
     heads = ["method", "rho", "passes per step", *(columns[name] for name in shown), "runs"]
     yield "| " + " | ".join(heads) + " |"
     yield "|---" + "|---:" * (len(heads) - 1) + "|"
     for row in rows:
         rho = "" if row["rho"] is None else f"{row['rho']:g}"
         values = [_text(row[name]) if name in row else "" for name in shown]
-        cells = [row["label"], rho, f"{row['passes']['mean']:.2f}", *values, str(row["gap"]["n"])]
+        cells = [row["label"], rho, f"{row['passes']['mean']:.2f}", *values, str(row["test_accuracy"]["n"])]
         yield "| " + " | ".join(cells) + " |"
 
 
@@ -283,8 +277,8 @@ def _sentence(run: Mapping[str, Any], difference: Mapping[str, Any]) -> str:
     labels = {row["method"]: row["label"] for row in run["rows"]}
     decided = "; ".join(f"{words} {_verdict(difference[of])}" for of, words in _compared(run).items())
     return (
-        f"{labels[difference['method']]} against {labels[difference['reference']]}, {difference['gap']['n']} paired "
-        f"runs: {decided}."
+        f"{labels[difference['method']]} against {labels[difference['reference']]}, {difference['test_accuracy']['n']} "
+        f"paired runs: {decided}."
     )
 
 

@@ -66,6 +66,18 @@ def test_one_run_gives_no_verdict() -> None:
     assert "better" not in summary.markdown()
 
 
+def test_no_verdict_on_a_gap_between_wrong_labels_and_correct_ones() -> None:
+    wrong = recipe(seeds=3, label_noise=0.4)
+    summary = summarize(wrong, results(wrong, {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1]}))
+    notes = " ".join(summary.notes())
+    assert "test accuracy +1.07 points" in notes
+    assert notes.count("gap") == 2
+    assert "There is no verdict on the gap" in notes
+    assert "in at most 5 % of comparisons." in notes
+    assert summary.json()["gaps"] == []
+    assert "gap, points" in summary.markdown()
+
+
 def test_further_epochs_are_a_row_and_no_part_of_the_verdict() -> None:
     more = recipe(extra_epochs=2)
     summary = summarize(more, results(more, {"sgd": [80.0], "sam": [81.0]}))

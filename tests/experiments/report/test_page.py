@@ -133,6 +133,12 @@ def test_headline_states_the_verdicts_of_the_summary(tmp_path: Path) -> None:
     assert "better" not in text.partition("Training")[0]
 
 
+def test_headline_has_no_verdict_on_the_gap_where_labels_are_wrong(tmp_path: Path) -> None:
+    text = Page(write(made_up.folder(tmp_path / "run", recipe(seeds=3, label_noise=0.4)))).text
+    assert "SAM against SGD: test accuracy better; minimum flatter." in text
+    assert "There is no verdict on the gap" in text
+
+
 def test_note_of_several_measures_is_once_below_the_table(tmp_path: Path) -> None:
     of = recipe(seeds=2)
     folder = made_up.folder(tmp_path / "run", of)

@@ -31,7 +31,13 @@ def verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
 
 
 def gap_verdicts(recipe: Recipe, results: Results) -> list[MetricVerdict]:
-    """Judge every method against the first one by the generalization gap, at equal compute."""
+    """Judge every method against the first one by the generalization gap, at equal compute.
+
+    Where training labels are wrong there is no verdict: training and test accuracy are of different labels then, and a
+    network that learned the correct ones only would have a negative gap.
+    """
+    if recipe.data.label_noise:
+        return []
     gap = MetricInfo("generalization gap", higher_is_better=False, unit=recipe.task.deciding.unit)
     numbers = {EQUAL_COMPUTE: pairs(recipe, results, EQUAL_COMPUTE, "gap")}
     return judge(gap, str(recipe.comparison.methods[0]), numbers)

@@ -4,6 +4,7 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -23,6 +24,10 @@ from steppe.experiments.storage.files import write_atomically, write_json
 from steppe.experiments.storage.records import record_at
 from steppe.experiments.storage.run_folder import Results, RunFolder
 
+_GAP_OF_WRONG_LABELS = (
+    "There is no verdict on the gap: the training accuracy counts wrong labels as well, the test accuracy only correct "
+    "ones, so that a network that learns no wrong label has a negative gap."
+)
 _NAMES = {"sample": "a sample of Fashion-MNIST", "fashion-mnist": "Fashion-MNIST", "digits": "digits"}
 
 
@@ -109,7 +114,7 @@ class Summary(SummaryFiles):
     verdicts: Sequence[MetricVerdict]
     """For each method, its verdict in the deciding metric against the first one, and beside its controls."""
     gaps: Sequence[MetricVerdict]
-    """For each of the same methods, its verdict in the generalization gap."""
+    """For each of the same methods, its verdict in the generalization gap; none where training labels are wrong."""
     unfinished: Sequence[str]
     task: TaskInfo
     standardized_epochs: int
@@ -150,7 +155,7 @@ class Summary(SummaryFiles):
 
     def notes(self) -> Iterator[str]:
         labels = self.labels
-        for verdict, gap in zip(self.verdicts, self.gaps, strict=True):
+        for verdict, gap in zip_longest(self.verdicts, self.gaps):
             ours, base, seeds = (
                 labels[verdict.method],
                 labels[verdict.base],
@@ -158,12 +163,15 @@ class Summary(SummaryFiles):
             )
             yield (
                 f"{ours} against {base} at {self.standardized_epochs} standardized epochs, {seeds} paired "
-                f"run{'s'[: seeds > 1]}: test {verdict.metric.name} {verdict.first.statement(verdict.metric)}; "
-                f"{gap.metric.name} {gap.first.statement(gap.metric)}."
+                f"run{'s'[: seeds > 1]}: test {verdict.metric.name} {verdict.first.statement(verdict.metric)}"
+                + ("." if gap is None else f"; {gap.metric.name} {gap.first.statement(gap.metric)}.")
             )
-            yield from _share_of_training(verdict, gap)
+            if gap is not None:
+                yield from _share_of_training(verdict, gap)
             if sentence := verdict.controls_sentence():
                 yield f"{base}'s controls: {ours} {sentence}."
+        if self.verdicts and not self.gaps:
+            yield _GAP_OF_WRONG_LABELS
         yield from self._certainty()
         if self.unfinished:
             yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
@@ -175,10 +183,11 @@ class Summary(SummaryFiles):
         methods = max(verdict.first.difference.comparisons for verdict in self.verdicts)
         any_of = "" if methods == 1 else f" for any of the {methods} methods"
         share = f"{100 * ERROR:g} %"
+        in_gap = f", and one in the generalization gap in at most another {share}" if self.gaps else ""
         yield (
             f"By chance alone, a difference in test {self.task.deciding.name} is found{any_of} in at most {share} of "
-            f"comparisons, and one in the generalization gap in at most another {share}."
-            + (" The intervals of each hold for all methods at once." if methods > 1 else "")
+            f"comparisons{in_gap}."
+            + (f" The intervals{' of each'[: 8 * bool(in_gap)]} hold for all methods at once." if methods > 1 else "")
         )
 
     def markdown(self) -> str:

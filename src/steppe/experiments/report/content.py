@@ -4,6 +4,7 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +34,13 @@ def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
         return [[("Nothing has been measured yet.", "")]]
     if not summary.verdicts:
         return [[("There is one method so far, and nothing to compare it with.", "")]]
-    if all(gap.first.difference.n + gap.first.difference.lost == 1 for gap in summary.gaps):
+    if all(verdict.first.difference.n + verdict.first.difference.lost == 1 for verdict in summary.verdicts):
         return [[("One run of each method gives ", NO_VERDICT), (": chance alone may explain the difference.", "")]]
     flatness = {verdict.method: verdict.word for verdict in summary.flatness}
     groups: dict[tuple[str, str, str], list[MetricVerdict]] = {}
-    for verdict, gap in zip(summary.verdicts, summary.gaps, strict=True):
+    for verdict, gap in zip_longest(summary.verdicts, summary.gaps):
         flat = flatness.get(verdict.method, NO_VERDICT if measured else NOT_MEASURED)
-        groups.setdefault((verdict.word, gap.word, flat), []).append(verdict)
+        groups.setdefault((verdict.word, "" if gap is None else gap.word, flat), []).append(verdict)
     return [_headline(summary.labels, of, *words) for words, of in groups.items()]
 
 
@@ -50,7 +51,7 @@ def _headline(labels: Mapping[str, str], of: Sequence[MetricVerdict], accuracy: 
     if accuracy == gap:
         parts = [(f"{about}test {name} and generalization gap ", accuracy)]
     else:
-        parts = [(f"{about}test {name} ", accuracy), (", generalization gap ", gap)]
+        parts = [(f"{about}test {name} ", accuracy), *([(", generalization gap ", gap)] if gap else [])]
     return [*parts, (f"; {minima}", flat), (".", "")]
 
 
