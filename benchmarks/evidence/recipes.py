@@ -7,6 +7,7 @@ from typing import Any
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.robustness.corruptions import CORRUPTIONS
+from steppe.methods.registry import CARDS
 
 RADII = (0.05, 0.1, 0.2)
 WRONG_LABELS = {f"{100 * share:.0f} % wrong": share for share in (0.2, 0.4, 0.6)}
@@ -37,7 +38,10 @@ class Evidence:
     """By default the name of the experiment."""
     base: str = "sgd"
     radii: Sequence[float] = RADII
-    """The radii that are searched, in units of the method's usual one where SAM's is 1."""
+    """The radii that are searched, in units of the method's usual one where SAM's is 1.
+
+    Of a method without a radius the weight `lmbda` is searched, as if its default were SAM's radius of 0.1.
+    """
     wider: int = 0
     """How often a search goes on, at two smaller or two larger radii, while its best one is the smallest or largest."""
     objective: str = "metric"
@@ -51,17 +55,18 @@ class Evidence:
     side_by_side: Sequence[str] = ()
     """Settings of many methods, which one table shows side by side, without controls and figure."""
 
-    def searches(self, setting: str, searched: Mapping[str, Any]) -> Mapping[tuple[float, ...], Sequence[str]]:
-        """Return the methods to search next, by their radii; each entry is a `steppe tune`.
+    def searches(self, setting: str, searched: Mapping[str, Any]) -> Mapping[str, Sequence[str]]:
+        """Return the methods to search next, by what is searched ("rho=0.1,0.2"); each entry is a `steppe tune`.
 
         Args:
             setting: The setting that is searched.
             searched: Its `trials` so far, and the `best` of each method: its value on the held-out data, and its spec.
         """
-        found: dict[tuple[float, ...], list[str]] = {}
+        found: dict[str, list[str]] = {}
         for method in (method for group in _groups(self._tuned(setting)) for method in group):
-            if radii := self._next_radii(method, searched):
-                found.setdefault(radii, []).append(str(method))
+            if values := self._next_values(method, searched):
+                numbers = ",".join(f"{value:g}" for value in values)
+                found.setdefault(f"{_searched_argument(method)}={numbers}", []).append(str(method))
         return found
 
     def best(self, setting: str, searched: Mapping[str, tuple[float, str]]) -> list[str]:
@@ -78,22 +83,29 @@ class Evidence:
         alike = next(other for other, options in self.settings.items() if options == self.settings[setting])
         return "-".join([name, *alike.replace("%", "").replace(",", "").split()])
 
-    def _next_radii(self, method: MethodSpec, searched: Mapping[str, Any]) -> tuple[float, ...]:
-        """Return the radii at which a method is searched next; none if its search is at its end."""
-        usual = [method.definition.rho_factor * radius for radius in self.radii]
-        tried = [trial["values"]["rho"] for trial in searched["trials"] if trial["method"] == str(method)]
+    def _next_values(self, method: MethodSpec, searched: Mapping[str, Any]) -> Sequence[float]:
+        """Return the values at which a method is searched next; none if its search is at its end."""
+        name = _searched_argument(method)
+        unit = method.definition.rho_factor if name == "rho" else CARDS[method.name].defaults[name] / 0.1
+        usual = [unit * radius for radius in self.radii]
+        tried = [trial["values"][name] for trial in searched["trials"] if trial["method"] == str(method)]
         if not tried:
-            return tuple(usual)
-        best = dict(MethodSpec.parse(searched["best"][str(method)][1]).overrides)["rho"]
+            return usual
+        best = dict(MethodSpec.parse(searched["best"][str(method)][1]).overrides)[name]
         if best == max(tried) < 0.99 * max(usual) * 4**self.wider:
-            return (2 * best, 4 * best)
+            return [2 * best, 4 * best]
         if best == min(tried) > 1.01 * min(usual) / 4**self.wider:
-            return (best / 4, best / 2)
-        return ()
+            return [best / 4, best / 2]
+        return []
 
     def _tuned(self, setting: str) -> Sequence[str | tuple[str, ...]]:
         """Return the methods whose best radii a setting confirms."""
         return self.tuned_there if setting in self.chosen_in else self.tuned_in.get(setting, self.tuned)
+
+
+def _searched_argument(method: MethodSpec) -> str:
+    """Return the argument of a method that is searched."""
+    return "rho" if "rho" in method.definition.arguments else "lmbda"
 
 
 def _groups(tuned: Sequence[str | tuple[str, ...]]) -> list[list[MethodSpec]]:
@@ -108,13 +120,13 @@ FAMILY = (
 )
 """Every method that has a radius."""
 
-ONE_PASS = ("msam", "stale_sam", "rwp", "arwp")
-"""Methods of one pass for a step, with a radius."""
+ONE_PASS = (("msam", "stale_sam"), ("rwp", "arwp"), "saf")
+"""Methods of one pass for a step: along former gradients, with random noise, with a loss of former outputs."""
 
 CHEAPER = (
     ("late_sam:start=0.9", "looksam:interval=10", "random_sam:p=0.1", "fraction_sam:fraction=0.1"),
     ("late_sam:start=0.75", "looksam:interval=4", "random_sam:p=0.25", "fraction_sam:fraction=0.25"),
-    ("late_sam:start=0.667", "looksam:interval=3", "random_sam:p=0.333", "fraction_sam:fraction=0.333"),
+    ("late_sam:start=0.667", "looksam:interval=3", "random_sam:p=0.333", "fraction_sam:fraction=0.333", "mesa"),
 )
 """Methods of 1.1, of 1.25 and of 4/3 passes for a step."""
 
@@ -164,7 +176,7 @@ EVIDENCE: Mapping[str, Evidence] = {
     ),
     "text": Evidence(["sam"], base="base", seeds=3, measures=["accuracy"]),
     "price": Evidence(
-        [ONE_PASS, *CHEAPER, "sam"],
+        [*ONE_PASS, *CHEAPER, "sam"],
         ["sgd+ema"],
         recipe="annealed",
         wider=2,
@@ -175,7 +187,7 @@ EVIDENCE: Mapping[str, Evidence] = {
             "12,000 images": _LARGER,
         },
         chosen_in={"12,000 images, 40 % wrong": "3,000 images, 40 % wrong", "12,000 images": "3,000 images"},
-        tuned_there=[(*ONE_PASS, *chain(*CHEAPER)), "sam"],
+        tuned_there=[("msam", "stale_sam", "rwp", "arwp", "saf"), tuple(chain(*CHEAPER)), "sam"],
         confirmed_by=20,
         measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
         drawn=["accuracy", "accuracy under gaussian_noise", "calibration error"],

@@ -113,12 +113,11 @@ def search(
     args: argparse.Namespace,
 ) -> dict[str, Any]:
     """Try the next radii on held-out data, with one command; return what was `found` before and by it."""
-    radii, methods = next(iter(evidence.searches(setting, found).items()))
-    numbers = [f"{radius:g}" for radius in radii]
+    values, methods = next(iter(evidence.searches(setting, found).items()))
     seeds = ["--first-seed", str(FIRST_SEARCH_SEED), *([] if args.tiny else ["--seeds", str(evidence.seeds)])]
     how = ["--sampler", "grid", "--objective", evidence.objective, "--no-baseline"]
-    words = ["tune", *shared, "--methods", *methods, *seeds, *how, "--search", f"rho={','.join(numbers)}"]
-    searched = folder.with_name("-".join([folder.name, "tune", *numbers]))
+    words = ["tune", *shared, "--methods", *methods, *seeds, *how, "--search", values]
+    searched = folder.with_name("-".join([folder.name, "tune", *values.replace("=", ",").split(",")]))
     _steppe([*words, *how_many, "--out", str(searched)])
     summary = json.loads((searched / "summary.json").read_text("utf-8"))
     sign = 1 if summary["higher_is_better"] else -1

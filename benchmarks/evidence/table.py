@@ -81,9 +81,14 @@ def _trials(settings: Mapping[str, Any]) -> Iterator[str]:
     yield ""
     for setting, found in settings.items():
         for method in dict.fromkeys(trial["method"] for trial in found["trials"]):
-            tried = sorted((t for t in found["trials"] if t["method"] == method), key=lambda t: t["values"]["rho"])
-            means = ", ".join(f"{t['values']['rho']:g}: {fmean(t['found']):.2f}" for t in tried)
-            yield f"- {setting + ', ' if setting else ''}{label(method)}: {means}"
+            tried = {
+                (name, value): fmean(trial["found"])
+                for trial in found["trials"]
+                if trial["method"] == method
+                for name, value in trial["values"].items()
+            }
+            means = (f"{name + ' ' if name != 'rho' else ''}{v:g}: {tried[name, v]:.2f}" for name, v in sorted(tried))
+            yield f"- {setting + ', ' if setting else ''}{label(method)}: {', '.join(means)}"
 
 
 def _means(settings: Mapping[str, Any], measures: Sequence[str]) -> Iterator[str]:

@@ -14,11 +14,12 @@ import make_evidence
 import results
 from evidence import run
 from evidence.measured import Measured
-from evidence.recipes import EVIDENCE, RADII, Evidence
+from evidence.recipes import EVIDENCE, Evidence
 from evidence.table import render
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
 
+RHO = "rho=0.05,0.1,0.2"
 TINY = ["--width", "2", "--device", "cpu", "--no-amp"]
 
 
@@ -188,7 +189,10 @@ def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_a
         tuned_there=["asam"],
         seeds=1,
     )
-    assert evidence.searches("first", run.NOTHING) == {(0.05, 0.1): ["sam", "late_sam:start=0.5"], (0.5, 1.0): ["asam"]}
+    assert evidence.searches("first", run.NOTHING) == {
+        "rho=0.05,0.1": ["sam", "late_sam:start=0.5"],
+        "rho=0.5,1": ["asam"],
+    }
     settings = settings_found("price", evidence, tmp_path, monkeypatch)
     found = {
         method: max(
@@ -249,8 +253,8 @@ def test_what_is_saved_is_not_measured_again(tmp_path: Path, monkeypatch: pytest
 
 def test_a_setting_may_search_other_methods() -> None:
     evidence = Evidence(["sam", ("asam", "looksam")], tuned_in={"few": ["late_sam"]}, chosen_in={"more": "few"})
-    assert evidence.searches("few", run.NOTHING) == {RADII: ["late_sam"]}
-    assert evidence.searches("all", run.NOTHING) == {RADII: ["sam", "looksam"], (0.5, 1.0, 2.0): ["asam"]}
+    assert evidence.searches("few", run.NOTHING) == {RHO: ["late_sam"]}
+    assert evidence.searches("all", run.NOTHING) == {RHO: ["sam", "looksam"], "rho=0.5,1,2": ["asam"]}
     found = {"sam": (1.0, "sam:rho=1"), "asam": (3.0, "asam:rho=2"), "looksam": (2.0, "looksam:rho=3")}
     assert evidence.best("few", {"late_sam": (1.0, "late_sam:rho=4")}) == ["late_sam:rho=4"]
     assert evidence.best("all", found) == ["sam:rho=1", "asam:rho=2"]
@@ -261,15 +265,28 @@ def test_a_search_goes_on_where_the_best_radius_is_the_smallest_or_the_largest()
     evidence = Evidence(["sam", "looksam", "asam"], wider=2)
     sam, looksam = {0.05: 1.0, 0.1: 2.0, 0.2: 3.0}, {0.05: 2.0, 0.1: 1.0, 0.2: 1.0}
     found = searched_so_far(sam=sam, looksam=looksam, asam={0.5: 1.0, 1.0: 3.0, 2.0: 2.0})
-    assert evidence.searches("", found) == {(0.4, 0.8): ["sam"], (0.0125, 0.025): ["looksam"]}
+    assert evidence.searches("", found) == {"rho=0.4,0.8": ["sam"], "rho=0.0125,0.025": ["looksam"]}
     assert replace(evidence, wider=0).searches("", found) == {}
     found = searched_so_far(sam={**sam, 0.4: 4.0, 0.8: 5.0}, looksam={**looksam, 0.025: 3.0, 0.0125: 1.0})
-    assert evidence.searches("", found) == {(1.6, 3.2): ["sam"], (0.5, 1.0, 2.0): ["asam"]}
+    assert evidence.searches("", found) == {"rho=1.6,3.2": ["sam"], "rho=0.5,1,2": ["asam"]}
     found = searched_so_far(sam={**sam, 3.2: 6.0}, looksam={**looksam, 0.003125: 4.0}, asam={1.0: 2.0})
-    assert evidence.searches("", found) == {(2.0, 4.0): ["asam"]}
+    assert evidence.searches("", found) == {"rho=2,4": ["asam"]}
     assert replace(evidence, wider=1).searches(
         "", searched_so_far(sam={**sam, 0.8: 5.0}, looksam={**looksam, 0.0125: 3.0})
-    ) == {(0.5, 1.0, 2.0): ["asam"]}
+    ) == {"rho=0.5,1,2": ["asam"]}
+
+
+def test_the_weight_of_a_method_without_a_radius_is_searched(monkeypatch: pytest.MonkeyPatch) -> None:
+    evidence = Evidence(["saf", "mesa", "sam"], wider=1)
+    words = {"lmbda=0.15,0.3,0.6": ["saf"], "lmbda=0.4,0.8,1.6": ["mesa"], RHO: ["sam"]}
+    assert evidence.searches("", run.NOTHING) == words
+    trials = [{"method": "saf", "values": {"lmbda": value}, "found": [80.0 + value]} for value in (0.3, 0.15, 0.6)]
+    best = {"saf": [80.6, "saf:lmbda=0.6"]}
+    assert evidence.searches("", {"trials": trials, "best": best})["lmbda=1.2,2.4"] == ["saf"]
+    monkeypatch.setitem(EVIDENCE, "made-up", Evidence(["saf"]))
+    found = result(**{"": 5.0})
+    found.data["settings"][""]["trials"] = trials
+    assert "- SAF: lmbda 0.15: 80.15, lmbda 0.3: 80.30, lmbda 0.6: 80.60" in render(Measured("made-up", [found]))
 
 
 def test_settings_that_are_trained_alike_share_their_runs() -> None:
