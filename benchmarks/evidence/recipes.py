@@ -152,7 +152,11 @@ EVIDENCE: Mapping[str, Evidence] = {
             *("accuracy", "calibration error", "accuracy at 3 bits"),
         ],
     ),
-    "annealed": Evidence(["sam", "late_sam", "looksam"], ["sgd+ema"]),
+    "annealed": Evidence(
+        ["sam", "late_sam", "looksam"],
+        ["sgd+ema"],
+        measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
+    ),
     "forgetting": Evidence(
         ["sam"],
         ["sgd+ema"],

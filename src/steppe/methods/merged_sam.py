@@ -112,7 +112,7 @@ CARD = MethodCard(
     ),
     other_measurements=(
         "[LoRA on few sentences](../evidence/adapters.md), ten seeds: 6.6 points worse than AdamW at equal "
-        "compute, not distinguishable at equal steps; with 40 % wrong labels not distinguishable.",
+        "compute, not distinguishable at equal steps; with 40 % wrong labels not distinguishable at equal compute.",
     ),
     needs_adapters=True,
     comparison=Comparison(summary="perturbs the merged weights of LoRA adapters along their gradient, at SAM's rho"),
