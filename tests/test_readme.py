@@ -189,7 +189,7 @@ def test_numbers_of_the_picture_are_those_of_the_results():
     value, low, high = re.search(
         r"^\|  \| accuracy \| \W*\+([\d.]+) \[\+([\d.]+), \+([\d.]+)\]", page, flags=re.MULTILINE
     ).groups()
-    assert f"lead of {float(value):.1f} point [{float(low):.1f}, {float(high):.1f}]" in text
+    assert f"SAM is {float(value):.1f} points better [{float(low):.1f}, {float(high):.1f}], but" in text
     for line in ("2 cores of an AMD EPYC, torch 2.13.0", "2026-11-29"):
         assert line in text
         assert line in (ROOT / "docs" / "evidence" / "noisy-labels.md").read_text(encoding="utf-8")
