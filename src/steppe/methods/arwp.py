@@ -168,6 +168,11 @@ CARD = MethodCard(
         "The only pass is at w + e: the reported loss and BatchNorm's statistics are those of that point.",
         "A perturbation for each micro-batch (`closures.micro_batches`) is an error: v describes batches.",
     ),
+    other_measurements=(
+        "[Cosine schedule and momentum](../evidence/family.md), ten seeds: accuracy not distinguishable from "
+        "SGD's, calibration error 1.0 smaller. With 40 % wrong labels 23.4 points better, for one pass a step, "
+        "where SAM is 24.9 better for two.",
+    ),
     comparison=Comparison(
         summary=f"perturbs by noise, less where gradients are large, at a constant rho / 5 ({USUAL_RATIO})",
         rho_factor=0.2,

@@ -119,6 +119,11 @@ CARD = MethodCard(
     checked="https://github.com/SamsungLabs/ASAM: weights agree (2e-16). Theirs uses T = 1 for parameters that are "
     'not called "weight"; here, as in the paper\'s formula, T is the same for all.',
     caveats=("A weight at zero is perturbed in proportion to eta only, and with eta = 0 not at all.",),
+    other_measurements=(
+        "[Cosine schedule and momentum](../evidence/family.md), ten seeds: 0.4 points better than SGD, not "
+        "distinguishable from averaged weights; calibration error 5.3 smaller. With 40 % wrong labels 24.9 "
+        "better, as SAM, and better under corruptions by 23.0, where SAM is by 19.6.",
+    ),
     comparison=Comparison(
         summary=f"perturbs in proportion to the weights, at 10 x rho ({USUAL_RATIO})",
         rho_factor=10.0,

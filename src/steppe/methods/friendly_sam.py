@@ -123,6 +123,11 @@ CARD = MethodCard(
     "gradient. For sigma = 1, d has the same direction with either m once the start is forgotten: the cosine of the "
     "two at steps 1, 10 and 20 is 0.58, 0.90 and 0.99 for lambda = 0.9.",
     caveats=("The mean is updated at perturbed steps only.",),
+    other_measurements=(
+        "[Cosine schedule and momentum](../evidence/family.md), ten seeds: accuracy not distinguishable from "
+        "SGD's, calibration error 7.7 smaller. With 40 % wrong labels 22.3 points better, where SAM is 24.9 "
+        "better.",
+    ),
     comparison=Comparison(
         summary="perturbs along the batch-specific part of the gradient, at SAM's rho", capturable=True
     ),

@@ -125,5 +125,10 @@ CARD = MethodCard(
     "gradient that the base gets is decomposed. The latter also offers to decompose g_s along g, which the paper does "
     "not have.",
     caveats=("This function keeps rho constant: add the schedule.",),
+    other_measurements=(
+        "[Cosine schedule and momentum](../evidence/family.md), ten seeds: accuracy not distinguishable from "
+        "SGD's, calibration error 7.9 smaller. With 40 % wrong labels 24.0 points better, where SAM is 24.9 "
+        "better.",
+    ),
     comparison=Comparison(summary="reduces the surrogate gap too, at SAM's rho", capturable=True),
 )

@@ -123,7 +123,8 @@ CARD = MethodCard(
         "[Cosine schedule and momentum](../evidence/annealed.md), ten seeds: not distinguishable from SGD in "
         "accuracy; calibration error 1.1 points smaller.",
         "[LoRA with 40 % wrong labels](../evidence/adapters.md), ten seeds: 3.6 points better than AdamW, and not "
-        "distinguishable from AdamW stopped early; the whole encoder: 1.6 better, and 3.0 worse than AdamW stopped early.",
+        "distinguishable from AdamW stopped early; the whole encoder: 1.6 better, and 3.0 worse than AdamW stopped "
+        "early.",
     ),
     comparison=Comparison(
         summary="plain steps first, SAM from a fraction `start` of the planned steps on, at SAM's rho", capturable=True

@@ -324,6 +324,11 @@ CARD = MethodCard(
     arguments_of=(MESA,),
     usage_code="mesa = steppe.variants.mesa(model, base)  # averages after each step of the base\n"
     "loss = F.cross_entropy(logits, y) + mesa(logits, x, epoch=epoch)",
+    other_measurements=(
+        "[Cosine schedule and momentum](../evidence/family.md), ten seeds: accuracy not distinguishable from "
+        "SGD's, calibration error 3.2 smaller. With 40 % wrong labels 9.9 points better, where SAM is 24.9 "
+        "better.",
+    ),
     comparison=Comparison(
         summary="no perturbation: keeps the outputs near those of averaged weights (beta for short runs: a first "
         "guess, not measured)",

@@ -338,6 +338,11 @@ CARD = MethodCard(
     arguments_of=(SAF,),
     usage_code="saf = steppe.variants.saf(samples=60_000, classes=10)\n"
     "loss = F.cross_entropy(logits, y) + saf(logits, indices, epoch=epoch)",
+    other_measurements=(
+        "[Cosine schedule and momentum](../evidence/family.md), ten seeds: 0.5 points better than SGD and better "
+        "than averaged weights, calibration error 2.8 smaller, for one pass a step. With 40 % wrong labels 3.6 "
+        "better, where SAM is 24.9 better.",
+    ),
     comparison=Comparison(
         summary="no perturbation: keeps the outputs near those of some epochs ago",
         build=plain_base,
