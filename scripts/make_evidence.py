@@ -20,7 +20,7 @@ import results  # noqa: E402
 from evidence.figure import draw, draw_headline  # noqa: E402
 from evidence.measured import Measured, file_name  # noqa: E402
 from evidence.recipes import EVIDENCE  # noqa: E402
-from evidence.table import render  # noqa: E402
+from evidence.table import render, render_search  # noqa: E402
 from measured_parts import replace_parts, write_pages  # noqa: E402
 
 PAGES = ROOT / "docs" / "evidence"
@@ -34,10 +34,9 @@ def part(recipe: str, folder: Path = results.RESULTS) -> str:
     measured = Measured.load(recipe, folder)
     if not measured:
         return f"Not yet measured: `python benchmarks/evidence/run.py {recipe}`."
-    text = render(measured).strip()
-    if measured.others:
-        text += f"\n\n![Differences to the base, with 95 % intervals, beside every control](../images/{_image(recipe)})"
-    return text
+    alt = "Differences to the base, with 95 % intervals, beside every control"
+    figure = [f"![{alt}](../images/{_image(recipe)})"] if measured.others else []
+    return "\n\n".join([*figure, render(measured), render_search(measured)])
 
 
 def page(recipe: str, text: str, folder: Path = results.RESULTS) -> str:

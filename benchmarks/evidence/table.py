@@ -1,4 +1,4 @@
-"""Render what a recipe showed: the radii chosen on held-out data, the means, and the differences to every control."""
+"""Render what a recipe showed, the means and the differences to every control, and how the radii were chosen."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -16,9 +16,9 @@ from steppe.experiments.storage.records import AVERAGE, AVERAGED
 
 
 def render(measured: Measured) -> str:
-    """Return the tables of a recipe, with the commands that made them."""
+    """Return the tables of a recipe."""
     measures = EVIDENCE[measured.recipe].measures
-    lines = [*_commands(measured.settings), "", *_trials(measured.settings), ""]
+    lines: list[str] = []
     if beside := measured.side_by_side:
         lines += [
             "Means on the test data, with the difference to the base in brackets; **bold** is better and *italic* is",
@@ -40,6 +40,11 @@ def render(measured: Measured) -> str:
             "",
         ]
     return "\n".join([*lines, measured.source])
+
+
+def render_search(measured: Measured) -> str:
+    """Return the commands that made the tables of a recipe, and what was found on the held-out data."""
+    return "\n".join([*_commands(measured.settings), "", *_trials(measured.settings)])
 
 
 def verdicts(summary: Mapping[str, Any]) -> dict[tuple[str, str], Mapping[str, Any]]:

@@ -15,7 +15,7 @@ import results
 from evidence import run
 from evidence.measured import Measured
 from evidence.recipes import EVIDENCE, Evidence
-from evidence.table import render
+from evidence.table import render, render_search
 from steppe.experiments.config.presets import RECIPES
 from steppe.experiments.config.recipe import Recipe
 
@@ -106,8 +106,9 @@ def evidence(monkeypatch: pytest.MonkeyPatch) -> Evidence:
 
 @pytest.mark.usefixtures("evidence")
 def test_tables_have_means_controls_and_the_search() -> None:
-    text = render(Measured("made-up", [result(low=5.0, high=-3.0)]))
-    assert "- low, SAM: 0.1: 75.50, 0.2: 70.50" in text
+    measured = Measured("made-up", [result(low=5.0, high=-3.0)])
+    assert "- low, SAM: 0.1: 75.50, 0.2: 70.50" in render_search(measured)
+    text = render(measured)
     assert "| low | SGD | 80.00±1.00 | 80.00±1.00 | 80.00 | 3 |" in text
     assert "|  | SGD, averaged weights | 81.50±1.00 |" in text
     assert "| low | SAM (rho 0.1) | accuracy | **+5.00 [+4.00, +6.00]** | – | – | +5.00 |" in text
@@ -209,7 +210,7 @@ def test_the_best_of_a_group_is_confirmed_and_a_setting_may_take_the_search_of_a
     assert settings["other batches"]["search"] is None
     monkeypatch.setitem(EVIDENCE, "price", evidence)
     found_by = results.Result("evidence_price", "m", False, "2026-11-29", "c", "2.13", {}, {"settings": settings})
-    text = render(Measured("price", [found_by]))
+    text = render_search(Measured("price", [found_by]))
     assert text.count("steppe tune") == 2
 
 
@@ -286,7 +287,7 @@ def test_the_weight_of_a_method_without_a_radius_is_searched(monkeypatch: pytest
     monkeypatch.setitem(EVIDENCE, "made-up", Evidence(["saf"]))
     found = result(**{"": 5.0})
     found.data["settings"][""]["trials"] = trials
-    assert "- SAF: lmbda 0.15: 80.15, lmbda 0.3: 80.30, lmbda 0.6: 80.60" in render(Measured("made-up", [found]))
+    assert "- SAF: lmbda 0.15: 80.15, lmbda 0.3: 80.30, lmbda 0.6: 80.60" in render_search(Measured("made-up", [found]))
 
 
 def test_settings_that_are_trained_alike_share_their_runs() -> None:
