@@ -196,6 +196,14 @@ EVIDENCE: Mapping[str, Evidence] = {
         measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
         drawn=["accuracy", "accuracy under gaussian_noise", "calibration error"],
     ),
+    "weight-decay": Evidence(
+        ["sam"],
+        ["sgd+ema"],
+        recipe="annealed",
+        radii=(0.025, *RADII),
+        settings={"40 % wrong, weight decay 0.03": [*_WRONG, "--weight-decay", "0.03"]},
+        measures=["accuracy", "accuracy under gaussian_noise", "accuracy under corruptions", "calibration error"],
+    ),
     "family": Evidence(
         FAMILY,
         ["saf", "mesa"],
