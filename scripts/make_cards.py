@@ -16,7 +16,6 @@ import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -100,7 +99,7 @@ def _rho(spec: MethodSpec, recipe: Recipe) -> float | None:
 
 
 def _differences(summary: Summary) -> Iterator[dict[str, Any]]:
-    for test, gap in zip_longest(summary.verdicts, summary.gaps):
+    for test, gap in summary.verdicts_with_gaps():
         values = {"test_accuracy": _decided(test), **({} if gap is None else {"gap": _decided(gap)})}
         yield {"method": test.method, "reference": test.base, **values}
 

@@ -129,7 +129,8 @@ def evidence(method: MethodCard) -> str:
         for value, words in _compared(run).items():
             decided = [one for one in own if one[value]["verdict"] in ("better", "worse")]
             against = [f"{one[value]['verdict']} than {references[one['reference']]}" for one in decided]
-            verdicts += [f"{words} {' and '.join(against)}"] * bool(against)
+            if against:
+                verdicts.append(f"{words} {' and '.join(against)}")
         if own:
             runs = min(one["test_accuracy"]["n"] for one in own)
             none = "no verdict" if runs == 1 else "no difference beyond chance"

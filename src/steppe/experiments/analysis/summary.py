@@ -4,7 +4,6 @@ import math
 from abc import abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from itertools import zip_longest
 from typing import Any
 
 from rich.console import Console
@@ -133,6 +132,11 @@ class Summary(SummaryFiles):
         """The names of methods for readers."""
         return {str(row.method): row.method.label for row in self.rows}
 
+    def verdicts_with_gaps(self) -> list[tuple[MetricVerdict, MetricVerdict | None]]:
+        """Return each verdict in the deciding metric with that in the gap, or with None where there is none."""
+        gaps: Sequence[MetricVerdict | None] = self.gaps or [None] * len(self.verdicts)
+        return list(zip(self.verdicts, gaps, strict=True))
+
     def verdicts_with_controls(self) -> list[MetricVerdict]:
         """Return the verdicts that have controls, in the unit of the deciding metric, grouped by method."""
         robustness = [] if self.robustness is None else self.robustness.main_verdicts()
@@ -155,7 +159,7 @@ class Summary(SummaryFiles):
 
     def notes(self) -> Iterator[str]:
         labels = self.labels
-        for verdict, gap in zip_longest(self.verdicts, self.gaps):
+        for verdict, gap in self.verdicts_with_gaps():
             ours, base, seeds = (
                 labels[verdict.method],
                 labels[verdict.base],
@@ -184,10 +188,10 @@ class Summary(SummaryFiles):
         any_of = "" if methods == 1 else f" for any of the {methods} methods"
         share = f"{100 * ERROR:g} %"
         in_gap = f", and one in the generalization gap in at most another {share}" if self.gaps else ""
+        of_each = " of each" if self.gaps else ""
         yield (
             f"By chance alone, a difference in test {self.task.deciding.name} is found{any_of} in at most {share} of "
-            f"comparisons{in_gap}."
-            + (f" The intervals{' of each'[: 8 * bool(in_gap)]} hold for all methods at once." if methods > 1 else "")
+            f"comparisons{in_gap}." + (f" The intervals{of_each} hold for all methods at once." if methods > 1 else "")
         )
 
     def markdown(self) -> str:

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +37,7 @@ def headlines(summary: Summary, *, measured: bool) -> list[Headline]:
         return [[("One run of each method gives ", NO_VERDICT), (": chance alone may explain the difference.", "")]]
     flatness = {verdict.method: verdict.word for verdict in summary.flatness}
     groups: dict[tuple[str, str, str], list[MetricVerdict]] = {}
-    for verdict, gap in zip_longest(summary.verdicts, summary.gaps):
+    for verdict, gap in summary.verdicts_with_gaps():
         flat = flatness.get(verdict.method, NO_VERDICT if measured else NOT_MEASURED)
         groups.setdefault((verdict.word, "" if gap is None else gap.word, flat), []).append(verdict)
     return [_headline(summary.labels, of, *words) for words, of in groups.items()]
