@@ -5,7 +5,8 @@
     python scripts/make_cards.py --memory memory.json   store the output of benchmarks/memory.py --json first
     python scripts/make_cards.py --check                write nothing; exit 1 if a page is stale
 
-Numbers that are not given stay as they are in measured.json. Several RUNs are stored in the given order.
+Numbers that are not given stay as they are in measured.json: a RUN replaces the comparisons in its setting that have
+one of its methods, the base and SAM aside. Several RUNs are stored in the given order.
 """
 
 from __future__ import annotations
@@ -131,6 +132,17 @@ def _merged(old: Mapping[str, Any] | None, new: Mapping[str, Any]) -> dict[str, 
     return {**new, "methods": {name: found[name] for name in CARDS if name in found}}
 
 
+def _is_replaced(old: Mapping[str, Any], new: Sequence[Mapping[str, Any]]) -> bool:
+    """True if one of the new comparisons has the setting and a method of the old one."""
+    return any(old["setting"] == one["setting"] and _methods(old) & _methods(one) for one in new)
+
+
+def _methods(run: Mapping[str, Any]) -> set[str]:
+    """Return the names of the methods of a comparison, without the base and SAM, to which it compares them."""
+    specs = {row["method"] for row in run["rows"]} - {run["base"], run["sam"]}
+    return {MethodSpec.parse(spec).name for spec in specs}
+
+
 def read() -> dict[str, Any]:
     found: dict[str, Any] = json.loads(MEASURED.read_text(encoding="utf-8"))
     return found
@@ -158,7 +170,8 @@ def main(words: Sequence[str]) -> int:
         if given.memory is not None:
             values["memory"] = _merged(values["memory"], json.loads(given.memory.read_text(encoding="utf-8")))
         if given.runs:
-            values["comparisons"] = [comparison(path) for path in given.runs]
+            new = [comparison(path) for path in given.runs]
+            values["comparisons"] = [old for old in values["comparisons"] if not _is_replaced(old, new)] + new
     except (OSError, ValueError, ExperimentError) as error:
         print(f"make_cards: {error}", file=sys.stderr)
         return 1

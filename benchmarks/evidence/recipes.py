@@ -118,7 +118,13 @@ FAMILY = (
     *("sampa", "lookbehind_sam", "sam:ascent_steps=2", "micro_batch_sam:m=16", "msam", "rwp", "arwp", "bsam"),
     *("mixed_rwp", "mixed_arwp"),
 )
-"""Every method that has a radius."""
+"""The methods that have a radius."""
+
+NEWER = (
+    *("bisam", "c_flat", "eigen_sam", "functional_sam", "gam", "le_sam", "sagm", "saner", "sassha", "stable_sam"),
+    *("stale_sam", "unified_sam"),
+)
+"""Methods that were added after those of `FAMILY` had been measured."""
 
 ONE_PASS = (("msam", "stale_sam"), ("rwp", "arwp"), ("saf",))
 """Methods of one pass for a step: along former gradients, with random noise, with a loss of former outputs."""
@@ -220,6 +226,15 @@ EVIDENCE: Mapping[str, Evidence] = {
         seeds=1,
         confirmed_by=3,
         confirmed_there_by=10,
+        side_by_side=["correct labels", "40 % wrong"],
+    ),
+    "newer-methods": Evidence(
+        ["sam", *NEWER],
+        recipe="annealed",
+        settings={"correct labels": (), "40 % wrong": _WRONG},
+        seeds=1,
+        confirmed_by=3,
+        measures=("accuracy", "accuracy under corruptions", "calibration error"),
         side_by_side=["correct labels", "40 % wrong"],
     ),
     "adapters": Evidence(

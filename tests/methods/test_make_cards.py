@@ -93,6 +93,24 @@ def test_run_folder_becomes_numbers_on_the_cards(tmp_path, monkeypatch):
     assert "--methods sgd sam gsam:rho=0.1" in index
 
 
+def test_run_folder_replaces_what_it_measures_again_and_nothing_else(tmp_path, monkeypatch):
+    measured = tmp_path / "measured.json"
+    measured.write_text('{"memory": null, "comparisons": []}')
+    monkeypatch.setattr(make_cards, "MEASURED", measured)
+    monkeypatch.setattr(make_cards, "PAGES", tmp_path / "pages")
+    values = [80.0, 81.0, 82.0]
+
+    def stored_after(name: str, *methods: str, **fields) -> list[list[str]]:
+        folder = run_folder(tmp_path / name, dict.fromkeys(("sgd", "sam", *methods), values), **fields)
+        assert make_cards.main([str(folder)]) == 0
+        return [[row["method"] for row in one["rows"]][2:] for one in json.loads(measured.read_text())["comparisons"]]
+
+    assert stored_after("first", "gsam") == [["gsam"]]
+    assert stored_after("other methods", "looksam") == [["gsam"], ["looksam"]]
+    assert stored_after("other labels", "gsam", label_noise=0.4) == [["gsam"], ["looksam"], ["gsam"]]
+    assert stored_after("again", "gsam:rho=0.1", "asam") == [["looksam"], ["gsam"], ["gsam:rho=0.1", "asam"]]
+
+
 def test_no_card_has_a_gap_between_wrong_labels_and_correct_ones(tmp_path, monkeypatch):
     tests = {"sgd": [80.0, 81.0, 82.0], "sam": [81.0, 82.1, 83.1], "gsam:rho=0.1": [79.0, 80.1, 81.1]}
     found = make_cards.comparison(run_folder(tmp_path / "run", tests, label_noise=0.4))
@@ -153,7 +171,8 @@ def test_one_run_has_no_verdict_and_several_specs_share_a_card():
     run = {"rows": rows, "differences": differences, "base": "sgd", "sam": None, "environment": environment}
     run |= {"setting": "a network", "labels": "correct labels", "standardized_epochs": 2, "command": "steppe compare"}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cards, "measured", lambda: {"memory": None, "comparisons": [run, run]})
+        runs = [run, run, run | {"setting": "another network"}]
+        patch.setattr(cards, "measured", lambda: {"memory": None, "comparisons": runs})
         text = card("gsam")
     assert " ".join(text.split()).count("no verdict") == 8
     assert text.count("| GSAM (rho 0.1) |") == 2

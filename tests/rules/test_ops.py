@@ -7,7 +7,7 @@ import torch
 
 from steppe._tensors import reductions
 from steppe.rules import ops
-from steppe.rules.ops import dot, orthogonal, scaled, uniform_number, widen
+from steppe.rules.ops import dot, normal, orthogonal, scaled, uniform, uniform_number, widen
 
 
 def test_module_docstring_documents_each_operation():
@@ -62,3 +62,19 @@ def test_uniform_numbers_depend_on_name_seed_step_and_position_only():
     assert len(numbers) == 4
     assert all(0 <= number < 1 for number in numbers)
     assert uniform_number("A", 0, 0, 0) in numbers
+
+
+@pytest.mark.parametrize("draw", [normal, uniform])
+@pytest.mark.parametrize(
+    "like",
+    [
+        torch.empty(8, 16, 3, 3).to(memory_format=torch.channels_last),
+        torch.empty(5, 40).t(),
+        torch.empty(6, 40)[:, ::2],
+    ],
+    ids=["channels_last", "transposed", "every other column"],
+)
+def test_random_numbers_depend_on_no_memory_format(draw, like):
+    (drawn,), (contiguous,) = draw("A", 0, 7, [like]), draw("A", 0, 7, [like.contiguous()])
+    assert torch.equal(drawn, contiguous)
+    assert drawn.stride() == torch.empty_like(like).stride()

@@ -20,7 +20,14 @@ def normal(name: str, seed: int, step: int, like: Sequence[Tensor], *, micro_bat
     >>> torch.equal(x, y), torch.equal(x, normal("A", 0, 8, [torch.empty(2)])[0])
     (True, False)
     """
-    return _drawn(name, seed, step, like, lambda t, g: _empty(t).normal_(generator=g), micro_batch)
+    return _drawn(
+        name,
+        seed,
+        step,
+        like,
+        lambda t, g: torch.empty(t.shape, dtype=t.dtype, device=t.device).normal_(generator=g),
+        micro_batch,
+    )
 
 
 def uniform(name: str, seed: int, step: int, like: Sequence[Tensor], *, micro_batch: int = 0) -> list[Tensor]:
@@ -57,18 +64,20 @@ def _drawn(
     draw: Callable[[Tensor, torch.Generator | None], Tensor],
     micro_batch: int = 0,
 ) -> list[Tensor]:
-    """Draw a full tensor for each position, and shard it, so that the numbers do not depend on the number of ranks."""
+    """Draw a full, contiguous tensor for each position: the numbers depend on no layout, nor on the number of ranks."""
     return [
-        shard_like(draw(t, generator(t.device, key(name, seed, step, position, micro_batch))), t)
+        _laid_out_like(t, draw(t, generator(t.device, key(name, seed, step, position, micro_batch))))
         for position, t in enumerate(like)
     ]
 
 
-def _empty(like: Tensor) -> Tensor:
-    """Return an uninitialized full tensor, also for a sharded one."""
+def _laid_out_like(like: Tensor, drawn: Tensor) -> Tensor:
+    """Return what was drawn, sharded as ``like`` is, or in its memory format, in which it is added faster."""
     if is_sharded(like):
-        return torch.empty(like.shape, dtype=like.dtype, device=like.device)
-    return torch.empty_like(like, requires_grad=False)
+        return shard_like(drawn, like)
+    if like.is_contiguous():
+        return drawn
+    return torch.empty_like(like, dtype=drawn.dtype, requires_grad=False).copy_(drawn)
 
 
 def key(name: str, seed: int, step: int, position: int, micro_batch: int = 0) -> int:

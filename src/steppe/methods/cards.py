@@ -187,14 +187,14 @@ def _memory_source() -> Iterator[str]:
 
 
 def _results(method: MethodCard) -> Iterator[str]:
-    found = False
+    shown: set[str] = set()
     for run in measured()["comparisons"]:
         own = [row for row in run["rows"] if method.covers(row["method"])]
-        if not own:
+        if not own or run["setting"] in shown:  # SAM is in every comparison of a setting
             continue
-        if found:
+        if shown:
             yield ""
-        found = True
+        shown.add(run["setting"])
         others = [row for row in run["rows"] if row["method"] in (run["base"], run["sam"]) and row not in own]
         yield from _wrap(f"{_conditions(run)} [All methods, and the command.](README.md#measured-on-fashion-mnist)")
         yield from ("", *_table([*others, *own]), "")
@@ -207,7 +207,7 @@ def _results(method: MethodCard) -> Iterator[str]:
         yield from _wrap(
             "The recipe for Fashion-MNIST trains networks without adapters, so that its accuracies do not apply here."
         )
-    elif not found:
+    elif not shown:
         yield "Not yet measured on Fashion-MNIST."
     if method.other_measurements:
         yield from ("", "In other experiments, with more seeds or other data:", "")
