@@ -141,6 +141,7 @@ def methods(problem: Problem) -> Sequence[Method]:
         MOMENTUM,
         MSAM,
         plain["rwp"],
+        plain["arwp"],
         Method("SAF", _built_by(_saf, "saf"), saf),
         Method("LookSAM, every 5th step", CARDS["looksam"], {"interval": 5}, period=5),
         Method("SAM, every 5th step", _PERIODIC, {"interval": 5}, period=5),
