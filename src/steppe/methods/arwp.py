@@ -12,7 +12,7 @@ from steppe._engine.callers import warn
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.methods.mixed_rwp import MIXED_RWP_PAPER
-from steppe.methods.rwp import GaussianNoise
+from steppe.methods.rwp import filter_norms, noise
 from steppe.papers import Paper
 from steppe.rules import Combination, Point, ScaledDirection
 from steppe.rules.ops import copy_, foreach, norm, where_finite, widen
@@ -85,7 +85,6 @@ class AdaptiveNoise:
         check_seed(self.seed)
 
     def __call__(self, point: Point) -> ScaledDirection:
-        noise, scale = GaussianNoise(filterwise=True, seed=self.seed)(point)
         memory = point.memory.get(RunningSquares.__name__, {})
         if point.step and not memory:
             warn(
@@ -94,14 +93,16 @@ class AdaptiveNoise:
                 "steppe.variants.arwp (after loading the checkpoint of another method, only the first step lacks them)"
             )
         sums = [memory.get(p, {}).get("v") for p in point.parameters]
-        return ScaledDirection([self._reduced(r, v) for r, v in zip(noise, sums, strict=True)], scale)
+        lengths = zip(filter_norms(point.weights), sums, strict=True)
+        return ScaledDirection(noise(point, self.seed, [self._reduced(length, v) for length, v in lengths]))
 
-    def _reduced(self, noise: Tensor | None, v: Tensor | None) -> Tensor | None:
-        if noise is None or v is None:
-            return noise
+    def _reduced(self, length: Tensor, v: Tensor | None) -> Tensor:
+        """Return |w_f| / sqrt(1 + eta v_f)."""
+        if v is None:
+            return length
         v = widen(v)
         of_filter = v.sum(dim=list(range(1, v.dim())), keepdim=True) if v.dim() > 1 else v
-        return (widen(noise) / (1 + self.eta * of_filter).sqrt()).to(noise.dtype)
+        return length / (1 + self.eta * of_filter).sqrt()
 
 
 def arwp(
@@ -136,8 +137,8 @@ def arwp(
     References:
         Li et al., Revisiting Random Weight Perturbation for Efficiently Improving Generalization, arXiv 2404.00357.
     """
-    noise, combination = AdaptiveNoise(eta, seed), RunningSquares(beta=beta)
-    return SAM(base_optimizer, rho, **options, perturbation=noise, combination=combination)
+    perturbation, combination = AdaptiveNoise(eta, seed), RunningSquares(beta=beta)
+    return SAM(base_optimizer, rho, **options, perturbation=perturbation, combination=combination)
 
 
 CARD = MethodCard(

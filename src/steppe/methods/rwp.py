@@ -1,16 +1,18 @@
 """RWP: random weight perturbation, in a single pass."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Unpack
 
 import torch
+from torch import Tensor
 
 from steppe._checks import check_seed
 from steppe.methods._card import COPY, USUAL_RATIO, Comparison, MethodCard
 from steppe.methods._options import Base, Options, Rho
 from steppe.papers import Paper
 from steppe.rules import Point, ScaledDirection
-from steppe.rules.ops import norm, normal, reciprocal, scaled, widen
+from steppe.rules.ops import norm, normal, reciprocal, widen
 from steppe.sam import SAM
 
 RWP_PAPER = Paper(
@@ -64,15 +66,28 @@ class GaussianNoise:
         check_seed(self.seed)
 
     def __call__(self, point: Point) -> ScaledDirection:
-        # "Random" is the name under which the draws of all earlier runs were made.
-        r = normal("Random", self.seed, point.step, point.weights, micro_batch=point.micro_batch)
-        if not self.filterwise:
-            return ScaledDirection(r, reciprocal(norm(r)))
-        filters = [
-            torch.linalg.vector_norm(w, dim=list(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
-            for w in map(widen, point.weights)
-        ]
-        return ScaledDirection([scaled(part, lengths) for part, lengths in zip(r, filters, strict=True)])
+        if self.filterwise:
+            return ScaledDirection(noise(point, self.seed, filter_norms(point.weights)))
+        r = noise(point, self.seed)
+        return ScaledDirection(r, reciprocal(norm(r)))
+
+
+def filter_norms(weights: Sequence[Tensor]) -> list[Tensor]:
+    """Return |w_f| of the filters of each weight, in a shape that broadcasts to it; of a bias, |w|."""
+    return [
+        torch.linalg.vector_norm(w, dim=list(range(1, w.dim())) if w.dim() > 1 else None, keepdim=True)
+        for w in map(widen, weights)
+    ]
+
+
+def noise(point: Point, seed: int, deviations: Sequence[Tensor] | None = None) -> list[Tensor]:
+    """Return Gaussian noise for the step of a point, with these deviations, which are broadcast; by default with 1."""
+    # "Random" is the name under which the draws of all earlier runs were made.
+    r = normal("Random", seed, point.step, point.weights, micro_batch=point.micro_batch)
+    if deviations is not None:
+        for part, deviation in zip(r, deviations, strict=True):
+            part.mul_(deviation)
+    return r
 
 
 def rwp(
