@@ -19,7 +19,10 @@ from steppe.experiments.storage.records import AVERAGE
 _MANY_SEEDS = 50  # from which on a difference is too small for its search to pay
 _USUAL_SEEDS = 5
 _CHEAP = 1.5  # passes a step, up to which a method counts as a cheap one
-_CHEAP_METHOD = "looksam"
+_OF_ONE_PASS = {
+    "saf": "saf (with lmbda=10 if labels may be wrong)",
+    "arwp": "arwp:rho=0.04 (if labels may be wrong)",
+}  # each with its options: what was found to do as well as SAM, or nearly, in docs/which-method.md
 
 _INSTEAD: Mapping[Control, str] = {
     EQUAL_STEPS: "After as many steps, {base} is {relation} {ours}: training for a shorter time {may} do as well.",
@@ -91,8 +94,7 @@ def _without_verdicts(verdicts: Sequence[MetricVerdict], candidates: Candidates)
 def _diverged(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:
     """Name the methods without a verdict because numbers of their runs, or of the base's, are not finite."""
     for reason, labels in _lost(verdicts, candidates).items():
-        names = f"{', '.join(labels[:-1])} and {labels[-1]}" if len(labels) > 1 else labels[0]
-        yield f"Nothing is said of {names}: {reason}"
+        yield f"Nothing is said of {_enumerated(labels)}: {reason}"
 
 
 def _lost(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> dict[str, list[str]]:
@@ -194,16 +196,15 @@ def _next_radius(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> I
 
 
 def _cheaper(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
-    """Suggest what has been found to be worth less than the price of SAM, in docs/which-method.md."""
+    """Suggest what was not compared and may do as well without a second pass."""
     if candidates[best.method].passes <= _CHEAP:
         return
-    untried = []
+    tried = {candidate.name for candidate in candidates.values()}
+    untried = [spec for name, spec in _OF_ONE_PASS.items() if name not in tried]
     if best.control(AVERAGED) is None:
-        untried.append(f"averaged weights, {candidates[best.base].name}+{AVERAGE}, which need no further pass")
-    if _CHEAP_METHOD not in {candidate.name for candidate in candidates.values()}:
-        untried.append(f"{_CHEAP_METHOD}:interval=4 if labels may be wrong, but not if they are right")
+        untried.insert(0, f"{candidates[best.base].name}+{AVERAGE} (averaged weights)")
     if untried:
-        yield f"If the price of a step matters, compare with {', and with '.join(untried)}."
+        yield f"If the price of a step matters, compare with {_enumerated(untried)}: no second pass is needed."
 
 
 def _cheapest_of_the_best(winners: Sequence[MetricVerdict], candidates: Candidates) -> MetricVerdict:
@@ -218,6 +219,11 @@ def _cheapest_of_the_best(winners: Sequence[MetricVerdict], candidates: Candidat
 def _gain(verdict: MetricVerdict) -> float:
     """Return the mean improvement."""
     return verdict.metric.better * verdict.first.difference.mean
+
+
+def _enumerated(names: Sequence[str]) -> str:
+    """Return the names with commas, and "and" before the last one."""
+    return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
 
 
 def _label(verdict: MetricVerdict, candidates: Candidates) -> str:
