@@ -33,6 +33,25 @@ def test_what_cannot_be_a_name_is_one_line_that_says_how_to_write_it(
 
 
 @pytest.mark.parametrize(
+    ("words", "beginning"),
+    [
+        (["compare", "--runs-at-once", "0"], "runs_at_once=0: "),
+        (["tune", "--trials", "0"], "trials=0: "),
+        (["measure", "run", "--samples", "0"], "samples=0: "),
+        (["measure", "run", "--further", "foo"], "further='foo': "),
+        (["compare", "--methods", "sam:rho=x"], "--methods: sam:rho=x: "),
+        (["compare", "--methods", "no_module:f"], "--methods: there is no module no_module"),
+        (["compare", "user_tasks:regression", "--widths", "4"], "widths=4: task=user_tasks:regression brings the mod"),
+    ],
+)
+def test_message_begins_with_the_option_and_not_with_inner_names(
+    words: list[str], beginning: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert capsys.readouterr().err.startswith(f"steppe: {beginning}")
+
+
+@pytest.mark.parametrize(
     ("words", "message"),
     [
         (

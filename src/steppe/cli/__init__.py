@@ -238,7 +238,7 @@ def _in_one_line(text: str, command: str) -> str:
         lines = lines[1:]
     first = itertools.takewhile(lambda line: not _is_rule(line), lines)
     said = " ".join(" ".join(first).split()).removeprefix("Error parsing ").removesuffix(" (required)")
-    said = re.sub(r"^(recipe|[A-Z][a-z]+): ", "", said)  # what a class or a field of it is called
+    said = re.sub(r"^(--methods: )?(recipe|[A-Z][a-z]+|(\.[a-z_]+)+|methods|--methods [^ ]+): ", r"\1", said)
     return f"{said.rstrip('.')}. `{command}` explains the options"
 
 

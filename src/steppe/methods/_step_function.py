@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
@@ -69,6 +69,9 @@ class StepFunction:
     A subclass for another way to take a step overrides :meth:`step`. The parameters of its constructor after the first
     are filled by their names: from the run context where it has them, else from the method spec.
     """
+
+    remembers_samples: ClassVar[bool] = False
+    """True if it keeps something of each sample for later epochs, and needs to know which samples a batch has."""
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer

@@ -280,6 +280,8 @@ def saf(samples: int, classes: int | Sequence[int], **kwargs: Any) -> SAF:
 class SAFStep(StepWithTerm):
     """Takes the steps of SAF in a comparison: adds the divergence from each sample's earlier outputs to the loss."""
 
+    remembers_samples: ClassVar[bool] = True
+
     def __init__(
         self,
         optimizer: Optimizer,

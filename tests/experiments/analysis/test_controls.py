@@ -115,8 +115,24 @@ def test_advice_names_the_seeds_whose_averaged_weights_were_not_measured() -> No
         if run.method.name == "sgd" and run.seed < 2:
             found[run] = [record(4, 60.0)]
     lines = controls.advice(of, found, controls.verdicts(of, found))
-    assert lines[-1].startswith(f"{missing}seeds 0, 1, which were trained before others were compared with it: add ")
+    assert lines[-1].startswith(f"{missing}seeds 0, 1, trained before others were compared with it: add ")
     assert lines[-1].endswith(" add sgd+ema to the methods for that control.")
+
+
+def test_folder_that_grew_has_the_controls_of_a_new_one_or_names_the_seeds_that_lack_them() -> None:
+    of = recipe(methods=["sgd", "sam"], epochs=8, eval_every=4, seeds=SEEDS)
+    at_halves = {"test_accuracy (half 1)": 61.0, "test_accuracy (half 2)": 63.0}
+    old = [record(4, 62.0, **at_halves), record(8, 60.0, **at_halves)]
+    new = [old[0], record(5, 90.0, **dict.fromkeys(at_halves, 90.0)), old[1]]
+    found = results(of, old, [record(8, 65.0)])
+    alike = differences(of, old, [record(8, 65.0)])
+    assert alike["best_held_out"] == differences(of, new, [record(8, 65.0)])["best_held_out"], "one more measurement"
+    for run in found:
+        if run.method.name == "sgd" and run.seed < 2:
+            found[run] = [record(8, 60.0)]
+    lines = controls.advice(of, found, controls.verdicts(of, found))
+    (line,) = (line for line in lines if "as many steps as" in line and "was not measured" in line)
+    assert "SGD was not measured after as many steps as SAM makes for seeds 0, 1, trained before it was" in line
 
 
 @pytest.mark.parametrize(

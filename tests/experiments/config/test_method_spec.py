@@ -1,8 +1,11 @@
 from fractions import Fraction
 from typing import Any
 
+import pytest
+import torch
 from tiny import recipe, training_of
 
+import steppe
 from steppe.experiments.config.method_spec import MethodSpec
 
 
@@ -42,3 +45,37 @@ def test_arguments_of_a_spec_reach_the_optimizer_and_the_plan() -> None:
     assert (optimizer.cadence.start, optimizer.cadence.total_steps, optimizer.rho) == (0.5, 14, 0.2)  # 4 * 5 / 1.5
     draws: Any = [training_of(run).optimizer for run in recipe(methods=("random_sam",), seeds=2).runs()]
     assert [optimizer.cadence.seed for optimizer in draws] == [0, 1]
+
+
+def without_annotations(base, rho=0.05, steps=2, kind="a"):  # type: ignore[no-untyped-def]
+    return steppe.SAM(base, rho)
+
+
+def without_optimizer(base: torch.optim.Optimizer) -> None:
+    """Return nothing, by mistake."""
+
+
+def with_required(base: torch.optim.Optimizer, alpha: Any, rho: float = 0.05) -> torch.optim.Optimizer:
+    return steppe.SAM(base, rho)
+
+
+def failing(base: torch.optim.Optimizer) -> torch.optim.Optimizer:
+    raise RuntimeError("no luck")
+
+
+def test_arguments_without_annotations_have_the_types_of_their_defaults() -> None:
+    spec = MethodSpec.parse(f"{__name__}:without_annotations:kind=b,rho=0.1,steps=3")
+    assert dict(spec.overrides) == {"rho": 0.1, "kind": "b", "steps": 3}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("without_optimizer", "it returned NoneType, and an optimizer around the base is needed"),
+        ("with_required", "it raised TypeError: with_required.. missing 1 required positional argument: 'alpha'"),
+        ("failing", "it raised RuntimeError: no luck, at .*test_method_spec.py:.*: raise RuntimeError"),
+    ],
+)
+def test_error_in_a_function_of_the_user_is_one_line(name: str, message: str) -> None:
+    with pytest.raises(ValueError, match=f"methods: {__name__}:{name}: {message}"):
+        recipe(methods=("sgd", f"{__name__}:{name}"))

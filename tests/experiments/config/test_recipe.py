@@ -90,6 +90,14 @@ def test_folder_without_an_option_that_was_added_later_is_read_and_continued() -
     assert recipe(then="rotated", then_lr=0.1).result_options()["then_lr"] == 0.1
 
 
+def test_schedule_of_a_task_is_no_reason_against_further_compute_before_it_is_known() -> None:
+    of_task = {"task": "user_tasks:regression", "base": "own", "lr": None, "weight_decay": None, "batch_size": None}
+    given = Recipe().replace(schedule="own", extra_epochs=2, **of_task)
+    assert given.replace(schedule="constant").comparison.extra_epochs == 2
+    with pytest.raises(ValueError, match="extra_epochs=2 with schedule=cosine"):
+        given.replace(schedule="cosine")
+
+
 def test_result_contains_the_options_that_change_a_run_and_no_others() -> None:
     same = recipe(seeds=5, methods=("sam",), log="tensorboard", name="other", first_seed=1, checkpoint_seconds=1.0)
     assert same.result_options() == recipe().result_options()

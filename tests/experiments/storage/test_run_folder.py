@@ -1,5 +1,6 @@
 import json
 import math
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -24,6 +25,20 @@ def folder(tmp_path: Path) -> RunFolder:
 def test_same_configuration_can_be_claimed_again(folder: RunFolder) -> None:
     folder.claim(recipe(), 1)
     assert folder.recipe() == recipe()
+
+
+@pytest.mark.parametrize("other", [{"lr": 0.5}, {"first_seed": 1}], ids=["another configuration", "another seed"])
+def test_run_of_another_comparison_is_refused_by_every_reader(
+    folder: RunFolder, other: dict[str, object], tmp_path: Path
+) -> None:
+    run, foreign = next(iter(recipe().runs())), next(iter(recipe(**other).runs()))
+    train_run(foreign, tmp_path / "foreign")
+    shutil.copytree(tmp_path / "foreign", folder.run(run))
+    with pytest.raises(ExperimentError, match=r"checkpoint.pt belongs to another run or another configuration .*Dele"):
+        folder.results(recipe())
+    shutil.rmtree(folder.run(run))
+    train_run(run, folder.run(run))
+    assert folder.results(recipe())[run]
 
 
 def test_folder_of_a_search_is_named_as_such(tmp_path: Path) -> None:

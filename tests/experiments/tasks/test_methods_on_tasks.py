@@ -11,8 +11,10 @@ import torch.nn.functional as F
 from own_tasks import ON_ANY_MODEL, classifier, data, recipe_of, result
 from tiny import CPU
 from torch import Tensor, nn
+from torch.optim import Optimizer
 from torch.utils.data import DataLoader, TensorDataset, WeightedRandomSampler
 
+import steppe
 from steppe.experiments.config.methods import METHODS
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.run_folder import RunFolder
@@ -36,6 +38,32 @@ def test_method_trains_a_classifier_to_the_same_bits_after_a_stop(method: str, t
     records, weights = result(task, tmp_path / "a", spec, **options)
     assert records[-1]["standardized_epoch"] == 6
     assert (records, weights) == result(task, tmp_path / "b", spec, stop_after=2, **options)
+
+
+def without_momentum(model: nn.Module) -> Optimizer:
+    return torch.optim.SGD(model.parameters(), lr=0.1)
+
+
+def with_samples(base: Optimizer, samples: int, model: nn.Module, rho: float = 0.05) -> Optimizer:
+    assert samples > 0
+    return steppe.SAM(base, rho, model=model)
+
+
+def with_classes(base: Optimizer, classes: int, model: nn.Module, rho: float = 0.05) -> Optimizer:
+    assert classes > 0
+    return steppe.SAM(base, rho, model=model)
+
+
+def test_method_gets_what_it_names_and_asks_the_task_for_nothing_else() -> None:
+    attempt(classifier(classes=None), "bsam", f"{__name__}:with_samples")
+    with pytest.raises(ExperimentError, match="with_classes cannot train this task: it needs the number of classes"):
+        attempt(classifier(classes=None), f"{__name__}:with_classes")
+    attempt(classifier(), f"{__name__}:with_classes")
+
+
+def test_method_without_what_it_perturbs_along_is_named_before_anything_is_trained() -> None:
+    with pytest.raises(ExperimentError, match=r"msam cannot train .* keeps no momentum.*, or use Adam or AdamW$"):
+        attempt(classifier(optimizer=without_momentum), "msam")
 
 
 class Dictionary(nn.Module):

@@ -59,7 +59,22 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
                 rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
                 metric_fails=any(not is_usable(record[test]) and is_usable(record["test_loss"]) for record in found),
             )
-    return [*advise(judged, candidates), *_without_average(recipe, results)]
+    return [*advise(judged, candidates), *_without_equal_steps(recipe, results), *_without_average(recipe, results)]
+
+
+def _without_equal_steps(recipe: Recipe, results: Results) -> Iterator[str]:
+    """Name the seeds of the base without a measurement after as many steps as a method makes that was added later."""
+    if not recipe.training.is_constant:  # a training of its own, which is added, too
+        return
+    base, *others = recipe.comparison.methods
+    compared, beside = (pairs(recipe, results, control) for control in (EQUAL_COMPUTE, EQUAL_STEPS))
+    for method in others:
+        seeds = sorted(compared.get(str(method), {}).keys() - beside.get(str(method), {}).keys())
+        if seeds and recipe.comparison.share_of_as_many_steps(base, method) < 1:
+            yield (
+                f"{base.label} was not measured after as many steps as {method.label} makes for {_named(seeds)}, "
+                "trained before it was compared: for that control, compare them in a new folder."
+            )
 
 
 def _without_average(recipe: Recipe, results: Results) -> Iterator[str]:
@@ -71,13 +86,16 @@ def _without_average(recipe: Recipe, results: Results) -> Iterator[str]:
         return
     ends = {run.seed: record_at(of, recipe.comparison.epochs) for run, of in results.items() if run.method == base}
     name = f"test_{recipe.task.deciding.name}{AVERAGED_SUFFIX}"
-    seeds = [str(seed) for seed, end in ends.items() if end is not None and name not in end.measures]
+    seeds = [seed for seed, end in ends.items() if end is not None and name not in end.measures]
     if seeds:
         yield (
-            f"The averaged weights of {base.label} were not measured for seed{'s'[: len(seeds) > 1]} "
-            f"{', '.join(seeds)}, which {'were' if len(seeds) > 1 else 'was'} trained before others were compared with "
-            f"it: add {averaged} to the methods for that control."
+            f"The averaged weights of {base.label} were not measured for {_named(seeds)}, trained before others were "
+            f"compared with it: add {averaged} to the methods for that control."
         )
+
+
+def _named(seeds: Sequence[int]) -> str:
+    return f"seed{'s'[: len(seeds) > 1]} {', '.join(map(str, seeds))}"
 
 
 def pairs(recipe: Recipe, results: Results, control: Control, name: str = "") -> dict[str, BySeed]:
@@ -101,13 +119,15 @@ def pairs(recipe: Recipe, results: Results, control: Control, name: str = "") ->
 def _base_number(recipe: Recipe, results: Results, control: Control, run: Run, name: str) -> float | None:
     """Return the base's number for a control of a run; None if it was not measured."""
     comparison, reference = recipe.comparison, recipe.comparison.methods[0]
-    records = results.get(Run(recipe, reference, run.seed), [])
+    of_base = Run(recipe, reference, run.seed)
+    records = results.get(of_base, [])
     averaged_base = replace(reference, average=AVERAGE)
     averaged = [] if averaged_base in (reference, run.method) else results.get(Run(recipe, averaged_base, run.seed), [])
     if control == BEST_AVERAGED:  # measured during training where the averaged base is one of the methods
         records = averaged
     if control in (BEST_HELD_OUT, BEST_AVERAGED):
-        return _best_held_out(recipe, [r for r in records if r.standardized_epoch <= comparison.epochs])
+        points = {point for point in of_base.regular_grid if point <= comparison.epochs}
+        return _best_held_out(recipe, [record for record in records if record.standardized_epoch in points])
     record = record_at(records, comparison.epochs)
     if control == EQUAL_STEPS:
         share = comparison.share_of_as_many_steps(reference, run.method)

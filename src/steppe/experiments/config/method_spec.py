@@ -22,7 +22,7 @@ from steppe.experiments.config.methods import (
     find,
     from_function,
 )
-from steppe.experiments.errors import ExperimentError, unknown
+from steppe.experiments.errors import ExperimentError, place, typed, unknown
 from steppe.methods._step_function import StepFunction
 from steppe.sam import SAM
 
@@ -152,11 +152,21 @@ class MethodSpec:
             if self.definition.needs_adapters:
                 SAM(base_optimizer, context.rho)
             else:
-                self.step_function(self.optimizer(base_optimizer, context), context)
+                optimizer = self.optimizer(base_optimizer, context)
+                if not callable(getattr(optimizer, "step", None)) or not hasattr(optimizer, "param_groups"):
+                    raise ValueError(
+                        f"it returned {type(optimizer).__name__}, and an optimizer around the base is needed: return "
+                        "one with step() and param_groups, as steppe.SAM(base, rho)"
+                    )
+                self.step_function(optimizer, context)
             if self.passes <= 0:
                 raise ValueError(f"a step would cost {self.passes} passes, and the run would never end")
         except (ValueError, ArithmeticError) as error:
             raise ValueError(f"methods: {self}: {error}") from error
+        except Exception as error:
+            if self.name in METHODS and self.function is None:
+                raise
+            raise ValueError(f"methods: {self}: it raised {typed(error)}{place(error)}") from error
 
     def __str__(self) -> str:
         overrides = ",".join(f"{key}={_write(value)}" for key, value in self.overrides)

@@ -74,9 +74,15 @@ class Method(Comparison):
         found = {
             name: kind
             for name, parameter in self.parameters.items()
-            if (name == "rho" or not _is_filled(parameter)) and (kind := _kind(parameter.annotation))
+            if (name == "rho" or not _is_filled(parameter)) and (kind := _kind(parameter))
         }
         return dict(sorted(found.items(), key=lambda item: item[0] != "rho"))
+
+    @property
+    def needs_classes(self) -> bool:
+        """True if the run fills in the number of classes, which not every task has."""
+        classes = self.parameters.get("classes")
+        return classes is not None and _is_filled(classes)
 
     @property
     def follows_plan(self) -> bool:
@@ -121,8 +127,9 @@ def fill(function: Callable[..., T], optimizer: Optimizer, context: RunContext, 
     return function(optimizer, **from_run, **from_spec)
 
 
-def _kind(annotation: Any) -> type[Value] | None:
-    """Return the type of an argument that can be written in a spec; None if it cannot."""
+def _kind(parameter: inspect.Parameter) -> type[Value] | None:
+    """Return the type of an argument that can be written in a spec, without annotation that of its default, or None."""
+    annotation = type(parameter.default) if parameter.annotation is parameter.empty else parameter.annotation
     kinds = get_args(annotation) if get_origin(annotation) in (Union, UnionType) else (annotation,)
     return next((kind for kind in (bool, int, float, str) if kind in kinds), None)
 

@@ -116,7 +116,8 @@ class Recipe:
             raise ValueError(f"warmup={training.warmup}: a part of the planned steps, 0.05 for a twentieth, below 1")
         if training.schedule == "one-cycle" and training.warmup:
             raise ValueError(f"warmup={training.warmup}: schedule=one-cycle rises by itself: leave --warmup out")
-        if training.schedule != "constant" and self.comparison.extra_epochs:
+        # a task's own schedule is known when the task is loaded: this is checked again then
+        if training.schedule not in ("constant", "own") and self.comparison.extra_epochs:
             raise ValueError(
                 f"extra_epochs={self.comparison.extra_epochs} with schedule={training.schedule}: the learning rate is "
                 "at its end where the further compute begins, and nothing would change. Leave one of them out"
@@ -139,6 +140,11 @@ class Recipe:
             raise ValueError(
                 f"{changed[0]}={given[changed[0]]}: task={self.data.task} brings the model and the data, so it would "
                 "have no effect: leave it out"
+            )
+        if self.comparison.widths:
+            raise ValueError(
+                f"widths={' '.join(map(str, self.comparison.widths))}: task={self.data.task} brings the model, whose "
+                "width they would not change: leave them out"
             )
         if self.training.base == "own" and self.training.momentum is not None:
             raise ValueError(
@@ -391,10 +397,19 @@ class Run:
         >>> sgd.grid, sam.grid
         ([4, 5, 8, 10], [4, 8, 10, 12, 13])
         """
+        return sorted(self.regular_grid | self.ends)
+
+    @property
+    def regular_grid(self) -> frozenset[int]:
+        """The points of the grid that do not depend on the other methods, to which more may be added later.
+
+        >>> sgd, sam = Recipe().replace(epochs=10, extra_epochs=3, eval_every=4, seeds=1).runs()
+        >>> sorted(sgd.regular_grid), sorted(sam.regular_grid)
+        ([4, 8, 10], [4, 8, 10, 12, 13])
+        """
         end, every = self.standardized_epochs, self.recipe.evaluation.eval_every
-        comparison = self.recipe.comparison
-        points = {*range(every, end + 1, every), comparison.epochs, *self.ends}
-        return sorted(point for point in points if point <= end)
+        points = {*range(every, end + 1, every), self.recipe.comparison.epochs, end}
+        return frozenset(point for point in points if point <= end)
 
     @property
     def ends(self) -> frozenset[int]:

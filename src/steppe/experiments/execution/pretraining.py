@@ -23,9 +23,8 @@ from steppe.experiments.execution.train_runs import train_runs
 from steppe.experiments.models.backbones import Backbone, from_hub
 from steppe.experiments.models.preact_resnet import PreActResNet18
 from steppe.experiments.storage import checkpoint_file
-from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import read_checked, write_checked
-from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder, owner
 from steppe.experiments.tasks.images import images_task
 from steppe.experiments.world import World
 

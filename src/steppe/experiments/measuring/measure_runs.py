@@ -21,10 +21,9 @@ from steppe.experiments.execution.progress import print_line
 from steppe.experiments.measuring.jobs import MeasuringOptions, Prepared, Progress, measure_all, run_jobs
 from steppe.experiments.measuring.normalization import Loss, is_cross_entropy, takes_logits
 from steppe.experiments.storage import checkpoint_file
-from steppe.experiments.storage.checkpoints import owner
 from steppe.experiments.storage.files import write_checked
 from steppe.experiments.storage.records import record_at
-from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder
+from steppe.experiments.storage.run_folder import CHECKPOINT, RunFolder, owner
 from steppe.experiments.tasks.load import check_single_samples, with_task
 from steppe.experiments.tasks.task import Task
 from steppe.experiments.training.evaluation import flatness_sample

@@ -45,12 +45,12 @@ def load(path: Path, owner: str) -> dict[str, Any]:
             f"the checkpoint {path} was changed by another program, so the run cannot resume. {_remedy(path)}"
         )
     if state.get("owner") != owner:
-        raise ExperimentError(f"{path} belongs to another run or another configuration than this one. {_remedy(path)}")
+        raise foreign(path)
     return state
 
 
-def load_records(path: Path) -> list[Any] | None:
-    """Load only the records of a checkpoint, without reading its tensors; None if the file is missing or damaged."""
+def load_records(path: Path) -> tuple[list[Any], str] | None:
+    """Load the records and the owner of a checkpoint without reading its tensors; None if it is missing or damaged."""
     try:
         with zipfile.ZipFile(path) as archive:
             is_sealed = archive.comment == _seal(archive)
@@ -58,10 +58,15 @@ def load_records(path: Path) -> list[Any] | None:
                 while file.read(2**20):  # reading to the end compares the checksum
                     pass
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        records = state["records"]
+        records, owner = state["records"], str(state["owner"])
     except Exception:  # damaged archives raise many kinds of errors, in zipfile and in torch
         return None
-    return records if isinstance(records, list) and is_sealed and state["format"] == _FORMAT else None
+    return (records, owner) if isinstance(records, list) and is_sealed and state["format"] == _FORMAT else None
+
+
+def foreign(path: Path) -> ExperimentError:
+    """Return the error for a checkpoint of another owner."""
+    return ExperimentError(f"{path} belongs to another run or another configuration than this one. {_remedy(path)}")
 
 
 @contextmanager

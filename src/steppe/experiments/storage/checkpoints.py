@@ -1,6 +1,5 @@
 """The checkpoint of a run and the metrics that belong to it."""
 
-import json
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -9,14 +8,8 @@ from typing import Any
 from steppe.experiments.config.recipe import Run
 from steppe.experiments.storage.checkpoint_file import load, one_line_errors, save
 from steppe.experiments.storage.files import write_json_lines
-from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS
+from steppe.experiments.storage.run_folder import CHECKPOINT, METRICS, owner
 from steppe.experiments.world import World
-
-
-def owner(run: Run, processes: int, start: str | None) -> str:
-    """Describe everything that a run's result depends on; `start` is the digest of its initial weights, if any."""
-    depends_on = run.recipe.result_options() | {"processes": processes} | ({} if start is None else {"start": start})
-    return f"{run.name} of {json.dumps(depends_on, sort_keys=True)}"
 
 
 class CheckpointManager:

@@ -11,7 +11,7 @@ from filelock import FileLock, Timeout
 
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
-from steppe.experiments.storage.checkpoint_file import load_records
+from steppe.experiments.storage.checkpoint_file import foreign, load_records
 from steppe.experiments.storage.files import check_format, read_checked, read_text, write_checked
 from steppe.experiments.storage.records import Record, parse_records, read_records
 
@@ -103,11 +103,13 @@ class RunFolder:
         checkpoint, which a note says.
 
         Raises:
-            ExperimentError: if a file is damaged and there is no checkpoint with its records.
+            ExperimentError: if a file is damaged and there is no checkpoint with its records, or a checkpoint is of
+                another run or of another configuration.
         """
-        return {run: self._records(self.run(run)) for run in recipe.runs()}
+        return {run: self._records(run) for run in recipe.runs()}
 
-    def _records(self, folder: Path) -> list[Record]:
+    def _records(self, run: Run) -> list[Record]:
+        folder = self.run(run)
         metrics, found, damaged = folder / METRICS, list[Record](), None
         remedy = "run the comparison again, which writes it anew from the checkpoint"
         try:
@@ -116,18 +118,38 @@ class RunFolder:
             pass
         except ExperimentError as error:
             damaged = error
-        saved = load_records(folder / CHECKPOINT)
-        if saved is None and damaged is not None:
-            raise damaged
+        loaded = load_records(folder / CHECKPOINT)
+        if loaded is None:
+            if damaged is not None:
+                raise damaged
+            return found
+        saved, its_owner = loaded
+        if not _is_of(run, its_owner):
+            raise foreign(folder / CHECKPOINT)
         # as text, because NaN is not equal to itself
-        if saved is None or (
-            damaged is None and json.dumps([record.to_json() for record in found]) == json.dumps(saved)
-        ):
+        if damaged is None and json.dumps([record.to_json() for record in found]) == json.dumps(saved):
             return found
         log.warning(
             "Note: %s is missing, damaged or incomplete: the records of the checkpoint beside it are used", metrics
         )
         return parse_records(saved)
+
+
+def owner(run: Run, processes: int, start: str | None) -> str:
+    """Describe everything that a run's result depends on; `start` is the digest of its initial weights, if any."""
+    depends_on = run.recipe.result_options() | {"processes": processes} | ({} if start is None else {"start": start})
+    return f"{run.name} of {json.dumps(depends_on, sort_keys=True)}"
+
+
+def _is_of(run: Run, its_owner: str) -> bool:
+    """True if the owner of a checkpoint is a run, from whatever initial weights and with however many processes."""
+    name, _, depends_on = its_owner.partition(" of ")
+    try:
+        options = json.loads(depends_on)
+    except ValueError:
+        return False
+    known = json.loads(json.dumps(run.recipe.result_options()))
+    return name == run.name and {key: options.get(key) for key in known} == known
 
 
 def _is_search(config: Path) -> bool:

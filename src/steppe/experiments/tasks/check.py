@@ -192,7 +192,7 @@ def _check_loss(task: Task, model: nn.Module, outputs: Any, targets: Any) -> Non
 
 
 def _check_metrics(task: Task, model: nn.Module, batch: Any, samples: Samples, world: World) -> None:
-    outputs, targets = few = _for_metrics(_outputs(task, model, batch))
+    outputs, targets = few = _for_metrics(task, *_outputs(task, model, batch))
     for name, metric in task.all_metrics().items():
         shapes = f"outputs {describe(outputs)} and targets {describe(targets)}"
         with explained(f"the metric {name!r}", f"raised an error on {shapes}", metric.function):
@@ -224,12 +224,11 @@ def _whole(task: Task, model: nn.Module, samples: Samples, world: World) -> tupl
     """Return the outputs and targets of a split, as a run's evaluation gives them to metrics."""
     positions = spread_out(samples, task.evaluation_batch_size or task.usual_batch_size(samples))
     batches = share_out(samples.to(world.device), positions, world)
-    return in_order([_for_metrics(task.outputs(model, batch.data)) for batch in batches], positions)
+    return in_order([_for_metrics(task, *task.outputs(model, batch.data)) for batch in batches], positions)
 
 
-def _for_metrics(found: tuple[Any, Any]) -> tuple[Any, Any]:
-    outputs, targets = found
-    moved: tuple[Any, Any] = cast((logits_of(outputs), targets), device=torch.device("cpu"))
+def _for_metrics(task: Task, outputs: Any, targets: Any) -> tuple[Any, Any]:
+    moved: tuple[Any, Any] = cast((task.for_metrics(outputs), targets), device=torch.device("cpu"))
     return moved
 
 

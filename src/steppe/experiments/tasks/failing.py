@@ -30,8 +30,9 @@ def naming_samples(task: Task, model: nn.Module, samples: Samples, batch: Batch)
     except ExperimentError:
         raise
     except Exception as error:
-        if "CUDA" not in str(error):  # after it, every computation raises it
-            error.add_note(_Named(_found(task, model, samples, batch, error)))
+        # after an error of CUDA, every computation raises it
+        if "CUDA" not in str(error) and (found := _found(task, model, samples, batch, error)):
+            error.add_note(_Named(found))
         raise
 
 
@@ -41,6 +42,7 @@ def samples_of(error: BaseException) -> str:
 
 
 def _found(task: Task, model: nn.Module, samples: Samples, batch: Batch, error: Exception) -> str:
+    """Return which samples raise the error; nothing if it is not the data's, but the optimizer's."""
     if samples.sizes is not None:
         number = torch.tensor(samples.sizes).cumsum(0).gt(int(batch.indices[0])).int().argmax()
         return f"batch {int(number)} of {samples.name}, counted from 0"
@@ -48,7 +50,9 @@ def _found(task: Task, model: nn.Module, samples: Samples, batch: Batch, error: 
     model.eval()  # BatchNorm takes no single sample for training
     try:
         with torch.no_grad(), RandomStream(0, 0, 0).active():
-            positions = [i for i in range(len(batch)) if _raises(task, model, batch, i, type(error))]
+            positions = [i for i in range(len(batch)) if _sample_raises(task, model, batch, i, type(error))]
+            if not positions and not _raises(task, model, batch.data, type(error)):
+                return ""
     finally:
         model.train(was_training)
     if len(positions) == len(batch):  # no sample is special
@@ -60,7 +64,7 @@ def _found(task: Task, model: nn.Module, samples: Samples, batch: Batch, error: 
     return f"{what} {listed} of {samples.name}, counted from 0"
 
 
-def _raises(task: Task, model: nn.Module, batch: Batch, i: int, error: type[Exception]) -> bool:
+def _sample_raises(task: Task, model: nn.Module, batch: Batch, i: int, error: type[Exception]) -> bool:
     """True if a single sample of a batch raises an error of a type as well."""
     data: Any = batch.data
     if any(tensor.dim() == 0 or len(tensor) != len(batch) for tensor in list_tensors(data)):
@@ -69,8 +73,12 @@ def _raises(task: Task, model: nn.Module, batch: Batch, i: int, error: type[Exce
     def one(tensor: Tensor) -> Tensor:
         return tensor[i : i + 1]
 
+    return _raises(task, model, map_tensors(data, one), error)
+
+
+def _raises(task: Task, model: nn.Module, data: Any, error: type[Exception]) -> bool:
     try:
-        task.evaluate(model, map_tensors(data, one))
+        task.evaluate(model, data)
     except Exception as raised:
         return type(raised) is error
     return False

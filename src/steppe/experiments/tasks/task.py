@@ -221,6 +221,12 @@ class Task:
         used = logits_in(outputs) if self.loss is None else logits_of(outputs)
         return self.mean_loss(outputs, targets), used
 
+    def for_metrics(self, outputs: Any) -> Any:
+        """Return what the metrics get of the outputs: the logits of a model that returns its loss beside them, too."""
+        if self.loss is None and isinstance(outputs, Mapping):
+            return outputs.get("logits", outputs)
+        return logits_of(outputs)
+
     def mean_loss(self, outputs: Any, targets: Any) -> Tensor:
         """Return the mean loss of a batch."""
         return _own_loss(outputs) if self.loss is None else self.loss(logits_of(outputs), targets)

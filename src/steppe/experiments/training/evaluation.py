@@ -17,7 +17,7 @@ from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.failing import naming_samples
 from steppe.experiments.tasks.outputs import concatenated, in_order, spread_out
 from steppe.experiments.tasks.samples import Samples
-from steppe.experiments.tasks.task import Metric, Task, logits_of
+from steppe.experiments.tasks.task import Metric, Task
 from steppe.experiments.training.forward import in_float32
 from steppe.experiments.world import World
 from steppe.flatness._batches import cast
@@ -60,7 +60,7 @@ def evaluate(
                 loss = task.total_loss(in_float32(outputs), targets, len(batch)).double()
             total += loss
             if metrics:
-                kept.append(cast((in_float32(logits_of(outputs)), targets), device=torch.device("cpu")))
+                kept.append(cast((in_float32(task.for_metrics(outputs)), targets), device=torch.device("cpu")))
             else:
                 losses.append((float(loss), len(batch)))
     found = {"loss": float(world.total(total) / len(samples))}

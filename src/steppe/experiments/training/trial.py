@@ -1,4 +1,4 @@
-"""Take one step of each method on a user's task before anything is trained, so that one that cannot is named early."""
+"""Take steps of each method on a user's task before anything is trained, so that one that cannot is named early."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from steppe.experiments.world import World, lost_connection
 
 
 def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> None:
-    """Take a step of each method of a resolved recipe that has no checkpoint in the run folder; nothing is kept.
+    """Take steps of each method of a resolved recipe that has no checkpoint in the run folder; nothing is kept.
 
-    Several processes take it together.
+    Several processes take them together.
 
     Raises:
         ExperimentError: A method cannot train the task.
@@ -36,7 +36,7 @@ def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> 
             continue
         try:
             with generators_restored():
-                _take_step(run, watched, world)
+                _take_steps(run, watched, world)
         except Exception as error:
             if lost_connection(error):
                 raise
@@ -46,18 +46,23 @@ def try_methods(recipe: Recipe, task: Task, folder: RunFolder, world: World) -> 
             raise ExperimentError(f"{method} cannot train this task: {reason}") from error
 
 
-def _take_step(run: Run, task: Task, world: World) -> None:
-    remembers_samples = "samples" in run.method.definition.parameters
-    if remembers_samples and not task.classes:
-        raise ExperimentError("it stores outputs, and their number is not known: give the task classes=")
+def _take_steps(run: Run, task: Task, world: World) -> None:
+    method = run.method.definition
+    if method.needs_classes and not task.classes:
+        raise ExperimentError("it needs the number of classes, which is not known: give the task classes=")
     training = Training(run, task, world)
     batch = next(training.rest_of_epoch())
-    if remembers_samples and not batch.ordered:
+    if getattr(method.step_function, "remembers_samples", False) and not batch.ordered:
         raise ExperimentError(
             "it keeps the outputs of each sample, and the data decide which samples a batch holds, so it could not "
             "tell them apart: give a Dataset, or a DataLoader without a sampler of its own"
         )
-    training.step(batch)
+    for _ in range(_STEPS):
+        training.step(batch)
+
+
+_STEPS = 2
+"""What a method keeps of a step, as the base's momentum, is there from the second one on."""
 
 
 class _WatchedTask(Task):
