@@ -226,6 +226,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         seeds=1,
         confirmed_by=3,
         confirmed_there_by=10,
+        measures=_WITH_NOISE,
         side_by_side=["correct labels", "40 % wrong"],
     ),
     "newer-methods": Evidence(
@@ -234,7 +235,7 @@ EVIDENCE: Mapping[str, Evidence] = {
         settings={"correct labels": (), "40 % wrong": _WRONG},
         seeds=1,
         confirmed_by=3,
-        measures=("accuracy", "accuracy under corruptions", "calibration error"),
+        measures=_WITH_NOISE,
         side_by_side=["correct labels", "40 % wrong"],
     ),
     "adapters": Evidence(
