@@ -32,6 +32,7 @@ from steppe.experiments.config.recipe import Recipe
         ("methods", ("looksam:interval=2.5",), "interval='2.5', which must be a whole number"),
         ("methods", ("looksam:interval=2,interval=3",), "interval is given twice"),
         ("methods", ("sam:rho=nan",), "rho='nan', which must be a finite number"),
+        ("first_seed", 10**23, "the first run's seed, must be at most"),
         ("methods", ("sam:rho=-1",), "methods: sam:rho=-1.0: rho"),
         ("methods", ("looksam:interval=0",), "methods: looksam:interval=0: interval must be 1 or more"),
         ("methods", ("late_sam:start=2",), "start must be between 0 and 1"),

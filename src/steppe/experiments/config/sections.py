@@ -22,6 +22,10 @@ class Minimum:
     included: bool = True
 
 
+_LARGEST = 2**62
+"""Of the numbers of options: seeds and counts are integers of 64 bits elsewhere, and are added to each other."""
+
+
 def check_ranges(section: object) -> None:
     """Raise ValueError for an option that is out of its range; None is in every range."""
     for name, hint in get_type_hints(type(section), include_extras=True).items():
@@ -34,6 +38,8 @@ def check_ranges(section: object) -> None:
             raise ValueError(f"{name}={value}: {meaning}, must be a finite number of at least {limit}")
         if not minimum.included and not (math.isfinite(value) and value > limit):
             raise ValueError(f"{name}={value}: {meaning} must be a finite number above {limit}")
+        if value > _LARGEST:
+            raise ValueError(f"{name}={value}: {meaning}, must be at most {_LARGEST}, so that it fits into 64 bits")
 
 
 @dataclass(frozen=True)
