@@ -290,6 +290,42 @@ def test_gradients_zeroed_in_place_are_cleared_ones(where):
     assert bits(model.parameters()) == bits(twin.parameters())
 
 
+def test_backward_of_a_closure_that_makes_gradients_of_zeros_is_not_run_again():
+    """Such as a hinge, or a triplet loss, of a batch without any error."""
+    model, twin = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = (SAM(torch.optim.SGD(m.parameters(), lr=0.1), rho=0.1, model=m) for m in (model, twin))
+    x = torch.randn(8, 4, dtype=torch.float64)
+    for margin in (5.0, -100.0, -100.0, 5.0):
+
+        def loss(m, margin=margin):
+            return (m(x).square() + margin).relu().mean()
+
+        def closure(loss=loss):
+            value = loss(model)
+            value.backward()
+            return value
+
+        model.zero_grad(set_to_none=False)
+        optimizer.step(closure)
+        by_passes(other, lambda loss=loss: loss(twin))
+        assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    assert bits(model.parameters()) == bits(twin.parameters())
+
+
+def test_closure_that_differentiates_and_returns_the_loss_needs_a_backward_after_gradients_of_zeros():
+    w = parameter(3.0, 4.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.0)
+
+    def closure():
+        torch.autograd.grad(w.square().sum(), w)
+        return w.square().sum()
+
+    w.grad = torch.zeros(2)
+    optimizer.step(closure)
+    torch.testing.assert_close(w.detach(), torch.tensor([2.4, 3.2]))
+
+
 def test_ordinary_loops_do_not_warn():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
