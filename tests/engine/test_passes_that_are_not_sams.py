@@ -185,6 +185,38 @@ def test_c33_closure_that_changes_its_input_in_place_warns():
         other.step(augmenting)
 
 
+def augmented(model, held):
+    return model(X + held.normal_())
+
+
+def copied(model, held):
+    held.copy_(X)
+    return model(held)
+
+
+def masked(model, held):
+    held.copy_(X).masked_fill_(X > 0, float("nan"))
+    return model(held.nan_to_num())
+
+
+@pytest.mark.parametrize("write", [augmented, copied, masked])
+def test_writes_in_place_that_each_pass_repeats_exactly_do_not_warn(write):
+    model = linear()
+    held = torch.full_like(X, float("nan"))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.step(lambda: F.cross_entropy(write(model, held), Y))
+
+
+def test_noise_written_in_place_that_each_pass_draws_anew_warns():
+    model, held = linear(), torch.empty_like(X)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model, replay_rng=False)
+    with pytest.warns(UserWarning, match=r"changes a tensor in place \(held\)"):
+        optimizer.step(lambda: F.cross_entropy(augmented(model, held), Y))
+
+
 def test_object_whose_tensor_the_closure_changes_in_place_is_named():
     class Loop:
         def __init__(self):

@@ -78,8 +78,6 @@ class Engine:
         """True if the tensors around a closure have been checked for changes in place."""
         self.clearing_watched = False
         """True if a step of the classic API was checked for gradients that were not cleared between its passes."""
-        self.inputs_have_gradients = False
-        """True if a pass was seen to make gradients of the inputs of a closure."""
         self._warned: set[str] = set()
         self.load_from_base()
         call_before_step(base, self._refuse_foreign_step)
