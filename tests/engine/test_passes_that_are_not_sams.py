@@ -232,6 +232,60 @@ def test_object_whose_tensor_the_closure_changes_in_place_is_named():
         optimizer.step(Loop().closure)
 
 
+# Parameters that are unfrozen inside a pass.
+
+
+DISPLACED_FIRST = ["rwp", "arwp", "msam", "stale_sam", "sampa", "bsam"]
+
+
+def method(name, model):
+    if name == "bsam":
+        return steppe.variants.bsam(model.parameters(), n_data=8, model=model)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return getattr(steppe.variants, name)(base, rho=0.1, model=model)
+
+
+@pytest.mark.parametrize("drive", [by_closure, by_passes])
+@pytest.mark.parametrize("name", DISPLACED_FIRST)
+def test_parameters_that_are_unfrozen_only_inside_a_pass_before_w_warn_once(name, drive):
+    """As the discriminator of a GAN, which is frozen for the step of the generator."""
+    model = linear()
+    optimizer = method(name, model)
+
+    def loss():
+        model.requires_grad_(True)
+        return F.cross_entropy(model(X), Y)
+
+    drive(optimizer, loss)
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"2 parameters were frozen .* Unfreeze them before step\(\)"):
+        drive(optimizer, loss)
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drive(optimizer, loss)
+
+
+@pytest.mark.parametrize("name", [*DISPLACED_FIRST, "sam"])
+def test_parameters_that_stay_frozen_or_are_unfrozen_before_the_step_do_not_warn(name):
+    model = linear()
+    optimizer = method(name, model)
+
+    def loss():
+        if name == "sam":  # its first pass is at w anyway
+            model.requires_grad_(True)
+        return F.cross_entropy(model(X), Y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            model.weight.requires_grad_(True)
+            model.bias.requires_grad_(step % 2 == 0)
+            if name == "sam":
+                model.requires_grad_(False)
+            optimizer.step(loss)
+
+
 # Closures that only return the loss.
 
 

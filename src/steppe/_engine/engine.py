@@ -211,6 +211,10 @@ class Engine:
         """Return the ids of the base's parameters, which need not be an ``nn.Parameter``."""
         return set(map(id, parameters_of(self._base)))
 
+    def frozen_parameters(self) -> list[Tensor]:
+        """Return the base's parameters that are frozen now."""
+        return [p for p in parameters_of(self._base) if not p.requires_grad]
+
     def trains(self, loss: Tensor) -> bool:
         """True if the loss depends on a parameter of the optimizer, or if that cannot be told (sharded parameters)."""
         return self.ranks.sharded or depends_on(loss, parameters_of(self._base))
