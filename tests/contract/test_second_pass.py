@@ -269,6 +269,67 @@ def test_c14_plain_tensors_may_be_parameters_and_others_have_the_gradient_of_one
         assert temperature.grad.item() == pytest.approx(gradient)
 
 
+class Adversary:
+    """Trains on clean inputs first, and with a perturbation of them afterwards ("free" adversarial training)."""
+
+    def __init__(self, kind: str) -> None:
+        torch.manual_seed(0)
+        self.kind, self.model = kind, nn.Linear(4, 3).double()
+        self.x, self.y = torch.randn(8, 4, dtype=torch.float64), torch.randint(3, (8,))
+        self.delta = None
+        self.optimizer = SAM(torch.optim.SGD(self.model.parameters(), lr=0.0), rho=0.5, model=self.model)
+
+    def loss(self, x):
+        return F.cross_entropy(self.model(x), self.y)
+
+    def closure(self):
+        if self.delta is None:
+            return self.loss(self.x)
+        return self.loss(self.x + (self.delta[0] if isinstance(self.delta, list) else self.delta))
+
+    def lazy_closure(self):
+        if self.delta is None:
+            self.delta = torch.zeros_like(self.x, requires_grad=True)
+        return self.closure()
+
+    def adversarial_step(self):
+        """Return the perturbation of a step whose closure makes a gradient of it."""
+        model, x, y = self.model, self.x, self.y
+        delta = torch.zeros_like(x, requires_grad=self.kind != "same closure, asks for the gradient late")
+        if self.kind == "another closure":
+            self.optimizer.step(lambda: F.cross_entropy(model(x + delta), y))
+        elif self.kind == "made by the closure":
+            self.optimizer.step(self.lazy_closure)
+            return self.delta
+        elif self.kind == "same closure, asks for the gradient late":
+            self.delta = delta
+            self.optimizer.step(lambda: (delta.requires_grad_(), self.closure())[1])
+        else:
+            self.delta = [delta] if self.kind == "in a list" else delta
+            self.optimizer.step(self.closure)
+        return delta
+
+
+@pytest.mark.parametrize("warm", [0, 2])
+@pytest.mark.parametrize(
+    "kind",
+    [
+        "same closure",
+        "in a list",
+        "another closure",
+        "made by the closure",
+        "same closure, asks for the gradient late",
+    ],
+)
+def test_c14_adversarial_training_may_begin_after_the_first_step(kind, warm):
+    adversary = Adversary(kind)
+    for _ in range(warm):
+        adversary.optimizer.step(adversary.closure)
+    delta = adversary.adversarial_step()
+    (want,) = torch.autograd.grad(adversary.loss(adversary.x + delta), delta)
+    torch.testing.assert_close(delta.grad, want)
+
+
 class Trainer:
     """Holds an input with a gradient, and is a closure itself."""
 

@@ -653,6 +653,46 @@ def test_c33_second_pass_that_did_not_run_the_model_is_named():
         optimizer.step()
 
 
+class Machine(nn.Module):
+    """Computes its loss in a method of its own: a hinge, which is linear in the weights, or a factorization."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.w, self.b = nn.Parameter(0.1 * torch.randn(6)), nn.Parameter(torch.zeros(()))
+
+    def hinge(self, x, y):
+        return F.relu(1 - (2.0 * (y > 0) - 1) * (x @ self.w + self.b)).mean()
+
+    def absolute(self, x, y):
+        return F.l1_loss(x @ self.w, y + 10.0)
+
+    def square(self, x, y):
+        return (x @ self.w + self.b - y).square().mean()
+
+
+@every_drive
+@pytest.mark.parametrize(("loss", "rho"), [("hinge", 0.01), ("absolute", 0.01), ("square", 0.0)])
+def test_c33_loss_of_a_method_of_the_model_may_have_the_same_gradient_in_both_passes(loss, rho, drive):
+    model = Machine()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=rho, model=model)
+    x, y = pair()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        DRIVES[drive](optimizer, lambda: getattr(model, loss)(x, y))
+
+
+def test_c33_second_pass_that_scales_a_loss_from_before_it_is_named():
+    model = Machine()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    loss = model.hinge(*pair())
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            (1024 * loss).backward(retain_graph=True)
+    with pytest.warns(UserWarning, match="the second pass did not run the model"):
+        optimizer.step()
+
+
 @every_drive
 def test_c32_module_outside_of_model_may_be_initialized_by_its_first_pass(drive):
     a, b = nn.Linear(6, 8), nn.Sequential(nn.LazyBatchNorm1d(), nn.Linear(8, 3))

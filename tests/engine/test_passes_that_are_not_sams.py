@@ -185,6 +185,38 @@ def test_c33_closure_that_changes_its_input_in_place_warns():
         other.step(augmenting)
 
 
+def augmented(model, held):
+    return model(X + held.normal_())
+
+
+def copied(model, held):
+    held.copy_(X)
+    return model(held)
+
+
+def masked(model, held):
+    held.copy_(X).masked_fill_(X > 0, float("nan"))
+    return model(held.nan_to_num())
+
+
+@pytest.mark.parametrize("write", [augmented, copied, masked])
+def test_writes_in_place_that_each_pass_repeats_exactly_do_not_warn(write):
+    model = linear()
+    held = torch.full_like(X, float("nan"))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(2):
+            optimizer.step(lambda: F.cross_entropy(write(model, held), Y))
+
+
+def test_noise_written_in_place_that_each_pass_draws_anew_warns():
+    model, held = linear(), torch.empty_like(X)
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model, replay_rng=False)
+    with pytest.warns(UserWarning, match=r"changes a tensor in place \(held\)"):
+        optimizer.step(lambda: F.cross_entropy(augmented(model, held), Y))
+
+
 def test_object_whose_tensor_the_closure_changes_in_place_is_named():
     class Loop:
         def __init__(self):
@@ -198,6 +230,60 @@ def test_object_whose_tensor_the_closure_changes_in_place_is_named():
     optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
     with pytest.warns(UserWarning, match=r"changes a tensor in place \(self.seen\)"):
         optimizer.step(Loop().closure)
+
+
+# Parameters that are unfrozen inside a pass.
+
+
+DISPLACED_FIRST = ["rwp", "arwp", "msam", "stale_sam", "sampa", "bsam"]
+
+
+def method(name, model):
+    if name == "bsam":
+        return steppe.variants.bsam(model.parameters(), n_data=8, model=model)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    return getattr(steppe.variants, name)(base, rho=0.1, model=model)
+
+
+@pytest.mark.parametrize("drive", [by_closure, by_passes])
+@pytest.mark.parametrize("name", DISPLACED_FIRST)
+def test_parameters_that_are_unfrozen_only_inside_a_pass_before_w_warn_once(name, drive):
+    """As the discriminator of a GAN, which is frozen for the step of the generator."""
+    model = linear()
+    optimizer = method(name, model)
+
+    def loss():
+        model.requires_grad_(True)
+        return F.cross_entropy(model(X), Y)
+
+    drive(optimizer, loss)
+    model.requires_grad_(False)
+    with pytest.warns(UserWarning, match=r"2 parameters were frozen .* Unfreeze them before step\(\)"):
+        drive(optimizer, loss)
+    model.requires_grad_(False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        drive(optimizer, loss)
+
+
+@pytest.mark.parametrize("name", [*DISPLACED_FIRST, "sam"])
+def test_parameters_that_stay_frozen_or_are_unfrozen_before_the_step_do_not_warn(name):
+    model = linear()
+    optimizer = method(name, model)
+
+    def loss():
+        if name == "sam":  # its first pass is at w anyway
+            model.requires_grad_(True)
+        return F.cross_entropy(model(X), Y)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for step in range(4):
+            model.weight.requires_grad_(True)
+            model.bias.requires_grad_(step % 2 == 0)
+            if name == "sam":
+                model.requires_grad_(False)
+            optimizer.step(loss)
 
 
 # Closures that only return the loss.
@@ -288,6 +374,42 @@ def test_gradients_zeroed_in_place_are_cleared_ones(where):
         elif where != "model before":
             nn.utils.clip_grad_norm_(model.parameters(), 0.01)
     assert bits(model.parameters()) == bits(twin.parameters())
+
+
+def test_backward_of_a_closure_that_makes_gradients_of_zeros_is_not_run_again():
+    """Such as a hinge, or a triplet loss, of a batch without any error."""
+    model, twin = (nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 1)).double() for _ in range(2))
+    twin.load_state_dict(model.state_dict())
+    optimizer, other = (SAM(torch.optim.SGD(m.parameters(), lr=0.1), rho=0.1, model=m) for m in (model, twin))
+    x = torch.randn(8, 4, dtype=torch.float64)
+    for margin in (5.0, -100.0, -100.0, 5.0):
+
+        def loss(m, margin=margin):
+            return (m(x).square() + margin).relu().mean()
+
+        def closure(loss=loss):
+            value = loss(model)
+            value.backward()
+            return value
+
+        model.zero_grad(set_to_none=False)
+        optimizer.step(closure)
+        by_passes(other, lambda loss=loss: loss(twin))
+        assert not any(p._backward_hooks or p._post_accumulate_grad_hooks for p in model.parameters())
+    assert bits(model.parameters()) == bits(twin.parameters())
+
+
+def test_closure_that_differentiates_and_returns_the_loss_needs_a_backward_after_gradients_of_zeros():
+    w = parameter(3.0, 4.0)
+    optimizer = SAM(torch.optim.SGD([w], lr=0.1), rho=0.0)
+
+    def closure():
+        torch.autograd.grad(w.square().sum(), w)
+        return w.square().sum()
+
+    w.grad = torch.zeros(2)
+    optimizer.step(closure)
+    torch.testing.assert_close(w.detach(), torch.tensor([2.4, 3.2]))
 
 
 def test_ordinary_loops_do_not_warn():

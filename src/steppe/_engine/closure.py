@@ -2,17 +2,21 @@
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterable
-from types import ModuleType
+from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from steppe._engine.cuda_graphs import is_capturing
 from steppe._engine.engine import Engine
 from steppe._engine.losses import find_loss
+from steppe._engine.model_state import is_writable
 from steppe._engine.passes import Pass
+from steppe._tensors.dtensor import all_plain
 from steppe._tensors.graph import graph
 
 Closure: TypeAlias = Callable[[], Any]
@@ -52,14 +56,17 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
     first: Any = None
     reuse = GraphReuse(engine)
     earlier = engine.gradients.accumulated_earlier()
-    inputs = InputGradients(closure, engine)
+    around = list(_outer_tensors(closure))
+    inputs = InputGradients(around, engine)
+    writes = None if engine.closure_watched else InPlaceWrites(around)
     for sam_pass in passes:
         with sam_pass, torch.enable_grad():
             if sam_pass.is_first:
                 engine.gradients.restore_earlier(earlier)  # for the closure to clear, as with any optimizer
             else:
                 inputs.begin_further_pass()
-            watched = {} if sam_pass.is_first or engine.closure_watched else _versions(closure)
+                if writes is not None:
+                    writes.begin_further_pass(_outer_tensors(closure))
             value = closure()
             loss = differentiable_loss(value)
             reuse.check(loss)
@@ -77,9 +84,10 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
             sam_pass.record_loss(value)
             if sam_pass.is_first:
                 first = value
-                inputs.end_first_pass()
-            else:
-                _check_unchanged(watched, engine)
+                inputs.end_first_pass(_outer_tensors(closure))
+            elif writes is not None:
+                writes.check(engine)
+                writes = None
     inputs.end()
     return first
 
@@ -88,33 +96,48 @@ class InputGradients:
     """Gives each pass the gradients of the closure's inputs with which the first one began.
 
     Inputs are all tensors around it that the optimizer does not train. Adversarial training steps along their
-    gradients; where a step is one pass, the inputs are new in each, so that loops do not clear these. They are searched
-    for in the first step, and in later ones if it has found any.
+    gradients; where a step is one pass, the inputs are new in each, so that loops do not clear these.
+
+    Args:
+        around: The tensors around the closure before the first pass.
+        engine: The engine of the optimizer.
     """
 
-    def __init__(self, closure: Closure, engine: Engine) -> None:
+    def __init__(self, around: Iterable[tuple[str, Tensor]], engine: Engine) -> None:
         self._engine = engine
-        self._before: list[tuple[Tensor, Tensor | None]] = []
-        self._after: list[tuple[Tensor, Tensor | None]] = []
-        if engine.inputs_have_gradients or not engine.closure_watched:
-            found = {id(t): t for _, t in _outer_tensors(closure) if t.is_leaf}
-            inputs = [found[key] for key in found.keys() - engine.owned_ids()]
-            self._before = [(t, None if t.grad is None else t.grad.clone()) for t in inputs]
+        self._leaves: dict[int, Tensor] = {}
+        self._before: dict[int, Tensor] = {}
+        self._after: dict[int, Tensor] = {}
+        self._add(around)
+        self._before = {key: gradient.clone() for key, gradient in self._gradients().items()}
 
-    def end_first_pass(self) -> None:
-        """Keep the gradients that the first pass has left."""
-        self._after = [(t, t.grad) for t, _ in self._before]
-        self._engine.inputs_have_gradients |= any(gradient is not None for _, gradient in self._after)
+    def _add(self, around: Iterable[tuple[str, Tensor]]) -> None:
+        self._leaves.update((id(t), t) for _, t in around if t.is_leaf)
+
+    def _gradients(self) -> dict[int, Tensor]:
+        """Return the gradients that inputs have now, by the id of the input."""
+        found = {key: gradient for key, t in self._leaves.items() if (gradient := t.grad) is not None}
+        if found:  # seldom; only then the optimizer's own tensors are looked up
+            for key in found.keys() & self._engine.owned_ids():
+                del found[key]
+        return found
+
+    def end_first_pass(self, around: Iterable[tuple[str, Tensor]]) -> None:
+        """Keep the gradients that the first pass has left, also of inputs that it has made."""
+        self._add(around)
+        self._after = self._gradients()
 
     def begin_further_pass(self) -> None:
         """Restore the gradients with which the first pass began."""
-        for t, gradient in self._before:
-            t.grad = None if gradient is None else gradient.clone()
+        self._restore({key: gradient.clone() for key, gradient in self._before.items()})
 
     def end(self) -> None:
         """Restore the gradients that the first pass has left."""
-        for t, gradient in self._after:
-            t.grad = gradient
+        self._restore(self._after)
+
+    def _restore(self, gradients: dict[int, Tensor]) -> None:
+        for key in self._gradients().keys() | gradients.keys():
+            self._leaves[key].grad = gradients.get(key)
 
 
 class GraphReuse:
@@ -173,73 +196,130 @@ def _check_alone(loss: Tensor, value: Any) -> None:
 # What a closure changes in place: the input of a pass would be that which the pass before has left.
 
 
-def _versions(closure: Callable[[], Any]) -> dict[str, tuple[Tensor, int]]:
-    """Return the tensors that a closure takes from outside, by name, with their versions."""
-    return {
-        name: (tensor, tensor._version)
-        for name, tensor in _outer_tensors(closure)
-        if not (tensor.requires_grad or isinstance(tensor, nn.Parameter) or is_lazy(tensor) or tensor.is_inference())
-    }
+class InPlaceWrites:
+    """Notices that a pass changes tensors around the closure in place, and leaves other values than the one before.
+
+    Writes that each pass repeats exactly (noise of a generator that is replayed, a copy of the batch) change nothing.
+    Tensors that the first pass has written are copied, so this is for the first step only.
+
+    Args:
+        around: The tensors around the closure before the first pass.
+    """
+
+    def __init__(self, around: Iterable[tuple[str, Tensor]]) -> None:
+        self._versions = {name: (t, t._version) for name, t in around if _is_watched(t)}
+        self._left: list[tuple[str, Tensor, int, Tensor | None]] = []
+
+    def begin_further_pass(self, around: Iterable[tuple[str, Tensor]]) -> None:
+        """Keep what the first pass has left, before the second one."""
+        for name, t in around:
+            if _is_watched(t):
+                before, version = self._versions.get(name, (None, 0))
+                is_written = (before is not t or version != t._version) and is_writable(t) and all_plain([t])
+                self._left.append((name, t, t._version, t.detach().clone() if is_written else None))
+
+    def check(self, engine: Engine) -> None:
+        """Warn once if the second pass has left another value than the first."""
+        engine.closure_watched = True
+        written = [(name, t, value) for name, t, version, value in self._left if t._version != version]
+        changed = [name for name, t, value in written if value is None or not _is_same(t.detach(), value)]
+        if changed:
+            engine.warn_once(
+                "in place",
+                f"the closure changes a tensor in place ({'; '.join(changed)}), and it runs once a pass: an input that "
+                "is changed in place is another one in the second pass, and a sum is counted twice. Change a copy, or "
+                "change it only where optimizer.current_pass.is_first",
+            )
+
+
+def _is_watched(tensor: Tensor) -> bool:
+    return not (tensor.requires_grad or isinstance(tensor, nn.Parameter) or is_lazy(tensor) or tensor.is_inference())
+
+
+def _is_same(a: Tensor, b: Tensor) -> bool:
+    """True if two tensors have the same values (NaN is the same as NaN), and where these cannot be read."""
+    if a.is_meta or is_capturing(a):
+        return True
+    return a.shape == b.shape and (torch.equal(a, b) or bool(((a == b) | ((a != a) & (b != b))).all()))
 
 
 def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
     """Yield the tensors in the variables of a closure, and in attributes of objects in these (``self``).
 
-    Both one level of lists, tuples and dicts deep. A closure may be a method, or an object that is called.
+    Both one level of lists, tuples and dicts deep. It is called in each step, and takes some microseconds.
     """
+    for name, value in _outer_variables(closure):
+        kind = _kind(type(value))
+        if kind == _TENSOR:
+            yield name, value
+        elif kind == _ITEMS:
+            yield from _items(name, value)
+        elif kind != _OTHER:
+            of_module = kind == _MODULE
+            for attribute, held in list(getattr(value, "__dict__", {}).items()):
+                kind = _kind(type(held))
+                if kind == _TENSOR:
+                    # of a module, only inputs: SAM protects the rest of it
+                    if not of_module or _may_be_input(held):
+                        yield f"{name}.{attribute}", held
+                elif kind == _ITEMS and held and not (of_module and attribute in _OF_MODULE):
+                    found = _items(f"{name}.{attribute}", held)
+                    yield from ((k, t) for k, t in found if not of_module or _may_be_input(t))
+
+
+def _outer_variables(closure: Callable[[], Any]) -> Iterable[tuple[str, Any]]:
+    """Yield the variables that a closure takes from outside; it may be a method, or an object that is called."""
     while isinstance(closure, functools.partial):
         for value in (*closure.args, *closure.keywords.values()):
-            yield from _tensors_in("an argument", value)
+            yield "an argument", value
         closure = closure.func
     if not inspect.isroutine(closure):
-        yield from _tensors_in("self", closure)
+        yield "self", closure
         closure = type(closure).__call__
     if inspect.ismethod(closure):
-        yield from _tensors_in("self", closure.__self__)
+        yield "self", closure.__self__
         closure = closure.__func__
     if not inspect.isfunction(closure):
         return
-    try:
-        outer = inspect.getclosurevars(closure)
-    except ValueError:  # a variable that has no value yet
-        return
-    for name, value in {**outer.globals, **outer.nonlocals}.items():
-        yield from _tensors_in(name, value)
+    # not inspect.getclosurevars(), which takes a tenth of a millisecond
+    code, outer = closure.__code__, closure.__globals__
+    yield from ((name, outer[name]) for name in code.co_names if name in outer)
+    for name, cell in zip(code.co_freevars, closure.__closure__ or (), strict=True):
+        try:
+            yield name, cell.cell_contents
+        except ValueError:  # a variable that has no value yet
+            continue
     for value in (*(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values()):
-        yield from _tensors_in("an argument", value)
+        yield "an argument", value
 
 
-def _tensors_in(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
-    """Yield the tensors in a variable; of an object, those in its attributes."""
-    if isinstance(value, Tensor):
-        yield name, value
-    elif isinstance(value, list | tuple | dict):
-        yield from _items(name, value)
-    elif not isinstance(value, ModuleType | type | torch.optim.Optimizer) and not inspect.isroutine(value):
-        for attribute, held in getattr(value, "__dict__", {}).items():
-            found = [(f"{name}.{attribute}", held)] if isinstance(held, Tensor) else _items(f"{name}.{attribute}", held)
-            # of a module, only inputs: SAM protects the rest of it
-            yield from ((k, t) for k, t in found if not isinstance(value, nn.Module) or _may_be_input(t))
+_TENSOR, _ITEMS, _MODULE, _OBJECT, _OTHER = range(5)
+
+
+def _find_kind(of: type) -> int:
+    """Return how tensors are found in values of a type."""
+    return next((kind for kind, types in _TYPES.items() if issubclass(of, types)), _OBJECT)
+
+
+_TYPES: dict[int, tuple[type, ...]] = {
+    _TENSOR: (Tensor,),
+    _ITEMS: (list, tuple, dict),
+    _MODULE: (nn.Module,),
+    _OTHER: (int, float, str, ModuleType, type, FunctionType, BuiltinFunctionType, torch.optim.Optimizer),
+}
+_kind: Callable[[Any], int] = functools.lru_cache(maxsize=1024)(_find_kind)
+"""Kept for each type, because isinstance() takes longer where it looks for a tensor."""
+_OF_MODULE = frozenset({"_parameters", "_modules"})
+"""Attributes of a module in which there are no inputs."""
+_MANY = 256
+"""Of a longer list, tuple or dict (a log, a data set), only so many items are looked at."""
 
 
 def _items(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
-    if isinstance(value, list | tuple | dict):
-        items = value.values() if isinstance(value, dict) else value
-        yield from ((f"{name}, number {i}", item) for i, item in enumerate(items) if isinstance(item, Tensor))
+    items = list(itertools.islice(dict.values(value) if isinstance(value, dict) else value, _MANY))
+    if any(_kind(of) == _TENSOR for of in set(map(type, items))):
+        yield from ((f"{name}, number {i}", item) for i, item in enumerate(items) if _kind(type(item)) == _TENSOR)
 
 
 def _may_be_input(tensor: Tensor) -> bool:
     return tensor.requires_grad and not isinstance(tensor, nn.Parameter)
-
-
-def _check_unchanged(watched: dict[str, tuple[Tensor, int]], engine: Engine) -> None:
-    """Warn once if a later pass has changed a tensor of the closure's surroundings; seen in the first step only."""
-    engine.closure_watched = True
-    changed = [name for name, (tensor, version) in watched.items() if tensor._version != version]
-    if changed:
-        engine.warn_once(
-            "in place",
-            f"the closure changes a tensor in place ({'; '.join(changed)}), and it runs once a pass: an input that is "
-            "changed in place is another one in the second pass, and a sum is counted twice. Change a copy, or change "
-            "it only where optimizer.current_pass.is_first",
-        )

@@ -78,8 +78,6 @@ class Engine:
         """True if the tensors around a closure have been checked for changes in place."""
         self.clearing_watched = False
         """True if a step of the classic API was checked for gradients that were not cleared between its passes."""
-        self.inputs_have_gradients = False
-        """True if a pass was seen to make gradients of the inputs of a closure."""
         self._warned: set[str] = set()
         self.load_from_base()
         call_before_step(base, self._refuse_foreign_step)
@@ -212,6 +210,10 @@ class Engine:
     def owned_ids(self) -> set[int]:
         """Return the ids of the base's parameters, which need not be an ``nn.Parameter``."""
         return set(map(id, parameters_of(self._base)))
+
+    def frozen_parameters(self) -> list[Tensor]:
+        """Return the base's parameters that are frozen now."""
+        return [p for p in parameters_of(self._base) if not p.requires_grad]
 
     def trains(self, loss: Tensor) -> bool:
         """True if the loss depends on a parameter of the optimizer, or if that cannot be told (sharded parameters)."""

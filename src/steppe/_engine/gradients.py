@@ -31,16 +31,29 @@ class EarlierGradient:
     def __init__(self, parameter: Tensor) -> None:
         assert parameter.grad is not None
         self.version = parameter.grad._version
+        self.got_a_gradient = False
+        """True if a backward has added to the gradient, be it zeros."""
         self._parameter = parameter
         self._nonzero = [is_nonzero(parameter.grad)]
-        # called before the next backward adds to the gradient: the user's code may have set it to zero
-        register: Any = parameter.register_hook
-        self.handle = register(self._before_backward) if parameter.requires_grad else None
+        self._handles: list[Any] = []
+        if parameter.requires_grad:
+            # the first is called before the next backward adds to the gradient: the user's code may have set it to zero
+            hooked: Any = parameter
+            self._handles.append(hooked.register_hook(self._before_backward))
+            self._handles.append(hooked.register_post_accumulate_grad_hook(self._after_backward))
 
     def _before_backward(self, _: Tensor) -> None:
         gradient = self._parameter.grad
         if len(self._nonzero) == 1 and gradient is not None:
             self._nonzero.append(is_nonzero(gradient))
+
+    def _after_backward(self, _: Tensor) -> None:
+        self.got_a_gradient = True
+
+    def end(self) -> None:
+        """End the observation."""
+        for handle in self._handles:
+            handle.remove()
 
     def was_nonzero(self) -> bool:
         """True if the gradient was not zero, neither at first nor before the backward; read on the host."""
@@ -216,15 +229,14 @@ class Gradients:
         """Stop observing gradients, also those of a closure that has failed; return what was observed."""
         observed, self._earlier = self._earlier, {}
         for one in observed.values():
-            if one.handle is not None:
-                one.handle.remove()
+            one.end()
         return observed
 
     def changed_since(self, earlier: dict[Tensor, Tensor]) -> bool:
-        """True if there are gradients other than those that :meth:`restore_earlier` has restored, zeros aside."""
+        """True if a backward ran, or if other values were written, since :meth:`restore_earlier`; zeros aside."""
         kept: list[Tensor] = []
         for p in parameters_of(self._base):
-            if p.grad is not None and p.grad is not earlier.get(p):
+            if p.grad is not None and (p.grad is not earlier.get(p) or self._earlier[p].got_a_gradient):
                 return True
             if p.grad is not None and p.grad._version != self._earlier[p].version:
                 kept.append(p.grad)

@@ -35,6 +35,7 @@ class OutsideWatch:
         self._touched_first: dict[int, OutsideModule] = {}
         self._model_ran = False
         self._gradients: list[tuple[Tensor, Tensor]] = []
+        self._nodes_before = 0
         self._stop: Callable[[], None] | None = None
         self._message = ""
         self.ended = False
@@ -64,6 +65,7 @@ class OutsideWatch:
         smallest = sorted((p for p in self._owned if p.grad is not None), key=Tensor.numel)[:4]
         self._gradients = [(p, p.grad.detach().clone()) for p in smallest if p.grad is not None]
         self._watch()
+        self._nodes_before = number_of_nodes()
 
     def _watch(self) -> None:
         modules = list(self._model.modules()) if self._model is not None else []
@@ -97,7 +99,8 @@ class OutsideWatch:
         touched = {key: module for key, module in self._seen.items() if key not in excluded and module.is_touched()}
         self.found = [module.module for module in touched.values()]
         if watched:
-            self._message = self._from_w() or self._outside(list(touched.values()))
+            made = number_of_nodes() - self._nodes_before - 1  # less the one that was made to count
+            self._message = self._from_w(made) or self._outside(list(touched.values()))
         for key, module in self._touched_first.items():
             module.end_second_pass(gradients=key in touched)
         self._seen, self._touched_first, self._gradients = {}, {}, []
@@ -108,9 +111,16 @@ class OutsideWatch:
         if message:
             warn(message)
 
-    def _from_w(self) -> str:
-        """Return a message if the second pass has the gradient of the first without having run the model."""
-        if self._model is None or self._model_ran or not self._gradients:
+    def _from_w(self, nodes: int) -> str:
+        """Return a message if the second pass has the gradient of the first without having run the model.
+
+        A loss may be computed by a method of the model, and its gradient may be the same at w + e (a hinge; rho = 0).
+
+        Args:
+            nodes: Number of nodes that the second pass has added to graphs. More than one, such as the product with a
+                loss scale, are taken for a forward.
+        """
+        if self._model is None or self._model_ran or not self._gradients or nodes > 1:
             return ""
         if not all_plain([gradient for _, gradient in self._gradients]):
             return ""  # sharded: each rank would have to read all of them; and fake tensors have no values
@@ -253,3 +263,10 @@ class OutsideModule:
 
 def _equal(a: Tensor, b: Tensor) -> bool:
     return a.shape == b.shape and torch.equal(a, b)
+
+
+def number_of_nodes() -> int:
+    """Return the number of nodes of graphs that this thread has made so far, including one that this function makes."""
+    # A private name of torch: the numbers by which a backward runs the nodes of a graph, latest first.
+    with torch.enable_grad():
+        return int(torch.zeros((), requires_grad=True).clone().grad_fn._sequence_nr())  # type: ignore[union-attr]

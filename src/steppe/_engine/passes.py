@@ -6,6 +6,8 @@ from contextlib import AbstractContextManager, ExitStack
 from types import TracebackType
 from typing import Any, NoReturn, Self
 
+from torch import Tensor
+
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage
 
@@ -49,6 +51,8 @@ class Pass(ExitStack[bool | None]):
         self.done = False
         """True if this pass has run."""
         self._failed = self._made_gradient = False
+        self._frozen: list[Tensor] = []
+        self._trained_late = 0
         self._around: list[AbstractContextManager[Any]] = []
 
     def around(self, context: AbstractContextManager[Any]) -> Self:
@@ -70,6 +74,8 @@ class Pass(ExitStack[bool | None]):
             self.push(self._end)
             self.push(self._end)  # twice: the second call completes one that an interrupt has hit
             engine.pass_gradients.begin_pass(first_step=engine.steps == 0)
+            if self.is_first and not self.is_at_w:  # no gradient has shown yet which parameters are trained
+                self._frozen = engine.frozen_parameters()
             begin()
             del begin  # it holds the first gradient, which would stay in memory through the second pass
             engine.gradients.clear()
@@ -91,6 +97,8 @@ class Pass(ExitStack[bool | None]):
             self._engine.restore()
             self._engine.stage = Stage.BETWEEN_PASSES
             self._made_gradient = self._engine.gradients.any()
+            self._trained_late = sum(p.grad is not None for p in self._frozen)
+            self._frozen = []
         self.done = True
 
     def record_loss(self, loss: Any) -> None:
@@ -119,6 +127,13 @@ class Pass(ExitStack[bool | None]):
         if not self._made_gradient and engine.gradients.any():
             raise RuntimeError(BACKWARD_OUTSIDE)
         engine.pass_gradients.end_pass(made=self._made_gradient)
+        if self._trained_late:
+            engine.warn_once(
+                "trained late",
+                f"{self._trained_late} parameters were frozen (requires_grad=False) when a step began, and its first "
+                "pass trained them. With this method that pass is not at w, but it ran with these weights at w: the "
+                "method was off for them. Unfreeze them before step() or passes(), not inside of a pass",
+            )
 
 
 class Passes(Iterator[Pass]):
