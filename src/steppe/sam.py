@@ -315,6 +315,8 @@ class SAM(SAMStep):
             point = engine.point_after_first_pass()
             if self.cadence(engine.unscaled_view(self.cadence, point)):
                 self._begin_perturbed_pass(point)
+            else:
+                engine.begin_second_pass_at_w()
             engine.stage = Stage.AFTER_FIRST_STEP
             if zero_grad:
                 self.zero_grad()

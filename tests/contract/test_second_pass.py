@@ -12,7 +12,11 @@ from torch import nn
 
 from steppe import SAM, frozen_stats
 from steppe._engine import side_effects
-from support import BASES, DRIVES, batch, bits, by_closure, every_drive, model_bits, net, plain, train
+from steppe.methods.aesam import GradientNormThreshold
+from steppe.methods.late_sam import LatePhase
+from steppe.methods.random_sam import Bernoulli
+from steppe.rules.periodic import Periodic
+from support import BASES, DRIVES, batch, bits, by_closure, every_drive, model_bits, net, parameter, plain, train
 
 
 class EvoNorm(nn.Module):
@@ -162,6 +166,43 @@ def test_interrupt_before_second_pass_keeps_buffers_and_gradients_of_the_first(m
     twin(x)
     assert model_bits(model) == model_bits(twin)
     assert all(p.grad is not None for p in model.parameters())
+
+
+CADENCES = {
+    "periodic": Periodic(3),
+    "late phase": LatePhase(0.5, 6),
+    "bernoulli": Bernoulli(0.5, seed=2),
+    "gradient norm": GradientNormThreshold(6, 0.0, 0.0, delta=0.1),
+}
+
+
+@every_drive
+@pytest.mark.parametrize("cadence", CADENCES)
+def test_c14_steps_without_a_perturbation_leave_the_trace_of_one_pass(cadence, drive):
+    """Against step(closure), which makes one pass in such steps, and which the classic API cannot know beforehand."""
+    results = []
+    for way in (drive, "closure"):
+        model, other = net(dtype=torch.float64), parameter(1.0, dtype=torch.float64)
+        optimizer = SAM(BASES["momentum"](model.parameters()), rho=0.1, model=model, cadence=CADENCES[cadence])
+        perturbed = []
+        for step in range(6):
+            model.train().register_parameter("other", other)  # of another optimizer
+            other.grad = None
+            x, y = batch(step, dtype=torch.float64)
+            torch.manual_seed(step)
+            passes = []
+
+            def loss(model=model, other=other, x=x, y=y, passes=passes):
+                passes.append(model.layers[0].weight.detach().clone())
+                return F.cross_entropy(model(x) * other, y)
+
+            w = model.layers[0].weight.detach().clone()
+            DRIVES[way](optimizer, loss)
+            perturbed.append(not all(torch.equal(w, at) for at in passes))
+            results.append((way, model_bits(model), bits([other.grad, torch.rand(3)])))
+        assert set(perturbed) == {True, False}
+    first, second = results[:6], results[6:]
+    assert [r[1:] for r in first] == [r[1:] for r in second]
 
 
 @every_drive

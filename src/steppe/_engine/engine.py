@@ -264,6 +264,11 @@ class Engine:
         if single_pass:
             self.watch_displaced()
 
+    def begin_second_pass_at_w(self) -> None:
+        """Begin a second pass without a perturbation: a caller of the classic API makes two passes in each step."""
+        self.side_effects.begin_second_pass()
+        self.drop_cached_weights()
+
     def watch_displaced(self) -> None:
         """Watch for what the forward of this step's first pass writes to the displaced weights."""
         self._displacement.watch(values=self.steps == 0)

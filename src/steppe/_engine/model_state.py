@@ -1,6 +1,6 @@
 """A snapshot of what a forward can change in a model, apart from the parameters that the optimizer trains."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import attrgetter, is_
 from typing import Any, NamedTuple
 
@@ -60,6 +60,7 @@ class ModelState:
         self._trained_by_others: list[tuple[Tensor, int]] = []
         self._generators: list[tuple[Any, Any]] = []
         self._own_buffers: list[tuple[Tensor, int]] = []
+        self._own_states: Sequence[Tensor] = ()
         self.untrained: list[Tensor] = []
         """Parameters of the model that the optimizer does not train: not its own, or without gradients."""
 
@@ -69,7 +70,7 @@ class ModelState:
         *,
         registered: Registrations | None = None,
         like: "ModelState | None" = None,
-        states: Iterable[Tensor] = (),
+        states: Sequence[Tensor] = (),
     ) -> None:
         """Save the state; the storage of an earlier snapshot is reused.
 
@@ -84,10 +85,10 @@ class ModelState:
             id(m): Attributes.of(m, self._attributes.get(id(m)), self._storages) for m in self._own_modules
         }
         self._own_buffers = [(b, _version(b)) for b in tensors_in([m._buffers for m in self._own_modules])]
-        self.untrained = self._not_owned
+        self.untrained, self._own_states = self._not_owned, states
         if not all(map(_requires_grad, self._owned_parameters)):
             frozen = [p for p in self._owned_parameters if not (p.requires_grad or p.grad is not None)]
-            self.untrained = [*self._not_owned, *frozen]
+            self.untrained, self._own_states = [*self._not_owned, *frozen], [*self._own_states, *frozen]
         self._trained_by_others = [(p, _version(p)) for p in self.untrained if p.requires_grad]
         held = [t for attributes in self._attributes.values() for t in attributes.tensors]
         self._save_values([*registered.buffers, *held, *states])
@@ -150,6 +151,16 @@ class ModelState:
                 p.data = data
         for generator, state in self._generators:
             set_state(generator, state)
+
+    def leave_out_trained(self) -> None:
+        """Leave the optimizer's parameters that have a gradient now out of :meth:`restore`: they are trained.
+
+        Some methods move them between the passes, from where a restored value would take them back.
+        """
+        trained = {id(p) for p in self._own_states if p.grad is not None}
+        if trained:
+            self._copies.leave_out(trained)
+            self._uncopied = [before for before in self._uncopied if id(before.parameter) not in trained]
 
     def discard(self) -> None:
         """Make :meth:`restore` do nothing until the next :meth:`save`."""
@@ -223,6 +234,13 @@ class _Copies:
             return False
         copy_(self._copies, self._tensors)
         return True
+
+    def leave_out(self, ids: set[int]) -> None:
+        """Leave these tensors out of :meth:`restore`."""
+        kept = [i for i, t in enumerate(self._tensors) if id(t) not in ids]
+        self._tensors, self._copies = [self._tensors[i] for i in kept], [self._copies[i] for i in kept]
+        self._shapes = [self._shapes[i] for i in kept]
+        self._listed, self._kinds = [], []
 
     def restore(self) -> None:
         """Write the copies into the tensors, resized ones included."""

@@ -194,12 +194,16 @@ class SideEffects:
         self._in_step = False
         _live_instances.add(self)
 
-    def begin_first_pass(self) -> None:
-        """Save the state from which the first pass starts."""
+    def begin_first_pass(self, displaced: Iterable[Tensor] = ()) -> None:
+        """Save the state from which the first pass starts.
+
+        Args:
+            displaced: The optimizer's parameters that are not at w; their values now are no state of the model.
+        """
         self._in_step = True
         self._save_generators()
         if self._model is not None:
-            self._model.begin_first_pass()
+            self._model.begin_first_pass(displaced)
         if self._watch is not None:
             self._watch.begin_first_pass()
 
@@ -297,6 +301,8 @@ class _ModelProtection:
         self._stop_expecting: Callable[[], None] | None = None
         self._module_ids: set[int] = set()
         self._written_late: list[Tensor] = []
+        self._displaced: set[int] = set()
+        """The parameters that are displaced in the first pass: w is what the second one starts from."""
 
     def _save_states_of(self, model: nn.Module) -> None:
         self._before = ModelState(model, self._owned, generators=self._generators)
@@ -308,10 +314,10 @@ class _ModelProtection:
         self.model = nn.ModuleList([self.model, *modules])
         self._save_states_of(self.model)
 
-    def begin_first_pass(self) -> None:
+    def begin_first_pass(self, displaced: Iterable[Tensor]) -> None:
         self._stop()
         self._by_passes = True
-        self._begin()
+        self._begin(displaced=displaced)
 
     def expect_first_pass(self, *, in_step: bool) -> bool:
         """Begin the first pass at the next forward; return False if none is expected.
@@ -336,8 +342,10 @@ class _ModelProtection:
             self._stop()
             self._begin(self._registered)
 
-    def _begin(self, registered: Registrations | None = None) -> None:
-        self._before.save(registered=registered, states=self._writes.states)
+    def _begin(self, registered: Registrations | None = None, displaced: Iterable[Tensor] = ()) -> None:
+        self._displaced = set(map(id, displaced))
+        states = [p for p in self._writes.states if id(p) not in self._displaced]
+        self._before.save(registered=registered, states=states)
         self._writes.begin()
         self._initialized, self._in_first_pass = False, True
 
@@ -356,9 +364,11 @@ class _ModelProtection:
         # In the classic API, the forward that was taken for the first pass may belong to a step of another optimizer.
         outdated = not self._by_passes and self._before.another_optimizer_stepped()
         if not self._initialized and not outdated:
+            self._before.leave_out_trained()
             self._before.restore(now=self._after)
             for p, value in self._writes.new_states:
-                p.copy_(value)
+                if id(p) not in self._displaced:
+                    p.copy_(value)
         self._untrained_gradients.clear()
 
     def restore_after(self) -> None:

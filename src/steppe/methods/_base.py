@@ -132,7 +132,7 @@ class OwnStepMethod(SAM):
     def _begin_displaced(self, displace: Callable[[], None]) -> None:
         displace()
         self._engine.drop_cached_weights()
-        self._engine.side_effects.begin_first_pass()
+        self._engine.side_effects.begin_first_pass([p for p, _ in self._engine.displaced()])
         self._engine.watch_displaced()
 
     # Tools: points and displacements.
