@@ -1,7 +1,10 @@
 """The objective: a mean over samples that does not depend on the batches, and leaves the model unchanged."""
 
 import copy
+import random
+from collections import Counter, deque
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -398,3 +401,166 @@ def test_part_without_a_label_that_counts_is_named_and_left_out_by_its_size(take
         TAKERS[taker](objective(tanh_net(), (x, y)))
     counted = objective(tanh_net(), (x, y), size=lambda batch: int((batch[1] != -100).sum()))
     assert TAKERS[taker](counted).n == 2
+
+
+class Albert(nn.Module):
+    """Runs one block three times, each under a name of its own; its BatchNorm has buffers."""
+
+    def __init__(self):
+        super().__init__()
+        block = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Tanh())
+        self.blocks, self.head = nn.ModuleList([block] * 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("batch_norm", ["eval", "train"])
+def test_model_that_registers_a_module_under_several_names_is_measured_and_keeps_its_parameters(batch_norm):
+    torch.manual_seed(0)
+    net, (x, y) = Albert().double(), samples()
+    own = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    places = [(t, t.data_ptr(), t._version) for _, t in own]
+    o = objective(net, batch_norm=batch_norm)
+    assert o.n == sum(p.numel() for p in net.parameters()) == 20 + 8 + 15
+    e = torch.randn(o.n, dtype=DOUBLE)
+    moved = copy.deepcopy(net).train(batch_norm == "train")
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(nn.utils.parameters_to_vector(moved.parameters()) + e, moved.parameters())
+    expected = F.cross_entropy(moved(x), y)
+    gradient = torch.cat([g.reshape(-1) for g in torch.autograd.grad(expected, list(moved.parameters()))])
+    torch.testing.assert_close(o.loss(e), expected.detach(), rtol=1e-12, atol=0)
+    torch.testing.assert_close(o.gradient(e), (expected.detach(), gradient), rtol=1e-10, atol=1e-12)
+    o.statistics(e)
+    eigenvalues(Hessian(o), k=1)
+    now = [*net.named_parameters(remove_duplicate=False), *net.named_buffers(remove_duplicate=False)]
+    assert [name for name, _ in now] == [name for name, _ in own]
+    assert all(t is before for (_, t), (before, _, _) in zip(now, places, strict=True))
+    assert [(t.data_ptr(), t._version) for _, t in now] == [(place, version) for _, place, version in places]
+
+
+def test_weights_tied_after_the_objective_was_made_raise():
+    net = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 4), nn.Linear(4, 3)).double()
+    o = objective(net)
+    net[2].weight = net[0].weight
+    with pytest.raises(ValueError, match="0.weight shares its tensor with another name"):
+        o.loss()
+
+
+class Embedded(nn.Module):
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(10, 4, **options, dtype=DOUBLE)
+        self.head = nn.Linear(4, 3, dtype=DOUBLE)
+
+    def forward(self, i):
+        return self.head(torch.tanh(self.embedding(i)))
+
+
+def tokens():
+    return torch.arange(20) % 10, torch.arange(20) % 3
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_forward_that_writes_to_weights_leaves_those_of_the_model_unchanged(trained):
+    net, (i, y) = Embedded(max_norm=0.5), tokens()
+    before, version = net.embedding.weight.detach().clone(), net.embedding.weight._version
+    net.embedding.weight.requires_grad_(trained)
+    o = objective(net, (i, y), batch_size=7)
+    found = o.loss(), o.gradient()[0], o.loss(torch.zeros(o.n))
+    Hessian(o)(torch.ones(1, o.n, dtype=DOUBLE))
+    sharpness(o, rho=0.05)
+    assert torch.equal(net.embedding.weight, before)
+    assert net.embedding.weight._version == version
+    expected = F.cross_entropy(net(i), y).detach()
+    for loss in found:
+        torch.testing.assert_close(loss, expected, rtol=1e-12, atol=0)
+
+
+def test_each_batch_starts_from_the_weights_of_the_model():
+    class Doubling(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                self.weight.mul_(2)
+            return super().forward(x)
+
+    torch.manual_seed(0)
+    net = Doubling(4, 3, dtype=DOUBLE)
+    expected = objective(net).loss()
+    o = objective(net, batch_size=7)
+    torch.testing.assert_close((o.loss(), o.loss(torch.zeros(o.n))), (expected, expected), rtol=1e-12, atol=0)
+
+
+def test_sparse_gradients_of_an_embedding_are_measured_as_dense_ones():
+    found = []
+    for sparse in (False, True):
+        o = objective(Embedded(sparse=sparse), tokens())
+        v = torch.linspace(-1, 1, o.n, dtype=DOUBLE).view(1, -1)
+        found.append((*o.gradient(), Hessian(o)(v), sharpness(o, rho=0.05).value))
+    torch.testing.assert_close(found[1], found[0], rtol=1e-12, atol=1e-15)
+
+
+class Recording(nn.Module):
+    """Changes in place what is in its attributes, draws from generators of its own, and keeps weights in a list."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(4, 3, dtype=DOUBLE)
+        self.weights, self.calls, self.pair = [self.layer.weight], torch.ones(3, dtype=DOUBLE), (torch.ones(3),)
+        self.log, self.array, self.last = [], np.zeros(2), deque(maxlen=2)
+        self.counts, self.nested, self.seen = Counter(), {"calls": 0, "tensors": [torch.ones(3, dtype=DOUBLE)]}, {"x"}
+        self.generator, self.random = torch.Generator().manual_seed(0), random.Random(0)
+
+    def forward(self, x):
+        self.calls += 1
+        self.pair[0].add_(1)
+        self.log.append(len(x))
+        self.array += 1
+        self.last.append(1)
+        self.counts["calls"] += 1
+        self.nested["calls"] += 1
+        self.nested["tensors"][0].add_(1)
+        self.nested["new"] = self
+        self.register_buffer("late", torch.ones(1))
+        draws = torch.randn(3, generator=self.generator, dtype=DOUBLE)
+        draws = draws + self.random.random() + random.random() + np.random.rand()
+        scale = self.calls * self.nested["tensors"][0] * self.pair[0]
+        return torch.tanh(F.linear(x, self.weights[0], self.layer.bias) * scale) + 0.1 * draws
+
+
+def test_what_a_forward_changes_in_place_and_draws_is_that_of_the_model_itself():
+    torch.manual_seed(0)
+    net = Recording()
+    log, calls, tensors = net.log, net.calls, net.nested["tensors"]
+    generators = net.generator.get_state(), net.random.getstate(), random.getstate(), np.random.get_state()
+    o = objective(net, batch_size=7)
+    first, e = o.loss(), torch.ones(o.n, dtype=DOUBLE) * 0.1
+    assert o.loss() == first == o.loss(torch.zeros(o.n))
+    torch.testing.assert_close(o.gradient()[0], first, rtol=1e-12, atol=0)
+    assert o.loss(e) != first
+    assert torch.equal(generators[0], net.generator.get_state())
+    assert generators[1] == net.random.getstate()
+    assert generators[2] == random.getstate()
+    assert np.array_equal(generators[3][1], np.random.get_state()[1])
+    assert net.log is log == []
+    assert net.calls is calls
+    assert net.nested["tensors"] is tensors
+    assert (net.calls.tolist(), net.calls._version, net.array.tolist(), len(net.last)) == ([1, 1, 1], 0, [0, 0], 0)
+    assert net.nested == {"calls": 0, "tensors": tensors}
+    assert tensors[0].tolist() == net.pair[0].tolist() == [1, 1, 1]
+    assert (net.counts, list(net.buffers())) == (Counter(), [])
+    assert net.weights[0] is net.layer.weight
+
+
+def test_graph_that_is_kept_has_the_attributes_that_the_forward_has_changed():
+    torch.manual_seed(0)
+    net = Recording()
+    o = objective(net)
+    hessian, v = Hessian(o), torch.randn(2, o.n, dtype=DOUBLE)
+    step = 1e-5
+    found = [(o.gradient(step * row)[1] - o.gradient(-step * row)[1]) / (2 * step) for row in v]
+    torch.testing.assert_close(hessian(v), torch.stack(found), rtol=1e-6, atol=1e-8)
+    torch.testing.assert_close(hessian(v), torch.stack(found), rtol=1e-6, atol=1e-8)

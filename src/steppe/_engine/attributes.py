@@ -3,7 +3,7 @@
 import inspect
 import sys
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from enum import Enum
 from functools import cache
 from operator import is_
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import is_lazy
 
-from steppe._engine.generators import is_generator
+from steppe._engine.generators import get_state, is_generator, set_state
 from steppe._engine.registrations import is_layer, is_torchs
 from steppe._tensors.dtensor import all_plain
 
@@ -78,6 +78,76 @@ class Attributes:
                     now[name] = value
         for container, content in self._contents:
             _restore(container, content)
+
+
+class AttributesOnCopies:
+    """Copies of the tensors in the attributes of modules, in the place of those from :meth:`place` to :meth:`restore`.
+
+    A forward writes to the copies, and a graph that it makes can be kept. :meth:`restore` restores all attributes that
+    were assigned, whatever they are; the content of lists, dicts, deques and arrays, grown ones included; and
+    generators. What is in objects of other classes is left alone.
+
+    Args:
+        modules: The modules, each once.
+        copies: Tensors to place for some, by the ``id`` of what they are placed for: the weights of the modules.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module], copies: Mapping[int, Tensor]) -> None:
+        self._modules = list(modules)
+        self._copies = dict(copies)
+        self._assigned = [(vars(m), dict(vars(m))) for m in self._modules]
+        self._contents: list[tuple[Any, Any]] = []
+        self._generators: list[tuple[Any, Any]] = []
+
+    def place(self) -> None:
+        """Place the copies."""
+        for attributes in [vars(m) for m in self._modules if may_assign_attributes(m)]:
+            for name in attributes.keys() - _TORCH_ATTRIBUTES:
+                parts = _Parts.of(attributes[name])
+                if parts.complete:
+                    self._contents += [(container, _copy(container)) for container in parts.containers]
+                    self._generators += [(g, get_state(g)) for g in parts.leaves if is_generator(g)]
+                    if any(isinstance(v, Tensor) for v in parts.leaves):
+                        attributes[name] = self._placed(attributes[name])
+
+    def restore(self) -> None:
+        """Restore the attributes."""
+        for container, content in reversed(self._contents):  # one in two attributes was first listed without copies
+            _restore(container, content, grown=True)
+        for generator, state in reversed(self._generators):
+            set_state(generator, state)
+        for attributes, own in self._assigned:
+            for name in attributes.keys() - own.keys():
+                del attributes[name]
+            for name in [name for name, value in own.items() if attributes.get(name, attributes) is not value]:
+                attributes[name] = own[name]
+
+    def _placed(self, value: Any) -> Any:
+        """Return the value with copies of its tensors; lists, dicts and deques are changed in place."""
+        if isinstance(value, Tensor):
+            return self._copy_of(value)
+        if isinstance(value, tuple):
+            parts = list(map(self._placed, value))
+            if all(map(is_, parts, value)):
+                return value
+            return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
+        if isinstance(value, dict):
+            dict.update(value, {k: self._placed(v) for k, v in dict.items(value)})
+        elif isinstance(value, list):
+            value[:] = list(map(self._placed, value))
+        elif isinstance(value, deque):
+            parts = list(map(self._placed, value))
+            value.clear()
+            value.extend(parts)
+        return value
+
+    def _copy_of(self, tensor: Tensor) -> Tensor:
+        if id(tensor) not in self._copies:
+            # a forward assigns another tensor in the place of one with a graph (a hidden state), and does not write it
+            if is_lazy(tensor) or not all_plain([tensor]) or tensor.grad_fn is not None:
+                return tensor
+            self._copies[id(tensor)] = tensor.detach().clone().requires_grad_(tensor.requires_grad)
+        return self._copies[id(tensor)]
 
 
 def may_assign_attributes(module: nn.Module) -> bool:
@@ -194,17 +264,22 @@ def _differ(now: Any, saved: Any) -> bool:
     return len(now) != len(saved) or not all(map(is_, _elements(now), _elements(saved)))
 
 
-def _restore(container: Any, content: Any) -> None:
-    """Write the content back in place; a list or dict that has grown is a log, and stays."""
+def _restore(container: Any, content: Any, *, grown: bool = False) -> None:
+    """Write the content back in place; a list or dict that has grown is a log, and stays, unless ``grown``."""
     if _is_array(container):
         if container.shape == content.shape:
             container[...] = content
     elif isinstance(container, list):
-        if len(container) == len(content):
+        if grown or len(container) == len(content):
             container[:] = content
     elif isinstance(container, dict):
+        if grown:
+            for key in [key for key in container if key not in content]:
+                del container[key]
+            for key in [key for key in content if key not in container]:
+                container[key] = content[key]
         if container.keys() == content.keys():
             dict.update(container, content)
-    elif container.maxlen is not None or len(container) == len(content):
+    elif grown or container.maxlen is not None or len(container) == len(content):
         container.clear()
         container.extend(content)

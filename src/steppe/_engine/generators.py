@@ -4,6 +4,7 @@ import ctypes
 import random
 import sys
 from collections.abc import Iterable
+from contextlib import nullcontext
 from types import ModuleType
 from typing import Any
 
@@ -27,6 +28,17 @@ class Generators:
         for device in self._devices:
             states[device] = torch.get_device_module(device).get_rng_state(device)
         return states
+
+    def seed(self, seed: int) -> None:
+        """Seed them all."""
+        torch.default_generator.manual_seed(seed)
+        random.seed(seed)
+        if (numpy := sys.modules.get("numpy")) is not None:
+            numpy.random.seed(seed % 2**32)
+        for device in self._devices:
+            module = torch.get_device_module(device)
+            with module.device(device) if hasattr(module, "device") else nullcontext():  # MPS has one device only
+                module.manual_seed(seed)
 
     def restore(self, states: dict[str | torch.device, Any]) -> None:
         """Restore the states that :meth:`save` returned."""

@@ -10,7 +10,7 @@ from torch.nn.parameter import is_lazy
 
 from steppe._engine.attributes import Attributes, has_storage, may_assign_attributes, storage_of
 from steppe._engine.generators import get_state, set_state
-from steppe._engine.registrations import Registrations, same_objects, tensors_in
+from steppe._engine.registrations import Registrations, restore_entries, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
 from steppe._tensors.in_place import copy_, reuse
 
@@ -142,7 +142,7 @@ class ModelState:
             return
         if (now is None or now._registered is not registered) and not registered.is_current():
             for table, entries in self._entries:
-                _restore_entries(table, entries)
+                restore_entries(table, entries)
         for attributes in self._attributes.values():
             attributes.restore()
         self._copies.restore()
@@ -270,15 +270,3 @@ def is_writable(tensor: Tensor) -> bool:
     if not has_storage(tensor) or tensor.is_inference():
         return False
     return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
-
-
-def _restore_entries(entries: Any, saved: dict[str, Any]) -> None:
-    if isinstance(entries, dict):
-        if entries.keys() != saved.keys() or not all(map(is_, entries.values(), saved.values())):
-            entries.clear()
-            entries.update(saved)
-    else:  # of a ScriptModule, whose names are fixed
-        now = dict(entries.items())
-        for name, value in saved.items():
-            if now[name] is not value:
-                entries[name] = value

@@ -74,6 +74,19 @@ def tensors_in(tables: Iterable[Mapping[str, Tensor | None]]) -> list[Tensor]:
     return [tensor for table in tables for tensor in table.values() if tensor is not None]
 
 
+def restore_entries(entries: Any, saved: dict[str, Any]) -> None:
+    """Make a table of buffers or parameters hold these tensors again."""
+    if isinstance(entries, dict):
+        if entries.keys() != saved.keys() or not all(map(is_, entries.values(), saved.values())):
+            entries.clear()
+            entries.update(saved)
+    else:  # of a ScriptModule, whose names are fixed
+        now = dict(entries.items())
+        for name, value in saved.items():
+            if now[name] is not value:
+                entries[name] = value
+
+
 def is_torchs(module: nn.Module) -> bool:
     """True if the class of a module and those that it is made of are torch's own."""
     kind: Any = type(module)

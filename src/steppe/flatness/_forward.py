@@ -6,29 +6,17 @@ from typing import Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call
 
 from steppe._tensors.cached_weights import drop_cached_weights
-from steppe._tensors.dtensor import is_sharded, sharded_part
+from steppe._tensors.dtensor import all_plain, is_sharded, sharded_part
 from steppe.flatness._batches import cast
-from steppe.flatness._isolation import evaluation_mode, own_attributes
+from steppe.flatness._isolation import evaluation_mode, on_copies
 
 Loss: TypeAlias = Callable[..., Tensor]
 """(outputs, targets) -> the mean loss of a batch, a 0-dim tensor."""
 _T = TypeVar("_T")
 Evaluate: TypeAlias = Callable[[Any, Any], Tensor | tuple[Tensor, Any]]
 """(model, batch) -> the mean loss of a batch, a 0-dim tensor; or a pair of it and the outputs it is computed from."""
-
-
-class _Holder(nn.Module):
-    """Holds the model, so that ``functional_call`` covers any function that uses it."""
-
-    def __init__(self, model: nn.Module) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(self, function: Callable[[], Any]) -> Any:
-        return function()
 
 
 class Evaluated(NamedTuple):
@@ -46,10 +34,9 @@ class PlacedLoss:
     """
 
     def __init__(
-        self, holder: _Holder, state: Mapping[str, Tensor], evaluate: Callable[[], Evaluated], *, train_norms: bool
+        self, model: nn.Module, state: Mapping[str, Tensor], evaluate: Callable[[], Evaluated], *, train_norms: bool
     ) -> None:
-        self._holder, self._evaluate, self._train_norms = holder, evaluate, train_norms
-        self._state = {f"model.{k}": t for k, t in state.items()}
+        self._model, self._state, self._evaluate, self._train_norms = model, state, evaluate, train_norms
 
     def run(self, function: Callable[[Callable[[], Tensor]], _T]) -> _T:
         """Return ``function(loss)`` with the weights in place; ``loss()`` is the mean loss of the batch."""
@@ -62,12 +49,10 @@ class PlacedLoss:
     def _run(self, function: Callable[[], _T]) -> _T:
         drop_cached_weights()  # parametrize.cached() goes by the module, so it would return those of other weights
         try:
-            model = self._holder.model
-            with own_attributes(model), evaluation_mode(model, train_norms=self._train_norms):
-                result: _T = functional_call(self._holder, self._state, (function,))
+            with on_copies(self._model, self._state), evaluation_mode(self._model, train_norms=self._train_norms):
+                return function()
         finally:
             drop_cached_weights()
-        return result
 
     def _checked(self) -> Evaluated:
         evaluated = self._evaluate()
@@ -82,7 +67,7 @@ class BatchLoss:
     """The mean loss of one batch as a function of weights and buffers. The model keeps its own ones and its modes."""
 
     def __init__(self, model: nn.Module, evaluate: Callable[[nn.Module, Any], Evaluated]) -> None:
-        self._model, self._holder, self._evaluate = model, _Holder(model), evaluate
+        self._model, self._evaluate = model, evaluate
 
     def place(
         self,
@@ -97,7 +82,7 @@ class BatchLoss:
         """Return the mean loss of a batch, computed in ``dtype``.
 
         Args:
-            weights: Parameters by name, in place of the model's.
+            weights: Parameters by name, in place of the model's. A forward may write to them.
             batch: In the form that ``evaluate`` takes.
             dtype: Floating dtype of the whole computation.
             buffers: By name, in place of the model's.
@@ -105,16 +90,23 @@ class BatchLoss:
             update_buffers: Write new running statistics into ``buffers``, not into copies of them.
         """
         buffers, model = buffers or {}, self._model
-        state = {k: buffers.get(k, b).clone() for k, b in model.named_buffers()}
-        state |= dict(buffers) if update_buffers else {}
-        if any(p.dtype != dtype for p in model.parameters()):
-            state |= {k: p.detach() for k, p in model.named_parameters()}
-            state = {k: cast(t, dtype) for k, t in state.items()}
-            batch = cast(batch, dtype)
-        else:
-            batch = cast(batch)
+        own = {k: p for k, p in model.named_parameters() if k not in weights}
+        is_cast = any(p.dtype != dtype for p in model.parameters())
+        to = dtype if is_cast else None
+        # parameters with operations of their own (quantized ones) may have no copies
+        state = {k: _copied(p.detach(), to) for k, p in own.items() if all_plain([p])}
+        state |= {k: cast(p.detach(), dtype) for k, p in own.items() if is_cast and k not in state}
+        state |= {k: _copied(buffers.get(k, b), to) for k, b in model.named_buffers()}
+        state |= {k: cast(b, to) for k, b in buffers.items()} if update_buffers else {}
         state |= weights
-        return PlacedLoss(self._holder, state, partial(self._evaluate, model, batch), train_norms=train_norms)
+        batch = cast(batch, to)
+        return PlacedLoss(model, state, partial(self._evaluate, model, batch), train_norms=train_norms)
+
+
+def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
+    """Return a copy of a tensor, which a forward may write to, cast to the dtype if it is of floating point."""
+    copy = cast(tensor, dtype)
+    return copy.clone() if copy is tensor else copy
 
 
 def loss_of_outputs(loss: Loss) -> Callable[[nn.Module, Any], Evaluated]:

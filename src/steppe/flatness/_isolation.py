@@ -1,11 +1,17 @@
-"""Context managers that restore the model's modes and attributes and torch's random generators after a pass."""
+"""Context managers that run a model on copies, in evaluation mode and with seeded random generators."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import cache
+from itertools import chain
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+from steppe._engine.attributes import AttributesOnCopies
+from steppe._engine.generators import Generators
+from steppe._engine.registrations import restore_entries
 
 _NORMS = (nn.modules.batchnorm._BatchNorm, nn.modules.instancenorm._InstanceNorm)
 
@@ -31,22 +37,36 @@ def evaluation_mode(model: nn.Module, *, train_norms: bool) -> Iterator[None]:
 
 
 @contextmanager
-def own_attributes(model: nn.Module) -> Iterator[None]:
-    """Restore on exit what a forward assigns to the attributes of modules.
+def on_copies(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
+    """Put tensors in the place of the model's parameters and buffers, by name, and copies in that of its attributes.
 
-    The weight of torch's old ``weight_norm`` is such an attribute, and would stay that of the perturbed parameters. All
-    are restored, because a cached tensor belongs to the numbers that are assigned with it.
+    On exit the model has its own again, and its random generators their states. A tensor is replaced wherever it is
+    registered, and in attributes; a module with several names once, where ``functional_call`` would replace its tensors
+    for each name, and put those back that it has placed.
+
+    Raises:
+        ValueError: Two tensors for one parameter, whose names were tied since they were listed.
     """
-    before = [(vars(m), dict(vars(m))) for m in model.modules()]
+    modules = list(model.modules())
+    own = dict(chain(model.named_parameters(remove_duplicate=False), model.named_buffers(remove_duplicate=False)))
+    placed = {id(own[name]): tensor for name, tensor in state.items()}
+    if len(placed) < len(state):
+        names = [name for name, tensor in state.items() if placed[id(own[name])] is not tensor]
+        raise ValueError(f"{', '.join(names)} shares its tensor with another name since the objective was made")
+    attributes = AttributesOnCopies(modules, placed)
+    tables: list[tuple[Any, dict[str, Any]]]
+    tables = [(table, dict(table.items())) for m in modules for table in (m._parameters, m._buffers)]
     try:
+        attributes.place()
+        for table, entries in tables:
+            for name, tensor in entries.items():
+                if id(tensor) in placed:
+                    table[name] = placed[id(tensor)]
         yield
     finally:
-        for attributes, own in before:
-            for name in [name for name, value in attributes.items() if name not in own or value is not own[name]]:
-                if name in own:
-                    attributes[name] = own[name]
-                else:
-                    del attributes[name]
+        for table, entries in tables:
+            restore_entries(table, entries)
+        attributes.restore()
 
 
 def _checkpoints_in_training_only(module: nn.Module) -> bool:
@@ -83,10 +103,16 @@ def _checkpointed_evaluation(layer: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def seeded_generators(device: torch.device, seed: int) -> Iterator[None]:
-    """Seed the default generators of the CPU and of ``device``, and restore their states on exit."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices):
-        torch.default_generator.manual_seed(seed)
-        for cuda in devices:
-            torch.cuda.default_generators[cuda.index or 0].manual_seed(seed)
+    """Seed the generators of torch (the CPU's and that of ``device``), Python and NumPy, and restore them on exit."""
+    generators = _generators(device)
+    before = generators.save()
+    try:
+        generators.seed(seed)
         yield
+    finally:
+        generators.restore(before)
+
+
+@cache
+def _generators(device: torch.device) -> Generators:
+    return Generators([device])

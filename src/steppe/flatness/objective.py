@@ -43,8 +43,9 @@ class Objective:
     """The mean loss over data as a function of the weights, L(w) = 1/N sum_i l(w; x_i, y_i).
 
     The weights are one vector of ``n`` entries: all parameters with ``requires_grad``, in the order of
-    ``named_parameters()``. The model is left unchanged: weights, buffers, ``.grad``, training modes and random
-    generators. Batches of different sizes are weighted by their samples, and one batch is in memory at a time.
+    ``named_parameters()``. The model is left unchanged: weights, buffers, ``.grad``, training modes, attributes and
+    random generators, also those of its modules, Python and NumPy. Batches of different sizes are weighted by their
+    samples, and one batch is in memory at a time.
 
     **Models that return their loss.** With neither ``loss`` nor ``evaluate``, batches are dictionaries, and the loss is
     that of ``model(**batch)``, as models of Hugging Face return it for batches with ``labels``. Batches are weighted by
@@ -267,8 +268,9 @@ class Objective:
         return 1 if self.group is None else dist.get_world_size(self.group)
 
     def flatten(self, tensors: Sequence[Tensor]) -> Tensor:
-        """Copy one tensor per parameter into a vector (n,)."""
-        return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in tensors])
+        """Copy one tensor per parameter into a vector (n,); sparse gradients of embeddings become dense."""
+        dense = (t.to_dense() if t.layout != torch.strided else t for t in tensors)
+        return torch.cat([t.reshape(-1).to(self.device, self.dtype) for t in dense])
 
     def unflatten(self, vector: Tensor) -> list[Tensor]:
         """Split a vector (n,) into one view per parameter, of the parameter's shape.
@@ -291,11 +293,10 @@ class Objective:
             e: The perturbation, (n,); None is 0.
             buffers: By name, in place of the model's, such as the result of :meth:`statistics`.
         """
-        weights = self._perturbed_weights(e)
 
         @torch.no_grad()
         def batch_loss(batch: Any) -> list[Tensor]:
-            loss = self._placed(weights, batch, buffers=buffers).run(lambda loss: loss())
+            loss = self._placed(self._perturbed_weights(e), batch, buffers=buffers).run(lambda loss: loss())
             return [loss.to(accumulator(self.device))]
 
         return self.average(batch_loss)[0]
@@ -363,13 +364,11 @@ class Objective:
         own = [(k, b) for k, b in self.model.named_buffers() if k.rpartition(".")[0] in norms]
         with torch.inference_mode(mode=False):
             buffers = {k: cast(torch.full_like(b, k.endswith("running_var")), self.dtype) for k, b in own}
-        weights = self._perturbed_weights(e)
 
         @torch.no_grad()
         def update_statistics(batch: Any) -> list[Tensor]:
-            self._placed(weights, batch, buffers=buffers, train_norms=True, update_buffers=True).run(
-                lambda loss: loss()
-            )
+            options: dict[str, Any] = {"buffers": buffers, "train_norms": True, "update_buffers": True}
+            self._placed(self._perturbed_weights(e), batch, **options).run(lambda loss: loss())
             return []
 
         with mean_statistics(norms.values()) as seen:
@@ -432,9 +431,11 @@ class Objective:
             return float(self._placed(self._perturbed_weights(None), batch).run(lambda loss: loss()))
 
     def _perturbed_weights(self, e: Tensor | None) -> list[Tensor]:
-        """Return w + e, one tensor per parameter; without e they share memory with the model's."""
-        weights = [p.detach().to(self.dtype) for p in self._parameters.values()]
-        return weights if e is None else [w + part for w, part in zip(weights, self.unflatten(e), strict=True)]
+        """Return w + e, one new tensor per parameter, which a forward may write to."""
+        weights = [p.detach() for p in self._parameters.values()]
+        if e is None:
+            return [w.to(self.dtype, copy=True) for w in weights]
+        return [w.to(self.dtype) + part for w, part in zip(weights, self.unflatten(e), strict=True)]
 
     def _placed(
         self,
