@@ -401,7 +401,7 @@ def test_interrupt_between_displacement_and_first_pass_restores_the_weights(name
     train(model, optimizer, by_closure, 2)
     before = bits(model.parameters())
     sam_pass = next(optimizer.passes())
-    monkeypatch.setattr(optimizer._engine.side_effects, "begin_first_pass", lambda: 1 / 0)
+    monkeypatch.setattr(optimizer._engine.side_effects, "begin_first_pass", lambda _: 1 / 0)
     with pytest.raises(ZeroDivisionError), sam_pass:
         pass
     assert bits(model.parameters()) == before

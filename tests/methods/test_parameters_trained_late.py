@@ -52,6 +52,7 @@ def train_in_turn(model, optimizer, steps: range) -> None:
         optimizer.step(observed(optimizer, loss))
 
 
+@pytest.mark.filterwarnings("ignore:.*frozen .requires_grad=False. when a step began")
 @pytest.mark.parametrize("freezes", [False, True])
 @pytest.mark.parametrize("name", MAKE)
 def test_heads_in_turn_are_trained_with_model_as_without(name, freezes):

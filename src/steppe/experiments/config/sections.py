@@ -23,7 +23,7 @@ class Minimum:
 
 
 _LARGEST = 2**62
-"""Of the numbers of options: seeds and counts are integers of 64 bits elsewhere, and are added to each other."""
+"""Of whole numbers: seeds and counts are integers of 64 bits elsewhere, and are added to each other."""
 
 
 def check_ranges(section: object) -> None:
@@ -38,7 +38,7 @@ def check_ranges(section: object) -> None:
             raise ValueError(f"{name}={value}: {meaning}, must be a finite number of at least {limit}")
         if not minimum.included and not (math.isfinite(value) and value > limit):
             raise ValueError(f"{name}={value}: {meaning} must be a finite number above {limit}")
-        if value > _LARGEST:
+        if isinstance(value, int) and value > _LARGEST:
             raise ValueError(f"{name}={value}: {meaning}, must be at most {_LARGEST}, so that it fits into 64 bits")
 
 
