@@ -302,6 +302,14 @@ class Gradients:
         try:
             self.stepping = True
             self.base_steps += (self._base.step(), 1)[1]  # in one line: no interrupt comes between step and count
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{type(self._base).__name__} cannot be the base: its step() differentiates the gradient once more "
+                "(backward(create_graph=True)), and the weights were restored to w since the pass in which its graph "
+                "was made. steppe.variants.sassha steps with an estimate of the Hessian's diagonal"
+            ) from error
         finally:
             self.stepping = False
 
