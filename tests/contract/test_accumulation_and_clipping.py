@@ -218,3 +218,68 @@ def test_c19_micro_batches_given_up_by_an_exception_are_dropped_without_a_warnin
                             raise MemoryError
             optimizer.step()
     torch.testing.assert_close(w.detach(), torch.tensor([3.0, 4.0]) - 2 * torch.tensor([3.6, 4.8]))
+
+
+def equal_gradients(a, b, c, x):
+    """Return a loss in which a and b have the same gradient, of which c's is a part."""
+    return ((x + a + b + torch.cat([c, c.new_zeros(2)])) ** 4).mean()
+
+
+@pytest.mark.parametrize("method", ["sam", "gsam"])
+def test_c19_parameters_whose_gradients_share_memory_accumulate_like_others(method):
+    found = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (4, 4, 2)]
+        optimizer = getattr(variants, method)(torch.optim.SGD(parameters, lr=0.1), rho=0.05)
+        for index, x in enumerate(torch.randn(3, 6, 4, dtype=torch.float64)):
+            for sam_pass in optimizer.passes(accumulate=index > 0):
+                with sam_pass:
+                    loss = equal_gradients(*parameters, x) / 3
+                    if by_hand:
+                        for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                            p.grad = g
+                    else:
+                        loss.backward()
+        optimizer.step()
+        found.append(parameters)
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["sam", "gsam", "gam", "c_flat", "looksam", "wsam", "sampa", "mixed_rwp"])
+def test_gradients_that_autograd_returns_expanded_are_written_like_others(method):
+    found = []
+    for by_hand in (False, True):
+        torch.manual_seed(0)
+        parameters = [nn.Parameter(torch.randn(n, dtype=torch.float64)) for n in (5, 3)]
+        w, v = parameters
+        optimizer = getattr(variants, method)(torch.optim.SGD(parameters, lr=0.1, momentum=0.9), rho=0.05)
+
+        def closure(parameters=parameters, w=w, v=v, optimizer=optimizer, by_hand=by_hand):
+            loss = w.sum() * 2 + v.square().sum()
+            optimizer.zero_grad()
+            if by_hand:
+                for p, g in zip(parameters, torch.autograd.grad(loss, parameters), strict=True):
+                    p.grad = g
+            else:
+                loss.backward()
+            return loss
+
+        torch.manual_seed(1)
+        for _ in range(3):
+            optimizer.step(closure)
+        found.append(parameters)
+    for p, q in zip(*found, strict=True):
+        torch.testing.assert_close(p, q, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_in_parts_of_one_buffer_stay_in_it():
+    parameters = [nn.Parameter(torch.randn(2, 3)), nn.Parameter(torch.randn(3))]
+    buffer = torch.ones(9)
+    optimizer = SAM(torch.optim.SGD(parameters, lr=0.1), rho=0.05)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            parameters[0].grad, parameters[1].grad = buffer[:6].view(2, 3), buffer[6:]
+    optimizer.step()
+    assert [p.grad.data_ptr() - buffer.data_ptr() for p in parameters] == [0, 24]

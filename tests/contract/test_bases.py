@@ -430,3 +430,27 @@ def test_c31_zero_grad_reaches_a_base_with_one_of_its_own(several):
     assert base.cleared == 3
     assert w.grad is None
     assert v.grad is None
+
+
+class OfSecondOrder(torch.optim.Optimizer):
+    """Differentiates the gradient in its step, as AdaHessian does."""
+
+    def __init__(self, params):
+        super().__init__(params, {})
+
+    def step(self):
+        p = self.param_groups[0]["params"][0]
+        with torch.enable_grad():
+            torch.autograd.grad(p.grad.sum(), p)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward:UserWarning")
+def test_base_that_differentiates_the_gradient_names_the_method_that_has_the_hessian():
+    w = torch.nn.Parameter(torch.tensor([1.0, 2.0]))
+    optimizer = steppe.SAM(OfSecondOrder([w]), rho=0.1)
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            w.pow(4).sum().backward(create_graph=True)
+    with pytest.raises(RuntimeError, match=r"weights were restored.*steppe\.variants\.sassha"):
+        optimizer.step()
+    assert w.tolist() == [1.0, 2.0]

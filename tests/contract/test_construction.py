@@ -281,3 +281,11 @@ def test_sam_on_takes_several_modules():
     parts = [torch.nn.LayerNorm(2), torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))]
     base = torch.optim.SGD([p for part in parts for p in part.parameters()], lr=0.1)
     assert len(steppe.variants.sam_on(base, rho=0.1, model=parts).perturbation.parameters) == 4
+
+
+@pytest.mark.parametrize("lazily", [torch.Tensor.conj, lambda z: z.conj().imag], ids=["conjugated", "negated"])
+def test_parameter_that_is_conjugated_or_negated_where_it_is_read_is_refused(lazily):
+    p = torch.nn.Parameter(lazily(torch.tensor([1.0 + 2.0j])))
+    with pytest.raises(ValueError, match=r"resolve_conj\(\)\.resolve_neg\(\)\.clone\(\)"):
+        SAM(torch.optim.SGD([p], lr=0.1))
+    SAM(torch.optim.SGD([torch.nn.Parameter(p.detach().resolve_conj().resolve_neg().clone())], lr=0.1))

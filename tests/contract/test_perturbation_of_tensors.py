@@ -97,3 +97,12 @@ def test_c12_tied_parameters_are_perturbed_once(drive):
     before = bits(model.parameters())
     DRIVES[drive](tied, lambda: model(torch.ones(3, 2)).square().sum())
     assert bits(model.parameters()) == before
+
+
+@every_drive
+def test_c12_complex_gradients_that_backward_leaves_conjugated_are_read(drive):
+    z = torch.nn.Parameter(torch.tensor([3.0 + 4.0j, 1.0 - 2.0j]))
+    optimizer = SAM(torch.optim.SGD([z], lr=0.5), rho=0.5)
+    factor = torch.tensor([1.0 + 2.0j, 3.0 - 1.0j])
+    DRIVES[drive](optimizer, lambda: (z.conj() * factor.conj()).real.sum())
+    torch.testing.assert_close(z.detach(), torch.tensor([3.0 + 4.0j, 1.0 - 2.0j]) - 0.5 * factor.conj())

@@ -1,5 +1,8 @@
 """Parameters that a framework puts in the place of others, as Accelerate does under FSDP2."""
 
+import gc
+import weakref
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +61,19 @@ def test_parameters_in_the_place_of_others_are_trained_like_them(drive, rule):
         train(model, optimizer, DRIVES[drive], 3)
         found.append(model_bits(model))
     assert found[0] == found[1] != model_bits(net())
+
+
+@pytest.mark.parametrize("method", ["sam", "vasso", "friendly_sam"])
+def test_parameters_that_others_have_replaced_are_freed(method):
+    base = torch.optim.SGD([nn.Parameter(torch.randn(3))], lr=0.1)
+    optimizer = getattr(steppe.variants, method)(base, rho=0.05)
+    params = base.param_groups[0]["params"]
+    earlier = []
+    for _ in range(6):
+        optimizer.step(lambda: params[0].square().sum())
+        earlier.append(weakref.ref(params[0]))
+        params[0] = nn.Parameter(torch.randn(len(params[0]) + 1))
+    optimizer.step(lambda: params[0].square().sum())
+    gc.collect()
+    assert not [one for one in earlier if one() is not None]
+    assert len(optimizer._engine._displacement._copies) == 1

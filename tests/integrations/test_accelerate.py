@@ -281,6 +281,21 @@ def test_passes_of_the_optimizer_inside_accumulate_raise():
                 accelerator.backward(F.cross_entropy(model(x), y))
 
 
+def test_plain_loop_after_one_that_ended_in_the_middle_of_an_accumulation_runs():
+    accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
+    model, _, loader, _ = prepared(accelerator)
+    with accelerator.accumulate(model):
+        x, y = next(iter(loader))
+        accelerator.backward(F.cross_entropy(model(x), y))
+    assert not accelerator.sync_gradients
+    w = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    steppe.SAM(torch.optim.SGD([w], lr=1.0), rho=0.5).step(lambda: w.square().sum() / 2)
+    torch.testing.assert_close(w.detach(), torch.tensor([-0.3, -0.4]))
+    model, optimizer, loader, _ = prepared(accelerator)
+    accelerator.sync_gradients = False
+    assert next(passes(accelerator, optimizer, 2)).is_first
+
+
 def test_wrong_number_of_micro_batches_raises():
     accelerator = Accelerator(cpu=True, gradient_accumulation_steps=2)
     model, optimizer, loader, _ = prepared(accelerator)

@@ -3,9 +3,10 @@
 No argument carries this information, so that it is read from the call stack.
 """
 
+import gc
 import sys
 import warnings
-from types import FrameType
+from types import FrameType, GeneratorType
 from typing import Any
 
 _INTERNAL_PACKAGES = ("torch", "steppe", "accelerate")
@@ -79,9 +80,28 @@ def refuse_accumulation() -> None:
     """
     state = getattr(sys.modules.get("accelerate.state"), "GradientState", None)
     # The private _shared_state is read, because the constructor of GradientState could change it.
-    if state is not None and not state._shared_state.get("sync_gradients", True):
+    # It outlives the loop: one that ends in the middle of an accumulation leaves it behind for every later one.
+    if state is not None and not state._shared_state.get("sync_gradients", True) and accumulates():
         raise RuntimeError(
             "passes() inside accelerator.accumulate(): every pass starts with cleared gradients, so all "
             "micro-batches but the last would be lost. steppe.integrations.accelerate has the loop that runs them "
             "all in each pass, and accumulate=True gives each a perturbation of its own"
         )
+
+
+def accumulates() -> bool:
+    """True in a block of ``accelerator.accumulate()``, or if Hugging Face's Trainer called, which has none.
+
+    The generator of an open block is suspended in it, and neither a frame of the call stack nor a variable shows it.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None:
+        if frame.f_globals.get("__name__") == "transformers.trainer":
+            return True
+        frame = frame.f_back
+    accelerator = getattr(sys.modules.get("accelerate.accelerator"), "Accelerator", None)
+    code = getattr(getattr(getattr(accelerator, "accumulate", None), "__wrapped__", None), "__code__", None)
+    if code is None:
+        return True  # another version of Accelerate, whose blocks cannot be told
+    generators = (o for o in gc.get_objects() if type(o) is GeneratorType and o.gi_code is code)
+    return any(generator.gi_frame is not None for generator in generators)

@@ -9,6 +9,7 @@ from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.optim import Optimizer
 
 from steppe._engine.groups import RHO, parameters_of
@@ -233,6 +234,12 @@ def _check_base(base: Optimizer) -> None:
     _check_wrapper(base)
     if not any(group["params"] for group in base.param_groups):
         raise ValueError(f"the base optimizer ({name}) has no parameters: there is nothing to perturb")
+    if any(not is_lazy(p) and (p.is_conj() or p.is_neg()) for p in parameters_of(base)):
+        raise ValueError(
+            f"the base optimizer ({name}) has a parameter that is conjugated or negated only where it is read, as "
+            "nn.Parameter(z.conj()) is, and cannot be written in place with the others: make it of a tensor with "
+            "values of its own, nn.Parameter(z.conj().resolve_conj().resolve_neg().clone())"
+        )
 
 
 def _check_wrapper(base: Optimizer) -> None:

@@ -1,6 +1,6 @@
 """Reversible displacement of the weights, w -> w + e -> w: exact to the bit, in the same storage."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from contextlib import contextmanager
 from typing import TypeAlias
 
@@ -105,6 +105,11 @@ class Displacement:
             write(self.pairs())
             self.latest_copies = self._displaced
             self._displaced = {}
+
+    def forget_others(self, kept: Set[int]) -> None:
+        """Free the copies of weights whose id is not among these, unless they are displaced."""
+        for key in self._copies.keys() - kept - self._displaced.keys():
+            del self._copies[key]
 
     @contextmanager
     def displaced(self, weights: Sequence[Tensor], alpha: Tensor, direction: Sequence[Tensor]) -> Iterator[None]:

@@ -57,11 +57,11 @@ class Engine:
         self._ascent: ScaledDirection | None = None
         self._unperturbed_gradients: list[Tensor] = []
         self.stage = Stage.IDLE
+        self.memory: Memory = {}
+        """Tensors that the rules keep from step to step."""
         self.gradients = Gradients(base)
         self.pass_gradients = PassGradients(self.gradients)
         self.take_options(**options)
-        self.memory: Memory = {}
-        """Tensors that the rules keep from step to step."""
         self.micro_batches = MicroBatches()
         self.scale: Tensor | None = None
         """Loss scale by which the gradients of this step are multiplied; None without a loss scaler."""
@@ -98,9 +98,17 @@ class Engine:
     def protect(self, model: nn.Module | None, ranks: Ranks | None = None) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""
         self._owned = owned = list(parameters_of(self._base))
+        self._forget_others(set(map(id, owned)))
         self.recorder.watch(model)
         self.ranks = ranks or Ranks(model, owned, per_rank=self._per_rank)
         self.side_effects = SideEffects(model, owned, replay_rng=self._replay_rng)
+
+    def _forget_others(self, kept: set[int]) -> None:
+        """Forget what is kept of parameters that the base has no more; else it would keep them in memory for ever."""
+        self._displacement.forget_others(kept)
+        for of_rule in self.memory.values():
+            for p in [p for p in of_rule if id(p) not in kept]:
+                del of_rule[p]
 
     def follow_parameters(self, model: nn.Module | None) -> dict[Tensor, Tensor]:
         """Protect the model as :meth:`protect` does if the base's groups have other parameters than before.

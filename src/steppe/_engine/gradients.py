@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 from steppe._engine.callers import warn
 from steppe._engine.groups import parameters_of
 from steppe._tensors.dtensor import all_plain, foreach, local, reduced
-from steppe._tensors.in_place import copy_, real_views
+from steppe._tensors.in_place import copy_, overlapping, real_views
 from steppe._tensors.reductions import all_finite
 
 # Attribute of a gradient: its version when the last step or zero_grad() left it, and True if that was a step. Without
@@ -168,6 +168,7 @@ class Gradients:
     @torch.no_grad()
     def accumulate(self, values: dict[Tensor, Tensor]) -> None:
         """Add values to the gradients; a parameter without a gradient gets the value itself."""
+        self.parameters_and_gradients()  # each gets a gradient of its own, or a shared one would be added to twice
         both = [(p.grad, v) for p, v in values.items() if p.grad is not None]
         foreach(torch._foreach_add_, [g for g, _ in both], [v for _, v in both])
         self.replace({p: v for p, v in values.items() if p.grad is None})
@@ -313,6 +314,14 @@ class Gradients:
         try:
             self.stepping = True
             self.base_steps += (self._base.step(), 1)[1]  # in one line: no interrupt comes between step and count
+        except RuntimeError as error:
+            if "modified by an inplace operation" not in str(error):
+                raise
+            raise RuntimeError(
+                f"{type(self._base).__name__} cannot be the base: its step() differentiates the gradient once more "
+                "(backward(create_graph=True)), and the weights were restored to w since the pass in which its graph "
+                "was made. steppe.variants.sassha steps with an estimate of the Hessian's diagonal"
+            ) from error
         finally:
             self.stepping = False
 
@@ -360,13 +369,32 @@ def unless_skipped(base: Optimizer, new: Sequence[Tensor], old: Sequence[Tensor]
 
 
 def _real_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
-    """Return real views of ``.grad``, such that writing to them writes to ``.grad``."""
+    """Return real views of ``.grad``, such that writing to them writes to ``.grad`` of that parameter alone."""
     if not all_plain(gradients):
         gradients = [reduced(gradient) for gradient in gradients]
         for p, gradient in zip(parameters, gradients, strict=True):
             if p.grad is not gradient:
                 p.grad = gradient
-    return real_views(gradients)
+    return real_views(_with_own_memory(parameters, gradients))
+
+
+def _with_own_memory(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the gradients after each parameter that has none of its own has got a copy as its ``.grad``.
+
+    ``torch.autograd.grad`` returns one tensor for several parameters whose gradients are equal, and an expanded one for
+    a sum. It and ``backward()`` return complex gradients that are conjugated only where they are read.
+    """
+    plain = gradients if all_plain(gradients) else [g for g in gradients if all_plain([g])]
+    shared = {id(plain[i]) for i in overlapping(plain)}
+    shared.update(id(g) for g in plain if g.dtype.is_complex and (g.is_conj() or g.is_neg()))
+    if not shared:
+        return gradients
+    with torch.enable_grad():  # a base may differentiate the gradient once more
+        for p, gradient in zip(parameters, gradients, strict=True):
+            if id(gradient) in shared and p.grad is gradient:
+                value = gradient.resolve_conj().resolve_neg()
+                p.grad = gradient.clone() if value is gradient else value
+    return [gradient for p in parameters if (gradient := p.grad) is not None]
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:
