@@ -386,7 +386,7 @@ def _with_own_memory(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) 
     """
     plain = gradients if all_plain(gradients) else [g for g in gradients if all_plain([g])]
     shared = {id(plain[i]) for i in overlapping(plain)}
-    shared.update(id(g) for g in plain if g.dtype.is_complex and (g.is_conj() or g.is_neg()))
+    shared.update(id(g) for g in filter(Tensor.is_complex, plain) if g.is_conj() or g.is_neg())
     if not shared:
         return gradients
     with torch.enable_grad():  # a base may differentiate the gradient once more
@@ -394,7 +394,7 @@ def _with_own_memory(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) 
             if id(gradient) in shared and p.grad is gradient:
                 value = gradient.resolve_conj().resolve_neg()
                 p.grad = gradient.clone() if value is gradient else value
-    return [gradient for p in parameters if (gradient := p.grad) is not None]
+    return [own for p in parameters if (own := p.grad) is not None]
 
 
 def _is_same_view(a: Tensor, b: Tensor) -> bool:

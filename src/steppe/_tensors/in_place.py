@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from itertools import repeat
-from operator import add, attrgetter
+from operator import attrgetter
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from steppe._tensors.dtensor import all_plain, is_sharded, local, locals_of, sha
 
 _device, _dtype, _shape = attrgetter("device"), attrgetter("dtype"), attrgetter("shape")
 _KIND = (_shape, _dtype, _device)
-_version, _nbytes = attrgetter("_version"), attrgetter("nbytes")
+_version = attrgetter("_version")
 _HOST = "cpu"
 """The type of device whose values are read at no cost; tests that record steps on a CPU, for a GPU, replace it."""
 _FUSIBLE = (torch.float32, torch.bfloat16, torch.float16)
@@ -176,45 +176,26 @@ def _local_value(value: Tensor, target: Tensor) -> Tensor:
 
 
 def overlapping(tensors: Sequence[Tensor]) -> list[int]:
-    """Return the positions of plain tensors that overlap themselves (expanded), or one of the others, in memory.
+    """Return the positions of plain tensors that overlap themselves (expanded), or begin in memory where another does.
 
-    Of several tensors in the same memory, one is left out: it may keep it. Tensors in parts of one buffer do not
-    overlap. Two tensors that both have gaps (columns of a matrix) count as overlapping only if they begin alike.
+    Of several tensors in the same memory, the first is left out: it may keep it. It is called in each pass, so that
+    other overlaps, which no gradient of torch has, are not looked for.
 
     Example:
         >>> x = torch.ones(4)
-        >>> overlapping([x, torch.ones(1).expand(4), x, x[2:], torch.ones(4)])
-        [1, 2, 3]
+        >>> overlapping([x, torch.ones(1).expand(4), x, torch.ones(4)])
+        [1, 2]
     """
-    begins = list(map(Tensor.data_ptr, tensors))
-    if all(map(Tensor.is_contiguous, tensors)):
-        found, ends = set(), list(map(add, begins, map(_nbytes, tensors)))
-    else:
-        spans = list(map(_span, tensors))
-        found = {i for i, (t, span) in enumerate(zip(tensors, spans, strict=True)) if _repeats(t, span)}
-        # of a tensor with gaps, only its first entry is known to be taken
-        sizes = [t.nbytes if span == t.numel() else 1 for t, span in zip(tensors, spans, strict=True)]
-        ends = list(map(add, begins, sizes))
-    end = 0
-    for i in sorted(range(len(tensors)), key=begins.__getitem__):
-        if begins[i] and i not in found:  # the address is 0 without entries or without memory
-            if begins[i] < end:
-                found.add(i)
-            end = max(end, ends[i])
-    return sorted(found)
-
-
-def _span(tensor: Tensor) -> int:
-    """Return the number of entries from the first to the last of a tensor in memory, both included."""
-    return 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
-
-
-def _repeats(tensor: Tensor, span: int) -> bool:
-    """True if several entries of a tensor are one number in memory."""
-    numel = tensor.numel()
-    return numel > 1 and (
-        span < numel or any(n > 1 and not s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    )
+    begins, strides = list(map(Tensor.data_ptr, tensors)), list(map(Tensor.stride, tensors))
+    if len(set(begins)) == len(begins) and not any(0 in stride for stride in strides):
+        return []
+    found, seen = [], set[int]()
+    for i, (t, begin, stride) in enumerate(zip(tensors, begins, strides, strict=True)):
+        if begin in seen or any(n > 1 and not s for n, s in zip(t.shape, stride, strict=True)):
+            found.append(i)
+        elif begin:  # 0 without entries or without memory
+            seen.add(begin)
+    return found
 
 
 def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:
