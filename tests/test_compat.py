@@ -292,3 +292,17 @@ def test_checkpoint_of_asam_does_not_load_as_sam():
         optimizer.load_state_dict(classic.state_dict())
     optimizer.load_state_dict(plain.state_dict())
     assert optimizer.rho == 2.0
+
+
+class HiddenRho(torch.optim.Adadelta):
+    """Adadelta with a signature that does not name its options."""
+
+    def __init__(self, params, **options) -> None:
+        super().__init__(params, **options)
+
+
+@pytest.mark.parametrize("sam", [SAM, steppe.SAM])
+@pytest.mark.parametrize("base", [torch.optim.Adadelta, HiddenRho])
+def test_base_with_a_rho_of_its_own_is_refused_also_if_its_signature_hides_it(sam, base):
+    with pytest.raises(TypeError, match="has a 'rho' of its own"):
+        sam(nn.Linear(2, 1).parameters(), base, rho=0.05, lr=1.0)

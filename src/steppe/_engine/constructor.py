@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from steppe._engine.groups import RHO, parameters_of
 from steppe._engine.hints import check_positional, refuse_foreign_options, refuse_unknown
-from steppe._engine.joint_base import as_one, optimizers_of
+from steppe._engine.joint_base import as_one, optimizers_of, option_names
 from steppe._engine.state_dict import holds_sam_state
 from steppe.rules import Cadence, Combination, Perturbation, ascent_steps
 
@@ -311,15 +311,26 @@ def _from_class(
     params = list(params)
     if not params:
         raise ValueError("the parameter list is empty: there is nothing to optimize")
-    if "rho" in inspect.signature(base_class).parameters:
+    _refuse_own_rho(base_class, inspect.signature(base_class).parameters)
+    refuse_foreign_options(kwargs, base_class)
+    groups = [_with_own_radius(p) if isinstance(p, dict) else p for p in params]
+    base, rho = _from_instance(base_class(groups, **kwargs), rho)
+    _refuse_own_rho(base_class, option_names(base))  # a signature with **kwargs does not name its options
+    return base, rho
+
+
+def _refuse_own_rho(base_class: Callable[..., Optimizer], names: Container[str]) -> None:
+    """Refuse a base that has an option ``rho``, which the class form could not tell from the radius.
+
+    Raises:
+        TypeError: Names the other form.
+    """
+    if "rho" in names:
         name = getattr(base_class, "__name__", repr(base_class))
         raise TypeError(
             f"{name} has a 'rho' of its own, so that 'rho' in the class form is ambiguous: write "
             f"SAM({name}(params, rho=...), rho=...)"
         )
-    refuse_foreign_options(kwargs, base_class)
-    groups = [_with_own_radius(p) if isinstance(p, dict) else p for p in params]
-    return _from_instance(base_class(groups, **kwargs), rho)
 
 
 def _with_own_radius(group: dict[str, Any]) -> dict[str, Any]:
