@@ -260,3 +260,21 @@ def test_model_and_optimizer_are_no_part_of_the_average():
     averaged = EMA(model, sgd(model))
     assert len(list(averaged.parameters())) == len(list(model.parameters()))
     assert {name.partition(".")[0] for name in averaged.state_dict()} == {"module", "n_averaged", "n_steps", "frozen"}
+
+
+@pytest.mark.parametrize("average", [EMA, SWA])
+def test_average_made_or_updated_in_inference_mode_is_updated_and_loaded_outside_of_it(average):
+    results = []
+    for inference in (True, False):
+        model = net(dropout=0.0)
+        optimizer = sam(model)
+        with torch.inference_mode(inference):
+            averaged = average(model, optimizer)
+        list(steps(model, optimizer, by_closure, range(3)))
+        with torch.inference_mode(inference):
+            averaged.update_parameters()
+        averaged.load_state_dict(copy.deepcopy(averaged.state_dict()))
+        list(steps(model, optimizer, by_closure, range(3, 5)))
+        assert not any(t.is_inference() for t in (*averaged.parameters(), *averaged.buffers()))
+        results.append(model_bits(averaged))
+    assert results[0] == results[1]

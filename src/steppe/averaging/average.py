@@ -65,6 +65,7 @@ class Average(AveragedModel):
     _steps: CompletedSteps | None
     _refusal: RemovableHandle | None
 
+    @torch.inference_mode(mode=False)  # tensors made in inference mode could not be updated outside of it
     def __init__(
         self,
         model: nn.Module,
@@ -147,6 +148,7 @@ class Average(AveragedModel):
     def _pairs(self, model: nn.Module | None = None) -> Pairs:
         return Pairs(self.module, self._live if model is None else whole_module(model))
 
+    @torch.inference_mode(mode=False)
     def _note_frozen_layers(self, *, in_training: bool = False) -> None:
         """Note which BatchNorm layers are in evaluation mode in training; in an evaluation, all modules are."""
         if self.frozen is not None and (in_training or any(m.training for m in self._live.modules())):
