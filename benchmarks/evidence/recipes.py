@@ -118,13 +118,13 @@ FAMILY = (
     *("sampa", "lookbehind_sam", "sam:ascent_steps=2", "micro_batch_sam:m=16", "msam", "rwp", "arwp", "bsam"),
     *("mixed_rwp", "mixed_arwp"),
 )
-"""The methods that have a radius."""
+"""The methods of `family` that have a radius."""
 
 NEWER = (
     *("bisam", "c_flat", "eigen_sam", "functional_sam", "gam", "le_sam", "sagm", "saner", "sassha", "stable_sam"),
     *("stale_sam", "unified_sam"),
 )
-"""Methods that were added after those of `FAMILY` had been measured."""
+"""Further methods that have a radius, in a comparison of their own."""
 
 ONE_PASS = (("msam", "stale_sam"), ("rwp", "arwp"), ("saf",))
 """Methods of one pass for a step: along former gradients, with random noise, with a loss of former outputs."""

@@ -106,7 +106,6 @@ class InputGradients:
     def __init__(self, around: Iterable[tuple[str, Tensor]], engine: Engine) -> None:
         self._engine = engine
         self._leaves: dict[int, Tensor] = {}
-        self._before: dict[int, Tensor] = {}
         self._after: dict[int, Tensor] = {}
         self._add(around)
         self._before = {key: gradient.clone() for key, gradient in self._gradients().items()}

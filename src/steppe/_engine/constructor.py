@@ -320,7 +320,7 @@ def _from_class(
 
 
 def _refuse_own_rho(base_class: Callable[..., Optimizer], names: Container[str]) -> None:
-    """Refuse a base that has an option ``rho``, which the class form could not tell from the radius.
+    """Refuse a base that has an option ``rho``, for which the class form has the same name as for the radius.
 
     Raises:
         TypeError: Names the other form.

@@ -370,21 +370,24 @@ def unless_skipped(base: Optimizer, new: Sequence[Tensor], old: Sequence[Tensor]
 
 def _real_gradients(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> list[Tensor]:
     """Return real views of ``.grad``, such that writing to them writes to ``.grad`` of that parameter alone."""
+    plain = gradients
     if not all_plain(gradients):
         gradients = [reduced(gradient) for gradient in gradients]
         for p, gradient in zip(parameters, gradients, strict=True):
             if p.grad is not gradient:
                 p.grad = gradient
-    return real_views(_with_own_memory(parameters, gradients))
+        plain = [gradient for gradient in gradients if all_plain([gradient])]
+    return real_views(_with_own_memory(parameters, gradients, plain))
 
 
-def _with_own_memory(parameters: Sequence[Tensor], gradients: Sequence[Tensor]) -> Sequence[Tensor]:
-    """Return the gradients after each parameter that has none of its own has got a copy as its ``.grad``.
+def _with_own_memory(
+    parameters: Sequence[Tensor], gradients: Sequence[Tensor], plain: Sequence[Tensor]
+) -> Sequence[Tensor]:
+    """Return the gradients after each parameter whose plain one is not its own has got a copy as its ``.grad``.
 
     ``torch.autograd.grad`` returns one tensor for several parameters whose gradients are equal, and an expanded one for
     a sum. It and ``backward()`` return complex gradients that are conjugated only where they are read.
     """
-    plain = gradients if all_plain(gradients) else [g for g in gradients if all_plain([g])]
     shared = {id(plain[i]) for i in overlapping(plain)}
     shared.update(id(g) for g in filter(Tensor.is_complex, plain) if g.is_conj() or g.is_neg())
     if not shared:

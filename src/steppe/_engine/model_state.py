@@ -12,7 +12,7 @@ from steppe._engine.attributes import Attributes, has_storage, may_assign_attrib
 from steppe._engine.generators import get_state, set_state
 from steppe._engine.registrations import Registrations, restore_entries, same_objects, tensors_in
 from steppe._tensors.dtensor import all_plain, is_sharded, locals_of
-from steppe._tensors.in_place import copy_, reuse
+from steppe._tensors.in_place import copy_, is_expanded, reuse
 
 LARGE = 2**24
 """Number of elements up to which untrained parameters are always copied, however few the optimizer trains."""
@@ -269,4 +269,4 @@ def is_writable(tensor: Tensor) -> bool:
     """
     if not has_storage(tensor) or tensor.is_inference():
         return False
-    return not any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
+    return not is_expanded(tensor)

@@ -191,11 +191,16 @@ def overlapping(tensors: Sequence[Tensor]) -> list[int]:
         return []
     found, seen = [], set[int]()
     for i, (t, begin, stride) in enumerate(zip(tensors, begins, strides, strict=True)):
-        if begin in seen or any(n > 1 and not s for n, s in zip(t.shape, stride, strict=True)):
+        if begin in seen or (0 in stride and is_expanded(t)):
             found.append(i)
         elif begin:  # 0 without entries or without memory
             seen.add(begin)
     return found
+
+
+def is_expanded(tensor: Tensor) -> bool:
+    """True if several entries of a tensor are one number in memory."""
+    return any(stride == 0 and size > 1 for stride, size in zip(tensor.stride(), tensor.shape, strict=True))
 
 
 def real_views(tensors: Sequence[Tensor]) -> list[Tensor]:

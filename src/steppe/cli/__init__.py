@@ -238,6 +238,7 @@ def _in_one_line(text: str, command: str) -> str:
         lines = lines[1:]
     first = itertools.takewhile(lambda line: not _is_rule(line), lines)
     said = " ".join(" ".join(first).split()).removeprefix("Error parsing ").removesuffix(" (required)")
+    # what a class, a field of it or a section is called, and the option's name if it is there twice
     said = re.sub(r"^(--methods: )?(recipe|[A-Z][a-z]+|(\.[a-z_]+)+|methods|--methods [^ ]+): ", r"\1", said)
     return f"{said.rstrip('.')}. `{command}` explains the options"
 

@@ -41,8 +41,8 @@ def on_copies(model: nn.Module, state: Mapping[str, Tensor]) -> Iterator[None]:
     """Put tensors in the place of the model's parameters and buffers, by name, and copies in that of its attributes.
 
     On exit the model has its own again, and its random generators their states. A tensor is replaced wherever it is
-    registered, and in attributes; a module with several names once, where ``functional_call`` would replace its tensors
-    for each name, and put those back that it has placed.
+    registered, and in attributes; in a module with several names once, where ``functional_call`` would replace it for
+    each name, and take the replacement for the original.
 
     Raises:
         ValueError: Two tensors for one parameter, whose names were tied since they were listed.

@@ -81,14 +81,16 @@ class Method(Comparison):
     @property
     def needs_classes(self) -> bool:
         """True if the run fills in the number of classes, which not every task has."""
-        classes = self.parameters.get("classes")
-        return classes is not None and _is_filled(classes)
+        return self._is_filled_in("classes")
 
     @property
     def follows_plan(self) -> bool:
         """True if it follows a schedule over the planned steps, so that a part of its run is no result."""
-        steps = self.parameters.get("total_steps")
-        return steps is not None and _is_filled(steps)
+        return self._is_filled_in("total_steps")
+
+    def _is_filled_in(self, name: str) -> bool:
+        parameter = self.parameters.get(name)
+        return parameter is not None and _is_filled(parameter)
 
     def cost(self, overrides: Mapping[str, Value]) -> Fraction:
         """Return the planned gradient evaluations for a sample in a step, with the arguments of a spec."""

@@ -141,11 +141,6 @@ class Recipe:
                 f"{changed[0]}={given[changed[0]]}: task={self.data.task} brings the model and the data, so it would "
                 "have no effect: leave it out"
             )
-        if self.comparison.widths:
-            raise ValueError(
-                f"widths={' '.join(map(str, self.comparison.widths))}: task={self.data.task} brings the model, whose "
-                "width they would not change: leave them out"
-            )
         if self.training.base == "own" and self.training.momentum is not None:
             raise ValueError(
                 f"momentum={self.training.momentum}: base=own is the task's own optimizer, which has its own: set it "
@@ -196,6 +191,10 @@ class Recipe:
         if not found:
             return
         widths = f"widths={' '.join(map(str, found))}"
+        if self.data.task:
+            raise ValueError(
+                f"{widths}: task={self.data.task} brings the model, whose width they would not change: leave them out"
+            )
         if found[0] < 1 or len(set(found)) < len(found):
             raise ValueError(f"{widths}: channels of the network's first stage, each at least 1 and given once")
         if self.model.width != ModelConfig.width:
