@@ -89,7 +89,8 @@ def confirm(
     chosen = evidence.best(setting, found["best"])
     runs = None if args.tiny else evidence.confirming_runs(setting)
     seeds = [] if runs is None else ["--seeds", str(runs)]
-    comparison = ["compare", *shared, "--methods", evidence.base, *chosen, *evidence.others, *seeds]
+    others = [*evidence.others_in.get(setting, ()), *evidence.others]
+    comparison = ["compare", *shared, "--methods", evidence.base, *chosen, *others, *seeds]
     _steppe([*comparison, *how_many, "--out", str(folder)])
     return {
         "date": results.today(),
