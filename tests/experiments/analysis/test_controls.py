@@ -54,6 +54,13 @@ def test_with_a_schedule_equal_steps_is_a_run_of_its_own_with_half_of_the_comput
     assert [run.name for run in of.runs()][:3] == ["sgd-seed0", "sam-seed0", "sgd@0.5-seed0"]
 
 
+@pytest.mark.parametrize("schedule", ["constant", "cosine"])
+def test_equal_steps_are_no_control_where_they_are_equal_compute_to_the_nearest_epoch(schedule: str) -> None:
+    of = recipe(epochs=1, seeds=SEEDS, schedule=schedule)
+    assert "equal_steps" not in differences(of, [record(1, 60.0)], [record(1, 65.0)])
+    assert {run.method.share for run in of.runs()} == {1}
+
+
 def test_best_moment_is_chosen_on_one_half_and_judged_on_the_other() -> None:
     halves = "test_accuracy (half 1)", "test_accuracy (half 2)"
     base = [

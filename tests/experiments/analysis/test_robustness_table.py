@@ -141,11 +141,11 @@ def test_controls_are_beside_the_verdicts(schedule: str, at_equal_steps: float) 
     assert "but worse than SGD with averaged weights (-1.90 points" in verdict.sentence({"sam": "SAM", "sgd": "SGD"})
 
 
-def test_control_runs_have_no_rows_of_their_own_even_where_they_are_as_long_as_the_others() -> None:
-    of = recipe(methods=("sgd", "sam"), seeds=1, schedule="cosine", epochs=1)
+def test_control_runs_have_no_rows_of_their_own() -> None:
+    of = recipe(methods=("sgd", "sam"), seeds=1, schedule="cosine", epochs=2)
     (sgd, sam, half) = of.runs()
     usual = {"train_loss": 0.1, "train_accuracy": 99.0, "test_loss": 0.5, "test_accuracy": 80.0, "gap": 19.0}
-    record = Record(1, 1.0, 10, 144, 1.0, usual | {MEAN: 60.0}, 1.0, 72.0)
+    record = Record(2, 1.0, 10, 144, 1.0, usual | {MEAN: 60.0}, 1.0, 72.0)
     made = robustness_of(of, {run: [record] for run in (sgd, sam, half)})
     assert made is not None
     assert [row[0] for row in made.table().sections[""]] == ["SGD", "SAM"]

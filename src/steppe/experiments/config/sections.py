@@ -194,8 +194,17 @@ class ComparisonConfig:
         return max(1, round(self.epochs * self.share_of_as_many_steps(method, other)))
 
     def share_of_as_many_steps(self, method: MethodSpec, other: MethodSpec) -> Fraction:
-        """Return the part of the compute in which `method` makes as many steps as `other` in the whole of it."""
-        return method.passes / other.passes
+        """Return the part of the compute in which `method` makes as many steps as `other` in the whole of it.
+
+        It is 1 where that part is the whole to the nearest standardized epoch, in which parts are measured.
+
+        >>> sgd, sam = MethodSpec("sgd"), MethodSpec("sam")
+        >>> [str(ComparisonConfig(epochs=n).share_of_as_many_steps(sgd, sam)) for n in (1, 2)]
+        ['1', '1/2']
+        """
+        share = method.passes / other.passes
+        is_part = share < 1 and max(1, round(self.epochs * share)) < self.epochs
+        return share if is_part else max(share, Fraction(1))
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "widths", tuple(sorted(self.widths)))
