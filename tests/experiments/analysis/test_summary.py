@@ -162,6 +162,12 @@ def test_records_are_one_json_line_each(tmp_path: Path) -> None:
             [81.0, 82.1, 83.1],
             "The gap is 6.97 points smaller; 5.90 of them are lower training accuracy.",
         ),
+        (
+            [88.0, 88.1, 88.2],
+            [79.0, 80.1, 81.1],
+            "The gap is 4.97 points smaller because training accuracy is 5.90 points lower; test accuracy is lower, "
+            "too.",
+        ),
         ([94.0, 94.0, 94.0], [84.0, 85.1, 86.1], None),  # it closes by the test accuracy alone
         ([94.0, 94.0, 94.0], [80.0, 81.0, 82.0], None),  # it does not close
     ],

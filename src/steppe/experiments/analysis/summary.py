@@ -250,7 +250,13 @@ def _share_of_training(verdict: MetricVerdict, gap: MetricVerdict) -> Iterator[s
         unit = f" {metric.unit_of_change}" if metric.unit else ""
         way = "lower" if metric.higher_is_better else "higher"
         whole, part = (f"{value:{metric.form}}" for value in (-closed.mean, lost))
-        yield f"The gap is {whole}{unit} smaller; {part} of them are {way} training {metric.name}."
+        if metric.better * test.mean >= 0:
+            yield f"The gap is {whole}{unit} smaller; {part} of them are {way} training {metric.name}."
+        else:
+            yield (
+                f"The gap is {whole}{unit} smaller because training {metric.name} is {part}{unit} {way}; test "
+                f"{metric.name} is {way}, too."
+            )
 
 
 def setting(recipe: Recipe) -> str:
