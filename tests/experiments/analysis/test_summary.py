@@ -92,7 +92,10 @@ def test_unfinished_runs_are_named_and_not_paired() -> None:
     partial[Run(two, MethodSpec.parse("sam"), 1)] = partial[Run(two, MethodSpec.parse("sam"), 1)][:1]
     summary = summarize(two, partial)
     assert summary.gaps[0].first.difference.n == 1
-    assert list(summary.notes())[-1].endswith("not come so far: sam-seed1.")
+    assert list(summary.notes())[-1] == (
+        "Not finished, and neither in the table nor in the verdicts where it has not come so far: sam-seed1. If its "
+        "loss diverged, its method is worse than its other runs show."
+    )
     assert summarize(two, {run: [] for run in two.runs()}).rows == []
 
 

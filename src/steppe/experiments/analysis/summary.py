@@ -178,7 +178,10 @@ class Summary(SummaryFiles):
             yield _GAP_OF_WRONG_LABELS
         yield from self._certainty()
         if self.unfinished:
-            yield f"Not finished, and not in the table where it has not come so far: {', '.join(self.unfinished)}."
+            yield (
+                "Not finished, and neither in the table nor in the verdicts where it has not come so far: "
+                f"{', '.join(self.unfinished)}. If its loss diverged, its method is worse than its other runs show."
+            )
 
     def _certainty(self) -> Iterator[str]:
         """Yield how often these verdicts are wrong, and what their intervals mean."""
