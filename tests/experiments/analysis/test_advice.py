@@ -122,3 +122,33 @@ def test_radii_beyond_the_best_one_are_suggested_at_the_ends_of_those_tried() ->
 
 def test_no_methods_need_no_advice() -> None:
     assert advise([], CANDIDATES) == []
+
+
+def test_the_radii_of_the_base_and_of_failed_runs_count_as_tried() -> None:
+    numbers = {"sam:rho=0.1": by(-1.0), "sam:rho=0.2": by(-2.0)}
+    of_base = advise(judge(ACCURACY, "sam", {EQUAL_COMPUTE: numbers}), CANDIDATES)
+    assert has(of_base, "Try a smaller radius, sam:rho=0.025: of those tried, the smallest")
+    better = advise(judge(ACCURACY, "sam", {EQUAL_COMPUTE: {"sam:rho=0.1": by(1.0)}}), CANDIDATES)
+    assert not has(better, "Try"), "0.2 is in the folder, too, without a number"
+    failed = dict.fromkeys(range(4), (float("nan"), 84.0))
+    assert not has(advice(sam=0.5, sam_1=1.0, sam_2=failed), "Try a larger")
+    assert has(advice(sam_1=1.0, sam_2=failed), "Try a smaller radius, sam:rho=0.05: of those tried, the smallest")
+
+
+def test_other_radii_are_suggested_with_the_other_options_of_a_method() -> None:
+    candidates = CANDIDATES | {
+        "looksam:interval=2": Candidate("LookSAM (interval 2)", "looksam", 1.5, 10.2, 0.05, "interval=2"),
+    }
+    numbers = {"looksam:interval=2": by(0.5), "looksam": by(1.0)}
+    lines = advise(judge(ACCURACY, "sgd", {EQUAL_COMPUTE: numbers}), candidates)
+    assert has(
+        lines,
+        "Try other radii: looksam:rho=0.025,interval=2 looksam:rho=0.1,interval=2, or",
+        "Try other radii: looksam:rho=0.025 looksam:rho=0.1, or",
+    )
+
+
+def test_the_averaged_base_is_suggested_with_its_options() -> None:
+    candidates = CANDIDATES | {"asam:rho=0.5": Candidate("ASAM (rho 0.5)", "asam", 2.0, 10.0, 0.5)}
+    lines = advise(judge(ACCURACY, "asam:rho=0.5", {EQUAL_COMPUTE: {"sam": by(1.0)}}), candidates)
+    assert has(lines, "If the price of a step matters, compare with asam+ema:rho=0.5 (averaged weights)")

@@ -43,14 +43,25 @@ class Candidate:
 
     label: str
     name: str
-    """The method without its options: one name for all its radii."""
+    """The method without its options."""
     passes: float
     """Forward-backward passes of a step."""
     seconds: float
     """Training time of a run at equal compute."""
     rho: float | None = None
+    options: str = ""
+    """Its options but for rho, as a spec has them."""
     metric_fails: bool = False
     """True if the deciding metric of a run is not finite where its loss is: then the training is not the reason."""
+
+    @property
+    def family(self) -> tuple[str, str]:
+        """What all radii of a method have in common."""
+        return self.name, self.options
+
+    def with_rho(self, rho: float) -> str:
+        """Return the spec of the method with another radius."""
+        return f"{self.name}:rho={rho:.3g}" + (f",{self.options}" if self.options else "")
 
 
 Candidates = Mapping[str, Candidate]
@@ -178,21 +189,25 @@ def _certainty(judged: Sequence[MetricVerdict]) -> str:
 
 
 def _next_radius(verdicts: Sequence[MetricVerdict], candidates: Candidates) -> Iterator[str]:
-    """Suggest radii beyond the best one where it is at an end of those tried."""
-    by_name: dict[str, list[MetricVerdict]] = {}
+    """Suggest radii beyond the best one where it is at an end of those tried, the base's and failed ones included."""
+    gains: dict[tuple[str, str], dict[float, float]] = {}
     for verdict in verdicts:
-        if candidates[verdict.method].rho and math.isfinite(_gain(verdict)):
-            by_name.setdefault(candidates[verdict.method].name, []).append(verdict)
-    for name, tried in by_name.items():
-        radii = sorted({candidates[verdict.method].rho or 0.0 for verdict in tried})
-        best = candidates[max(tried, key=_gain).method].rho or 0.0
-        if len(radii) == 1:
-            yield f"Try other radii: {name}:rho={best / 2:.3g} {name}:rho={best * 2:.3g}, or steppe tune."
-        elif best in (radii[0], radii[-1]):
-            size, end, other = (
-                ("smaller", "smallest", best / 2) if best == radii[0] else ("larger", "largest", best * 2)
-            )
-            yield f"Try a {size} radius, {name}:rho={other:.3g}: of those tried, the {end} is the best one."
+        method = candidates[verdict.method]
+        if method.rho and not verdict.first.difference.lost:
+            gains.setdefault(method.family, {})[method.rho] = _gain(verdict)
+    base = candidates[verdicts[0].base] if verdicts else None
+    if base is not None and base.rho and base.family in gains:
+        gains[base.family][base.rho] = 0.0
+    for family, by_radius in gains.items():
+        tried = {each.rho: each for each in candidates.values() if each.family == family and each.rho}
+        best = max(by_radius, key=by_radius.__getitem__)
+        smaller, larger = (tried[best].with_rho(rho) for rho in (best / 2, best * 2))
+        if len(tried) == 1:
+            yield f"Try other radii: {smaller} {larger}, or steppe tune."
+        elif best == min(tried):
+            yield f"Try a smaller radius, {smaller}: of those tried, the smallest is the best one."
+        elif best == max(tried):
+            yield f"Try a larger radius, {larger}: of those tried, the largest is the best one."
 
 
 def _cheaper(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
@@ -202,7 +217,8 @@ def _cheaper(best: MetricVerdict, candidates: Candidates) -> Iterator[str]:
     tried = {candidate.name for candidate in candidates.values()}
     untried = [spec for name, spec in _OF_ONE_PASS.items() if name not in tried]
     if best.control(AVERAGED) is None:
-        untried.insert(0, f"{candidates[best.base].name}+{AVERAGE} (averaged weights)")
+        name = candidates[best.base].name
+        untried.insert(0, f"{name}+{AVERAGE}{best.base.removeprefix(name)} (averaged weights)")
     if untried:
         yield f"If the price of a step matters, compare with {_enumerated(untried)}: no second pass is needed."
 

@@ -57,6 +57,7 @@ def advice(recipe: Recipe, results: Results, judged: Sequence[MetricVerdict]) ->
                 passes=estimate([record.passes for record in found]).mean,
                 seconds=estimate([record.seconds for record in found]).mean,
                 rho=method.rho(recipe.training.rho) if "rho" in method.definition.arguments else None,
+                options=method.options_but("rho"),
                 metric_fails=any(not is_usable(record[test]) and is_usable(record["test_loss"]) for record in found),
             )
     return [*advise(judged, candidates), *_without_equal_steps(recipe, results), *_without_average(recipe, results)]

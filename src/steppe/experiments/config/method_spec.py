@@ -111,6 +111,14 @@ class MethodSpec:
         """The method and its average, without arguments."""
         return self.name + (f"+{self.average}" if self.average else "")
 
+    def options_but(self, left_out: str) -> str:
+        """Return the overrides as a spec has them, without one of them.
+
+        >>> MethodSpec.parse("looksam:rho=0.1,interval=2").options_but("rho")
+        'interval=2'
+        """
+        return ",".join(f"{key}={_write(value)}" for key, value in self.overrides if key != left_out)
+
     @property
     def folder(self) -> str:
         """The spec's part of a folder's name.
