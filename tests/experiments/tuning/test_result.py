@@ -1,5 +1,6 @@
 import io
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,22 @@ def test_best_value_at_an_edge_gives_a_warning(rho: float, warning: str | None) 
     if warning is not None:
         with pytest.raises(Warning, match=warning):
             raise Warning(warnings[0])
+
+
+def test_the_range_that_is_suggested_begins_where_the_best_value_lies() -> None:
+    found = tuning_result(result(0, 0.1, 80.0, 81.0, 82.0), result(1, 0.2, 84.0, 85.0, 86.0), low=0.05, high=0.2)
+    assert next(found.warnings()).endswith(" Search there, in another --out: --search rho=0.1..0.4")
+
+
+def test_no_range_is_suggested_that_the_method_cannot_take() -> None:
+    given = recipe(seeds=3, methods=["sgd", "random_sam"])
+    trials = [
+        replace(result(number, 0.1, *accuracies, method="random_sam"), values={"p": p})
+        for number, (p, accuracies) in enumerate([(0.6, (80.0, 81.0, 82.0)), (0.9, (84.0, 85.0, 86.0))])
+    ]
+    found = TuningResult(given, TuningOptions(), spaces(given, ["p=0.5..0.9"], baseline=True), Path("t"), trials)
+    (warning,) = found.warnings()
+    assert warning.endswith("lies at the upper edge of p=0.5..0.9, so a better one may lie beyond.")
 
 
 def test_single_runs_give_no_verdict() -> None:

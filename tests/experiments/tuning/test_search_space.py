@@ -24,6 +24,22 @@ def test_words_are_read_and_written(word: str, kind: type[Value], wanted: object
 
 
 @pytest.mark.parametrize(
+    ("word", "kind", "lower", "upper"),
+    [
+        ("rho=0.01..1", float, "rho=0.001..0.1", "rho=0.1..10"),
+        ("lr=0.05..0.2", float, "lr=0.025..0.1", "lr=0.1..0.4"),
+        ("k=2..64:log", int, "k=1..12:log", "k=11..363:log"),
+    ],
+)
+def test_the_range_beyond_an_edge_is_as_wide_and_has_the_edge_in_its_middle(
+    word: str, kind: type[Value], lower: str, upper: str
+) -> None:
+    dimension = read(word, kind)
+    assert isinstance(dimension, Range)
+    assert [str(dimension.beyond(edge)) for edge in ("lower", "upper")] == [lower, upper]
+
+
+@pytest.mark.parametrize(
     ("words", "answer"),
     [
         (["rho"], "'rho' names no values to try: write NAME=LOW..HIGH"),

@@ -307,9 +307,9 @@ class TuningResult(SummaryFiles):
                     f"{dimension}, so a better one may lie beyond."
                 )
                 if isinstance(dimension, Range) and dimension.log:
-                    factor = 10.0 if edge == "upper" else 0.1
-                    low, high = (float(f"{end * factor:.3g}") for end in (dimension.low, dimension.high))
-                    text += f" Search there, in another --out: --search {dimension.name}={low:g}..{high:g}"
+                    beyond = dimension.beyond(edge)
+                    if all(best.space.takes({**best.result.values, dimension.name: end}) for end in beyond.values):
+                        text += f" Search there, in another --out: --search {beyond}"
                 yield text
 
     @cached_property

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import product
 from types import MappingProxyType
 from typing import Any
@@ -57,6 +57,18 @@ class Range:
         position = (scale(float(value)) - low) / (high - low)
         return "lower" if position <= 0.05 else "upper" if position >= 0.95 else None
 
+    def beyond(self, edge: str) -> "Range":
+        """Return a logarithmic range of the same size around one of its edges.
+
+        >>> print(Range("lr", 0.05, 0.2, log=True).beyond("upper"))
+        lr=0.1..0.4
+        """
+        center, ratio = self.high if edge == "upper" else self.low, math.sqrt(self.high / self.low)
+        low, high = center / ratio, center * ratio
+        if self.integer:
+            low, high = max(1, round(low)), math.ceil(high)
+        return replace(self, low=float(f"{low:.3g}"), high=float(f"{high:.3g}"))
+
     def __str__(self) -> str:
         usual = self.log is not self.integer
         return f"{self.name}={self.low:g}..{self.high:g}" + ("" if usual else ":log" if self.log else ":linear")
@@ -103,6 +115,14 @@ class Space:
         options = self.options(values)
         spec = self.spec.override({name: value for name, value in values.items() if name not in options})
         return self.recipe.replace(methods=(spec,), **options)
+
+    def takes(self, values: Values) -> bool:
+        """True if the method can take these values."""
+        try:
+            self.at(values)
+        except ValueError:
+            return False
+        return True
 
     def options(self, values: Values) -> dict[str, Any]:
         """Return the values of options of the recipe; the others are arguments of the method."""
