@@ -1,9 +1,12 @@
 """steppe.experiments.compare, tune and measure: from Python."""
 
+import json
 from dataclasses import asdict, replace
 from html import escape
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,6 +18,8 @@ from torch.optim import Optimizer
 import steppe
 from steppe.experiments import ComparisonResult, Metric, Task, accuracy, compare, measure, tune
 from steppe.experiments.comparison import plot
+from steppe.experiments.config.presets import RECIPES
+from steppe.experiments.config.recipe import Recipe
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.report import page
 
@@ -232,6 +237,36 @@ def test_unknown_options_of_compare_and_measure_are_told_with_the_closest_one(tm
         measure(tmp_path, restart=3)
     with pytest.raises(ValueError, match="batch_norm: 'evl' is unknown; did you mean 'eval'"):
         measure(tmp_path, batch_norm="evl")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("option", "wanted"),
+    [
+        ({"device": "cuda:0"}, "device: 'cuda:0' is unknown; did you mean 'cuda'"),
+        ({"device": "gpu"}, "device: 'gpu' is unknown"),
+        ({"schedule": "cosin"}, "schedule: 'cosin' is unknown; did you mean 'cosine'"),
+        ({"base": "SGD"}, "base: 'SGD' is unknown"),
+        ({"on": "ry"}, "on: 'ry' is unknown; did you mean 'ray'"),
+        ({"amp": "no"}, "amp='no': True or False is needed, and it is str"),
+        ({"lr": "1e-3"}, "lr='1e-3': a number is needed, and it is str"),
+        ({"lr": True}, "lr=True: a number is needed, and it is bool"),
+        ({"epochs": 2.5}, "epochs=2.5: a whole number is needed, and it is float"),
+        ({"seeds": [0, 1]}, r"seeds=\[0, 1\]: a whole number is needed, and it is list"),
+        ({"runs_at_once": 2.5}, "runs_at_once=2.5: a whole number is needed, and it is float"),
+    ],
+)
+def test_option_of_another_kind_is_refused(option: dict[str, Any], wanted: str, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=wanted):
+        compare(classifier(), **{"out": tmp_path / "run", "quiet": True} | option)
+    assert not (tmp_path / "run").exists()
+
+
+def test_numbers_of_numpy_and_tensors_are_options_like_those_of_python() -> None:
+    numbers = {"seeds": np.int64(2), "rho": torch.tensor(0.5), "lr": np.float64(0.25), "device": torch.device("cpu")}
+    recipe = RECIPES["task"][0].replace(**numbers)
+    options = [recipe.options()[name] for name in numbers]
+    assert (options, [*map(type, options)]) == ([2, 0.5, 0.25, "cpu"], [int, float, float, str])
+    assert Recipe.from_json(json.loads(json.dumps(recipe.to_json()))) == recipe
 
 
 def test_named_task_has_the_folder_of_the_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,10 +1,12 @@
 """Sections of a recipe. A field is an option of the command line, and its docstring the help."""
 
 import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal, get_args, get_origin, get_type_hints
+from types import MappingProxyType, UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from steppe.experiments.config.method_spec import MethodSpec
 from steppe.experiments.data.datasets import DatasetName
@@ -26,10 +28,24 @@ _LARGEST = 2**62
 """Of whole numbers: seeds and counts are integers of 64 bits elsewhere, and are added to each other."""
 
 
+_KINDS: Mapping[type, tuple[type | tuple[type, ...], str]] = MappingProxyType(
+    {
+        bool: (bool, "True or False"),
+        int: (int, "a whole number"),
+        float: ((int, float), "a number"),
+        str: (str, "a text"),
+    }
+)
+
+
 def check_ranges(section: object) -> None:
-    """Raise ValueError for an option that is out of its range; None is in every range."""
+    """Raise ValueError for an option that is of another kind or out of its range; None is in every range.
+
+    Numbers of NumPy and tensors of one number become those of Python.
+    """
     for name, hint in get_type_hints(type(section), include_extras=True).items():
-        value = getattr(section, name)
+        value = _of_kind(name, getattr(section, name), hint)
+        object.__setattr__(section, name, value)
         if get_origin(hint) is not Annotated or value is None:
             continue
         (minimum,) = hint.__metadata__
@@ -40,6 +56,37 @@ def check_ranges(section: object) -> None:
             raise ValueError(f"{name}={value}: {meaning} must be a finite number above {limit}")
         if isinstance(value, int) and value > _LARGEST:
             raise ValueError(f"{name}={value}: {meaning}, must be at most {_LARGEST}, so that it fits into 64 bits")
+
+
+def _of_kind(name: str, value: Any, hint: Any) -> Any:
+    """Return the value of an option as one of Python's own; ValueError if it is of another kind than its hint."""
+    kinds = list(_flat(hint))
+    if value is None and type(None) in kinds:
+        return value
+    if getattr(value, "ndim", None) == 0 and hasattr(value, "item"):
+        value = value.item()
+    known = [one for kind in kinds if get_origin(kind) is Literal for one in get_args(kind)]
+    if known:
+        if str(value) not in known:
+            raise ValueError(unknown(name, str(value), known))
+        return str(value)
+    for kind in kinds:
+        if kind in _KINDS:
+            wanted, words = _KINDS[kind]
+            if not isinstance(value, wanted) or (isinstance(value, bool) and kind is not bool):
+                raise ValueError(f"{name}={value!r}: {words} is needed, and it is {type(value).__name__}")
+    return value
+
+
+def _flat(hint: Any) -> Iterator[Any]:
+    """Yield the types of a hint, each of a union."""
+    if get_origin(hint) is Annotated:
+        yield from _flat(get_args(hint)[0])
+    elif get_origin(hint) in (Union, UnionType):
+        for one in get_args(hint):
+            yield from _flat(one)
+    else:
+        yield hint
 
 
 @dataclass(frozen=True)

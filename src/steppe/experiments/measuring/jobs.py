@@ -8,14 +8,15 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from itertools import islice
-from typing import Any, Literal, NamedTuple, Protocol, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, Protocol, TypeVar
 
 import torch
 from rich.console import Console
 from torch import nn
 from torch.optim import Optimizer
 
-from steppe.experiments.errors import ExperimentError, unknown
+from steppe.experiments.config.sections import check_ranges
+from steppe.experiments.errors import ExperimentError
 from steppe.experiments.execution import cpus
 from steppe.experiments.execution.pool import ProcessPool, Worker, WorkerDied
 from steppe.experiments.execution.progress import JobProgress, print_line
@@ -48,8 +49,7 @@ class MeasuringOptions:
     """Runs to measure at a time, each on one CPU thread; by default as many as there are CPUs, and 1 on a GPU."""
 
     def __post_init__(self) -> None:
-        if self.batch_norm not in get_args(_BatchNorm):
-            raise ValueError(unknown("batch_norm", str(self.batch_norm), get_args(_BatchNorm)))
+        check_ranges(self)
         for name in ("samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: the number of samples must be at least one")

@@ -1,9 +1,10 @@
 """The options of `steppe tune`."""
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
+from typing import Literal
 
 from steppe.experiments.config.recipe import Recipe
+from steppe.experiments.config.sections import check_ranges
 from steppe.experiments.config.task_info import LOSS, MetricInfo
 from steppe.experiments.errors import OptionError, unknown
 from steppe.experiments.robustness.records import IMAGE_MEASURES
@@ -41,12 +42,11 @@ class TuningOptions:
     """The URL of a database that Optuna supports, for many machines; by default an SQLite file in the run folder."""
 
     def __post_init__(self) -> None:
+        check_ranges(self)
         if self.trials is not None and self.trials < 1:
             raise ValueError(f"trials={self.trials}: the number of trials must be at least 1")
         if self.hold_out < 2:
             raise ValueError(f"hold_out={self.hold_out}: one in so many samples is held out: use at least 2")
-        if self.sampler not in get_args(_Sampler):
-            raise ValueError(unknown("sampler", str(self.sampler), get_args(_Sampler)))
         if self.sampler_seed < 0:
             raise ValueError(f"sampler_seed={self.sampler_seed}: a seed must be at least 0")
 
