@@ -1,5 +1,6 @@
 """An error in a user's function is one line, with shapes and the user's file and line, before anything is trained."""
 
+import copy
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from own_tasks import classifier, data, net
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, TensorDataset
 
+from steppe.experiments import compare
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.tasks.check import check
 
@@ -202,6 +204,51 @@ def test_an_error_of_the_user_is_one_line(case: str) -> None:
 def test_an_object_in_the_place_of_a_function_raises(fields: dict[str, Any], wanted: str) -> None:
     with pytest.raises(TypeError, match=wanted):
         classifier(**fields)
+
+
+def one_network() -> Callable[[], nn.Module]:
+    made = net()
+    return lambda: made
+
+
+def one_backbone(*, frozen: bool) -> Callable[[], nn.Module]:
+    body = nn.Sequential(nn.Linear(5, 8), nn.BatchNorm1d(8)).requires_grad_(not frozen)
+    return lambda: nn.Sequential(body, nn.ReLU(), nn.Linear(8, 3))
+
+
+@pytest.mark.parametrize(
+    ("model", "name"),
+    [
+        (one_network(), "0.weight"),
+        (one_backbone(frozen=False), "0.0.weight"),
+        (one_backbone(frozen=True), "0.1.running_mean"),
+    ],
+)
+def test_a_model_that_goes_on_from_the_weights_of_an_earlier_one_raises(
+    model: Callable[[], nn.Module], name: str, tmp_path: Path
+) -> None:
+    wanted = rf"whose {name} is that of an earlier one.*copy.deepcopy\(net\)"
+    with pytest.raises(ExperimentError, match=wanted):
+        compare(classifier(model=model), epochs=1, seeds=1, out=tmp_path / "run", device="cpu", quiet=True)
+    assert not list(tmp_path.glob("run/runs/*/*"))
+
+
+def test_models_may_share_frozen_layers_and_be_copies_of_one() -> None:
+    body, whole = nn.Linear(5, 8).requires_grad_(False), net()
+    for make in (lambda: nn.Sequential(body, nn.Linear(8, 3)), lambda: copy.deepcopy(whole)):
+        task = classifier(model=make)
+        for _ in range(2):
+            check(task, CPU)
+
+
+def test_an_optimizer_with_parameters_that_the_model_does_not_have_raises() -> None:
+    temperature = nn.Parameter(torch.ones(()))
+    task = classifier(
+        loss=lambda outputs, targets: F.cross_entropy(outputs * temperature, targets),
+        optimizer=lambda model: torch.optim.SGD([*model.parameters(), temperature], lr=0.1),
+    )
+    with pytest.raises(ExperimentError, match="with parameters that the model does not have.*Make them in model="):
+        check(task, CPU)
 
 
 @pytest.mark.parametrize(

@@ -60,9 +60,7 @@ def check(task: Task, device: torch.device) -> TaskInfo:
                 ):
                     warnings.warn(_OWN_NUMBERS.format(split), stacklevel=2)
         with explained("model=", "raised an error", task.model):
-            model = task.model()
-        if not isinstance(model, nn.Module):
-            raise ExperimentError(f"the task's model= returned {describe(model)}, and a torch.nn.Module is needed")
+            model = task.new_model()
         model.to(device)
         if launched() > 1 and device.type == "cpu" and any(isinstance(m, _BatchNorm) for m in model.modules()):
             raise ExperimentError(
@@ -136,10 +134,17 @@ def _check_optimizer(optimizer: Any, model: nn.Module) -> None:
     if not isinstance(optimizer, torch.optim.Optimizer):
         raise ExperimentError(f"the task's optimizer= returned {describe(optimizer)}, and a torch optimizer is needed")
     of_model = {id(p) for p in model.parameters()}
-    if not any(id(p) in of_model for group in optimizer.param_groups for p in group["params"]):
+    trained = [id(p) in of_model for group in optimizer.param_groups for p in group["params"]]
+    if not any(trained):
         raise ExperimentError(
             "the task's optimizer= returned an optimizer of other parameters than the model's, so nothing would be "
             "trained: use those of the model that it gets, lambda model: torch.optim.SGD(model.parameters(), lr=0.1)"
+        )
+    if not all(trained):
+        raise ExperimentError(
+            "the task's optimizer= returned an optimizer with parameters that the model does not have, as those of a "
+            "loss: they are not made anew for each run, so it would go on from those of the last one. Make them in "
+            "model=, as a part of the model, and let predict= hand what the loss needs of them to it with the outputs"
         )
 
 

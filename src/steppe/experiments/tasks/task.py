@@ -13,8 +13,10 @@ from typing import Any, TypeVar, cast
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _NormBase
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.weak import WeakIdKeyDictionary
 
 from steppe.experiments.config.task_info import MetricInfo, TaskInfo
 from steppe.experiments.errors import ExperimentError, closest, unknown
@@ -25,6 +27,9 @@ T = TypeVar("T")
 
 _BATCH_SIZE = 64
 _LABELS = ("labels", "label", "targets", "target")
+
+_trained = WeakIdKeyDictionary()
+"""What training changes, of all models that tasks have made in this process."""
 
 
 def _with_suggestions(made: type[T]) -> type[T]:
@@ -172,6 +177,28 @@ class Task:
                 "is measured anyway"
             )
 
+    def new_model(self) -> nn.Module:
+        """Return a new model for a run.
+
+        Raises:
+            ExperimentError: It has weights, or statistics of normalization layers, of an earlier model.
+        """
+        model = self.model()
+        if not isinstance(model, nn.Module):
+            raise ExperimentError(f"the task's model= returned {describe(model)}, and a torch.nn.Module is needed")
+        weights: dict[str, Any] = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        layers = [(f"{name}.running_mean", layer) for name, layer in model.named_modules()]
+        weights |= {name: layer.running_mean for name, layer in layers if _tracks(layer)}
+        if shared := [name for name, tensor in weights.items() if tensor in _trained]:
+            raise ExperimentError(
+                f"the task's model= returned a model whose {shared[0]} is that of an earlier one: each run would go on "
+                "from the weights of the last one, whatever its method and its seed. Make all of the model in the "
+                "function, for example model=lambda: Net(), or model=lambda: copy.deepcopy(net) to start from "
+                "pretrained weights"
+            )
+        _trained.update(dict.fromkeys(weights.values()))
+        return model
+
     def samples(self, split: str, seed: int = 0) -> Samples:
         """Return the samples of "train", "test" or "validation" for a seed."""
         given = source = getattr(self, split)
@@ -278,6 +305,11 @@ def predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
         f"a batch is {describe(batch)}, neither (inputs, targets) nor a mapping: give the task a function "
         "predict=(model, batch) -> (outputs, targets)"
     )
+
+
+def _tracks(layer: nn.Module) -> bool:
+    """True for a normalization layer with running statistics, which a forward in training mode changes."""
+    return isinstance(layer, _NormBase) and layer.running_mean is not None
 
 
 def describe(thing: Any) -> str:

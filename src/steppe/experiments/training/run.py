@@ -66,7 +66,7 @@ class Training:
         seed_generators(seed_of(run.seed))
         torch.manual_seed(run.seed)  # of all devices
         layout = torch.channels_last if recipe.hardware.channels_last else torch.contiguous_format
-        network = task.model().to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
+        network = task.new_model().to(world.device).to(memory_format=layout)  # type: ignore[call-overload]
         self.network = world.synchronize_norms(network)
         self.model = world.wrap(self.network)
         if recipe.hardware.compile:

@@ -52,7 +52,7 @@ def measure_forgetting(
     size = run.recipe.training.batch_size or task.usual_batch_size(train)
     with restored_generators(device):
         seed_generators_with_device(run.seed, device)
-        copy = task.model().to(device)
+        copy = task.new_model().to(device)
         copy.load_state_dict(network.state_dict())
         base, _ = build_base(run, task, copy)
         if (lr := run.recipe.forgetting.then_lr) is not None:

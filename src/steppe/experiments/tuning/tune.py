@@ -165,7 +165,7 @@ def _own_values(task: Task, options: TuningOptions) -> Values:
         )
     held_out(task, options.hold_out).samples("test")  # ExperimentError where nothing can be held out
     with RandomStream(0, 0, 0).active():
-        groups = task.optimizer(task.model()).param_groups
+        groups = task.optimizer(task.new_model()).param_groups
     found = {name: {float(group[name]) for group in groups if name in group} for name in ("lr", "weight_decay")}
     return {name: values.pop() for name, values in found.items() if len(values) == 1}
 
