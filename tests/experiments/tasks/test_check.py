@@ -125,6 +125,10 @@ CASES: dict[str, tuple[Callable[[], Any], str]] = {
         lambda: {"train": [(x, int(y)) for x, y in zip(INPUTS, LABELS, strict=True)]},
         r"whose target has no dimension of samples: a list is taken for a list of batches",
     ),
+    "a list of samples that are dictionaries": (
+        lambda: {"train": [{"input": x, "labels": y} for x, y in zip(INPUTS, LABELS, strict=True)]},
+        r"whose target has no dimension of samples: a list is taken for a list of batches",
+    ),
     "float64 against float32": (
         lambda: {"train": (INPUTS.double(), LABELS)},
         r"the model raised .*The numbers of the data are float64, and the weights float32: .*to\(torch\.float32\)",

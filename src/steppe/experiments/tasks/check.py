@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -19,7 +19,7 @@ from steppe.experiments.errors import ExperimentError, explained, place_of
 from steppe.experiments.tasks.batches import share_out
 from steppe.experiments.tasks.outputs import in_order, spread_out
 from steppe.experiments.tasks.samples import RandomStream, Samples, TensorSamples
-from steppe.experiments.tasks.task import Metric, Task, describe, logits_of
+from steppe.experiments.tasks.task import Metric, Task, describe, label_of, logits_of
 from steppe.experiments.world import World, launched
 from steppe.flatness._batches import cast, list_tensors
 
@@ -119,9 +119,13 @@ def few_samples(samples: Samples, world: World) -> Any:
 
 def _is_sample(batch: Any) -> bool:
     """True if the target is a number or a tensor of one, and no tensor of the targets of several samples."""
-    if not isinstance(batch, tuple | list) or len(batch) < 2:
+    if isinstance(batch, Mapping):
+        target = batch.get(label_of(batch))
+    elif isinstance(batch, tuple | list) and len(batch) > 1:
+        target = batch[-1]
+    else:
         return False
-    return isinstance(batch[-1], int | float) or (isinstance(batch[-1], Tensor) and not batch[-1].dim())
+    return isinstance(target, int | float) or (isinstance(target, Tensor) and not target.dim())
 
 
 def same_tensors(one: Any, other: Any) -> bool:

@@ -297,7 +297,7 @@ _EXAMPLES = {"model": "lambda: Net()", "optimizer": "lambda model: torch.optim.A
 def predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
     """Return (outputs, targets) of a batch: (inputs, targets), (input, input, ..., targets), or a mapping."""
     if isinstance(batch, Mapping):
-        key = next((key for key in _LABELS if key in batch), None)
+        key = label_of(batch)
         return model(**batch), None if key is None else batch[key]
     if isinstance(batch, tuple | list) and len(batch) > 1:
         return model(*batch[:-1]), batch[-1]
@@ -310,6 +310,11 @@ def predict(model: nn.Module, batch: Any) -> tuple[Any, Any]:
 def _tracks(layer: nn.Module) -> bool:
     """True for a normalization layer with running statistics, which a forward in training mode changes."""
     return isinstance(layer, _NormBase) and layer.running_mean is not None
+
+
+def label_of(batch: Mapping[str, Any]) -> str | None:
+    """Return the key of the targets of a batch that is a mapping; None if it has none."""
+    return next((key for key in _LABELS if key in batch), None)
 
 
 def describe(thing: Any) -> str:
