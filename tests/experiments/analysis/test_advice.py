@@ -55,8 +55,8 @@ def test_the_best_method_is_taken_and_its_price_and_certainty_are_stated() -> No
         "A step of SAM (rho 0.1) makes 2.00 passes, one of SGD 1.00; at equal compute it trained 1.05 times as long.",
         "How sure: methods that do not differ are called different in at most 5 % of comparisons, over all 3 methods; "
         "this is one of 4 seeds.",
-        "If the price of a step matters, compare with sgd+ema (averaged weights), saf (with lmbda=10 if labels may be "
-        "wrong) and arwp:rho=0.04 (if labels may be wrong): no second pass is needed.",
+        "If the price of a step matters, compare with sgd+ema (averaged weights), saf (for classes; with lmbda=10 if "
+        "labels may be wrong) and arwp:rho=0.04 (if labels may be wrong): no second pass is needed.",
     ]
 
 
@@ -65,7 +65,7 @@ def test_the_cheapest_of_the_best_is_taken() -> None:
     assert near[0].startswith("Take LookSAM:")
     assert not has(near, "If the price")
     averaged = advice(sam=1.0, controls={AVERAGED: 0.5})
-    assert has(averaged, "If the price of a step matters, compare with saf (with")
+    assert has(averaged, "If the price of a step matters, compare with saf (for classes;")
     assert has(advice(sam=1.0, saf=-1.0, controls={AVERAGED: 0.5}), "If the price of a step matters, compare with arwp")
     every = advice(sam=1.0, saf=-1.0, arwp=-1.0, controls={AVERAGED: 0.5})
     assert not has(every, "If the price"), "all were compared"
