@@ -239,6 +239,14 @@ def test_unknown_options_of_compare_and_measure_are_told_with_the_closest_one(tm
         measure(tmp_path, batch_norm="evl")  # type: ignore[arg-type]
 
 
+def test_refused_method_leaves_the_folder_as_it_was(tmp_path: Path) -> None:
+    compare(classifier(), epochs=1, seeds=1, out=tmp_path / "run", quiet=True)
+    before = (tmp_path / "run" / "config.json").read_bytes()
+    with pytest.raises(ExperimentError, match="msam cannot train this task"):
+        compare(classifier(), ["sam", "base", "msam"], epochs=1, seeds=2, out=tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "config.json").read_bytes() == before
+
+
 @pytest.mark.parametrize(
     ("option", "wanted"),
     [

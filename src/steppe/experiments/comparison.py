@@ -117,6 +117,7 @@ def _train_and_report(
     """Train every run of a comparison, or of its members, and report; return the failures as well."""
     folder, world = RunFolder(recipe.folder), executor.world
     with folder.locked() if world.rank == 0 else nullcontext():
+        before = folder.configuration() if world.rank == 0 else None
         if world.rank == 0:
             folder.claim(recipe, world.size)
             record_session(
@@ -130,7 +131,12 @@ def _train_and_report(
         if not recipe.comparison.widths:
             make_task = prepare_task(executor, folder.path, console, task)
             if recipe.data.task:
-                try_methods(recipe, make_task(recipe), folder, world)
+                try:
+                    try_methods(recipe, make_task(recipe), folder, world)
+                except ExperimentError:
+                    if before is not None:  # else the folder would be reported with methods that cannot be trained
+                        folder.configure(before)
+                    raise
             reason = train_runs(recipe.runs(), make_task, executor, folder, console, logs)
             failed += [] if reason is None else [reason]
         summary = report(folder, recipe, console) if world.rank == 0 else None

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 from steppe.experiments.config.recipe import Recipe, Run
 from steppe.experiments.errors import ExperimentError
 from steppe.experiments.storage.checkpoint_file import foreign, load_records
-from steppe.experiments.storage.files import check_format, read_checked, read_text, write_checked
+from steppe.experiments.storage.files import check_format, read_checked, read_text, write_atomically, write_checked
 from steppe.experiments.storage.records import Record, parse_records, read_records
 
 CHECKPOINT, METRICS = "checkpoint.pt", "metrics.jsonl"
@@ -77,6 +77,15 @@ class RunFolder:
             check_same(self.path, before.result_options() | {"processes": number}, now)
         check_unused(self.path)
         write_checked(config, {"format": _FORMAT, "recipe": recipe.to_json(), "processes": processes})
+
+    def configuration(self) -> bytes | None:
+        """Return the content of config.json; None if there is none."""
+        config = self.path / "config.json"
+        return config.read_bytes() if config.is_file() else None
+
+    def configure(self, content: bytes) -> None:
+        """Write a former content of config.json again."""
+        write_atomically(self.path / "config.json", content)
 
     def recipe(self) -> Recipe:
         return self.read()[0]
