@@ -1,6 +1,7 @@
 """SAMCallback counts a step once in logs, metrics and hooks, logs its metrics, and restores after exceptions."""
 
 import collections
+import warnings
 
 import pytest
 import torch
@@ -177,6 +178,48 @@ def test_exception_in_the_second_pass_restores_the_weights(error, k, monkeypatch
     assert "training_step" not in vars(module.trainer.strategy)
     assert counting in module.trainer.callbacks
     fit(Classifier(), callback, max_epochs=1)  # the callback can be used again
+
+
+def in_a_dict(i):
+    x, y = batch(i)
+    return {"inputs": [x], "y": y}
+
+
+def loader_of_dicts():
+    return torch.utils.data.DataLoader([in_a_dict(i) for i in range(BATCHES)], batch_size=None)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("method", ["sam", "twice", "msam"])
+def test_training_step_may_change_the_dicts_and_lists_of_its_batch(method, k):
+    class Changing(Classifier):
+        def training_step(self, batch, batch_idx):
+            y = batch.pop("y")
+            batch["inputs"][0] = batch["inputs"][0] * 0.5
+            return F.cross_entropy(self.model(batch["inputs"][0]), y)
+
+    module, twin = Changing(), net()
+    fit(module, SAMCallback(METHODS[method]), data=loader_of_dicts(), max_epochs=1, accumulate_grad_batches=k)
+    optimizer = METHODS[method](BASES["momentum"](twin.parameters()), model=twin)
+    by_hand(twin, optimizer, k=k, epochs=1, data=lambda i: (batch(i)[0] * 0.5, batch(i)[1]))
+    assert model_bits(module.model) == model_bits(twin)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_training_step_that_changes_its_batch_in_place_warns(k):
+    class Changing(Classifier):
+        def training_step(self, batch, batch_idx):
+            batch["inputs"][0].mul_(self.factor)
+            return F.cross_entropy(self.model(batch["inputs"][0]), batch["y"])
+
+    module = Changing()
+    module.factor = 0.5
+    with pytest.warns(UserWarning, match=r"training_step changes a tensor in place \(batch\['inputs'\]\[0\]\)"):
+        fit(module, SAMCallback(), data=loader_of_dicts(), max_epochs=1, accumulate_grad_batches=k)
+    module.factor = 1.0  # each pass leaves the same batch
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", "training_step")
+        fit(module, SAMCallback(), data=loader_of_dicts(), max_epochs=1, accumulate_grad_batches=k)
 
 
 def test_training_step_that_returns_none_skips_the_batch():

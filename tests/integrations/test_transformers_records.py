@@ -5,7 +5,7 @@ import collections
 import pytest
 import torch
 import torchmetrics
-from tiny_transformer import IGNORED_WARNINGS, adamw, by_hand, gpt, trainer
+from tiny_transformer import IGNORED_WARNINGS, TOKENS, adamw, by_hand, gpt, trainer
 from transformers import Trainer
 
 import steppe
@@ -66,6 +66,21 @@ def test_recording_does_not_change_the_weights(tmp_path):
     trainer(tmp_path, model, of=WithSAM, rho=0.1).train()
     by_hand(twin, steppe.SAM(adamw(twin), rho=0.1, model=twin))
     assert model_bits(model) == model_bits(twin)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+def test_compute_loss_that_changes_its_inputs_in_place_warns(tmp_path, k):
+    class Changing(SAMTrainer):
+        def compute_loss(self, model, inputs, *args, **options):
+            inputs["input_ids"].add_(1).remainder_(TOKENS)
+            inputs["labels"].masked_fill_(inputs["labels"] == 0, -100)  # each pass leaves the same labels
+            return super().compute_loss(model, inputs, *args, **options)
+
+    ours = trainer(tmp_path, gpt(), of=Changing, rho=0.1, gradient_accumulation_steps=k, max_steps=1)
+    changes = r"compute_loss changes a tensor in place \(inputs\[0\]\['input_ids'\]"
+    with pytest.warns(UserWarning, match=changes) as caught:
+        ours.train()
+    assert not any("labels" in str(w.message) for w in caught)
 
 
 def test_large_data_sets_are_not_copied(tmp_path):

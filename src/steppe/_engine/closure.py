@@ -196,21 +196,24 @@ def _check_alone(loss: Tensor, value: Any) -> None:
 
 
 class InPlaceWrites:
-    """Notices that a pass changes tensors around the closure in place, and leaves other values than the one before.
+    """Notices that a pass changes its inputs in place, and leaves other values than the one before.
 
     Writes that each pass repeats exactly (noise of a generator that is replayed, a copy of the batch) change nothing.
     Tensors that the first pass has written are copied, so this is for the first step only.
 
     Args:
         around: The tensors around the closure before the first pass.
+        function: What reads them in each pass, for the warning.
     """
 
-    def __init__(self, around: Iterable[tuple[str, Tensor]]) -> None:
+    def __init__(self, around: Iterable[tuple[str, Tensor]], function: str = "the closure") -> None:
+        self._function = function
         self._versions = {name: (t, t._version) for name, t in around if _is_watched(t)}
         self._left: list[tuple[str, Tensor, int, Tensor | None]] = []
 
     def begin_further_pass(self, around: Iterable[tuple[str, Tensor]]) -> None:
-        """Keep what the first pass has left, before the second one."""
+        """Keep what the pass before has left, before the next one."""
+        self._left = []
         for name, t in around:
             if _is_watched(t):
                 before, version = self._versions.get(name, (None, 0))
@@ -225,9 +228,9 @@ class InPlaceWrites:
         if changed:
             engine.warn_once(
                 "in place",
-                f"the closure changes a tensor in place ({'; '.join(changed)}), and it runs once a pass: an input that "
-                "is changed in place is another one in the second pass, and a sum is counted twice. Change a copy, or "
-                "change it only where optimizer.current_pass.is_first",
+                f"{self._function} changes a tensor in place ({'; '.join(changed)}), and it runs once a pass: an input "
+                "that is changed in place is another one in the second pass, and a sum is counted twice. Change a "
+                "copy, or change it only where current_pass.is_first",
             )
 
 

@@ -1,15 +1,17 @@
 """Record the micro-batches of a step in Lightning's automatic optimization, so that further passes can repeat them."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from steppe._engine.closure import InPlaceWrites
 from steppe._engine.generators import Generators
 from steppe._engine.groups import parameters_of
 from steppe._engine.model_state import ModelState
+from steppe.integrations._batches import named_tensors, with_own_containers
 from steppe.integrations._lightning_package import pl
 from steppe.integrations._pass_losses import StepLosses
 from steppe.sam import SAM, Pass
@@ -20,6 +22,8 @@ class MicroBatch(NamedTuple):
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    writes: InPlaceWrites | None
+    """Notices writes into the batch, in the first step only."""
     generators: dict[str | torch.device, Any] | None
     loss: Tensor | None
 
@@ -56,9 +60,12 @@ class AccumulationWindow:
             if not self._micro_batches and self._buffers is not None:
                 self._buffers.save()
             generators = self._generators.save()
+        own = with_own_containers((args, kwargs))  # training_step may change its own
+        watched = self._sam._engine.closure_watched
+        writes = None if watched else InPlaceWrites(_tensors_in(args), "training_step")
         output = self._training_step(*args, **kwargs)
         loss = self._share_of_loss(output)
-        self._latest = MicroBatch(args, kwargs, generators, None if loss is None else loss.detach())
+        self._latest = MicroBatch(*own, writes, generators, None if loss is None else loss.detach())
         return output
 
     def _backward_and_add(self, *args: Any, **kwargs: Any) -> Tensor:
@@ -109,7 +116,12 @@ class AccumulationWindow:
             with nullcontext() if is_last else _unsynchronized(strategy):
                 if micro.generators is not None and self._sam.replay_rng:
                     self._generators.restore(micro.generators)
-                loss = self._share_of_loss(self._training_step(*micro.args, **micro.kwargs))
+                if micro.writes is not None:
+                    micro.writes.begin_further_pass(_tensors_in(micro.args))
+                args, kwargs = with_own_containers((micro.args, micro.kwargs))
+                loss = self._share_of_loss(self._training_step(*args, **kwargs))
+                if micro.writes is not None:
+                    micro.writes.check(self._sam._engine)
                 losses.append(None if loss is None else loss.detach())
                 if loss is not None:
                     strategy.backward(loss, self._sam)
@@ -119,6 +131,11 @@ class AccumulationWindow:
         """Return the share of a micro-batch in the loss of the step."""
         loss = output.get("loss") if isinstance(output, Mapping) else output
         return loss / self._trainer.accumulate_grad_batches if isinstance(loss, Tensor) else None
+
+
+def _tensors_in(args: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors in the arguments of ``training_step``, whose first is the batch, with their names."""
+    return (pair for value in args for pair in named_tensors(value, "batch"))
 
 
 def _sum(losses: Iterable[Tensor | None]) -> Tensor | None:

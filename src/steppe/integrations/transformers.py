@@ -8,8 +8,10 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from steppe._engine.closure import InPlaceWrites
 from steppe._engine.gradients import is_nonzero
 from steppe._engine.report import Report
+from steppe.integrations._batches import named_tensors
 from steppe.integrations._method_options import MethodOptions, set_model_if_missing
 from steppe.integrations._module_attributes import PlainAttributes
 from steppe.integrations._pass_losses import MeanLosses, StepLosses
@@ -147,10 +149,16 @@ class SAMTrainerMixin(_Trainer):
             sam.train()  # a schedule-free base; the Trainer calls it inside of the first pass, which may be at w + e
         _warn_of_gradients_made_before(sam)
         losses, step_losses = [], StepLosses()
+        watched = sam._engine.closure_watched
+        writes = None if watched else InPlaceWrites(named_tensors(window, "inputs"), "compute_loss")
         for sam_pass in sam.passes():
+            if writes is not None and not sam_pass.is_first:
+                writes.begin_further_pass(named_tensors(window, "inputs"))
             with contextlib.nullcontext() if sam_pass.is_first else self._unrecorded(model), sam_pass:
                 losses.append(self._run_window(model, window, num_items_in_batch))
             step_losses.add(sam_pass, losses[-1])
+            if writes is not None and not sam_pass.is_first:
+                writes.check(sam._engine)
             if not sam_pass.is_first:  # the Trainer counts the operations of one pass
                 self.current_flos += sum(float(self.floating_point_ops(inputs)) for inputs in window)  # type: ignore[assignment]
         if self._log_sharpness:
