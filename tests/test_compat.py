@@ -179,6 +179,14 @@ def test_radius_is_read_and_written_after_a_checkpoint_and_in_a_copy():
     assert [(g["rho"], g["adaptive"]) for g in other.param_groups[1:]] == [(0.2, True), (0.7, True)]
 
 
+def test_norm_of_the_gradient_is_readable_under_its_name_in_the_classic_implementation():
+    a, b = (nn.Parameter(torch.tensor(value, dtype=torch.float64)) for value in ([3.0, -1.0], [2.0]))
+    groups = [{"params": [a], "adaptive": True}, {"params": [b]}]
+    optimizer = SAM(groups, torch.optim.SGD, rho=0.1, lr=0.1)
+    (0.5 * a.square().sum() + 3.0 * b.sum()).backward()
+    assert optimizer._grad_norm().item() == pytest.approx((9.0**2 + 1.0**2 + 3.0**2) ** 0.5, rel=1e-12)
+
+
 def test_adaptive_is_chosen_group_by_group():
     a, b = (nn.Parameter(torch.full((2,), 3.0, dtype=torch.float64)) for _ in range(2))
     groups = [{"params": [a], "adaptive": True}, {"params": [b], "adaptive": False}]

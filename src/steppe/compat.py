@@ -189,6 +189,14 @@ class SAM(sam.SAM):
         for weight, before in self._engine.displaced():
             self.state[weight][_OLD] = before
 
+    @torch.no_grad()
+    def _grad_norm(self) -> Tensor:
+        """Return |g|, of T g where a group is adaptive: training code logs it under its name in the classic file."""
+        point = self._engine.point()
+        adaptive = {p for group in self.param_groups if group.get(_ADAPTIVE, False) for p in group["params"]}
+        each = zip(point.parameters, point.weights, point.gradients, strict=True)
+        return norm([w.abs() * g if p in adaptive else g for p, w, g in each])
+
     def restore(self) -> None:
         """Abort a pending step and restore the weights; the next pass is a first one."""
         self._drop_old()
