@@ -1,6 +1,7 @@
 """Contract C33: a pass that was not SAM's is noticed; and closures that only return the loss."""
 
 import warnings
+from functools import partial
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 import steppe
 from steppe import SAM
-from support import BASES, batch, bits, by_closure, by_passes, net, parameter
+from support import BASES, batch, bits, by_closure, by_passes, model_bits, net, parameter
 
 
 def linear(seed: int = 0) -> nn.Module:
@@ -162,6 +163,28 @@ def test_c33_graph_from_before_the_pass_raises(outside, backward):
     with pytest.raises(RuntimeError, match=r"graph"):
         optimizer.step(closure)
     assert bits([w]) == before
+
+
+@pytest.mark.parametrize("retain_graph", [True, False])
+@pytest.mark.parametrize("drive", ["closure", "passes"])
+def test_error_of_torch_about_a_graph_from_before_the_pass_says_what_to_do(drive, retain_graph):
+    model = nn.Sequential(linear(), nn.Tanh(), nn.Linear(3, 3))
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1)
+    before = model_bits(model)
+    loss = F.cross_entropy(model(X), Y)
+
+    def backward():
+        loss.backward(retain_graph=retain_graph)
+
+    def by_loop():
+        for sam_pass in optimizer.passes():
+            with sam_pass:
+                backward()
+
+    with pytest.raises(RuntimeError, match=r"inplace operation|a second time") as raised:
+        optimizer.step(backward) if drive == "closure" else by_loop()
+    assert any("Run the whole forward inside each pass" in note for note in raised.value.__notes__)
+    assert model_bits(model) == before
 
 
 def test_c33_closure_that_changes_its_input_in_place_warns():

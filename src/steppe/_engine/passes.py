@@ -87,12 +87,16 @@ class Pass(ExitStack[bool | None]):
             self.__exit__(*sys.exc_info())
             raise
 
-    def _end(self, kind: type[BaseException] | None, *_: TracebackType | BaseException | None) -> None:
+    def _end(
+        self, kind: type[BaseException] | None, error: BaseException | None = None, _: TracebackType | None = None
+    ) -> None:
         if self.done and (self._failed or kind is None):
             return
         self._failed = kind is not None
         if self._failed:
             self._engine.leave_loop()
+            if not self.is_first and any(message in str(error) for message in _OLD_GRAPH):
+                error.add_note(_RUN_ALL_INSIDE)  # type: ignore[union-attr]
         else:
             self._engine.restore()
             self._engine.stage = Stage.BETWEEN_PASSES
@@ -161,6 +165,13 @@ class Passes(Iterator[Pass]):
     def __exit__(self, *_: object) -> None: ...
 
 
+_OLD_GRAPH = ("modified by an inplace operation", "backward through the graph a second time")
+"""Parts of torch's messages about a graph that was made before the weights were perturbed."""
+_RUN_ALL_INSIDE = (
+    "This was a further pass of SAM, at perturbed weights: a part of its graph was made before it, at other weights. A "
+    "loss, an output or a hidden state that is kept from before the pass cannot be used in it. Run the whole forward "
+    "inside each pass (in the closure, or in `with sam_pass:`), and start each from the same, detached state"
+)
 BACKWARD_OUTSIDE = (
     "a pass ended without any gradient, and the gradients came after it: the backward ran outside of `with sam_pass:`, "
     "where the weights are at w and the side effects of a second pass stay. Run forward and backward inside of it"
