@@ -255,6 +255,71 @@ def test_object_whose_tensor_the_closure_changes_in_place_is_named():
         optimizer.step(Loop().closure)
 
 
+def attacked(model, clear):
+    delta = torch.zeros_like(X, requires_grad=True)
+    F.cross_entropy(model(X + delta), Y).backward()
+    clear()
+    return F.cross_entropy(model(X + 0.5 * delta.grad.sign()), Y)
+
+
+def test_loss_whose_backward_another_one_hides_warns():
+    model = linear()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    with pytest.warns(UserWarning, match=r"the closure ran a backward, and returned a loss of which it was not"):
+        optimizer.step(lambda: attacked(model, lambda: None))
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_loss_after_another_backward_and_zero_grad_is_trained(set_to_none):
+    model, twin = linear(), linear()
+    ours, by_hand = (SAM(torch.optim.SGD(m.parameters(), lr=0.1), rho=0.1, model=m) for m in (model, twin))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        ours.step(lambda: attacked(model, partial(model.zero_grad, set_to_none=set_to_none)))
+    for sam_pass in by_hand.passes():
+        with sam_pass:
+            attacked(twin, twin.zero_grad).backward()
+    by_hand.step()
+    assert model_bits(model) == model_bits(twin)
+
+
+def retained(loss):
+    loss.backward(retain_graph=True)
+    return loss
+
+
+def multiplied(loss):
+    retained(loss)
+    return 3 * loss
+
+
+def in_parts(loss):
+    (0.5 * loss).backward(retain_graph=True)
+    (0.5 * loss).backward()
+    return loss
+
+
+def clipped(model, loss):
+    retained(loss)
+    torch.nn.utils.clip_grad_norm_(model.parameters(), 0.01)
+    return loss
+
+
+@pytest.mark.parametrize("differentiate", [retained, multiplied, in_parts, clipped])
+def test_closure_that_ran_the_backward_of_its_loss_does_not_warn(differentiate):
+    model = linear()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    run = partial(differentiate, model) if differentiate is clipped else differentiate
+
+    def closure():
+        optimizer.zero_grad()
+        return run(F.cross_entropy(model(X), Y))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        optimizer.step(closure)
+
+
 # Parameters that are unfrozen inside a pass.
 
 

@@ -13,13 +13,19 @@ from torch.nn.parameter import is_lazy
 
 from steppe._engine.cuda_graphs import is_capturing
 from steppe._engine.engine import Engine
+from steppe._engine.gradients import is_nonzero
 from steppe._engine.losses import find_loss
 from steppe._engine.model_state import is_writable
 from steppe._engine.passes import Pass
 from steppe._tensors.dtensor import all_plain
-from steppe._tensors.graph import graph
+from steppe._tensors.graph import derivatives, graph, keeps_saved_tensors
+from steppe._tensors.in_place import real_views
+from steppe._tensors.reductions import dot, norm
 
 Closure: TypeAlias = Callable[[], Any]
+
+_TOLERANCE = 1e-2
+"""How far the cosine of two gradients of one loss may be from 1, in half precision."""
 
 
 def check_closure(closure: object) -> None:
@@ -70,7 +76,7 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
             value = closure()
             loss = differentiable_loss(value)
             reuse.check(loss)
-            if loss is not None and not engine.gradients.changed_since(earlier) and engine.trains(loss):
+            if loss is not None and not _ran_backward(loss, earlier, engine) and engine.trains(loss):
                 engine.gradients.refuse_if_kept(earlier, left_by_step=False)
                 engine.gradients.clear()
                 _check_scalar(loss)
@@ -80,6 +86,8 @@ def _run_passes(closure: Closure, passes: Iterable[Pass], engine: Engine, backwa
                     value = loss.detach()
             else:
                 engine.gradients.refuse_if_kept(earlier)
+                if writes is not None and sam_pass.is_first and loss is not None:
+                    _warn_of_another_gradient(loss, engine)
             earlier = {}
             sam_pass.record_loss(value)
             if sam_pass.is_first:
@@ -189,6 +197,36 @@ def _check_alone(loss: Tensor, value: Any) -> None:
             f"the closure made no gradient and returned {1 + len(others)} losses, and SAM would train the first one "
             "only: return their sum, or call backward in the closure; where the others are values for a log, return "
             "them detached"
+        )
+
+
+def _ran_backward(loss: Tensor, earlier: dict[Tensor, Tensor], engine: Engine) -> bool:
+    """True if a closure has made a gradient. Zeros are none where another backward was cleared to them."""
+    if not engine.gradients.changed_since(earlier):
+        return False
+    # first what is quick: a gradient that nothing has written in place was not set to zero
+    if engine.gradients.any_unwritten() or engine.ranks.sharded or not keeps_saved_tensors(loss.grad_fn):
+        return True
+    return any(map(is_nonzero, engine.gradients.parameters_and_gradients()[1]))
+
+
+def _warn_of_another_gradient(loss: Tensor, engine: Engine) -> None:
+    """Warn once if the gradient that a closure has made is not that of the loss which it returned."""
+    if loss.numel() != 1 or not keeps_saved_tensors(loss.grad_fn):
+        return
+    parameters = [p for p in engine.gradients.parameters() if p.requires_grad]
+    made = engine.gradients.views(parameters)
+    if not made or not all_plain(made) or made[0].is_meta or is_capturing(made[0]):
+        return
+    # loss.backward(retain_graph=True) has left the graph, too, and this gradient or a multiple of it
+    own = real_views(derivatives(loss, parameters, retain_graph=True))
+    if dot(own, made) < (1 - _TOLERANCE) * norm(own) * norm(made):
+        engine.warn_once(
+            "another gradient",
+            "the closure ran a backward, and returned a loss of which it was not: the step follows the gradient that "
+            "this backward made (of an attack, a penalty, ...), and the returned loss trains nothing. SAM runs the "
+            "backward of a returned loss only where the closure has left no gradient. Call zero_grad() after the other "
+            "backward, or take its gradient by torch.autograd.grad(); or call backward() of the whole loss",
         )
 
 

@@ -120,6 +120,10 @@ class Gradients:
         """True if any parameter has a gradient."""
         return any(p.grad is not None for p in parameters_of(self._base))
 
+    def any_unwritten(self) -> bool:
+        """True if any parameter has a gradient that was never written in place."""
+        return any(p.grad is not None and p.grad._version == 0 for p in parameters_of(self._base))
+
     def fill_missing(self, parameters: Iterable[Tensor]) -> None:
         """Set the gradient of each parameter that has none to zeros."""
         for p in parameters:

@@ -1,6 +1,8 @@
 """The graph of a tensor, and derivatives of derivatives."""
 
 from collections.abc import Iterator, Sequence
+from functools import cache
+from itertools import islice
 from typing import Any
 
 import torch
@@ -10,6 +12,9 @@ from torch import Tensor
 _ONCE_DIFFERENTIABLE = "torch::autograd::Error"
 # Nodes of torch with a wrong second derivative, by the begin of their name: this one holds the norm |v| constant.
 _WRONG = {"WeightNormInterface": "torch's weight_norm has a wrong second derivative"}
+
+_LATEST = 32
+"""Number of nodes at the end of a graph in which saved tensors are looked for."""
 
 
 class NoSecondDerivativeError(RuntimeError):
@@ -33,6 +38,37 @@ def graph(*roots: Any) -> Iterator[Any]:
         new = [following for following, _ in node.next_functions if following is not None and following not in seen]
         seen.update(new)
         todo += new
+
+
+def keeps_saved_tensors(root: Any) -> bool:
+    """Return True if a graph holds the tensors that its latest nodes saved: no backward ran, or one that retained it.
+
+    False also where these nodes have saved none.
+
+    >>> loss = torch.ones(2, requires_grad=True).square().sum()
+    >>> keeps_saved_tensors(loss.grad_fn), loss.backward(), keeps_saved_tensors(loss.grad_fn)
+    (True, None, False)
+    """
+    found = False
+    for node in islice(graph(root), _LATEST):
+        kind: Any = type(node)
+        for name in _saved_names(kind):
+            try:
+                value = getattr(node, name)
+            except RuntimeError:  # freed by a backward
+                return False
+            found = found or isinstance(value, Tensor) or (isinstance(value, tuple) and any(map(_is_tensor, value)))
+    return found
+
+
+@cache
+def _saved_names(kind: Any) -> list[str]:
+    """Return the attributes of a kind of node in which there may be saved tensors."""
+    return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
+
+
+def _is_tensor(value: object) -> bool:
+    return isinstance(value, Tensor)
 
 
 def derivatives(
