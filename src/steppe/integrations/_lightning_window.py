@@ -60,12 +60,12 @@ class AccumulationWindow:
             if not self._micro_batches and self._buffers is not None:
                 self._buffers.save()
             generators = self._generators.save()
-        own = with_own_containers((args, kwargs))  # training_step may change its own
+        own_args, own_kwargs = with_own_containers((args, kwargs))  # training_step may change what it gets
         watched = self._sam._engine.closure_watched
         writes = None if watched else InPlaceWrites(_tensors_in(args), "training_step")
         output = self._training_step(*args, **kwargs)
         loss = self._share_of_loss(output)
-        self._latest = MicroBatch(*own, writes, generators, None if loss is None else loss.detach())
+        self._latest = MicroBatch(own_args, own_kwargs, writes, generators, None if loss is None else loss.detach())
         return output
 
     def _backward_and_add(self, *args: Any, **kwargs: Any) -> Tensor:
