@@ -138,6 +138,7 @@ class SAM(SAMStep):
     def __getstate__(self) -> dict[str, Any]:
         own = {name: getattr(self, name) for name in ("base", "_default_rho", *OPTIONS, *SLOTS)}
         engine = self._engine
+        engine.load_from_base()
         return {**own, "memory": engine.memory, "steps": engine.steps, "displaced": engine.displaced()}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

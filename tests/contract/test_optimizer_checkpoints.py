@@ -62,6 +62,33 @@ def test_c2_wrapping_a_base_with_a_loaded_sam_checkpoint_resumes_bit_for_bit():
     assert all(not str(k).startswith("sam.") for s in base.state.values() for k in s)
 
 
+def _saved_again(optimizer, model):
+    again = build_with_memory("momentum", model)
+    again.load_state_dict(optimizer.state_dict())
+    return again
+
+
+@pytest.mark.parametrize(
+    "then",
+    [lambda optimizer, _: optimizer, _saved_again, lambda optimizer, _: copy.deepcopy(optimizer)],
+    ids=["trained", "saved", "copied"],
+)
+def test_c2_checkpoint_of_sam_that_is_loaded_into_the_base_of_another_is_complete(then):
+    straight, model = net(dropout=0.0), net(dropout=0.0)
+    first = build_with_memory("momentum", straight)
+    train(straight, first, by_closure, 3)
+    model.load_state_dict(straight.state_dict())
+    second = build_with_memory("momentum", model)
+    second.base.load_state_dict(copy.deepcopy(first.state_dict()))
+    assert second.perturbs_next == first.perturbs_next
+    second = build_with_memory("momentum", model)
+    second.base.load_state_dict(copy.deepcopy(first.state_dict()))
+    second = then(second, model)
+    train(straight, first, by_closure, 3, start=3)
+    train(second.model, second, by_closure, 3, start=3)
+    assert model_bits(second.model) == model_bits(straight)
+
+
 def test_c2_torch_distributed_checkpoint_keeps_memory_and_step_counter(tmp_path):
     import torch.distributed.checkpoint as dcp
     from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict

@@ -26,6 +26,7 @@ class GraphCapture:
     @property
     def perturbs_next(self) -> bool | None:
         """True if the next step perturbs; None if the cadence decides by the gradient at w."""
+        self._engine.load_from_base()
         return None if needs_gradient(self.cadence) else bool(self.cadence(self._engine.point_of_step()))
 
     @contextmanager

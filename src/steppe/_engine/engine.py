@@ -26,7 +26,7 @@ from steppe._engine.registrations import same_objects
 from steppe._engine.rounding import MIN_SURVIVING_SHARE, add_scaled_stochastically_, is_half, surviving_share
 from steppe._engine.side_effects import SideEffects
 from steppe._engine.stage import Stage
-from steppe._engine.state_dict import take_from_base
+from steppe._engine.state_dict import holds_sam_state, take_from_base
 from steppe._tensors.cached_weights import drop_cached_weights
 from steppe._tensors.dtensor import all_plain, local
 from steppe.rules import (
@@ -125,8 +125,9 @@ class Engine:
         return {old: new for old, new in pairs if id(old) not in kept and id(new) not in known}
 
     def load_from_base(self) -> None:
-        """Load memory and step counter from a checkpoint that was loaded into the base."""
-        self.memory, self.steps = take_from_base(self._base)
+        """Load memory and step counter from a checkpoint of SAM that was loaded into the base, if there was one."""
+        if holds_sam_state(self._base):
+            self.memory, self.steps = take_from_base(self._base)
 
     # Points: the arguments of the rules.
 

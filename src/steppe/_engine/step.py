@@ -32,7 +32,6 @@ from steppe._engine.report import Reporting
 from steppe._engine.shared import Shared
 from steppe._engine.slots import OPTIONS, Option, Rule, check_per_rank, check_subset, with_parameters
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import holds_sam_state
 from steppe._engine.wrapper import Wrapper
 from steppe._tensors.reductions import norm
 from steppe.rules import Combination, Memory, Perturbation, Point, ascent_steps, needs_gradient
@@ -99,8 +98,7 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         self._engine.unscaled_by = None
         self.restore()  # an interrupt may have hit restore() itself
         self._follow_parameters()
-        if holds_sam_state(self.base):  # a checkpoint of SAM was loaded into the base
-            self._engine.load_from_base()
+        self._engine.load_from_base()
         check_groups(self.base)
         first_parameter = next(parameters_of(self.base))
         self._check_capture(first_parameter)

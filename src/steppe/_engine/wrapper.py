@@ -149,6 +149,7 @@ class Wrapper(Optimizer):
         """
         for hook in self._optimizer_state_dict_pre_hooks.values():
             hook(self)
+        self._engine.load_from_base()
         memory = self._memory_template if self._engine.steps == 0 else {}
         packed = pack(self.base, self._engine.memory or MemoryTemplate(memory), self._engine.steps)
         for post_hook in self._optimizer_state_dict_post_hooks.values():

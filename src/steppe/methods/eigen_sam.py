@@ -132,6 +132,7 @@ def update_eigenvector(optimizer: SAM, loss: Callable[[], Tensor], *, iterations
         )
     if any(p.is_complex() for p in parameters):
         raise ValueError("update_eigenvector needs real parameters, and some are complex: use steppe.SAM")
+    engine.load_from_base()
     memory = engine.memory.setdefault(type(rule).__name__, {})
     v = [memory.get(p, {}).get(_V, torch.zeros_like(p, requires_grad=False)) for p in parameters]
     drawn = normal("EigenvectorAligned", 0, engine.steps, v)
