@@ -151,6 +151,37 @@ def test_tensor_radius_is_changed_in_place():
     assert float(radius) == pytest.approx(0.5)
 
 
+def test_one_tensor_as_the_radius_of_several_groups_is_scheduled_group_by_group():
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(3)]
+    groups = [{"params": [p], "lr": lr} for p, lr in zip(parameters, (1.0, 0.5, 0.25), strict=True)]
+    sam = steppe.SAM(torch.optim.SGD(groups[:2]), rho=torch.tensor(0.4))
+    before = sam.state_dict()
+    schedule = ProportionalRho(sam, 0.8, 0.0, lr_max=1.0)
+    assert radii(sam) == pytest.approx([0.8, 0.4])
+    sam.load_state_dict(before)
+    schedule.step()
+    assert radii(sam) == pytest.approx([0.8, 0.4])
+    sam.load_state_dict(before)
+    schedule.load_state_dict(schedule.state_dict())
+    assert radii(sam) == pytest.approx([0.8, 0.4])
+    sam.add_param_group(groups[2])
+    schedule.step()
+    assert radii(sam) == pytest.approx([0.8, 0.4, 0.2])
+
+
+def test_schedule_of_a_group_that_was_removed_raises_until_its_radius_is_deleted():
+    parameters = [torch.nn.Parameter(torch.ones(1)) for _ in range(2)]
+    base = torch.optim.SGD([{"params": parameters[:1]}, {"params": parameters[1:], "sam_rho": 0.2}], lr=0.1)
+    sam = steppe.SAM(base, rho=0.4)
+    schedule = LinearRho(sam, 4)
+    del sam.param_groups[0]
+    with pytest.raises(RuntimeError, match=r"a group was removed.*schedule\.initial_rhos"):
+        schedule.step()
+    del schedule.initial_rhos[0]
+    schedule.step()
+    assert radii(sam) == pytest.approx([0.15])
+
+
 # Checkpoints.
 
 ALL = {**{name: ours for name, (ours, _) in PAIRS.items()}, "proportional": lambda o: ProportionalRho(o, 0.9, 0.3, 0.5)}

@@ -49,7 +49,18 @@ class RhoSchedule(ABC):
         self._write()
 
     def step(self) -> None:
-        """Write the next radius into each group."""
+        """Write the next radius into each group.
+
+        Raises:
+            RuntimeError: The optimizer has fewer groups than before.
+        """
+        number = len(self.optimizer.param_groups)
+        if number < len(self.initial_rhos):
+            raise RuntimeError(
+                f"the optimizer has {number} groups, and {type(self).__name__} has the radii of "
+                f"{len(self.initial_rhos)}: a group was removed, and it is not known whose radius is left over. Delete "
+                "its entry of schedule.initial_rhos, or make a new schedule"
+            )
         self.last_step += 1
         self._write()
 
@@ -99,11 +110,13 @@ class RhoSchedule(ABC):
                 f"{len(groups)} groups: build the optimizer as it was, then load"
             )
         self.__dict__.update({key: _copied(value) for key, value in state_dict.items() if key != _SCHEDULE})
+        _separate(groups)
         for group, rho in zip(groups, self._last_rho, strict=True):
             _set(group, rho)
 
     def _write(self) -> None:
         groups = self.optimizer.param_groups
+        _separate(groups)
         # A group that was added later starts with its own radius.
         self.initial_rhos += [_copied(group[RHO]) for group in groups[len(self.initial_rhos) :]]
         for group, initial in zip(groups, self.initial_rhos, strict=True):
@@ -291,6 +304,15 @@ def _set(group: dict[str, Any], rho: Radius) -> None:
         group[RHO].copy_(rho) if isinstance(rho, Tensor) else group[RHO].fill_(rho)
     else:
         group[RHO] = rho
+
+
+def _separate(groups: list[dict[str, Any]]) -> None:
+    """Give each group a radius of its own: the constructor's tensor is that of all groups, and is written in place."""
+    seen: set[int] = set()
+    for group in groups:
+        if isinstance(group[RHO], Tensor) and id(group[RHO]) in seen:
+            group[RHO] = group[RHO].clone()
+        seen.add(id(group[RHO]))
 
 
 def _copied(value: Any) -> Any:
