@@ -345,3 +345,21 @@ def test_per_rank_that_does_not_fit_is_an_error_with_the_reason():
         messages, [*hints, "keeps a memory", "averaged the ranks' gradients already"], strict=True
     ):
         assert hint in message
+
+
+def train_on_uneven_data(per_rank):
+    model = ddp(network())
+    optimizer = method("sam", per_rank=per_rank)(model)
+    with model.join():
+        if per_rank:
+            with pytest.raises(RuntimeError, match=r"per_rank=True inside model.join\(\)"):
+                run(model, optimizer, range(1))
+        else:
+            run(model, optimizer, range(2 + dist.get_rank()))
+    return weights(model)
+
+
+def test_uneven_data_under_join_train_with_a_shared_perturbation_and_are_refused_per_rank():
+    first, second = start_ranks()(train_on_uneven_data, False)
+    assert bits(first) == bits(second)
+    start_ranks()(train_on_uneven_data, True)

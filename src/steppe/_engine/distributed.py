@@ -50,9 +50,18 @@ class Ranks:
         """Return the context of one pass. With ``per_rank``, the gradient of a pass that is not the last stays local.
 
         Raises:
-            RuntimeError: A static graph before its first backward.
+            RuntimeError: A static graph before its first backward, or uneven inputs of ``join()``.
         """
-        if self._replica is None or is_last:
+        if self._replica is None:
+            return nullcontext()
+        # A private name of torch; join() has no other mark.
+        if getattr(getattr(self._replica, "_join_config", None), "enable", False):
+            raise RuntimeError(
+                "per_rank=True inside model.join(): a step communicates more than its backwards (if the gradients of "
+                "all ranks are finite), and the ranks that have no more data take part in backwards only. Give each "
+                "rank as many batches (DistributedSampler does), or leave per_rank out"
+            )
+        if is_last:
             return nullcontext()
         # A private name of torch, False until the first backward: nothing else shows that the graph is not known yet.
         if self._replica.static_graph and not getattr(self._replica, "_static_graph_delay_allreduce_enqueued", True):
