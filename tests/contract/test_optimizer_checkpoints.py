@@ -197,3 +197,26 @@ def test_c3_copy_takes_the_identical_next_step(base, how):
     assert model_bits(model2) != model_bits(model)
     train(model2, optimizer2, by_closure, 3, start=3)
     assert model_bits(model2) == model_bits(model)
+
+
+class Agent(torch.nn.Module):
+    """A module that holds its optimizer."""
+
+    def __init__(self, whole):
+        super().__init__()
+        self.net = net(dropout=0.0)
+        models = {"itself": self, "in a list": [self.net, self]}
+        self.optimizer = build_with_memory("momentum", self.net)
+        self.optimizer.model = models[whole]
+
+
+@pytest.mark.parametrize("whole", ["itself", "in a list"])
+@pytest.mark.parametrize("how", [copy.deepcopy, lambda agent: pickle.loads(pickle.dumps(agent))])
+@every_drive
+def test_c3_copy_of_a_module_that_holds_its_optimizer_takes_the_identical_next_steps(drive, how, whole):
+    agent = Agent(whole)
+    train(agent.net, agent.optimizer, DRIVES[drive], 2)
+    twin = how(agent)
+    train(agent.net, agent.optimizer, DRIVES[drive], 3, start=2)
+    train(twin.net, twin.optimizer, DRIVES[drive], 3, start=2)
+    assert model_bits(twin.net) == model_bits(agent.net)

@@ -90,10 +90,16 @@ class Engine:
         Raises:
             TypeError, ValueError: As :class:`Ranks`; then nothing has changed.
         """
-        ranks = Ranks(model, list(parameters_of(self._base)), per_rank=per_rank)  # first: it may raise
+        is_incomplete = model is not None and not is_copied_whole(model)
+        if is_incomplete:  # a copy of a module that holds its optimizer: copied first, it begins without the module
+            model = None
+        owned = list(parameters_of(self._base))
+        ranks = Ranks(model, owned, per_rank=per_rank and not is_incomplete)  # first: it may raise
         self._replay_rng, self._per_rank = replay_rng, per_rank
         self._stochastic_rounding, self._rounding_checked = stochastic_rounding, False
         self.protect(model, ranks)
+        if is_incomplete:
+            self._owned = []  # as if the parameters were replaced: the next step looks at the module again
 
     def protect(self, model: nn.Module | None, ranks: Ranks | None = None) -> None:
         """Protect the model from side effects of the second pass; called again for another model or more parameters."""
@@ -490,6 +496,20 @@ class Engine:
             update = _times(function(point, unscaled), factor)
         self.gradients.write(targets, update)
         self._unperturbed_gradients = []
+
+
+def is_copied_whole(model: nn.Module) -> bool:
+    """True unless a module in it is a copy that has no attributes yet: its optimizer, one of these, is copied first."""
+    seen: set[int] = set()
+    modules = [model]
+    while modules:
+        module = modules.pop()
+        if "_modules" not in vars(module):
+            return False
+        if id(module) not in seen:
+            seen.add(id(module))
+            modules += [child for child in module._modules.values() if child is not None]
+    return True
 
 
 @torch.no_grad()
