@@ -164,12 +164,17 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
     Raises:
         ValueError: The model holds none of the base's parameters.
     """
-    if model is not None and set(model.parameters()).isdisjoint(parameters_of(base)):
+    if not holds_any(model, base):
         raise ValueError(
             "model= holds none of the optimizer's parameters, so its running statistics would be protected and "
             "those of the trained model would not: pass the module whose parameters the base optimizer got; for "
             "torch.func.functional_call, one that holds the parameters and buffers that it is given"
         )
+
+
+def holds_any(model: nn.Module | None, base: Optimizer) -> bool:
+    """True if the model holds any of the base's parameters, or if there is no model."""
+    return model is None or not set(model.parameters()).isdisjoint(parameters_of(base))
 
 
 def drop_earlier_radii(base: Optimizer) -> None:

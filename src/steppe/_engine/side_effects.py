@@ -106,7 +106,7 @@ class ForwardWrites:
         self._marks = write_marks(self._trained)
         # `p.data.copy_(...)` leaves no mark; it is searched for in the first step only, which pays for it
         self._values = []
-        if self._first and all_plain(self._trained):
+        if self._first and all_plain(self._trained) and not any(p.is_meta for p in self._trained):
             self._few = sum(map(Tensor.numel, self._trained)) <= LARGE
             self._values = self._current_values()
         self.new_states = []

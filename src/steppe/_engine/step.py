@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from steppe._engine.callers import called_by_trainer
 from steppe._engine.capture import GraphCapture
 from steppe._engine.closure import Closure, check_closure, run_closure
-from steppe._engine.constructor import check_groups, check_model, one_module
+from steppe._engine.constructor import check_groups, check_model, holds_any, one_module
 from steppe._engine.groups import parameters_of
 from steppe._engine.joint_base import names_of
 from steppe._engine.loss_scale import (
@@ -242,6 +242,12 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
         if engine.stage is Stage.READY and not engine.pass_gradients.any and engine.gradients.any():
             raise RuntimeError(BACKWARD_OUTSIDE)
         if problem := engine.pass_gradients.problem():
+            if not holds_any(self.model, self.base):
+                problem = (
+                    "the parameters of model= are no longer those of the optimizer, so nothing was trained: they were "
+                    "replaced, as load_state_dict(assign=True) does, and to_empty() of a model on the meta device. "
+                    "Make the optimizer after it"
+                )
             engine.warn_once("no gradient", problem)
 
     def _check_cleared(self) -> None:
