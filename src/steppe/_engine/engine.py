@@ -51,6 +51,7 @@ class Engine:
 
     def __init__(self, base: Optimizer, **options: Any) -> None:
         self._base = base
+        self._owned: list[Tensor] = []
         self._displacement = Displacement()
         self.recorder = Recorder(base)
         self._perturbed_parameters: list[Tensor] | None = None
@@ -499,7 +500,7 @@ class Engine:
 
 
 def is_copied_whole(model: nn.Module) -> bool:
-    """True unless a module in it is a copy that has no attributes yet: its optimizer, one of these, is copied first."""
+    """True unless a module in it is a copy without attributes: one that holds its optimizer gets them after it."""
     seen: set[int] = set()
     modules = [model]
     while modules:
