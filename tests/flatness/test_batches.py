@@ -6,7 +6,7 @@ import torch.nn.functional as F
 from known_hessians import objective, samples, tanh_net
 from torch.utils.data import DataLoader, TensorDataset
 
-from steppe.flatness import Objective
+from steppe.flatness import Objective, m_sharpness
 
 
 def test_evaluate_accepts_batches_of_any_form():
@@ -25,6 +25,36 @@ def test_size_defines_the_weight_of_a_batch():
     o = objective(net, batches, size=lambda batch: int((batch[1] != -100).sum()))
     torch.testing.assert_close(o.loss(), F.cross_entropy(net(x), y).detach(), rtol=1e-12, atol=0)
     assert o.samples == 15
+
+
+@pytest.mark.parametrize("number", [float, torch.as_tensor])
+def test_size_may_be_a_sum_of_class_weights(number):
+    net, (x, y), weight = tanh_net(), samples(), torch.tensor([0.3, 2.0, 0.55], dtype=torch.float64)
+
+    def loss(outputs, targets):
+        return F.cross_entropy(outputs, targets, weight=weight)
+
+    total = float(weight[y].sum())
+    assert not total.is_integer()
+    o = Objective(net, (x, y), loss=loss, batch_size=7, size=lambda batch: number(weight[batch[1]].sum()))
+    torch.testing.assert_close(o.loss(), loss(net(x), y).detach(), rtol=1e-12, atol=0)
+    assert o.samples == pytest.approx(total, rel=1e-12)
+    parts = list(o.split(3))
+    mean = sum(p.samples * p.loss() for p in parts) / total
+    torch.testing.assert_close(mean, o.loss(), rtol=1e-12, atol=0)
+    assert m_sharpness(o, 0.1, 3, ascent_steps=1, restarts=1).samples == pytest.approx(total, rel=1e-12)
+
+
+def test_sums_of_weights_may_differ_by_rounding_between_passes():
+    net, weight = tanh_net(), torch.tensor([0.1, 0.7, 0.3])
+    o = objective(net, shuffled_loader(), size=lambda batch: weight[batch[1]].sum())
+    o.loss(), o.loss(), o.loss()
+
+
+@pytest.mark.parametrize("size", [-1.0, float("nan"), float("inf")])
+def test_size_that_is_no_number_of_terms_raises(size):
+    with pytest.raises(ValueError, match=f"size= returned {size} for a batch"):
+        objective(tanh_net(), size=lambda batch: size).loss()
 
 
 def test_parts_average_to_the_loss_of_all_samples():

@@ -49,7 +49,7 @@ def batch_sharpness(objective: Objective, m: int, *, parts: int | None = None) -
     if parts is not None:
         check_count("parts", parts, "the number of parts of the data in the mean")
     objective.stage = "batch sharpness"
-    measured: list[tuple[int, float, float]] = []
+    measured: list[tuple[float, float, float]] = []
     for part in islice(objective.split(m), parts):
         loss, g = part.gradient()
         with naming_part(part):

@@ -81,7 +81,7 @@ class EmpiricalFisher(Curvature):
 
         return lambda vectors: torch.stack([product(v) for v in vectors])
 
-    def _check_terms(self, outputs: list[Tensor], size: int) -> None:
+    def _check_terms(self, outputs: list[Tensor], size: float) -> None:
         """Raise ValueError unless the loss is known to be the mean of one loss per row, or per position."""
         if len(outputs) > 1:
             raise ValueError(

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from steppe._checks import check_count
 from steppe.flatness._ascent import Norm, naming_part
+from steppe.flatness._batches import whole_if_possible
 from steppe.flatness.estimate import Estimate, weighted_standard_error
 from steppe.flatness.objective import Objective
 from steppe.flatness.sharpness import sharpness
@@ -20,8 +21,8 @@ class MSharpness(Estimate):
 
     one_step: Estimate
     """The mean loss increase of the parts at the perturbed weights of SAM, with one perturbation per part."""
-    samples: int
-    """Number of samples in all parts."""
+    samples: float
+    """Number of samples in all parts, or what else :attr:`Objective.weighted_by` names."""
 
 
 def m_sharpness(
@@ -80,7 +81,7 @@ def m_sharpness(
         check_count("parts", parts, "the number of parts of the data in the mean")
     options: dict[str, Any] = {"ascent_steps": ascent_steps, "restarts": restarts, "seed": seed}
     options |= {"adaptive": adaptive, "norm": norm, "eta": eta}
-    measured: list[tuple[int, float, float]] = []
+    measured: list[tuple[float, float, float]] = []
     for part in islice(objective.split(m), parts):
         if not measured and part.rows < m:
             raise ValueError(
@@ -95,7 +96,7 @@ def m_sharpness(
         raise ValueError("data: there are no samples, but a mean needs at least one")
     sizes, values, one_steps = (torch.tensor(column, dtype=torch.float64) for column in zip(*measured, strict=True))
     mean, one_step = _weighted_mean(values, sizes), _weighted_mean(one_steps, sizes)
-    return MSharpness(mean.value, mean.error, mean.n, one_step, int(sizes.sum()))
+    return MSharpness(mean.value, mean.error, mean.n, one_step, whole_if_possible(float(sizes.sum())))
 
 
 def _weighted_mean(values: Tensor, sizes: Tensor) -> Estimate:

@@ -18,7 +18,16 @@ from steppe._checks import check_count
 from steppe._tensors.batch_norm import mean_statistics, naming_batch
 from steppe._tensors.graph import derivatives
 from steppe._tensors.reductions import accumulator
-from steppe.flatness._batches import Batches, Fingerprint, cast, is_tensors, join_rows, num_samples, split_rows
+from steppe.flatness._batches import (
+    Batches,
+    Fingerprint,
+    cast,
+    is_tensors,
+    join_rows,
+    num_samples,
+    split_rows,
+    whole_if_possible,
+)
 from steppe.flatness._forward import (
     BatchLoss,
     Evaluate,
@@ -70,10 +79,11 @@ class Objective:
             batch before it.
         batch_norm: "eval" or "train".
         parameters: Names of the parameters that form w; by default all that require a gradient.
-        size: Batch -> number of samples that its loss averages over; by default the length of its first tensor, or as
-            above for a model that returns its loss. A ``loss`` that is a mean over the tokens that are not padding
-            needs it. Without it, a loss that is no mean over the samples gives a warning where it is averaged over
-            several batches, parts or samples.
+        size: Batch -> number of samples that its loss averages over, or the sum of their weights; by default the
+            length of its first tensor, or as above for a model that returns its loss. A ``loss`` that is a mean over
+            the tokens that are not padding needs it, and one with class weights:
+            ``lambda batch: weight[batch[1]].sum()``. Without it, a loss that is no mean over the samples gives a
+            warning where it is averaged over several batches, parts or samples.
         dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights. An
             autocast region around a measurement has no effect on it; one within the model or the loss does.
         seed: Seed of the model's own random draws, which are the same in every pass.
@@ -105,7 +115,7 @@ class Objective:
         batch_size: int = 256,
         batch_norm: Literal["eval", "train"] = "eval",
         parameters: Sequence[str] | None = None,
-        size: Callable[[Any], int] | None = None,
+        size: Callable[[Any], float] | None = None,
         dtype: torch.dtype | None = None,
         seed: int = 0,
         progress: Progress | None = None,
@@ -227,8 +237,8 @@ class Objective:
         return [*weights.values(), *(t for name, t in named if name not in weights)]
 
     @property
-    def samples(self) -> int:
-        """The number N of samples, or what else ``weighted_by`` names, on all ranks.
+    def samples(self) -> float:
+        """The number N of samples, or what else ``weighted_by`` names, on all ranks; an int if it is whole.
 
         Before the first pass, a pass over the data counts them.
         """
@@ -236,7 +246,8 @@ class Objective:
             for _ in self._iterate_batches():
                 pass
         assert self._fingerprint is not None
-        return int(self.sum_over_ranks(torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)))
+        own = torch.tensor(float(self._fingerprint.samples), dtype=torch.float64)
+        return whole_if_possible(float(self.sum_over_ranks(own)))
 
     @property
     def rows(self) -> int:
@@ -322,7 +333,7 @@ class Objective:
         weights = [w.requires_grad_() for w in self._perturbed_weights(None)]
         return weights, self._placed(weights, batch)
 
-    def size(self, batch: Any) -> int:
+    def size(self, batch: Any) -> float:
         """Return the number of samples of a batch, which its mean loss averages over."""
         return self._batches.size(batch)
 
@@ -420,7 +431,8 @@ class Objective:
                 "it is no mean over the samples (class weights, ignored labels, a sum, a loss of the whole batch), and "
                 "a mean over batches, parts or samples depends on how the data are split: give one that is, such as "
                 "F.cross_entropy(..., reduction='none').mean(), or size=, batch -> number of terms that the loss "
-                "averages over (lambda batch: 1 for a loss of the whole batch)",
+                "averages over, or the sum of their weights (lambda batch: weight[batch[1]].sum() for class weights, "
+                "lambda batch: 1 for a loss of the whole batch)",
                 stacklevel=4,
             )
 
@@ -451,7 +463,7 @@ class Objective:
         options: dict[str, Any] = {"train_norms": train_norms, "update_buffers": update_buffers}
         return self._batch_loss.place(named, batch, self.dtype, buffers=buffers, **options)
 
-    def _iterate_batches(self) -> Iterator[tuple[Any, int]]:
+    def _iterate_batches(self) -> Iterator[tuple[Any, float]]:
         """Yield each batch, on the device of the weights, with its size; count the pass and check its samples."""
         fingerprint, batches = Fingerprint(by_batch=self.batch_norm == "train"), None
         for index in count():
