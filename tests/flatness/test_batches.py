@@ -4,6 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from known_hessians import objective, samples, tanh_net
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
 from torch.utils.data import DataLoader, TensorDataset
 
 from steppe.flatness import Objective, m_sharpness
@@ -113,3 +115,69 @@ def test_order_of_the_batches_does_not_matter():
     x, y = samples()
     o = objective(tanh_net(), Turned([(x[:9], y[:9]), (x[9:], y[9:])]), batch_norm="train")
     torch.testing.assert_close(o.loss(), o.loss(), rtol=1e-12, atol=0)
+
+
+class OfSequences(nn.Module):
+    """A recurrent network over (time, samples, features), or over packed sequences."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(0)
+        self.rnn, self.head = nn.RNN(4, 3).double(), nn.Linear(3, 3).double()
+
+    def forward(self, x):
+        return self.head(self.rnn(x)[1][0])
+
+
+def time_major_batches():
+    x, y = torch.randn(6, 20, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), samples()[1]
+    return (x, y), [(x[:, i : i + 8], y[i : i + 8]) for i in range(0, 20, 8)]
+
+
+def packed_batches():
+    (x, y), _ = time_major_batches()
+    sequences = [x[: 1 + i % 6, i] for i in range(20)]
+    together = pack_sequence(sequences, enforce_sorted=False)
+    parts = [(pack_sequence(sequences[i : i + 8], enforce_sorted=False), y[i : i + 8]) for i in range(0, 20, 8)]
+    return (together, y), parts
+
+
+@pytest.mark.parametrize("data", [time_major_batches, packed_batches])
+def test_batches_are_weighted_by_their_targets_whatever_the_first_dimension_of_the_inputs(data):
+    net, ((x, y), batches) = OfSequences(), data()
+    o = objective(net, batches)
+    torch.testing.assert_close(o.loss(), F.cross_entropy(net(x), y).detach(), rtol=1e-12, atol=0)
+    assert o.samples == 20
+
+
+@pytest.mark.parametrize("data", [time_major_batches, packed_batches])
+def test_inputs_without_a_row_for_each_target_cannot_be_split(data):
+    _, batches = data()
+    with pytest.raises(ValueError, match="rows and 8 targets, so a part of its samples cannot be cut out"):
+        m_sharpness(objective(OfSequences(), batches), 0.1, 2)
+
+
+def graphs(**options):
+    """Batches of graphs: nodes in the first tensor, a label for each graph."""
+    x, y = samples()
+    graph = torch.tensor([0] * 1 + [1] * 6 + [2] * 2 + [3] * 11)  # of each node
+
+    def mean_loss(model, batch):
+        sums = x.new_zeros(len(batch["y"]), 4).index_add(0, batch["graph"], batch["x"])
+        return F.cross_entropy(model(sums), batch["y"])
+
+    batches = [
+        {"x": x[:7], "graph": graph[:7], "y": y[:2]},
+        {"x": x[7:], "graph": graph[7:] - 2, "y": y[2:4]},
+    ]
+    whole = {"x": x, "graph": graph, "y": y[:4]}
+    net = tanh_net()
+    return Objective(net, batches, evaluate=mean_loss, **options), mean_loss(net, whole).detach()
+
+
+def test_batches_whose_number_of_samples_is_a_guess_warn():
+    o, expected = graphs(size=lambda batch: len(batch["y"]))
+    torch.testing.assert_close(o.loss(), expected, rtol=1e-12, atol=0)
+    o, expected = graphs()
+    with pytest.warns(UserWarning, match=r"a batch have 7, 2 rows. Its samples are taken to be the 7 rows"):
+        assert not torch.isclose(o.loss(), expected, rtol=1e-6)

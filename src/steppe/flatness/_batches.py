@@ -200,6 +200,21 @@ def num_samples(batch: Any) -> int:
     )
 
 
+def num_targets(batch: Any) -> int:
+    """Return the number of samples of a batch (*inputs, targets): the length of the targets, if they are a tensor.
+
+    The first dimension of an input may be another: time (a recurrent layer without ``batch_first``), or the tokens of
+    all samples in a row (``EmbeddingBag``, ``PackedSequence``).
+    """
+    targets = batch[-1] if isinstance(batch, tuple | list) and len(batch) > 1 else None
+    return len(targets) if isinstance(targets, Tensor) and targets.dim() > 0 else num_samples(batch)
+
+
+def lengths(batch: Any) -> list[int]:
+    """Return the lengths of the tensors of a batch, each once, but those of 1, which broadcast."""
+    return list(dict.fromkeys(len(t) for t in list_tensors(batch) if t.dim() > 0 and len(t) != 1))
+
+
 def cast(tree: Any, dtype: torch.dtype | None = None, device: torch.device | None = None) -> Any:
     """Move all tensors of a batch to a device, and those of floating point to a dtype."""
 

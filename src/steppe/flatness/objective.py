@@ -24,7 +24,9 @@ from steppe.flatness._batches import (
     cast,
     is_tensors,
     join_rows,
+    lengths,
     num_samples,
+    num_targets,
     split_rows,
     whole_if_possible,
 )
@@ -80,8 +82,8 @@ class Objective:
         batch_norm: "eval" or "train".
         parameters: Names of the parameters that form w; by default all that require a gradient.
         size: Batch -> number of samples that its loss averages over, or the sum of their weights; by default the
-            length of its first tensor, or as above for a model that returns its loss. A ``loss`` that is a mean over
-            the tokens that are not padding needs it, and one with class weights:
+            length of the targets of ``loss``, else of the first tensor, or as above for a model that returns its loss.
+            A ``loss`` that is a mean over the tokens that are not padding needs it, and one with class weights:
             ``lambda batch: weight[batch[1]].sum()``. Without it, a loss that is no mean over the samples gives a
             warning where it is averaged over several batches, parts or samples.
         dtype: Floating dtype of the computation; by default that of the weights, float32 for half-precision weights. An
@@ -134,7 +136,8 @@ class Objective:
         self._size = size
         self._unchecked_mean = size is None and batch_norm == "eval" and (loss is not None or evaluate is not None)
         self._batch_loss = BatchLoss(self.model, self._choose_loss(data, loss, evaluate))
-        self._batches = Batches(data, batch_size, self._size)
+        self._has_targets, self._unchecked_lengths = loss is not None, evaluate is not None
+        self._batches = Batches(data, batch_size, self._size or (num_targets if self._has_targets else None))
         self._fingerprint: Fingerprint | None = None
         self._dtype = dtype
         self._set_parameters(parameters)
@@ -200,10 +203,12 @@ class Objective:
         A part lies within one batch, whose last part may be smaller.
 
         Raises:
-            ValueError: m is no whole number of at least 1.
+            ValueError: m is no whole number of at least 1, or a batch has not one row for each target.
         """
         check_count("m", m, "the number of samples of a part")
         for index, (batch, _) in enumerate(self._iterate_batches()):
+            if m < num_samples(batch):
+                self._check_rows(batch)
             if index == 0 and m < num_samples(batch):
                 self.check_mean(batch)
             for part in split_rows(batch, m):
@@ -410,11 +415,37 @@ class Objective:
         dist.all_gather_object(by_rank, values, group=self.group)
         return [value for rank in by_rank for value in rank]
 
+    def _check_rows(self, batch: Any) -> None:
+        """Raise ValueError if a batch (*inputs, targets) has no rows to split; warn of other batches without."""
+        if self._has_targets and num_samples(batch) != num_targets(batch):
+            raise ValueError(
+                f"a batch has inputs of {num_samples(batch)} rows and {num_targets(batch)} targets, so a part of its "
+                "samples cannot be cut out: give batches with a row for each sample (batch_first=True for recurrent "
+                "layers), or batches of m samples each, and m"
+            )
+        self._warn_of_lengths(batch)
+
+    def _warn_of_lengths(self, batch: Any) -> None:
+        """Warn once if the first dimensions of the tensors of a batch differ, so that the samples are a guess."""
+        if self._unchecked_lengths and len(lengths(batch)) > 1:
+            self._unchecked_lengths = False
+            listed = ", ".join(map(str, lengths(batch)))
+            warnings.warn(
+                f"the tensors of a batch have {listed} rows. Its samples are taken to be the {num_samples(batch)} rows "
+                "of the first tensor, by which batches are weighted and split: if the loss is a mean over something "
+                "else (graphs, sequences), the result is wrong. Pass size=, batch -> number of terms that the loss "
+                "averages over",
+                stacklevel=5,
+            )
+
     def check_mean(self, *batches: Any) -> None:
         """Warn once if the loss is no mean over the samples, by both halves of a batch or a half of each of two."""
         if not self._unchecked_mean or not all(map(num_samples, batches)):
             return
         self._unchecked_mean = len(batches) == 1 and not self.is_single_batch  # two batches show more than one
+        if self._has_targets and any(num_samples(batch) != num_targets(batch) for batch in batches):
+            return  # no rows to compare
+        self._warn_of_lengths(batches[0])
         halves = [list(split_rows(batch, -(-num_samples(batch) // 2))) for batch in batches]
         parts = halves[0] if len(batches) == 1 else [first for first, *_ in halves]
         together = join_rows(*parts) if len(parts) == 2 else None
