@@ -15,10 +15,12 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from steppe.flatness import (
     EmpiricalFisher,
+    GaussNewton,
     Hessian,
     Objective,
     after_rounding,
     batch_sharpness,
+    by_layer,
     density,
     eigenvalues,
     m_sharpness,
@@ -564,3 +566,78 @@ def test_graph_that_is_kept_has_the_attributes_that_the_forward_has_changed():
     found = [(o.gradient(step * row)[1] - o.gradient(-step * row)[1]) / (2 * step) for row in v]
     torch.testing.assert_close(hessian(v), torch.stack(found), rtol=1e-6, atol=1e-8)
     torch.testing.assert_close(hessian(v), torch.stack(found), rtol=1e-6, atol=1e-8)
+
+
+@torch.no_grad()
+def without_gradients(model, batch):
+    return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def of_a_number(model, batch):
+    return torch.tensor(F.cross_entropy(model(batch[0]), batch[1]).item())
+
+
+def of_another_model(model, batch):
+    return F.cross_entropy(tanh_net(1)(batch[0]), batch[1])
+
+
+@pytest.mark.parametrize("evaluate", [without_gradients, of_a_number, of_another_model])
+@pytest.mark.parametrize(
+    "measure",
+    [
+        lambda o: sharpness(o, 0.1),
+        lambda o: eigenvalues(Hessian(o)),
+        lambda o: by_layer(o),
+        lambda o: batch_sharpness(o, 5),
+    ],
+)
+def test_loss_that_does_not_depend_on_the_model_raises(evaluate, measure):
+    o = Objective(tanh_net(), samples(), evaluate=evaluate)
+    assert o.loss() > 0
+    with pytest.raises(ValueError, match="depends on no parameter of the model, so that its derivatives would all be"):
+        measure(o)
+
+
+@pytest.mark.parametrize("kind", [GaussNewton, EmpiricalFisher])
+def test_matrix_of_outputs_of_a_loss_that_does_not_depend_on_the_model_raises(kind):
+    def detached(model, batch):
+        outputs = model(batch[0])
+        return F.cross_entropy(outputs, batch[1]).detach(), outputs
+
+    with pytest.raises(ValueError, match="depends on no parameter of the model"):
+        trace(kind(Objective(tanh_net(), samples(), evaluate=detached)))
+
+
+@pytest.mark.parametrize("measure", [lambda o: sharpness(o, 0.1), lambda o: trace(Hessian(o)), lambda o: by_layer(o)])
+def test_penalty_of_parameters_that_were_taken_from_the_model_before_raises(measure):
+    net = tanh_net()
+    taken = list(net.parameters())
+
+    def loss(parameters):
+        return lambda outputs, y: F.cross_entropy(outputs, y) + sum(p.square().sum() for p in parameters())
+
+    with pytest.raises(ValueError, match="the loss uses 0.weight of the model, taken from it before the measurement"):
+        measure(Objective(net, samples(), loss=loss(lambda: taken)))
+    measure(Objective(net, samples(), loss=loss(net.parameters)))  # the copies that are measured
+
+
+class WithUnusedHead(nn.Module):
+    """A network with a head that its forward uses in training only, as auxiliary classifiers are."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.head = tanh_net(), nn.Linear(4, 3).double()
+
+    def forward(self, x):
+        return self.net(x)
+
+
+@pytest.mark.parametrize("matrix", [Hessian, GaussNewton, EmpiricalFisher])
+def test_layer_that_the_loss_does_not_use_has_no_curvature(matrix):
+    table = by_layer(objective(WithUnusedHead(), batch_size=7), matrix=matrix, probes=4)
+    assert table["head"].lambda_max.value == table["head"].trace.value == 0.0
+    expected = by_layer(objective(tanh_net(), batch_size=7), matrix=matrix, probes=4)
+    assert table["net.0"].trace.value == pytest.approx(expected["0"].trace.value, rel=1e-12)
+    loss, gradient = objective(WithUnusedHead(), parameters=["head.weight"]).gradient()
+    assert loss > 0
+    assert not gradient.any()

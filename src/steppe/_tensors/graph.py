@@ -1,7 +1,7 @@
 """The graph of a tensor, and derivatives of derivatives."""
 
 from collections.abc import Iterator, Sequence
-from functools import cache
+from functools import lru_cache
 from itertools import islice
 from typing import Any
 
@@ -61,7 +61,7 @@ def keeps_saved_tensors(root: Any) -> bool:
     return found
 
 
-@cache
+@lru_cache(maxsize=256)  # each compiled graph has a kind of its own
 def _saved_names(kind: Any) -> list[str]:
     """Return the attributes of a kind of node in which there may be saved tensors."""
     return [name for name in dir(kind) if name.startswith("_saved_") or name == "saved_tensors"]
@@ -69,6 +69,14 @@ def _saved_names(kind: Any) -> list[str]:
 
 def _is_tensor(value: object) -> bool:
     return isinstance(value, Tensor)
+
+
+def leaves(tensor: Tensor) -> set[int]:
+    """Return the ``id`` of each leaf that a tensor is a function of, as far as it can be differentiated."""
+    if tensor.grad_fn is None:
+        return {id(tensor)} if tensor.requires_grad else set()
+    found = (getattr(node, "variable", None) for node in graph(tensor.grad_fn))
+    return {id(variable) for variable in found if variable is not None}
 
 
 def derivatives(

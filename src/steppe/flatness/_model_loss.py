@@ -68,7 +68,7 @@ class LossTerms:
         self._is_causal: bool | None = None
         self.unit = "samples"
 
-    def __call__(self, batch: Any) -> int:
+    def __call__(self, batch: Any) -> float:
         """Return the number of terms of a batch.
 
         Raises:

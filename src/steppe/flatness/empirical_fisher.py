@@ -55,6 +55,7 @@ class EmpiricalFisher(Curvature):
         size = self.objective.size(batch)
 
         def build(evaluated: Evaluated) -> tuple[Jacobian, Tensor] | None:
+            self.objective.check_leaves(evaluated.loss, batch)
             outputs = loss_inputs(evaluated, weights, "empirical Fisher matrix")
             if not outputs:
                 return None

@@ -46,6 +46,7 @@ class GaussNewton(Curvature):
         weights, placed = self.objective.differentiable(batch)
 
         def build(evaluated: Evaluated) -> tuple[Jacobian, list[Tensor], list[int]] | None:
+            self.objective.check_leaves(evaluated.loss, batch)
             outputs = loss_inputs(evaluated, weights, "Gauss-Newton matrix")
             if not outputs:
                 return None

@@ -16,7 +16,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from steppe._checks import check_count
 from steppe._tensors.batch_norm import mean_statistics, naming_batch
-from steppe._tensors.graph import derivatives
+from steppe._tensors.dtensor import all_plain
+from steppe._tensors.graph import derivatives, leaves
 from steppe._tensors.reductions import accumulator
 from steppe.flatness._batches import (
     Batches,
@@ -139,6 +140,8 @@ class Objective:
         self._has_targets, self._unchecked_lengths = loss is not None, evaluate is not None
         self._batches = Batches(data, batch_size, self._size or (num_targets if self._has_targets else None))
         self._fingerprint: Fingerprint | None = None
+        self._own_names: dict[int, str] = {}
+        self._checked_leaves: list[bool] = []  # shared by all copies of this objective; filled by the check
         self._dtype = dtype
         self._set_parameters(parameters)
 
@@ -325,13 +328,56 @@ class Objective:
 
             def differentiate(mean_loss: Callable[[], Tensor]) -> tuple[Tensor, Sequence[Tensor]]:
                 loss = mean_loss()
-                return loss, derivatives(loss, weights)
+                return loss, self.gradient_of(loss, weights, batch)
 
             loss, gradients = self._placed(weights, batch).run(differentiate)
             return [loss.detach().to(accumulator(self.device)), self.flatten(gradients)]
 
         loss, gradient = self.average(batch_gradient)
         return loss, gradient
+
+    def gradient_of(
+        self, loss: Tensor, weights: Sequence[Tensor], batch: Any, *, create_graph: bool = False
+    ) -> tuple[Tensor, ...]:
+        """Return the gradient of the loss of a batch where the weights are placed; 0 for those that it does not use.
+
+        Raises:
+            ValueError: As of :meth:`check_leaves`.
+        """
+        self.check_leaves(loss, batch)
+        if not loss.requires_grad:
+            return tuple(map(torch.zeros_like, weights))
+        return derivatives(loss, weights, create_graph=create_graph)
+
+    def check_leaves(self, loss: Tensor, batch: Any) -> None:
+        """Check once that the loss of a batch is a function of the weights that are placed in the model.
+
+        Raises:
+            ValueError: It depends on the model's own parameters, or on no parameter of the model at all.
+        """
+        if self._checked_leaves:
+            return
+        used = leaves(loss)
+        if names := [name for i, name in self._own_names.items() if i in used]:
+            raise ValueError(
+                f"the loss uses {names[0]} of the model, taken from it before the measurement (a list of its "
+                "parameters, a cached weight). The model runs on copies of its weights, of which this term would be no "
+                "function: read the parameters in the loss itself, from model.parameters()"
+            )
+        if used.isdisjoint(map(id, self.model.parameters())) and not self._uses_any_parameter(batch):
+            raise ValueError(
+                "the loss depends on no parameter of the model, so that its derivatives would all be 0: it is computed "
+                "under torch.no_grad(), from .item() or .detach(), or by another model than the one that is measured"
+            )
+        self._checked_leaves.append(True)
+
+    def _uses_any_parameter(self, batch: Any) -> bool:
+        """True if the loss of a batch depends on any parameter of the model, also on one that is no weight here."""
+        named = {k: p for k, p in self.model.named_parameters() if p.is_floating_point() and all_plain([p])}
+        weights = {k: p.detach().to(self.dtype, copy=True).requires_grad_() for k, p in named.items()}
+        placed = self._batch_loss.place(weights, batch, self.dtype, train_norms=self.batch_norm == "train")
+        used = placed.run(lambda loss: leaves(loss()))
+        return not used.isdisjoint(map(id, weights.values()))
 
     def differentiable(self, batch: Any) -> tuple[list[Tensor], PlacedLoss]:
         """Return w as leaves that require gradients, and the mean loss of a batch as a function of them."""
@@ -490,6 +536,8 @@ class Objective:
         update_buffers: bool = False,
     ) -> PlacedLoss:
         named = dict(zip(self._names, weights, strict=True))
+        if not self._checked_leaves:
+            self._own_names = {id(p): name for name, p in self.model.named_parameters()}
         train_norms = train_norms or self.batch_norm == "train"
         options: dict[str, Any] = {"train_norms": train_norms, "update_buffers": update_buffers}
         return self._batch_loss.place(named, batch, self.dtype, buffers=buffers, **options)

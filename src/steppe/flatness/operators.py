@@ -59,7 +59,7 @@ class Hessian(Curvature):
 
     def _build_product(self, batch: Any) -> Product:
         weights, placed = self.objective.differentiable(batch)
-        gradient = placed.run(lambda loss: derivatives(loss(), weights, create_graph=True))
+        gradient = placed.run(lambda loss: self.objective.gradient_of(loss(), weights, batch, create_graph=True))
         self._check(gradient)
         curved = [i for i, g in enumerate(gradient) if g.requires_grad]  # the other gradients are constant
 

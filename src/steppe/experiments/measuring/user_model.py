@@ -24,7 +24,7 @@ from steppe.experiments.storage.environment import digest_of_module
 from steppe.experiments.storage.files import write_atomically, write_checked
 from steppe.experiments.storage.run_folder import RunFolder
 from steppe.flatness import Flatness, normalized_logits
-from steppe.flatness._batches import Batches
+from steppe.flatness._batches import Batches, num_samples
 
 _CROSS_ENTROPY = "torch.nn.functional:cross_entropy"
 
@@ -204,7 +204,7 @@ class UserModelJob:
                 plain = objective(loss=loss)
                 if takes_logits(loss, lambda loss: objective(loss=loss)):
                     normalized = objective(loss=normalized_logits(loss))
-        first = next((size for _, size in Batches(data, options.batch_size)), 0)
+        first = next((num_samples(batch) for batch, _ in Batches(data, options.batch_size)), 0)
         return Prepared(plain, normalized, replace(budget, m=min(budget.m, first)))
 
     def _load(self) -> tuple[nn.Module, Any]:
