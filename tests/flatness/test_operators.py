@@ -153,3 +153,38 @@ def test_block_of_the_hessian():
     torch.testing.assert_close(
         Block(hessian, which)(torch.eye(4, dtype=DOUBLE)), dense[5:9, 5:9], rtol=1e-9, atol=1e-13
     )
+
+
+class Scaled3(nn.Module):
+    """A network whose outputs are multiplied by what is in attributes."""
+
+    def __init__(self):
+        super().__init__()
+        self.net, self.factor, self.factors, self.tensor = tanh_net(), 1.0, [1.0, 2.0], torch.ones(3, dtype=DOUBLE)
+
+    def forward(self, x):
+        return self.net(x) * self.factor * self.factors[0] * self.tensor
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda model: setattr(model, "factor", 5.0),
+        lambda model: model.factors.__setitem__(0, 5.0),
+        lambda model: model.tensor.mul_(5.0),
+        lambda model: model.net.__setitem__(1, nn.ReLU()),
+        lambda model: model.net.register_forward_hook(lambda module, args, outputs: outputs * 5.0),
+    ],
+    ids=["number", "list", "tensor", "module", "hook"],
+)
+@pytest.mark.parametrize("kind", [Hessian, GaussNewton])
+def test_kept_matrix_is_that_of_the_model_after_a_change_of_anything_in_it(kind, change):
+    model = Scaled3()
+    o = objective(model)
+    kept, v = kind(o), torch.ones(1, o.n, dtype=DOUBLE)
+    before = kept(v)
+    assert torch.equal(kept(v), before)
+    change(model)
+    after = kept(v)
+    assert not torch.allclose(after, before)
+    torch.testing.assert_close(after, kind(o)(v), rtol=1e-12, atol=1e-12)

@@ -6,8 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from steppe._engine.attributes import Attributes, has_storage
+from steppe._engine.registrations import same_objects
+from steppe._tensors.dtensor import all_plain
 from steppe._tensors.graph import check_twice_differentiable
 from steppe.flatness.objective import Objective
 
@@ -24,11 +27,37 @@ class _KeptGraph:
 
     product: Product
     _state: list[Tensor]
+    _modules: "_Modules"
 
     def is_of(self, state: list[Tensor]) -> bool:
-        """Return True if these tensors have the values of the copies."""
+        """Return True if these tensors have the values of the copies, and nothing else in the model has changed."""
         kinds = [[(t.shape, t.dtype, t.device) for t in tensors] for tensors in (self._state, state)]
-        return kinds[0] == kinds[1] and all(map(torch.equal, self._state, state))
+        return kinds[0] == kinds[1] and all(map(torch.equal, self._state, state)) and self._modules.are_unchanged()
+
+
+class _Modules:
+    """The modules of a model with their attributes and hooks, on which a loss depends, too: ``model.scale = 2.0``."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._model, self._modules = model, list(model.modules())
+        self._attributes = [Attributes(m, set()) for m in self._modules]
+        self._hooks = _hooks(self._modules)
+        tensors = [t for attributes in self._attributes for t in attributes.tensors]
+        self._tensors = [(t, t.detach().clone()) for t in tensors if all_plain([t]) and has_storage(t)]
+
+    def are_unchanged(self) -> bool:
+        """True if modules, hooks and attributes are the same, and tensors in these have the same values."""
+        now = list(self._model.modules())
+        return (
+            same_objects(now, self._modules)
+            and same_objects(_hooks(now), self._hooks)
+            and not any(attributes.are_changed() for attributes in self._attributes)
+            and all(t.shape == saved.shape and torch.equal(t, saved) for t, saved in self._tensors)
+        )
+
+
+def _hooks(modules: list[nn.Module]) -> list[object]:
+    return [hook for m in modules for hooks in (m._forward_pre_hooks, m._forward_hooks) for hook in hooks.values()]
 
 
 class Curvature(ABC):
@@ -57,8 +86,9 @@ class Curvature(ABC):
             if self._kept is not None:
                 return [self._kept.product(vectors)]
             state = [t.detach().clone() for t in self.objective.state] if self.objective.is_single_batch else None
+            modules = _Modules(self.objective.model)
             product = self._build_product(batch)
-            self._kept = None if state is None else _KeptGraph(product, state)
+            self._kept = None if state is None else _KeptGraph(product, state, modules)
             return [product(vectors)]
 
         (products,) = self.objective.average(batch_product)
