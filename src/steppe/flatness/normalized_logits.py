@@ -15,13 +15,14 @@ def normalized_logits(loss: Loss) -> Loss:
         loss: (logits, targets) -> mean loss, for logits (batch, classes).
 
     Returns:
-        A loss of the same form.
+        A loss of the same form. It raises ValueError for logits of another form, and of fewer than three classes: the
+        centered logits of two classes have unit norm in two directions only, so that the loss would be constant.
 
     Example:
         >>> import torch
         >>> loss = normalized_logits(torch.nn.functional.cross_entropy)
         >>> y = torch.tensor([0])
-        >>> torch.equal(loss(torch.tensor([[2.0, 0.0]]), y), loss(torch.tensor([[200.0, 100.0]]), y))
+        >>> torch.equal(loss(torch.tensor([[2.0, 0.0, 1.0]]), y), loss(torch.tensor([[300.0, 100.0, 200.0]]), y))
         True
 
     References:
@@ -30,6 +31,11 @@ def normalized_logits(loss: Loss) -> Loss:
     """
 
     def normalized_loss(logits: Tensor, targets: Tensor) -> Tensor:
+        if logits.dim() != 2 or logits.shape[1] < 3:
+            raise ValueError(
+                f"normalized logits are those of (batch, classes) with three classes or more, but the outputs have "
+                f"shape {tuple(logits.shape)}: flatten positions into the batch first, (batch * positions, classes)"
+            )
         centered = logits - logits.mean(-1, keepdim=True)
         return loss(centered / centered.norm(dim=-1, keepdim=True).clamp_min(1e-10), targets)
 
