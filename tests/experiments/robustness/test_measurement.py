@@ -219,3 +219,15 @@ def test_arguments_that_make_no_sense_raise_before_anything_is_evaluated(
     with pytest.raises(error, match=words):
         measure(model, **({"images": images, "labels": labels} | options))  # type: ignore[arg-type]
     assert not model.inputs
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_models_of_another_dtype_than_float32_get_images_of_it(
+    model: nn.Module, images: Tensor, labels: Tensor, dtype: torch.dtype
+) -> None:
+    options = {**OPTIONS, "corruptions": ("blur",), "bits": (4,)}
+    found = measure(model.to(dtype), images[:40], labels[:40], **options)
+    model.eval()
+    with torch.no_grad():
+        logits = model(normalize(images[:40]).to(dtype)).float()
+    assert found["negative log-likelihood"] == calibration(logits, labels[:40]).negative_log_likelihood

@@ -48,7 +48,7 @@ def measure(
     modes and all global random generators are left as they were, bit for bit.
 
     Args:
-        model: The classifier, which returns logits (n, classes).
+        model: The classifier, which returns logits (n, classes). It gets images of the dtype of its first weights.
         images: Test images (n, channels, height, width), bytes or floating-point numbers in [0, 1].
         labels: Their classes, (n,).
         mean: Subtracted from the (corrupted) images before the model gets them: a number, or one for each channel.
@@ -70,6 +70,7 @@ def measure(
         ExperimentError: A function in `own` returned something else than images of the same shape.
     """
     device = device_of(model)
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     shift, scale = (_by_channel(value, device) for value in (mean, std))
 
     def logits(corrupted: Iterable[Tensor]) -> Tensor:
@@ -78,7 +79,7 @@ def measure(
             for part in torch.split(block, batch_size):
                 raise_if_stopped()
                 with autocast():
-                    outputs = model((part - shift) / scale)
+                    outputs = model(((part - shift) / scale).to(dtype))
                 found.append(getattr(outputs, "logits", outputs).float())
         return torch.cat(found)
 
