@@ -186,3 +186,10 @@ def test_error_leaves_statistics_momenta_and_modes(batches, forward, error, mess
 def test_model_without_batch_norm_reads_no_batch():
     averaged = SWA(nn.Linear(2, 1))
     averaged.refresh_statistics(iter([]))
+
+
+def test_refreshing_within_applied_raises_as_the_model_in_the_block_would_keep_its_statistics():
+    averaged = SWA(DictNet())
+    with averaged.applied(), pytest.raises(RuntimeError, match="Call it before the block"):
+        averaged.refresh_statistics([torch.randn(4, 3)])
+    averaged.refresh_statistics([torch.randn(4, 3)])

@@ -248,6 +248,7 @@ class Average(AveragedModel):
         Raises:
             TypeError: A batch that is no tensor, without ``forward``.
             ValueError: There is no batch, or a batch of one sample.
+            RuntimeError: Called within :meth:`applied`, whose model would keep the statistics that it has.
 
         Example:
             >>> from steppe.averaging import SWA
@@ -255,6 +256,11 @@ class Average(AveragedModel):
             >>> averaged = SWA(model, torch.optim.SGD(model.parameters(), lr=0.1))
             >>> averaged.refresh_statistics([{"x": torch.ones(4, 2)}], lambda module, batch: module(batch["x"]))
         """
+        if self.is_applied:
+            raise RuntimeError(
+                "refresh_statistics() was called within applied(): it computes the statistics of the average, and the "
+                "model in the block has those from before. Call it before the block"
+            )
         frozen = [] if self.frozen is None else self.frozen.tolist()
         names = [name for name, is_frozen in zip(batch_norms(self.module), frozen, strict=True) if is_frozen]
         refresh_statistics(self.module, batches, forward, names)
