@@ -8,6 +8,7 @@ import weakref
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils.prune import random_unstructured
 
 from averaged_training import interrupted, sam, sgd, steps
 from steppe.averaging import EMA, SWA
@@ -278,3 +279,47 @@ def test_average_made_or_updated_in_inference_mode_is_updated_and_loaded_outside
         assert not any(t.is_inference() for t in (*averaged.parameters(), *averaged.buffers()))
         results.append(model_bits(averaged))
     assert results[0] == results[1]
+
+
+class KeepsOutputs(nn.Linear):
+    """A layer that keeps its last outputs, with their graph."""
+
+    def forward(self, x):
+        self.last = [super().forward(x)]
+        return self.last[0]
+
+
+def weight_normed():
+    with pytest.warns(FutureWarning):
+        return torch.nn.utils.weight_norm(nn.Linear(3, 2))
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        weight_normed,
+        lambda: torch.nn.utils.spectral_norm(nn.Linear(3, 2)),
+        lambda: random_unstructured(nn.Linear(3, 2), "weight", 0.5),
+        lambda: KeepsOutputs(3, 2),
+    ],
+    ids=["weight_norm", "spectral_norm", "pruning", "outputs"],
+)
+def test_models_whose_attributes_have_a_graph_are_averaged(layer):
+    torch.manual_seed(0)
+    model, x = nn.Sequential(layer()), torch.randn(5, 3)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    model(x)
+    averaged = EMA(model, optimizer, 0.5, warmup=False)
+    expected = None
+    for _ in range(3):
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+        now = [p.detach().clone() for p in model.parameters()]
+        expected = now if expected is None else [a + 0.5 * (w - a) for a, w in zip(expected, now, strict=True)]
+    for p, a in zip(averaged.module.parameters(), expected, strict=True):
+        torch.testing.assert_close(p.detach(), a)
+    model.eval(), averaged.eval()
+    with averaged.applied():
+        outputs = model(x)
+    torch.testing.assert_close(averaged(x), outputs, rtol=0, atol=0)

@@ -181,6 +181,12 @@ def _is_mark(name: str, value: Any) -> bool:
     return name.startswith("_") and isinstance(value, bool)
 
 
+def tensors_in_attributes(module: nn.Module) -> list[Tensor]:
+    """Return the tensors in the attributes of a module, also those in lists, tuples, dicts and deques there."""
+    values = [value for name, value in vars(module).items() if name not in _TORCH_ATTRIBUTES]
+    return [leaf for value in values for leaf in _Parts.of(value).leaves if isinstance(leaf, Tensor)]
+
+
 class _Parts(NamedTuple):
     """The parts of a value: what is in nested lists, tuples, dicts and deques, and these themselves."""
 

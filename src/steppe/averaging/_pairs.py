@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from steppe._engine.attributes import tensors_in_attributes
 from steppe._tensors.cached_weights import drop_cached_weights
 from steppe._tensors.dtensor import all_plain, fsdp_modules, local
 from steppe._tensors.in_place import copy_
@@ -32,7 +33,7 @@ def copy_of(model: nn.Module, device: torch.device | str | int | None) -> nn.Mod
         raise ValueError(
             "a model of fully_shard (FSDP2) cannot be copied: make a second one in the same way, and pass it as module="
         )
-    twin = copy.deepcopy(model)
+    twin = copy.deepcopy(model, _without_graphs(model))
     originals = set(map(id, model.modules()))
     for name, module in twin.named_modules():
         if "forward" in vars(module) and _refers_to(vars(module)["forward"], originals):
@@ -43,6 +44,20 @@ def copy_of(model: nn.Module, device: torch.device | str | int | None) -> nn.Mod
             )
     twin._apply(lambda t: t.float() if t.dtype in _HALF else t)  # type: ignore[no-untyped-call]
     return twin if device is None else twin.to(device)
+
+
+def _without_graphs(model: nn.Module) -> dict[int, Any]:
+    """Return a memo for ``copy.deepcopy``, which refuses tensors with a graph: copies of those in attributes.
+
+    They are outputs that a module keeps, or weights that it computes anew in each forward (torch's old ``weight_norm``
+    and ``spectral_norm``, pruning).
+    """
+    return {
+        id(tensor): tensor.detach().clone()
+        for module in model.modules()
+        for tensor in tensors_in_attributes(module)
+        if tensor.grad_fn is not None
+    }
 
 
 def _refers_to(function: Any, modules: set[int], depth: int = 8) -> bool:
