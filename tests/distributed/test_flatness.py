@@ -151,6 +151,20 @@ def test_statistics_are_the_mean_over_batches_of_all_ranks():
     torch.testing.assert_close(first, second, rtol=0, atol=0)
 
 
+def loss_of_compiled_replica() -> tuple:
+    (x, y), share = data(), SHARES[dist.get_rank()]
+    model = torch.compile(DistributedDataParallel(network()), backend="eager")
+    o = Objective(model, (x[share], y[share]), loss=F.cross_entropy)
+    return o.samples, o.gradient()
+
+
+def test_compiled_replicas_are_measured_over_the_data_of_all_ranks():
+    expected = Objective(network(), data(), loss=F.cross_entropy).gradient()
+    for samples, found in start_ranks(2)(loss_of_compiled_replica):
+        assert samples == N
+        torch.testing.assert_close(found, expected, **EXACT)
+
+
 def replica_is_unchanged() -> bool:
     x, y = data()
     model = DistributedDataParallel(network())

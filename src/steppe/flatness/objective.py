@@ -126,6 +126,8 @@ class Objective:
         if batch_norm not in ("eval", "train"):
             raise ValueError(f"batch_norm={batch_norm!r}: choose 'eval' (running statistics) or 'train' (the batch's)")
         check_not_sharded(model)
+        inner = getattr(model, "_orig_mod", None)  # a private name, torch.compile's
+        model = inner if isinstance(inner, DistributedDataParallel) else model
         self.group = model.process_group if isinstance(model, DistributedDataParallel) else None
         self.model: nn.Module = model.module if isinstance(model, DistributedDataParallel) else model
         self.batch_norm, self.seed = batch_norm, seed
