@@ -641,3 +641,12 @@ def test_layer_that_the_loss_does_not_use_has_no_curvature(matrix):
     loss, gradient = objective(WithUnusedHead(), parameters=["head.weight"]).gradient()
     assert loss > 0
     assert not gradient.any()
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("script", [torch.jit.script, lambda net: torch.jit.trace(net, samples()[0])])
+def test_scripts_of_torch_are_measured(script):
+    o, plain = objective(script(tanh_net())), objective(tanh_net())
+    v = torch.ones(1, o.n, dtype=DOUBLE)
+    torch.testing.assert_close(o.gradient(), plain.gradient(), rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(Hessian(o)(v), Hessian(plain)(v), rtol=1e-12, atol=1e-12)

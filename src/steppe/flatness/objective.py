@@ -181,7 +181,8 @@ class Objective:
         """The tensors that form w, by name: those of the model now, which ``load_state_dict(assign=True)`` replaces."""
         if self._other_weights is not None:
             return self._other_weights
-        return {name: self.model.get_parameter(name) for name in self._names}
+        parameters = dict(self.model.named_parameters())  # TorchScript has no get_parameter()
+        return {name: parameters[name] for name in self._names}
 
     def restrict_to(self, names: Sequence[str]) -> "Objective":
         """Return the same loss as a function of the named parameters only; the others are constants."""
