@@ -51,6 +51,13 @@ class ComplexDirection(steppe.L2):
         return steppe.ScaledDirection(along, reciprocal(norm(along)))
 
 
+class Unnormalized(steppe.L2):
+    """Perturbs along the gradient without a norm, but inherits scale_free = True."""
+
+    def __call__(self, point):
+        return steppe.ScaledDirection(point.gradients)
+
+
 @dataclass(frozen=True)
 class MeanUpdate:
     """Updates with a mean of g_s, which keeps a NaN forever."""
@@ -86,6 +93,10 @@ KILLED = {
         lambda m: wrap(m, perturbation=ReadsNormOnHost()),
     ),
     "a complex direction": (testing.complex_parameters_work, lambda m: wrap(m, perturbation=ComplexDirection())),
+    "a perturbation that depends on the scale": (
+        testing.scale_free_rules_ignore_the_scale,
+        lambda m: wrap(m, perturbation=Unnormalized()),
+    ),
     "a step beside the base's": (testing.radius_zero_is_the_base, lambda m: wrap(m, combination=ScaledUpdate())),
 }
 

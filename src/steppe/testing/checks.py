@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from steppe._tensors import random as random_tensors
-from steppe.rules import ascent_steps, needs_gradient
+from steppe.rules import ascent_steps, needs_gradient, scale_free
 from steppe.rules.perturbed_gradient import PerturbedGradient
 from steppe.sam import SAM
 from steppe.testing._problems import (
@@ -27,6 +27,7 @@ from steppe.testing._problems import (
     expect_same_bits,
     expect_skips,
     network,
+    seeded,
     train,
 )
 
@@ -187,6 +188,35 @@ def steps_that_are_not_finite_are_skipped(make: Make) -> None:
         )
 
 
+def scale_free_rules_ignore_the_scale(make: Make) -> None:
+    """A perturbation with ``scale_free = True`` is the same for a loss that is multiplied by a number."""
+    perturbed: list[list[Tensor]] = []
+    for factor in (1.0, 1024.0):
+        model = network()
+        optimizer = make(model)
+        if not all(map(scale_free, (optimizer.perturbation, optimizer.combination, optimizer.cadence))):
+            return  # what another rule keeps of the gradients, or decides by them, may change the perturbation, too
+        for group in optimizer.param_groups:
+            group["lr"] = 0.0  # the weights stay, so that only the perturbations can differ
+        perturbed.append([])
+        for step in range(3):
+            for sam_pass in optimizer.passes():
+                with sam_pass, seeded(step):
+                    perturbed[-1] += [p.detach().clone() for p in model.parameters()]
+                    (batch_loss(model, step) * factor).backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+    plain, scaled = perturbed
+    expect(
+        len(plain) == len(scaled) and all(map(_are_close, plain, scaled)),
+        "the perturbation declares scale_free = True, but depends on the scale of the loss: with a loss scaler it "
+        "would be too long by the scale. Declare scale_free = False, or divide by a norm of the gradient",
+    )
+
+
+def _are_close(one: Tensor, other: Tensor) -> bool:
+    return torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
 def gradients_may_be_absent_or_zero(make: Make) -> None:
     """A parameter with a gradient in one pass only, or in none, and gradients that are zero, stay finite."""
     for absent in (
@@ -256,6 +286,7 @@ CHECKS: tuple[Check, ...] = (
     weights_are_restored_exactly,
     side_effects_are_those_of_one_pass,
     radius_zero_is_the_base,
+    scale_free_rules_ignore_the_scale,
     steps_that_are_not_finite_are_skipped,
     gradients_may_be_absent_or_zero,
     complex_parameters_work,
