@@ -194,7 +194,8 @@ def scale_free_rules_ignore_the_scale(make: Make) -> None:
     for factor in (1.0, 1024.0):
         model = network()
         optimizer = make(model)
-        if not all(map(scale_free, (optimizer.perturbation, optimizer.combination, optimizer.cadence))):
+        rules = scale_free(optimizer.perturbation), scale_free(optimizer.combination), scale_free(optimizer.cadence)
+        if not all(rules):
             return  # what another rule keeps of the gradients, or decides by them, may change the perturbation, too
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # the weights stay, so that only the perturbations can differ
