@@ -147,3 +147,12 @@ def test_invalid_momentum_raises(options, message):
     if "momentum=1" in message:
         with pytest.raises(ValueError, match="beta1 must be at least 0 and less than 1"):
             adam_edge_of_stability(0.1, beta1=1.0)
+
+
+@pytest.mark.parametrize("kind", [torch.optim.NAdam, torch.optim.RAdam])
+@pytest.mark.parametrize("wrap", [lambda base: base, steppe.SAM])
+def test_other_optimizers_with_state_of_the_same_names_are_refused(kind, wrap):
+    net = tanh_net()
+    optimizer = wrap(kind(net.parameters(), lr=0.01))
+    with pytest.raises(ValueError, match=f"the optimizer is {kind.__name__}, whose step is not"):
+        adam_preconditioner(optimizer, objective(net))

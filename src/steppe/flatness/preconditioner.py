@@ -22,7 +22,8 @@ def adam_preconditioner(optimizer: Any, objective: Objective) -> Tensor:
         The diagonal of P, of the objective's dtype.
 
     Raises:
-        ValueError: An optimizer without the state of Adam for one of the weights, or a P of 0 in an entry.
+        ValueError: An optimizer without the state of Adam for one of the weights, NAdam and RAdam, or a P of 0 in an
+            entry.
 
     Example:
         >>> import torch
@@ -41,6 +42,12 @@ def adam_preconditioner(optimizer: Any, objective: Objective) -> Tensor:
     References:
         Cohen et al. 2022, Adaptive Gradient Methods at the Edge of Stability, https://arxiv.org/abs/2207.14484.
     """
+    kind = type(getattr(optimizer, "base", optimizer)).__name__
+    if kind in ("NAdam", "RAdam"):  # their state has the same names
+        raise ValueError(
+            f"the optimizer is {kind}, whose step is not -lr P^-1 m with the P of Adam, so that Adam's edge of "
+            "stability is not its own: measure a model that Adam or AdamW trains"
+        )
     parameters = dict(objective.model.named_parameters())
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     diagonals = [_diagonal(name, optimizer, groups.get(parameters[name]), parameters[name]) for name in objective.names]
