@@ -650,3 +650,20 @@ def test_scripts_of_torch_are_measured(script):
     v = torch.ones(1, o.n, dtype=DOUBLE)
     torch.testing.assert_close(o.gradient(), plain.gradient(), rtol=1e-12, atol=1e-12)
     torch.testing.assert_close(Hessian(o)(v), Hessian(plain)(v), rtol=1e-12, atol=1e-12)
+
+
+def test_a_tied_parameter_may_be_named_by_each_of_its_names():
+    net = nn.Sequential(nn.Linear(3, 3, bias=False), nn.Tanh(), nn.Linear(3, 3, bias=False)).double()
+    net[2].weight = net[0].weight
+    data = torch.randn(5, 3, dtype=DOUBLE), torch.randint(3, (5,))
+    first, second = (objective(net, data, parameters=[name]) for name in ("0.weight", "2.weight"))
+    assert first.names == second.names == ["0.weight"]
+    torch.testing.assert_close(first.gradient(), second.gradient(), rtol=0, atol=0)
+
+
+def test_tensors_of_the_loss_in_another_dtype_than_the_objective_are_named():
+    net, weight = tanh_net().float(), torch.ones(3)
+    loss = nn.CrossEntropyLoss(weight=weight)
+    with pytest.raises(RuntimeError, match=r"converted to torch.float64.*the weight of a CrossEntropyLoss"):
+        Objective(net, samples(), loss=loss, dtype=DOUBLE).loss()
+    assert Objective(net, samples(), loss=loss.double(), dtype=DOUBLE).loss() > 0

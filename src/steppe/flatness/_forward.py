@@ -34,9 +34,16 @@ class PlacedLoss:
     """
 
     def __init__(
-        self, model: nn.Module, state: Mapping[str, Tensor], evaluate: Callable[[], Evaluated], *, train_norms: bool
+        self,
+        model: nn.Module,
+        state: Mapping[str, Tensor],
+        evaluate: Callable[[], Evaluated],
+        *,
+        train_norms: bool,
+        cast_to: torch.dtype | None = None,
     ) -> None:
         self._model, self._state, self._evaluate, self._train_norms = model, state, evaluate, train_norms
+        self._cast_to = cast_to
 
     def run(self, function: Callable[[Callable[[], Tensor]], _T]) -> _T:
         """Return ``function(loss)`` with the weights in place; ``loss()`` is the mean loss of the batch."""
@@ -55,7 +62,16 @@ class PlacedLoss:
             drop_cached_weights()
 
     def _checked(self) -> Evaluated:
-        evaluated = self._evaluate()
+        try:
+            evaluated = self._evaluate()
+        except RuntimeError as error:
+            if self._cast_to is None or not any(part in str(error) for part in ("dtype", "scalar type")):
+                raise
+            raise RuntimeError(
+                f"{error}. Parameters, buffers and batches are converted to {self._cast_to}, in which this objective "
+                "computes (dtype=), but not the other tensors that loss=, evaluate= or the model hold (the weight of a "
+                "CrossEntropyLoss, a constant): convert these, too, or convert the whole model and leave out dtype="
+            ) from error
         loss = evaluated.loss
         if not isinstance(loss, Tensor) or loss.dim() != 0:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
@@ -100,7 +116,7 @@ class BatchLoss:
         state |= {k: cast(b, to) for k, b in buffers.items()} if update_buffers else {}
         state |= weights
         batch = cast(batch, to)
-        return PlacedLoss(model, state, partial(self._evaluate, model, batch), train_norms=train_norms)
+        return PlacedLoss(model, state, partial(self._evaluate, model, batch), train_norms=train_norms, cast_to=to)
 
 
 def _copied(tensor: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -149,16 +165,18 @@ def check_not_sharded(network: nn.Module | Mapping[str, Tensor]) -> None:
 
 
 def select_parameters(model: nn.Module, names: Sequence[str] | None) -> dict[str, Tensor]:
-    """Return the named parameters, by default all that require a gradient, in the model's order.
+    """Return the named parameters, by default all that require a gradient, in the model's order, by their first names.
 
     Raises:
         ValueError: An unknown name, or no parameters.
         TypeError: Complex or integer parameters.
     """
     parameters: dict[str, Tensor] = dict(model.named_parameters())
-    if unknown := set(names or ()) - set(parameters):
+    tied = dict(model.named_parameters(remove_duplicate=False))
+    if unknown := set(names or ()) - set(tied):
         raise ValueError(f"parameters: {type(model).__name__} has no parameter named {', '.join(sorted(unknown))}")
-    found = {k: p for k, p in parameters.items() if (p.requires_grad if names is None else k in set(names))}
+    named = {id(tied[name]) for name in names or ()}
+    found = {k: p for k, p in parameters.items() if (p.requires_grad if names is None else id(p) in named)}
     if not found:
         raise ValueError(
             f"{type(model).__name__} has no parameter that requires a gradient: name some with parameters="
