@@ -90,3 +90,24 @@ def test_fraction_or_batch_that_does_not_fit_is_an_error(call, message):
     _, optimizer = build(w)
     with pytest.raises(ValueError, match=message):
         call(optimizer, x)
+
+
+@pytest.mark.parametrize("batch", [{"x": torch.ones(8, 3)}, torch.ones(8, 3), (torch.ones(8, 3), [0] * 8)])
+@pytest.mark.parametrize(
+    "closure_of",
+    [closures.fraction, closures.selected, lambda *args: closures.micro_batches(*args, m=2)],
+    ids=["fraction", "selected", "micro_batches"],
+)
+def test_a_batch_that_is_no_tuple_of_tensors_is_refused_and_not_split_by_its_rows(closure_of, batch):
+    _, optimizer = build(problem()[0])
+    with pytest.raises(TypeError, match="give a tuple of tensors"):
+        closure_of(optimizer, lambda *args: args[0].sum(), batch)
+
+
+@pytest.mark.parametrize("closure_of", [closures.fraction, closures.selected])
+def test_the_returned_loss_has_no_graph(closure_of):
+    w, x = problem()
+    p, optimizer = build(w)
+    mean = closure_of is closures.fraction
+    loss = optimizer.step(closure_of(optimizer, lambda x: per_sample(p, x).mean() if mean else per_sample(p, x), (x,)))
+    assert not loss.requires_grad

@@ -42,7 +42,19 @@ def one_number(value: Any) -> Tensor:
 
 
 def count_samples(batch: Sequence[Tensor]) -> int:
-    """Return the number of samples in a batch; ValueError unless all tensors have the same number, at least one."""
+    """Return the number of samples in a batch.
+
+    Raises:
+        TypeError: The batch is no list or tuple of tensors.
+        ValueError: The tensors have not all the same number of rows, at least one.
+    """
+    if not isinstance(batch, list | tuple) or not all(isinstance(t, Tensor) for t in batch):
+        kinds = ", ".join(type(t).__name__ for t in batch) if isinstance(batch, list | tuple) else ""
+        raise TypeError(
+            f"the batch is a {type(batch).__name__}{f' of {kinds}' if kinds else ''}, and parts of its samples are "
+            "needed: give a tuple of tensors with one sample in each row, which the loss gets as its arguments, "
+            "(x, y) or (batch['x'], batch['y'])"
+        )
     lengths = {len(t) for t in batch}
     if len(lengths) != 1 or 0 in lengths:
         raise ValueError(

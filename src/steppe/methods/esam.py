@@ -117,6 +117,7 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
         The closure for ``optimizer.step``; it returns the mean loss of the batch at w.
 
     Raises:
+        TypeError: The batch is no tuple of tensors.
         ValueError: gamma is out of range, the batch is empty or of unequal lengths, or ``losses`` does not return
             one loss per sample.
         RuntimeError: (when called) The only pass is at w + e, so there are no losses at w.
@@ -167,7 +168,7 @@ def selected(optimizer: SAM, losses: Loss, batch: Sequence[Tensor], *, gamma: fl
             values = evaluate([t[chosen.to(t.device)] for t in batch], kept)
         value = values.mean()
         backward(value, optimizer.scaler)
-        return value
+        return value.detach()
 
     return closure
 

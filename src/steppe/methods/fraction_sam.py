@@ -43,6 +43,7 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
         The closure for ``optimizer.step``; it returns the loss at w of the samples in that pass.
 
     Raises:
+        TypeError: The batch is no tuple of tensors.
         ValueError: The fraction is out of range, or the batch is empty or of unequal lengths.
         RuntimeError: (when called) The cadence decides by the gradient at w, so during this pass it is not known
             whether a part of the batch is enough.
@@ -70,7 +71,7 @@ def fraction(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, fraction: f
         optimizer.zero_grad()
         value = loss(*(batch if is_last(optimizer) else [t[:n] for t in batch]))
         backward(value, optimizer.scaler)
-        return value
+        return value.detach()
 
     return closure
 

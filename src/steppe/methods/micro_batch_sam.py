@@ -46,6 +46,7 @@ def micro_batches(optimizer: SAM, loss: Loss, batch: Sequence[Tensor], *, m: int
         The mean loss of the batch at w, a 0-dim tensor.
 
     Raises:
+        TypeError: The batch is no tuple of tensors.
         ValueError: m is less than 1, or the batch is empty or of unequal lengths.
         RuntimeError: The method cannot have a perturbation for each micro-batch.
 
