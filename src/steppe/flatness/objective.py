@@ -181,7 +181,7 @@ class Objective:
         """The tensors that form w, by name: those of the model now, which ``load_state_dict(assign=True)`` replaces."""
         if self._other_weights is not None:
             return self._other_weights
-        parameters = dict(self.model.named_parameters())  # TorchScript has no get_parameter()
+        parameters = dict(self.model.named_parameters(remove_duplicate=False))  # TorchScript has no get_parameter()
         return {name: parameters[name] for name in self._names}
 
     def restrict_to(self, names: Sequence[str]) -> "Objective":
