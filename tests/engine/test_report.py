@@ -119,6 +119,17 @@ def test_c36_optimizer_that_never_perturbs_gives_a_hint():
     assert any("sam_rho is 0 in every group" in hint for hint in train(model, without).hints)
 
 
+def test_c36_passes_without_gradients_give_a_hint_about_backward_and_not_about_the_cadence():
+    optimizer = SAM(sgd(mlp().parameters()))
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            loss_of(mlp())  # no backward
+    with pytest.warns(UserWarning, match="no pass of this step made a gradient"):
+        optimizer.step()
+    (found,) = optimizer.report().hints
+    assert "never active: no pass made a gradient" in found
+
+
 def test_c36_plain_steps_give_a_hint():
     model = mlp()
     optimizer = SAM(sgd(model.parameters()), model=model)
