@@ -196,8 +196,8 @@ class Reporting:
             return []
         if not report.perturbed_steps and self._engine.has_warned("no gradient"):
             return [
-                "never active: no pass made a gradient for a parameter of the optimizer. Call backward() in each pass, on "
-                "a loss that depends on these parameters"
+                "never active: no pass made a gradient for a parameter of the optimizer. Call backward() in each pass, "
+                "on a loss that depends on these parameters"
             ]
         if not report.perturbed_steps:
             return [f"never active: {self.cadence} has perturbed none of {report.steps} steps. Check its arguments"]
