@@ -194,12 +194,12 @@ class Reporting:
             ]
         if not self.perturbs:
             return []
-        if not report.perturbed_steps and self._engine.has_warned("no gradient"):
-            return [
-                "never active: no pass made a gradient for a parameter of the optimizer. Call backward() in each pass, "
-                "on a loss that depends on these parameters"
-            ]
         if not report.perturbed_steps:
+            if self._engine.has_warned("no gradient"):
+                return [
+                    "never active: no pass made a gradient for a parameter of the optimizer. Call backward() in each "
+                    "pass, on a loss that depends on these parameters"
+                ]
             return [f"never active: {self.cadence} has perturbed none of {report.steps} steps. Check its arguments"]
         if report.perturbation_norm == 0:
             return ["never active: the perturbation was zero in every measured step, as is a gradient of zero at w"]

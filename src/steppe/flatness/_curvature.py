@@ -85,11 +85,11 @@ class Curvature(ABC):
         def batch_product(batch: object) -> list[Tensor]:
             if self._kept is not None:
                 return [self._kept.product(vectors)]
-            state = [t.detach().clone() for t in self.objective.state] if self.objective.is_single_batch else None
-            modules = _Modules(self.objective.model)
-            product = self._build_product(batch)
-            self._kept = None if state is None else _KeptGraph(product, state, modules)
-            return [product(vectors)]
+            if not self.objective.is_single_batch:
+                return [self._build_product(batch)(vectors)]
+            state, modules = [t.detach().clone() for t in self.objective.state], _Modules(self.objective.model)
+            self._kept = _KeptGraph(self._build_product(batch), state, modules)
+            return [self._kept.product(vectors)]
 
         (products,) = self.objective.average(batch_product)
         return products
