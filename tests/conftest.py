@@ -66,6 +66,15 @@ keep_no_stacks_of_seeds()
 
 
 @pytest.fixture(autouse=True)
+def no_hooks_of_optimizers_of_other_tests() -> None:
+    """Begin each test without hooks on all forwards: one is there while an optimizer waits for its first pass.
+
+    torch.compile warns of them, and compiles again, or fails, when the garbage collection removes such an optimizer.
+    """
+    torch.nn.modules.module._global_forward_pre_hooks.clear()
+
+
+@pytest.fixture(autouse=True)
 def one_thread() -> Iterator[None]:
     """Run each test on one thread: tiny networks are slower on several, most of all on a busy machine."""
     before = torch.get_num_threads()

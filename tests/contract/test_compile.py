@@ -1,7 +1,5 @@
 """Contract C26: compiled models and compiled steps."""
 
-import gc
-
 import pytest
 import torch
 import torch._dynamo
@@ -11,14 +9,6 @@ from torch._dynamo.utils import counters
 import steppe
 from steppe import SAM
 from support import batch, by_closure, by_passes, net, train
-
-
-@pytest.fixture(autouse=True)
-def no_hooks_of_optimizers_of_other_tests():
-    """An optimizer that waits for a first pass has a hook on all forwards, of which torch.compile warns."""
-    if nn.modules.module._global_forward_pre_hooks:
-        gc.unfreeze()  # tests/conftest.py keeps the garbage collection away from what was alive at some time
-        gc.collect()
 
 
 def compilable() -> nn.Module:

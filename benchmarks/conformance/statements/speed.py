@@ -77,11 +77,13 @@ def no_recompilation(peer: Adapter) -> Outcome:
     model = conv()
     compiled = torch.compile(model, backend="aot_eager")
     session = peer.build(model, MOMENTUM)
-    train(session, 1, forward=compiled)
-    first = counters["stats"]["unique_graphs"]
-    train(session, 4, 1, forward=compiled)
-    more = counters["stats"]["unique_graphs"] - first
-    torch._dynamo.reset()
+    try:
+        train(session, 1, forward=compiled)
+        first = counters["stats"]["unique_graphs"]
+        train(session, 4, 1, forward=compiled)
+        more = counters["stats"]["unique_graphs"] - first
+    finally:
+        torch._dynamo.reset()
     if not first:
         raise NotApplicable("nothing was compiled")
     return Outcome(more == 0, f"{more} more", "0 more")
