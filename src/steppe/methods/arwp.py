@@ -171,7 +171,7 @@ CARD = MethodCard(
     ),
     other_measurements=(
         "[Cosine schedule and momentum](../evidence/family.md), ten seeds: accuracy not distinguishable from "
-        "SGD's, calibration error 1.0 smaller. With 40 % wrong labels and rho 0.04 23.4 points better, for one pass "
+        "SGD's, calibration error 1.0 smaller. With 40 % wrong labels, at rho 0.04, 23.4 points better for one pass "
         "a step, where SAM is 24.9 better for two; [20 other runs](../evidence/price.md): 23.3, SAM 25.1.",
     ),
     comparison=Comparison(

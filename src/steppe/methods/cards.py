@@ -135,7 +135,7 @@ def evidence(method: MethodCard) -> str:
             runs = min(one["test_accuracy"]["n"] for one in own)
             none = "no verdict" if runs == 1 else "no difference beyond chance"
             found.append(f"{run['labels']}, {runs} run{'s'[: runs > 1]}: {', '.join(verdicts) or none}")
-    return "; ".join(found) or "not measured"
+    return "; ".join(dict.fromkeys(found)) or "not measured"  # comparisons that say the same are named once
 
 
 def memory(name: str) -> str:
