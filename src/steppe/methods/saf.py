@@ -348,7 +348,7 @@ CARD = MethodCard(
         "[The same with 40 % wrong labels](../evidence/price.md), 20 seeds, lmbda 9.6: 25.4 points better than SGD, "
         "29.5 under Gaussian noise, for one pass a step, where SAM is 25.1 and 29.2 better for two; worse calibrated "
         "by 15 (SAM 12). With the usual lmbda, 0.3, 3.6 better ([ten seeds](../evidence/family.md)). "
-        "On 12,000 images, ten seeds: 9.8 better, where SAM is 7.9 better.",
+        "On 12,000 images: 9.8 better, where SAM is 8.1 better.",
     ),
     comparison=Comparison(
         summary="no perturbation: keeps the outputs near those of some epochs ago",
