@@ -383,6 +383,16 @@ class Trainer:
         return (self.w.square() * self.delta).sum()
 
 
+class Caller:
+    """Is a closure that calls a function."""
+
+    def __init__(self, function) -> None:
+        self.function = function
+
+    def __call__(self) -> torch.Tensor:
+        return self.function()
+
+
 class TrainedModule(Trainer, nn.Module):
     """Both, as in Lightning."""
 
@@ -392,6 +402,10 @@ CLOSURES = {
     "method": lambda trainer: trainer.__call__,
     "partial": lambda trainer: functools.partial(Trainer.__call__, trainer),
     "object": lambda trainer: trainer,
+    "decorated": lambda trainer: torch.enable_grad()(lambda: trainer()),
+    "called by another function": lambda trainer: (lambda loss: lambda: loss())(trainer.__call__),
+    "held by an object": lambda trainer: Caller(lambda: trainer()),
+    "compiled": lambda trainer: torch.compile(lambda: trainer(), backend="eager"),
 }
 
 
@@ -405,6 +419,8 @@ def test_c14_inputs_that_an_object_holds_have_the_gradient_of_one_pass(kind, for
         gradient += trainer.w.item() ** 2
         optimizer.step(CLOSURES[form](trainer))
         assert trainer.delta.grad.item() == pytest.approx(gradient)
+    if form == "compiled":
+        torch._dynamo.reset()
 
 
 def test_c14_gradients_of_untrained_parameters_that_the_closure_names_are_those_of_one_pass():

@@ -208,6 +208,14 @@ def test_c33_closure_that_changes_its_input_in_place_warns():
         other.step(augmenting)
 
 
+@pytest.mark.parametrize("decorate", [torch.enable_grad(), lambda f: lambda: f()])
+def test_input_that_a_decorated_closure_changes_in_place_is_named(decorate):
+    model, x = linear(), X.clone()
+    optimizer = SAM(torch.optim.SGD(model.parameters(), lr=0.1), rho=0.1, model=model)
+    with pytest.warns(UserWarning, match=r"changes a tensor in place \(x\)"):
+        optimizer.step(decorate(lambda: F.cross_entropy(model(x.mul_(0.5)), Y)))
+
+
 def augmented(model, held):
     return model(X + held.normal_())
 

@@ -4,7 +4,7 @@ import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterable
-from types import BuiltinFunctionType, FunctionType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeAlias
 
 import torch
@@ -296,7 +296,7 @@ def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
             yield from _items(name, value)
         elif kind != _OTHER:
             of_module = kind == _MODULE
-            for attribute, held in list(getattr(value, "__dict__", {}).items()):
+            for attribute, held in _attributes(value):
                 kind = _kind(type(held))
                 if kind == _TENSOR:
                     # of a module, only inputs: SAM protects the rest of it
@@ -308,29 +308,55 @@ def _outer_tensors(closure: Callable[[], Any]) -> Iterable[tuple[str, Tensor]]:
 
 
 def _outer_variables(closure: Callable[[], Any]) -> Iterable[tuple[str, Any]]:
-    """Yield the variables that a closure takes from outside; it may be a method, or an object that is called."""
-    while isinstance(closure, functools.partial):
-        for value in (*closure.args, *closure.keywords.values()):
+    """Yield the variables that a closure takes from outside, and those of the functions among them.
+
+    A decorator, ``torch.compile`` or ``lambda: closure()`` has the closure itself in a variable.
+    """
+    left: list[Any] = [closure]
+    seen: set[int] = set()
+    while left and len(seen) < _MANY_FUNCTIONS:
+        function = left.pop(0)
+        if id(function) not in seen:
+            seen.add(id(function))
+            for name, value in _variables_of(function):
+                if isinstance(value, _FUNCTIONS):
+                    left.append(value)
+                else:
+                    yield name, value
+
+
+def _variables_of(function: Callable[..., Any]) -> Iterable[tuple[str, Any]]:
+    """Yield the variables that a function takes from outside; it may be a method, or an object that is called."""
+    while isinstance(function, functools.partial):
+        for value in (*function.args, *function.keywords.values()):
             yield "an argument", value
-        closure = closure.func
-    if not inspect.isroutine(closure):
-        yield "self", closure
-        closure = type(closure).__call__
-    if inspect.ismethod(closure):
-        yield "self", closure.__self__
-        closure = closure.__func__
-    if not inspect.isfunction(closure):
+        function = function.func
+    if not inspect.isroutine(function):
+        yield "self", function
+        yield from ((name, value) for name, value in _attributes(function) if isinstance(value, _FUNCTIONS))
+        function = type(function).__call__
+    if inspect.ismethod(function):
+        yield "self", function.__self__
+        function = function.__func__
+    if not inspect.isfunction(function):
         return
     # not inspect.getclosurevars(), which takes a tenth of a millisecond
-    code, outer = closure.__code__, closure.__globals__
-    yield from ((name, outer[name]) for name in code.co_names if name in outer)
-    for name, cell in zip(code.co_freevars, closure.__closure__ or (), strict=True):
+    code, outer = function.__code__, function.__globals__
+    for name in code.co_names:
+        # of functions only those of the same file, which may use its variables
+        if name in outer and not (type(value := outer[name]) is FunctionType and value.__globals__ is not outer):
+            yield name, value
+    for name, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
         try:
             yield name, cell.cell_contents
         except ValueError:  # a variable that has no value yet
             continue
-    for value in (*(closure.__defaults__ or ()), *(closure.__kwdefaults__ or {}).values()):
+    for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()):
         yield "an argument", value
+
+
+def _attributes(value: object) -> list[tuple[str, Any]]:
+    return list(getattr(value, "__dict__", {}).items())
 
 
 _TENSOR, _ITEMS, _MODULE, _OBJECT, _OTHER = range(5)
@@ -353,6 +379,9 @@ _OF_MODULE = frozenset({"_parameters", "_modules"})
 """Attributes of a module in which there are no inputs."""
 _MANY = 256
 """Of a longer list, tuple or dict (a log, a data set), only so many items are looked at."""
+_FUNCTIONS = (FunctionType, MethodType, functools.partial)
+_MANY_FUNCTIONS = 16
+"""Number of functions in which variables are looked for: a closure, what it calls and what is around it."""
 
 
 def _items(name: str, value: Any) -> Iterable[tuple[str, Tensor]]:
