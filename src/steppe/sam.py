@@ -273,6 +273,7 @@ class SAM(SAMStep):
             raise out_of_order("step()", stage)
         self._check_scale()
         if stage is Stage.AFTER_FIRST_STEP:
+            self._refuse_unreduced_gradients()
             self._engine.pass_gradients.end_pass(made=self._engine.gradients.any())
             self._check_cleared()
         self._check_gradients()
@@ -311,6 +312,7 @@ class SAM(SAMStep):
         check_classic(self.perturbation, single_pass=self._has_single_pass(), per_rank=self.per_rank)
         engine = self._engine
         try:
+            engine.ranks.refuse_unreduced_gradients()
             engine.pass_gradients.begin_step()
             engine.pass_gradients.end_pass(made=engine.gradients.any())
             point = engine.point_after_first_pass()

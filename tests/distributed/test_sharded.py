@@ -183,6 +183,84 @@ def test_interrupted_micro_batches_leave_nothing_in_the_next_step(perturbed):
         close(found, expected)
 
 
+def in_micro_batches(optimizer, backward):
+    """Give each micro-batch a perturbation of its own, but reduce the gradients of the last one only."""
+    for last in (False, True):
+        for sam_pass in optimizer.passes(accumulate=last):
+            with sam_pass:
+                backward(sync=last)
+
+
+def in_last_pass(optimizer, backward):
+    for sam_pass in optimizer.passes():
+        with sam_pass:
+            backward(sync=sam_pass.is_last)
+
+
+def by_closure(optimizer, backward):
+    optimizer.step(lambda: backward(sync=optimizer.current_pass.is_last))
+
+
+def by_classic_calls(optimizer, backward):
+    backward(sync=False)
+    optimizer.first_step(zero_grad=True)
+
+
+def by_second_classic_call(optimizer, backward):
+    backward(sync=True)
+    optimizer.first_step(zero_grad=True)
+    backward(sync=False)
+    optimizer.second_step(zero_grad=True)
+
+
+UNREDUCED = (in_micro_batches, in_last_pass, by_closure, by_classic_calls, by_second_classic_call)
+
+
+def leave_gradients_unreduced(loop):
+    """Return if a loop is refused, and the weights after it and further steps."""
+    model = fsdp(network())
+    optimizer = method("sam")(model)
+    x, y = own_share(*samples(9))
+
+    def backward(*, sync):
+        model.set_requires_gradient_sync(sync)
+        loss = F.cross_entropy(model(x), y)
+        loss.backward()
+        return loss
+
+    with pytest.raises(RuntimeError, match="a pass ended with gradients that FSDP2 has not reduced"):
+        loop(optimizer, backward)
+    optimizer.zero_grad()
+    model.set_requires_gradient_sync(True)
+    run(model, optimizer, range(4))
+    return weights(model)
+
+
+@pytest.mark.parametrize("loop", UNREDUCED)
+def test_pass_that_leaves_gradients_unreduced_is_an_error(loop):
+    expected = train(plain, method("sam"), 4)
+    for found in start_ranks()(leave_gradients_unreduced, loop):
+        close(found, expected)
+
+
+def accumulate_before_the_passes():
+    model = fsdp(network())
+    optimizer = method("sam")(model)
+    x, y = own_share(*samples(9))
+    model.set_requires_gradient_sync(False)
+    F.cross_entropy(model(x), y).backward()
+    model.set_requires_gradient_sync(True)
+    with pytest.warns(UserWarning, match="are not part of the step"):
+        run(model, optimizer, range(4))
+    return weights(model)
+
+
+def test_unreduced_gradients_from_before_the_passes_are_dropped_with_a_warning():
+    expected = train(plain, method("sam"), 4)
+    for found in start_ranks()(accumulate_before_the_passes):
+        close(found, expected)
+
+
 def train_in_bfloat16(shard):
     """Train with weights in float32 and passes in bfloat16."""
     model = network().float()

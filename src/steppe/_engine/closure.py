@@ -203,7 +203,7 @@ def _check_alone(loss: Tensor, value: Any) -> None:
 def _ran_backward(loss: Tensor, earlier: dict[Tensor, Tensor], engine: Engine) -> bool:
     """True if a closure has made a gradient. Zeros are none where another backward was cleared to them."""
     if not engine.gradients.changed_since(earlier):
-        return False
+        return engine.ranks.holds_unreduced_gradients()
     # first what is quick: a gradient that nothing has written in place was not set to zero
     if engine.gradients.any_unwritten() or engine.ranks.sharded or not keeps_saved_tensors(loss.grad_fn):
         return True

@@ -1,6 +1,6 @@
 """Processes that train one model: communication in a pass, and errors for engines that are not supported."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NoReturn
 
@@ -82,16 +82,39 @@ class Ranks:
 
         ``zero_grad()`` does not reach them, and FSDP2 would add them to the gradient of the next pass.
         """
+        for group in self._fsdp_groups():
+            group._partial_reduce_output = None  # of replicas of shards
+            for p in group.fsdp_params:
+                p.unsharded_accumulated_grad = None
+                if (unsharded := getattr(p, "_unsharded_param", None)) is not None:
+                    unsharded.grad = None
+
+    def holds_unreduced_gradients(self) -> bool:
+        """True if FSDP2 keeps gradients for a later reduction."""
+        return any(map(_holds_unreduced, self._fsdp_groups()))
+
+    def refuse_unreduced_gradients(self) -> None:
+        """Refuse to go on after a pass whose gradient FSDP2 keeps for a later reduction.
+
+        Raises:
+            RuntimeError: A part of the gradient is not in ``.grad``.
+        """
+        if self.holds_unreduced_gradients():
+            self.drop_unreduced_gradients()
+            raise RuntimeError(
+                "a pass ended with gradients that FSDP2 has not reduced (set_requires_gradient_sync(False) or "
+                "set_requires_all_reduce(False)): they are not in .grad, so the step would go on without them. Reduce "
+                "them in the last backward of every pass: set_requires_gradient_sync(True) before its forward. With "
+                "passes(accumulate=True) that is every backward, because each micro-batch has passes of its own"
+            )
+
+    def _fsdp_groups(self) -> Iterator[Any]:
+        """Yield FSDP2's groups of parameters, in which it keeps gradients that it has not reduced."""
         for module in self._sharded:
             # Private names of torch: the public way, unshard(), is a collective operation, and may find one rank only.
             state = module._get_fsdp_state()
             groups = getattr(state, "_fsdp_param_groups", None) or [getattr(state, "_fsdp_param_group", None)]
-            for group in filter(None, groups):
-                group._partial_reduce_output = None  # of replicas of shards
-                for p in group.fsdp_params:
-                    p.unsharded_accumulated_grad = None
-                    if (unsharded := getattr(p, "_unsharded_param", None)) is not None:
-                        unsharded.grad = None
+            yield from filter(None, groups)
 
     def memory_of_perturbation(self, shared: dict[str, Any]) -> dict[str, Any]:
         """Return the memory of the perturbation; a forbidden one where each rank has a perturbation of its own."""
@@ -119,6 +142,15 @@ class Ranks:
         """Average the ranks' own gradients, in place."""
         if self._replica is not None:
             average_over_(gradients, self._replica.process_group)
+
+
+def _holds_unreduced(group: Any) -> bool:
+    """True if a group of parameters of FSDP2 keeps gradients for a later reduction."""
+    return getattr(group, "_partial_reduce_output", None) is not None or any(
+        p.unsharded_accumulated_grad is not None
+        or getattr(getattr(p, "_unsharded_param", None), "grad", None) is not None
+        for p in group.fsdp_params
+    )
 
 
 @torch.no_grad()

@@ -79,6 +79,8 @@ class Pass(ExitStack[bool | None]):
             begin()
             del begin  # it holds the first gradient, which would stay in memory through the second pass
             engine.gradients.clear()
+            if self.is_first and engine.ranks.holds_unreduced_gradients():
+                engine.warn_once("unreduced gradients", _UNREDUCED_BEFORE)
             engine.ranks.drop_unreduced_gradients()
             self.enter_context(engine.ranks.context_of_pass(is_last=self.is_last))
             engine.stage = Stage.IN_PASS
@@ -95,6 +97,7 @@ class Pass(ExitStack[bool | None]):
         self._failed = kind is not None
         if self._failed:
             self._engine.leave_loop()
+            self._engine.ranks.drop_unreduced_gradients()
             if not self.is_first and any(message in str(error) for message in _OLD_GRAPH):
                 error.add_note(_RUN_ALL_INSIDE)  # type: ignore[union-attr]
         else:
@@ -128,6 +131,7 @@ class Pass(ExitStack[bool | None]):
                 "of an incomplete pass. Catch the exception outside of the loop, or leave the loop with break, and go "
                 "on with the next batch"
             )
+        engine.ranks.refuse_unreduced_gradients()
         if not self._made_gradient and engine.gradients.any():
             raise RuntimeError(BACKWARD_OUTSIDE)
         engine.pass_gradients.end_pass(made=self._made_gradient)
@@ -171,6 +175,11 @@ _RUN_ALL_INSIDE = (
     "This was a further pass of SAM, at perturbed weights: a part of its graph was made before it, at other weights. A "
     "loss, an output or a hidden state that is kept from before the pass cannot be used in it. Run the whole forward "
     "inside each pass (in the closure, or in `with sam_pass:`), and start each from the same, detached state"
+)
+_UNREDUCED_BEFORE = (
+    "gradients that FSDP2 had not reduced (set_requires_gradient_sync(False)) were dropped when the passes of a step "
+    "began: the micro-batches that made them are not part of the step. Run all micro-batches inside each pass (in the "
+    "closure), the last one with set_requires_gradient_sync(True)"
 )
 BACKWARD_OUTSIDE = (
     "a pass ended without any gradient, and the gradients came after it: the backward ran outside of `with sam_pass:`, "

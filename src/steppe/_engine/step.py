@@ -261,6 +261,18 @@ class SAMStep(GraphCapture, Reporting, Wrapper):
                 "second backward",
             )
 
+    def _refuse_unreduced_gradients(self) -> None:
+        """Abort the step if FSDP2 has not reduced the gradients of the second backward of the classic API.
+
+        Raises:
+            RuntimeError: It has not.
+        """
+        try:
+            self._engine.ranks.refuse_unreduced_gradients()
+        except RuntimeError:
+            self.restore()
+            raise
+
     def _warn_of_lost_gradient(self) -> None:
         """Warn once if the update gradient of earlier passes is about to be lost without a step."""
         engine = self._engine
