@@ -75,6 +75,19 @@ def test_distributed_checkpoint_loads_in_another_layout(name, layout, ranks):
             assert kept == sizes_of_memory(optimizer)
 
 
+FLATTENED = {"flatten_optimizer_state_dict": True}
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_flattened_checkpoint_holds_step_and_memory(name, tmp_path):
+    model, optimizer = build(plain, name)
+    run(model, optimizer, range(6))
+    start_ranks()(save, "fsdp2", name, tmp_path, FLATTENED)
+    for found, kept in start_ranks()(load_and_train, "fsdp2", name, tmp_path, FLATTENED):
+        close(found, weights(model))
+        assert kept == sizes_of_memory(optimizer)
+
+
 def resume_in_place(layout, name):
     """Return True if a run has the same bits after state_dict() and load_state_dict() on the same ranks."""
     whole_batch = layout in WHOLE_BATCH_LAYOUTS

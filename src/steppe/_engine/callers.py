@@ -15,6 +15,9 @@ _SCALER_FUNCTION = "_maybe_opt_step"
 _UNSCALE_FUNCTION = "_unscale_grads_"
 """The function in which an enabled ``GradScaler`` reads ``optimizer.param_groups`` and unscales; likewise."""
 
+_LOAD_FUNCTION = "_load_optim_state_dict"
+"""The function in which ``torch.distributed.checkpoint`` loads an optimizer's checkpoint; likewise."""
+
 
 def _caller() -> tuple[FrameType, int]:
     """Return the innermost frame outside of the internal packages, and the number of frames to it."""
@@ -54,6 +57,16 @@ def unscaling_scaler() -> tuple[Any, int] | None:
     """
     frame = _frame_of(_UNSCALE_FUNCTION, within=4)
     return None if frame is None else (frame.f_locals["self"], id(frame.f_locals["optimizer"]))
+
+
+def flattened_checkpoint() -> dict[str, Any] | None:
+    """Return the checkpoint that torch loads if it is flattened (``flatten_optimizer_state_dict=True``); else None.
+
+    Torch passes on only those entries of it that it finds in the groups and the state of the optimizer.
+    """
+    frame = _frame_of(_LOAD_FUNCTION, within=8)
+    checkpoint = None if frame is None else frame.f_locals.get("state_dict")
+    return checkpoint if isinstance(checkpoint, dict) and "state" not in checkpoint else None
 
 
 def _frame_of(function: str, *, within: int) -> FrameType | None:

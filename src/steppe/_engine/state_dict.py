@@ -55,6 +55,29 @@ def pack(base: Optimizer, memory: Memory, step: int) -> dict[str, Any]:
     return packed
 
 
+def with_own_part(state_dict: dict[str, Any], flattened: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a checkpoint with SAM's part of the flattened one from which ``torch.distributed.checkpoint`` made it.
+
+    Torch leaves this part out, because the groups and the state of the optimizer do not have it.
+
+    Args:
+        state_dict: A checkpoint whose parameters are names.
+        flattened: The values, by ``param_groups.<name>.<key>`` and ``state.<name>.<key>``.
+    """
+    memory = [key for key in flattened if f".{_MEMORY}" in key]
+    groups, state = [], dict(state_dict["state"])
+    for group in state_dict["param_groups"]:
+        names = group["params"]
+        own = {key: flattened.get(f"param_groups.{name}.{key}") for name in names[:1] for key in _OF_GROUPS}
+        groups.append({**group, **{key: value for key, value in own.items() if value is not None}})
+        for name in names:
+            prefix = f"state.{name}."
+            entries = {key.removeprefix(prefix): flattened[key] for key in memory if key.startswith(prefix + _MEMORY)}
+            if entries:
+                state[name] = {**state.get(name, {}), **entries}
+    return {**state_dict, "state": state, "param_groups": groups}
+
+
 def unpack(state_dict: dict[str, Any], base: Optimizer) -> tuple[dict[str, Any], Memory, int]:
     """Split a checkpoint into the base's part, the rules' memory and the step counter.
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from steppe._engine.callers import unscaling_scaler
+from steppe._engine.callers import flattened_checkpoint, unscaling_scaler
 from steppe._engine.constructor import as_radius, check_not_adaptive
 from steppe._engine.engine import Engine
 from steppe._engine.groups import RHO
@@ -16,7 +16,7 @@ from steppe._engine.joint_base import option_names
 from steppe._engine.loss_scale import unscaled_too_early
 from steppe._engine.shared import Shared
 from steppe._engine.stage import Stage, out_of_order
-from steppe._engine.state_dict import MemoryTemplate, pack, saved_radii, unpack
+from steppe._engine.state_dict import MemoryTemplate, pack, saved_radii, unpack, with_own_part
 from steppe.rules import Memory
 
 
@@ -168,6 +168,8 @@ class Wrapper(Optimizer):
         """
         if self._engine.stage in (Stage.AFTER_FIRST_STEP, Stage.IN_PASS):
             raise out_of_order("load_state_dict()", self._engine.stage)
+        if (flattened := flattened_checkpoint()) is not None:
+            state_dict = with_own_part(state_dict, flattened)
         for hook in self._optimizer_load_state_dict_pre_hooks.values():
             state_dict = changed if (changed := hook(self, state_dict)) is not None else state_dict
         radii = [group.get(RHO, self._default_rho) for group in self.param_groups]
