@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from torch.distributed.algorithms.join import Join
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 
 import steppe
@@ -110,10 +111,10 @@ def test_run_resumed_on_the_same_ranks_has_the_same_bits(name, layout):
 # ZeroRedundancyOptimizer as the base.
 
 
-def zero_redundancy(params):
+def zero_redundancy(params, **options):
     from torch.distributed.optim import ZeroRedundancyOptimizer  # the import warns of torch.jit
 
-    return ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9)
+    return ZeroRedundancyOptimizer(params, torch.optim.SGD, lr=0.1, momentum=0.9, **options)
 
 
 def train_with_zero(name, resume):
@@ -160,3 +161,36 @@ def save_unconsolidated_state():
 
 def test_state_of_zero_redundancy_optimizer_that_is_not_consolidated_is_an_error():
     start_ranks()(save_unconsolidated_state)
+
+
+def train_on_uneven_data_with_zero(method_name):
+    model = ddp(network())
+    base = zero_redundancy(model.parameters())
+    make = steppe.SAM if method_name == "sam" else steppe.variants.rwp
+    optimizer = make(base, rho=0.1, model=model)
+    before = weights(model)
+    with Join([model, base]):
+        if method_name == "sam":
+            with pytest.raises(RuntimeError, match="a step of SAM has two"):
+                run(model, optimizer, range(1))
+        else:  # one backward a step
+            run(model, optimizer, range(2 + dist.get_rank()))
+    return bits(weights(model)) == bits(before), bits(weights(model))
+
+
+def test_zero_redundancy_optimizer_on_uneven_data_is_refused_for_two_passes():
+    assert all(unchanged for unchanged, _ in start_ranks()(train_on_uneven_data_with_zero, "sam"))
+    (unchanged, first), (_, second) = start_ranks()(train_on_uneven_data_with_zero, "rwp")
+    assert not unchanged
+    assert first == second
+
+
+def wrap_overlapping_zero():
+    model = ddp(network())
+    base = zero_redundancy(model.parameters(), overlap_with_ddp=True)
+    with pytest.raises(TypeError, match="it steps inside of every backward"):
+        steppe.SAM(base, rho=0.1, model=model)
+
+
+def test_zero_redundancy_optimizer_that_steps_in_the_backward_is_an_error():
+    start_ranks()(wrap_overlapping_zero)

@@ -133,6 +133,29 @@ def test_second_pass_does_not_run_on_stale_gathered_weights():
         close(found, expected)
 
 
+def make_after_an_evaluation():
+    """Make the optimizer while the weights that FSDP2 has gathered are the parameters of the model."""
+    mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+    model = fully_shard(network(), mesh=mesh)
+    base = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    with torch.no_grad():
+        model(samples(0)[0])
+    optimizer = steppe.SAM(base, rho=0.1, model=model)
+    run(model, optimizer, range(4))
+    with torch.no_grad():
+        model(samples(0)[0])
+    late = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(ValueError, match="are weights that FSDP2 has gathered"):
+        steppe.SAM(late, rho=0.1, model=model)
+    return weights(model)
+
+
+def test_optimizer_may_be_made_after_an_evaluation_with_a_base_of_before():
+    expected = train(plain, method("sam"), 4)
+    for found in start_ranks()(make_after_an_evaluation):
+        close(found, expected)
+
+
 def micro_batches():
     """Reduce gradients at the last micro-batch only, as FSDP2 accumulates."""
     model = fsdp(network())

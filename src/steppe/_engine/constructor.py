@@ -16,6 +16,7 @@ from steppe._engine.groups import RHO, parameters_of
 from steppe._engine.hints import check_positional, refuse_foreign_options, refuse_unknown
 from steppe._engine.joint_base import as_one, optimizers_of, option_names
 from steppe._engine.state_dict import holds_sam_state
+from steppe._tensors.dtensor import fsdp_modules
 from steppe.rules import Cadence, Combination, Perturbation, ascent_steps
 
 Params: TypeAlias = Iterable[Tensor] | Iterable[dict[str, Any]] | Iterable[tuple[str, Tensor]]
@@ -162,8 +163,19 @@ def check_model(model: nn.Module | None, base: Optimizer) -> None:
     """Refuse a model that the optimizer does not train.
 
     Raises:
-        ValueError: The model holds none of the base's parameters.
+        ValueError: The model holds none of the base's parameters, or the base has weights that FSDP2 has gathered.
     """
+    if model is not None and (sharded := fsdp_modules(model)):
+        registered = set(model.parameters())
+        for module in sharded:  # after a forward without a backward, the gathered weights are the parameters
+            module.reshard()
+        gathered = (registered - set(model.parameters())).intersection(parameters_of(base))
+        if gathered:
+            raise ValueError(
+                f"{len(gathered)} of the optimizer's parameters are weights that FSDP2 has gathered for a forward, and "
+                "would not be trained: a forward without a backward, such as an evaluation, leaves them in the place "
+                "of the sharded ones. Make the base optimizer before it, or after a reshard() of each FSDP2 module"
+            )
     if not holds_any(model, base):
         raise ValueError(
             "model= holds none of the optimizer's parameters, so its running statistics would be protected and "
@@ -235,6 +247,11 @@ def _check_base(base: Optimizer) -> None:
         raise TypeError(
             f"{name} cannot be the base: its step needs a closure, because it evaluates the loss at several points, "
             f"while SAM gives its base one gradient a step. Use a base whose step() runs without one"
+        )
+    if getattr(base, "_overlap_with_ddp", False):  # a private name of torch: of ZeroRedundancyOptimizer
+        raise TypeError(
+            f"{name} with overlap_with_ddp=True cannot be the base: it steps inside of every backward, so that each "
+            "pass would be a step, that of the second one from perturbed weights. Make it without overlap_with_ddp"
         )
     _check_wrapper(base)
     if not any(group["params"] for group in base.param_groups):

@@ -153,6 +153,20 @@ def _holds_unreduced(group: Any) -> bool:
     )
 
 
+def refuse_uneven_inputs(base: Any) -> None:
+    """Refuse a second pass inside ``Join([model, base])``, where ``ZeroRedundancyOptimizer`` takes part in the protocol.
+
+    Raises:
+        RuntimeError: The ranks without data would make a step of the base for each backward of the others, and wait.
+    """
+    if getattr(getattr(base, "_join_config", None), "enable", False):  # a private name of torch; there is no other mark
+        raise RuntimeError(
+            f"{type(base).__name__} inside Join: the ranks that have no more data make one step of it for each "
+            "backward of the others, and a step of SAM has two, so that the ranks would wait for each other. Give "
+            "each rank as many batches (DistributedSampler does), or take a base that is not sharded, and model.join()"
+        )
+
+
 @torch.no_grad()
 def average_over_(tensors: Iterable[Tensor], group: "dist.ProcessGroup") -> None:
     """Average tensors over the ranks of a group, in place; each rank has to call it with as many."""

@@ -15,7 +15,7 @@ from steppe._engine.base_hook import call_before_step
 from steppe._engine.callers import warn
 from steppe._engine.dependence import depends_on, uses_again
 from steppe._engine.displacement import Displacement, write
-from steppe._engine.distributed import Ranks
+from steppe._engine.distributed import Ranks, refuse_uneven_inputs
 from steppe._engine.gradients import Gradients
 from steppe._engine.groups import RHO, parameters_of, trained_parameters
 from steppe._engine.lazy_sequence import LazySequence
@@ -264,6 +264,7 @@ class Engine:
             self._unperturbed_gradients = [g.clone() for g in point.gradients] if keep_unperturbed else []
         try:
             if not single_pass:
+                refuse_uneven_inputs(self._base)
                 finite = self.ranks.all_true(point.gradient_norm.isfinite())
                 finite = self.gradients.record_finite(finite, is_further_ascent=is_further_ascent)
                 self.side_effects.begin_second_pass()
