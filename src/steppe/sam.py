@@ -236,7 +236,7 @@ class SAM(SAMStep):
                 engine.current_pass = sam_pass
                 yield sam_pass
                 sam_pass.check()
-            engine.micro_batches.end(engine.memory)
+            engine.micro_batches.end(engine.memory, keeps_gradients=engine.ranks.keeps_gradients)
             engine.stage, engine.gradients.before_loop = Stage.READY, None
         except BaseException:
             if engine.loop is loop:  # else a pass has left it, or a later step has begun before Python closed it

@@ -1,5 +1,7 @@
 """C21, C22: replicas with a shared perturbation train as one process does; with one for each rank, m-sharpness."""
 
+import contextlib
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -104,6 +106,30 @@ def test_micro_batches_with_no_sync_in_a_pass_equal_one_batch():
         DRIVES["passes"](optimizer, lambda: F.cross_entropy(model(x), y))
     for found in start_ranks()(micro_batches_without_sync):
         close(found, weights(model))
+
+
+def own_passes_without_sync(inside):
+    """Give each micro-batch a perturbation of its own, but average the gradients of the last one only."""
+    model = ddp(network())
+    optimizer = method("sam")(model)
+    x, y = own_share(*samples(0))
+    with pytest.raises(RuntimeError, match=r"some micro-batches of a step in no_sync\(\)"):
+        for last, part in enumerate((slice(2), slice(2, None))):
+            sync = contextlib.nullcontext if last else model.no_sync
+            with contextlib.nullcontext() if inside else sync():
+                for sam_pass in optimizer.passes(accumulate=bool(last)):
+                    with sam_pass, sync() if inside else contextlib.nullcontext():
+                        (F.cross_entropy(model(x[part]), y[part]) / 2).backward()
+    optimizer.zero_grad()
+    run(model, optimizer, range(4))
+    return weights(model)
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_micro_batches_with_passes_of_their_own_in_no_sync_are_an_error(inside):
+    expected = train(plain, method("sam"), 4)
+    for found in start_ranks()(own_passes_without_sync, inside):
+        close(found, expected)
 
 
 class SynchronizedNorm(nn.BatchNorm1d):

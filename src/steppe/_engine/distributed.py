@@ -28,6 +28,7 @@ class Ranks:
     def __init__(self, model: nn.Module | None, owned: Sequence[Tensor], *, per_rank: bool) -> None:
         _refuse_engines(model, owned)
         self._sharded: list[Any] = [] if model is None else fsdp_modules(model)
+        self._synchronized = model if isinstance(model, DistributedDataParallel) else None
         self._replica = model if per_rank and isinstance(model, DistributedDataParallel) else None
         """The module, if each rank has its own perturbation; None if all ranks share one."""
         if per_rank and self._replica is None:
@@ -71,6 +72,12 @@ class Ranks:
                 "of the model outside of passes(), and clear the gradients"
             )
         return self._replica.no_sync()
+
+    @property
+    def keeps_gradients(self) -> bool:
+        """True if the last forward of ``DistributedDataParallel`` was in ``no_sync``: its gradient is of this rank."""
+        # A name of torch: False after a forward whose backward does not average; it is so after one in no_grad, too.
+        return self._synchronized is not None and not self._synchronized.require_forward_param_sync
 
     def drop_gathered_weights(self) -> None:
         """Make FSDP2 gather the weights again: what it has gathered before an in-place change is stale."""
@@ -154,7 +161,7 @@ def _holds_unreduced(group: Any) -> bool:
 
 
 def refuse_uneven_inputs(base: Any) -> None:
-    """Refuse a second pass inside ``Join([model, base])``, where ``ZeroRedundancyOptimizer`` takes part in the protocol.
+    """Refuse a second pass inside ``Join([model, base])`` with ``ZeroRedundancyOptimizer`` as the base.
 
     Raises:
         RuntimeError: The ranks without data would make a step of the base for each backward of the others, and wait.

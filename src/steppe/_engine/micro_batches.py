@@ -37,6 +37,7 @@ class MicroBatches:
         """True until the present one has ended or failed."""
         self.left_out = False
         """True if a micro-batch of this step has failed."""
+        self._keeps_gradients = False
         self._total_weight = 0.0
         self._before_step: Memory = {}
         self._mean: Memory = {}
@@ -74,9 +75,25 @@ class MicroBatches:
             _write(memory, self._before_step)
 
     @torch.no_grad()
-    def end(self, memory: Memory) -> None:
-        """End a micro-batch: make the memory the mean over the micro-batches so far."""
-        self.is_running = False
+    def end(self, memory: Memory, *, keeps_gradients: bool = False) -> None:
+        """End a micro-batch: make the memory the mean over the micro-batches so far.
+
+        Args:
+            memory: The memory of the rules.
+            keeps_gradients: Its gradient was not averaged over the ranks.
+
+        Raises:
+            RuntimeError: Those of the step's other micro-batches were, or the other way round.
+        """
+        if self.number and keeps_gradients != self._keeps_gradients:
+            raise RuntimeError(
+                "passes(accumulate=True) ran some micro-batches of a step in no_sync() of DistributedDataParallel, and "
+                "others not: each pass begins with cleared gradients, so that the last backward averages its own only, "
+                "and the ranks would step differently. Leave no_sync() out (nor end a pass with a forward in "
+                "no_grad() of some micro-batches only), or run all micro-batches inside each pass, all but the last "
+                "one in no_sync()"
+            )
+        self._keeps_gradients, self.is_running = keeps_gradients, False
         if self.loss_weight is None:
             return
         before, self._total_weight = self._total_weight, self._total_weight + self.loss_weight
