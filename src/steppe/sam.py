@@ -183,6 +183,7 @@ class SAM(SAMStep):
 
     # The three APIs of a step.
 
+    @eager
     def passes(self, *, accumulate: bool = False, loss_weight: float | None = None) -> Iterator[Pass]:
         """Yield the passes of one step, each a context manager for one forward+backward over all micro-batches.
 

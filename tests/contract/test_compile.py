@@ -95,7 +95,8 @@ def test_c26_methods_with_a_schedule_and_a_compiled_base_are_not_recompiled(name
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute")  # Dynamo reads .grad of the loss
-def test_c26_compiled_training_step_equals_the_eager_one():
+@pytest.mark.parametrize("form", ["closure", "passes"])
+def test_c26_compiled_training_step_equals_the_eager_one(form):
     """Dynamo cannot trace SAM's step; it must run the step eagerly and keep its side effects."""
     results = []
     for compiled in (False, True):
@@ -112,6 +113,13 @@ def test_c26_compiled_training_step_equals_the_eager_one():
 
             return optimizer.step(closure)
 
+        def loop(x, y, model=model, optimizer=optimizer):
+            for sam_pass in optimizer.passes():
+                with sam_pass:
+                    nn.functional.cross_entropy(model(x), y).backward()
+            optimizer.step()
+
+        step = step if form == "closure" else loop
         run = torch.compile(step, backend="eager") if compiled else step
         for t in range(3):
             run(*batch(t))

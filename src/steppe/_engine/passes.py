@@ -8,6 +8,7 @@ from typing import Any, NoReturn, Self
 
 from torch import Tensor
 
+from steppe._engine.eager import eager
 from steppe._engine.engine import Engine
 from steppe._engine.stage import Stage
 
@@ -24,7 +25,8 @@ class Pass(ExitStack[bool | None]):
     """
 
     # An ExitStack, because an interrupt at the first line of an __exit__ in Python cannot be caught there: the weights
-    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one.
+    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one. Entry and end are eager, like
+    # the iteration below, for a training function that is compiled as a whole.
 
     def __init__(
         self,
@@ -63,6 +65,7 @@ class Pass(ExitStack[bool | None]):
         self._around.append(context)
         return self
 
+    @eager
     def __enter__(self) -> Self:
         begin, self._begin = self._begin, None
         if begin is None:
@@ -89,6 +92,7 @@ class Pass(ExitStack[bool | None]):
             self.__exit__(*sys.exc_info())
             raise
 
+    @eager
     def _end(
         self, kind: type[BaseException] | None, error: BaseException | None = None, _: TracebackType | None = None
     ) -> None:
@@ -151,8 +155,9 @@ class Passes(Iterator[Pass]):
         self._passes = passes
 
     def __iter__(self) -> Iterator[Pass]:
-        return self._passes  # a loop then holds the generator alone, which Python closes where the loop is left
+        return self
 
+    @eager
     def __next__(self) -> Pass:
         return next(self._passes)
 
