@@ -25,7 +25,7 @@ class Pass(ExitStack[bool | None]):
     """
 
     # An ExitStack, because an interrupt at the first line of an __exit__ in Python cannot be caught there: the weights
-    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one. Entry and end are eager, like
+    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one. Entry and end are eager, and
     # the iteration below, for a training function that is compiled as a whole.
 
     def __init__(
