@@ -25,8 +25,8 @@ class Pass(ExitStack[bool | None]):
     """
 
     # An ExitStack, because an interrupt at the first line of an __exit__ in Python cannot be caught there: the weights
-    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one. Entry and end are eager, and
-    # the iteration below, for a training function that is compiled as a whole.
+    # would stay at w + e. The stack calls the remaining callbacks if an interrupt hits one.
+    # Entry, end and the iteration below are eager, for a training function that is compiled as a whole.
 
     def __init__(
         self,

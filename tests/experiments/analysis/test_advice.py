@@ -55,7 +55,7 @@ def test_the_best_method_is_taken_and_its_price_and_certainty_are_stated() -> No
         "A step of SAM (rho 0.1) makes 2.00 passes, one of SGD 1.00; at equal compute it trained 1.05 times as long.",
         "How sure: methods that do not differ are called different in at most 5 % of comparisons, over all 3 methods; "
         "this is one of 4 seeds.",
-        "If the price of a step matters, compare with sgd+ema (averaged weights), saf (for classes; with lmbda=10 if "
+        "If the price of a step matters, compare with sgd+ema (averaged weights), saf (for classes; with lmbda=9.6 if "
         "labels may be wrong) and arwp:rho=0.04 (if labels may be wrong): no second pass is needed.",
     ]
 

@@ -20,7 +20,7 @@ _MANY_SEEDS = 50  # from which on a difference is too small for its search to pa
 _USUAL_SEEDS = 5
 _CHEAP = 1.5  # passes a step, up to which a method counts as a cheap one
 _OF_ONE_PASS = {
-    "saf": "saf (for classes; with lmbda=10 if labels may be wrong)",
+    "saf": "saf (for classes; with lmbda=9.6 if labels may be wrong)",
     "arwp": "arwp:rho=0.04 (if labels may be wrong)",
 }  # each with its options: what was found to do as well as SAM, or nearly, in docs/which-method.md
 
