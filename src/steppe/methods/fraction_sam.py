@@ -119,7 +119,9 @@ CARD = MethodCard(
         "[Cosine schedule, momentum and 40 % wrong labels](../evidence/price.md), 20 seeds: 22.2 points better than "
         "SGD with a tenth of the batch and rho 0.8 (1.11 passes a step), 24.4 with a quarter and rho 0.4 (1.25), "
         "where SAM is 25.1 better with rho 0.1. With correct labels, a third of the batch and rho 0.2: 0.8 points "
-        "better at 1.34 passes (SAM 0.6), 2.0 under Gaussian noise (SAM 1.5), calibration error 6.9 smaller (SAM 6.1).",
+        "better at 1.34 passes (SAM 0.6), 2.0 under Gaussian noise (SAM 1.5), calibration error 6.9 smaller (SAM 6.1). "
+        "On 12,000 images, a quarter of the batch: 7.4 better with wrong labels (SAM 8.1); with correct ones, rho 0.1, "
+        "not distinguishable from SGD in accuracy (SAM 0.8 worse), 1.3 better under noise, error 3.1 smaller.",
     ),
     comparison=Comparison(
         summary="SAM with a perturbation computed on a fraction of the batch, at SAM's rho",
